@@ -1,0 +1,34 @@
+"""minilora: a from-scratch LoRA engine for GLM and Qwen models.
+
+import minilora is cheap; the names below are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_model": "checkpoint",
+    "save_model": "checkpoint",
+    "add_lora": "lora",
+    "merge": "lora",
+    "load_adapter": "adapter",
+    "save_adapter": "adapter",
+    "load_tokenizer": "tokenizer",
+}
+
+if TYPE_CHECKING:
+    from .adapter import load_adapter as load_adapter
+    from .adapter import save_adapter as save_adapter
+    from .checkpoint import load_model as load_model
+    from .checkpoint import save_model as save_model
+    from .lora import add_lora as add_lora
+    from .lora import merge as merge
+    from .tokenizer import load_tokenizer as load_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minilora' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

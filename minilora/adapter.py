@@ -1,0 +1,167 @@
+"""Adapters in PEFT's layout, both ways: adapter_config.json and adapter_model.safetensors.
+
+Since our modules carry the checkpoint's names, a key is `base_model.model.` + path + `.lora_A.weight`. Loading is strict:
+every key must find its linear, every shape must fit, and what would change the mathematics and is not done here (DoRA,
+trained biases, whole modules) is refused, not ignored.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import fingerprint, read_json
+from .durable import staged_folder
+from .errors import ModelError
+from .lora import LoRALinear, adapters, linears, wrap
+from .safetensors import SafetensorsFile, write_tensors
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
+REFUSED = (
+    "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
+    "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
+    """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path."""
+    with staged_folder(Path(folder)) as stage:
+        fill_adapter_folder(model, stage, base)
+
+
+def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
+    """The two files of an adapter, into a folder that the caller makes durable."""
+    wrapped = dict(adapters(model))
+    assert wrapped, "the model has no adapters"
+    tensors = {}
+    for path, wrapper in wrapped.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
+    write_tensors(folder / WEIGHTS, tensors, {"minilora_base": _base_fingerprint(model)})
+    (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
+
+
+def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:
+    r = Counter(w.r for w in wrapped.values()).most_common(1)[0][0]
+    alpha = Counter(w.alpha for w in wrapped.values()).most_common(1)[0][0]
+    first = next(iter(wrapped.values()))
+    # a leaf name stands for all its linears; where only some are wrapped, they are named in full
+    bare = {path.split(".")[-1] for path in linears_outside(model)}
+    targets = sorted({path if path.split(".")[-1] in bare else path.split(".")[-1] for path in wrapped})
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": r, "lora_alpha": _number(alpha), "lora_dropout": first.dropout, "use_rslora": first.rslora,
+        "target_modules": targets,
+        "rank_pattern": {p: w.r for p, w in wrapped.items() if w.r != r},
+        "alpha_pattern": {p: _number(w.alpha) for p, w in wrapped.items() if w.alpha != alpha},
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "modules_to_save": None, "use_dora": False, "layers_to_transform": None, "layers_pattern": None, "revision": None,
+    }  # fmt: skip
+
+
+def linears_outside(model: nn.Module) -> list[str]:
+    """Paths of the linears that carry no adapter."""
+    inside = {f"{path}.base" for path, _ in adapters(model)}
+    return [path for path in linears(model) if path not in inside]
+
+
+def _number(x: float) -> float | int:
+    return int(x) if x == int(x) else x
+
+
+def _base_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of the model under its adapters."""
+    plain = nn.Module()
+    for name, p in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            plain.register_parameter(name.replace(".base.", ".").replace(".", "\n"), p)
+    return fingerprint(plain)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -> None:
+    """Wrap the linears that a PEFT folder names and copy its tensors in.
+
+    Raises ModelError with every key that does not fit. An adapter that minilora saved also knows its base: any_base
+    lets it onto another one of the same shape.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
+    j = read_json(folder / CONFIG)
+    _refuse_what_is_not_lora(folder, j)
+    if not (folder / WEIGHTS).exists():
+        pickle = (folder / "adapter_model.bin").exists()
+        what = "the weights are pickle (adapter_model.bin), which can run code when it is read" if pickle else f"no {WEIGHTS}"
+        raise ModelError(f"{folder}: {what}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
+    file = SafetensorsFile(folder / WEIGHTS)
+    plan = _plan(model, folder, j, file)
+    base = file.metadata.get("minilora_base")
+    if base is not None and not any_base and base != fingerprint(model):
+        raise ModelError(f"{folder} was trained on another base model than this one (same shapes, other weights)",
+                         "Give the base it was trained on, or --any-base to use it on this one.")  # fmt: skip
+    model.requires_grad_(False)
+    for path, (r, alpha) in plan.items():
+        wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
+        with torch.no_grad():
+            wrapper.lora_A.copy_(file.tensor(f"{PREFIX}{path}.lora_A.weight"))
+            wrapper.lora_B.copy_(file.tensor(f"{PREFIX}{path}.lora_B.weight"))
+
+
+def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
+    kind = j.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
+    used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
+    if used:
+        raise ModelError(f"{folder / CONFIG} uses {', '.join(used)}", "Only plain LoRA can be read: merge it with PEFT first.")
+    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
+        if not isinstance(j.get(key), kinds) or isinstance(j.get(key), bool) or j[key] <= 0:
+            raise ModelError(f"{folder / CONFIG}: {key} is {j.get(key)!r}", "A positive number belongs there.")
+
+
+def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:
+    """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
+    targets = linears(model)
+    problems, halves = [], {}
+    for key, entry in file.entries.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            problems.append(f"{key}: no LoRA matrix")
+        elif match[1] not in targets:
+            problems.append(f"{key}: the model has no such linear")
+        else:
+            halves.setdefault(match[1], {})[match[2]] = entry.shape
+    plan = {}
+    for path, shapes in halves.items():
+        linear = targets[path]
+        r = _by_pattern(folder, j, "rank_pattern", path, j["r"])
+        wanted = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
+        problems += [f"{path}: lora_{h} is missing" for h in "AB" if h not in shapes]
+        problems += [f"{path}: lora_{h} is {list(s)}, {list(wanted[h])} fits" for h, s in shapes.items() if s != wanted[h]]
+        plan[path] = (r, _by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
+    if problems or not plan:
+        shown = "\n  ".join(problems[:20] or ["it holds no adapter"])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ModelError(f"{folder} does not fit this model:\n  {shown}{more}", "It belongs to another base model.")
+    return plan
+
+
+def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
+    for pattern, value in (j.get(key) or {}).items():
+        # a stranger's pattern: short, and no repeated group, so that matching cannot take for ever
+        if len(pattern) > 200 or re.search(r"\)[*+{]", pattern):
+            raise ModelError(f"{folder / CONFIG}: {key} has a pattern that is too complex", "Use the modules' names.")
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                return value
+        except re.error:
+            raise ModelError(f"{folder / CONFIG}: {key} has a broken pattern {pattern!r}", "Correct it.") from None
+    return default

@@ -1,0 +1,243 @@
+"""A Hugging Face folder in, a Decoder out, and the way back.
+
+config.json names the family and its sizes; the tensors of model.safetensors (or of the shards that
+model.safetensors.index.json lists) carry the names of the Decoder's parameters and are copied into them one at a time. What
+is missing, what is too much and what has another shape is told in one message. Nothing of a folder is executed, and pickle
+is not read.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.models import qwen
+from minilora.models.config_json import DTYPES
+from minilora.models.layers import Config, Decoder
+
+from .durable import staged_folder
+from .errors import ModelError
+from .safetensors import SafetensorsFile, write_safetensors
+
+FAMILIES = {"qwen2": qwen, "qwen3": qwen}
+SHARD_BYTES = 5_000_000_000
+MAX_JSON = 64 << 20
+INDEX = "model.safetensors.index.json"
+# buffers that old checkpoints carry and that follow from config.json
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+# what a folder holds beside weights and belongs to the model
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE",
+)  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a small file of a model folder; ModelError if it is none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}", "Download or copy the file again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", "Download or copy the file again.")
+    return value
+
+
+def read_config(folder: Path) -> Config:
+    """The Config of a checkpoint folder; ModelError says which key, and what is supported."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint.")
+    path = folder / "config.json"
+    j = read_json(path)
+    family = j.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"{path}: model_type {family!r} is not supported", f"Supported are {', '.join(FAMILIES)}.")
+    if j.get("quantization_config"):
+        raise ModelError(f"{path}: the weights are quantised", "Use the bf16 or fp16 release of this model.")
+    try:
+        return FAMILIES[family].config(j)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ModelError(f"{path}: {reason}", "The file is damaged, or the model needs what is not there yet.") from None
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Decoder:
+    """The Decoder of a checkpoint folder, frozen and in evaluation mode.
+
+    dtype None is the checkpoint's own, device None the GPU if there is one. Beyond the model itself one tensor is in
+    memory at a time. Raises ModelError with every mismatch between the folder and the model.
+    """
+    folder = Path(folder)
+    c = read_config(folder)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.device("meta"):
+        model = Decoder(c, FAMILIES[c.family].Block).to(dtype or c.dtype)
+    tensors = Tensors(folder)
+    _check(model, tensors, folder)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        with tensors.reading(name) as value, torch.no_grad():
+            parameter.copy_(value)
+    return model
+
+
+class Tensors:
+    """The tensors of a checkpoint folder, by name, in whatever files they lie."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in self._shards():
+            for name in file.entries:
+                if name in self._files:
+                    raise ModelError(
+                        f"{file.path}: tensor {name!r} also lies in {self._files[name].path.name}",
+                        "The folder mixes two checkpoints: download it again.",
+                    )
+                self._files[name] = file
+        self.shapes = {n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)}
+
+    def _shards(self) -> Iterator[SafetensorsFile]:
+        if (self.folder / "model.safetensors").exists():
+            yield SafetensorsFile(self.folder / "model.safetensors")
+            return
+        if not (self.folder / INDEX).exists():
+            self._refuse_without_weights()
+        index = self.folder / INDEX
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
+            raise ModelError(f"{index}: weight_map is missing or empty", "Download or copy the file again.")
+        shards = sorted(set(places.values()))
+        for shard in shards:
+            if shard != Path(shard).name or not shard.endswith(".safetensors"):
+                raise ModelError(f"{index}: {shard[:80]!r} is not a file name in this folder", "Do not trust this folder.")
+        absent = [shard for shard in shards if not (self.folder / shard).is_file()]
+        if absent:
+            raise ModelError(f"{self.folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
+                             "Download the missing files.")  # fmt: skip
+        for shard in shards:
+            file = SafetensorsFile(self.folder / shard)
+            listed = {name for name, place in places.items() if place == shard}
+            wrong = sorted(listed ^ set(file.entries))
+            if wrong:
+                raise ModelError(f"{self.folder / shard}: {_fold(wrong)} not where the index says", f"{INDEX} and the shards are of two checkpoints.")  # fmt: skip
+            yield file
+
+    def _refuse_without_weights(self) -> None:
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise ModelError(
+                f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
+                "Save them as safetensors where you trust them: model.save_pretrained(DIR, safe_serialization=True).",
+            )
+        raise ModelError(f"{self.folder}: no model.safetensors and no {INDEX}", "Give the folder of a Hugging Face checkpoint.")
+
+    def reading(self, name: str) -> "_Reading":
+        """A context with the tensor of that name, mapped; its pages are given back at the end."""
+        return _Reading(self._files[name], name)
+
+
+class _Reading:
+    def __init__(self, file: SafetensorsFile, name: str):
+        self.file, self.name = file, name
+
+    def __enter__(self) -> Tensor:
+        return self.file.tensor(self.name)
+
+    def __exit__(self, *_) -> None:
+        self.file.forget(self.name)
+
+
+def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
+    """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = dict(tensors.shapes)
+    problems = []
+    if model.config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
+        with tensors.reading("lm_head.weight") as head, tensors.reading("model.embed_tokens.weight") as embedding:
+            if not torch.equal(head, embedding):
+                problems.append("lm_head.weight differs from the embedding, though config.json ties them")
+    if model.config.tied:
+        found.pop("lm_head.weight", None)
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    if missing:
+        problems.append(f"missing: {_fold(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {_fold(unexpected)}")
+    both = sorted(wanted.keys() & found.keys())
+    problems += [f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}" for n in both if found[n][1] != wanted[n]]
+    problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
+    if problems:
+        raise ModelError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems), "Check that config.json and the weights are of one model.")  # fmt: skip
+
+
+def _fold(names: Iterable[str]) -> str:
+    """Names on one line, those that differ in the layer number alone as one with a count."""
+    counts: dict[str, list[str]] = {}
+    for name in names:
+        counts.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return ", ".join(g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name for a base model: a hash over the names, shapes and first values (as bf16) of its tensors."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(p.shape)}".encode())
+        digest.update(p.detach().flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_checkpoint(
+    folder: Path,
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    companions: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Fill an empty folder with a checkpoint: the tensors in shards of at most shard_bytes, and the companion files.
+
+    `tensor(name)` is asked for one tensor at a time. The small files (config, tokenizer) are copied from `companions`.
+    """
+    shards: list[list[str]] = [[]]
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in shapes.items()}
+    for name in shapes:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shapes, tensor)
+    else:
+        places = {}
+        for i, names in enumerate(shards, 1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(folder / file, {n: shapes[n] for n in names}, tensor)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name in COMPANIONS:
+        if (companions / name).is_file():
+            shutil.copyfile(companions / name, folder / name)
+
+
+def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
+
+    The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
+    """
+    parameters = dict(model.named_parameters())
+    dtype = model.config.dtype
+    shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+    with staged_folder(Path(folder)) as stage:
+        write_checkpoint(stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes)

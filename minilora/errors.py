@@ -1,0 +1,68 @@
+"""What a user can cause: one line what and where, one line what to do, and an exit code. Never a traceback."""
+
+
+class MiniloraError(Exception):
+    """Something a user typed, or a file holds, does not work. `what` says what and where, `hint` what to do."""
+
+    code = 70
+
+    def __init__(self, what: str, hint: str = ""):
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.hint}" if self.hint else self.what
+
+
+class UsageError(MiniloraError):
+    """A flag or a config key."""
+
+    code = 2
+
+
+class DataError(MiniloraError):
+    """A file of rows."""
+
+    code = 3
+
+
+class ModelError(MiniloraError):
+    """A model, adapter or tokenizer file."""
+
+    code = 4
+
+
+class Diverged(MiniloraError):
+    """A loss or a gradient is not finite."""
+
+    code = 5
+
+
+class DiskError(MiniloraError):
+    """The disk is full, read-only or broken."""
+
+    code = 6
+
+
+class OutOfMemory(MiniloraError):
+    """The machine's or the card's memory is not enough."""
+
+    code = 7
+
+
+class OutputInUse(MiniloraError):
+    """The output folder holds something already, or another run works in it."""
+
+    code = 8
+
+
+class CheckpointMismatch(MiniloraError):
+    """The checkpoint belongs to another run than the one that shall go on."""
+
+    code = 9
+
+
+class Stopped(MiniloraError):
+    """A signal came; the state is saved."""
+
+    code = 75

@@ -1,0 +1,151 @@
+"""LoRA on any model: one wrapper for a linear layer, and one walk that puts it in place.
+
+A wrapped linear computes y = W x + b + scale * B A dropout(x), with W and b frozen, A [R, in] and B [out, R] trained in fp32
+(Hu et al., 2021), scale = alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA (Kalajdzievski, 2023). A linear is
+wrapped or it is not; there is no third state.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.lora_linear import NO_DROPOUT, lora_linear
+
+from .errors import UsageError
+
+GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",)}
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its adapter: x [T, in] -> [T, out]."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
+        self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
+        self.key = NO_DROPOUT
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key)
+
+    def merged_weight(self) -> Tensor:
+        """W + scale * B A, summed in fp32 (fp64 for a model in fp64) and rounded once to the dtype of W."""
+        w = self.base.weight.detach()
+        wide = torch.promote_types(w.dtype, torch.float32)
+        delta = self.lora_B.detach().to(wide) @ self.lora_A.detach().to(wide)
+        return w.to(wide).add(delta, alpha=self.scale).to(w.dtype)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Every wrapped linear of a model with its path, in the order of the model."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that an adapter can go on, by path: all but the output head."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"}
+
+
+def add_lora(
+    model: nn.Module, targets: str | list[str] = "all-linear", r: int = 16, alpha: float = 32, dropout: float = 0.0,
+    rslora: bool = False, seed: int = 0,
+) -> None:  # fmt: skip
+    """Freeze a model and wrap the targeted linears with new adapters, B zero: the model computes what it did.
+
+    targets: "all-linear", "attention", "mlp", names of linears (a list, or one string with commas), or a regular
+    expression over whole paths. A starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), drawn from seed.
+    Raises UsageError with the names that exist if a target is not there.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for path in matching(model, targets):
+        wrapper = wrap(model, path, r, alpha, dropout, rslora)
+        bound = wrapper.base.in_features**-0.5
+        with torch.no_grad():
+            wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
+
+
+def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> LoRALinear:
+    """Replace the linear at a path by a wrapper around it; A is not initialised."""
+    base = model.get_submodule(path)
+    assert isinstance(base, nn.Linear), (path, type(base))
+    wrapper = LoRALinear(base, r, alpha, dropout, rslora).train(model.training)
+    _replace(model, path, wrapper)
+    return wrapper
+
+
+def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """The paths of the linears that `targets` means, in the order of the model."""
+    paths = list(linears(model))
+    if targets == "all-linear":
+        return paths
+    if isinstance(targets, str) and targets in GROUPS:
+        found = [p for p in paths if set(p.split(".")[:-1]) & set(GROUPS[targets])]
+        missing = [] if found else [targets]
+    elif isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
+        try:
+            found = [p for p in paths if re.fullmatch(targets, p)]
+        except re.error as error:
+            raise UsageError(f"lora_targets {targets!r} is no regular expression: {error}", "Correct it, or give names.") from None
+        missing = [] if found else [targets]
+    else:
+        names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
+        found = [p for p in paths if any(_named(p, n) for n in names)]
+        missing = [n for n in names if not any(_named(p, n) for p in paths)]
+    if missing:
+        leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
+        raise UsageError(f"no linear is called {', '.join(missing)}", f"The model has {leaves}; or give all-linear, attention, mlp.")
+    return found
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter into its weight, in place, and take the wrappers away; rounded once to the weight's dtype."""
+    for path, wrapper in list(adapters(model)):
+        with torch.no_grad():
+            wrapper.base.weight.copy_(wrapper.merged_weight())
+        _replace(model, path, wrapper.base)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model while the block runs: the wrappers are taken out and put back."""
+    wrapped = list(adapters(model))
+    for path, wrapper in wrapped:
+        _replace(model, path, wrapper.base)
+    try:
+        yield
+    finally:
+        for path, wrapper in wrapped:
+            _replace(model, path, wrapper)
+
+
+def key_dropout(model: nn.Module, seed: int, step: int, micro: int) -> None:
+    """Name the dropout masks of the pass that follows: a function of seed, step, micro-batch and module alone."""
+    for number, (_, wrapper) in enumerate(adapters(model)):
+        wrapper.key = DropoutKey(seed, step, micro, number)

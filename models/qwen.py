@@ -1,0 +1,81 @@
+"""Qwen dense: Qwen1.5, Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen (`qwen2`) and Qwen3 (`qwen3`).
+
+Both are pre-norm blocks of grouped-query attention and SwiGLU. Qwen2 has biases on q, k and v; Qwen3 has none, but an
+RMS norm on each head of q and k before the rotation, and a head size of its own.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config_json import dtype_of, rope_of, whole
+from .layers import MLP, Attention, Config, Place, RMSNorm
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), place)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def config(j: dict[str, Any]) -> Config:
+    """Config of a `qwen2` or `qwen3` config.json, in the spelling of transformers 4 or 5.
+
+    Raises ValueError naming the key for what these families do not have or what is not supported.
+    """
+    family = j["model_type"]
+    if j.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {j['hidden_act']!r}; {family} has 'silu'")
+    if j.get("attention_bias", False):
+        raise ValueError(f"attention_bias is set; {family} checkpoints have none")
+    layers, width = whole(j, "num_hidden_layers"), whole(j, "hidden_size")
+    heads = whole(j, "num_attention_heads")
+    max_positions = whole(j, "max_position_embeddings", 32768)
+    theta, yarn = rope_of(j, max_positions)
+    c = Config(
+        family=family,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=whole(j, "num_key_value_heads", heads),
+        head_size=whole(j, "head_dim", width // heads),
+        ffn=whole(j, "intermediate_size"),
+        vocab=whole(j, "vocab_size"),
+        eps=float(j.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        yarn=yarn,
+        windows=_windows(j, layers),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied=bool(j.get("tie_word_embeddings", False)),
+        max_positions=max_positions,
+        dtype=dtype_of(j),
+    )
+    if c.heads % c.kv_heads:
+        raise ValueError(f"num_attention_heads {c.heads} is not a multiple of num_key_value_heads {c.kv_heads}")
+    if c.head_size % 2:
+        raise ValueError(f"head_dim is {c.head_size}; rotary positions need an even one")
+    return c
+
+
+def _windows(j: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer: layer_types (transformers 5), or the layers from max_window_layers on."""
+    size = j.get("sliding_window")
+    if not j.get("use_sliding_window", False) or size is None:
+        return (None,) * layers
+    size = whole(j, "sliding_window")
+    types = j.get("layer_types")
+    if types is None:
+        first = whole(j, "max_window_layers", 28)
+        return tuple(size if i >= first else None for i in range(layers))
+    known = {"full_attention": None, "sliding_attention": size}
+    if len(types) != layers or not set(types) <= set(known):
+        raise ValueError(f"layer_types must name {layers} layers, each one of {sorted(known)}; it is {types}")
+    return tuple(known[kind] for kind in types)
