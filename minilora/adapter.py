@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoint import fingerprint, read_json
 from .durable import staged_folder
 from .errors import ModelError
-from .lora import LoRALinear, adapters, linears, wrap
+from .lora import LoRALinear, adapters, base_parameters, linears, wrap
 from .safetensors import SafetensorsFile, write_tensors
 
 PREFIX = "base_model.model."
@@ -44,7 +44,7 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
     for path, wrapper in wrapped.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
-    write_tensors(folder / WEIGHTS, tensors, {"minilora_base": _base_fingerprint(model)})
+    write_tensors(folder / WEIGHTS, tensors, {"minilora_base": fingerprint(base_parameters(model))})
     (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
 
 
@@ -53,7 +53,7 @@ def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict
     alpha = Counter(w.alpha for w in wrapped.values()).most_common(1)[0][0]
     first = next(iter(wrapped.values()))
     # a leaf name stands for all its linears; where only some are wrapped, they are named in full
-    bare = {path.split(".")[-1] for path in linears_outside(model)}
+    bare = {path.split(".")[-1] for path in _linears_without(model)}
     targets = sorted({path if path.split(".")[-1] in bare else path.split(".")[-1] for path in wrapped})
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
@@ -66,7 +66,7 @@ def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict
     }  # fmt: skip
 
 
-def linears_outside(model: nn.Module) -> list[str]:
+def _linears_without(model: nn.Module) -> list[str]:
     """Paths of the linears that carry no adapter."""
     inside = {f"{path}.base" for path, _ in adapters(model)}
     return [path for path in linears(model) if path not in inside]
@@ -74,15 +74,6 @@ def linears_outside(model: nn.Module) -> list[str]:
 
 def _number(x: float) -> float | int:
     return int(x) if x == int(x) else x
-
-
-def _base_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of the model under its adapters."""
-    plain = nn.Module()
-    for name, p in model.named_parameters():
-        if not name.endswith((".lora_A", ".lora_B")):
-            plain.register_parameter(name.replace(".base.", ".").replace(".", "\n"), p)
-    return fingerprint(plain)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -> None:
@@ -103,7 +94,7 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
     file = SafetensorsFile(folder / WEIGHTS)
     plan = _plan(model, folder, j, file)
     base = file.metadata.get("minilora_base")
-    if base is not None and not any_base and base != fingerprint(model):
+    if base is not None and not any_base and base != fingerprint(base_parameters(model)):
         raise ModelError(f"{folder} was trained on another base model than this one (same shapes, other weights)",
                          "Give the base it was trained on, or --any-base to use it on this one.")  # fmt: skip
     model.requires_grad_(False)

@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.models import qwen
 from minilora.models.config_json import DTYPES
@@ -190,10 +190,10 @@ def _fold(names: Iterable[str]) -> str:
     return ", ".join(g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items())
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """A short name for a base model: a hash over the names, shapes and first values (as bf16) of its tensors."""
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in sorted(parameters.items()):
         digest.update(f"{name} {list(p.shape)}".encode())
         digest.update(p.detach().flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -108,7 +108,11 @@ def problem_of(folder: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Own a folder while the block runs; OutputInUse if another process does. The lock ends with the process."""
+    """Own a folder while the block runs; OutputInUse if another process does. The lock ends with the process.
+
+    A folder that is new and stays empty is taken away again.
+    """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
@@ -120,4 +124,9 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if new and [p.name for p in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()

@@ -63,6 +63,12 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"}
 
 
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the model under its adapters, by the names that they have in the checkpoint."""
+    named = model.named_parameters()
+    return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
+
+
 def add_lora(
     model: nn.Module, targets: str | list[str] = "all-linear", r: int = 16, alpha: float = 32, dropout: float = 0.0,
     rslora: bool = False, seed: int = 0,

@@ -1,0 +1,192 @@
+"""Every setting of a training run, in one place: defaults, a yaml file over them, flags over that."""
+
+import difflib
+import types
+import typing
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from .errors import UsageError
+
+
+def setting(default: Any, help: str, same: bool = True) -> Any:
+    """A field with its help text; same: a resumed run must have the same value (files are compared by what they hold)."""
+    return field(default=default, metadata={"help": help, "same": same})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Field names are the yaml keys and, with dashes, the flags."""
+
+    model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
+    data: str = setting("", "json or jsonl file of rows", same=False)
+    val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
+    output: str = setting("", "run folder", same=False)
+    define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
+    loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
+    max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
+    max_source_length: int | None = setting(None, "most masked tokens of a row")
+    max_target_length: int | None = setting(None, "most trained tokens of a row")
+    method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
+    lora_r: int = setting(16, "rank of the adapters")
+    lora_alpha: float = setting(32, "adapter scale is alpha / r")
+    lora_dropout: float = setting(0.0, "dropout in front of the adapters")
+    lora_targets: str = setting("all-linear", "all-linear, attention, mlp, names with commas, or a regex over paths")
+    rslora: bool = setting(False, "scale by alpha / sqrt(r)")
+    lr: float = setting(2e-4, "peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
+    warmup: float = setting(0.03, "warmup: a share of the steps below 1, else a number of steps")
+    epochs: float | None = setting(None, "passes over the data; default 3, more for a set so small that it makes < 100 steps")
+    max_steps: int | None = setting(None, "stop after so many optimizer steps")
+    batch_size: int = setting(8, "rows of a batch")
+    accumulation: int = setting(1, "batches of an optimizer step")
+    micro_tokens: int | None = setting(None, "most tokens of one forward and backward pass; default max_length")
+    clip: float = setting(1.0, "largest gradient norm; 0 clips nothing")
+    weight_decay: float = setting(0.0, "AdamW's")
+    beta1: float = setting(0.9, "AdamW's")
+    beta2: float = setting(0.999, "AdamW's")
+    seed: int = setting(42, "of the order, the adapters' start and the dropout")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16")
+    device: str = setting("auto", "cpu, cuda, cuda:1; auto is the GPU if there is one", same=False)
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time", same=False)
+    eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
+    save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
+    keep: int = setting(2, "checkpoints to keep, beside the best", same=False)
+
+
+# names known from Hugging Face, PEFT, LLaMA-Factory and others
+ALIASES = {
+    "model_name_or_path": "model", "dataset": "data", "output_dir": "output", "learning_rate": "lr",
+    "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup", "num_train_epochs": "epochs",
+    "num_epochs": "epochs", "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation", "max_grad_norm": "clip", "cutoff_len": "max_length",
+    "max_seq_length": "max_length", "sequence_len": "max_length", "max_input_length": "max_source_length",
+    "max_output_length": "max_target_length", "lora_rank": "lora_r", "r": "lora_r", "rank": "lora_r", "alpha": "lora_alpha",
+    "lora_target": "lora_targets", "target_modules": "lora_targets", "targets": "lora_targets", "use_rslora": "rslora",
+    "dropout": "lora_dropout", "gradient_checkpointing": "checkpointing", "eval_steps": "eval_every",
+    "save_steps": "save_every", "save_total_limit": "keep", "adam_beta1": "beta1", "adam_beta2": "beta2",
+    "finetuning_type": "method", "val_size": "val", "torch_dtype": "dtype", "iters": "max_steps",
+}  # fmt: skip
+POSITIVE = {
+    "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
+    "accumulation", "micro_tokens", "eval_every", "save_every", "keep",
+}  # fmt: skip
+NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
+BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
+
+
+def resolve(*sources: dict[str, Any]) -> TrainConfig:
+    """The config of defaults under the given settings, later ones first; UsageError names a key or a value that is wrong."""
+    known = {f.name: f for f in fields(TrainConfig)}
+    values: dict[str, Any] = {}
+    for source in sources:
+        for given, value in source.items():
+            name = canonical(given)
+            values[name] = convert(known[name], value)
+    return TrainConfig(**values)
+
+
+def canonical(given: str) -> str:
+    """The field that a name or an alias means; UsageError with the nearest one otherwise."""
+    names = [f.name for f in fields(TrainConfig)]
+    name = given.replace("-", "_")
+    name = ALIASES.get(name, name)
+    if name not in names:
+        near = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "See minilora train --help."
+        raise UsageError(f"unknown setting {given!r}", hint)
+    return name
+
+
+def convert(f: Field, value: Any) -> Any:
+    """A value from yaml or a flag in the type of its field: 1e-4 is a number whatever yaml thinks."""
+    kinds = get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    wrong = UsageError(f"{f.name} is {value!r}", f"{f.metadata['help']}.")
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(f"{f.name} is {value!r}", f"It can be {', '.join(get_args(kind))}.")
+        return value
+    if kind is dict:
+        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+            raise wrong
+        return {k: str(v) for k, v in value.items()}
+    if kind is bool:
+        table = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        if str(value).lower() not in table:
+            raise wrong
+        return table[str(value).lower()]
+    if kind is str:
+        return str(value)
+    try:
+        number = kind(str(value)) if kind is not int else int(str(value))
+    except ValueError:
+        raise wrong from None
+    inside = (
+        (f.name not in POSITIVE or number > 0)
+        and (f.name not in NOT_NEGATIVE or number >= 0)
+        and (f.name not in BELOW_ONE or 0 <= number < 1)
+        and number == number
+        and abs(number) != float("inf")
+    )
+    if not inside:
+        raise wrong
+    return number
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe yaml that refuses a key that stands twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        twice = next((k for k in keys if keys.count(k) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a yaml file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > 1 << 20:
+            raise UsageError(f"{path} is larger than 1 MiB", "It is no config file.")
+        value = yaml.load(text, _Loader)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "Give a yaml file with -c.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}", "Correct the yaml there.") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+        raise UsageError(f"{path} holds no settings", "Write lines of `name: value`.")
+    return value
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """A config as yaml that -c reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def must_match(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the losses of a run; a resumed run must have the same."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["same"]}
+
+
+def defaults() -> dict[str, Any]:
+    """Every field's default."""
+    return {f.name: f.default if f.default is not MISSING else {} for f in fields(TrainConfig)}
+
+
+def kind_name(f: Field) -> str:
+    """What a flag's value looks like, for the help."""
+    kinds = get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
+    kind = next(k for k in kinds if k is not type(None))
+    if get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    return {dict: "NAME=TEXT", str: "TEXT", int: "N", float: "X", bool: "on|off"}[kind]

@@ -1,0 +1,61 @@
+"""How many floating-point operations a training step needs, and how many the machine can do: the two sides of MFU.
+
+With frozen weights a token costs 2N forward and 2N backward (dX; there is no dW), so 4N and not the 6N of full training.
+Adapters cost 6 per parameter. The head is paid for by the tokens that have a target. Attention costs 4 H E n^2 / 2 forward
+for a causal document of n tokens and twice that backward. Recomputation under activation checkpointing is not counted.
+"""
+
+import time
+
+import torch
+
+from minilora.models.layers import Config
+
+from .data import Batch
+from .lora import adapters, linears
+
+# dense bf16 peak of the cards that the benchmarks name, in FLOP/s (vendor data sheets)
+PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+
+
+def flops_per_token(model: torch.nn.Module, full: bool) -> tuple[float, float]:
+    """(of every token, of every token with a target beside that) in the linears of a step, forward and backward."""
+    wide = sum(m.weight.numel() for m in linears(model).values())
+    narrow = sum(w.lora_A.numel() + w.lora_B.numel() for _, w in adapters(model))
+    factor = 6 if full else 4
+    return factor * wide + 6 * narrow, factor * model.head.numel()
+
+
+def attention_flops(c: Config, seams: list[int]) -> float:
+    """Forward and backward of causal attention over the documents of a stream, all layers."""
+    total = 0.0
+    for n in (end - start for start, end in zip(seams[:-1], seams[1:], strict=True)):
+        for window in c.windows:
+            w = n if window is None else min(window, n)
+            total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2)
+    return total
+
+
+def step_flops(model: torch.nn.Module, batches: list[Batch], full: bool) -> float:
+    """Operations that the model needs for the batches of one optimizer step."""
+    each, head = flops_per_token(model, full)
+    tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.rows) for b in batches)
+    return each * tokens + head * trained + sum(attention_flops(model.config, b.seams) for b in batches)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the card by its data sheet; for another device the best of a few measured matrix products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for card, peak in PEAKS.items():
+            if card in name:
+                return peak
+    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

@@ -1,0 +1,107 @@
+"""What a run shows and writes while it goes: one live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Monitor:
+    """Follows a run of `total` steps from `start`; metrics of steps beyond `start` in an older file are dropped."""
+
+    def __init__(self, path: Path, total: int, start: int, console: Console):
+        self.total, self.start, self.console = total, start, console
+        self.average: float | None = None
+        self.losses: list[float] = []
+        kept = [line for line in _lines(path) if line.get("step", 0) <= start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1, encoding="utf-8")
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._began = self._printed = time.monotonic()
+        for line in kept:
+            if "loss" in line:
+                self._average(line["loss"])
+
+    def __enter__(self) -> "Monitor":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+        self._file.close()
+
+    def _average(self, loss: float) -> None:
+        self.losses = [*self.losses[-9:], loss]
+        self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        self._file.write(json.dumps(metrics) + "\n")
+        if "loss" not in metrics:
+            return
+        self._average(metrics["loss"])
+        line = self._line(metrics)
+        if self._live:
+            self._live.update(line)
+        elif metrics["step"] in (self.start + 1, self.total) or time.monotonic() - self._printed > PLAIN_EVERY:
+            self._printed = time.monotonic()
+            self.console.print(line, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self, m: dict[str, Any]) -> Text:
+        done = m["step"] - self.start
+        left = (time.monotonic() - self._began) / done * (self.total - m["step"])
+        filled = round(20 * m["step"] / self.total)
+        return Text(
+            f" {m['step']:>5}/{self.total}  loss {m['loss']:.4f} (avg {self.average:.4f})  lr {m['lr']:.2e}  "
+            f"grad {m['grad_norm']:.2f}  {m['tokens_per_second']:,.0f} tok/s  MFU {100 * m['mfu']:.0f} %  "
+            f"{m['memory_gb']:.1f} GB  ETA {_clock(left)}  {'━' * filled}{'─' * (20 - filled)}",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last one that was cut by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, one a step."""
+    return _lines(path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory so far in GB (10^9 bytes): of the card, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

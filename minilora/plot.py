@@ -1,0 +1,48 @@
+"""loss.png: the training loss, raw and smoothed, and the validation loss with its best point."""
+
+import io
+import os
+from pathlib import Path
+
+from .durable import write_file
+from .monitor import read_metrics
+
+
+def plot_loss(run: Path) -> str:
+    """Draw RUN/loss.png from RUN/metrics.jsonl; returns the path, or what is missing to draw it."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no loss.png: matplotlib is not there (pip install 'minilora[report]')"
+    metrics = read_metrics(run / "metrics.jsonl")
+    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="train")
+        axes.plot(steps, _smooth(losses), color="#08519c", linewidth=2, label="train, smoothed")
+    if val:
+        steps, losses = zip(*val, strict=True)
+        best = min(val, key=lambda point: point[1])
+        axes.plot(steps, losses, color="#d95f02", marker="o", markersize=4, linewidth=1.5, label="validation")
+        axes.annotate(f"best {best[1]:.3f}", best, xytext=(0, 10), textcoords="offset points", ha="center")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_file(run / "loss.png", picture.getvalue())
+    return str(run / "loss.png")
+
+
+def _smooth(losses: tuple[float, ...]) -> list[float]:
+    """Exponential average with weight 0.9, bias-corrected."""
+    total = weight = 0.0
+    smooth = []
+    for loss in losses:
+        total, weight = 0.9 * total + 0.1 * loss, 0.9 * weight + 0.1
+        smooth.append(total / weight)
+    return smooth

@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM as a request: the run ends at its next safe place. A second signal ends it at once."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class StopSignal:
+    """A context in which the first signal sets `requested`; in a thread other than the main one signals are left alone."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._handle) for number in NAMES}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise SystemExit(128 + number)
+        self.requested, self.name = True, NAMES[signal.Signals(number)]
