@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .rows import Row, read_rows
+from .rows import Row, fill, read_rows
 from .tokenizer import Tokenizer
 
 IGNORE = -100
@@ -61,6 +61,8 @@ class Report:
     tokens: int = 0
     trained: int = 0
     longest: int = 0
+    defined: Counter = field(default_factory=Counter)  # {{key}} -> times it was filled
+    undefined: Counter = field(default_factory=Counter)  # {{key}} -> rows that hold it unfilled
 
     def __str__(self) -> str:
         kept = self.rows - sum(self.dropped.values())
@@ -69,7 +71,9 @@ class Report:
         text = f"{kept:,} rows ({shapes})  {self.tokens:,} tokens, {self.trained:,} trained ({share:.0f} %)  longest {self.longest:,}"
         if self.dropped:
             counts = ", ".join(f"{n:,} over {limit}" for limit, n in self.dropped.items())
-            text += f"\ndropped {kept and self.rows - kept or self.rows:,} of {self.rows:,} rows: {counts} (first: {self.first_dropped})"
+            text += f"\ndropped {self.rows - kept:,} of {self.rows:,} rows: {counts} (first: {self.first_dropped})"
+        for key, rows in self.undefined.items():
+            text += f"\nnote: {rows:,} rows hold {{{{{key}}}}} as it is; --define {key}=TEXT fills it"
         return text
 
 
@@ -82,13 +86,16 @@ def load_examples(
     max_source_length: int | None = None,
     max_target_length: int | None = None,
 ) -> tuple[list[Example], Report]:
-    """The examples of a file of rows, and the report on it.
+    """The examples of a file of rows, `{{key}}` in their texts replaced by define[key], and the report on them.
 
     A row longer than max_length tokens, or with more masked tokens than max_source_length or more trained tokens than
     max_target_length (each with the template's own), is left out and counted. Raises DataError if none is left.
     """
     report, examples = Report(), []
-    for row in read_rows(Path(path), define):
+    for row in read_rows(Path(path)):
+        used, undefined = fill(row, define or {})
+        report.defined.update(used)
+        report.undefined.update(undefined)
         report.rows += 1
         report.shapes[row.shape] += 1
         example, trained = _example(row, tokenizer, loss_on)

@@ -45,9 +45,12 @@ class LoRALinear(nn.Module):
         p = self.dropout if self.training else 0.0
         return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key)
 
-    def merged_weight(self) -> Tensor:
-        """W + scale * B A, summed in fp32 (fp64 for a model in fp64) and rounded once to the dtype of W."""
-        w = self.base.weight.detach()
+    def merged_weight(self, stored: Tensor | None = None) -> Tensor:
+        """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.
+
+        W is the base's weight, or `stored`, the same matrix as a file has it.
+        """
+        w = self.base.weight.detach() if stored is None else stored.to(self.lora_A.device)
         wide = torch.promote_types(w.dtype, torch.float32)
         delta = self.lora_B.detach().to(wide) @ self.lora_A.detach().to(wide)
         return w.to(wide).add(delta, alpha=self.scale).to(w.dtype)

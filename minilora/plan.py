@@ -58,10 +58,12 @@ def load_data(config: TrainConfig) -> Data:
     tokenizer = load_tokenizer(config.model)
     limits = (config.loss_on, config.max_length, config.max_source_length, config.max_target_length)
     train, report = load_examples(config.data, tokenizer, config.define, *limits)
+    idle = [key for key in config.define if not report.defined[key]]
+    if idle:
+        raise UsageError(f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}", "Correct the name or leave it out.")
     val, note = [], ""
     if config.val and Path(config.val).exists():
-        # a validation file may well lack a {{name}} that the training rows have
-        val, val_report = load_examples(config.val, tokenizer, None, *limits)
+        val, val_report = load_examples(config.val, tokenizer, config.define, *limits)
         note = str(val_report)
     elif config.val:
         count = _val_count(config.val, len(train))

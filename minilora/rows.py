@@ -6,15 +6,17 @@ complaint names the file and the line or row.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import DataError, UsageError
+from .errors import DataError
 from .template import Message
 
 MAX_LINE = 64 << 20
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 CHATS = ("messages", "conversations", "conversation", "dialog")
 QUESTIONS = ("prompt", "question", "query")
 ANSWERS = ("completion", "response", "answer", "output")
@@ -31,25 +33,24 @@ class Row(NamedTuple):
     where: str
 
 
-def read_rows(path: Path, define: dict[str, str] | None = None) -> list[Row]:
-    """The conversations of a file; `{{key}}` in any text is replaced by define[key].
-
-    Raises DataError for the first row that is none, UsageError for a definition that nothing asks for.
-    """
-    rows, used = [], Counter()
-    for where, value in _values(path):
-        messages, shape = _messages(value, where)
-        for message in messages:
-            for key, text in (define or {}).items():
-                used[key] += message["content"].count(f"{{{{{key}}}}}")
-                message["content"] = message["content"].replace(f"{{{{{key}}}}}", text)
-        rows.append(Row(messages, shape, where))
+def read_rows(path: Path) -> list[Row]:
+    """The conversations of a file; DataError for the first row that is none, or if there is no row."""
+    rows = [Row(*_messages(value, where), where) for where, value in _values(path)]
     if not rows:
         raise DataError(f"{path}: no rows", "Give a file with at least one conversation.")
-    idle = [key for key in define or {} if not used[key]]
-    if idle:
-        raise UsageError(f"--define {idle[0]}: no row of {path} has {{{{{idle[0]}}}}}", "Correct the name or leave it out.")
     return rows
+
+
+def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
+    """Replace `{{key}}` in the texts of a row by define[key]; returns how often each key stood there, and keys left over."""
+    used, open_keys = Counter(), set()
+    for message in row.messages:
+        text = message["content"]
+        keys = PLACEHOLDER.findall(text)
+        used.update(k for k in keys if k in define)
+        open_keys |= set(keys) - define.keys()
+        message["content"] = PLACEHOLDER.sub(lambda m: define.get(m[1], m[0]), text)
+    return used, open_keys
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:

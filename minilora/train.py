@@ -24,7 +24,7 @@ from .checkpoint import load_model
 from .config import TrainConfig, must_match, to_yaml
 from .data import Batch, pack, step_examples
 from .durable import locked, staged_folder, write_file
-from .errors import CheckpointMismatch, Diverged, DiskError, OutputInUse, Stopped
+from .errors import CheckpointMismatch, DiskError, Diverged, OutOfMemory, OutputInUse, Stopped
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
@@ -274,8 +274,6 @@ def _check_disk(run: Path, model: Decoder) -> None:
 @contextmanager
 def _memory_hint() -> Iterator[None]:
     """Say what would need less memory when there is not enough."""
-    from .errors import OutOfMemory
-
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:

@@ -199,9 +199,13 @@ class Decoder(nn.Module):
             cache.length += ids.shape[0]
         return self.model.norm(x if rows is None else x.index_select(0, rows))
 
-    def logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [T, V] in fp32 or wider for one document ids [T], which continues `cache` if there is one."""
+    def logits(self, ids: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
+        """Logits [T, V] in fp32 or wider for one document ids [T], which continues `cache` if there is one.
+
+        `last` makes those of the last token alone, [1, V].
+        """
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + ids.shape[0], device=ids.device)
-        x = self(ids, positions, [0, ids.shape[0]], cache=cache)
+        rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
+        x = self(ids, positions, [0, ids.shape[0]], rows, cache)
         return F.linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))

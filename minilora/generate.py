@@ -1,0 +1,113 @@
+"""Token by token from a model: greedy or sampled, with a key/value cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.models.layers import Cache, Decoder
+
+from .checkpoint import read_json
+from .errors import ModelError
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest; else top_k, then top_p, then a draw.
+
+    repetition_penalty divides the positive logits of tokens seen so far and multiplies the negative ones (Keskar et al., 2019).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
+    """The sampling and the stop ids of a folder's generation_config.json; greedy and none where it has none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return GREEDY, set()
+    j = read_json(path)
+    stop = j.get("eos_token_id")
+    stop = {stop} if isinstance(stop, int) else set(stop or ())
+    try:
+        sampling = Sampling(
+            temperature=float(j.get("temperature", 1.0)) if j.get("do_sample", False) else 0.0,
+            top_p=float(j.get("top_p", 1.0)),
+            top_k=int(j.get("top_k", 50)),
+            repetition_penalty=float(j.get("repetition_penalty", 1.0)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {error}", "Correct the file, or take it away.") from None
+    return sampling, stop
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder, ids: list[int], stop: set[int], max_tokens: int, sampling: Sampling = GREEDY,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """The tokens that follow ids, one at a time, up to and without the first of `stop`; at most max_tokens."""
+    cache = Cache(model.config.layers)
+    device = model.head.device
+    seen = torch.tensor(ids, device=device)
+    step = seen
+    for _ in range(max_tokens):
+        token = choose(model.logits(step, cache, last=True)[-1], seen, sampling, generator)
+        if token in stop:
+            return
+        yield token
+        step = torch.tensor([token], device=device)
+        seen = torch.cat((seen, step))
+
+
+def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
+    """The next token from logits [V] after the tokens seen [n]."""
+    if sampling.repetition_penalty != 1.0:
+        old = logits[seen]
+        punished = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        logits = logits.index_put((seen,), punished)
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    logits = (logits / sampling.temperature).float()
+    if 0 < sampling.top_k < len(logits):
+        logits, ids = logits.topk(sampling.top_k)
+    else:
+        logits, ids = logits.sort(descending=True)
+    p = logits.softmax(-1)
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= sampling.top_p, 0.0)  # the smallest set whose mass reaches top_p; never empty
+    p[0] = p[0].clamp(min=torch.finfo(p.dtype).tiny)
+    return int(ids[torch.multinomial(p.cpu(), 1, generator=generator)])
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens as it grows; a character that takes several tokens comes whole."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(ids)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def answer(
+    model: Decoder, tokenizer: Tokenizer, messages: list[dict], stop: set[int], max_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+) -> str:  # fmt: skip
+    """The assistant's whole next message in a chat, thinking off."""
+    ids, _ = tokenizer.render(messages, prompt=True)
+    return tokenizer.decode(list(generate(model, ids, stop | tokenizer.stop_ids, max_tokens, sampling)))

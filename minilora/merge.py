@@ -1,0 +1,59 @@
+"""`minilora merge`: base and adapter in, one Hugging Face folder out, proven before it is there.
+
+Each weight is summed in fp32 and rounded once to its own type. The folder is written under a hidden name, read back, and
+compared with base + adapter (verify.py); only then does it get its name.
+"""
+
+import gc
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import load_adapter
+from .checkpoint import SHARD_BYTES, Tensors, load_model, write_checkpoint
+from .durable import staged_folder
+from .errors import DiskError, ModelError, OutputInUse
+from .lora import adapters, without_adapters
+from .tokenizer import load_tokenizer
+from .verify import Proof, logits_of, prompt_ids, prove, wide_logits_of
+
+
+def merge_folder(
+    model: str | Path, adapter: str | Path, output: str | Path, shard_bytes: int = SHARD_BYTES, any_base: bool = False,
+    device: str | None = None,
+) -> Proof:  # fmt: skip
+    """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold."""
+    model, output = Path(model), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputInUse(f"{output} is not empty", "Give another --output.")
+    decoder = load_model(model, device=device)
+    load_adapter(decoder, adapter, any_base)
+    decoder.eval()
+    prompts = prompt_ids(load_tokenizer(model))
+    tensors = Tensors(model)
+    need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
+    free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
+    if free < need:
+        raise DiskError(f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Free some space, or give another --output.")
+    wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
+
+    def tensor(name: str) -> Tensor:
+        with tensors.reading(name) as stored:
+            return wrapped[name].merged_weight(stored) if name in wrapped else stored.clone()
+
+    with staged_folder(output) as stage:
+        write_checkpoint(stage, tensors.shapes, tensor, model, shard_bytes)
+        truth, plain = wide_logits_of(decoder, prompts), logits_of(decoder, prompts)
+        with without_adapters(decoder):
+            base = logits_of(decoder, prompts)
+        del decoder
+        wrapped.clear()
+        gc.collect()
+        merged = logits_of(load_model(stage, device=device), prompts)
+        proof = prove(truth, plain, merged, base)
+        if not proof.holds:
+            raise ModelError(f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding; nothing was written",
+                             "Check the disk and the memory of this machine, and report it.")  # fmt: skip
+    return proof

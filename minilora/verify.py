@@ -1,0 +1,81 @@
+"""Proof that a merged checkpoint computes what base and adapter compute together.
+
+Truth is base + adapter evaluated in a wider type, block by block. The merged model is compared with it as it was read back
+from the disk, and may be wrong by no more than twice what base + adapter in its own type is: a tolerance that is measured,
+not chosen.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.rope import rope_angles
+from minilora.models.layers import Decoder, Place, inverse_frequencies
+
+from .tokenizer import Tokenizer
+
+PROMPTS = (
+    "Who are you?", "你是谁？", "What is the capital of France?", "用一句话解释什么是机器学习。",
+    "Write a function that reverses a string.", "把“早上好”翻译成英文。", "Tell me a short story about a fox.", "1 + 1 = ?",
+)  # fmt: skip
+
+
+class Proof(NamedTuple):
+    """Largest logit differences over the prompts, and how often the likeliest next token is the same."""
+
+    merged: float  # merged against truth
+    allowed: float  # twice base + adapter in its own type against truth
+    adapter: float  # what the adapter changes: truth against the base alone, both in their own type
+    agreement: float  # share of tokens for which merged and base + adapter prefer the same next token
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        return self.merged <= self.allowed
+
+
+def prompt_ids(tokenizer: Tokenizer) -> list[Tensor]:
+    """The prompts as the chat template writes them."""
+    return [torch.tensor(tokenizer.render([{"role": "user", "content": p}], prompt=True)[0]) for p in PROMPTS]
+
+
+@torch.inference_mode()
+def logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
+    """Logits [T, V] of each prompt in the model's own type."""
+    return [model.logits(ids.to(model.head.device)).cpu() for ids in prompts]
+
+
+@torch.inference_mode()
+def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
+    """Logits in fp32 (fp64 for a model in fp32), with one block at a time in that type."""
+    device, dtype = model.head.device, model.head.dtype
+    wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+    streams, places = [], []
+    for ids in prompts:
+        positions = torch.arange(len(ids), device=device)
+        angles = rope_angles(positions, *inverse_frequencies(model.config, device, wide), wide)
+        streams.append(model.model.embed_tokens(ids.to(device)).to(wide))
+        places.append(Place(*angles, [0, len(ids)], None))
+    for block in model.model.layers:
+        widened = copy.deepcopy(block).to(wide)
+        streams = [widened(x, place) for x, place in zip(streams, places, strict=True)]
+    norm = copy.deepcopy(model.model.norm).to(wide)
+    streams = [norm(x) for x in streams]
+    pieces = [[x @ part.to(wide).T for x in streams] for part in model.head.split(16384)]
+    return [torch.cat(parts, dim=1).cpu() for parts in zip(*pieces, strict=True)]
+
+
+def prove(truth: list[Tensor], plain: list[Tensor], merged: list[Tensor], base: list[Tensor]) -> Proof:
+    """Compare the merged model's logits with those of base + adapter; all are lists of [T, V]."""
+    scale = max(float(t.abs().max()) for t in truth)
+    pairs = list(zip(merged, plain, strict=True))
+    same = sum(int((m.argmax(-1) == p.argmax(-1)).sum()) for m, p in pairs)
+    tokens = sum(len(t) for t in truth)
+    allowed = 2 * _largest(plain, truth) + 1e-6 * scale
+    return Proof(_largest(merged, truth), allowed, _largest(plain, base), same / tokens, tokens)
+
+
+def _largest(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(float((x.to(y.dtype) - y).abs().max()) for x, y in zip(a, b, strict=True))
