@@ -28,7 +28,7 @@ class Tokenizer:
     """The tokenizer of a checkpoint folder and its chat template."""
 
     def __init__(self, description: str, template: Template):
-        """description: the text of a tokenizer.json."""
+        """description: the text of a tokenizer.json. Raises ModelError if an added token's id is not where it says."""
         j = json.loads(description)
         self._full = tokenizers.Tokenizer.from_str(description)
         self._full.no_truncation()
@@ -38,6 +38,10 @@ class Tokenizer:
         self._plain.no_truncation()
         self._plain.no_padding()
         self.template = template
+        moved = [t for t, i in self.specials.items() if self._full.token_to_id(t) != i]
+        if moved:  # the library numbers added tokens itself
+            raise ModelError(f"token {moved[0]!r} has id {self.specials[moved[0]]} in tokenizer.json, {self._full.token_to_id(moved[0])} by its place",
+                             "The file is damaged: download or copy it again.")  # fmt: skip
 
     @property
     def size(self) -> int:

@@ -26,4 +26,6 @@ pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
 model["merges"] = [m for m in pairs if "".join(m) in parts]
 kept = {"".join(m) for m in model["merges"]}
 model["vocab"] = {t: i for t, i in model["vocab"].items() if len(t) == 1 or t in kept}
+# the library numbers an added token after the vocabulary unless the vocabulary has it
+model["vocab"] |= {t["content"]: t["id"] for t in description["added_tokens"]}
 (out / "tokenizer.json").write_text(json.dumps(description, ensure_ascii=False, indent=0), encoding="utf-8")
