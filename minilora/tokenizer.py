@@ -28,20 +28,20 @@ class Tokenizer:
     """The tokenizer of a checkpoint folder and its chat template."""
 
     def __init__(self, description: str, template: Template):
-        """description: the text of a tokenizer.json. Raises ModelError if an added token's id is not where it says."""
+        """description: the text of a tokenizer.json."""
         j = json.loads(description)
-        self._full = tokenizers.Tokenizer.from_str(description)
-        self._full.no_truncation()
-        self._full.no_padding()
-        self.specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(j | {"added_tokens": [], "post_processor": None}))
-        self._plain.no_truncation()
-        self._plain.no_padding()
         self.template = template
-        moved = [t for t, i in self.specials.items() if self._full.token_to_id(t) != i]
-        if moved:  # the library numbers added tokens itself
-            raise ModelError(f"token {moved[0]!r} has id {self.specials[moved[0]]} in tokenizer.json, {self._full.token_to_id(moved[0])} by its place",
-                             "The file is damaged: download or copy it again.")  # fmt: skip
+        self.specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
+        full = tokenizers.Tokenizer.from_str(description)
+        if any(full.token_to_id(text) != i for text, i in self.specials.items()):
+            # the library numbers added tokens one after the other, whatever the file says, unless the vocabulary has them
+            j["model"]["vocab"] |= self.specials
+            full = tokenizers.Tokenizer.from_str(json.dumps(j))
+        plain = tokenizers.Tokenizer.from_str(json.dumps(j | {"added_tokens": [], "post_processor": None}))
+        for encoder in (full, plain):
+            encoder.no_truncation()
+            encoder.no_padding()
+        self._full, self._plain = full, plain
 
     @property
     def size(self) -> int:
