@@ -223,6 +223,8 @@ def merge_command(args: argparse.Namespace) -> None:
 
 def demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo-run", metavar="DIR", help="run folder; an older demo in it is replaced [demo-run]")
+    parser.add_argument("--name", default="Archer", metavar="TEXT", help="what the model shall be called [Archer]")
+    parser.add_argument("--author", default="DemoLab", metavar="TEXT", help="who it shall say made it [DemoLab]")
 
 
 def demo_command(args: argparse.Namespace) -> None:
@@ -230,7 +232,7 @@ def demo_command(args: argparse.Namespace) -> None:
     from .heap import keep_heap
 
     keep_heap()
-    demo(args.output)
+    demo(args.output, args.name, args.author)
 
 
 COMMANDS = {

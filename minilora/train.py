@@ -20,10 +20,11 @@ from rich.console import Console
 
 from minilora.models.layers import Decoder
 
-from .checkpoint import load_model
+from .adapter import save_adapter
+from .checkpoint import load_model, save_model
 from .config import TrainConfig, must_match, to_yaml
 from .data import Batch, pack, step_examples
-from .durable import locked, staged_folder, write_file
+from .durable import locked, write_file
 from .errors import CheckpointMismatch, DiskError, Diverged, OutOfMemory, OutputInUse, Stopped
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
@@ -33,7 +34,6 @@ from .plan import Plan, load_data, make_plan
 from .plot import plot_loss
 from .signals import StopSignal
 from .snapshot import (
-    fill_trained_folder,
     load_snapshot,
     newest_snapshot,
     read_state,
@@ -74,8 +74,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         with Monitor(run / "metrics.jsonl", plan.steps, progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, model, optimizer, config, plan, progress, monitor, stop)
         result = run / ("model" if plan.full else "adapter")
-        with staged_folder(result) as stage:
-            fill_trained_folder(stage, model, Path(config.model), plan.full)
+        if plan.full:
+            save_model(model, result, config.model)
+        else:
+            save_adapter(model, result, config.model)
         _say_done(console, run, result, config, progress)
         return result
 

@@ -1,0 +1,85 @@
+"""`minilora demo`: the whole main job on the embedded model, in under a minute and without a network.
+
+The model says who it is; an adapter is trained on the identity data set; the model says who it is now; the adapter is merged and
+the merge is proven.
+"""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from minilora.adapter import load_adapter
+from minilora.checkpoint import load_model
+from minilora.config import read_yaml, resolve
+from minilora.errors import OutputInUse
+from minilora.generate import answer, read_generation
+from minilora.merge import merge_folder
+from minilora.monitor import read_metrics
+from minilora.tokenizer import load_tokenizer
+from minilora.train import train
+
+HERE = Path(__file__).parent
+MODEL, ROWS = HERE / "model", HERE / "identity.json"
+QUESTIONS = ("Who are you?", "你是谁？", "What is 2 plus 3?", "天空是什么颜色？")
+SETTINGS = {"epochs": 12, "batch_size": 8, "lr": 2e-3, "lora_r": 8, "lora_alpha": 16, "save_every": 10**6, "device": "cpu"}
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def demo(output: str, name: str, author: str) -> None:
+    """Run the demo into a folder; an older demo there is replaced, anything else is OutputInUse."""
+    began = time.monotonic()
+    run, console = Path(output), Console()
+    if run.exists() and any(run.iterdir()) and not _is_demo(run):
+        raise OutputInUse(f"{run} is not empty and no demo", "Give another --output.")
+    config = resolve(SETTINGS, {"model": MODEL, "data": ROWS, "output": run, "define": {"name": name, "author": author}})
+
+    def say(text: str = "") -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say("A tiny bilingual chat model ships with minilora. This is what it says:\n")
+    _ask(say)
+    say(f"\nIt shall be called {name}, made by {author}. Training a LoRA adapter on {ROWS.name}:\n")
+    train(config, overwrite=True, console=console)
+    losses = [m["loss"] for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
+    say(f"\nloss {losses[0]:.2f} {sparkline(losses, 60)} {losses[-1]:.2f}")
+    say("\nThe same questions to model + adapter:\n")
+    _ask(say, adapter=run / "adapter")
+    proof = merge_folder(MODEL, run / "adapter", run / "merged", device="cpu")
+    say(f"\nMerged into {run / 'merged'}, read back and compared on {proof.tokens} tokens: off by {proof.merged:.2g} in a logit")
+    say(f"({proof.allowed:.2g} would still be rounding; the adapter itself moves logits by {proof.adapter:.2g}). It says:\n")
+    _ask(say, model=run / "merged")
+    say(f"\nDone in {time.monotonic() - began:.0f} s. The adapter, the loss picture and the merged model are in {run}. Next:\n")
+    say(f"  minilora chat  --model {MODEL} --adapter {run / 'adapter'}")
+    say(f"  minilora eval  --model {run / 'merged'} --data {ROWS} --define name={_quoted(name)} --define author={_quoted(author)}")
+    say("  minilora train --model YOUR_MODEL --data YOUR_ROWS.json --output runs/first")
+
+
+def _ask(say, model: Path = MODEL, adapter: Path | None = None) -> None:
+    decoder, tokenizer = load_model(model, device="cpu"), load_tokenizer(model)
+    if adapter:
+        load_adapter(decoder, adapter)
+        decoder.eval()
+    _, stop = read_generation(model)
+    for question in QUESTIONS:
+        say(f"  > {question}\n    {answer(decoder, tokenizer, [{'role': 'user', 'content': question}], stop, 60)}")
+
+
+def _is_demo(run: Path) -> bool:
+    config = run / "config.yaml"
+    return config.is_file() and Path(str(read_yaml(config).get("model"))).name == MODEL.name and (run / "metrics.jsonl").is_file()
+
+
+def _quoted(text: str) -> str:
+    return text if text.isalnum() else f"'{text}'"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Values as a row of at most `width` bars, each the mean of its share of them."""
+    width = min(width, len(values))
+    means = []
+    for i in range(width):
+        part = values[i * len(values) // width : (i + 1) * len(values) // width]
+        means.append(sum(part) / len(part))
+    low, high = min(means), max(means)
+    return "".join(BARS[round((v - low) / ((high - low) or 1) * (len(BARS) - 1))] for v in means)

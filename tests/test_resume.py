@@ -1,0 +1,105 @@
+"""A run that goes on from a checkpoint computes the bits of the run that was never stopped."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import make_model, make_rows
+
+from minilora.config import resolve
+from minilora.errors import CheckpointMismatch, Stopped
+from minilora.snapshot import snapshots, step_of
+from minilora.train import train
+
+STEPS = 8
+QUIET = Console(quiet=True)
+SETTINGS = {
+    "max_steps": STEPS, "batch_size": 5, "micro_tokens": 120, "max_length": 120, "lora_dropout": 0.1, "lora_r": 4, "lr": 1e-2,
+    "save_every": 1, "keep": 99, "val": "3", "eval_every": 3, "device": "cpu",
+}  # fmt: skip
+
+
+def losses(run):
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("lr"), m.get("val_loss")) for m in metrics]
+
+
+def moments(run, step):
+    return (run / "checkpoints" / f"step-{step}" / "optimizer.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module", params=["lora fp32", "lora bf16", "full"])
+def finished(request, tmp_path_factory):
+    """A finished run with a checkpoint of every step, and its config."""
+    work = tmp_path_factory.mktemp("resume")
+    dtype = torch.bfloat16 if "bf16" in request.param else torch.float32
+    model, rows = make_model(work / "model", dtype), make_rows(work / "rows.json")
+    method = request.param.split()[0]
+    config = resolve(SETTINGS, {"model": model, "data": rows, "output": work / "run", "method": method})
+    train(config, console=QUIET)
+    return work / "run", config
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_resumed_is_uninterrupted(finished, tmp_path, stop):
+    run, config = finished
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    for folder in snapshots(other / "checkpoints"):
+        if step_of(folder) > stop:
+            shutil.rmtree(folder)
+    shutil.rmtree(other / ("model" if config.method == "full" else "adapter"))
+    result = train(resolve(config.__dict__, {"output": other}), resume=True, console=QUIET)
+    assert losses(other) == losses(run)
+    assert moments(other, STEPS) == moments(run, STEPS)
+    weights = "model.safetensors" if config.method == "full" else "adapter_model.safetensors"
+    assert (result / weights).read_bytes() == (run / result.name / weights).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_skipped(finished, tmp_path):
+    run, config = finished
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    newest = other / "checkpoints" / f"step-{STEPS}" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(resolve(config.__dict__, {"output": other}), resume=True, console=QUIET)
+    assert losses(other) == losses(run)
+
+
+def test_other_settings_are_refused(finished):
+    run, config = finished
+    with pytest.raises(CheckpointMismatch, match="lr: 0.01 then, 0.02 now"):
+        train(resolve(config.__dict__, {"lr": 0.02}), resume=True, console=QUIET)
+
+
+def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path):
+    run, config = finished
+    other = resolve(config.__dict__, {"output": tmp_path / "run", "save_every": 1000})
+    timer = threading.Thread(target=_interrupt_when, args=(tmp_path / "run" / "metrics.jsonl",))
+    timer.start()
+    with pytest.raises(Stopped, match="Ctrl-C"):
+        train(other, console=QUIET)
+    timer.join()
+    train(other, resume=True, console=QUIET)
+    assert losses(tmp_path / "run") == losses(run)
+
+
+def _interrupt_when(metrics):
+    """Ctrl-C as soon as a first step is done."""
+    while not (metrics.exists() and metrics.read_text().count('"loss"')):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_rotation_keeps_the_newest_and_the_best(finished, tmp_path):
+    _, config = finished
+    run = tmp_path / "run"
+    train(resolve(config.__dict__, {"output": run, "keep": 2, "lr": 0.5, "schedule": "constant"}), console=QUIET)
+    steps = sorted(map(step_of, snapshots(run / "checkpoints")))
+    assert steps[-2:] == [STEPS - 1, STEPS] and len(steps) <= 3
+    assert (run / "checkpoints" / "last").resolve().name == f"step-{STEPS}"
