@@ -209,7 +209,7 @@ def merge_flags(parser: argparse.ArgumentParser) -> None:
 
 def merge_command(args: argparse.Namespace) -> None:
     from .heap import keep_heap
-    from .merge import merge_folder
+    from .merge_folder import merge_folder
 
     keep_heap()
     if args.shard_size <= 0:

@@ -14,7 +14,7 @@ from minilora.checkpoint import load_model
 from minilora.config import read_yaml, resolve
 from minilora.errors import OutputInUse
 from minilora.generate import answer, read_generation
-from minilora.merge import merge_folder
+from minilora.merge_folder import merge_folder
 from minilora.monitor import read_metrics
 from minilora.tokenizer import load_tokenizer
 from minilora.train import train

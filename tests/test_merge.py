@@ -1,0 +1,68 @@
+"""minilora merge: the folder is base + adapter, proven from the disk, or it is not there."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_model
+
+import minilora
+import minilora.merge_folder as merge_module
+from minilora.errors import ModelError, OutputInUse
+from minilora.lora import add_lora, adapters
+from minilora.merge_folder import merge_folder
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def trained(request, tmp_path):
+    """A model folder and an adapter folder that changes it."""
+    folder = make_model(tmp_path / "model", request.param, tie_word_embeddings=request.param == torch.float32)
+    model = minilora.load_model(folder, device="cpu")
+    add_lora(model, r=3, alpha=6)
+    generator = torch.Generator().manual_seed(0)
+    for _, wrapper in adapters(model):
+        wrapper.lora_B.data.normal_(0, 0.05, generator=generator)
+    minilora.save_adapter(model, tmp_path / "adapter")
+    return folder, tmp_path / "adapter", model
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes):
+    folder, adapter, model = trained
+    proof = merge_folder(folder, adapter, tmp_path / "merged", shard_bytes, device="cpu")
+    assert proof.holds and proof.adapter > proof.merged
+    merged = dict(minilora.load_model(tmp_path / "merged", device="cpu").named_parameters())
+    base = dict(minilora.load_model(folder, device="cpu").named_parameters())
+    wrapped = {f"{path}.weight": w for path, w in adapters(model)}
+    for name, value in merged.items():
+        expected = base[name]
+        if name in wrapped:
+            w = wrapped[name]
+            expected = (base[name].float() + w.scale * (w.lora_B @ w.lora_A)).to(base[name].dtype)
+        assert torch.equal(value, expected), name
+    assert (len(list((tmp_path / "merged").glob("*.safetensors"))) > 1) == (shard_bytes < 10**9)
+
+
+def test_a_wrong_merge_is_found_and_not_left(trained, tmp_path, monkeypatch):
+    """One weight of one layer off by a tenth of its size."""
+    folder, adapter, _ = trained
+    write = merge_module.write_checkpoint
+
+    def damaged(stage, shapes, tensor, *rest):
+        def wrong(name):
+            value = tensor(name)
+            return value * 1.1 if name == "model.layers.1.mlp.up_proj.weight" else value
+
+        write(stage, shapes, wrong, *rest)
+
+    monkeypatch.setattr(merge_module, "write_checkpoint", damaged)
+    with pytest.raises(ModelError, match="nothing was written"):
+        merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_the_output_must_be_new(trained, tmp_path):
+    folder, adapter, _ = trained
+    with pytest.raises(OutputInUse):
+        merge_folder(folder, adapter, folder, device="cpu")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"

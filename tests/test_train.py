@@ -1,0 +1,106 @@
+"""The training loop: what it learns, writes and refuses."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import make_model, make_rows
+
+import minilora
+from minilora.config import resolve
+from minilora.data import load_examples
+from minilora.errors import OutputInUse
+from minilora.evaluate import evaluate
+from minilora.lora import adapters
+from minilora.train import learning_rate, train
+
+QUIET = Console(quiet=True)
+KEYS = {
+    "step", "epoch", "loss", "lr", "grad_norm", "tokens", "target_tokens", "tokens_per_second", "mfu", "memory_gb", "time",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    work = tmp_path_factory.mktemp("train")
+    model, rows = make_model(work / "model"), make_rows(work / "rows.json")
+    config = resolve({"model": model, "data": rows, "output": work / "run", "lora_r": 16, "lr": 2e-2, "max_steps": 60, "device": "cpu"})
+    train(config, console=QUIET)
+    return work / "run", config
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_its_rows(run):
+    folder, config = run
+    lines = metrics(folder)
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+    examples, _ = load_examples(config.data, minilora.load_tokenizer(config.model))
+    base = minilora.load_model(config.model, device="cpu")
+    before = evaluate(base, examples, 1000).loss
+    minilora.load_adapter(base, folder / "adapter")
+    assert evaluate(base.eval(), examples, 1000).loss < 0.2 * before
+
+
+def test_every_adapter_moved(run):
+    folder, config = run
+    start, end = (minilora.load_model(config.model, device="cpu") for _ in range(2))
+    minilora.add_lora(start, r=16, seed=config.seed)
+    minilora.load_adapter(end, folder / "adapter")
+    for (_, a), (path, b) in zip(adapters(start), adapters(end), strict=True):
+        for before, after in ((a.lora_A, b.lora_A), (a.lora_B, b.lora_B)):
+            assert (before != after).double().mean() > 0.99, path
+
+
+def test_metrics_count_what_was_trained(run):
+    folder, config = run
+    examples, report = load_examples(config.data, minilora.load_tokenizer(config.model))
+    lines = metrics(folder)
+    assert [m["step"] for m in lines] == list(range(1, 61)) and all(m.keys() == KEYS for m in lines)
+    epoch = -(-len(examples) // config.batch_size)
+    assert sum(m["tokens"] for m in lines[:epoch]) == report.tokens
+    assert sum(m["target_tokens"] for m in lines[:epoch]) == report.trained
+    assert lines[epoch - 1]["epoch"] == 1.0
+
+
+def test_the_run_folder(run):
+    folder, _ = run
+    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
+    assert names - {"loss.png"} == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl"}
+    assert {p.name for p in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_finished_run_is_not_overwritten_by_chance(run):
+    folder, config = run
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputInUse):
+        train(config, console=QUIET)
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_same_run_twice_is_the_same_file(run, tmp_path):
+    folder, config = run
+    train(resolve(config.__dict__, {"output": tmp_path / "again"}), console=QUIET)
+    files = [r / "adapter" / "adapter_model.safetensors" for r in (folder, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+def test_schedules(schedule, middle, last):
+    config = resolve({"lr": 1.0, "warmup": 0.1, "schedule": schedule})
+    rates = [learning_rate(config, step, 1000) for step in range(1000)]
+    assert rates[:100] == pytest.approx([(i + 1) / 100 for i in range(100)])
+    assert rates[550] == pytest.approx(middle) and rates[999] == pytest.approx(last, abs=2e-3)
+    assert learning_rate(resolve({"lr": 1.0, "warmup": 4}), 0, 10) == pytest.approx(0.25)
+
+
+def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
+    model, rows = make_model(tmp_path / "model", torch.bfloat16), make_rows(tmp_path / "rows.json")
+    settings = {"model": model, "data": rows, "output": tmp_path / "run", "method": "full", "lr": 3e-3, "max_steps": 30, "device": "cpu"}
+    result = train(resolve(settings), console=QUIET)
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert minilora.load_model(result, device="cpu").head.dtype == torch.bfloat16
