@@ -1,7 +1,8 @@
 """`minilora merge`: base and adapter in, one Hugging Face folder out, proven before it is there.
 
-Each weight is summed in fp32 and rounded once to its own type. The folder is written under a hidden name, read back, and
-compared with base + adapter (verify.py); only then does it get its name.
+Each weight is summed in fp32 and rounded once to its own type. The folder is written under a hidden name and read back: every
+tensor must have the bits of that sum, and the model's logits must be those of base + adapter up to rounding (verify.py). Only
+then does it get its name.
 """
 
 import gc
@@ -45,6 +46,11 @@ def merge_folder(
 
     with staged_folder(output) as stage:
         write_checkpoint(stage, tensors.shapes, tensor, model, shard_bytes)
+        written = Tensors(stage)
+        for name in tensors.shapes:
+            with written.reading(name) as found:
+                if not torch.equal(found, tensor(name).cpu()):
+                    raise _not_proven(f"{name} was not read back as it was written")
         truth, plain = wide_logits_of(decoder, prompts), logits_of(decoder, prompts)
         with without_adapters(decoder):
             base = logits_of(decoder, prompts)
@@ -54,6 +60,9 @@ def merge_folder(
         merged = logits_of(load_model(stage, device=device), prompts)
         proof = prove(truth, plain, merged, base)
         if not proof.holds:
-            raise ModelError(f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding; nothing was written",
-                             "Check the disk and the memory of this machine, and report it.")  # fmt: skip
+            raise _not_proven(f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding")
     return proof
+
+
+def _not_proven(what: str) -> ModelError:
+    return ModelError(f"{what}; nothing was written", "Check the disk and the memory of this machine, and report it.")

@@ -8,6 +8,7 @@ the same bits as one that was never stopped.
 """
 
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -296,7 +297,9 @@ def _say_done(console: Console, run: Path, result: Path, config: TrainConfig, pr
         lines += [f"model   {result}", f"loss    {picture}", "", f"  minilora chat --model {result}"]
     else:
         chat = f"  minilora chat  --model {config.model} --adapter {result}"
-        score = f"  minilora eval  --model {config.model} --adapter {result} --data {config.val if Path(config.val).is_file() else config.data}"
+        rows = config.val if Path(config.val).is_file() else config.data
+        define = "".join(f" --define {shlex.quote(f'{key}={text}')}" for key, text in config.define.items())
+        score = f"  minilora eval  --model {config.model} --adapter {result} --data {rows}{define}"
         merge = f"  minilora merge --model {config.model} --adapter {result} --output {run / 'merged'}"
         lines += [f"adapter {result}", f"loss    {picture}", "", chat, score, merge]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -44,14 +44,16 @@ def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes):
 
 
 def test_a_wrong_merge_is_found_and_not_left(trained, tmp_path, monkeypatch):
-    """One weight of one layer off by a tenth of its size."""
+    """One number of one weight off by a hundredth."""
     folder, adapter, _ = trained
     write = merge_module.write_checkpoint
 
     def damaged(stage, shapes, tensor, *rest):
         def wrong(name):
-            value = tensor(name)
-            return value * 1.1 if name == "model.layers.1.mlp.up_proj.weight" else value
+            value = tensor(name).clone()
+            if name == "model.layers.1.mlp.up_proj.weight":
+                value[3, 4] *= 1.01
+            return value
 
         write(stage, shapes, wrong, *rest)
 
@@ -66,3 +68,14 @@ def test_the_output_must_be_new(trained, tmp_path):
     with pytest.raises(OutputInUse):
         merge_folder(folder, adapter, folder, device="cpu")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
+    """A merge that forgets the adapter's scale is off by more than rounding."""
+    folder, adapter, _ = trained
+    from minilora.lora import LoRALinear
+
+    right = LoRALinear.merged_weight
+    monkeypatch.setattr(LoRALinear, "merged_weight", lambda self, stored: (right(self, stored) + stored) / 2)
+    with pytest.raises(ModelError, match="would be rounding; nothing was written"):
+        merge_folder(folder, adapter, tmp_path / "merged", device="cpu")

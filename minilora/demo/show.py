@@ -20,7 +20,7 @@ from minilora.tokenizer import load_tokenizer
 from minilora.train import train
 
 HERE = Path(__file__).parent
-MODEL, ROWS = HERE / "model", HERE / "identity.json"
+MODEL, ROWS = HERE / "mini", HERE / "identity.json"
 QUESTIONS = ("Who are you?", "你是谁？", "What is 2 plus 3?", "天空是什么颜色？")
 SETTINGS = {"epochs": 12, "batch_size": 8, "lr": 2e-3, "lora_r": 8, "lora_alpha": 16, "save_every": 10**6, "device": "cpu"}
 BARS = "▁▂▃▄▅▆▇█"
