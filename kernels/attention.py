@@ -7,6 +7,8 @@ q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), seams [S + 
 product, one call a document: a block mask over the whole stream would cost T^2.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int
 def attention(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None) -> Tensor:
     """Attend within each document of the stream: q [T, H, E], k, v [T, G, E] -> [T, H, E]."""
     assert seams[0] == 0 and seams[-1] == q.shape[0], (seams, q.shape)
-    lengths = [end - start for start, end in zip(seams[:-1], seams[1:], strict=True)]
+    lengths = [end - start for start, end in pairwise(seams)]
     if len(lengths) == 1:
         return _one_document(q, k, v, window)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(6, what, "Check the path and its permissions.")
     except MemoryError:
         return fail(7, "out of memory", "Close other programs, or use a smaller model.")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 the last net: everything else is our own bug
         from torch import OutOfMemoryError
 
         if isinstance(error, OutOfMemoryError):
@@ -95,11 +95,7 @@ def train_command(args: argparse.Namespace) -> int:
     flags = {k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")}
     flags |= _foreign_flags(args.rest)
     if "define" in flags:
-        pairs = [text.partition("=") for text in flags["define"]]
-        wrong = next((key for key, mark, _ in pairs if not mark or not key), None)
-        if wrong is not None:
-            raise UsageError(f"--define {wrong!r} is not NAME=TEXT", "For example --define name=Archer.")
-        flags["define"] = {key: text for key, _, text in pairs}
+        flags["define"] = _definitions(flags["define"])
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude each other", "Give one of them.")
     sources = [read_yaml(Path(args.config))] if args.config else []
@@ -118,6 +114,15 @@ def train_command(args: argparse.Namespace) -> int:
     keep_heap()
     train(config, args.resume, args.overwrite)
     return 0
+
+
+def _definitions(given: list[str]) -> dict[str, str]:
+    """NAME=TEXT words as a dictionary."""
+    pairs = [text.partition("=") for text in given]
+    wrong = next((key for key, mark, _ in pairs if not mark or not key), None)
+    if wrong is not None:
+        raise UsageError(f"--define {wrong!r} is not NAME=TEXT", "For example --define name=Archer.")
+    return {key: text for key, _, text in pairs}
 
 
 def _foreign_flags(rest: list[str]) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def eval_command(args: argparse.Namespace) -> None:
     from .tokenizer import load_tokenizer
 
     keep_heap()
-    define = dict(text.split("=", 1) if "=" in text else (text, "") for text in args.define)
+    define = _definitions(args.define)
     examples, report = load_examples(args.data, load_tokenizer(args.model), define, args.loss_on, args.max_length)
     model = load_model(args.model, device=args.device)
     if args.adapter:
@@ -217,7 +222,8 @@ def merge_command(args: argparse.Namespace) -> None:
     proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device)
     print(f"merged  {args.output}")
     print(f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}")
-    print(f"        ({proof.allowed:.3g} is rounding; the adapter moves logits by {proof.adapter:.3g}); same next token {proof.agreement:.1%}")
+    print(f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in")
+    print(f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})")
     print(f"\n  minilora chat --model {args.output}")
 
 

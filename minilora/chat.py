@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
+from minilora.models.layers import Decoder
+
 from .adapter import load_adapter
 from .checkpoint import load_model
 from .errors import ModelError
 from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
 from .template import Message
-from .tokenizer import load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 HELP = """\
 /base     switch the adapter off, or on again      /new      forget the conversation
@@ -28,8 +30,8 @@ HELP = """\
 class Session:
     """One conversation with a model and how its next answer is made."""
 
-    model: torch.nn.Module
-    tokenizer: object
+    model: Decoder
+    tokenizer: Tokenizer
     sampling: Sampling
     stop: set[int]
     max_tokens: int

@@ -1,6 +1,7 @@
 """Every setting of a training run, in one place: defaults, a yaml file over them, flags over that."""
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -124,15 +125,14 @@ def convert(f: Field, value: Any) -> Any:
     if kind is str:
         return str(value)
     try:
-        number = kind(str(value)) if kind is not int else int(str(value))
+        number = int(str(value)) if kind is int else float(str(value))
     except ValueError:
         raise wrong from None
     inside = (
         (f.name not in POSITIVE or number > 0)
         and (f.name not in NOT_NEGATIVE or number >= 0)
         and (f.name not in BELOW_ONE or 0 <= number < 1)
-        and number == number
-        and abs(number) != float("inf")
+        and math.isfinite(number)
     )
     if not inside:
         raise wrong

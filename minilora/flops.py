@@ -6,10 +6,11 @@ for a causal document of n tokens and twice that backward. Recomputation under a
 """
 
 import time
+from itertools import pairwise
 
 import torch
 
-from minilora.models.layers import Config
+from minilora.models.layers import Config, Decoder
 
 from .data import Batch
 from .lora import adapters, linears
@@ -18,7 +19,7 @@ from .lora import adapters, linears
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
 
 
-def flops_per_token(model: torch.nn.Module, full: bool) -> tuple[float, float]:
+def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
     """(of every token, of every token with a target beside that) in the linears of a step, forward and backward."""
     wide = sum(m.weight.numel() for m in linears(model).values())
     narrow = sum(w.lora_A.numel() + w.lora_B.numel() for _, w in adapters(model))
@@ -29,14 +30,14 @@ def flops_per_token(model: torch.nn.Module, full: bool) -> tuple[float, float]:
 def attention_flops(c: Config, seams: list[int]) -> float:
     """Forward and backward of causal attention over the documents of a stream, all layers."""
     total = 0.0
-    for n in (end - start for start, end in zip(seams[:-1], seams[1:], strict=True)):
+    for n in (end - start for start, end in pairwise(seams)):
         for window in c.windows:
             w = n if window is None else min(window, n)
             total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2)
     return total
 
 
-def step_flops(model: torch.nn.Module, batches: list[Batch], full: bool) -> float:
+def step_flops(model: Decoder, batches: list[Batch], full: bool) -> float:
     """Operations that the model needs for the batches of one optimizer step."""
     each, head = flops_per_token(model, full)
     tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.rows) for b in batches)

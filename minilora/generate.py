@@ -37,7 +37,7 @@ def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
         return GREEDY, set()
     j = read_json(path)
     stop = j.get("eos_token_id")
-    stop = {stop} if isinstance(stop, int) else set(stop or ())
+    stop_ids: set[int] = {stop} if isinstance(stop, int) else set(stop or ())
     try:
         sampling = Sampling(
             temperature=float(j.get("temperature", 1.0)) if j.get("do_sample", False) else 0.0,
@@ -47,7 +47,7 @@ def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error}", "Correct the file, or take it away.") from None
-    return sampling, stop
+    return sampling, stop_ids
 
 
 @torch.inference_mode()

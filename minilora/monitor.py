@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -24,14 +24,14 @@ class Monitor:
         self.losses: list[float] = []
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1, encoding="utf-8")
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._began = self._printed = time.monotonic()
         for line in kept:
             if "loss" in line:
                 self._average(line["loss"])
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self

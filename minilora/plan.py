@@ -128,10 +128,10 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config
     dtype = str(model.head.dtype).removeprefix("torch.")
+    model_name, chat = Path(config.model).name, data.tokenizer.template.name
     lines = [
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
-        f"model   {Path(config.model).name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}"
-        f"   chat format {data.tokenizer.template.name}",
+        f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
     ]
     if plan.full:
         lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")

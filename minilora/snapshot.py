@@ -81,7 +81,7 @@ def _moment(value: Tensor, key: str, p: nn.Parameter) -> Tensor:
 
 def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
     if wanted != found:
-        example = sorted(wanted ^ found)[0]
+        example = min(wanted ^ found)
         raise CheckpointMismatch(f"{folder} has other tensors than this run, such as {example}", "Resume with the settings of that run.")
 
 

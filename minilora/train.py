@@ -280,9 +280,9 @@ def _memory_hint() -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in str(error):
-                raise
+        ours = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not ours:
+            raise
         raise OutOfMemory(f"out of memory: {str(error).splitlines()[0][:200]}",
                           "Try --checkpointing on, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r.") from None  # fmt: skip
 

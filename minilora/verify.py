@@ -28,7 +28,8 @@ class Proof(NamedTuple):
     merged: float  # merged against truth
     allowed: float  # twice base + adapter in its own type against truth
     adapter: float  # what the adapter changes: truth against the base alone, both in their own type
-    agreement: float  # share of tokens for which merged and base + adapter prefer the same next token
+    same: float  # share of tokens whose likeliest successor merged and truth agree on
+    same_plain: float  # the same of base + adapter in its own type
     tokens: int
 
     @property
@@ -70,11 +71,13 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
 def prove(truth: list[Tensor], plain: list[Tensor], merged: list[Tensor], base: list[Tensor]) -> Proof:
     """Compare the merged model's logits with those of base + adapter; all are lists of [T, V]."""
     scale = max(float(t.abs().max()) for t in truth)
-    pairs = list(zip(merged, plain, strict=True))
-    same = sum(int((m.argmax(-1) == p.argmax(-1)).sum()) for m, p in pairs)
-    tokens = sum(len(t) for t in truth)
     allowed = 2 * _largest(plain, truth) + 1e-6 * scale
-    return Proof(_largest(merged, truth), allowed, _largest(plain, base), same / tokens, tokens)
+    tokens = sum(len(t) for t in truth)
+    return Proof(_largest(merged, truth), allowed, _largest(plain, base), _same(merged, truth), _same(plain, truth), tokens)
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> float:
+    return float(torch.cat([x.argmax(-1) == y.argmax(-1) for x, y in zip(a, b, strict=True)]).double().mean())
 
 
 def _largest(a: list[Tensor], b: list[Tensor]) -> float:

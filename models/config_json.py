@@ -42,7 +42,7 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     factor = float(scaling["factor"])
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
-        share, whole_share = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        share, whole_share = scaling.get("mscale") or 0, scaling.get("mscale_all_dim") or 0
         both = share and whole_share
         attention_factor = _mscale(factor, share) / _mscale(factor, whole_share) if both else _mscale(factor, 1)
     return theta, Yarn(

@@ -71,19 +71,20 @@ def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> 
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, c.head_size, 2, device=device, dtype=torch.int64).to(wide) / c.head_size
     frequencies = 1.0 / c.rope_theta**exponents
-    if c.yarn is None:
+    yarn = c.yarn
+    if yarn is None:
         return frequencies, 1.0
 
     def dimension(rotations: float) -> float:  # the dimension that turns so often over the original length
-        return c.head_size * math.log(c.yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+        return c.head_size * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
-    low, high = dimension(c.yarn.beta_fast), dimension(c.yarn.beta_slow)
-    if c.yarn.truncate:
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, c.head_size - 1)
     ramp = (torch.arange(c.head_size // 2, device=device, dtype=wide) - low) / max(high - low, 0.001)
     slow = ramp.clamp(0, 1)
-    return frequencies / c.yarn.factor * slow + frequencies * (1 - slow), c.yarn.attention_factor
+    return frequencies / yarn.factor * slow + frequencies * (1 - slow), yarn.attention_factor
 
 
 @dataclass

@@ -9,7 +9,7 @@ from tiny import make_model
 import minilora
 import minilora.merge_folder as merge_module
 from minilora.errors import ModelError, OutputInUse
-from minilora.lora import add_lora, adapters
+from minilora.lora import adapters, add_lora
 from minilora.merge_folder import merge_folder
 
 

@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_skipped(finished, tmp_path):
 
 
 def test_other_settings_are_refused(finished):
-    run, config = finished
+    _, config = finished
     with pytest.raises(CheckpointMismatch, match="lr: 0.01 then, 0.02 now"):
         train(resolve(config.__dict__, {"lr": 0.02}), resume=True, console=QUIET)
 
