@@ -49,7 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (scale,) = grads
         dx, dhead = ctx.saved_tensors
-        dx = None if dx is None else dx * scale.to(dx.dtype)
+        # scale has no dimensions, so torch neither widens dx for it nor rounds it to the dtype of dx first
+        dx = None if dx is None else dx * scale
         dhead = None if dhead is None else (dhead * scale).to(ctx.head_dtype)
         return dx, dhead, None, None
 
@@ -78,6 +79,9 @@ def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
     With no rows the loss is 0 and still connected to x. The number of rows a chunk changes rounding only.
     """
     assert x.shape[0] == targets.shape[0], (x.shape, targets.shape)
+    if not torch.is_grad_enabled():
+        # needs_input_grad is set even so, and the forward would make gradients for nobody
+        x, head = x.detach(), head.detach()
     return _LinearCrossEntropy.apply(x, head, targets, chunk_rows)  # pyright: ignore[reportReturnType]
 
 

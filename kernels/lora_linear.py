@@ -35,7 +35,7 @@ class _LoRALinear(torch.autograd.Function):
         s = dropout(x, p, key) @ a.to(x.dtype).T
         ctx.save_for_backward(x, w, a, b, s)
         ctx.scale, ctx.p, ctx.key = scale, p, key
-        return F.linear(x, w, bias).addmm_(s, (b * scale).to(x.dtype).T)
+        return F.linear(x, w, bias).addmm_(s, _scaled(b, scale, x.dtype).T)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -46,7 +46,7 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             db = (dy.T @ s).to(b.dtype).mul_(scale)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            ds = dy @ (b * scale).to(dy.dtype)
+            ds = dy @ _scaled(b, scale, dy.dtype)
             if ctx.needs_input_grad[3]:
                 da = (ds.T @ dropout(x, p, key)).to(a.dtype)
             if ctx.needs_input_grad[0]:
@@ -54,6 +54,11 @@ class _LoRALinear(torch.autograd.Function):
                 low = a.to(dy.dtype)
                 dx = dx.addmm_(ds, low) if p == 0 else dx.add_(dropout(ds @ low, p, key))
         return dx, None, None, da, db, None, None, None
+
+
+def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * b in a dtype, multiplied in the wider one of the two."""
+    return (b.to(torch.promote_types(b.dtype, dtype)) * scale).to(dtype)
 
 
 def lora_linear(

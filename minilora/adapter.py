@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoint import fingerprint, read_json
 from .durable import staged_folder
 from .errors import ModelError
-from .lora import LoRALinear, adapters, base_parameters, linears, wrap
+from .lora import LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
 from .safetensors import SafetensorsFile, write_tensors
 
 PREFIX = "base_model.model."
@@ -91,6 +91,7 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
         pickle = (folder / "adapter_model.bin").exists()
         what = "the weights are pickle (adapter_model.bin), which can run code when it is read" if pickle else f"no {WEIGHTS}"
         raise ModelError(f"{folder}: {what}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
+    refuse_second(model)
     file = SafetensorsFile(folder / WEIGHTS)
     plan = _plan(model, folder, j, file)
     base = file.metadata.get("minilora_base")
@@ -112,9 +113,17 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
     used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
     if used:
         raise ModelError(f"{folder / CONFIG} uses {', '.join(used)}", "Only plain LoRA can be read: merge it with PEFT first.")
-    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(j.get(key), kinds) or isinstance(j.get(key), bool) or j[key] <= 0:
-            raise ModelError(f"{folder / CONFIG}: {key} is {j.get(key)!r}", "A positive number belongs there.")
+    dropout = j.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ModelError(f"{folder / CONFIG}: lora_dropout is {dropout!r}", "A number from 0 to below 1 belongs there.")
+    for key, pattern, kinds in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
+        patterns = j.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ModelError(f"{folder / CONFIG}: {pattern} is {patterns!r}", "An object of patterns and numbers belongs there.")
+        values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
+        for name, value in values.items():
+            if type(value) not in kinds or not 0 < value < float("inf"):
+                raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
 
 
 def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:

@@ -22,7 +22,7 @@ from minilora.models.config_json import DTYPES
 from minilora.models.layers import Config, Decoder
 
 from .durable import staged_folder
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .safetensors import SafetensorsFile, write_safetensors
 
 FAMILIES = {"qwen2": qwen, "qwen3": qwen}
@@ -237,6 +237,8 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
     """
     parameters = dict(model.named_parameters())
+    if any(name.endswith(".lora_A") for name in parameters):
+        raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
     dtype = model.config.dtype
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     with staged_folder(Path(folder)) as stage:

@@ -82,6 +82,7 @@ def add_lora(
     expression over whole paths. A starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), drawn from seed.
     Raises UsageError with the names that exist if a target is not there.
     """
+    refuse_second(model)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for path in matching(model, targets):
@@ -89,6 +90,12 @@ def add_lora(
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
             wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
+
+
+def refuse_second(model: nn.Module) -> None:
+    """UsageError if the model has adapters: one linear carries one."""
+    if any(True for _ in adapters(model)):
+        raise UsageError("the model has adapters already", "Merge them first, or load the model again.")
 
 
 def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> LoRALinear:

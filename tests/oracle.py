@@ -1,0 +1,119 @@
+"""What the tests share: the tolerance rule, and tiny models with random weights.
+
+The rule: an operation may be as wrong as the plain torch that it replaces, twice over, and no more. Truth is
+the reference in fp64; the yardstick is the reference in the operation's own dtype. In fp64 there is no wider
+truth: 1e-12 of the scale.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora import save_model
+from minilora.models import qwen
+from minilora.models.layers import Decoder
+
+
+def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:
+    """Assert the tolerance rule for one tensor; scale is what its values are made from, if more."""
+    assert ours.shape == truth.shape, f"{what}: shape {list(ours.shape)}, {list(truth.shape)} expected"
+    assert ours.dtype == plain.dtype, f"{what}: {ours.dtype}, {plain.dtype} expected"
+    if truth.numel() == 0:
+        return
+    scale = max(scale, float(truth.abs().max()))
+    wrong = float((ours.double() - truth).abs().max())
+    if ours.dtype == torch.float64:
+        allowed = 1e-12 * scale
+    else:
+        allowed = 2 * float((plain.double() - truth).abs().max()) + 1e-6 * scale
+    assert wrong <= allowed, f"{what}: off by {wrong:.3g}, allowed is {allowed:.3g}, values reach {scale:.3g}"
+
+
+def leaves_of(args: Iterable[Any], trained: Iterable[int]) -> list[Any]:
+    """The arguments, in the same memory, of which the trained ones require grad."""
+    both = enumerate(args)
+    return [a.detach().requires_grad_(i in trained) if isinstance(a, Tensor) else a for i, a in both]
+
+
+def run(op: Callable, args: Iterable[Any], trained: Iterable[int], dy: Tensor | None = None) -> list[Tensor]:
+    """The output of op and the gradients of its trained arguments for the upstream gradient dy, else ones."""
+    leaves = leaves_of(args, trained)
+    out = op(*leaves)
+    if trained:
+        out.backward(torch.ones_like(out) if dy is None else dy.to(out.dtype))
+    return [out.detach(), *(leaves[i].grad for i in trained)]
+
+
+def upstream(out: Tensor) -> Tensor:
+    """A random gradient for an output; the same for outputs of one shape, whatever their dtype."""
+    generator = torch.Generator().manual_seed(17)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+
+
+def widen(args: Iterable[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def check_op(
+    op: Callable, ref: Callable, args: Iterable[Any], trained: Iterable[int], plain: Callable | None = None
+) -> None:
+    """The rule for the output of op and for the gradient of every trained argument.
+
+    ref is the specification; plain is the yardstick where the specification itself computes in a wider dtype.
+    """
+    args, trained = list(args), tuple(trained)
+    dy = upstream(op(*args))
+    ours, yard = run(op, args, trained, dy), run(plain or ref, args, trained, dy)
+    truth = run(ref, widen(args), trained, dy)
+    as_wrong_as(ours[0], yard[0], truth[0], "output")
+    # a gradient that is zero by cancellation, as through a softmax over one key, is rounding of the others
+    scale = max((float(t.abs().max()) for t in truth[1:] if t.numel()), default=0.0)
+    for i, *values in zip(trained, ours[1:], yard[1:], truth[1:], strict=True):
+        as_wrong_as(*values, what=f"gradient of argument {i}", scale=scale)
+
+
+# grouped queries, sizes that are no powers of two
+SIZES = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "dtype": "float32",
+}  # fmt: skip
+
+
+def config_json(family: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny model of a family."""
+    own: dict[str, Any] = {"head_dim": 8} if family == "qwen3" else {}
+    return {"model_type": family, **SIZES, **own, **changes}
+
+
+def tiny(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Decoder:
+    """A frozen Decoder with random weights, norms and biases too, so that none can be forgotten unseen."""
+    model = Decoder(qwen.config(config_json(family, **changes)), qwen.Block)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.data = 0.2 * torch.randn(p.shape, generator=generator) + name.endswith("norm.weight")
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def tiny_folder(folder: Path, family: str = "qwen2", seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint folder of a tiny model, without a tokenizer."""
+    source = folder.parent / f"{folder.name}-config"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text(json.dumps(config_json(family, **changes)))
+    save_model(tiny(family, seed=seed, **changes), folder, source)
+    return folder
+
+
+def randomise(model: torch.nn.Module, seed: int = 1) -> None:
+    """Random values for every lora_B (and lora_A), as a training would leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith(("lora_A", "lora_B")):
+            p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
+
+
+IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 57, 60, 0, 23])

@@ -1,0 +1,527 @@
+"""Every operation against its reference in fp64: outputs, gradients, odd shapes, and what all promise."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import check_op, leaves_of, run, upstream
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilora.kernels import attention, dropout, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
+from minilora.kernels.dropout import DropoutKey
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+KEY = DropoutKey(seed=7, step=3, micro=1, module=11)
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+size = st.integers(1, 67)
+# a few values in bf16 are no measure of an error
+wide_dtype = st.sampled_from([torch.float32, torch.float64])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Fixed random numbers; and new memory is full of NaN in this mode, so that what is not written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None) -> Tensor:
+    """Attention as transformers writes it out: the GEMMs in the dtype of q, the softmax in fp32."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    seen = attention_mask(seams, window)
+    scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
+    return torch.einsum("hqk,khe->qhe", weights, v)
+
+
+def attention_mask(seams: list[int], window: int | None) -> Tensor:
+    """[T, T], true where a query may look, by the definition and one entry at a time."""
+    mask = torch.zeros(seams[-1], seams[-1], dtype=torch.bool)
+    for start, end in pairwise(seams):
+        for q in range(start, end):
+            mask[q, max(start, 0 if window is None else q - window + 1) : q + 1] = True
+    return mask
+
+
+def example(module: ModuleType, *sizes: Any) -> tuple[Any, ...]:
+    """The arguments of module.example; the same ones in every call, which hypothesis relies on."""
+    torch.manual_seed(0)
+    return module.example(*sizes)[0]
+
+
+class Case(NamedTuple):
+    op: Callable
+    ref: Callable
+    args: tuple
+    trained: tuple[int, ...]
+    plain: Callable | None = None
+
+
+def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
+    """An operation with arguments of ragged sizes; small ones for gradcheck."""
+    if name == "rms_norm":
+        args = example(rms_norm, *((3, 7) if small else (37, 101)), dtype)
+        return Case(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, (0, 1))
+    if name == "swiglu":
+        args = example(swiglu, *((3, 7) if small else (37, 101)), dtype)
+        return Case(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
+    if name == "rope":
+        args = example(rope, *((3, 2, 6) if small else (37, 3, 26)), dtype)
+        return Case(rope.rope, rope.rope_ref, args, (0,))
+    if name.startswith("attention"):
+        window = 5 if name == "attention_window" else None
+        args = example(attention, *(([2, 3], 2, 1, 4) if small else ([13, 1, 31, 7], 6, 2, 26)), dtype)
+        return Case(attention.attention, attention.attention_ref, (*args, window), (0, 1, 2), plain_attention)
+    if name.startswith("lora_linear"):
+        args = lora_arguments(*((3, 7, 5, 2) if small else (37, 61, 53, 3)), dtype)
+        p = 0.3 if name == "lora_linear_dropout" else 0.0
+        return Case(lora_linear.lora_linear, lora_linear.lora_linear_ref, (*args, p, KEY), (0, 3, 4))
+    assert name == "linear_cross_entropy", name
+    args = example(linear_cross_entropy, *((3, 5, 7) if small else (37, 29, 211)), dtype)
+    return Case(cross_entropy_in_chunks, linear_cross_entropy.linear_cross_entropy_ref, args, (0, 1))
+
+
+def cross_entropy_in_chunks(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return linear_cross_entropy.linear_cross_entropy(x, head, targets, chunk_rows=10)
+
+
+def lora_arguments(
+    tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias: bool = True
+) -> tuple[Any, ...]:
+    """x, w, bias, A, B, scale; the scale is no power of two, so that where it is rounded shows."""
+    x, w, b, a_matrix, b_matrix, _ = example(lora_linear, tokens, k, n, r, dtype)
+    kept = torch.promote_types(dtype, torch.float32)  # adapters are fp32, or fp64 for fp64 truth
+    return x, w, b if bias else None, a_matrix.to(kept), b_matrix.to(kept), 1.7
+
+
+NAMES = [
+    "rms_norm", "swiglu", "rope", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
+    "linear_cross_entropy",
+]  # fmt: skip
+every_op = pytest.mark.parametrize("name", NAMES)
+
+
+# what every operation promises
+
+
+@every_op
+@dtypes
+def test_output_and_gradients_are_as_wrong_as_the_reference(name: str, dtype: torch.dtype):
+    c = case(name, dtype)
+    check_op(c.op, c.ref, c.args, c.trained, c.plain)
+
+
+@every_op
+def test_gradcheck(name: str):
+    c = case(name, torch.float64, small=True)
+    leaves = [c.args[i].clone().requires_grad_() for i in c.trained]
+
+    def op(*values: Tensor) -> Tensor:
+        given = dict(zip(c.trained, values, strict=True))
+        return c.op(*(given.get(i, a) for i, a in enumerate(c.args)))
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+@every_op
+@dtypes
+def test_same_call_twice_gives_the_same_bits(name: str, dtype: torch.dtype):
+    c = case(name, dtype)
+    dy = upstream(c.op(*c.args))
+    for first, second in zip(run(c.op, c.args, c.trained, dy), run(c.op, c.args, c.trained, dy), strict=True):
+        assert torch.equal(first, second)
+
+
+@every_op
+@dtypes
+def test_no_input_is_written_to(name: str, dtype: torch.dtype):
+    c = case(name, dtype)
+    dy = upstream(c.op(*c.args))
+    tensors = [a for a in (*c.args, dy) if isinstance(a, Tensor)]
+    before = [t.clone() for t in tensors]
+    run(c.op, c.args, c.trained, dy)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+@every_op
+def test_backward_twice_gives_the_same_gradients(name: str):
+    """Under retain_graph the second pass must find what it saved as it was."""
+    c = case(name, torch.float32)
+    leaves = leaves_of(c.args, c.trained)
+    out = c.op(*leaves)
+    inputs = [leaves[i] for i in c.trained]
+    first = torch.autograd.grad(out, inputs, upstream(out), retain_graph=True)
+    second = torch.autograd.grad(out, inputs, upstream(out))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_op
+def test_each_input_alone_gets_the_gradient_that_it_gets_among_all(name: str):
+    c = case(name, torch.float32)
+    dy = upstream(c.op(*c.args))
+    together = run(c.op, c.args, c.trained, dy)[1:]
+    for i, among_all in zip(c.trained, together, strict=True):
+        assert torch.equal(run(c.op, c.args, (i,), dy)[1], among_all)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("attention")])
+def test_no_gradient_is_computed_for_a_frozen_input(name: str):
+    """autograd would drop it in silence; the backward of the operation itself must return None."""
+    c = case(name, torch.float32)
+    for alone in c.trained:
+        leaves = leaves_of(c.args, (alone,))
+        out = c.op(*leaves)
+        grads = out.grad_fn._forward_cls.backward(out.grad_fn, torch.ones_like(out))
+        assert [i for i, g in enumerate(grads) if g is not None] == [alone]
+
+
+@every_op
+def test_an_expanded_upstream_gradient(name: str):
+    """What .sum() sends back has strides of zero."""
+    c = case(name, torch.float32)
+    summed = run(lambda *a: c.op(*a).sum(), c.args, c.trained)
+    spelled_out = run(c.op, c.args, c.trained)
+    assert all(torch.equal(a, b) for a, b in zip(summed[1:], spelled_out[1:], strict=True))
+
+
+@every_op
+@pytest.mark.parametrize("how", ["strided", "transposed"])
+def test_strided_inputs(name: str, how: str):
+    c = case(name, torch.float32)
+
+    def spread(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if how == "transposed":
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
+        return torch.stack((x, torch.full_like(x, 99)), dim=-1)[..., 0]
+
+    args = [spread(a) for a in c.args]
+    assert not args[0].is_contiguous()
+    check_op(c.op, c.ref, args, c.trained, c.plain)
+
+
+# rms_norm
+
+
+@few
+@given(st.integers(1, 40), size, wide_dtype)
+def test_rms_norm_of_any_shape(rows: int, n: int, dtype: torch.dtype):
+    args = example(rms_norm, rows, n, dtype)
+    check_op(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, (0, 1))
+
+
+def test_rms_norm_of_heads():
+    """q_norm and k_norm run over [T, H, E]."""
+    x, w = torch.randn(11, 3, 26), 1 + 0.1 * torch.randn(26)
+    check_op(rms_norm.rms_norm, rms_norm.rms_norm_ref, (x, w, 1e-5), (0, 1))
+
+
+def test_the_statistics_of_a_bf16_row_are_fp32():
+    """With a weight of ones the result is rounded once: half a unit in the last of 8 bits."""
+    x = torch.randn(200, 101).bfloat16()
+    truth = rms_norm.rms_norm_ref(x.double(), torch.ones(101).double(), 1e-6)
+    wrong = (rms_norm.rms_norm(x, torch.ones(101).bfloat16(), 1e-6).double() - truth).abs()
+    assert (wrong <= (2**-8 + 1e-6) * truth.abs()).all()
+
+
+def test_rms_norm_of_zeros_is_zero_and_its_gradient_finite():
+    out, dx, dw = run(rms_norm.rms_norm, (torch.zeros(2, 5), torch.ones(5), 1e-6), (0, 1))
+    assert torch.equal(out, torch.zeros(2, 5)) and dx.isfinite().all() and dw.isfinite().all()
+
+
+# swiglu
+
+
+@few
+@given(st.integers(1, 40), size, wide_dtype)
+def test_swiglu_of_any_shape(rows: int, n: int, dtype: torch.dtype):
+    args = example(swiglu, rows, n, dtype)
+    check_op(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
+
+
+@dtypes
+def test_swiglu_far_out(dtype: torch.dtype):
+    """exp must not overflow where the sigmoid is 0 or 1."""
+    g = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4], dtype=dtype)
+    check_op(swiglu.swiglu, swiglu.swiglu_ref, (g, torch.ones_like(g)), (0, 1))
+
+
+# rope
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 33), wide_dtype)
+def test_rope_of_any_shape(tokens: int, heads: int, half: int, dtype: torch.dtype):
+    args = example(rope, tokens, heads, 2 * half, dtype)
+    check_op(rope.rope, rope.rope_ref, args, (0,))
+
+
+def test_rope_is_a_rotation():
+    """By the definition: the pair (i, i + E/2) as a complex number, times e^(i angle)."""
+    x, cos, sin = example(rope, 17, 3, 10, torch.float64)
+    pairs = torch.complex(x[..., :5], x[..., 5:]) * torch.complex(cos, sin)[:, None]
+    turned = torch.cat((pairs.real, pairs.imag), dim=-1)
+    torch.testing.assert_close(rope.rope(x, cos, sin), turned, rtol=0, atol=1e-12)
+
+
+def test_rope_angles_of_late_positions_are_not_rounded_to_the_models_dtype():
+    """bf16 has no position 257; the angle is made in fp32 and cast once."""
+    positions, frequencies = torch.tensor([257, 30001]), torch.tensor([1.0, 0.01])
+    cos, sin = rope.rope_angles(positions, frequencies, 1.5, torch.bfloat16)
+    angles = torch.outer(positions.float(), frequencies)
+    assert torch.equal(cos, (angles.cos() * 1.5).bfloat16())
+    assert torch.equal(sin, (angles.sin() * 1.5).bfloat16())
+
+
+# attention
+
+
+def seams_of(lengths: list[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
+@few
+@given(
+    st.lists(st.integers(1, 19), min_size=1, max_size=5),
+    st.sampled_from([(4, 4), (6, 2), (5, 1)]),
+    st.sampled_from([None, 1, 2, 7, 19, 100]),
+    wide_dtype,
+)
+def test_attention_of_any_documents(
+    lengths: list[int], heads: tuple[int, int], window: int | None, dtype: torch.dtype
+):
+    args = example(attention, lengths, *heads, 10, dtype)
+    check_op(attention.attention, attention.attention_ref, (*args, window), (0, 1, 2), plain_attention)
+
+
+def test_attention_reference_sees_what_the_definition_says():
+    """The mask of the specification, read off with values that are one-hot."""
+    lengths, window = [3, 1, 6], 2
+    q, v = torch.zeros(10, 1, 10), torch.eye(10)[:, None]
+    seen = attention.attention_ref(q, q, v, seams_of(lengths), window)[:, 0] > 0
+    assert torch.equal(seen, attention_mask(seams_of(lengths), window))
+
+
+@dtypes
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_documents_are_each_document_alone_bit_for_bit(dtype: torch.dtype, window: int | None):
+    lengths = [13, 1, 5, 31]
+    q, k, v, seams = example(attention, lengths, 6, 2, 26, dtype)
+    dy = upstream(q)
+    packed = run(attention.attention, (q, k, v, seams, window), (0, 1, 2), dy)
+    for start, end in pairwise(seams):
+        own = [x[start:end].clone() for x in (q, k, v)]
+        alone = run(attention.attention, (*own, [0, end - start], window), (0, 1, 2), dy[start:end])
+        assert all(torch.equal(whole[start:end], part) for whole, part in zip(packed, alone, strict=True))
+
+
+@pytest.mark.parametrize("window", [8, 9, 10, 11])
+def test_a_window_about_as_long_as_the_document(window: int):
+    args = example(attention, [10, 9], 4, 2, 10, torch.float64)
+    check_op(attention.attention, attention.attention_ref, (*args, window), (0, 1, 2))
+
+
+def test_a_spoilt_document_spoils_no_other():
+    q, k, v, seams = example(attention, [5, 4, 6], 2, 1, 8, torch.float32)
+    whole = attention.attention(q, k, v, seams)
+    q[5:9], k[5:9], v[5:9] = math.nan, math.nan, math.nan
+    spoilt = attention.attention(q, k, v, seams)
+    assert torch.equal(spoilt[:5], whole[:5]) and torch.equal(spoilt[9:], whole[9:])
+    assert spoilt[5:9].isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@dtypes
+def test_cached_attention_is_the_end_of_the_whole(dtype: torch.dtype, groups: int, window: int | None):
+    """One token at a time, several at once, and all of them: the last n queries over every key."""
+    q, k, v, seams = example(attention, [23], 4, groups, 10, dtype)
+    for n in (1, 5, 23):
+        check_op(
+            lambda q, k, v, n=n: attention.attention_cached(q[-n:], k, v, window),
+            lambda q, k, v, n=n: attention.attention_ref(q, k, v, seams, window)[-n:],
+            (q, k, v), (0, 1, 2),
+            lambda q, k, v, n=n: plain_attention(q, k, v, seams, window)[-n:],
+        )  # fmt: skip
+
+
+# lora_linear
+
+
+@pytest.mark.parametrize("r", [1, 3, 8, 64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@dtypes
+def test_lora_linear_of_any_rank(dtype: torch.dtype, p: float, bias: bool, r: int):
+    args = lora_arguments(41, 61, 47, r, dtype, bias)
+    check_op(lora_linear.lora_linear, lora_linear.lora_linear_ref, (*args, p, KEY), (0, 3, 4))
+
+
+@few
+@given(
+    st.integers(1, 40), size, size, st.integers(1, 70), st.booleans(), st.sampled_from([0.0, 0.5]), wide_dtype
+)
+def test_lora_linear_of_any_shape(t: int, k: int, n: int, r: int, bias: bool, p: float, dtype: torch.dtype):
+    args = lora_arguments(t, k, n, r, dtype, bias)
+    check_op(lora_linear.lora_linear, lora_linear.lora_linear_ref, (*args, p, KEY), (0, 3, 4))
+
+
+def test_forward_and_backward_drop_the_same_values():
+    """With W zero and the rest ones, y counts the kept values of a row and dx and dA show the mask itself."""
+    x, w, a, b = torch.ones(20, 30), torch.zeros(4, 30), torch.ones(2, 30), torch.ones(4, 2)
+    y, dx, da = run(lora_linear.lora_linear, (x, w, None, a, b, 1.0, 0.5, KEY), (0, 3))
+    mask = dropout.dropout_mask((20, 30), 0.5, KEY)
+    assert torch.equal(y, (2.0 * 2 * mask.sum(1, keepdim=True)).expand(20, 4))
+    assert torch.equal(dx, 2.0 * 8 * mask)
+    assert torch.equal(da, (2.0 * 4 * mask.sum(0)).expand(2, 30))
+
+
+def test_the_low_rank_part_alone_is_dropped():
+    """Dropout is on the input of A; the frozen weight sees all of x."""
+    x, w, bias, a, b, _ = lora_arguments(9, 13, 5, 3, torch.float32)
+    assert torch.equal(
+        lora_linear.lora_linear(x, w, bias, a, torch.zeros_like(b), 2.0, 0.9, KEY), F.linear(x, w, bias)
+    )
+
+
+def test_a_scale_is_not_rounded_below_the_dtype_of_x():
+    """Adapters are fp32 even over an fp64 model: what is written out in fp64 must still be reached."""
+    x, w, bias, a, b, _ = lora_arguments(9, 13, 5, 3, torch.float64)
+    a, b = a.float(), b.float()
+    truth = F.linear(x, w, bias) + 1.7 * (x @ a.double().T @ b.double().T)
+    torch.testing.assert_close(lora_linear.lora_linear(x, w, bias, a, b, 1.7), truth, rtol=0, atol=1e-12)
+
+
+# linear_cross_entropy
+
+
+@dtypes
+@pytest.mark.parametrize("chunk_rows", [1, 7, 16, 37, 256])
+def test_chunks_change_rounding_only(dtype: torch.dtype, chunk_rows: int):
+    def op(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy.linear_cross_entropy(x, head, targets, chunk_rows)
+
+    args = example(linear_cross_entropy, 37, 29, 101, dtype)
+    check_op(op, linear_cross_entropy.linear_cross_entropy_ref, args, (0, 1))
+
+
+@few
+@given(st.integers(1, 40), size, st.integers(1, 90), st.integers(1, 50), wide_dtype)
+def test_cross_entropy_of_any_shape(rows: int, width: int, vocab: int, chunk_rows: int, dtype: torch.dtype):
+    def op(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy.linear_cross_entropy(x, head, targets, chunk_rows)
+
+    args = example(linear_cross_entropy, rows, width, vocab, dtype)
+    check_op(op, linear_cross_entropy.linear_cross_entropy_ref, args, (0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_of_a_real_vocabulary(dtype: torch.dtype):
+    args = example(linear_cross_entropy, 19, 8, 151_936, dtype)
+    check_op(
+        linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_ref, args, (0,)
+    )
+
+
+@dtypes
+def test_cross_entropy_of_huge_logits(dtype: torch.dtype):
+    """exp(logit) alone would overflow."""
+    x, head, targets = example(linear_cross_entropy, 17, 23, 31, dtype)
+    check_op(
+        cross_entropy_in_chunks,
+        linear_cross_entropy.linear_cross_entropy_ref,
+        (1000 * x, head, targets),
+        (0, 1),
+    )
+
+
+@pytest.mark.parametrize("trained", [(0,), (0, 1)])
+def test_no_rows_give_a_connected_zero(trained: tuple[int, ...]):
+    """A batch may hold no target; backward must still run on every rank."""
+    args = (torch.empty(0, 5), torch.randn(7, 5), torch.empty(0, dtype=torch.int64))
+    loss, *grads = run(linear_cross_entropy.linear_cross_entropy, args, trained)
+    assert loss == 0 and [g.shape for g in grads] == [args[i].shape for i in trained]
+    assert not any(g.any() for g in grads)
+
+
+def test_the_upstream_scale_is_not_rounded_to_the_dtype_of_x():
+    """loss / targets sends 1 / targets back: one rounding more would be the same error in every gradient."""
+    x, head, targets = example(linear_cross_entropy, 37, 29, 101, torch.bfloat16)
+    _, dx = run(linear_cross_entropy.linear_cross_entropy, (x, head, targets), (0,))
+    _, divided = run(lambda *a: linear_cross_entropy.linear_cross_entropy(*a) / 37, (x, head, targets), (0,))
+    assert torch.equal(divided, (dx.float() * torch.tensor(1.0).div(37)).bfloat16())
+
+
+def test_no_gradient_is_made_where_none_is_recorded():
+    """Evaluation of a model that is trained in full: its head requires grad, only the loss is wanted."""
+    x, head, targets = example(linear_cross_entropy, 37, 29, 101, torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets)
+    assert counter.get_total_flops() == 2 * 37 * 29 * 101
+
+
+# dropout
+
+
+def near(share: float, expected: float, n: int) -> bool:
+    """Within five standard deviations of a binomial share."""
+    return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
+
+
+@few
+@given(st.integers(1, 40), size, st.floats(0.01, 0.99))
+def test_same_key_same_bits(rows: int, columns: int, p: float):
+    first, second = (dropout.dropout_mask((rows, columns), p, KEY) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (rows, columns) and first.dtype == torch.bool
+
+
+def test_a_mask_does_not_depend_on_torchs_random_state():
+    torch.manual_seed(1)
+    first = dropout.dropout_mask((50, 50), 0.5, KEY)
+    torch.rand(3)
+    assert torch.equal(first, dropout.dropout_mask((50, 50), 0.5, KEY))
+
+
+def test_the_mask_of_a_key_is_fixed_for_ever():
+    """A checkpoint of today goes on with the same bits tomorrow: these must never change."""
+    bits = dropout.dropout_mask((3, 8), 0.5, KEY).int().tolist()
+    assert ["".join(map(str, row)) for row in bits] == ["01101011", "11000011", "01110101"]
+
+
+@pytest.mark.parametrize("field", DropoutKey._fields)
+def test_another_key_is_another_independent_mask(field: str):
+    mask = dropout.dropout_mask((500, 500), 0.3, KEY)
+    other = dropout.dropout_mask((500, 500), 0.3, KEY._replace(**{field: getattr(KEY, field) + 1}))
+    both = float((mask & other).double().mean())
+    assert near(both, 0.7**2, mask.numel())
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.3, 0.5, 0.9])
+def test_the_share_of_kept_values(p: float):
+    mask = dropout.dropout_mask((700, 701), p, KEY)
+    assert near(float(mask.double().mean()), 1 - p, mask.numel())
+
+
+@dtypes
+def test_kept_values_are_scaled_and_others_zero(dtype: torch.dtype):
+    x = torch.randn(50, 50, dtype=dtype)
+    mask = dropout.dropout_mask((50, 50), 0.3, KEY)
+    assert torch.equal(dropout.dropout(x, 0.3, KEY), torch.where(mask, x * (1 / 0.7), 0))
+
+
+def test_dropout_of_zero_is_x_itself():
+    x = torch.randn(3, 4)
+    assert dropout.dropout(x, 0.0, KEY) is x

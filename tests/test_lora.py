@@ -1,0 +1,474 @@
+"""Adapters on tiny models: what they compute, where they go, and their folder."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import IDS, config_json, randomise, tiny, tiny_folder
+from torch import Tensor
+
+from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
+from minilora.errors import ModelError, UsageError
+from minilora.lora import adapters, key_dropout, linears, without_adapters
+from minilora.models.layers import Decoder
+from minilora.safetensors import SafetensorsFile, write_tensors
+
+families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+PREFIX = "base_model.model."
+
+
+def paths(model: torch.nn.Module) -> list[str]:
+    return [path for path, _ in adapters(model)]
+
+
+def trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+# what an adapter computes
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_new_adapter_changes_no_bit(family: str, dtype: torch.dtype):
+    model = tiny(family, dtype)
+    before = model.logits(IDS)
+    add_lora(model, r=3, alpha=5)
+    assert torch.equal(model.logits(IDS), before)
+
+
+def test_a_new_adapter_learns_from_the_first_step():
+    """B is zero, so A gets no gradient yet; B must."""
+    model = tiny()
+    add_lora(model, r=3)
+    model.logits(IDS).square().sum().backward()
+    for _, wrapper in adapters(model):
+        assert wrapper.lora_A.grad is not None and wrapper.lora_B.grad is not None
+        assert wrapper.lora_B.grad.any() and not wrapper.lora_A.grad.any()
+
+
+def test_the_adapter_alone_is_trained(tmp_path: Path):
+    model, other = tiny().requires_grad_(), tiny().requires_grad_()
+    add_lora(model, "mlp", r=3)
+    save_adapter(model, tmp_path / "a")
+    load_adapter(other, tmp_path / "a")
+    wanted = {f"{path}.lora_{half}" for path in paths(model) for half in "AB"}
+    assert trained(model).keys() == trained(other).keys() == wanted
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+
+
+def test_a_starts_as_pefts_does_and_follows_from_the_seed():
+    """Kaiming uniform with a = sqrt(5): within 1/sqrt(in), and not all in the middle of it."""
+    first, second, other = tiny(), tiny(), tiny()
+    for model, seed in ((first, 5), (second, 5), (other, 6)):
+        add_lora(model, r=8, seed=seed)
+    for (_, a), (_, b), (_, c) in zip(adapters(first), adapters(second), adapters(other), strict=True):
+        assert torch.equal(a.lora_A, b.lora_A) and not torch.equal(a.lora_A, c.lora_A)
+        bound = a.base.in_features**-0.5
+        assert 0.9 * bound < a.lora_A.abs().max() <= bound
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_wrapped_linear_is_the_formula(rslora: bool):
+    model = tiny(dtype=torch.float64)
+    add_lora(model, "q_proj", r=3, alpha=7, rslora=rslora)
+    randomise(model)
+    q = dict(adapters(model))["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scale = 7 / math.sqrt(3) if rslora else 7 / 3
+    truth = q.base(x) + scale * (x @ q.lora_A.double().T @ q.lora_B.double().T)
+    torch.testing.assert_close(q(x), truth, rtol=0, atol=1e-12)
+
+
+def test_dropout_follows_the_key_and_training_alone():
+    model = tiny()
+    add_lora(model, r=3, dropout=0.5)
+    randomise(model)
+    plain = model.logits(IDS)
+    model.train()
+    key_dropout(model, seed=1, step=2, micro=0)
+    first = model.logits(IDS)
+    key_dropout(model, seed=1, step=3, micro=0)
+    other = model.logits(IDS)
+    key_dropout(model, seed=1, step=2, micro=0)
+    assert torch.equal(model.logits(IDS), first)
+    assert not torch.equal(first, other) and not torch.equal(first, plain)
+    assert torch.equal(model.eval().logits(IDS), plain)
+
+
+def test_every_module_drops_its_own_values():
+    model = tiny()
+    add_lora(model, r=3, dropout=0.5)
+    key_dropout(model, seed=1, step=2, micro=0)
+    keys = [wrapper.key for _, wrapper in adapters(model)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_activation_checkpointing_draws_the_same_masks_again():
+    """The gradients of a recomputed block are those of a kept one, bit for bit."""
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny()
+        add_lora(model, r=3, dropout=0.5)
+        randomise(model)
+        model.checkpointing = checkpointing
+        key_dropout(model.train(), seed=1, step=2, micro=0)
+        model.logits(IDS).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+# merge and without_adapters
+
+
+@families
+def test_merged_is_wrapped_in_fp64(family: str):
+    model = tiny(family, torch.float64)
+    add_lora(model, r=3, alpha=7, rslora=True)
+    randomise(model)
+    wrapped = model.logits(IDS)
+    merge(model)
+    assert not paths(model)
+    torch.testing.assert_close(
+        model.logits(IDS), wrapped, rtol=0, atol=1e-12 * float(wrapped.detach().abs().max())
+    )
+
+
+def test_merge_rounds_once():
+    model = tiny(dtype=torch.bfloat16)
+    add_lora(model, r=4, alpha=8)
+    randomise(model)
+    wrapped = dict(adapters(model))
+    deltas = {path: 2 * (w.lora_B @ w.lora_A).detach() for path, w in wrapped.items()}
+    weights = {path: w.base.weight.clone() for path, w in wrapped.items()}
+    merge(model)
+    for path, w in weights.items():
+        merged = model.get_parameter(f"{path}.weight")
+        assert torch.equal(merged, (w.float() + deltas[path]).bfloat16())
+        assert not torch.equal(merged, w + deltas[path].bfloat16()), "rounding twice would not be seen here"
+
+
+def test_merge_leaves_the_rest_alone():
+    model, base = tiny(), dict(tiny().named_parameters())
+    add_lora(model, "attention", r=3)
+    randomise(model)
+    merge(model)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, base[n])}
+    assert changed == {n for n in base if ".self_attn." in n and n.endswith("_proj.weight")}
+
+
+def test_without_adapters_is_the_base_and_puts_them_back():
+    model = tiny()
+    before = model.logits(IDS)
+    add_lora(model, r=3)
+    randomise(model)
+    wrapped, names = model.logits(IDS), [n for n, _ in model.named_parameters()]
+    with without_adapters(model):
+        assert torch.equal(model.logits(IDS), before) and not paths(model)
+    assert torch.equal(model.logits(IDS), wrapped)
+    assert [n for n, _ in model.named_parameters()] == names
+
+
+def test_without_adapters_puts_them_back_after_an_error():
+    model = tiny()
+    add_lora(model, r=3)
+    names = paths(model)
+    with pytest.raises(RuntimeError, match="inside"), without_adapters(model):
+        raise RuntimeError("inside")
+    assert paths(model) == names
+
+
+def test_adapters_go_on_once(tmp_path: Path):
+    """A wrapper around a wrapper's base would be trained, and lost when the adapter is saved."""
+    model = tiny()
+    add_lora(model, r=3)
+    names = paths(model)
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(UsageError, match="adapters already"):
+        add_lora(model, r=3)
+    with pytest.raises(UsageError, match="adapters already"):
+        load_adapter(model, tmp_path / "a")
+    assert paths(model) == names
+
+
+def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(tmp_path: Path):
+    """Its tensors carry other names: the folder would be one that nothing can read."""
+    folder = tiny_folder(tmp_path / "base")
+    model = load_model(folder)
+    add_lora(model, r=3)
+    with pytest.raises(UsageError, match="merge"):
+        save_model(model, tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
+
+
+# targets
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "leaves"),
+    [
+        ("all-linear", ATTENTION + MLP),
+        ("attention", ATTENTION),
+        ("mlp", MLP),
+        ("q_proj", ["q_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        (["v_proj", "up_proj"], ["v_proj", "up_proj"]),
+        (r".*\.(q|v)_proj", ["q_proj", "v_proj"]),
+        ("mlp.up_proj", ["up_proj"]),
+    ],
+)
+@families
+def test_targets(family: str, targets: str | list[str], leaves: list[str]):
+    model = tiny(family)
+    add_lora(model, targets, r=2)
+    assert {p.split(".")[-1] for p in paths(model)} == set(leaves)
+    assert len(paths(model)) == 2 * len(leaves)
+
+
+@pytest.mark.parametrize("targets", ["model.layers.1.mlp.up_proj", r"model\.layers\.1\..*up_proj"])
+def test_one_linear_of_one_layer(targets: str):
+    model = tiny()
+    add_lora(model, targets, r=2)
+    assert paths(model) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_the_head_gets_no_adapter():
+    model = tiny(tie_word_embeddings=False)
+    add_lora(model, r=2)
+    assert not any("lm_head" in p for p in paths(model))
+
+
+@pytest.mark.parametrize(
+    "targets", ["q_prj", "q_proj,q_prj", ["q_prj"], r".*\.q_prj", r".*\.q_pro", "proj", "", "lm_head"]
+)
+def test_an_unknown_target_names_those_that_exist(targets: str | list[str]):
+    model = tiny()
+    with pytest.raises(UsageError) as error:
+        add_lora(model, targets, r=2)
+    assert all(leaf in error.value.hint for leaf in ATTENTION + MLP)
+    assert not paths(model)
+
+
+def test_a_broken_expression_is_a_usage_error():
+    with pytest.raises(UsageError, match="no regular expression"):
+        add_lora(tiny(), "(q_proj", r=2)
+
+
+# the folder
+
+
+def adapted(**changes: Any) -> Decoder:
+    """A model with a random adapter of all linears."""
+    model = tiny()
+    add_lora(model, **{"r": 3, "alpha": 7, **changes})
+    randomise(model)
+    return model
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    """The adapter folder with other keys in its config."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "model.layers.1.mlp.up_proj"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_save_and_load_is_bit_exact(tmp_path: Path, targets: str, rslora: bool):
+    model = adapted(targets=targets, rslora=rslora, dropout=0.25)
+    save_adapter(model, tmp_path / "a", "a/base")
+    other = tiny()
+    load_adapter(other, tmp_path / "a")
+    first, second = trained(model), trained(other)
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert torch.equal(model.logits(IDS), other.logits(IDS))
+    assert {w.dropout for _, w in adapters(other)} == {0.25}
+    save_adapter(other, tmp_path / "b", "a/base")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_adapter_of_a_bf16_base_is_fp32_in_the_file(tmp_path: Path):
+    model = tiny(dtype=torch.bfloat16)
+    add_lora(model, r=3)
+    save_adapter(model, tmp_path / "a")
+    file = SafetensorsFile(tmp_path / "a" / "adapter_model.safetensors")
+    assert {entry.dtype for entry in file.entries.values()} == {torch.float32}
+    load_adapter(tiny(dtype=torch.bfloat16), tmp_path / "a")
+
+
+def peft_folder(folder: Path, ranks: dict[str, int], **config: Any) -> Path:
+    """An adapter folder as PEFT writes it, with random matrices of the given rank for each path."""
+    base = linears(tiny())
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for path, r in ranks.items():
+        rows, columns = base[path].weight.shape
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.randn(r, columns, generator=generator)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.randn(rows, r, generator=generator)
+    folder.mkdir()
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "lora_dropout": 0.0}
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    return folder
+
+
+Q0, Q1, UP1 = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.1.mlp.up_proj",
+)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_rank_and_alpha_patterns(tmp_path: Path, rslora: bool):
+    """A name, a path, and an expression; the first that fits counts, up to the end of the path."""
+    folder = peft_folder(
+        tmp_path / "a", {Q0: 2, Q1: 6, UP1: 4},
+        rank_pattern={"layers.0.self_attn.q_proj": 2, "q_proj": 6, "up": 9},
+        alpha_pattern={r"layers\.[1-9]\.mlp\..*": 3, "self_attn": 99},
+        use_rslora=rslora,
+    )  # fmt: skip
+    model = tiny()
+    load_adapter(model, folder)
+    found = {path: (w.r, w.alpha, w.scale) for path, w in adapters(model)}
+    root = math.sqrt if rslora else float
+    assert found == {Q0: (2, 8, 8 / root(2)), Q1: (6, 8, 8 / root(6)), UP1: (4, 3, 3 / root(4))}
+
+
+def test_unequal_ranks_survive_a_round_trip(tmp_path: Path):
+    folder = peft_folder(
+        tmp_path / "a", {Q0: 2, Q1: 6, UP1: 4}, rank_pattern={Q0: 2, "q_proj": 6}, alpha_pattern={UP1: 1.5}
+    )
+    model, again = tiny(), tiny()
+    load_adapter(model, folder)
+    save_adapter(model, tmp_path / "b")
+    load_adapter(again, tmp_path / "b")
+    assert [(p, w.r, w.alpha) for p, w in adapters(again)] == [(p, w.r, w.alpha) for p, w in adapters(model)]
+    assert torch.equal(model.logits(IDS), again.logits(IDS))
+
+
+def test_every_mismatch_is_in_one_error(tmp_path: Path):
+    save_adapter(adapted(targets="attention"), tmp_path / "a")
+    with pytest.raises(ModelError) as error:
+        load_adapter(tiny(hidden_size=32, num_hidden_layers=1), tmp_path / "a")
+    text = str(error.value)
+    for leaf in ATTENTION:
+        assert f"model.layers.0.self_attn.{leaf}: lora_A is [3, 24], [3, 32] fits" in text
+        assert f"model.layers.1.self_attn.{leaf}.lora_A.weight: the model has no such linear" in text
+
+
+def test_a_long_list_of_mismatches_is_counted(tmp_path: Path):
+    save_adapter(adapted(), tmp_path / "a")
+    with pytest.raises(ModelError) as error:
+        load_adapter(tiny(hidden_size=32, intermediate_size=48, num_hidden_layers=1), tmp_path / "a")
+    lines = error.value.what.splitlines()
+    assert len(lines) == 22 and lines[-1].strip() == "and 8 more"
+
+
+def test_an_error_leaves_the_model_as_it_was(tmp_path: Path):
+    save_adapter(adapted(), tmp_path / "a")
+    model = tiny(num_hidden_layers=1)
+    with pytest.raises(ModelError):
+        load_adapter(model, tmp_path / "a")
+    assert not paths(model)
+
+
+def test_another_base_of_the_same_shape_is_refused_unless_it_is_wanted(tmp_path: Path):
+    save_adapter(adapted(), tmp_path / "a")
+    other = tiny(seed=1)
+    with pytest.raises(ModelError, match="another base"):
+        load_adapter(other, tmp_path / "a")
+    assert not paths(other)
+    load_adapter(other, tmp_path / "a", any_base=True)
+    assert len(paths(other)) == 14
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"peft_type": "LOHA"},
+        {"peft_type": None},
+        {"fan_in_fan_out": True},
+        {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": [3]},
+        {"target_parameters": ["experts"]},
+        {"r": 0},
+        {"r": "3"},
+        {"lora_alpha": True},
+        {"lora_dropout": "much"},
+        {"lora_dropout": 1.5},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"q_proj": "3"}},
+        {"rank_pattern": {"(": 3}},
+        {"rank_pattern": {"(a+)+b": 3}},
+        {"alpha_pattern": {"q_proj": "7"}},
+        {"alpha_pattern": {"q_proj": -1}},
+    ],
+    ids=json.dumps,
+)
+def test_a_config_that_is_not_plain_lora_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]):
+    save_adapter(adapted(), tmp_path / "a")
+    model = tiny()
+    with pytest.raises(ModelError, match=next(iter(changes))):
+        load_adapter(model, edited(tmp_path / "a", **changes))
+    assert not paths(model)
+
+
+def test_pickle_is_not_read(tmp_path: Path):
+    save_adapter(adapted(), tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        load_adapter(tiny(), tmp_path / "a")
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_half_an_adapter_is_refused(tmp_path: Path, half: str):
+    folder = peft_folder(tmp_path / "a", {Q0: 4})
+    file = SafetensorsFile(folder / "adapter_model.safetensors")
+    key = f"{PREFIX}{Q0}.lora_{half}.weight"
+    kept = {key: file.tensor(key).clone()}
+    (folder / "adapter_model.safetensors").unlink()
+    write_tensors(folder / "adapter_model.safetensors", kept)
+    with pytest.raises(ModelError, match=f"lora_{'B' if half == 'A' else 'A'} is missing"):
+        load_adapter(tiny(), folder)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors", None])
+def test_a_folder_that_is_none(tmp_path: Path, missing: str | None):
+    save_adapter(adapted(), tmp_path / "a")
+    if missing:
+        (tmp_path / "a" / missing).unlink()
+    with pytest.raises(ModelError, match=missing or "not a folder"):
+        load_adapter(tiny(), tmp_path / ("a" if missing else "b"))
+
+
+# checkpoint and back
+
+
+@families
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_bit_for_bit(tmp_path: Path, family: str, tied: bool):
+    folder = tiny_folder(tmp_path / "base", family, tie_word_embeddings=tied)
+    model, truth = load_model(folder), tiny(family, tie_word_embeddings=tied)
+    assert dict(model.named_parameters()).keys() == dict(truth.named_parameters()).keys()
+    assert torch.equal(model.logits(IDS), truth.logits(IDS))
+    assert json.loads((folder / "config.json").read_text()) == config_json(family, tie_word_embeddings=tied)
+
+
+def test_shards_are_read_back(tmp_path: Path):
+    folder = tiny_folder(tmp_path / "base")
+    model = load_model(folder)
+    save_model(model, tmp_path / "shards", folder, shard_bytes=4000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    assert torch.equal(load_model(tmp_path / "shards").logits(IDS), model.logits(IDS))
