@@ -39,10 +39,11 @@ def plot_loss(run: Path) -> str:
 
 
 def _smooth(losses: tuple[float, ...]) -> list[float]:
-    """Exponential average with weight 0.9, bias-corrected."""
+    """Exponential average over about a twentieth of the steps, bias-corrected."""
+    keep = 1 - 1 / max(len(losses) / 20, 1)
     total = weight = 0.0
     smooth = []
     for loss in losses:
-        total, weight = 0.9 * total + 0.1 * loss, 0.9 * weight + 0.1
+        total, weight = keep * total + (1 - keep) * loss, keep * weight + (1 - keep)
         smooth.append(total / weight)
     return smooth
