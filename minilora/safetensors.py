@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise ModelError(f"{path} is no regular file", "Check the path.")
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -90,11 +93,13 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
     if raw[:1] != b"{":
         raise refuse("the header does not begin with '{'")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_not_negative
+        )
     except (ValueError, RecursionError) as error:
         raise refuse(f"the header is not valid JSON ({error})") from None
     metadata = header.pop("__metadata__", {})
-    if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
+    if type(metadata) is not dict or not all(_is_text(k) and _is_text(v) for k, v in metadata.items()):
         raise refuse("__metadata__ must map strings to strings")
     if len(header) > MAX_TENSORS:
         raise refuse(f"{len(header)} tensors; {MAX_TENSORS} is the limit")
@@ -115,13 +120,24 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice[:80]!r} stands twice")
     return result
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _not_negative(digits: str) -> int:
+    if digits.startswith("-"):  # also -0, which is no size for other readers
+        raise ValueError(f"{digits[:40]} is negative")
+    return int(digits)
+
+
+def _is_text(value: Any) -> bool:
+    """A string without half surrogate pairs."""
+    return type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _checked_name(name: str) -> str:
@@ -140,6 +156,8 @@ def _entry(name: str, value: Any) -> Entry:
         raise ValueError(f"tensor {name!r} has a shape that is no list of at most {MAX_RANK} sizes")
     if type(offsets) is not list or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise ValueError(f"tensor {name!r} has data_offsets that are no pair of byte numbers")
+    if math.prod(n for n in shape if n) * DTYPES[dtype].itemsize >= 2**63:
+        raise ValueError(f"tensor {name!r} has shape {shape}, more than any memory")
     start, end = offsets
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != need:
