@@ -55,8 +55,9 @@ def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, JSON value) of every row of a file."""
-    if path.is_dir() or not path.exists():
-        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'not there'}", "Give a .json or .jsonl file.")
+    if not path.is_file():  # a pipe could not be read twice
+        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
+        raise DataError(f"{path} is {what}", "Give a .json or .jsonl file.")
     try:
         with open(path, "rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -156,7 +157,7 @@ def _chat(row: dict, key: str, where: str) -> tuple[list[Message], str]:
     messages = _system(row, where)
     for turn in turns:
         role = turn.get(role_key)
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{where}: a message has {role_key} {quote(str(role))}", f"Known are {', '.join(ROLES)}.")
         message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
         if "loss" in turn or "loss_mask" in turn:
@@ -168,10 +169,11 @@ def _chat(row: dict, key: str, where: str) -> tuple[list[Message], str]:
 def _alpaca(row: dict, answer: str, where: str) -> list[Message]:
     instruction, more = _text(row, "instruction", where), _text(row, "input", where, "")
     messages = _system(row, where)
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [None]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
             raise DataError(f"{where}: history is no list of [question, answer] pairs", "Write it as [[q, a], ...].")
-        messages += _turn(*pair)
+        messages += _turn(*(_sound(t, "history", where) for t in pair))
     return messages + _turn(f"{instruction}\n{more}" if more else instruction, _text(row, answer, where))
 
 
@@ -190,14 +192,20 @@ def _text(row: dict, key: str, where: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(str(p.get("text", "")) for p in value)
+        texts = [p.get("text") for p in value]
+        value = "".join(texts) if all(isinstance(t, str) for t in texts) else value
     if not isinstance(value, str):
         raise DataError(f"{where}: {key} is {quote(json.dumps(value))}", "A text belongs there.")
+    return _sound(value, key, where)
+
+
+def _sound(text: str, key: str, where: str) -> str:
+    """The text; DataError if it cannot be written as UTF-8."""
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(f"{where}: {key} holds half a surrogate pair", "Correct the \\ud... escape there.") from None
-    return value
+    return text
 
 
 def _check(messages: list[Message], where: str) -> None:
