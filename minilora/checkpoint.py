@@ -44,6 +44,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON:
             raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
         value = json.loads(path.read_bytes())
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
     except FileNotFoundError:
         raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
     except (ValueError, RecursionError) as error:
@@ -60,13 +62,13 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     j = read_json(path)
     family = j.get("model_type")
-    if family not in FAMILIES:
-        raise ModelError(f"{path}: model_type {family!r} is not supported", f"Supported are {', '.join(FAMILIES)}.")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ModelError(f"{path}: model_type {str(family)[:40]!r} is not supported", f"Supported are {', '.join(FAMILIES)}.")
     if j.get("quantization_config"):
         raise ModelError(f"{path}: the weights are quantised", "Use the bf16 or fp16 release of this model.")
     try:
         return FAMILIES[family].config(j)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(f"{path}: {reason}", "The file is damaged, or the model needs what is not there yet.") from None
 
@@ -80,8 +82,11 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     folder = Path(folder)
     c = read_config(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with torch.device("meta"):
-        model = Decoder(c, FAMILIES[c.family].Block).to(dtype or c.dtype)
+    try:
+        with torch.device("meta"):
+            model = Decoder(c, FAMILIES[c.family].Block).to(dtype or c.dtype)
+    except RuntimeError:
+        raise ModelError(f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged.") from None
     tensors = Tensors(folder)
     _check(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
@@ -119,7 +124,8 @@ class Tensors:
             raise ModelError(f"{index}: weight_map is missing or empty", "Download or copy the file again.")
         shards = sorted(set(places.values()))
         for shard in shards:
-            if shard != Path(shard).name or not shard.endswith(".safetensors"):
+            plain = shard == Path(shard).name and shard.isprintable() and len(shard.encode()) <= 255
+            if not plain or not shard.endswith(".safetensors"):
                 raise ModelError(f"{index}: {shard[:80]!r} is not a file name in this folder", "Do not trust this folder.")
         absent = [shard for shard in shards if not (self.folder / shard).is_file()]
         if absent:
@@ -165,7 +171,7 @@ def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
     problems = []
     if model.config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
         with tensors.reading("lm_head.weight") as head, tensors.reading("model.embed_tokens.weight") as embedding:
-            if not torch.equal(head, embedding):
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
                 problems.append("lm_head.weight differs from the embedding, though config.json ties them")
     if model.config.tied:
         found.pop("lm_head.weight", None)

@@ -10,16 +10,24 @@ from .layers import Yarn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def whole(j: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number; ValueError that names the key otherwise. null counts as missing."""
+def whole(j: dict[str, Any], key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+    """A positive whole number up to `most`; ValueError that names the key otherwise. null counts as missing."""
     value = j.get(key)
     if value is None:
         value = default
     if value is None:
         raise ValueError(f"key {key!r} is missing")
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"{key} is {value!r}; a positive whole number belongs there")
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"{key} is {str(value)[:40]}; a positive whole number up to {most} belongs there")
     return value
+
+
+def positive(j: dict[str, Any], key: str, default: float) -> float:
+    """A positive finite number; ValueError that names the key otherwise. null counts as missing."""
+    value = default if j.get(key) is None else j[key]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{key} is {str(value)[:40]}; a positive number belongs there")
+    return float(value)
 
 
 def dtype_of(j: dict[str, Any]) -> torch.dtype:
@@ -33,24 +41,28 @@ def dtype_of(j: dict[str, Any]) -> torch.dtype:
 def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     """Rotary base and YaRN settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or j.get("rope_theta") or 10000.0)
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_parameters or rope_scaling is {str(scaling)[:40]}; an object belongs there")
+    theta = positive(scaling, "rope_theta", positive(j, "rope_theta", 10000.0))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "yarn":
         raise ValueError(f"rope_type is {kind!r}; 'default' and 'yarn' are supported")
-    factor = float(scaling["factor"])
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        share, whole_share = scaling.get("mscale") or 0, scaling.get("mscale_all_dim") or 0
-        both = share and whole_share
-        attention_factor = _mscale(factor, share) / _mscale(factor, whole_share) if both else _mscale(factor, 1)
+    if scaling.get("factor") is None:
+        raise ValueError("key 'factor' is missing")
+    factor = positive(scaling, "factor", 1.0)
+    both = scaling.get("mscale") and scaling.get("mscale_all_dim")
+    if both:
+        share = _mscale(factor, positive(scaling, "mscale", 1.0)) / _mscale(factor, positive(scaling, "mscale_all_dim", 1.0))
+    else:
+        share = _mscale(factor, 1)
     return theta, Yarn(
         factor=factor,
-        original_length=int(scaling.get("original_max_position_embeddings") or max_positions),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        attention_factor=float(attention_factor),
+        original_length=whole(scaling, "original_max_position_embeddings", max_positions),
+        beta_fast=positive(scaling, "beta_fast", 32),
+        beta_slow=positive(scaling, "beta_slow", 1),
+        attention_factor=positive(scaling, "attention_factor", share),
         truncate=bool(scaling.get("truncate", True)),
     )
 

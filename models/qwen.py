@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config_json import dtype_of, rope_of, whole
+from .config_json import dtype_of, positive, rope_of, whole
 from .layers import MLP, Attention, Config, Place, RMSNorm
 
 
@@ -35,7 +35,7 @@ def config(j: dict[str, Any]) -> Config:
         raise ValueError(f"hidden_act is {j['hidden_act']!r}; {family} has 'silu'")
     if j.get("attention_bias", False):
         raise ValueError(f"attention_bias is set; {family} checkpoints have none")
-    layers, width = whole(j, "num_hidden_layers"), whole(j, "hidden_size")
+    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
     max_positions = whole(j, "max_position_embeddings", 32768)
     theta, yarn = rope_of(j, max_positions)
@@ -48,7 +48,7 @@ def config(j: dict[str, Any]) -> Config:
         head_size=whole(j, "head_dim", width // heads),
         ffn=whole(j, "intermediate_size"),
         vocab=whole(j, "vocab_size"),
-        eps=float(j.get("rms_norm_eps", 1e-6)),
+        eps=positive(j, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         yarn=yarn,
         windows=_windows(j, layers),
