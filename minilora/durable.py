@@ -32,18 +32,24 @@ def staged_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
             _write_manifest(stage)
         for path in [*stage.rglob("*"), stage]:
             _sync(path)
-        trash = target.parent / f".trash-{target.name}"
         if target.exists():
-            os.rename(target, trash)
+            os.rename(target, target.parent / f".trash-{target.name}")
         os.rename(stage, target)
         _sync(target.parent)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     finally:
         _sweep(target)
 
 
 def _sweep(target: Path) -> None:
-    for kind in (".tmp-", ".trash-"):
-        shutil.rmtree(target.parent / f"{kind}{target.name}", ignore_errors=True)
+    """Take leftovers away; an old folder that was moved aside for one that never came is put back."""
+    trash = target.parent / f".trash-{target.name}"
+    if trash.exists() and not target.exists():
+        os.rename(trash, target)
+    for path in (target.parent / f".tmp-{target.name}", trash):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -113,6 +119,8 @@ def locked(folder: Path) -> Iterator[None]:
     A folder that is new and stays empty is taken away again.
     """
     new = not folder.exists()
+    if not new and not folder.is_dir():
+        raise OutputInUse(f"{folder} is a file", "Give another --output.")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:

@@ -109,14 +109,17 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def rotate(checkpoints: Path, keep: int, best: int | None) -> None:
-    """Point `last` and `best` at their snapshots, then delete all but the newest `keep` and the best."""
-    ordered = sorted(snapshots(checkpoints), key=step_of)
+def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
+    """Point `last` at the snapshot of `step` and `best` at its own, then delete all but the newest `keep` and the best.
+
+    Snapshots of later steps are damaged ones that a resumed run has skipped: they do not count.
+    """
+    ordered = sorted((p for p in snapshots(checkpoints) if step_of(p) <= step), key=step_of)
     write_link(checkpoints / "last", ordered[-1].name)
     if best is not None and (checkpoints / f"step-{best}").is_dir():
         write_link(checkpoints / "best", f"step-{best}")
     for folder in ordered[:-keep]:
         if step_of(folder) != best:
-            trash = folder.parent / f".trash-{folder.name}"
-            os.rename(folder, trash)
-            shutil.rmtree(trash)
+            os.rename(folder, checkpoints / f".tmp-{folder.name}")
+    for leftover in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(leftover)
