@@ -4,6 +4,7 @@ import argparse
 import errno
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from . import __version__
@@ -149,17 +150,30 @@ def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
 
 
+def _between(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a number within bounds, both allowed."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
 def chat_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt [the template's]")
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="say this and leave; may be given several times")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument("--temperature", type=float, metavar="X", help="[generation_config.json]")
-    parser.add_argument("--top-p", type=float, metavar="X", help="[generation_config.json]")
-    parser.add_argument("--top-k", type=int, metavar="N", help="[generation_config.json]")
-    parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer [1024]")
+    parser.add_argument("--temperature", type=_between(float, 0, 100), metavar="X", help="[generation_config.json]")
+    parser.add_argument("--top-p", type=_between(float, 0, 1), metavar="X", help="[generation_config.json]")
+    parser.add_argument("--top-k", type=_between(int, 0, 2**31), metavar="N", help="[generation_config.json]")
+    parser.add_argument("--max-tokens", type=_between(int, 1, 2**31), default=1024, metavar="N", help="longest answer [1024]")
     parser.add_argument("--think", action="store_true", help="let a model that can think do so")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling [0]")
+    parser.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
 
 
 def chat_command(args: argparse.Namespace) -> None:
@@ -182,18 +196,20 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
 
 def eval_command(args: argparse.Namespace) -> None:
     import json
+    from pathlib import Path
 
     from .adapter import load_adapter
     from .checkpoint import load_model
     from .data import load_examples
     from .evaluate import evaluate
     from .heap import keep_heap
-    from .tokenizer import load_tokenizer
+    from .tokenizer import check_fits, load_tokenizer
 
     keep_heap()
-    define = _definitions(args.define)
-    examples, report = load_examples(args.data, load_tokenizer(args.model), define, args.loss_on, args.max_length)
+    tokenizer = load_tokenizer(args.model)
+    examples, report = load_examples(args.data, tokenizer, _definitions(args.define), args.loss_on, args.max_length)
     model = load_model(args.model, device=args.device)
+    check_fits(tokenizer, model.config.vocab, Path(args.model))
     if args.adapter:
         load_adapter(model, args.adapter, args.any_base)
         model.eval()

@@ -14,11 +14,10 @@ from minilora.models.layers import Decoder
 
 from .adapter import load_adapter
 from .checkpoint import load_model
-from .errors import ModelError
 from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
 from .template import Message
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, check_fits, load_tokenizer
 
 HELP = """\
 /base     switch the adapter off, or on again      /new      forget the conversation
@@ -71,8 +70,7 @@ def chat(
         if not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
             print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.size > decoder.config.vocab:
-        raise ModelError(f"{folder}: the tokenizer has more ids than the model has rows", "Take both from one folder.")
+    check_fits(tokenizer, decoder.config.vocab, folder)
     sampling, stop = read_generation(folder)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(sampling, **{k: v for k, v in given.items() if v is not None})

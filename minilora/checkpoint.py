@@ -81,7 +81,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     """
     folder = Path(folder)
     c = read_config(folder)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with torch.device("meta"):
             model = Decoder(c, FAMILIES[c.family].Block).to(dtype or c.dtype)
@@ -94,6 +94,19 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)
     return model
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """The device of that name; UsageError if this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UsageError(f"device {str(name)[:40]!r} cannot be used: {reason}", "Give cpu, or cuda on a machine with a GPU.") from None
+    return device
 
 
 class Tensors:

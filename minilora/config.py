@@ -108,10 +108,15 @@ def convert(f: Field, value: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
-    wrong = UsageError(f"{f.name} is {value!r}", f"{f.metadata['help']}.")
+    if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = ",".join(value)
+    shown = "of the wrong kind" if isinstance(value, (dict, list)) else "empty" if value is None else repr(value)[:80]
+    wrong = UsageError(f"{f.name} is {shown}", f"{f.metadata['help']}.")
+    if value is None or isinstance(value, list) or (isinstance(value, dict) and kind is not dict):
+        raise wrong
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise UsageError(f"{f.name} is {value!r}", f"It can be {', '.join(get_args(kind))}.")
+            raise UsageError(f"{f.name} is {shown}", f"It can be {', '.join(get_args(kind))}.")
         return value
     if kind is dict:
         if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
@@ -132,7 +137,7 @@ def convert(f: Field, value: Any) -> Any:
         (f.name not in POSITIVE or number > 0)
         and (f.name not in NOT_NEGATIVE or number >= 0)
         and (f.name not in BELOW_ONE or 0 <= number < 1)
-        and math.isfinite(number)
+        and (math.isfinite(number) if kind is float else abs(number) < 2**63)
     )
     if not inside:
         raise wrong

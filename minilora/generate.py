@@ -75,7 +75,7 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Ge
         old = logits[seen]
         punished = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
         logits = logits.index_put((seen,), punished)
-    if sampling.temperature <= 0:
+    if not sampling.temperature > 1e-4:  # logits / temperature would overflow
         return int(logits.argmax())
     logits = (logits / sampling.temperature).float()
     if 0 < sampling.top_k < len(logits):

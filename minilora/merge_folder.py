@@ -17,7 +17,7 @@ from .checkpoint import SHARD_BYTES, Tensors, load_model, write_checkpoint
 from .durable import staged_folder
 from .errors import DiskError, ModelError, OutputInUse
 from .lora import adapters, without_adapters
-from .tokenizer import load_tokenizer
+from .tokenizer import check_fits, load_tokenizer
 from .verify import Proof, logits_of, prompt_ids, prove, wide_logits_of
 
 
@@ -32,7 +32,9 @@ def merge_folder(
     decoder = load_model(model, device=device)
     load_adapter(decoder, adapter, any_base)
     decoder.eval()
-    prompts = prompt_ids(load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    check_fits(tokenizer, decoder.config.vocab, model)
+    prompts = prompt_ids(tokenizer)
     tensors = Tensors(model)
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free

@@ -1,6 +1,7 @@
 """What a training run will do, worked out before it does it: data, steps, and the header that says so."""
 
 import hashlib
+import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from . import __version__
 from .checkpoint import fingerprint
 from .config import TrainConfig
 from .data import Example, Report, epoch_order, load_examples, steps_per_epoch
-from .errors import DataError, ModelError, UsageError
+from .errors import DataError, UsageError
 from .lora import adapters, base_parameters
 from .snapshot import trained_parameters
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, check_fits, load_tokenizer
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 
@@ -77,7 +78,9 @@ def _val_count(text: str, rows: int) -> int:
     try:
         share = float(text)
     except ValueError:
-        raise UsageError(f"val is {text!r}", "It is a file that exists, a number of rows, or a share such as 0.05.") from None
+        share = math.nan
+    if not 0 < share < 1e15:
+        raise UsageError(f"val is {text!r}", "It is a file that exists, a number of rows, or a share such as 0.05.")
     count = round(share * rows) if share < 1 else int(share)
     if not 0 < count < rows:
         raise DataError(f"val {text} would take {count:,} of {rows:,} rows", "Leave rows on both sides.")
@@ -86,9 +89,7 @@ def _val_count(text: str, rows: int) -> int:
 
 def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     """Steps and streams of a run, and its header. ModelError if the tokenizer has more ids than the model."""
-    if data.tokenizer.size > model.config.vocab:
-        raise ModelError(f"{config.model}: the tokenizer has ids up to {data.tokenizer.size - 1}, the model {model.config.vocab} rows",
-                         "They are of two generations: take both from one folder.")  # fmt: skip
+    check_fits(data.tokenizer, model.config.vocab, Path(config.model))
     rows_per_step = config.batch_size * config.accumulation
     per_epoch = steps_per_epoch(len(data.train), rows_per_step)
     epochs = config.epochs

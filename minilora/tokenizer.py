@@ -113,6 +113,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ModelError(f"{path} is no usable tokenizer: {str(error)[:200]}", "Download or copy the file again.") from None
 
 
+def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path) -> None:
+    """ModelError if the tokenizer has more ids than the model has rows."""
+    if tokenizer.size > vocab:
+        raise ModelError(f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model {vocab} rows",
+                         "They are of two generations: take both from one folder.")  # fmt: skip
+
+
 def _description(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if path.is_file():
