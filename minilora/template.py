@@ -87,6 +87,8 @@ class Template:
         thought, mark, said = content.rpartition("</think>")
         thought = thought.split("<think>")[-1].strip("\n")
         said = said.lstrip("\n") if mark else content
+        if self.thinking == "never" and not self.deepseek:
+            said = content  # these templates know no thoughts
         masked, trained = [], [Segment(said, answer=number)]
         if current and self.thinking != "never":
             if mark and (thought or self.thinking == "always"):
