@@ -63,13 +63,15 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     console = console or Console()
     run = Path(config.output)
     with _memory_hint(), locked(run):
-        _claim(run, resume, overwrite)
+        _check_claim(run, resume, overwrite)
         data = load_data(config)
         model = _load(config)
         plan = make_plan(config, data, model)
         console.print(plan.header, highlight=False, markup=False, soft_wrap=True)
         optimizer = _optimizer(model, config)
         progress = _restore(run, model, optimizer, config, plan, console) if resume else Progress()
+        if overwrite:
+            _clear(run)
         _check_disk(run, model)
         write_file(run / "config.yaml", to_yaml(config))
         with Monitor(run / "metrics.jsonl", plan.steps, progress.step, console) as monitor, StopSignal() as stop:
@@ -83,14 +85,20 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         return result
 
 
-def _claim(run: Path, resume: bool, overwrite: bool) -> None:
-    """The run folder is empty, or it is resumed, or its old run is deleted because the user said so."""
-    held = [p for p in run.iterdir() if not p.name.startswith(".")]
-    if held and overwrite:
-        for path in held:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    elif held and not resume:
+def _check_claim(run: Path, resume: bool, overwrite: bool) -> None:
+    """OutputInUse unless the run folder is empty, or it is resumed, or the user said that its old run may go."""
+    if not resume and not overwrite and _held(run):
         raise OutputInUse(f"{run} is not empty", "Go on with --resume, start again with --overwrite, or give another --output.")
+
+
+def _clear(run: Path) -> None:
+    """Delete an old run; it is called when everything that the new one needs has been read."""
+    for path in _held(run):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _held(run: Path) -> list[Path]:
+    return [p for p in run.iterdir() if not p.name.startswith(".")]
 
 
 def _load(config: TrainConfig) -> Decoder:
@@ -235,7 +243,7 @@ def _save(run: Path, model: Decoder, optimizer: torch.optim.AdamW, config: Train
         "machine": _machine(),
     }
     save_snapshot(checkpoints / f"step-{progress.step}", model, optimizer, state, Path(config.model), plan.full)
-    rotate(checkpoints, config.keep, progress.best_step)
+    rotate(checkpoints, config.keep, progress.step, progress.best_step)
 
 
 def _machine() -> dict[str, str | int]:
