@@ -1,0 +1,236 @@
+"""Files of rows: every shape, every encoding, and what a broken row is told."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minilora import rows
+from minilora.errors import DataError
+from minilora.rows import fill, read_rows
+
+FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+GOOD = {"prompt": "a", "completion": "b"}
+
+
+def write(path: Path, *values, raw: bytes | str | None = None) -> Path:
+    """jsonl of values, or what raw says."""
+    text = "".join(json.dumps(v) + "\n" for v in values) if raw is None else raw
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def only(path: Path) -> tuple[list, str]:
+    (row,) = read_rows(path)
+    return [tuple(m.values()) for m in row.messages], row.shape
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert str(path) in error.value.what and error.value.hint
+    assert len(str(error.value)) < 600 and str(error.value).count("\n") == 1
+    return str(error.value)
+
+
+S, U, A = (lambda text, role=role: (role, text) for role in ("system", "user", "assistant"))
+SHAPES = {
+    "alpaca": ({"instruction": "q", "output": "a"}, [U("q"), A("a")], "alpaca"),
+    "alpaca input": ({"instruction": "q", "input": "x", "output": "a"}, [U("q\nx"), A("a")], "alpaca"),
+    "alpaca empty input": ({"instruction": "q", "input": "", "output": "a"}, [U("q"), A("a")], "alpaca"),
+    "alpaca null input": ({"instruction": "q", "input": None, "output": "a"}, [U("q"), A("a")], "alpaca"),
+    "alpaca system": ({"instruction": "q", "output": "a", "system": "s"}, [S("s"), U("q"), A("a")], "alpaca"),
+    "alpaca history": ({"instruction": "q3", "output": "a3", "system": "s", "history": [["q1", "a1"], ["q2", "a2"]]},
+                       [S("s"), U("q1"), A("a1"), U("q2"), A("a2"), U("q3"), A("a3")], "alpaca"),
+    "alpaca null history": ({"instruction": "q", "output": "a", "history": None}, [U("q"), A("a")], "alpaca"),
+    "alpaca response": ({"instruction": "q", "response": "a"}, [U("q"), A("a")], "alpaca"),
+    "sharegpt": ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+                 [S("s"), U("q"), A("a")], "sharegpt"),
+    "sharegpt system": ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+                        [S("s"), U("q"), A("a")], "sharegpt"),
+    "messages": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, [U("q"), A("a")], "messages"),
+    "conversations of roles": ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+                               [U("q"), A("a")], "messages"),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+                            {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}, [U("xy"), A("a")], "messages"),
+    "loss flags": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": False},
+                                 {"role": "assistant", "content": "b", "loss": 1}, {"role": "assistant", "content": "c", "loss_mask": 0}]},
+                   [U("q"), ("assistant", "a", False), ("assistant", "b", True), ("assistant", "c", False)], "messages"),
+    "prompt completion": (GOOD, [U("a"), A("b")], "prompt/completion"),
+    "prompt system": (GOOD | {"system": "s"}, [S("s"), U("a"), A("b")], "prompt/completion"),
+    "question answer": ({"question": "q", "answer": "a"}, [U("q"), A("a")], "question/answer"),
+    "query response": ({"query": "q", "response": "a"}, [U("q"), A("a")], "query/response"),
+    "more keys": (GOOD | {"id": 7, "source": None}, [U("a"), A("b")], "prompt/completion"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "messages", "shape"), SHAPES.values(), ids=SHAPES)
+def test_shapes(tmp_path, row, messages, shape):
+    assert only(write(tmp_path / "x.jsonl", row)) == (messages, shape)
+    assert only(write(tmp_path / "x.json", raw=json.dumps([row], indent=1))) == (messages, shape)
+
+
+def test_places_of_rows(tmp_path):
+    jsonl = write(tmp_path / "x.jsonl", raw=f"\n{json.dumps(GOOD)}\n\n \n{json.dumps(GOOD)}")
+    array = write(tmp_path / "x.json", raw=json.dumps([GOOD, GOOD]))
+    assert [r.where for r in read_rows(jsonl)] == [f"{jsonl}, line 2", f"{jsonl}, line 5"]
+    assert [r.where for r in read_rows(array)] == [f"{array}, row 1", f"{array}, row 2"]
+
+
+@pytest.mark.parametrize("text", [json.dumps(GOOD), json.dumps([GOOD]), f" \n {json.dumps([GOOD])}"])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.txt"])
+def test_byte_order_mark(tmp_path, name, text):
+    assert only(write(tmp_path / name, raw="\ufeff" + text))[0] == [U("a"), A("b")]
+
+
+def test_line_ends(tmp_path):
+    line = json.dumps(GOOD)
+    assert len(read_rows(write(tmp_path / "x", raw=f"{line}\r\n{line}\r\n\r\n{line}"))) == 3
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_separators_inside_a_text_cut_nothing(tmp_path, mark):
+    line = json.dumps({"prompt": f"a{mark}b", "completion": "c"}, ensure_ascii=False)
+    assert [r.messages[0]["content"] for r in read_rows(write(tmp_path / "x", raw=f"{line}\n{line}"))] == [f"a{mark}b"] * 2
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = write(tmp_path / "x", raw=f'{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n{{"prompt": "a" "b"}}\n')
+    assert f"{path}, line 3, column 16: Expecting ',' delimiter: '\"b\"}}" in refusal(path)
+
+
+def test_a_broken_array_names_the_line(tmp_path):
+    path = write(tmp_path / "x", raw='[\n {"prompt": "a", "completion": "b"},\n {"prompt": "a", "completion" "b"}\n]')
+    assert f"{path}, line 3, column 31" in refusal(path)
+
+
+def test_an_array_cut_short(tmp_path):
+    assert "line 2" in refusal(write(tmp_path / "x", raw=f"[{json.dumps(GOOD)},\n"))
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_gb18030_is_recognised(tmp_path, array):
+    lines = [json.dumps({"prompt": p, "completion": "好"}, ensure_ascii=False) for p in ("a", "b", "你好")]
+    text = "[" + ",\n".join(lines) + "]" if array else "\n".join(lines)
+    raw = text.replace("好", "x", 2).encode("gb18030")
+    message = refusal(write(tmp_path / "x", raw=raw))
+    assert ", line 3: byte 0xc4 is not UTF-8" in message and "GB18030" in message and "iconv" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings(tmp_path, encoding):
+    assert "line 1" in refusal(write(tmp_path / "x", raw=json.dumps(GOOD).encode(encoding)))
+
+
+BROKEN = {
+    "key twice": ('{"prompt":"a","prompt":"b","completion":"c"}', "key 'prompt' stands twice"),
+    "key twice inside": ('{"messages":[{"role":"user","role":"user","content":"c"}]}', "key 'role' stands twice"),
+    "half a surrogate pair": ('{"prompt":"\\ud800","completion":"c"}', "prompt holds half a surrogate pair"),
+    "half a pair in the answer": ('{"prompt":"a","completion":"c\\udfff"}', "completion holds half a surrogate pair"),
+    "half a pair in the history": ('{"instruction":"a","output":"b","history":[["a","\\ud800"]]}', "history holds half"),
+    "half a pair in a part": ('{"messages":[{"role":"user","content":[{"type":"text","text":"\\ud800"}]}]}', "content holds half"),
+    "half a pair in a key": ('{"\\ud800":1}', "of no known shape"),
+    "empty answer": ('{"prompt":"a","completion":""}', "the answer is empty"),
+    "blank answer": ('{"prompt":"a","completion":" \\n"}', "the answer is empty"),
+    "no trained answer": ('{"messages":[{"role":"assistant","content":"x","loss":false}]}', "nothing to learn"),
+    "no assistant": ('{"messages":[{"role":"user","content":"x"}]}', "no message is the assistant's"),
+    "wrong role": ('{"messages":[{"role":"bot","content":"x"}]}', "a message has role 'bot'"),
+    "no role": ('{"messages":[{"content":"x"}]}', "a message has role 'None'"),
+    "role is a list": ('{"messages":[{"role":["user"],"content":"x"}]}', "a message has role"),
+    "wrong from": ('{"conversations":[{"from":"bot","value":"x"}]}', "a message has from 'bot'"),
+    "no messages": ('{"messages":[]}', "messages is no list"),
+    "messages of text": ('{"messages":["x"]}', "messages is no list"),
+    "messages is text": ('{"messages":"x"}', "messages is no list"),
+    "no answer": ('{"prompt":"a"}', "keys 'prompt' are of no known shape"),
+    "no keys": ("{}", "of no known shape"),
+    "answer is null": ('{"prompt":"a","completion":null}', "completion is 'null'"),
+    "answer is a number": ('{"prompt":"a","completion":4}', "completion is '4'"),
+    "question is a list": ('{"prompt":["a"],"completion":"b"}', "prompt is"),
+    "a picture": ('{"messages":[{"role":"user","content":[{"type":"image","url":"x"}]}]}', "content is"),
+    "a part without text": ('{"messages":[{"role":"user","content":[{"type":"text"}]}]}', "content is"),
+    "a part of null": ('{"messages":[{"role":"user","content":[{"type":"text","text":null}]}]}', "content is"),
+    "history of text": ('{"instruction":"a","output":"b","history":["x"]}', "history is no list"),
+    "history is an object": ('{"instruction":"a","output":"b","history":{"a":"b"}}', "history is no list"),
+    "history is a number": ('{"instruction":"a","output":"b","history":5}', "history is no list"),
+    "history of three": ('{"instruction":"a","output":"b","history":[["a","b","c"]]}', "history is no list"),
+    "a number": ("5", "a row is a JSON object"),
+    "null": ("null", "a row is a JSON object"),
+    "5000 digits": ("9" * 5000, "digits"),
+    "deep": ('{"a":' * 100_000, "recursion"),
+    "control character": ('{"prompt":"a\tb","completion":"c"}', "Invalid control character"),
+    "single quotes": ("{'prompt':'a'}", "column 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "part"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_row_is_named(tmp_path, line, part):
+    path = write(tmp_path / "x", raw=json.dumps(GOOD) + "\n" + line + "\n")
+    message = refusal(path)
+    assert part in message and f"{path}, line 2" in message
+
+
+def test_a_strangers_text_cannot_steer_the_terminal(tmp_path):
+    message = refusal(write(tmp_path / "x", {"messages": [{"role": "\x1b[2J\u202e\n", "content": "x"}]}))
+    assert "\x1b" not in message and "\u202e" not in message
+
+
+@pytest.mark.parametrize("raw", ["", "\n\n", "\ufeff", "[]", " [ ] \n", "\ufeff[]"])
+def test_no_rows(tmp_path, raw):
+    assert "no rows" in refusal(write(tmp_path / "x", raw=raw))
+
+
+def test_a_giant_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MAX_LINE", 100)
+    path = write(tmp_path / "x", GOOD, {"prompt": "a" * 100, "completion": "b"}, GOOD)
+    assert "line 2 is longer than" in refusal(path)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a folder" in refusal(tmp_path)
+    assert "is no regular file" in refusal(tmp_path / "pipe")
+    assert "is not there" in refusal(tmp_path / "absent")
+
+
+def test_define(tmp_path):
+    (row,) = read_rows(write(tmp_path / "x", {"prompt": "{{a}} {{b}} {{ a }}", "completion": "{{a}}{{a}}", "system": "{{c}}"}))
+    used, left = fill(row, {"a": "{{b}}", "z": "y"})
+    assert [m["content"] for m in row.messages] == ["{{c}}", "{{b}} {{b}} {{ a }}", "{{b}}{{b}}"]
+    assert used == {"a": 3} and left == {"b", "c"}
+
+
+KEYS = ["messages", "conversations", "role", "content", "from", "value", "instruction", "input", "output", "history", "system",
+        "prompt", "completion", "loss", "type", "text"]  # fmt: skip
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@FUZZ
+@given(row=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=6), array=st.booleans())
+def test_fuzzed_rows_are_read_or_refused(tmp_path, row, array):
+    path = write(tmp_path / "x", raw=json.dumps([row] if array else row))
+    try:
+        (found,) = read_rows(path)
+    except DataError as error:
+        assert f"{path}, {'row' if array else 'line'} 1" in error.what
+        return
+    assert all(m["role"] in ("system", "user", "assistant") and m["content"].encode() is not None for m in found.messages)
+
+
+@FUZZ
+@given(places=st.dictionaries(st.integers(0, 150), st.integers(0, 255), max_size=4), cut=st.integers(0, 150))
+def test_fuzzed_bytes_are_read_or_refused(tmp_path, places, cut):
+    raw = bytearray(json.dumps([{"prompt": "你好", "completion": "a"}, SHAPES["messages"][0]], ensure_ascii=False).encode())
+    for place, value in places.items():
+        raw[place % len(raw)] = value
+    path = write(tmp_path / "x", raw=bytes(raw[: len(raw) - cut]))
+    try:
+        assert read_rows(path)
+    except DataError as error:
+        assert str(path) in error.what
