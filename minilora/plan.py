@@ -53,9 +53,6 @@ class Plan:
 
 def load_data(config: TrainConfig) -> Data:
     """Read, render and count the rows of a run; the validation rows are a file's, or taken out of the training rows."""
-    for key in ("model", "data", "output"):
-        if not getattr(config, key):
-            raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     tokenizer = load_tokenizer(config.model)
     limits = (config.loss_on, config.max_length, config.max_source_length, config.max_target_length)
     train, report = load_examples(config.data, tokenizer, config.define, *limits)

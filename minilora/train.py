@@ -26,7 +26,7 @@ from .checkpoint import load_model, save_model
 from .config import TrainConfig, must_match, to_yaml
 from .data import Batch, pack, step_examples
 from .durable import locked, write_file
-from .errors import CheckpointMismatch, DiskError, Diverged, OutOfMemory, OutputInUse, Stopped
+from .errors import CheckpointMismatch, DiskError, Diverged, OutOfMemory, OutputInUse, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
@@ -61,6 +61,9 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     Raises OutputInUse, CheckpointMismatch, Diverged, DiskError, Stopped, and what the data and the model give.
     """
     console = console or Console()
+    for key in ("model", "data", "output"):
+        if not getattr(config, key):
+            raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     run = Path(config.output)
     with _memory_hint(), locked(run):
         _check_claim(run, resume, overwrite)
@@ -87,6 +90,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 
 def _check_claim(run: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or it is resumed, or the user said that its old run may go."""
+    if overwrite and _held(run) and not (run / "config.yaml").is_file():
+        raise OutputInUse(f"{run} holds no run that --overwrite could delete", "Give another --output.")
     if not resume and not overwrite and _held(run):
         raise OutputInUse(f"{run} is not empty", "Go on with --resume, start again with --overwrite, or give another --output.")
 
@@ -291,7 +296,7 @@ def _memory_hint() -> Iterator[None]:
         ours = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not ours:
             raise
-        raise OutOfMemory(f"out of memory: {str(error).splitlines()[0][:200]}",
+        raise OutOfMemory(f"out of memory: {str(error).partition(chr(10))[0][:200] or 'the system gives no more'}",
                           "Try --checkpointing on, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r.") from None  # fmt: skip
 
 
