@@ -41,7 +41,7 @@ def dtype_of(j: dict[str, Any]) -> torch.dtype:
 def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     """Rotary base and YaRN settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
+    if type(scaling) is not dict:
         raise ValueError(f"rope_parameters or rope_scaling is {str(scaling)[:40]}; an object belongs there")
     theta = positive(scaling, "rope_theta", positive(j, "rope_theta", 10000.0))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

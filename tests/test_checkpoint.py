@@ -59,7 +59,9 @@ def places_of(folder: Path) -> dict[str, str]:
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     left, right = dict(a.named_parameters()), dict(b.named_parameters())
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) and left[n].dtype == right[n].dtype for n in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[n], right[n]) and left[n].dtype == right[n].dtype for n in left
+    )
 
 
 def refusal(folder: Path) -> str:
@@ -111,7 +113,9 @@ def test_a_tensor_in_two_shards(tmp_path):
 
 def test_index_and_shard_disagree(tmp_path):
     folder = make_shards(tmp_path / "m")
-    write_index(folder, places_of(folder) | {"model.norm.weight": "s0.safetensors", "extra": "s0.safetensors"})
+    write_index(
+        folder, places_of(folder) | {"model.norm.weight": "s0.safetensors", "extra": "s0.safetensors"}
+    )
     message = refusal(folder)
     assert "s0.safetensors: extra" in message and "not where the index says" in message
 
@@ -125,8 +129,16 @@ def test_a_shard_may_be_a_link_into_a_cache(tmp_path):
 
 def test_every_mismatch_stands_in_one_message(tmp_path):
     weights = weights_of()
-    del weights["model.norm.weight"], weights["model.layers.0.self_attn.q_proj.weight"], weights["model.layers.1.self_attn.q_proj.weight"]
-    weights |= {"model.layers.0.surprise": torch.ones(1), EMBEDDING: torch.ones(127, 64), "model.layers.7.mlp.up_proj.weight": torch.ones(2)}
+    del (
+        weights["model.norm.weight"],
+        weights["model.layers.0.self_attn.q_proj.weight"],
+        weights["model.layers.1.self_attn.q_proj.weight"],
+    )
+    weights |= {
+        "model.layers.0.surprise": torch.ones(1),
+        EMBEDDING: torch.ones(127, 64),
+        "model.layers.7.mlp.up_proj.weight": torch.ones(2),
+    }
     weights["model.layers.1.input_layernorm.weight"] = torch.ones(64, dtype=torch.int32)
     message = refusal(make(tmp_path / "m", weights))
     for part in (
@@ -149,7 +161,9 @@ def test_a_tied_head_that_is_there_and_equal(tmp_path):
     assert equal(model, load_model(GOLDEN / "qwen3"))
 
 
-@pytest.mark.parametrize("change", [lambda w: w + 1, lambda w: w[:-1], lambda w: w.double()], ids=["values", "shape", "dtype"])
+@pytest.mark.parametrize(
+    "change", [lambda w: w + 1, lambda w: w[:-1], lambda w: w.double()], ids=["values", "shape", "dtype"]
+)
 def test_a_tied_head_that_differs(tmp_path, change):
     weights = weights_of()
     folder = make(tmp_path / "m", weights | {"lm_head.weight": change(weights[EMBEDDING])})
@@ -175,7 +189,9 @@ def test_both_spellings_of_config_json(tmp_path, name):
     rope = j["rope_parameters"]
     old["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] == "yarn":
-        old["rope_scaling"] = {"type": "yarn"} | {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}
+        old["rope_scaling"] = {"type": "yarn"} | {
+            k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")
+        }
     (tmp_path / "old").mkdir()
     write_config(tmp_path / "old", name, **old)
     new = read_config(GOLDEN / name)
@@ -220,7 +236,9 @@ def test_a_config_that_does_not_work_names_the_key(tmp_path, changes, part):
     assert part in message and "config.json" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"a":' * 100_000, b"\xff\xfe{", b'{"model_type": "qwen3"} x'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"a":' * 100_000, b"\xff\xfe{", b'{"model_type": "qwen3"} x']
+)
 def test_a_broken_config_json(tmp_path, content):
     folder = make(tmp_path / "m", weights_of())
     (folder / "config.json").write_bytes(content)
@@ -230,9 +248,33 @@ def test_a_broken_config_json(tmp_path, content):
 def test_values_of_every_wrong_kind_in_config_json(tmp_path):
     folder = make(tmp_path / "m", weights_of())
     good = json.loads((folder / "config.json").read_text())
-    wrong = [None, True, 0, -1, 1.5, "x", "", [], ["a"], {}, {"a": 1}, float("inf"), 10**400, 2**31 - 1, [[1]], float("nan")]
+    wrong = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        "x",
+        "",
+        [],
+        ["a"],
+        {},
+        {"a": 1},
+        float("inf"),
+        10**400,
+        2**31 - 1,
+        [[1]],
+        float("nan"),
+    ]
     refused = 0
-    for key in [*good, "rope_scaling", "rope_theta", "torch_dtype", "quantization_config", "use_sliding_window"]:
+    for key in [
+        *good,
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "quantization_config",
+        "use_sliding_window",
+    ]:
         for value in wrong:
             (folder / "config.json").write_text(json.dumps(good | {key: value}))
             try:
@@ -254,7 +296,9 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd" / "config.json").mkdir(parents=True)
-    assert "is not a folder" in refusal(tmp_path / "absent") and "is not a folder" in refusal(tmp_path / "file")
+    assert "is not a folder" in refusal(tmp_path / "absent") and "is not a folder" in refusal(
+        tmp_path / "file"
+    )
     assert "config.json is missing" in refusal(tmp_path / "empty")
     assert "config.json is a folder" in refusal(tmp_path / "odd")
     shutil.copy(GOLDEN / "qwen3" / "config.json", tmp_path / "empty")
@@ -278,7 +322,9 @@ def test_save_and_load(tmp_path, name, shard_bytes):
     save_model(model, tmp_path / "out", GOLDEN / name, shard_bytes)
     assert equal(load_model(tmp_path / "out"), model)
     sizes = [p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")]
-    assert (len(sizes) == 1) == (shard_bytes == 1 << 40) and (tmp_path / "out" / INDEX).exists() == (len(sizes) > 1)
+    assert (len(sizes) == 1) == (shard_bytes == 1 << 40) and (tmp_path / "out" / INDEX).exists() == (
+        len(sizes) > 1
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -309,7 +355,12 @@ def failing(call, number: int):
     return stand_in
 
 
-FAILURES = [(call, n, old) for old in (False, True) for call, count in (("fsync", 8), ("rename", 1 + old)) for n in range(count)]
+FAILURES = [
+    (call, n, old)
+    for old in (False, True)
+    for call, count in (("fsync", 8), ("rename", 1 + old))
+    for n in range(count)
+]
 
 
 @pytest.mark.parametrize(("call", "number", "old"), FAILURES)
@@ -328,7 +379,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call, n
 
 def test_a_failing_tensor_leaves_what_was_there(tmp_path):
     with pytest.raises(ZeroDivisionError), durable.staged_folder(tmp_path / "out") as stage:
-        write_checkpoint(stage, {"w": (torch.float32, (1,))}, lambda name: torch.ones(1) / (1 // 0), GOLDEN / "qwen3")
+        write_checkpoint(
+            stage, {"w": (torch.float32, (1,))}, lambda name: torch.ones(1) / (1 // 0), GOLDEN / "qwen3"
+        )
     assert not list(tmp_path.iterdir())
 
 

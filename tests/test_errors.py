@@ -25,7 +25,20 @@ from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.snapshot import rotate, snapshots, step_of
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--lora-r", "4", "--max-steps", "4", "--save-every", "1", "--keep", "3", "--batch-size", "4", "--device", "cpu"]
+SHORT = [
+    "--lora-r",
+    "4",
+    "--max-steps",
+    "4",
+    "--save-every",
+    "1",
+    "--keep",
+    "3",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +108,11 @@ def intact(run: Path) -> list[int]:
 TYPED = {
     "no command": ([], "COMMAND"),
     "unknown command": (["trian"], "trian"),
-    "unknown flag": (["train", "--lerning-rate", "1"], "unknown setting 'lerning-rate'", "Did you mean 'learning_rate'?"),
+    "unknown flag": (
+        ["train", "--lerning-rate", "1"],
+        "unknown setting 'lerning-rate'",
+        "Did you mean 'learning_rate'?",
+    ),
     "flag without value": (["train", "--learning-rate"], "--learning-rate needs a value"),
     "own flag without value": (["train", "--lr"], "--lr"),
     "shortened flag": (["train", "--max-len", "5"], "Did you mean 'max_len"),
@@ -112,7 +129,10 @@ TYPED = {
     "switch": (["train", "--rslora", "maybe"], "rslora is 'maybe'"),
     "nothing given": (["train"], "--model is missing"),
     "define": (["train", "--define", "name"], "--define 'name' is not NAME=TEXT"),
-    "define for eval": (["eval", "--model", "{model}", "--data", "{rows}", "--define", "x"], "--define 'x' is not NAME=TEXT"),
+    "define for eval": (
+        ["eval", "--model", "{model}", "--data", "{rows}", "--define", "x"],
+        "--define 'x' is not NAME=TEXT",
+    ),
     "define that no row has": (["{train}", "--define", "nme=Bo"], "no row of", "{{nme}}"),
     "resume and overwrite": (["train", "--resume", "--overwrite"], "exclude each other"),
     "resume nowhere": (["train", "--resume"], "--output is missing"),
@@ -126,9 +146,15 @@ TYPED = {
     "broken regex": (["{train}", "--lora-targets", "("], "no regular expression"),
     "chat flag": (["chat", "--model", "{model}", "--promt", "x"], "unknown argument '--promt'"),
     "chat without model": (["chat"], "--model"),
-    "temperature": (["chat", "--model", "{model}", "--temperature", "nan"], "--temperature: nan is not between"),
+    "temperature": (
+        ["chat", "--model", "{model}", "--temperature", "nan"],
+        "--temperature: nan is not between",
+    ),
     "chat seed": (["chat", "--model", "{model}", "--seed", "9" * 30], "--seed"),
-    "shard size": (["merge", "--model", "x", "--adapter", "y", "--output", "{out}", "--shard-size", "0"], "--shard-size is 0"),
+    "shard size": (
+        ["merge", "--model", "x", "--adapter", "y", "--output", "{out}", "--shard-size", "0"],
+        "--shard-size is 0",
+    ),
 }
 
 
@@ -152,7 +178,10 @@ YAML = {
     "map for a text": ("model: {a: b}", "model is of the wrong kind"),
     "nothing for a text": ("data:", "data is empty"),
     "bool for a number": ("batch_size: true", "batch_size is True"),
-    "aliases": ("model: [&a [x, x], &b [*a, *a, *a, *a], &c [*b, *b, *b, *b], [*c, *c, *c, *c]]", "model is of the wrong kind"),
+    "aliases": (
+        "model: [&a [x, x], &b [*a, *a, *a, *a], &c [*b, *b, *b, *b], [*c, *c, *c, *c]]",
+        "model is of the wrong kind",
+    ),
     "deep": ("model: " + "[" * 10_000, ""),
     "latin": (b"model: \xe9", "utf-8"),
 }
@@ -166,7 +195,25 @@ def test_what_a_yaml_says(tmp_path, cli, text, parts):
 
 
 def test_settings_of_every_wrong_kind():
-    wrong = [None, True, 0, -1, 1.5, "x", "", [], ["a"], {}, {"a": 1}, float("inf"), float("nan"), 10**400, "9" * 5000, [[1]], b"x"]
+    wrong = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        "x",
+        "",
+        [],
+        ["a"],
+        {},
+        {"a": 1},
+        float("inf"),
+        float("nan"),
+        10**400,
+        "9" * 5000,
+        [[1]],
+        b"x",
+    ]
     refused = 0
     for name in TrainConfig.__dataclass_fields__:
         for value in wrong:
@@ -178,7 +225,9 @@ def test_settings_of_every_wrong_kind():
 
 
 def test_known_names_and_lists_are_taken(tmp_path):
-    (tmp_path / "x.yaml").write_text("learning_rate: 1e-4\ntarget_modules: [q_proj, v_proj]\nlora_rank: 8\nuse_rslora: yes\n")
+    (tmp_path / "x.yaml").write_text(
+        "learning_rate: 1e-4\ntarget_modules: [q_proj, v_proj]\nlora_rank: 8\nuse_rslora: yes\n"
+    )
     config = resolve(read_yaml(tmp_path / "x.yaml"), {"lora_rank": "2"})
     assert (config.lr, config.lora_targets, config.lora_r, config.rslora) == (1e-4, "q_proj,v_proj", 2, True)
     (tmp_path / "y.yaml").write_text(to_yaml(config))
@@ -207,7 +256,11 @@ def test_what_the_data_holds(tmp_path, cli, model, command, case):
 
 
 def test_more_validation_rows_than_rows(tmp_path, cli, model, rows):
-    check(cli("train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--val", "14"), 3, "of 14 rows")
+    check(
+        cli("train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--val", "14"),
+        3,
+        "of 14 rows",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -245,7 +298,10 @@ MODEL = {
     "not its weights": (change_config(num_hidden_layers=4), "does not fit its config.json", "model.layers.*"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
-    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "is no usable tokenizer"),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        "is no usable tokenizer",
+    ),
     "no folder": (shutil.rmtree, "tokenizer.json"),
 }
 
@@ -263,7 +319,11 @@ def test_a_tokenizer_larger_than_the_model(tmp_path, cli, rows, finished, comman
     small = make_model(tmp_path / "m", vocab_size=258)
     more = {"train": ["--data", rows, "--output", tmp_path / "out"], "eval": ["--data", rows], "chat": ["--prompt", "x"],
             "merge": ["--adapter", finished / "adapter", "--any-base", "--output", tmp_path / "out"]}  # fmt: skip
-    check(cli(command, "--model", small, *more[command]), 4, "the tokenizer has ids up to 258, the model 258 rows")
+    check(
+        cli(command, "--model", small, *more[command]),
+        4,
+        "the tokenizer has ids up to 258, the model 258 rows",
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -274,13 +334,23 @@ def test_an_adapter_of_another_base(tmp_path, cli, model, finished, command):
     (other / "model.safetensors").unlink()
     write_tensors(other / "model.safetensors", {n: file.tensor(n) + 1 for n in file.entries})
     more = ["--prompt", "x"] if command == "chat" else ["--output", tmp_path / "out"]
-    check(cli(command, "--model", other, "--adapter", finished / "adapter", *more), 4, "another base model", "--any-base")
+    check(
+        cli(command, "--model", other, "--adapter", finished / "adapter", *more),
+        4,
+        "another base model",
+        "--any-base",
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_size(tmp_path, cli, finished):
     other = make_model(tmp_path / "m", intermediate_size=40)
-    check(cli("chat", "--model", other, "--adapter", finished / "adapter", "--prompt", "x"), 4, "does not fit this model", "mlp.down_proj")
+    check(
+        cli("chat", "--model", other, "--adapter", finished / "adapter", "--prompt", "x"),
+        4,
+        "does not fit this model",
+        "mlp.down_proj",
+    )
 
 
 ADAPTER = {
@@ -293,7 +363,10 @@ ADAPTER = {
     "patterns": (lambda folder: change_adapter(folder, rank_pattern=["q_proj"]), "rank_pattern is"),
     "alpha": (lambda folder: change_adapter(folder, alpha_pattern={"q_proj": "8"}), "alpha_pattern is"),
     "regex bomb": (lambda folder: change_adapter(folder, rank_pattern={"(a+)+$": 4}), "too complex"),
-    "pickle": (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), "pickle"),
+    "pickle": (
+        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+        "pickle",
+    ),
 }
 
 
@@ -370,7 +443,12 @@ def test_overwrite_deletes_only_for_a_run_that_can_start(tmp_path, cli, model, r
 
 def test_resume_with_other_settings(cli, rows, run):
     before = tree(run)
-    check(cli("train", "--output", run, "--resume", "--lr", "0.5", "--seed", "1"), 9, "lr: 0.0002 then, 0.5 now", "seed: 42 then, 1 now")
+    check(
+        cli("train", "--output", run, "--resume", "--lr", "0.5", "--seed", "1"),
+        9,
+        "lr: 0.0002 then, 0.5 now",
+        "seed: 42 then, 1 now",
+    )
     assert tree(run) == before
 
 
@@ -396,9 +474,15 @@ def flip(path: Path) -> None:
 
 DAMAGE = {
     "bit": (lambda step: flip(step / "optimizer.safetensors"), "optimizer.safetensors was changed"),
-    "length": (lambda step: os.truncate(step / "optimizer.safetensors", 100), "optimizer.safetensors has 100 of"),
+    "length": (
+        lambda step: os.truncate(step / "optimizer.safetensors", 100),
+        "optimizer.safetensors has 100 of",
+    ),
     "empty": (lambda step: os.truncate(step / "MANIFEST.json", 0), "MANIFEST.json is damaged"),
-    "file": (lambda step: (step / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "file": (
+        lambda step: (step / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors is missing",
+    ),
     "manifest": (lambda step: (step / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
 }
 
@@ -443,8 +527,12 @@ def small_disk(tmp_path):
     disk.mkdir()
 
     def mount(kib: int) -> Path:
-        how = ["-o", f"remount,size={kib}k", str(disk)] if disk.is_mount() else ["-t", "tmpfs", "-o", f"size={kib}k", "none", str(disk)]
-        done = subprocess.run(["mount", *how], capture_output=True, text=True)
+        how = (
+            ["-o", f"remount,size={kib}k", str(disk)]
+            if disk.is_mount()
+            else ["-t", "tmpfs", "-o", f"size={kib}k", "none", str(disk)]
+        )
+        done = subprocess.run(["mount", *how], check=False, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
         return disk
@@ -458,7 +546,13 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_up(cli, model, rows, small_disk):
     run = small_disk(1800) / "run"
     more = ["--max-steps", "60", "--keep", "60"]
-    check(train(cli, run, model, rows, *more), 6, str(run), "No space left", "What was there before is untouched")
+    check(
+        train(cli, run, model, rows, *more),
+        6,
+        str(run),
+        "No space left",
+        "What was there before is untouched",
+    )
     saved = intact(run)
     assert saved == list(range(1, saved[-1] + 1)) and 2 < saved[-1] < 60
     small_disk(20_000)
@@ -473,7 +567,11 @@ def test_a_disk_that_is_too_small_from_the_start(cli, model, rows, small_disk):
     assert not run.exists()
 
 
-MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), RuntimeError("you can't allocate memory: 5 bytes")]
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    MemoryError(),
+    RuntimeError("you can't allocate memory: 5 bytes"),
+]
 
 
 @pytest.mark.parametrize("error", MEMORY, ids=lambda e: type(e).__name__)
@@ -486,7 +584,12 @@ def test_out_of_memory(tmp_path, cli, model, rows, monkeypatch, error):
 def test_our_own_bug_is_the_only_traceback(tmp_path, cli, model, rows, monkeypatch):
     monkeypatch.setattr(minilora.train, "make_plan", lambda *_: 1 // 0)
     code, _, err = train(cli, tmp_path / "out", model, rows)
-    assert code == 70 and "Traceback" in err and "ZeroDivisionError" in err and "this is a bug of minilora" in err
+    assert (
+        code == 70
+        and "Traceback" in err
+        and "ZeroDivisionError" in err
+        and "this is a bug of minilora" in err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -508,7 +611,9 @@ def process(*argv, limit: str = "") -> subprocess.Popen:
     """`python -m minilora` under a bash that has set limits."""
     command = ["bash", "-c", f'{limit}exec "$0" -m minilora "$@"', sys.executable, *map(str, argv)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def end(child: subprocess.Popen) -> tuple[int, str, str]:
@@ -518,7 +623,11 @@ def end(child: subprocess.Popen) -> tuple[int, str, str]:
 
 def test_the_exit_code_leaves_the_process(tmp_path, model):
     check(end(process("train", "--batch-sise", "4")), 2, "Did you mean 'batch_size'?")
-    check(end(process("train", "--model", model, "--data", tmp_path / "absent", "--output", tmp_path / "out")), 3, "is not there")
+    check(
+        end(process("train", "--model", model, "--data", tmp_path / "absent", "--output", tmp_path / "out")),
+        3,
+        "is not there",
+    )
 
 
 def test_a_file_that_may_not_grow(cli, run, finished):
@@ -527,8 +636,17 @@ def test_a_file_that_may_not_grow(cli, run, finished):
         shutil.rmtree(run / "checkpoints" / f"step-{step}")
     shutil.rmtree(run / "adapter")
     before = tree(run / "checkpoints" / "step-2")
-    check(end(process("train", "--output", run, "--resume", limit="ulimit -f 16; ")), 6, "File too large", str(run))
-    assert intact(run) == [2] and tree(run / "checkpoints" / "step-2") == before and not (run / "adapter").exists()
+    check(
+        end(process("train", "--output", run, "--resume", limit="ulimit -f 16; ")),
+        6,
+        "File too large",
+        str(run),
+    )
+    assert (
+        intact(run) == [2]
+        and tree(run / "checkpoints" / "step-2") == before
+        and not (run / "adapter").exists()
+    )
     assert cli("train", "--output", run, "--resume")[0] == 0
     assert tree(run / "adapter") == tree(finished / "adapter")
 
@@ -537,7 +655,11 @@ def test_a_file_that_may_not_grow(cli, run, finished):
 def test_a_signal_saves_and_resume_finishes(tmp_path, cli, model, rows, number):
     run, settings = tmp_path / "run", [*SHORT, "--max-steps", "400", "--save-every", "400"]
     child = process("train", "--model", model, "--data", rows, "--output", run, *settings)
-    while child.poll() is None and not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text()) < 500:
+    while (
+        child.poll() is None
+        and not (run / "metrics.jsonl").is_file()
+        or len((run / "metrics.jsonl").read_text()) < 500
+    ):
         time.sleep(0.01)
     child.send_signal(number)
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

@@ -94,7 +94,9 @@ def test_line_ends(tmp_path):
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
 def test_separators_inside_a_text_cut_nothing(tmp_path, mark):
     line = json.dumps({"prompt": f"a{mark}b", "completion": "c"}, ensure_ascii=False)
-    assert [r.messages[0]["content"] for r in read_rows(write(tmp_path / "x", raw=f"{line}\n{line}"))] == [f"a{mark}b"] * 2
+    assert [r.messages[0]["content"] for r in read_rows(write(tmp_path / "x", raw=f"{line}\n{line}"))] == [
+        f"a{mark}b"
+    ] * 2
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -103,7 +105,9 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_a_broken_array_names_the_line(tmp_path):
-    path = write(tmp_path / "x", raw='[\n {"prompt": "a", "completion": "b"},\n {"prompt": "a", "completion" "b"}\n]')
+    path = write(
+        tmp_path / "x", raw='[\n {"prompt": "a", "completion": "b"},\n {"prompt": "a", "completion" "b"}\n]'
+    )
     assert f"{path}, line 3, column 31" in refusal(path)
 
 
@@ -196,7 +200,11 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_define(tmp_path):
-    (row,) = read_rows(write(tmp_path / "x", {"prompt": "{{a}} {{b}} {{ a }}", "completion": "{{a}}{{a}}", "system": "{{c}}"}))
+    (row,) = read_rows(
+        write(
+            tmp_path / "x", {"prompt": "{{a}} {{b}} {{ a }}", "completion": "{{a}}{{a}}", "system": "{{c}}"}
+        )
+    )
     used, left = fill(row, {"a": "{{b}}", "z": "y"})
     assert [m["content"] for m in row.messages] == ["{{c}}", "{{b}} {{b}} {{ a }}", "{{b}}{{b}}"]
     assert used == {"a": 3} and left == {"b", "c"}
@@ -205,8 +213,16 @@ def test_define(tmp_path):
 KEYS = ["messages", "conversations", "role", "content", "from", "value", "instruction", "input", "output", "history", "system",
         "prompt", "completion", "loss", "type", "text"]  # fmt: skip
 json_values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "text"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant", "text"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -220,13 +236,20 @@ def test_fuzzed_rows_are_read_or_refused(tmp_path, row, array):
     except DataError as error:
         assert f"{path}, {'row' if array else 'line'} 1" in error.what
         return
-    assert all(m["role"] in ("system", "user", "assistant") and m["content"].encode() is not None for m in found.messages)
+    assert all(
+        m["role"] in ("system", "user", "assistant") and m["content"].encode() is not None
+        for m in found.messages
+    )
 
 
 @FUZZ
 @given(places=st.dictionaries(st.integers(0, 150), st.integers(0, 255), max_size=4), cut=st.integers(0, 150))
 def test_fuzzed_bytes_are_read_or_refused(tmp_path, places, cut):
-    raw = bytearray(json.dumps([{"prompt": "你好", "completion": "a"}, SHAPES["messages"][0]], ensure_ascii=False).encode())
+    raw = bytearray(
+        json.dumps(
+            [{"prompt": "你好", "completion": "a"}, SHAPES["messages"][0]], ensure_ascii=False
+        ).encode()
+    )
     for place, value in places.items():
         raw[place % len(raw)] = value
     path = write(tmp_path / "x", raw=bytes(raw[: len(raw) - cut]))
