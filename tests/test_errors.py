@@ -73,9 +73,10 @@ def cli(capsys):
         capsys.readouterr()
         try:
             code = main([str(a) for a in argv])
-        except SystemExit as end:  # --help and --version
-            code = end.code
-        return code, *capsys.readouterr()
+        except SystemExit as end:  # --help
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return call
 
