@@ -122,7 +122,7 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
             raise ModelError(f"{folder / CONFIG}: {pattern} is {patterns!r}", "An object of patterns and numbers belongs there.")
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
         for name, value in values.items():
-            if type(value) not in kinds or not 0 < value < float("inf"):
+            if type(value) not in kinds or not 0 < value < 1e30:
                 raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
 
 
