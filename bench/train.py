@@ -48,7 +48,9 @@ def ours(args: argparse.Namespace) -> Callable[[int], float]:
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0, fused=True
+    )
     config, rows = resolve({"clip": CLIP, "seed": SEED}), rows_of(args)
 
     def step(number: int) -> float:
@@ -103,7 +105,12 @@ def serve(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         card = torch.cuda.max_memory_allocated() if args.device != "cpu" else 0
         memory = card or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cost = {"loss": loss, "seconds": seconds, "tokens": sum(len(e.ids) for e in rows(number)), "memory": memory}
+        cost = {
+            "loss": loss,
+            "seconds": seconds,
+            "tokens": sum(len(e.ids) for e in rows(number)),
+            "memory": memory,
+        }
         print("step", json.dumps(cost), flush=True)
 
 
@@ -154,7 +161,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 costs[name].append([sides[name].step(r * args.steps + i) for i in range(args.steps)])
         for side in sides.values():
             side.close()
-    result: dict[str, Any] = {"rounds": args.rounds, "steps": args.steps, "batch": args.batch, "rank": args.rank}
+    result: dict[str, Any] = {
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "batch": args.batch,
+        "rank": args.rank,
+    }
     for name, rounds in costs.items():
         rates = [sum(c["tokens"] for c in r) / sum(c["seconds"] for c in r) for r in rounds[1:]]
         result[name] = {"tokens_per_second": rates, "memory_gb": max(c["memory"] for r in rounds for c in r) / 1e9,
@@ -164,7 +176,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     """A markdown table of the sides and their ratios."""
-    lines = ["| | tokens/s, median (range) | peak memory, GB | loss, mean of all steps |", "|---|---|---|---|"]
+    lines = [
+        "| | tokens/s, median (range) | peak memory, GB | loss, mean of all steps |",
+        "|---|---|---|---|",
+    ]
     for name in ("ours", "peer"):
         if name in result:
             side = result[name]
@@ -181,10 +196,14 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--peer", action="store_true", help="measure transformers + peft too (pip install 'minilora[peers]')")
+    parser.add_argument(
+        "--peer", action="store_true", help="measure transformers + peft too (pip install 'minilora[peers]')"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
     parser.add_argument("--batch", type=int, default=4)

@@ -70,11 +70,19 @@ def lora_linear(
     return _LoRALinear.apply(x, w, bias, a, b, scale, p, key)  # pyright: ignore[reportReturnType]
 
 
-def example(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:
+def example(
+    tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple, dict]:
     """Arguments of one call, and the flops and bytes that a perfect forward needs."""
-    x, w = torch.randn(tokens, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
+    x, w = (
+        torch.randn(tokens, k, device=device, dtype=dtype),
+        torch.randn(n, k, device=device, dtype=dtype) * k**-0.5,
+    )
     bias = torch.randn(n, device=device, dtype=dtype)
     a, b = torch.randn(r, k, device=device) * k**-0.5, torch.randn(n, r, device=device)
     size = x.element_size()
-    cost = {"flops": 2 * tokens * (k * n + r * (k + n)), "bytes": size * (tokens * (k + n) + k * n) + 4 * r * (k + n)}
+    cost = {
+        "flops": 2 * tokens * (k * n + r * (k + n)),
+        "bytes": size * (tokens * (k + n) + k * n) + 4 * r * (k + n),
+    }
     return (x, w, bias, a, b, 2.0), cost

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def rope_angles(positions: Tensor, inverse_frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_angles(
+    positions: Tensor, inverse_frequencies: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin [T, E/2] of positions [T] times inverse_frequencies [E/2]; angles in fp32 or wider, times factor, then cast."""
     angles = torch.outer(positions.to(inverse_frequencies.dtype), inverse_frequencies)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -50,7 +52,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rope.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
-def example(tokens: int, heads: int, size: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, ...], dict]:
+def example(
+    tokens: int, heads: int, size: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[tuple[Tensor, ...], dict]:
     """Arguments of one call, and the bytes that a perfect forward moves."""
     x = torch.randn(tokens, heads, size, device=device, dtype=dtype)
     inverse = 10000.0 ** -(torch.arange(0, size, 2, device=device, dtype=torch.float64) / size)

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         if error.errno in DISK:
-            return fail(6, what, "Free some space, or give another --output. What was there before is untouched.")
+            return fail(
+                6, what, "Free some space, or give another --output. What was there before is untouched."
+            )
         return fail(6, what, "Check the path and its permissions.")
     except MemoryError:
         return fail(7, "out of memory", "Close other programs, or use a smaller model.")
@@ -42,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         from torch import OutOfMemoryError
 
         if isinstance(error, OutOfMemoryError):
-            return fail(7, f"out of memory: {str(error).splitlines()[0]}", "Close other programs, or use a smaller model.")
+            return fail(
+                7,
+                f"out of memory: {str(error).splitlines()[0]}",
+                "Close other programs, or use a smaller model.",
+            )
         traceback.print_exc()
         return fail(70, "this is a bug of minilora", "Please report it with the lines above.")
 
@@ -56,11 +62,15 @@ def fail(code: int, what: str, hint: str = "") -> int:
 
 
 def run(argv: list[str]) -> int:
-    parser = Parser(prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False)
+    parser = Parser(
+        prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, (summary, add_flags, _) in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        sub = commands.add_parser(
+            name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False
+        )
         # the flags of train are many; they are made when train is asked for
         if name == (argv[0] if argv else ""):
             add_flags(sub)
@@ -77,7 +87,9 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
     from .config import TrainConfig, defaults, kind_name
 
-    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
     for f in fields(TrainConfig):
@@ -93,7 +105,9 @@ def train_command(args: argparse.Namespace) -> int:
 
     from .config import read_yaml, resolve
 
-    flags = {k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")}
+    flags = {
+        k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")
+    }
     flags |= _foreign_flags(args.rest)
     if "define" in flags:
         flags["define"] = _definitions(flags["define"])
@@ -145,8 +159,12 @@ def _foreign_flags(rest: list[str]) -> dict[str, Any]:
 
 def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face checkpoint")
-    parser.add_argument("--adapter", required=not adapter, metavar="DIR", help="PEFT adapter folder, such as RUN/adapter")
-    parser.add_argument("--any-base", action="store_true", help="take an adapter that was trained on another base")
+    parser.add_argument(
+        "--adapter", required=not adapter, metavar="DIR", help="PEFT adapter folder, such as RUN/adapter"
+    )
+    parser.add_argument(
+        "--any-base", action="store_true", help="take an adapter that was trained on another base"
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
 
 
@@ -166,14 +184,22 @@ def _between(kind: type, low: float, high: float) -> Callable[[str], Any]:
 def chat_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt [the template's]")
-    parser.add_argument("--prompt", metavar="TEXT", action="append", help="say this and leave; may be given several times")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="say this and leave; may be given several times"
+    )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument("--temperature", type=_between(float, 0, 100), metavar="X", help="[generation_config.json]")
+    parser.add_argument(
+        "--temperature", type=_between(float, 0, 100), metavar="X", help="[generation_config.json]"
+    )
     parser.add_argument("--top-p", type=_between(float, 0, 1), metavar="X", help="[generation_config.json]")
     parser.add_argument("--top-k", type=_between(int, 0, 2**31), metavar="N", help="[generation_config.json]")
-    parser.add_argument("--max-tokens", type=_between(int, 1, 2**31), default=1024, metavar="N", help="longest answer [1024]")
+    parser.add_argument(
+        "--max-tokens", type=_between(int, 1, 2**31), default=1024, metavar="N", help="longest answer [1024]"
+    )
     parser.add_argument("--think", action="store_true", help="let a model that can think do so")
-    parser.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
+    parser.add_argument(
+        "--seed", type=_between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]"
+    )
 
 
 def chat_command(args: argparse.Namespace) -> None:
@@ -188,9 +214,13 @@ def chat_command(args: argparse.Namespace) -> None:
 def eval_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="json or jsonl file of rows")
-    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    parser.add_argument(
+        "--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows"
+    )
     parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="longest row in tokens [2048]")
+    parser.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="longest row in tokens [2048]"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -207,7 +237,9 @@ def eval_command(args: argparse.Namespace) -> None:
 
     keep_heap()
     tokenizer = load_tokenizer(args.model)
-    examples, report = load_examples(args.data, tokenizer, _definitions(args.define), args.loss_on, args.max_length)
+    examples, report = load_examples(
+        args.data, tokenizer, _definitions(args.define), args.loss_on, args.max_length
+    )
     model = load_model(args.model, device=args.device)
     check_fits(tokenizer, model.config.vocab, Path(args.model))
     if args.adapter:
@@ -215,7 +247,16 @@ def eval_command(args: argparse.Namespace) -> None:
         model.eval()
     score = evaluate(model, examples, args.max_length)
     if args.json:
-        print(json.dumps({"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "rows": len(examples)}))
+        print(
+            json.dumps(
+                {
+                    "loss": score.loss,
+                    "perplexity": score.perplexity,
+                    "tokens": score.tokens,
+                    "rows": len(examples),
+                }
+            )
+        )
         return
     print(f"data        {report}")
     print(f"loss        {score.loss:.4f} nats a token over {score.tokens:,} answer tokens")
@@ -225,7 +266,9 @@ def eval_command(args: argparse.Namespace) -> None:
 def merge_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser, adapter=False)
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the merged checkpoint")
-    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file in 10^9 bytes [5]")
+    parser.add_argument(
+        "--shard-size", type=float, default=5.0, metavar="GB", help="largest file in 10^9 bytes [5]"
+    )
 
 
 def merge_command(args: argparse.Namespace) -> None:
@@ -235,18 +278,35 @@ def merge_command(args: argparse.Namespace) -> None:
     keep_heap()
     if args.shard_size <= 0:
         raise UsageError(f"--shard-size is {args.shard_size:g}", "A number of gigabytes belongs there.")
-    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device)
+    proof = merge_folder(
+        args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device
+    )
     print(f"merged  {args.output}")
-    print(f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}")
-    print(f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in")
-    print(f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})")
+    print(
+        f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"
+    )
+    print(
+        f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in"
+    )
+    print(
+        f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})"
+    )
     print(f"\n  minilora chat --model {args.output}")
 
 
 def demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="demo-run", metavar="DIR", help="run folder; an older demo in it is replaced [demo-run]")
-    parser.add_argument("--name", default="Archer", metavar="TEXT", help="what the model shall be called [Archer]")
-    parser.add_argument("--author", default="DemoLab", metavar="TEXT", help="who it shall say made it [DemoLab]")
+    parser.add_argument(
+        "--output",
+        default="demo-run",
+        metavar="DIR",
+        help="run folder; an older demo in it is replaced [demo-run]",
+    )
+    parser.add_argument(
+        "--name", default="Archer", metavar="TEXT", help="what the model shall be called [Archer]"
+    )
+    parser.add_argument(
+        "--author", default="DemoLab", metavar="TEXT", help="who it shall say made it [DemoLab]"
+    )
 
 
 def demo_command(args: argparse.Namespace) -> None:

@@ -118,7 +118,10 @@ def _show(session: Session, text: str) -> None:
 
 def printable(text: str) -> str:
     """A model's text for a terminal: control and direction characters cannot steer it."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c == "\u200d" else repr(c)[1:-1] for c in text)
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c == "\u200d" else repr(c)[1:-1]
+        for c in text
+    )
 
 
 def _command(session: Session, line: str, has_adapter: bool) -> bool:
@@ -128,13 +131,23 @@ def _command(session: Session, line: str, has_adapter: bool) -> bool:
         return False
     if name == "/base":
         session.base = not session.base and has_adapter
-        print("the base model answers" if session.base else "the adapter is on" if has_adapter else "there is no adapter")
+        print(
+            "the base model answers"
+            if session.base
+            else "the adapter is on"
+            if has_adapter
+            else "there is no adapter"
+        )
     elif name == "/new":
         session.messages = [m for m in session.messages if m["role"] == "system"]
         print("a new conversation")
     elif name == "/system":
         session.messages = [{"role": "system", "content": rest}] if rest else []
-        print("a new conversation with this system prompt" if rest else "a new conversation, no system prompt of yours")
+        print(
+            "a new conversation with this system prompt"
+            if rest
+            else "a new conversation, no system prompt of yours"
+        )
     elif name == "/greedy":
         session.greedy = not session.greedy
         print("the likeliest token is taken" if session.greedy else f"sampled: {session.sampling}")

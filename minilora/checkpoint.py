@@ -42,7 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a small file of a model folder; ModelError if it is none."""
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
+            raise ModelError(
+                f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be."
+            )
         value = json.loads(path.read_bytes())
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
@@ -63,17 +65,24 @@ def read_config(folder: Path) -> Config:
     j = read_json(path)
     family = j.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ModelError(f"{path}: model_type {str(family)[:40]!r} is not supported", f"Supported are {', '.join(FAMILIES)}.")
+        raise ModelError(
+            f"{path}: model_type {str(family)[:40]!r} is not supported",
+            f"Supported are {', '.join(FAMILIES)}.",
+        )
     if j.get("quantization_config"):
         raise ModelError(f"{path}: the weights are quantised", "Use the bf16 or fp16 release of this model.")
     try:
         return FAMILIES[family].config(j)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ModelError(f"{path}: {reason}", "The file is damaged, or the model needs what is not there yet.") from None
+        raise ModelError(
+            f"{path}: {reason}", "The file is damaged, or the model needs what is not there yet."
+        ) from None
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Decoder:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> Decoder:
     """The Decoder of a checkpoint folder, frozen and in evaluation mode.
 
     dtype None is the checkpoint's own, device None the GPU if there is one. Beyond the model itself one tensor is in
@@ -86,7 +95,9 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         with torch.device("meta"):
             model = Decoder(c, FAMILIES[c.family].Block).to(dtype or c.dtype)
     except RuntimeError:
-        raise ModelError(f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged.") from None
+        raise ModelError(
+            f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
+        ) from None
     tensors = Tensors(folder)
     _check(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
@@ -105,7 +116,10 @@ def _device(name: str | torch.device) -> torch.device:
         raise
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UsageError(f"device {str(name)[:40]!r} cannot be used: {reason}", "Give cpu, or cuda on a machine with a GPU.") from None
+        raise UsageError(
+            f"device {str(name)[:40]!r} cannot be used: {reason}",
+            "Give cpu, or cuda on a machine with a GPU.",
+        ) from None
     return device
 
 
@@ -123,7 +137,11 @@ class Tensors:
                         "The folder mixes two checkpoints: download it again.",
                     )
                 self._files[name] = file
-        self.shapes = {n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)}
+        self.shapes = {
+            n: (f.entries[n].dtype, f.entries[n].shape)
+            for n, f in self._files.items()
+            if not IGNORED.fullmatch(n)
+        }
 
     def _shards(self) -> Iterator[SafetensorsFile]:
         if (self.folder / "model.safetensors").exists():
@@ -139,7 +157,9 @@ class Tensors:
         for shard in shards:
             plain = shard == Path(shard).name and shard.isprintable() and len(shard.encode()) <= 255
             if not plain or not shard.endswith(".safetensors"):
-                raise ModelError(f"{index}: {shard[:80]!r} is not a file name in this folder", "Do not trust this folder.")
+                raise ModelError(
+                    f"{index}: {shard[:80]!r} is not a file name in this folder", "Do not trust this folder."
+                )
         absent = [shard for shard in shards if not (self.folder / shard).is_file()]
         if absent:
             raise ModelError(f"{self.folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
@@ -153,13 +173,18 @@ class Tensors:
             yield file
 
     def _refuse_without_weights(self) -> None:
-        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        pickles = sorted(
+            p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+        )
         if pickles:
             raise ModelError(
                 f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
                 "Save them as safetensors where you trust them: model.save_pretrained(DIR, safe_serialization=True).",
             )
-        raise ModelError(f"{self.folder}: no model.safetensors and no {INDEX}", "Give the folder of a Hugging Face checkpoint.")
+        raise ModelError(
+            f"{self.folder}: no model.safetensors and no {INDEX}",
+            "Give the folder of a Hugging Face checkpoint.",
+        )
 
     def reading(self, name: str) -> "_Reading":
         """A context with the tensor of that name, mapped; its pages are given back at the end."""
@@ -183,7 +208,10 @@ def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
     found = dict(tensors.shapes)
     problems = []
     if model.config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
-        with tensors.reading("lm_head.weight") as head, tensors.reading("model.embed_tokens.weight") as embedding:
+        with (
+            tensors.reading("lm_head.weight") as head,
+            tensors.reading("model.embed_tokens.weight") as embedding,
+        ):
             if head.dtype != embedding.dtype or not torch.equal(head, embedding):
                 problems.append("lm_head.weight differs from the embedding, though config.json ties them")
     if model.config.tied:
@@ -195,7 +223,11 @@ def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
     if unexpected:
         problems.append(f"unexpected: {_fold(unexpected)}")
     both = sorted(wanted.keys() & found.keys())
-    problems += [f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}" for n in both if found[n][1] != wanted[n]]
+    problems += [
+        f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}"
+        for n in both
+        if found[n][1] != wanted[n]
+    ]
     problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
     if problems:
         raise ModelError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems), "Check that config.json and the weights are of one model.")  # fmt: skip
@@ -206,7 +238,9 @@ def _fold(names: Iterable[str]) -> str:
     counts: dict[str, list[str]] = {}
     for name in names:
         counts.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    return ", ".join(g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items())
+    return ", ".join(
+        g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items()
+    )
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
@@ -250,15 +284,21 @@ def write_checkpoint(
             shutil.copyfile(companions / name, folder / name)
 
 
-def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_model(
+    model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
 
     The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
     """
     parameters = dict(model.named_parameters())
     if any(name.endswith(".lora_A") for name in parameters):
-        raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
+        raise UsageError(
+            "the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter."
+        )
     dtype = model.config.dtype
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     with staged_folder(Path(folder)) as stage:
-        write_checkpoint(stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes)
+        write_checkpoint(
+            stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes
+        )

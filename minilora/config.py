@@ -27,32 +27,46 @@ class TrainConfig:
     val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
     output: str = setting("", "run folder", same=False)
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
-    loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
+    loss_on: Literal["all", "last"] = setting(
+        "all", "train every answer of a conversation, or its last alone"
+    )
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
-    method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
+    method: Literal["lora", "full"] = setting(
+        "lora", "train adapters, or every weight in fp32 (small models)"
+    )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
-    lora_targets: str = setting("all-linear", "all-linear, attention, mlp, names with commas, or a regex over paths")
+    lora_targets: str = setting(
+        "all-linear", "all-linear, attention, mlp, names with commas, or a regex over paths"
+    )
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
     lr: float = setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
     warmup: float = setting(0.03, "warmup: a share of the steps below 1, else a number of steps")
-    epochs: float | None = setting(None, "passes over the data; default 3, more for a set so small that it makes < 100 steps")
+    epochs: float | None = setting(
+        None, "passes over the data; default 3, more for a set so small that it makes < 100 steps"
+    )
     max_steps: int | None = setting(None, "stop after so many optimizer steps")
     batch_size: int = setting(8, "rows of a batch")
     accumulation: int = setting(1, "batches of an optimizer step")
-    micro_tokens: int | None = setting(None, "most tokens of one forward and backward pass; default max_length")
+    micro_tokens: int | None = setting(
+        None, "most tokens of one forward and backward pass; default max_length"
+    )
     clip: float = setting(1.0, "largest gradient norm; 0 clips nothing")
     weight_decay: float = setting(0.0, "AdamW's")
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.999, "AdamW's")
     seed: int = setting(42, "of the order, the adapters' start and the dropout")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16"
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1; auto is the GPU if there is one", same=False)
-    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time", same=False)
+    checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, more time", same=False
+    )
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
     keep: int = setting(2, "checkpoints to keep, beside the best", same=False)
@@ -110,7 +124,13 @@ def convert(f: Field, value: Any) -> Any:
     kind = next(k for k in kinds if k is not type(None))
     if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = ",".join(value)
-    shown = "of the wrong kind" if isinstance(value, (dict, list)) else "empty" if value is None else repr(value)[:80]
+    shown = (
+        "of the wrong kind"
+        if isinstance(value, (dict, list))
+        else "empty"
+        if value is None
+        else repr(value)[:80]
+    )
     wrong = UsageError(f"{f.name} is {shown}", f"{f.metadata['help']}.")
     if value is None or isinstance(value, list) or (isinstance(value, dict) and kind is not dict):
         raise wrong
@@ -123,7 +143,16 @@ def convert(f: Field, value: Any) -> Any:
             raise wrong
         return {k: str(v) for k, v in value.items()}
     if kind is bool:
-        table = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        table = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if str(value).lower() not in table:
             raise wrong
         return table[str(value).lower()]
@@ -151,7 +180,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         twice = next((k for k in keys if keys.count(k) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 

@@ -105,7 +105,9 @@ def load_examples(
             ("max_source_length", length - trained, max_source_length),
             ("max_target_length", trained, max_target_length),
         )
-        over = next((f"{name} {limit}" for name, size, limit in limits if limit is not None and size > limit), None)
+        over = next(
+            (f"{name} {limit}" for name, size, limit in limits if limit is not None and size > limit), None
+        )
         if over is not None:
             report.dropped[over] += 1
             report.first_dropped = report.first_dropped or f"{row.where}, {length:,} tokens"
@@ -126,7 +128,10 @@ def _example(row: Row, tokenizer: Tokenizer, loss_on: str) -> tuple[Example, int
     targets = np.full_like(flat, IGNORE)
     targets[:-1][mask[1:]] = flat[1:][mask[1:]]
     if not mask.any():
-        raise DataError(f"{row.where}: there is nothing to learn, no token is trained", "Check loss_on and the row's loss keys.")
+        raise DataError(
+            f"{row.where}: there is nothing to learn, no token is trained",
+            "Check loss_on and the row's loss keys.",
+        )
     return Example(flat, targets, row.where), int(mask.sum())
 
 

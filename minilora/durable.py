@@ -97,6 +97,8 @@ def problem_of(folder: Path) -> str | None:
     """What is wrong with a folder that was staged with a manifest; None if every byte is as it was written."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())
+        if not sums:
+            return f"{MANIFEST} is empty"
         for name, entry in sums.items():
             path = folder / name
             if not path.is_file():
@@ -128,7 +130,9 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise OutputInUse(f"{folder} is in use by {owner}", "Wait for it, stop it, or give another --output.") from None
+            raise OutputInUse(
+                f"{folder} is in use by {owner}", "Wait for it, stop it, or give another --output."
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}\n")
         file.flush()

@@ -43,7 +43,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key)
+        return lora_linear(
+            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key
+        )
 
     def merged_weight(self, stored: Tensor | None = None) -> Tensor:
         """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.
@@ -63,7 +65,9 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that an adapter can go on, by path: all but the output head."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"
+    }
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +93,9 @@ def add_lora(
         wrapper = wrap(model, path, r, alpha, dropout, rslora)
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
-            wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            wrapper.lora_A.copy_(
+                torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator)
+            )
 
 
 def refuse_second(model: nn.Module) -> None:
@@ -98,7 +104,9 @@ def refuse_second(model: nn.Module) -> None:
         raise UsageError("the model has adapters already", "Merge them first, or load the model again.")
 
 
-def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> LoRALinear:
+def wrap(
+    model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False
+) -> LoRALinear:
     """Replace the linear at a path by a wrapper around it; A is not initialised."""
     base = model.get_submodule(path)
     assert isinstance(base, nn.Linear), (path, type(base))
@@ -119,7 +127,9 @@ def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
         try:
             found = [p for p in paths if re.fullmatch(targets, p)]
         except re.error as error:
-            raise UsageError(f"lora_targets {targets!r} is no regular expression: {error}", "Correct it, or give names.") from None
+            raise UsageError(
+                f"lora_targets {targets!r} is no regular expression: {error}", "Correct it, or give names."
+            ) from None
         missing = [] if found else [targets]
     else:
         names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
@@ -127,7 +137,10 @@ def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
         missing = [n for n in names if not any(_named(p, n) for p in paths)]
     if missing:
         leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
-        raise UsageError(f"no linear is called {', '.join(missing)}", f"The model has {leaves}; or give all-linear, attention, mlp.")
+        raise UsageError(
+            f"no linear is called {', '.join(missing)}",
+            f"The model has {leaves}; or give all-linear, attention, mlp.",
+        )
     return found
 
 

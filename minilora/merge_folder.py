@@ -39,7 +39,10 @@ def merge_folder(
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
-        raise DiskError(f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Free some space, or give another --output.")
+        raise DiskError(
+            f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            "Free some space, or give another --output.",
+        )
     wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
 
     def tensor(name: str) -> Tensor:
@@ -62,9 +65,13 @@ def merge_folder(
         merged = logits_of(load_model(stage, device=device), prompts)
         proof = prove(truth, plain, merged, base)
         if not proof.holds:
-            raise _not_proven(f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding")
+            raise _not_proven(
+                f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"
+            )
     return proof
 
 
 def _not_proven(what: str) -> ModelError:
-    return ModelError(f"{what}; nothing was written", "Check the disk and the memory of this machine, and report it.")
+    return ModelError(
+        f"{what}; nothing was written", "Check the disk and the memory of this machine, and report it."
+    )

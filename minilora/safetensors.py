@@ -54,7 +54,9 @@ class SafetensorsFile:
                 # private copy-on-write pages: torch wants a writable buffer, the file stays as it is
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
-            raise ModelError(f"{path}: {error.strerror}", "Check the path and the file's permissions.") from None
+            raise ModelError(
+                f"{path}: {error.strerror}", "Check the path and the file's permissions."
+            ) from None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name on the CPU; its memory is the mapping's."""
@@ -63,7 +65,9 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype)
         offset, count = self._data_start + start, math.prod(shape)
         if offset % dtype.itemsize:
-            return torch.frombuffer(bytearray(self._map[offset : offset + end - start]), dtype=dtype).reshape(shape)
+            return torch.frombuffer(bytearray(self._map[offset : offset + end - start]), dtype=dtype).reshape(
+                shape
+            )
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(shape)
 
     def forget(self, name: str) -> None:
@@ -75,11 +79,15 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
 
-def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Entry], dict[str, str], int]:
+def _read_header(
+    path: Path, read: Callable[[int], bytes], size: int
+) -> tuple[dict[str, Entry], dict[str, str], int]:
     """(entries, metadata, where the data starts) of a file of `size` bytes; ModelError names the first broken rule."""
 
     def refuse(rule: str) -> ModelError:
-        return ModelError(f"{path}: {rule}", "The file is damaged or not a safetensors file: download or copy it again.")
+        return ModelError(
+            f"{path}: {rule}", "The file is damaged or not a safetensors file: download or copy it again."
+        )
 
     prefix = read(8)
     if len(prefix) < 8:
@@ -94,7 +102,10 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
         raise refuse("the header does not begin with '{'")
     try:
         header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_not_negative
+            raw.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_not_negative,
         )
     except (ValueError, RecursionError) as error:
         raise refuse(f"the header is not valid JSON ({error})") from None
@@ -108,7 +119,9 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
         end = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != end:
-                raise ValueError(f"tensor {name!r} starts at data byte {entry.start}, the one before ends at {end}")
+                raise ValueError(
+                    f"tensor {name!r} starts at data byte {entry.start}, the one before ends at {end}"
+                )
             end = entry.end
     except ValueError as error:
         raise refuse(str(error)) from None
@@ -161,7 +174,9 @@ def _entry(name: str, value: Any) -> Entry:
     start, end = offsets
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != need:
-        raise ValueError(f"tensor {name!r} {dtype} {shape} needs {need} bytes; its data_offsets span {end - start}")
+        raise ValueError(
+            f"tensor {name!r} {dtype} {shape} needs {need} bytes; its data_offsets span {end - start}"
+        )
     return Entry(DTYPES[dtype], tuple(shape), start, end)
 
 
@@ -179,7 +194,9 @@ def write_safetensors(
 
     The bytes are on the disk when this returns. The caller gives a name that does not exist yet (see durable.py).
     """
-    names = sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n))  # widest first: every tensor lies aligned
+    names = sorted(
+        shapes, key=lambda n: (-shapes[n][0].itemsize, n)
+    )  # widest first: every tensor lies aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
@@ -192,13 +209,20 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in names:
             value = tensor(name)
-            assert (value.dtype, tuple(value.shape)) == shapes[name], (name, value.dtype, value.shape, shapes[name])
+            assert (value.dtype, tuple(value.shape)) == shapes[name], (
+                name,
+                value.dtype,
+                value.shape,
+                shapes[name],
+            )
             file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a file of tensors that are in memory already."""
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     write_safetensors(path, shapes, tensors.__getitem__, metadata)

@@ -31,7 +31,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_snapshot(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], base: Path, full: bool
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    base: Path,
+    full: bool,
 ) -> None:
     """Write `folder`; state is JSON. An older folder of that name is replaced."""
     with staged_folder(folder, manifest=True) as stage:
@@ -82,7 +87,10 @@ def _moment(value: Tensor, key: str, p: nn.Parameter) -> Tensor:
 def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
     if wanted != found:
         example = min(wanted ^ found)
-        raise CheckpointMismatch(f"{folder} has other tensors than this run, such as {example}", "Resume with the settings of that run.")
+        raise CheckpointMismatch(
+            f"{folder} has other tensors than this run, such as {example}",
+            "Resume with the settings of that run.",
+        )
 
 
 def read_state(folder: Path) -> dict[str, Any]:

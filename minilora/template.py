@@ -4,6 +4,9 @@ A segment is a piece of text with two facts: whether it is one of the template's
 is the answer of, if any. Text that a user or a file supplies is never a special segment, so it can never become a special
 token. The same segments serve training, evaluation and chat.
 
+Answers before the last question are written as the official templates write them: without their thoughts, and for Qwen3
+without the empty think block that chat puts in front of a new answer.
+
 Which generation a folder is of is read from its Jinja template as a string: the default system prompt stands there
 verbatim, and the words `enable_thinking` and `<think>` tell how the model thinks.
 """
@@ -42,7 +45,9 @@ class Template:
     deepseek: bool = False
     stop: str = "<|im_end|>"
 
-    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+    def segments(
+        self, messages: list[Message], prompt: bool = False, thinking: bool = False
+    ) -> list[Segment]:
         """The segments of a chat; `prompt` opens the assistant's next turn, `thinking` lets an optional thinker think.
 
         Raises DataError for a role that no template has.
@@ -64,7 +69,9 @@ class Template:
                 result.append(Segment(content))
                 result += [] if self.deepseek else [Segment("<|im_end|>", special=True), Segment("\n")]
             else:
-                raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
+                raise DataError(
+                    f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant."
+                )
         if prompt:
             result += self._open("assistant")
             if self.thinking == "always":
@@ -108,7 +115,12 @@ class Template:
 
 
 def _empty_thought() -> list[Segment]:
-    return [Segment("<think>", special=True), Segment("\n\n"), Segment("</think>", special=True), Segment("\n\n")]
+    return [
+        Segment("<think>", special=True),
+        Segment("\n\n"),
+        Segment("</think>", special=True),
+        Segment("\n\n"),
+    ]
 
 
 def _close_thought(said: str, number: int) -> list[Segment]:
@@ -119,9 +131,17 @@ def template_of(folder: Path, special_tokens: set[str], model_type: str | None) 
     """The Template of a checkpoint folder, told from its Jinja text, or else from its tokens and its model_type."""
     jinja = _jinja_text(folder)
     if "<｜Assistant｜>" in special_tokens:
-        return Template("deepseek-r1", None, "always" if "<think>" in special_tokens else "never", True, "<｜end▁of▁sentence｜>")
+        return Template(
+            "deepseek-r1",
+            None,
+            "always" if "<think>" in special_tokens else "never",
+            True,
+            "<｜end▁of▁sentence｜>",
+        )
     if "<|im_start|>" not in special_tokens:
-        raise ModelError(f"{folder}: the tokenizer has no <|im_start|> token", "Only the chat formats of Qwen are known.")
+        raise ModelError(
+            f"{folder}: the tokenizer has no <|im_start|> token", "Only the chat formats of Qwen are known."
+        )
     if jinja is None:
         if model_type == "qwen3":
             return Template("qwen3", None, "optional")
@@ -142,5 +162,7 @@ def _jinja_text(folder: Path) -> str | None:
         return None
     text = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(text, list):  # several named templates
-        text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
+        text = next(
+            (t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     return text if isinstance(text, str) else None

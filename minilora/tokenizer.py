@@ -5,6 +5,8 @@ kept: one that knows the special tokens, for the template's own, and one that ha
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,8 @@ class Tokenizer:
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""
         encoder = self._full if specials else self._plain
-        return encoder.encode(text, add_special_tokens=False).ids
+        with _no_panic("tokenizer.json"):
+            return encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
         """The text of ids; special tokens are left out unless `specials` is set."""
@@ -81,7 +84,10 @@ class Tokenizer:
             return self.encode("".join(texts))
         missing = [t for t in texts if t not in self.specials]
         if missing:
-            raise ModelError(f"the tokenizer has no token {missing[0]!r}", "The tokenizer and the model are of two generations.")
+            raise ModelError(
+                f"the tokenizer has no token {missing[0]!r}",
+                "The tokenizer and the model are of two generations.",
+            )
         return [self.specials[t] for t in texts]
 
     @property
@@ -99,18 +105,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The Tokenizer of a checkpoint folder; ModelError if it has none or the file is broken."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    try:
+    with _no_panic(str(path)):
         description = _description(folder)
         specials = {t["content"] for t in json.loads(description).get("added_tokens", [])}
         model_type = read_json(folder / "config.json").get("model_type")
         return Tokenizer(description, template_of(folder, specials, model_type))
-    except ModelError:
-        raise
-    # the library panics on some crafted files, and its PanicException is no Exception
+
+
+@contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """ModelError for what the library makes of a crafted file: it panics, and its PanicException is no Exception."""
+    try:
+        yield
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        if isinstance(error, (ModelError, KeyboardInterrupt, SystemExit, MemoryError)):
             raise
-        raise ModelError(f"{path} is no usable tokenizer: {str(error)[:200]}", "Download or copy the file again.") from None
+        raise ModelError(
+            f"{what} is no usable tokenizer: {str(error)[:200]}", "Download or copy tokenizer.json again."
+        ) from None
 
 
 def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path) -> None:
@@ -124,18 +136,17 @@ def _description(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if path.is_file():
         if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
+            raise ModelError(
+                f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be."
+            )
         return path.read_text(encoding="utf-8")
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
-        raise ModelError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt", "Copy them from the model's folder.")
-    built = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    built.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    built.pre_tokenizer = pre_tokenizers.Sequence([  # pyright: ignore[reportAttributeAccessIssue]
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    built.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+        raise ModelError(
+            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt",
+            "Copy them from the model's folder.",
+        )
+    built = qwen_tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     j = json.loads(built.to_str())
     j["added_tokens"] = [
         {"id": i, "content": content, "special": special, "single_word": False, "lstrip": False, "rstrip": False,
@@ -145,10 +156,23 @@ def _description(folder: Path) -> str:
     return json.dumps(j)
 
 
+def qwen_tokenizer(bpe: models.BPE) -> tokenizers.Tokenizer:
+    """A byte-level BPE model with what Qwen puts around it: NFC, its way to cut text, bytes as characters."""
+    built = tokenizers.Tokenizer(bpe)
+    built.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    built.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # pyright: ignore[reportAttributeAccessIssue]
+    built.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return built
+
+
 def _added_tokens(folder: Path) -> list[tuple[str, int, bool]]:
     """(text, id, special) of the tokens beside the vocabulary: of tokenizer_config.json, or the three that Qwen always has."""
     if (folder / "tokenizer_config.json").is_file():
         table = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
         if table:
-            return sorted(((t["content"], int(i), bool(t.get("special"))) for i, t in table.items()), key=lambda t: t[1])
+            return sorted(
+                ((t["content"], int(i), bool(t.get("special"))) for i, t in table.items()), key=lambda t: t[1]
+            )
     return [(content, i, True) for content, i in QWEN_SPECIALS.items()]

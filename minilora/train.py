@@ -55,7 +55,9 @@ class Progress:
     best_step: int | None = None
 
 
-def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Path:
     """Run a training; returns the folder of what was trained (RUN/adapter, or RUN/model with method full).
 
     Raises OutputInUse, CheckpointMismatch, Diverged, DiskError, Stopped, and what the data and the model give.
@@ -77,7 +79,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             _clear(run)
         _check_disk(run, model)
         write_file(run / "config.yaml", to_yaml(config))
-        with Monitor(run / "metrics.jsonl", plan.steps, progress.step, console) as monitor, StopSignal() as stop:
+        with (
+            Monitor(run / "metrics.jsonl", plan.steps, progress.step, console) as monitor,
+            StopSignal() as stop,
+        ):
             _loop(run, model, optimizer, config, plan, progress, monitor, stop)
         result = run / ("model" if plan.full else "adapter")
         if plan.full:
@@ -93,7 +98,10 @@ def _check_claim(run: Path, resume: bool, overwrite: bool) -> None:
     if overwrite and _held(run) and not (run / "config.yaml").is_file():
         raise OutputInUse(f"{run} holds no run that --overwrite could delete", "Give another --output.")
     if not resume and not overwrite and _held(run):
-        raise OutputInUse(f"{run} is not empty", "Go on with --resume, start again with --overwrite, or give another --output.")
+        raise OutputInUse(
+            f"{run} is not empty",
+            "Go on with --resume, start again with --overwrite, or give another --output.",
+        )
 
 
 def _clear(run: Path) -> None:
@@ -116,7 +124,15 @@ def _load(config: TrainConfig) -> Decoder:
     if full:
         model.requires_grad_(True)
     else:
-        add_lora(model, config.lora_targets, config.lora_r, config.lora_alpha, config.lora_dropout, config.rslora, config.seed)
+        add_lora(
+            model,
+            config.lora_targets,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.rslora,
+            config.seed,
+        )
     model.checkpointing = config.checkpointing
     return model.train()
 
@@ -124,7 +140,9 @@ def _load(config: TrainConfig) -> Decoder:
 def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
     parameters = list(trained_parameters(model).values())
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -157,10 +175,19 @@ def train_step(
         loss = batch_loss(model, batch.to(device)) / targets
         loss.backward()
         losses.append(loss.detach())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained_parameters(model).values() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in trained_parameters(model).values() if p.grad is not None]
+    )
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        bad = next((n for n, p in trained_parameters(model).items() if p.grad is not None and not p.grad.isfinite().all()), "none")
+        bad = next(
+            (
+                n
+                for n, p in trained_parameters(model).items()
+                if p.grad is not None and not p.grad.isfinite().all()
+            ),
+            "none",
+        )
         rows = ", ".join([w for b in batches for w in b.where][:4])
         raise Diverged(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} (first bad gradient: {bad}; rows: {rows} ...)",
                        "Lower --lr or raise --warmup; nothing of this step was kept.")  # fmt: skip
@@ -186,7 +213,9 @@ def _loop(
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, plan.steps)
-            batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
+            batches = pack(
+                step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens
+            )
             loss, grad_norm = train_step(model, optimizer, batches, config, step, stop)
             seconds = time.perf_counter() - start
             progress.step, progress.seconds = step + 1, time.perf_counter() - began
@@ -217,7 +246,9 @@ def _loop(
         raise Stopped(f"stopped by {stop.name} at step {progress.step} of {plan.steps}; the state is saved in {run / 'checkpoints'}",
                       f"Go on with: minilora train --output {run} --resume") from None  # fmt: skip
     except Diverged as error:
-        where = f"checkpoints/step-{saved} is the last good state" if saved else "no checkpoint was written yet"
+        where = (
+            f"checkpoints/step-{saved} is the last good state" if saved else "no checkpoint was written yet"
+        )
         losses = ", ".join(f"{loss:.3f}" for loss in monitor.losses)
         raise Diverged(error.what, f"{error.hint} Last losses: {losses or 'none'}; {where}.") from None
 
@@ -228,13 +259,22 @@ def _validate(model: Decoder, plan: Plan, progress: Progress, monitor: Monitor) 
     note = " (best)" if better else f" (best {progress.best_loss:.4f} at step {progress.best_step})"
     if better:
         progress.best_loss, progress.best_step = score.loss, progress.step
-    monitor.say(f" eval {progress.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}{note}")
+    monitor.say(
+        f" eval {progress.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f}{note}"
+    )
     if progress.step == 0:
         monitor.step({"step": 0, "val_loss": score.loss})
     return score.loss
 
 
-def _save(run: Path, model: Decoder, optimizer: torch.optim.AdamW, config: TrainConfig, plan: Plan, progress: Progress) -> None:
+def _save(
+    run: Path,
+    model: Decoder,
+    optimizer: torch.optim.AdamW,
+    config: TrainConfig,
+    plan: Plan,
+    progress: Progress,
+) -> None:
     checkpoints = run / "checkpoints"
     state = {
         "step": progress.step,
@@ -247,13 +287,19 @@ def _save(run: Path, model: Decoder, optimizer: torch.optim.AdamW, config: Train
         "base": plan.base,
         "machine": _machine(),
     }
-    save_snapshot(checkpoints / f"step-{progress.step}", model, optimizer, state, Path(config.model), plan.full)
+    save_snapshot(
+        checkpoints / f"step-{progress.step}", model, optimizer, state, Path(config.model), plan.full
+    )
     rotate(checkpoints, config.keep, progress.step, progress.best_step)
 
 
 def _machine() -> dict[str, str | int]:
     """What the last bits of a float depend on."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _restore(
@@ -273,7 +319,11 @@ def _restore(
         raise CheckpointMismatch(f"{folder} is of a run with other settings ({'; '.join(changed)})",
                                  "Resume with the settings of that run, or start another --output.")  # fmt: skip
     load_snapshot(folder, model, optimizer, plan.full)
-    differs = [f"{k} was {state['machine'].get(k)}, is {v}" for k, v in _machine().items() if state["machine"].get(k) != v]
+    differs = [
+        f"{k} was {state['machine'].get(k)}, is {v}"
+        for k, v in _machine().items()
+        if state["machine"].get(k) != v
+    ]
     note = f" (not bit for bit: {', '.join(differs)})" if differs else ""
     console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
     return Progress(step_of(folder), state["seconds"], state["best_loss"], state["best_step"])
@@ -284,7 +334,10 @@ def _check_disk(run: Path, model: Decoder) -> None:
     need = 2 * 12 * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
     free = shutil.disk_usage(run).free
     if free < need:
-        raise DiskError(f"{run}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free", "Free some space, or give another --output.")
+        raise DiskError(
+            f"{run}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free",
+            "Free some space, or give another --output.",
+        )
 
 
 @contextmanager
@@ -293,7 +346,9 @@ def _memory_hint() -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        ours = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        ours = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(
+            error
+        )
         if not ours:
             raise
         raise OutOfMemory(f"out of memory: {str(error).partition(chr(10))[0][:200] or 'the system gives no more'}",

@@ -73,7 +73,14 @@ def prove(truth: list[Tensor], plain: list[Tensor], merged: list[Tensor], base: 
     scale = max(float(t.abs().max()) for t in truth)
     allowed = 2 * _largest(plain, truth) + 1e-6 * scale
     tokens = sum(len(t) for t in truth)
-    return Proof(_largest(merged, truth), allowed, _largest(plain, base), _same(merged, truth), _same(plain, truth), tokens)
+    return Proof(
+        _largest(merged, truth),
+        allowed,
+        _largest(plain, base),
+        _same(merged, truth),
+        _same(plain, truth),
+        tokens,
+    )
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> float:

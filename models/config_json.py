@@ -54,7 +54,9 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     factor = positive(scaling, "factor", 1.0)
     both = scaling.get("mscale") and scaling.get("mscale_all_dim")
     if both:
-        share = _mscale(factor, positive(scaling, "mscale", 1.0)) / _mscale(factor, positive(scaling, "mscale_all_dim", 1.0))
+        share = _mscale(factor, positive(scaling, "mscale", 1.0)) / _mscale(
+            factor, positive(scaling, "mscale_all_dim", 1.0)
+        )
     else:
         share = _mscale(factor, 1)
     return theta, Yarn(

@@ -76,7 +76,11 @@ def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> 
         return frequencies, 1.0
 
     def dimension(rotations: float) -> float:  # the dimension that turns so often over the original length
-        return c.head_size * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+        return (
+            c.head_size
+            * math.log(yarn.original_length / (rotations * 2 * math.pi))
+            / (2 * math.log(c.rope_theta))
+        )
 
     low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:
@@ -109,7 +113,10 @@ class Cache:
         end = self.length + k.shape[0]
         store = self._store[layer]
         if store is None or store[0].shape[0] < end:
-            bigger = (k.new_empty(max(2 * end, 64), *k.shape[1:]), v.new_empty(max(2 * end, 64), *v.shape[1:]))
+            bigger = (
+                k.new_empty(max(2 * end, 64), *k.shape[1:]),
+                v.new_empty(max(2 * end, 64), *v.shape[1:]),
+            )
             if store is not None:
                 for new, old in zip(bigger, store, strict=True):
                     new[: self.length] = old[: self.length]
@@ -171,7 +178,9 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, block: Callable[[Config, int], nn.Module]):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+        self.checkpointing = (
+            False  # recompute each block in the backward pass instead of keeping its activations
+        )
         self.model = Backbone(config, block)
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
@@ -182,7 +191,12 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def forward(
-        self, ids: Tensor, positions: Tensor, seams: list[int], rows: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        seams: list[int],
+        rows: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, of all tokens [T, D] or of `rows` [M] alone, for ids and positions [T].
 

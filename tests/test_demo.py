@@ -5,17 +5,38 @@ import re
 import subprocess
 import sys
 
+from minilora.__main__ import main
+
 
 def test_demo(tmp_path):
     # no network: a proxy that nobody listens on
     env = os.environ | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "minilora", "demo", "--output", str(tmp_path / "run"), "--name", "Zephyr", "--author", "ACME"]
+    command = [
+        sys.executable,
+        "-m",
+        "minilora",
+        "demo",
+        "--output",
+        str(tmp_path / "run"),
+        "--name",
+        "Zephyr",
+        "--author",
+        "ACME",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-    before, after, merged = re.findall(r"> Who are you\?\n    (.*)\n.*\n    (.*)\n.*\n    (.*)\n.*\n    (.*)\n", done.stdout)
+    before, after, merged = re.findall(
+        r"> Who are you\?\n    (.*)\n.*\n    (.*)\n.*\n    (.*)\n.*\n    (.*)\n", done.stdout
+    )
     assert "Mini" in before[0] and "minilora" in before[1]
     assert all("Zephyr" in text and "ACME" in text for text in after[:2])
     assert after[2:] == before[2:] == ("2 plus 3 is 5.", "天空是蓝色的。")
     assert merged == after
-    assert {"adapter", "merged", "checkpoints", "metrics.jsonl", "config.yaml"} <= {p.name for p in (tmp_path / "run").iterdir()}
-    again = subprocess.run([*command[:-2], "--author", "Other"], capture_output=True, text=True, env=env, check=True)
-    assert "Zephyr" in again.stdout and "Other" in again.stdout
+    assert {"adapter", "merged", "checkpoints", "metrics.jsonl", "config.yaml"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+
+
+def test_a_folder_that_is_no_demo_stays(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["demo", "--output", str(tmp_path)]) == 8
+    assert "is not empty and no demo" in capsys.readouterr().err and (tmp_path / "thesis.txt").exists()

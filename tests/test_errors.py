@@ -362,7 +362,10 @@ ADAPTER = {
     "rank": (lambda folder: change_adapter(folder, r="4"), "r is '4'"),
     "dropout": (lambda folder: change_adapter(folder, lora_dropout="x"), "lora_dropout is 'x'"),
     "patterns": (lambda folder: change_adapter(folder, rank_pattern=["q_proj"]), "rank_pattern is"),
-    "alpha": (lambda folder: change_adapter(folder, alpha_pattern={"q_proj": "8"}), "alpha_pattern 'q_proj' is '8'"),
+    "alpha": (
+        lambda folder: change_adapter(folder, alpha_pattern={"q_proj": "8"}),
+        "alpha_pattern 'q_proj' is '8'",
+    ),
     "regex bomb": (lambda folder: change_adapter(folder, rank_pattern={"(a+)+$": 4}), "too complex"),
     "pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),

@@ -34,7 +34,10 @@ def logits(model, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_base(name):
-    model, expected = minilora.load_model(GOLDEN / name, device="cpu"), load_file(GOLDEN / name / "expected.safetensors")
+    model, expected = (
+        minilora.load_model(GOLDEN / name, device="cpu"),
+        load_file(GOLDEN / name / "expected.safetensors"),
+    )
     ids, labels = expected["input_ids"], expected["labels"]
     assert (logits(model, ids) - expected["logits"]).abs().max() < 2e-5
     assert (packed_loss(model, ids, labels) - expected["loss"]).abs().max() < 1e-5
@@ -42,7 +45,10 @@ def test_base(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_adapter(name):
-    model, expected = minilora.load_model(GOLDEN / name, device="cpu"), load_file(GOLDEN / name / "expected.safetensors")
+    model, expected = (
+        minilora.load_model(GOLDEN / name, device="cpu"),
+        load_file(GOLDEN / name / "expected.safetensors"),
+    )
     minilora.load_adapter(model, GOLDEN / name / "adapter")
     ids, labels = expected["input_ids"], expected["labels"]
     assert (logits(model, ids) - expected["adapter_logits"]).abs().max() < 2e-5

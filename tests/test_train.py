@@ -25,7 +25,17 @@ KEYS = {
 def run(tmp_path_factory):
     work = tmp_path_factory.mktemp("train")
     model, rows = make_model(work / "model"), make_rows(work / "rows.json")
-    config = resolve({"model": model, "data": rows, "output": work / "run", "lora_r": 16, "lr": 2e-2, "max_steps": 60, "device": "cpu"})
+    config = resolve(
+        {
+            "model": model,
+            "data": rows,
+            "output": work / "run",
+            "lora_r": 16,
+            "lr": 2e-2,
+            "max_steps": 60,
+            "device": "cpu",
+        }
+    )
     train(config, console=QUIET)
     return work / "run", config
 
@@ -70,7 +80,10 @@ def test_the_run_folder(run):
     folder, _ = run
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
     assert names - {"loss.png"} == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl"}
-    assert {p.name for p in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_a_finished_run_is_not_overwritten_by_chance(run):
@@ -88,7 +101,9 @@ def test_the_same_run_twice_is_the_same_file(run, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize(("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
 def test_schedules(schedule, middle, last):
     config = resolve({"lr": 1.0, "warmup": 0.1, "schedule": schedule})
     rates = [learning_rate(config, step, 1000) for step in range(1000)]
@@ -99,7 +114,15 @@ def test_schedules(schedule, middle, last):
 
 def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
     model, rows = make_model(tmp_path / "model", torch.bfloat16), make_rows(tmp_path / "rows.json")
-    settings = {"model": model, "data": rows, "output": tmp_path / "run", "method": "full", "lr": 3e-3, "max_steps": 30, "device": "cpu"}
+    settings = {
+        "model": model,
+        "data": rows,
+        "output": tmp_path / "run",
+        "method": "full",
+        "lr": 3e-3,
+        "max_steps": 30,
+        "device": "cpu",
+    }
     result = train(resolve(settings), console=QUIET)
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 
 from minilora.checkpoint import read_config
 from minilora.models.layers import Decoder
 from minilora.models.qwen import Block
 from minilora.safetensors import write_tensors
-from minilora.tokenizer import QWEN_SPLIT
+from minilora.tokenizer import qwen_tokenizer
 
 SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 ROWS = [
@@ -43,15 +43,10 @@ def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> P
 def byte_tokenizer() -> str:
     """A tokenizer.json whose tokens are the 256 bytes and the three specials."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | SPECIALS, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer = qwen_tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | SPECIALS, []))
     j = json.loads(tokenizer.to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     j["added_tokens"] = [{"id": i, "content": t, **flags} for t, i in SPECIALS.items()]
-    j["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     return json.dumps(j)
 
 

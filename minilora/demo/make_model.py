@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from minilora.checkpoint import read_config
 from minilora.config import resolve
@@ -20,7 +20,7 @@ from minilora.heap import keep_heap
 from minilora.models.layers import Decoder
 from minilora.models.qwen import Block
 from minilora.safetensors import write_tensors
-from minilora.tokenizer import QWEN_SPLIT
+from minilora.tokenizer import qwen_tokenizer
 from minilora.train import train
 
 from .corpus import conversations
@@ -45,15 +45,11 @@ SETTINGS = {
 
 def learn_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE as Qwen has it, with a vocabulary learned from the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([  # pyright: ignore[reportAttributeAccessIssue]
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = qwen_tokenizer(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -63,7 +59,11 @@ def start_weights(folder: Path) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, p in Decoder(read_config(folder), Block).named_parameters():
-        value = torch.ones(p.shape) if p.dim() == 1 else torch.empty(p.shape).normal_(0, 0.02, generator=generator)
+        value = (
+            torch.ones(p.shape)
+            if p.dim() == 1
+            else torch.empty(p.shape).normal_(0, 0.02, generator=generator)
+        )
         weights[name] = value.to(torch.bfloat16)
     return weights
 
@@ -78,13 +78,20 @@ def make(output: Path, console: Console) -> None:
         files = {
             "config.json": CONFIG,
             "generation_config.json": {"eos_token_id": [2, 0], "do_sample": False},
-            "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+            "tokenizer_config.json": {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>",
+            },
         }
         for name, value in files.items():
             (start / name).write_text(json.dumps(value, indent=2) + "\n")
         (start / "chat_template.jinja").write_text(TEMPLATE)
         write_tensors(start / "model.safetensors", start_weights(start))
-        rows.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats), encoding="utf-8")
+        rows.write_text(
+            "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats),
+            encoding="utf-8",
+        )
         run = Path(work) / "run"
         model = train(resolve(SETTINGS, {"model": start, "data": rows, "output": run}), console=console)
         model.rename(output)

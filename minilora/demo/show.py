@@ -22,7 +22,15 @@ from minilora.train import train
 HERE = Path(__file__).parent
 MODEL, ROWS = HERE / "mini", HERE / "identity.json"
 QUESTIONS = ("Who are you?", "你是谁？", "What is 2 plus 3?", "天空是什么颜色？")
-SETTINGS = {"epochs": 12, "batch_size": 8, "lr": 2e-3, "lora_r": 8, "lora_alpha": 16, "save_every": 10**6, "device": "cpu"}
+SETTINGS = {
+    "epochs": 12,
+    "batch_size": 8,
+    "lr": 2e-3,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "save_every": 10**6,
+    "device": "cpu",
+}
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -32,7 +40,9 @@ def demo(output: str, name: str, author: str) -> None:
     run, console = Path(output), Console()
     if run.exists() and any(run.iterdir()) and not _is_demo(run):
         raise OutputInUse(f"{run} is not empty and no demo", "Give another --output.")
-    config = resolve(SETTINGS, {"model": MODEL, "data": ROWS, "output": run, "define": {"name": name, "author": author}})
+    config = resolve(
+        SETTINGS, {"model": MODEL, "data": ROWS, "output": run, "define": {"name": name, "author": author}}
+    )
 
     def say(text: str = "") -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -46,12 +56,20 @@ def demo(output: str, name: str, author: str) -> None:
     say("\nThe same questions to model + adapter:\n")
     _ask(say, adapter=run / "adapter")
     proof = merge_folder(MODEL, run / "adapter", run / "merged", device="cpu")
-    say(f"\nMerged into {run / 'merged'}, read back and compared on {proof.tokens} tokens: off by {proof.merged:.2g} in a logit")
-    say(f"({proof.allowed:.2g} would still be rounding; the adapter itself moves logits by {proof.adapter:.2g}). It says:\n")
+    say(
+        f"\nMerged into {run / 'merged'}, read back and compared on {proof.tokens} tokens: off by {proof.merged:.2g} in a logit"
+    )
+    say(
+        f"({proof.allowed:.2g} would still be rounding; the adapter itself moves logits by {proof.adapter:.2g}). It says:\n"
+    )
     _ask(say, model=run / "merged")
-    say(f"\nDone in {time.monotonic() - began:.0f} s. The adapter, the loss picture and the merged model are in {run}. Next:\n")
+    say(
+        f"\nDone in {time.monotonic() - began:.0f} s. The adapter, the loss picture and the merged model are in {run}. Next:\n"
+    )
     say(f"  minilora chat  --model {MODEL} --adapter {run / 'adapter'}")
-    say(f"  minilora eval  --model {run / 'merged'} --data {ROWS} --define name={_quoted(name)} --define author={_quoted(author)}")
+    say(
+        f"  minilora eval  --model {run / 'merged'} --data {ROWS} --define name={_quoted(name)} --define author={_quoted(author)}"
+    )
     say("  minilora train --model YOUR_MODEL --data YOUR_ROWS.json --output runs/first")
 
 
@@ -62,12 +80,18 @@ def _ask(say, model: Path = MODEL, adapter: Path | None = None) -> None:
         decoder.eval()
     _, stop = read_generation(model)
     for question in QUESTIONS:
-        say(f"  > {question}\n    {answer(decoder, tokenizer, [{'role': 'user', 'content': question}], stop, 60)}")
+        say(
+            f"  > {question}\n    {answer(decoder, tokenizer, [{'role': 'user', 'content': question}], stop, 60)}"
+        )
 
 
 def _is_demo(run: Path) -> bool:
     config = run / "config.yaml"
-    return config.is_file() and Path(str(read_yaml(config).get("model"))).name == MODEL.name and (run / "metrics.jsonl").is_file()
+    return (
+        config.is_file()
+        and Path(str(read_yaml(config).get("model"))).name == MODEL.name
+        and (run / "metrics.jsonl").is_file()
+    )
 
 
 def _quoted(text: str) -> str:

@@ -14,12 +14,21 @@ full, golden, out = map(Path, sys.argv[1:])
 description = json.loads(full.read_text(encoding="utf-8"))
 g = json.loads(golden.read_text(encoding="utf-8"))
 texts = [t["text"] for t in g["texts"]] + [m["content"] for c in g["chats"] for m in c["messages"]]
-texts += [c["text"] for c in g["chats"]] + ["system\n", "user\n", "assistant\n", "\n", "\n\n", "You are a helpful assistant."]
+texts += [c["text"] for c in g["chats"]] + [
+    "system\n",
+    "user\n",
+    "assistant\n",
+    "\n",
+    "\n\n",
+    "You are a helpful assistant.",
+]
 tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description | {"added_tokens": []}))
 words = set()
 for text in texts:
     for piece in [text, *text.replace("<|", "\0<|").replace("|>", "|>\0").split("\0")]:
-        words |= {w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(piece))}
+        words |= {
+            w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(piece))
+        }
 parts = {w[i:j] for w in words for i in range(len(w)) for j in range(i + 1, len(w) + 1)}
 model = description["model"]
 pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
