@@ -23,9 +23,7 @@ class DropoutKey(NamedTuple):
     module: int
 
 
-def dropout_mask(
-    shape: tuple[int, int], p: float, key: DropoutKey, device: torch.device | str = "cpu"
-) -> Tensor:
+def dropout_mask(shape: tuple[int, int], p: float, key: DropoutKey, device: torch.device | str = "cpu") -> Tensor:
     """The mask of `key` for a matrix [rows, columns]: bool, true where a value is kept; drawn on the CPU."""
     rows, columns = shape
     entropy = np.random.SeedSequence(list(key)).generate_state(2, np.uint64)

@@ -70,9 +70,7 @@ def lora_linear(
     return _LoRALinear.apply(x, w, bias, a, b, scale, p, key)  # pyright: ignore[reportReturnType]
 
 
-def example(
-    tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[tuple, dict]:
+def example(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:
     """Arguments of one call, and the flops and bytes that a perfect forward needs."""
     x, w = (
         torch.randn(tokens, k, device=device, dtype=dtype),

@@ -47,9 +47,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, w, eps)  # pyright: ignore[reportReturnType]
 
 
-def example(
-    rows: int, n: int, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[tuple[Tensor, Tensor, float], dict]:
+def example(rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, Tensor, float], dict]:
     """Arguments of one call, and the bytes that a perfect forward moves."""
     x = torch.randn(rows, n, device=device, dtype=dtype)
     w = 1 + 0.1 * torch.randn(n, device=device, dtype=dtype)

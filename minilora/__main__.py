@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         if error.errno in DISK:
-            return fail(
-                6, what, "Free some space, or give another --output. What was there before is untouched."
-            )
+            return fail(6, what, "Free some space, or give another --output. What was there before is untouched.")
         return fail(6, what, "Check the path and its permissions.")
     except MemoryError:
         return fail(7, "out of memory", "Close other programs, or use a smaller model.")
@@ -68,9 +66,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, (summary, add_flags, _) in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False
-        )
+        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
         # the flags of train are many; they are made when train is asked for
         if name == (argv[0] if argv else ""):
             add_flags(sub)
@@ -87,9 +83,7 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
     from .config import TrainConfig, defaults, kind_name
 
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it"
-    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
     for f in fields(TrainConfig):
@@ -105,9 +99,7 @@ def train_command(args: argparse.Namespace) -> int:
 
     from .config import read_yaml, resolve
 
-    flags = {
-        k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")
-    }
+    flags = {k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")}
     flags |= _foreign_flags(args.rest)
     if "define" in flags:
         flags["define"] = _definitions(flags["define"])
@@ -162,9 +154,7 @@ def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     parser.add_argument(
         "--adapter", required=not adapter, metavar="DIR", help="PEFT adapter folder, such as RUN/adapter"
     )
-    parser.add_argument(
-        "--any-base", action="store_true", help="take an adapter that was trained on another base"
-    )
+    parser.add_argument("--any-base", action="store_true", help="take an adapter that was trained on another base")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
 
 
@@ -188,18 +178,14 @@ def chat_flags(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="TEXT", action="append", help="say this and leave; may be given several times"
     )
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument(
-        "--temperature", type=_between(float, 0, 100), metavar="X", help="[generation_config.json]"
-    )
+    parser.add_argument("--temperature", type=_between(float, 0, 100), metavar="X", help="[generation_config.json]")
     parser.add_argument("--top-p", type=_between(float, 0, 1), metavar="X", help="[generation_config.json]")
     parser.add_argument("--top-k", type=_between(int, 0, 2**31), metavar="N", help="[generation_config.json]")
     parser.add_argument(
         "--max-tokens", type=_between(int, 1, 2**31), default=1024, metavar="N", help="longest answer [1024]"
     )
     parser.add_argument("--think", action="store_true", help="let a model that can think do so")
-    parser.add_argument(
-        "--seed", type=_between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]"
-    )
+    parser.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
 
 
 def chat_command(args: argparse.Namespace) -> None:
@@ -214,13 +200,9 @@ def chat_command(args: argparse.Namespace) -> None:
 def eval_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="json or jsonl file of rows")
-    parser.add_argument(
-        "--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows"
-    )
+    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
     parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
-    parser.add_argument(
-        "--max-length", type=int, default=2048, metavar="N", help="longest row in tokens [2048]"
-    )
+    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="longest row in tokens [2048]")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -237,9 +219,7 @@ def eval_command(args: argparse.Namespace) -> None:
 
     keep_heap()
     tokenizer = load_tokenizer(args.model)
-    examples, report = load_examples(
-        args.data, tokenizer, _definitions(args.define), args.loss_on, args.max_length
-    )
+    examples, report = load_examples(args.data, tokenizer, _definitions(args.define), args.loss_on, args.max_length)
     model = load_model(args.model, device=args.device)
     check_fits(tokenizer, model.config.vocab, Path(args.model))
     if args.adapter:
@@ -266,9 +246,7 @@ def eval_command(args: argparse.Namespace) -> None:
 def merge_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser, adapter=False)
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the merged checkpoint")
-    parser.add_argument(
-        "--shard-size", type=float, default=5.0, metavar="GB", help="largest file in 10^9 bytes [5]"
-    )
+    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file in 10^9 bytes [5]")
 
 
 def merge_command(args: argparse.Namespace) -> None:
@@ -278,9 +256,7 @@ def merge_command(args: argparse.Namespace) -> None:
     keep_heap()
     if args.shard_size <= 0:
         raise UsageError(f"--shard-size is {args.shard_size:g}", "A number of gigabytes belongs there.")
-    proof = merge_folder(
-        args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device
-    )
+    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device)
     print(f"merged  {args.output}")
     print(
         f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"
@@ -301,12 +277,8 @@ def demo_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run folder; an older demo in it is replaced [demo-run]",
     )
-    parser.add_argument(
-        "--name", default="Archer", metavar="TEXT", help="what the model shall be called [Archer]"
-    )
-    parser.add_argument(
-        "--author", default="DemoLab", metavar="TEXT", help="who it shall say made it [DemoLab]"
-    )
+    parser.add_argument("--name", default="Archer", metavar="TEXT", help="what the model shall be called [Archer]")
+    parser.add_argument("--author", default="DemoLab", metavar="TEXT", help="who it shall say made it [DemoLab]")
 
 
 def demo_command(args: argparse.Namespace) -> None:

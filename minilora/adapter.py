@@ -104,9 +104,7 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
                          "Give the base it was trained on, or --any-base to use it on this one.")  # fmt: skip
     model.requires_grad_(False)
     for path, (r, alpha) in plan.items():
-        wrapper = wrap(
-            model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False))
-        )
+        wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
         with torch.no_grad():
             wrapper.lora_A.copy_(file.tensor(f"{PREFIX}{path}.lora_A.weight"))
             wrapper.lora_B.copy_(file.tensor(f"{PREFIX}{path}.lora_B.weight"))
@@ -124,9 +122,7 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         )
     dropout = j.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ModelError(
-            f"{folder / CONFIG}: lora_dropout is {dropout!r}", "A number from 0 to below 1 belongs there."
-        )
+        raise ModelError(f"{folder / CONFIG}: lora_dropout is {dropout!r}", "A number from 0 to below 1 belongs there.")
     for key, pattern, kinds in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
         patterns = j.get(pattern) or {}
         if not isinstance(patterns, dict):
@@ -137,14 +133,10 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
         for name, value in values.items():
             if type(value) not in kinds or not 0 < value < 1e30:
-                raise ModelError(
-                    f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there."
-                )
+                raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
 
 
-def _plan(
-    model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile
-) -> dict[str, tuple[int, float]]:
+def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:
     """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
     targets = linears(model)
     problems, halves = [], {}
@@ -163,17 +155,13 @@ def _plan(
         wanted = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
         problems += [f"{path}: lora_{h} is missing" for h in "AB" if h not in shapes]
         problems += [
-            f"{path}: lora_{h} is {list(s)}, {list(wanted[h])} fits"
-            for h, s in shapes.items()
-            if s != wanted[h]
+            f"{path}: lora_{h} is {list(s)}, {list(wanted[h])} fits" for h, s in shapes.items() if s != wanted[h]
         ]
         plan[path] = (r, _by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
     if problems or not plan:
         shown = "\n  ".join(problems[:20] or ["it holds no adapter"])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ModelError(
-            f"{folder} does not fit this model:\n  {shown}{more}", "It belongs to another base model."
-        )
+        raise ModelError(f"{folder} does not fit this model:\n  {shown}{more}", "It belongs to another base model.")
     return plan
 
 
@@ -182,14 +170,10 @@ def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: A
     for pattern, value in (j.get(key) or {}).items():
         # a stranger's pattern: short, and no repeated group, so that matching cannot take for ever
         if len(pattern) > 200 or re.search(r"\)[*+{]", pattern):
-            raise ModelError(
-                f"{folder / CONFIG}: {key} has a pattern that is too complex", "Use the modules' names."
-            )
+            raise ModelError(f"{folder / CONFIG}: {key} has a pattern that is too complex", "Use the modules' names.")
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", path):
                 return value
         except re.error:
-            raise ModelError(
-                f"{folder / CONFIG}: {key} has a broken pattern {pattern!r}", "Correct it."
-            ) from None
+            raise ModelError(f"{folder / CONFIG}: {key} has a broken pattern {pattern!r}", "Correct it.") from None
     return default

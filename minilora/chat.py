@@ -132,22 +132,14 @@ def _command(session: Session, line: str, has_adapter: bool) -> bool:
     if name == "/base":
         session.base = not session.base and has_adapter
         print(
-            "the base model answers"
-            if session.base
-            else "the adapter is on"
-            if has_adapter
-            else "there is no adapter"
+            "the base model answers" if session.base else "the adapter is on" if has_adapter else "there is no adapter"
         )
     elif name == "/new":
         session.messages = [m for m in session.messages if m["role"] == "system"]
         print("a new conversation")
     elif name == "/system":
         session.messages = [{"role": "system", "content": rest}] if rest else []
-        print(
-            "a new conversation with this system prompt"
-            if rest
-            else "a new conversation, no system prompt of yours"
-        )
+        print("a new conversation with this system prompt" if rest else "a new conversation, no system prompt of yours")
     elif name == "/greedy":
         session.greedy = not session.greedy
         print("the likeliest token is taken" if session.greedy else f"sampled: {session.sampling}")

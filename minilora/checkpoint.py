@@ -42,9 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a small file of a model folder; ModelError if it is none."""
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ModelError(
-                f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be."
-            )
+            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
         value = json.loads(path.read_bytes())
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
@@ -138,9 +136,7 @@ class Tensors:
                     )
                 self._files[name] = file
         self.shapes = {
-            n: (f.entries[n].dtype, f.entries[n].shape)
-            for n, f in self._files.items()
-            if not IGNORED.fullmatch(n)
+            n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)
         }
 
     def _shards(self) -> Iterator[SafetensorsFile]:
@@ -173,9 +169,7 @@ class Tensors:
             yield file
 
     def _refuse_without_weights(self) -> None:
-        pickles = sorted(
-            p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}
-        )
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         if pickles:
             raise ModelError(
                 f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
@@ -224,9 +218,7 @@ def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
         problems.append(f"unexpected: {_fold(unexpected)}")
     both = sorted(wanted.keys() & found.keys())
     problems += [
-        f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}"
-        for n in both
-        if found[n][1] != wanted[n]
+        f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}" for n in both if found[n][1] != wanted[n]
     ]
     problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
     if problems:
@@ -238,9 +230,7 @@ def _fold(names: Iterable[str]) -> str:
     counts: dict[str, list[str]] = {}
     for name in names:
         counts.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    return ", ".join(
-        g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items()
-    )
+    return ", ".join(g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items())
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
@@ -284,21 +274,15 @@ def write_checkpoint(
             shutil.copyfile(companions / name, folder / name)
 
 
-def save_model(
-    model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES
-) -> None:
+def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
 
     The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
     """
     parameters = dict(model.named_parameters())
     if any(name.endswith(".lora_A") for name in parameters):
-        raise UsageError(
-            "the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter."
-        )
+        raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
     dtype = model.config.dtype
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     with staged_folder(Path(folder)) as stage:
-        write_checkpoint(
-            stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes
-        )
+        write_checkpoint(stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes)

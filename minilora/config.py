@@ -27,21 +27,15 @@ class TrainConfig:
     val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
     output: str = setting("", "run folder", same=False)
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
-    loss_on: Literal["all", "last"] = setting(
-        "all", "train every answer of a conversation, or its last alone"
-    )
+    loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
-    method: Literal["lora", "full"] = setting(
-        "lora", "train adapters, or every weight in fp32 (small models)"
-    )
+    method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
-    lora_targets: str = setting(
-        "all-linear", "all-linear, attention, mlp, names with commas, or a regex over paths"
-    )
+    lora_targets: str = setting("all-linear", "all-linear, attention, mlp, names with commas, or a regex over paths")
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
     lr: float = setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
@@ -52,9 +46,7 @@ class TrainConfig:
     max_steps: int | None = setting(None, "stop after so many optimizer steps")
     batch_size: int = setting(8, "rows of a batch")
     accumulation: int = setting(1, "batches of an optimizer step")
-    micro_tokens: int | None = setting(
-        None, "most tokens of one forward and backward pass; default max_length"
-    )
+    micro_tokens: int | None = setting(None, "most tokens of one forward and backward pass; default max_length")
     clip: float = setting(1.0, "largest gradient norm; 0 clips nothing")
     weight_decay: float = setting(0.0, "AdamW's")
     beta1: float = setting(0.9, "AdamW's")
@@ -124,13 +116,7 @@ def convert(f: Field, value: Any) -> Any:
     kind = next(k for k in kinds if k is not type(None))
     if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = ",".join(value)
-    shown = (
-        "of the wrong kind"
-        if isinstance(value, (dict, list))
-        else "empty"
-        if value is None
-        else repr(value)[:80]
-    )
+    shown = "of the wrong kind" if isinstance(value, (dict, list)) else "empty" if value is None else repr(value)[:80]
     wrong = UsageError(f"{f.name} is {shown}", f"{f.metadata['help']}.")
     if value is None or isinstance(value, list) or (isinstance(value, dict) and kind is not dict):
         raise wrong
@@ -180,9 +166,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         twice = next((k for k in keys if keys.count(k) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} stands twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -105,9 +105,7 @@ def load_examples(
             ("max_source_length", length - trained, max_source_length),
             ("max_target_length", trained, max_target_length),
         )
-        over = next(
-            (f"{name} {limit}" for name, size, limit in limits if limit is not None and size > limit), None
-        )
+        over = next((f"{name} {limit}" for name, size, limit in limits if limit is not None and size > limit), None)
         if over is not None:
             report.dropped[over] += 1
             report.first_dropped = report.first_dropped or f"{row.where}, {length:,} tokens"

@@ -43,9 +43,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        return lora_linear(
-            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key
-        )
+        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key)
 
     def merged_weight(self, stored: Tensor | None = None) -> Tensor:
         """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.
@@ -65,9 +63,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that an adapter can go on, by path: all but the output head."""
-    return {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"
-    }
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"}
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -93,9 +89,7 @@ def add_lora(
         wrapper = wrap(model, path, r, alpha, dropout, rslora)
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
-            wrapper.lora_A.copy_(
-                torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator)
-            )
+            wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
 
 
 def refuse_second(model: nn.Module) -> None:
@@ -104,9 +98,7 @@ def refuse_second(model: nn.Module) -> None:
         raise UsageError("the model has adapters already", "Merge them first, or load the model again.")
 
 
-def wrap(
-    model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False
-) -> LoRALinear:
+def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> LoRALinear:
     """Replace the linear at a path by a wrapper around it; A is not initialised."""
     base = model.get_submodule(path)
     assert isinstance(base, nn.Linear), (path, type(base))

@@ -72,6 +72,4 @@ def merge_folder(
 
 
 def _not_proven(what: str) -> ModelError:
-    return ModelError(
-        f"{what}; nothing was written", "Check the disk and the memory of this machine, and report it."
-    )
+    return ModelError(f"{what}; nothing was written", "Check the disk and the memory of this machine, and report it.")

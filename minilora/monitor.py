@@ -25,9 +25,7 @@ class Monitor:
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
-        self._live = (
-            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        )
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._began = self._printed = time.monotonic()
         for line in kept:
             if "loss" in line:
@@ -56,9 +54,7 @@ class Monitor:
         line = self._line(metrics)
         if self._live:
             self._live.update(line)
-        elif (
-            metrics["step"] in (self.start + 1, self.total) or time.monotonic() - self._printed > PLAIN_EVERY
-        ):
+        elif metrics["step"] in (self.start + 1, self.total) or time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             self.console.print(line, soft_wrap=True)
 

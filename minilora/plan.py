@@ -80,9 +80,7 @@ def _val_count(text: str, rows: int) -> int:
     except ValueError:
         share = math.nan
     if not 0 < share < 1e15:
-        raise UsageError(
-            f"val is {text!r}", "It is a file that exists, a number of rows, or a share such as 0.05."
-        )
+        raise UsageError(f"val is {text!r}", "It is a file that exists, a number of rows, or a share such as 0.05.")
     count = round(share * rows) if share < 1 else int(share)
     if not 0 < count < rows:
         raise DataError(f"val {text} would take {count:,} of {rows:,} rows", "Leave rows on both sides.")
@@ -126,11 +124,7 @@ def _hash(examples: list[Example]) -> str:
 
 def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float) -> str:
     device = model.head.device
-    place = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     total = sum(p.numel() for p in base_parameters(model).values())
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config

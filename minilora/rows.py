@@ -83,9 +83,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             number += 1
             where = f"{path}, line {number}"
             if len(raw) > MAX_LINE:
-                raise DataError(
-                    f"{where} is longer than {MAX_LINE >> 20} MiB", "A row belongs on a line of its own."
-                )
+                raise DataError(f"{where} is longer than {MAX_LINE >> 20} MiB", "A row belongs on a line of its own.")
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if raw.strip():
                 yield where, _parse(_decode(raw, where), where)
@@ -134,9 +132,7 @@ def quote(text: str, limit: int = 80) -> str:
 def _messages(row: Any, where: str) -> tuple[list[Message], str]:
     """The messages of one row and the name of its shape."""
     if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: a row is a JSON object, not {quote(json.dumps(row))}", "Write each row as {...}."
-        )
+        raise DataError(f"{where}: a row is a JSON object, not {quote(json.dumps(row))}", "Write each row as {...}.")
     chat = next((k for k in CHATS if k in row), None)
     question = next((k for k in QUESTIONS if k in row), None)
     answer = next((k for k in ANSWERS if k in row), None)
@@ -164,9 +160,7 @@ def _chat(row: dict, key: str, where: str) -> tuple[list[Message], str]:
     for turn in turns:
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in ROLES:
-            raise DataError(
-                f"{where}: a message has {role_key} {quote(str(role))}", f"Known are {', '.join(ROLES)}."
-            )
+            raise DataError(f"{where}: a message has {role_key} {quote(str(role))}", f"Known are {', '.join(ROLES)}.")
         message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
         if "loss" in turn or "loss_mask" in turn:
             message["loss"] = bool(turn.get("loss", turn.get("loss_mask")))
@@ -180,9 +174,7 @@ def _alpaca(row: dict, answer: str, where: str) -> list[Message]:
     history = row.get("history") or []
     for pair in history if isinstance(history, list) else [None]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
-            raise DataError(
-                f"{where}: history is no list of [question, answer] pairs", "Write it as [[q, a], ...]."
-            )
+            raise DataError(f"{where}: history is no list of [question, answer] pairs", "Write it as [[q, a], ...].")
         messages += _turn(*(_sound(t, "history", where) for t in pair))
     return messages + _turn(f"{instruction}\n{more}" if more else instruction, _text(row, answer, where))
 
@@ -214,9 +206,7 @@ def _sound(text: str, key: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: {key} holds half a surrogate pair", "Correct the \\ud... escape there."
-        ) from None
+        raise DataError(f"{where}: {key} holds half a surrogate pair", "Correct the \\ud... escape there.") from None
     return text
 
 

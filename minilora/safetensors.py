@@ -54,9 +54,7 @@ class SafetensorsFile:
                 # private copy-on-write pages: torch wants a writable buffer, the file stays as it is
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
-            raise ModelError(
-                f"{path}: {error.strerror}", "Check the path and the file's permissions."
-            ) from None
+            raise ModelError(f"{path}: {error.strerror}", "Check the path and the file's permissions.") from None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name on the CPU; its memory is the mapping's."""
@@ -65,9 +63,7 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype)
         offset, count = self._data_start + start, math.prod(shape)
         if offset % dtype.itemsize:
-            return torch.frombuffer(bytearray(self._map[offset : offset + end - start]), dtype=dtype).reshape(
-                shape
-            )
+            return torch.frombuffer(bytearray(self._map[offset : offset + end - start]), dtype=dtype).reshape(shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(shape)
 
     def forget(self, name: str) -> None:
@@ -79,9 +75,7 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
 
-def _read_header(
-    path: Path, read: Callable[[int], bytes], size: int
-) -> tuple[dict[str, Entry], dict[str, str], int]:
+def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Entry], dict[str, str], int]:
     """(entries, metadata, where the data starts) of a file of `size` bytes; ModelError names the first broken rule."""
 
     def refuse(rule: str) -> ModelError:
@@ -119,9 +113,7 @@ def _read_header(
         end = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.start != end:
-                raise ValueError(
-                    f"tensor {name!r} starts at data byte {entry.start}, the one before ends at {end}"
-                )
+                raise ValueError(f"tensor {name!r} starts at data byte {entry.start}, the one before ends at {end}")
             end = entry.end
     except ValueError as error:
         raise refuse(str(error)) from None
@@ -174,9 +166,7 @@ def _entry(name: str, value: Any) -> Entry:
     start, end = offsets
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != need:
-        raise ValueError(
-            f"tensor {name!r} {dtype} {shape} needs {need} bytes; its data_offsets span {end - start}"
-        )
+        raise ValueError(f"tensor {name!r} {dtype} {shape} needs {need} bytes; its data_offsets span {end - start}")
     return Entry(DTYPES[dtype], tuple(shape), start, end)
 
 
@@ -194,9 +184,7 @@ def write_safetensors(
 
     The bytes are on the disk when this returns. The caller gives a name that does not exist yet (see durable.py).
     """
-    names = sorted(
-        shapes, key=lambda n: (-shapes[n][0].itemsize, n)
-    )  # widest first: every tensor lies aligned
+    names = sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n))  # widest first: every tensor lies aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
@@ -220,9 +208,7 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a file of tensors that are in memory already."""
     shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     write_safetensors(path, shapes, tensors.__getitem__, metadata)

@@ -45,9 +45,7 @@ class Template:
     deepseek: bool = False
     stop: str = "<|im_end|>"
 
-    def segments(
-        self, messages: list[Message], prompt: bool = False, thinking: bool = False
-    ) -> list[Segment]:
+    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
         """The segments of a chat; `prompt` opens the assistant's next turn, `thinking` lets an optional thinker think.
 
         Raises DataError for a role that no template has.
@@ -69,9 +67,7 @@ class Template:
                 result.append(Segment(content))
                 result += [] if self.deepseek else [Segment("<|im_end|>", special=True), Segment("\n")]
             else:
-                raise DataError(
-                    f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant."
-                )
+                raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
         if prompt:
             result += self._open("assistant")
             if self.thinking == "always":
@@ -162,7 +158,5 @@ def _jinja_text(folder: Path) -> str | None:
         return None
     text = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(text, list):  # several named templates
-        text = next(
-            (t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None
-        )
+        text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
     return text if isinstance(text, str) else None

@@ -136,9 +136,7 @@ def _description(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if path.is_file():
         if path.stat().st_size > MAX_JSON:
-            raise ModelError(
-                f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be."
-            )
+            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
         return path.read_text(encoding="utf-8")
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):

@@ -76,11 +76,7 @@ def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> 
         return frequencies, 1.0
 
     def dimension(rotations: float) -> float:  # the dimension that turns so often over the original length
-        return (
-            c.head_size
-            * math.log(yarn.original_length / (rotations * 2 * math.pi))
-            / (2 * math.log(c.rope_theta))
-        )
+        return c.head_size * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
     low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:
@@ -178,9 +174,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, block: Callable[[Config, int], nn.Module]):
         super().__init__()
         self.config = config
-        self.checkpointing = (
-            False  # recompute each block in the backward pass instead of keeping its activations
-        )
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.model = Backbone(config, block)
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab, bias=False)

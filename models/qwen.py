@@ -59,9 +59,7 @@ def config(j: dict[str, Any]) -> Config:
         dtype=dtype_of(j),
     )
     if c.heads % c.kv_heads:
-        raise ValueError(
-            f"num_attention_heads {c.heads} is not a multiple of num_key_value_heads {c.kv_heads}"
-        )
+        raise ValueError(f"num_attention_heads {c.heads} is not a multiple of num_key_value_heads {c.kv_heads}")
     if c.head_size % 2:
         raise ValueError(f"head_dim is {c.head_size}; rotary positions need an even one")
     return c

@@ -113,9 +113,7 @@ def test_a_tensor_in_two_shards(tmp_path):
 
 def test_index_and_shard_disagree(tmp_path):
     folder = make_shards(tmp_path / "m")
-    write_index(
-        folder, places_of(folder) | {"model.norm.weight": "s0.safetensors", "extra": "s0.safetensors"}
-    )
+    write_index(folder, places_of(folder) | {"model.norm.weight": "s0.safetensors", "extra": "s0.safetensors"})
     message = refusal(folder)
     assert "s0.safetensors: extra" in message and "not where the index says" in message
 
@@ -189,9 +187,7 @@ def test_both_spellings_of_config_json(tmp_path, name):
     rope = j["rope_parameters"]
     old["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] == "yarn":
-        old["rope_scaling"] = {"type": "yarn"} | {
-            k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")
-        }
+        old["rope_scaling"] = {"type": "yarn"} | {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}
     (tmp_path / "old").mkdir()
     write_config(tmp_path / "old", name, **old)
     new = read_config(GOLDEN / name)
@@ -296,9 +292,7 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd" / "config.json").mkdir(parents=True)
-    assert "is not a folder" in refusal(tmp_path / "absent") and "is not a folder" in refusal(
-        tmp_path / "file"
-    )
+    assert "is not a folder" in refusal(tmp_path / "absent") and "is not a folder" in refusal(tmp_path / "file")
     assert "config.json is missing" in refusal(tmp_path / "empty")
     assert "config.json is a folder" in refusal(tmp_path / "odd")
     shutil.copy(GOLDEN / "qwen3" / "config.json", tmp_path / "empty")
@@ -322,9 +316,7 @@ def test_save_and_load(tmp_path, name, shard_bytes):
     save_model(model, tmp_path / "out", GOLDEN / name, shard_bytes)
     assert equal(load_model(tmp_path / "out"), model)
     sizes = [p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")]
-    assert (len(sizes) == 1) == (shard_bytes == 1 << 40) and (tmp_path / "out" / INDEX).exists() == (
-        len(sizes) > 1
-    )
+    assert (len(sizes) == 1) == (shard_bytes == 1 << 40) and (tmp_path / "out" / INDEX).exists() == (len(sizes) > 1)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -356,10 +348,7 @@ def failing(call, number: int):
 
 
 FAILURES = [
-    (call, n, old)
-    for old in (False, True)
-    for call, count in (("fsync", 8), ("rename", 1 + old))
-    for n in range(count)
+    (call, n, old) for old in (False, True) for call, count in (("fsync", 8), ("rename", 1 + old)) for n in range(count)
 ]
 
 
@@ -379,9 +368,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call, n
 
 def test_a_failing_tensor_leaves_what_was_there(tmp_path):
     with pytest.raises(ZeroDivisionError), durable.staged_folder(tmp_path / "out") as stage:
-        write_checkpoint(
-            stage, {"w": (torch.float32, (1,))}, lambda name: torch.ones(1) / (1 // 0), GOLDEN / "qwen3"
-        )
+        write_checkpoint(stage, {"w": (torch.float32, (1,))}, lambda name: torch.ones(1) / (1 // 0), GOLDEN / "qwen3")
     assert not list(tmp_path.iterdir())
 
 

@@ -26,13 +26,9 @@ from minilora.template import Template
 from minilora.tokenizer import Tokenizer, load_tokenizer, render_text
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
-PROPERTY = settings(
-    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENIZERS = {name: load_tokenizer(GOLDEN / name) for name in ("qwen2_5", "qwen3")}
-EXPECTED = {
-    name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8")) for name in TOKENIZERS
-}
+EXPECTED = {name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8")) for name in TOKENIZERS}
 BOTH = pytest.mark.parametrize("name", TOKENIZERS)
 
 U, A = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant"))
@@ -47,18 +43,14 @@ SPECIAL_TEXTS = [
 ]
 texts = st.lists(st.sampled_from(SPECIAL_TEXTS) | st.text(max_size=6), max_size=5).map("".join)
 said = (
-    st.lists(st.text(max_size=6), max_size=3)
-    .map("".join)
-    .filter(lambda t: "<think>" not in t and "</think>" not in t)
+    st.lists(st.text(max_size=6), max_size=3).map("".join).filter(lambda t: "<think>" not in t and "</think>" not in t)
 )
 
 
 @BOTH
 def test_golden_ids(name):
     tokenizer = TOKENIZERS[name]
-    wrong = [
-        t["text"] for t in EXPECTED[name]["texts"] if tokenizer.encode(t["text"], specials=True) != t["ids"]
-    ]
+    wrong = [t["text"] for t in EXPECTED[name]["texts"] if tokenizer.encode(t["text"], specials=True) != t["ids"]]
     assert not wrong and len(EXPECTED[name]["texts"]) > 50
 
 
@@ -100,9 +92,7 @@ def test_an_answers_text_never_becomes_a_special_token(answer):
     tokenizer = TOKENIZERS["qwen2_5"]
     ids, trained = tokenizer.render([U("x"), A(answer)])
     inside = [i for i, t in zip(ids, trained, strict=True) if t]
-    assert inside[-1] == tokenizer.specials["<|im_end|>"] and not set(inside[:-1]) & set(
-        tokenizer.specials.values()
-    )
+    assert inside[-1] == tokenizer.specials["<|im_end|>"] and not set(inside[:-1]) & set(tokenizer.specials.values())
 
 
 @BOTH
@@ -175,9 +165,9 @@ def test_targets_are_the_trained_tokens_one_place_earlier(tmp_path, name):
     (example,), _ = load_examples(write(tmp_path, {"messages": CHAT}), tokenizer)
     ids, trained = tokenizer.render(CHAT)
     assert example.ids.tolist() == ids and example.trained == sum(trained)
-    assert example.targets.tolist() == [
-        i if t else IGNORE for i, t in zip(ids[1:], trained[1:], strict=True)
-    ] + [IGNORE]
+    assert example.targets.tolist() == [i if t else IGNORE for i, t in zip(ids[1:], trained[1:], strict=True)] + [
+        IGNORE
+    ]
 
 
 def test_other_roles_have_no_template():
@@ -247,9 +237,7 @@ def test_limits_are_exact_and_counted(tmp_path, bytewise, limit):
     assert [e.where.split()[-1] for e in examples] == ["1", "2", "3"]
     assert report.rows == 5 and report.dropped == {f"{limit} {most}": 2} and "line 4" in report.first_dropped
     assert f"dropped 2 of 5 rows: 2 over {limit} {most} (first: {path}, line 4" in str(report)
-    assert report.tokens == sum(len(e.ids) for e in examples) and report.trained == sum(
-        e.trained for e in examples
-    )
+    assert report.tokens == sum(len(e.ids) for e in examples) and report.trained == sum(e.trained for e in examples)
     assert report.longest == masked + trained
 
 

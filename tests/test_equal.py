@@ -91,9 +91,7 @@ def test_checkpointing_changes_no_bit(folder, examples):
     assert torch.equal(kept[0], recomputed[0]) and torch.equal(kept[1], recomputed[1])
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}]
-)
+@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}])
 def test_cached_decoding_is_the_full_forward(tmp_path, examples, changes):
     model = adapted(make_model(tmp_path / "model", **changes)).eval()
     ids = torch.from_numpy(examples[-1].ids)

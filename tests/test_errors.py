@@ -588,12 +588,7 @@ def test_out_of_memory(tmp_path, cli, model, rows, monkeypatch, error):
 def test_our_own_bug_is_the_only_traceback(tmp_path, cli, model, rows, monkeypatch):
     monkeypatch.setattr(minilora.train, "make_plan", lambda *_: 1 // 0)
     code, _, err = train(cli, tmp_path / "out", model, rows)
-    assert (
-        code == 70
-        and "Traceback" in err
-        and "ZeroDivisionError" in err
-        and "this is a bug of minilora" in err
-    )
+    assert code == 70 and "Traceback" in err and "ZeroDivisionError" in err and "this is a bug of minilora" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -615,9 +610,7 @@ def process(*argv, limit: str = "") -> subprocess.Popen:
     """`python -m minilora` under a bash that has set limits."""
     command = ["bash", "-c", f'{limit}exec "$0" -m minilora "$@"', sys.executable, *map(str, argv)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def end(child: subprocess.Popen) -> tuple[int, str, str]:
@@ -646,11 +639,7 @@ def test_a_file_that_may_not_grow(cli, run, finished):
         "File too large",
         str(run),
     )
-    assert (
-        intact(run) == [2]
-        and tree(run / "checkpoints" / "step-2") == before
-        and not (run / "adapter").exists()
-    )
+    assert intact(run) == [2] and tree(run / "checkpoints" / "step-2") == before and not (run / "adapter").exists()
     assert cli("train", "--output", run, "--resume")[0] == 0
     assert tree(run / "adapter") == tree(finished / "adapter")
 
@@ -660,9 +649,7 @@ def test_a_signal_saves_and_resume_finishes(tmp_path, cli, model, rows, number):
     run, settings = tmp_path / "run", [*SHORT, "--max-steps", "400", "--save-every", "400"]
     child = process("train", "--model", model, "--data", rows, "--output", run, *settings)
     while (
-        child.poll() is None
-        and not (run / "metrics.jsonl").is_file()
-        or len((run / "metrics.jsonl").read_text()) < 500
+        child.poll() is None and not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text()) < 500
     ):
         time.sleep(0.01)
     child.send_signal(number)

@@ -74,9 +74,7 @@ def test_generation_config(tmp_path):
         '{"do_sample": true, "temperature": 0.7, "top_k": 20, "eos_token_id": [3, 4]}'
     )
     assert read_generation(folder) == (Sampling(0.7, 1.0, 20, 1.0), {3, 4})
-    (folder / "generation_config.json").write_text(
-        '{"do_sample": false, "temperature": 0.7, "eos_token_id": 3}'
-    )
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7, "eos_token_id": 3}')
     assert read_generation(folder)[0].temperature == 0.0
     (folder / "generation_config.json").write_text('{"top_p": "x"}')
     with pytest.raises(ModelError, match="generation_config"):

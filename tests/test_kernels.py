@@ -97,9 +97,7 @@ def cross_entropy_in_chunks(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy.linear_cross_entropy(x, head, targets, chunk_rows=10)
 
 
-def lora_arguments(
-    tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias: bool = True
-) -> tuple[Any, ...]:
+def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
     """x, w, bias, A, B, scale; the scale is no power of two, so that where it is rounded shows."""
     x, w, b, a_matrix, b_matrix, _ = example(lora_linear, tokens, k, n, r, dtype)
     kept = torch.promote_types(dtype, torch.float32)  # adapters are fp32, or fp64 for fp64 truth
@@ -300,9 +298,7 @@ def seams_of(lengths: list[int]) -> list[int]:
     st.sampled_from([None, 1, 2, 7, 19, 100]),
     wide_dtype,
 )
-def test_attention_of_any_documents(
-    lengths: list[int], heads: tuple[int, int], window: int | None, dtype: torch.dtype
-):
+def test_attention_of_any_documents(lengths: list[int], heads: tuple[int, int], window: int | None, dtype: torch.dtype):
     args = example(attention, lengths, *heads, 10, dtype)
     check_op(attention.attention, attention.attention_ref, (*args, window), (0, 1, 2), plain_attention)
 
@@ -371,9 +367,7 @@ def test_lora_linear_of_any_rank(dtype: torch.dtype, p: float, bias: bool, r: in
 
 
 @few
-@given(
-    st.integers(1, 40), size, size, st.integers(1, 70), st.booleans(), st.sampled_from([0.0, 0.5]), wide_dtype
-)
+@given(st.integers(1, 40), size, size, st.integers(1, 70), st.booleans(), st.sampled_from([0.0, 0.5]), wide_dtype)
 def test_lora_linear_of_any_shape(t: int, k: int, n: int, r: int, bias: bool, p: float, dtype: torch.dtype):
     args = lora_arguments(t, k, n, r, dtype, bias)
     check_op(lora_linear.lora_linear, lora_linear.lora_linear_ref, (*args, p, KEY), (0, 3, 4))
@@ -392,9 +386,7 @@ def test_forward_and_backward_drop_the_same_values():
 def test_the_low_rank_part_alone_is_dropped():
     """Dropout is on the input of A; the frozen weight sees all of x."""
     x, w, bias, a, b, _ = lora_arguments(9, 13, 5, 3, torch.float32)
-    assert torch.equal(
-        lora_linear.lora_linear(x, w, bias, a, torch.zeros_like(b), 2.0, 0.9, KEY), F.linear(x, w, bias)
-    )
+    assert torch.equal(lora_linear.lora_linear(x, w, bias, a, torch.zeros_like(b), 2.0, 0.9, KEY), F.linear(x, w, bias))
 
 
 def test_a_scale_is_not_rounded_below_the_dtype_of_x():
@@ -431,9 +423,7 @@ def test_cross_entropy_of_any_shape(rows: int, width: int, vocab: int, chunk_row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cross_entropy_of_a_real_vocabulary(dtype: torch.dtype):
     args = example(linear_cross_entropy, 19, 8, 151_936, dtype)
-    check_op(
-        linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_ref, args, (0,)
-    )
+    check_op(linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_ref, args, (0,))
 
 
 @dtypes

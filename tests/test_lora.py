@@ -132,9 +132,7 @@ def test_merged_is_wrapped_in_fp64(family: str):
     wrapped = model.logits(IDS)
     merge(model)
     assert not paths(model)
-    torch.testing.assert_close(
-        model.logits(IDS), wrapped, rtol=0, atol=1e-12 * float(wrapped.detach().abs().max())
-    )
+    torch.testing.assert_close(model.logits(IDS), wrapped, rtol=0, atol=1e-12 * float(wrapped.detach().abs().max()))
 
 
 def test_merge_rounds_once():

@@ -28,9 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
     ),  # peft asks transformers
-    pytest.mark.filterwarnings(
-        "ignore:The following rank_pattern keys did not match:RuntimeWarning"
-    ),  # as it should
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),  # as it should
 ]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -128,9 +126,7 @@ def test_merge_folder_opens_in_transformers_with_its_tokenizer(tmp_path: Path, f
     proof = merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert proof.holds and proof.adapter > 100 * proof.allowed
     assert_same(model.logits(IDS), their_logits(their_model_of(tmp_path / "merged")))
-    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (
-        tokenizer / "tokenizer.json"
-    ).read_bytes()
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 
 
 # adapters

@@ -105,9 +105,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_a_broken_array_names_the_line(tmp_path):
-    path = write(
-        tmp_path / "x", raw='[\n {"prompt": "a", "completion": "b"},\n {"prompt": "a", "completion" "b"}\n]'
-    )
+    path = write(tmp_path / "x", raw='[\n {"prompt": "a", "completion": "b"},\n {"prompt": "a", "completion" "b"}\n]')
     assert f"{path}, line 3, column 31" in refusal(path)
 
 
@@ -201,9 +199,7 @@ def test_what_is_no_file(tmp_path):
 
 def test_define(tmp_path):
     (row,) = read_rows(
-        write(
-            tmp_path / "x", {"prompt": "{{a}} {{b}} {{ a }}", "completion": "{{a}}{{a}}", "system": "{{c}}"}
-        )
+        write(tmp_path / "x", {"prompt": "{{a}} {{b}} {{ a }}", "completion": "{{a}}{{a}}", "system": "{{c}}"})
     )
     used, left = fill(row, {"a": "{{b}}", "z": "y"})
     assert [m["content"] for m in row.messages] == ["{{c}}", "{{b}} {{b}} {{ a }}", "{{b}}{{b}}"]
@@ -220,8 +216,7 @@ json_values = st.recursive(
     | st.text(max_size=5)
     | st.sampled_from(["user", "assistant", "text"]),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=4)
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=4)
     ),
     max_leaves=12,
 )
@@ -237,8 +232,7 @@ def test_fuzzed_rows_are_read_or_refused(tmp_path, row, array):
         assert f"{path}, {'row' if array else 'line'} 1" in error.what
         return
     assert all(
-        m["role"] in ("system", "user", "assistant") and m["content"].encode() is not None
-        for m in found.messages
+        m["role"] in ("system", "user", "assistant") and m["content"].encode() is not None for m in found.messages
     )
 
 
@@ -246,9 +240,7 @@ def test_fuzzed_rows_are_read_or_refused(tmp_path, row, array):
 @given(places=st.dictionaries(st.integers(0, 150), st.integers(0, 255), max_size=4), cut=st.integers(0, 150))
 def test_fuzzed_bytes_are_read_or_refused(tmp_path, places, cut):
     raw = bytearray(
-        json.dumps(
-            [{"prompt": "你好", "completion": "a"}, SHAPES["messages"][0]], ensure_ascii=False
-        ).encode()
+        json.dumps([{"prompt": "你好", "completion": "a"}, SHAPES["messages"][0]], ensure_ascii=False).encode()
     )
     for place, value in places.items():
         raw[place % len(raw)] = value

@@ -303,8 +303,7 @@ def test_fuzzed_entries(tmp_path, header, size):
 def test_what_we_write_comes_back(tmp_path, shapes):
     (tmp_path / "x").unlink(missing_ok=True)
     tensors = {
-        f"t{i}": (torch.arange(torch.Size(s).numel()).reshape(s) % 5).to(dtype)
-        for i, (dtype, s) in enumerate(shapes)
+        f"t{i}": (torch.arange(torch.Size(s).numel()).reshape(s) % 5).to(dtype) for i, (dtype, s) in enumerate(shapes)
     }
     write_tensors(tmp_path / "x", tensors)
     assert accepts(tmp_path / "x")

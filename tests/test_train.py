@@ -127,3 +127,15 @@ def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert minilora.load_model(result, device="cpu").head.dtype == torch.bfloat16
+
+
+def test_the_best_step_is_kept_whenever_it_comes(tmp_path):
+    """The validation loss turns at some step between two checkpoints; `best` is that step."""
+    model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
+    settings = {"model": model, "data": rows, "output": tmp_path / "run", "val": "4", "eval_every": 1, "save_every": 100}
+    train(resolve(settings, {"lr": 0.1, "schedule": "constant", "max_steps": 12, "device": "cpu"}), console=QUIET)
+    losses = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "run")}
+    best = min(losses, key=lambda step: losses[step])
+    assert 0 < best < 12
+    kept = (tmp_path / "run" / "checkpoints" / "best").resolve()
+    assert kept.name == f"step-{best}" and json.loads((kept / "state.json").read_text())["best_loss"] == losses[best]

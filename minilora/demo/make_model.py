@@ -59,11 +59,7 @@ def start_weights(folder: Path) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, p in Decoder(read_config(folder), Block).named_parameters():
-        value = (
-            torch.ones(p.shape)
-            if p.dim() == 1
-            else torch.empty(p.shape).normal_(0, 0.02, generator=generator)
-        )
+        value = torch.ones(p.shape) if p.dim() == 1 else torch.empty(p.shape).normal_(0, 0.02, generator=generator)
         weights[name] = value.to(torch.bfloat16)
     return weights
 

@@ -80,9 +80,7 @@ def _ask(say, model: Path = MODEL, adapter: Path | None = None) -> None:
         decoder.eval()
     _, stop = read_generation(model)
     for question in QUESTIONS:
-        say(
-            f"  > {question}\n    {answer(decoder, tokenizer, [{'role': 'user', 'content': question}], stop, 60)}"
-        )
+        say(f"  > {question}\n    {answer(decoder, tokenizer, [{'role': 'user', 'content': question}], stop, 60)}")
 
 
 def _is_demo(run: Path) -> bool:

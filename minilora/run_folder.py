@@ -1,0 +1,122 @@
+"""The folder of a run: whose it is, the state that is saved into it, and going on from there."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from minilora.models.layers import Decoder
+
+from .config import TrainConfig, must_match
+from .errors import CheckpointMismatch, DiskError, OutputInUse
+from .plan import Plan
+from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, step_of, trained_parameters
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a snapshot stores beside tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    saved: int | None = None  # the step of the newest snapshot
+
+
+@dataclass
+class Run:
+    """A training run: its folder, what it shall do, and how far it is."""
+
+    folder: Path
+    config: TrainConfig
+    plan: Plan
+    model: Decoder
+    optimizer: torch.optim.AdamW
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
+    """OutputInUse unless the run folder is empty, or it is resumed, or the user said that its old run may go."""
+    held = _held(folder)
+    if overwrite and held and not (folder / "config.yaml").is_file():
+        raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
+    if held and not resume and not overwrite:
+        hint = "Go on with --resume, start again with --overwrite, or give another --output."
+        raise OutputInUse(f"{folder} is not empty", hint)
+
+
+def clear(folder: Path) -> None:
+    """Delete an old run; to be called when everything that the new one needs has been read."""
+    for path in _held(folder):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _held(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if not p.name.startswith(".")]
+
+
+def check_disk(folder: Path, model: Decoder) -> None:
+    """DiskError now, not at the first save: a snapshot and its successor need 2 x 12 bytes a trained parameter."""
+    need = 2 * 12 * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        what = f"{folder}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise DiskError(what, "Free some space, or give another --output.")
+
+
+def save(run: Run) -> None:
+    """Write the snapshot of the step that the run has reached, then let older ones go."""
+    at = run.progress
+    state = {
+        "step": at.step,
+        "seconds": at.seconds,
+        "best_loss": at.best_loss,
+        "best_step": at.best_step,
+        "identity": _identity(run),
+        "machine": _machine(),
+    }
+    folder = run.checkpoints / f"step-{at.step}"
+    save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
+    at.saved = at.step
+    rotate(run.checkpoints, run.config.keep, at.step, at.best_step)
+
+
+def restore(run: Run, console: Console) -> None:
+    """Copy the newest whole snapshot into the run's model and optimizer; CheckpointMismatch if it is of other settings."""
+    folder, skipped = newest_snapshot(run.checkpoints)
+    for line in skipped:
+        console.print(line, highlight=False, markup=False)
+    if folder is None:
+        raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
+    state = read_state(folder)
+    then, now = state["identity"], _identity(run)
+    changed = [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v]
+    if changed:
+        what = f"{folder} is of a run with other settings ({'; '.join(changed)})"
+        raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")
+    load_snapshot(folder, run.model, run.optimizer, run.plan.full)
+    was, is_ = state["machine"], _machine()
+    differs = [f"{k} was {was.get(k)}, is {v}" for k, v in is_.items() if was.get(k) != v]
+    note = f" (not bit for bit: {', '.join(differs)})" if differs else ""
+    console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
+    step = step_of(folder)
+    run.progress = Progress(step, state["seconds"], state["best_loss"], state["best_step"], saved=step)
+
+
+def _identity(run: Run) -> dict:
+    """What decides every loss of a run: its settings, its rows, its base model."""
+    plan = run.plan
+    return {**must_match(run.config), "data": plan.data_hash, "base": plan.base, "steps": plan.steps}
+
+
+def _machine() -> dict[str, str | int]:
+    """What the last bits of a float depend on."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu}
