@@ -195,6 +195,13 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cpu_name() -> str:
+    """What the system calls its processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -217,8 +224,12 @@ def main() -> None:
     import torch
 
     result = measure(args)
-    result["machine"] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-                         "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+    result["machine"] = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
     print(report(result))
     if args.save:
         Path(args.save).write_text(json.dumps(result, indent=1) + "\n")

@@ -132,7 +132,14 @@ def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
 def test_the_best_step_is_kept_whenever_it_comes(tmp_path):
     """The validation loss turns at some step between two checkpoints; `best` is that step."""
     model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
-    settings = {"model": model, "data": rows, "output": tmp_path / "run", "val": "4", "eval_every": 1, "save_every": 100}
+    settings = {
+        "model": model,
+        "data": rows,
+        "output": tmp_path / "run",
+        "val": "4",
+        "eval_every": 1,
+        "save_every": 100,
+    }
     train(resolve(settings, {"lr": 0.3, "schedule": "constant", "max_steps": 12, "device": "cpu"}), console=QUIET)
     losses = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "run")}
     best = min(losses, key=lambda step: losses[step])
