@@ -43,6 +43,8 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     """The last T tokens of one document attend to all its L keys so far: q [T, H, E], k, v [L, G, E] -> [T, H, E]."""
     if k.shape[0] == q.shape[0]:
         return _one_document(q, k, v, window)
+    if q.shape[0] == 1:
+        return _one_query(q, *((k, v) if window is None else (k[-window:], v[-window:])))
     return _sdpa(q, k, v, mask=_causal_mask(q.shape[0], k.shape[0], window, q.device))
 
 
@@ -50,6 +52,13 @@ def _one_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor
     if window is not None and window < q.shape[0]:
         return _sdpa(q, k, v, mask=_causal_mask(q.shape[0], q.shape[0], window, q.device))
     return _sdpa(q, k, v, mask=None)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One token looks at every key: q [1, H, E] -> [1, H, E]. The heads of a group stand as its queries: no mask, no repeats."""
+    grouped = q.view(k.shape[1], -1, q.shape[2]).unsqueeze(0)  # [1, G, H / G, E]
+    k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
+    return F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

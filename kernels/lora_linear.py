@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import DropoutKey, dropout
+from .dropout import DropoutKey, dropout, dropout_mask, dropped
 
 NO_DROPOUT = DropoutKey(0, 0, 0, 0)
 
@@ -47,12 +47,13 @@ class _LoRALinear(torch.autograd.Function):
             db = (dy.T @ s).to(b.dtype).mul_(scale)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             ds = dy @ _scaled(b, scale, dy.dtype)
+            mask = None if p == 0 else dropout_mask((x.shape[0], x.shape[1]), p, key, x.device)
             if ctx.needs_input_grad[3]:
-                da = (ds.T @ dropout(x, p, key)).to(a.dtype)
+                da = (ds.T @ dropped(x, mask, p)).to(a.dtype)
             if ctx.needs_input_grad[0]:
                 dx = dy @ w
                 low = a.to(dy.dtype)
-                dx = dx.addmm_(ds, low) if p == 0 else dx.add_(dropout(ds @ low, p, key))
+                dx = dx.addmm_(ds, low) if mask is None else dx.add_(dropped(ds @ low, mask, p))
         return dx, None, None, da, db, None, None, None
 
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 the last net: everything else is our own bug
         from torch import OutOfMemoryError
 
-        if isinstance(error, OutOfMemoryError):
+        if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
             return fail(
                 7,
                 f"out of memory: {str(error).splitlines()[0]}",

@@ -114,6 +114,10 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
     kind = j.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
+    start = j.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "eva")):
+        raise ModelError(f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
+                         "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.")  # fmt: skip
     used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
     if used:
         raise ModelError(
@@ -168,8 +172,8 @@ def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFi
 def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
-        # a stranger's pattern: short, and no repeated group, so that matching cannot take for ever
-        if len(pattern) > 200 or re.search(r"\)[*+{]", pattern):
+        # a stranger's pattern: short, no repeated group, few repetitions, so that matching cannot take for ever
+        if len(pattern) > 200 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 2:
             raise ModelError(f"{folder / CONFIG}: {key} has a pattern that is too complex", "Use the modules' names.")
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", path):

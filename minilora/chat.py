@@ -80,10 +80,11 @@ def chat(
                       thinking=think, greedy=greedy or sampling.temperature == 0)  # fmt: skip
     if prompts:
         for prompt in prompts:
-            print(f"> {prompt}")
-            _show(session, prompt)
+            print(f"> {_whole_characters(prompt)}")
+            _show(session, _whole_characters(prompt))
         return
     interactive = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
     if interactive:
         print(f"{folder.name}{' + ' + adapter if adapter else ''}   /help lists the commands")
     while (line := _read(interactive)) is not None:
@@ -97,9 +98,14 @@ def chat(
 
 def _read(interactive: bool) -> str | None:
     try:
-        return input("> " if interactive else "")
+        return _whole_characters(input("> " if interactive else ""))
     except (EOFError, KeyboardInterrupt):
         return None
+
+
+def _whole_characters(text: str) -> str:
+    """Bytes that were no UTF-8 become a replacement sign."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _show(session: Session, text: str) -> None:
@@ -142,6 +148,8 @@ def _command(session: Session, line: str, has_adapter: bool) -> bool:
         print("a new conversation with this system prompt" if rest else "a new conversation, no system prompt of yours")
     elif name == "/greedy":
         session.greedy = not session.greedy
+        if session.sampling.temperature == 0:
+            session.sampling = replace(session.sampling, temperature=1.0)
         print("the likeliest token is taken" if session.greedy else f"sampled: {session.sampling}")
     elif name == "/think":
         session.thinking = not session.thinking

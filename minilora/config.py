@@ -46,7 +46,9 @@ class TrainConfig:
     max_steps: int | None = setting(None, "stop after so many optimizer steps")
     batch_size: int = setting(8, "rows of a batch")
     accumulation: int = setting(1, "batches of an optimizer step")
-    micro_tokens: int | None = setting(None, "most tokens of one forward and backward pass; default max_length")
+    micro_tokens: int | None = setting(
+        None, "most tokens of one forward and backward pass; default max_length", same=False
+    )
     clip: float = setting(1.0, "largest gradient norm; 0 clips nothing")
     weight_decay: float = setting(0.0, "AdamW's")
     beta1: float = setting(0.9, "AdamW's")
@@ -90,8 +92,12 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
     known = {f.name: f for f in fields(TrainConfig)}
     values: dict[str, Any] = {}
     for source in sources:
-        for given, value in source.items():
-            name = canonical(given)
+        names = [canonical(given) for given in source]
+        for name in names:
+            if names.count(name) > 1:
+                both = ", ".join(g for n, g in zip(names, source, strict=True) if n == name)
+                raise UsageError(f"{both} are one setting", "Give one of them.")
+        for name, value in zip(names, source.values(), strict=True):
             values[name] = convert(known[name], value)
     return TrainConfig(**values)
 

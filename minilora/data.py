@@ -150,17 +150,19 @@ def make_batch(examples: list[Example]) -> Batch:
 
 def pack(examples: list[Example], capacity: int) -> list[Batch]:
     """First-fit: each example goes into the first stream that has room for it, in the order given."""
+    shortest = min(len(e.ids) for e in examples)
     streams: list[list[Example]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # stream -> free tokens, of those that some example may still fit in
     for example in examples:
         length = len(example.ids)
-        place = next((i for i, free in enumerate(room) if free >= length), None)
-        if place is None:
-            streams.append([example])
-            room.append(capacity - length)
-        else:
-            streams[place].append(example)
-            room[place] -= length
+        place = next((i for i, free in room.items() if free >= length), len(streams))
+        if place == len(streams):
+            streams.append([])
+            room[place] = capacity
+        streams[place].append(example)
+        room[place] -= length
+        if room[place] < shortest:
+            del room[place]
     return [make_batch(stream) for stream in streams]
 
 

@@ -16,7 +16,7 @@ from .data import Batch
 from .lora import adapters, linears
 
 # dense bf16 peak of the cards that the benchmarks name, in FLOP/s (vendor data sheets)
-PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+PEAKS = {"H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
 
 
 def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
@@ -45,18 +45,19 @@ def step_flops(model: Decoder, batches: list[Batch], full: bool) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the card by its data sheet; for another device the best of a few measured matrix products."""
-    if device.type == "cuda":
+    """FLOP/s of the card by its data sheet (bf16); for anything else the best of a few measured matrix products."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for card, peak in PEAKS.items():
             if card in name:
                 return peak
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    return 2 * n**3 / best

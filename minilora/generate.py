@@ -37,17 +37,23 @@ def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
         return GREEDY, set()
     j = read_json(path)
     stop = j.get("eos_token_id")
-    stop_ids: set[int] = {stop} if isinstance(stop, int) else set(stop or ())
+    stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+
+    def number(key: str, default: float) -> float:  # null is the default
+        return float(default if j.get(key) is None else j[key])
+
     try:
+        if not all(type(i) is int for i in stop):
+            raise ValueError(f"eos_token_id {str(stop)[:60]} is no token number or list of them")
         sampling = Sampling(
-            temperature=float(j.get("temperature", 1.0)) if j.get("do_sample", False) else 0.0,
-            top_p=float(j.get("top_p", 1.0)),
-            top_k=int(j.get("top_k", 50)),
-            repetition_penalty=float(j.get("repetition_penalty", 1.0)),
+            temperature=number("temperature", 1.0) if j.get("do_sample", False) else 0.0,
+            top_p=number("top_p", 1.0),
+            top_k=int(number("top_k", 50)),
+            repetition_penalty=number("repetition_penalty", 1.0),
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error}", "Correct the file, or take it away.") from None
-    return sampling, stop_ids
+    return sampling, set(stop)
 
 
 @torch.inference_mode()

@@ -110,7 +110,7 @@ def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0
 def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
     """The paths of the linears that `targets` means, in the order of the model."""
     paths = list(linears(model))
-    if targets == "all-linear":
+    if targets in ("all-linear", "all"):
         return paths
     if isinstance(targets, str) and targets in GROUPS:
         found = [p for p in paths if set(p.split(".")[:-1]) & set(GROUPS[targets])]

@@ -1,6 +1,7 @@
 """What a run shows and writes while it goes: one live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -12,7 +13,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from .durable import write_file
+
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class RunConsole(Console):
+    """A console whose reader may go away: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Monitor:
@@ -23,7 +34,8 @@ class Monitor:
         self.average: float | None = None
         self.losses: list[float] = []
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if path.exists():
+            write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._began = self._printed = time.monotonic()

@@ -107,7 +107,7 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
         full=config.method == "full",
-        data_hash=_hash(data.train + data.val),
+        data_hash=_hash(data.train) + _hash(data.val),
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
         header="",
     )

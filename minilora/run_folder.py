@@ -14,6 +14,9 @@ from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan
 from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, step_of, trained_parameters
 
+# what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
+OWN = ("checkpoints", "adapter", "model", "loss.png", "metrics.jsonl", "config.yaml")
+
 
 @dataclass
 class Progress:
@@ -44,8 +47,9 @@ class Run:
 
 def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or it is resumed, or the user said that its old run may go."""
-    held = _held(folder)
-    if overwrite and held and not (folder / "config.yaml").is_file():
+    held = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    is_run = (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("metrics.jsonl", "checkpoints"))
+    if overwrite and held and not is_run:
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
     if held and not resume and not overwrite:
         hint = "Go on with --resume, start again with --overwrite, or give another --output."
@@ -53,18 +57,18 @@ def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete an old run; to be called when everything that the new one needs has been read."""
-    for path in _held(folder):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Delete an old run and nothing else; to be called when everything that the new one needs has been read."""
+    for name in OWN:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _held(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if not p.name.startswith(".")]
-
-
-def check_disk(folder: Path, model: Decoder) -> None:
-    """DiskError now, not at the first save: a snapshot and its successor need 2 x 12 bytes a trained parameter."""
-    need = 2 * 12 * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
+def check_disk(folder: Path, model: Decoder, keep: int) -> None:
+    """DiskError now, not at a later save: 12 bytes a trained parameter for each snapshot kept, the best, and the next."""
+    need = 12 * (keep + 2) * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
     free = shutil.disk_usage(folder).free
     if free < need:
         what = f"{folder}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
@@ -80,7 +84,7 @@ def save(run: Run) -> None:
         "best_loss": at.best_loss,
         "best_step": at.best_step,
         "identity": _identity(run),
-        "machine": _machine(),
+        "machine": _machine(run),
     }
     folder = run.checkpoints / f"step-{at.step}"
     save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
@@ -102,7 +106,7 @@ def restore(run: Run, console: Console) -> None:
         what = f"{folder} is of a run with other settings ({'; '.join(changed)})"
         raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")
     load_snapshot(folder, run.model, run.optimizer, run.plan.full)
-    was, is_ = state["machine"], _machine()
+    was, is_ = state["machine"], _machine(run)
     differs = [f"{k} was {was.get(k)}, is {v}" for k, v in is_.items() if was.get(k) != v]
     note = f" (not bit for bit: {', '.join(differs)})" if differs else ""
     console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
@@ -116,7 +120,10 @@ def _identity(run: Run) -> dict:
     return {**must_match(run.config), "data": plan.data_hash, "base": plan.base, "steps": plan.steps}
 
 
-def _machine() -> dict[str, str | int]:
-    """What the last bits of a float depend on."""
+def _machine(run: Run) -> dict[str, str | int]:
+    """What the last bits of a float depend on beside the run's identity."""
+    device = run.model.head.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": cpu}
+    threads, micro = torch.get_num_threads(), run.plan.micro_tokens
+    return {"torch": torch.__version__, "threads": threads, "cpu": cpu, "card": card, "micro_tokens": micro}

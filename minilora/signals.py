@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM as a request: the run ends at its next safe place. A second signal ends it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal as a request: the run ends at its next safe place. A second signal ends it at once."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any, Self
 
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
 class StopSignal:

@@ -130,4 +130,4 @@ def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
         if step_of(folder) != best:
             os.rename(folder, checkpoints / f".tmp-{folder.name}")
     for leftover in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)

@@ -142,7 +142,7 @@ def template_of(folder: Path, special_tokens: set[str], model_type: str | None) 
         if model_type == "qwen3":
             return Template("qwen3", None, "optional")
         return Template("qwen2", "You are a helpful assistant.", "never")
-    default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<>{}'\"]+?)<\|im_end\|>", jinja)
+    default = re.search(r"<\|im_start\|>system(?:\n|\\n)((?:(?!{{|{%)[^<>'\"])+?)<\|im_end\|>", jinja)
     system = default[1].replace("\\\\", "\\") if default else None
     if "enable_thinking" in jinja:
         return Template("qwen3", system, "optional")

@@ -29,7 +29,7 @@ from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
-from .monitor import Monitor, peak_memory_gb
+from .monitor import Monitor, RunConsole, peak_memory_gb
 from .plan import load_data, make_plan
 from .plot import plot_loss
 from .run_folder import Progress, Run, check_claim, check_disk, clear, restore, save
@@ -42,7 +42,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 
     Raises OutputInUse, CheckpointMismatch, Diverged, DiskError, Stopped, and what the data and the model give.
     """
-    console = console or Console()
+    console = console or RunConsole()
     for key in ("model", "data", "output"):
         if not getattr(config, key):
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
@@ -58,7 +58,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             restore(run, console)
         elif overwrite:
             clear(folder)
-        check_disk(folder, model)
+        check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
@@ -145,7 +145,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     peak = peak_flops(run.model.head.device, run.model.head.dtype)
     began = time.perf_counter() - at.seconds
     try:
-        if plan.val and at.step == 0:
+        if plan.val and at.step == 0 and at.best_loss is None:
             monitor.step({"step": 0, "val_loss": _validate(run, monitor)})
         for step in range(at.step, plan.steps):
             start = time.perf_counter()
@@ -168,6 +168,12 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
             save(run)
         what = f"stopped by {stop.name} at step {at.step} of {plan.steps}; the state is saved in {run.checkpoints}"
         raise Stopped(what, f"Go on with: minilora train --output {run.folder} --resume") from None
+    except (MemoryError, RuntimeError):
+        # whatever failed in a forward or backward pass, the parameters are those of the last step
+        run.optimizer.zero_grad(set_to_none=True)
+        if at.step and at.saved != at.step:
+            save(run)
+        raise
     except Diverged as error:
         last_good = (
             f"checkpoints/step-{at.saved} is the last good state" if at.saved else "no checkpoint was written yet"
@@ -200,8 +206,8 @@ def _validate(run: Run, monitor: Monitor) -> float:
     """Evaluate, say so, and remember the best."""
     at = run.progress
     score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
-    better = at.best_loss is None or score.loss < at.best_loss
-    note = "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})"
+    better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
+    note = "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss else ""
     if better:
         at.best_loss, at.best_step = score.loss, at.step
     monitor.say(f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}")

@@ -62,6 +62,7 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     for block in model.model.layers:
         widened = copy.deepcopy(block).to(wide)
         streams = [widened(x, place) for x, place in zip(streams, places, strict=True)]
+        del widened  # before the next one is made
     norm = copy.deepcopy(model.model.norm).to(wide)
     streams = [norm(x) for x in streams]
     pieces = [[x @ part.to(wide).T for x in streams] for part in model.head.split(16384)]

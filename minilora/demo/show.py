@@ -4,6 +4,7 @@ The model says who it is; an adapter is trained on the identity data set; the mo
 the merge is proven.
 """
 
+import shutil
 import time
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def demo(output: str, name: str, author: str) -> None:
     run, console = Path(output), Console()
     if run.exists() and any(run.iterdir()) and not _is_demo(run):
         raise OutputInUse(f"{run} is not empty and no demo", "Give another --output.")
+    shutil.rmtree(run / "merged", ignore_errors=True)
     config = resolve(
         SETTINGS, {"model": MODEL, "data": ROWS, "output": run, "define": {"name": name, "author": author}}
     )
