@@ -367,6 +367,11 @@ ADAPTER = {
         "alpha_pattern 'q_proj' is '8'",
     ),
     "regex bomb": (lambda folder: change_adapter(folder, rank_pattern={"(a+)+$": 4}), "too complex"),
+    "slow regex": (lambda folder: change_adapter(folder, rank_pattern={".*" * 12 + "x!": 4}), "too complex"),
+    "changed base": (
+        lambda folder: change_adapter(folder, init_lora_weights="pissa_niter_16"),
+        "changes the base weights",
+    ),
     "pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
         "pickle",
@@ -663,3 +668,30 @@ def test_a_signal_saves_and_resume_finishes(tmp_path, cli, model, rows, number):
         assert code == 0 and f"step-{step}" in out
         lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert lines == list(range(1, 401)) and (run / "adapter").is_dir()
+
+
+def test_two_names_of_one_setting():
+    with pytest.raises(UsageError, match="warmup_ratio, warmup_steps are one setting"):
+        resolve({"warmup_ratio": 0.1, "warmup_steps": 0})
+
+
+def test_a_prompt_that_is_no_utf8(cli, model):
+    code, out, _ = cli("chat", "--model", model, "--prompt", "a\udcff", "--max-tokens", "1")
+    assert code == 0 and out.startswith("> a\ufffd")
+
+
+def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, model, rows, monkeypatch):
+    """The fourth backward pass fails; the three steps before it are saved."""
+    step = minilora.train.batch_loss
+    calls = []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no more")
+        return step(*args)
+
+    monkeypatch.setattr(minilora.train, "batch_loss", failing)
+    more = ("--save-every", "100", "--batch-size", "1", "--max-steps", "6")
+    check(train(cli, tmp_path / "out", model, rows, *more), 7, "out of memory")
+    assert intact(tmp_path / "out") == [3]

@@ -76,9 +76,17 @@ def test_generation_config(tmp_path):
     assert read_generation(folder) == (Sampling(0.7, 1.0, 20, 1.0), {3, 4})
     (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7, "eos_token_id": 3}')
     assert read_generation(folder)[0].temperature == 0.0
-    (folder / "generation_config.json").write_text('{"top_p": "x"}')
-    with pytest.raises(ModelError, match="generation_config"):
-        read_generation(folder)
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": null, "eos_token_id": null}')
+    assert read_generation(folder) == (Sampling(1.0, 1.0, 50, 1.0), set())
+    for wrong in (
+        '{"top_p": "x"}',
+        '{"eos_token_id": 1.5}',
+        '{"eos_token_id": [[1]]}',
+        '{"eos_token_id": "<|im_end|>"}',
+    ):
+        (folder / "generation_config.json").write_text(wrong)
+        with pytest.raises(ModelError, match="generation_config"):
+            read_generation(folder)
 
 
 def test_control_characters_do_not_reach_the_terminal():
