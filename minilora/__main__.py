@@ -53,16 +53,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def fail(code: int, what: str, hint: str = "") -> int:
     """Say what is wrong on standard error; returns the code."""
-    print(f"error: {what}", file=sys.stderr)
+    kind = "" if code == 75 else "error: "  # stopped and saved is no failure
+    print(f"{kind}{what}", file=sys.stderr)
     if hint:
-        print(f"       {hint}", file=sys.stderr)
+        print(f"{' ' * len(kind)}{hint}", file=sys.stderr)
     return code
 
 
 def run(argv: list[str]) -> int:
-    parser = Parser(
-        prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
-    )
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows another
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    broken = next((word for word in argv if not _is_text(word)), None)
+    if broken is not None:
+        raise UsageError(f"{broken!a} is not UTF-8", "Type it in a terminal that writes UTF-8.")
+    parser = Parser(prog="minilora", description="A from-scratch LoRA engine for Qwen models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, (summary, add_flags, _) in COMMANDS.items():
@@ -76,6 +81,10 @@ def run(argv: list[str]) -> int:
     if args.command == "train":
         args.rest = rest
     return COMMANDS[args.command][2](args) or 0
+
+
+def _is_text(word: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in word)
 
 
 def train_flags(parser: argparse.ArgumentParser) -> None:

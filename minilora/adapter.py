@@ -85,6 +85,8 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
+    if not (folder / CONFIG).exists():
+        raise ModelError(f"{folder / CONFIG} is missing", "Give the folder of an adapter, such as RUN/adapter.")
     j = read_json(folder / CONFIG)
     _refuse_what_is_not_lora(folder, j)
     if not (folder / WEIGHTS).exists():

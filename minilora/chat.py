@@ -80,8 +80,8 @@ def chat(
                       thinking=think, greedy=greedy or sampling.temperature == 0)  # fmt: skip
     if prompts:
         for prompt in prompts:
-            print(f"> {_whole_characters(prompt)}")
-            _show(session, _whole_characters(prompt))
+            print(f"> {prompt}")
+            _show(session, prompt)
         return
     interactive = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
@@ -155,5 +155,5 @@ def _command(session: Session, line: str, has_adapter: bool) -> bool:
         session.thinking = not session.thinking
         print("thinking is on" if session.thinking else "thinking is off")
     else:
-        print(HELP)
+        print(HELP if name == "/help" else f"there is no {name}\n{HELP}")
     return True

@@ -55,10 +55,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_folder(folder: Path) -> None:
+    """ModelError if this is no folder of a checkpoint, with what it is instead."""
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
+        )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
+
+
 def read_config(folder: Path) -> Config:
     """The Config of a checkpoint folder; ModelError says which key, and what is supported."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint.")
+    check_folder(folder)
     path = folder / "config.json"
     j = read_json(path)
     family = j.get("model_type")

@@ -35,13 +35,15 @@ class TrainConfig:
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
-    lora_targets: str = setting("all-linear", "all-linear, attention, mlp, names with commas, or a regex over paths")
+    lora_targets: str = setting(
+        "all-linear", "all-linear, attention, mlp, names with commas, or a regex over whole paths"
+    )
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
     lr: float = setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
     warmup: float = setting(0.03, "warmup: a share of the steps below 1, else a number of steps")
     epochs: float | None = setting(
-        None, "passes over the data; default 3, more for a set so small that it makes < 100 steps"
+        None, "passes over the data; default 3, up to 20 for a set so small that it makes < 100 steps"
     )
     max_steps: int | None = setting(None, "stop after so many optimizer steps")
     batch_size: int = setting(8, "rows of a batch")
@@ -77,7 +79,7 @@ ALIASES = {
     "lora_target": "lora_targets", "target_modules": "lora_targets", "targets": "lora_targets", "use_rslora": "rslora",
     "dropout": "lora_dropout", "gradient_checkpointing": "checkpointing", "eval_steps": "eval_every",
     "save_steps": "save_every", "save_total_limit": "keep", "adam_beta1": "beta1", "adam_beta2": "beta2",
-    "finetuning_type": "method", "val_size": "val", "torch_dtype": "dtype", "iters": "max_steps",
+    "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps",
 }  # fmt: skip
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
@@ -92,6 +94,9 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
     known = {f.name: f for f in fields(TrainConfig)}
     values: dict[str, Any] = {}
     for source in sources:
+        unknown = [given for given in source if _field_of(given) is None]
+        if len(unknown) > 1:
+            raise UsageError(f"unknown settings {', '.join(unknown)}", "See minilora train --help.")
         names = [canonical(given) for given in source]
         for name in names:
             if names.count(name) > 1:
@@ -104,14 +109,19 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
 
 def canonical(given: str) -> str:
     """The field that a name or an alias means; UsageError with the nearest one otherwise."""
-    names = [f.name for f in fields(TrainConfig)]
-    name = given.replace("-", "_")
-    name = ALIASES.get(name, name)
-    if name not in names:
-        near = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
+    name = _field_of(given)
+    if name is None:
+        names = [f.name for f in fields(TrainConfig)]
+        near = difflib.get_close_matches(given.replace("-", "_"), [*names, *ALIASES], n=1, cutoff=0.7)
         hint = f"Did you mean {near[0]!r}?" if near else "See minilora train --help."
         raise UsageError(f"unknown setting {given!r}", hint)
     return name
+
+
+def _field_of(given: str) -> str | None:
+    name = given.replace("-", "_")
+    name = ALIASES.get(name, name)
+    return name if name in {f.name for f in fields(TrainConfig)} else None
 
 
 def convert(f: Field, value: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ class Monitor:
 
     def __init__(self, path: Path, total: int, start: int, console: Console):
         self.total, self.start, self.console = total, start, console
-        self.average: float | None = None
+        self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]
         if path.exists():
@@ -55,7 +56,9 @@ class Monitor:
 
     def _average(self, loss: float) -> None:
         self.losses = [*self.losses[-9:], loss]
-        self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
+        # exponential, bias-corrected
+        self._weight = 0.9 * self._weight + 0.1
+        self.average += (loss - self.average) * 0.1 / self._weight
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step is done."""
@@ -79,9 +82,10 @@ class Monitor:
         left = (time.monotonic() - self._began) / done * (self.total - m["step"])
         filled = round(20 * m["step"] / self.total)
         return Text(
-            f" {m['step']:>5}/{self.total}  loss {m['loss']:.4f} (avg {self.average:.4f})  lr {m['lr']:.2e}  "
-            f"grad {m['grad_norm']:.2f}  {m['tokens_per_second']:,.0f} tok/s  MFU {100 * m['mfu']:.0f} %  "
-            f"{m['memory_gb']:.1f} GB  ETA {_clock(left)}  {'━' * filled}{'─' * (20 - filled)}",
+            # what matters most comes first: a narrow terminal cuts the rest
+            f" {m['step']:>5}/{self.total}  loss {m['loss']:.4f} (avg {self.average:.4f})  ETA {_clock(left)}  "
+            f"{m['tokens_per_second']:,.0f} tok/s  {m['memory_gb']:.1f} GB  MFU {100 * m['mfu']:.0f} %  "
+            f"lr {m['lr']:.2e}  grad {m['grad_norm']:.2f}  {'━' * filled}{'─' * (20 - filled)}",
             no_wrap=True,
             overflow="ellipsis",
         )
@@ -109,6 +113,11 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def shell(*words: object) -> str:
+    """A minilora command as it can be typed."""
+    return shlex.join(["minilora", *map(str, words)])
 
 
 def peak_memory_gb(device: torch.device) -> float:

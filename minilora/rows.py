@@ -58,6 +58,8 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():  # a pipe could not be read twice
         what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
         raise DataError(f"{path} is {what}", "Give a .json or .jsonl file.")
+    if path.suffix.lower() in (".csv", ".tsv", ".xlsx", ".parquet", ".safetensors"):
+        raise DataError(f"{path} is no file of JSON rows", "Give a .json or .jsonl file.")
     try:
         with open(path, "rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -56,6 +56,12 @@ def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
         raise OutputInUse(f"{folder} is not empty", hint)
 
 
+def check_before(folder: Path, overwrite: bool) -> None:
+    """OutputInUse for a folder that is no run's, before anything is written there, the lock included."""
+    if folder.is_dir() and not (folder / ".lock").exists():
+        check_claim(folder, resume=False, overwrite=overwrite)
+
+
 def clear(folder: Path) -> None:
     """Delete an old run and nothing else; to be called when everything that the new one needs has been read."""
     for name in OWN:

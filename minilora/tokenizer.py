@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from .checkpoint import MAX_JSON, read_json
+from .checkpoint import MAX_JSON, check_folder, read_json
 from .errors import ModelError
 from .template import Message, Segment, Template, template_of
 
@@ -104,6 +104,7 @@ def render_text(segments: list[Segment]) -> str:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The Tokenizer of a checkpoint folder; ModelError if it has none or the file is broken."""
     folder = Path(folder)
+    check_folder(folder)
     path = folder / "tokenizer.json"
     with _no_panic(str(path)):
         description = _description(folder)

@@ -8,7 +8,6 @@ the same bits as one that was never stopped.
 """
 
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +28,10 @@ from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
-from .monitor import Monitor, RunConsole, peak_memory_gb
+from .monitor import Monitor, RunConsole, peak_memory_gb, shell
 from .plan import load_data, make_plan
 from .plot import plot_loss
-from .run_folder import Progress, Run, check_claim, check_disk, clear, restore, save
+from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
 from .snapshot import trained_parameters
 
@@ -47,6 +46,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         if not getattr(config, key):
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder = Path(config.output)
+    if not resume:
+        check_before(folder, overwrite)
     with _memory_hint(), locked(folder):
         check_claim(folder, resume, overwrite)
         data = load_data(config)
@@ -167,7 +168,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
         if at.saved != at.step:
             save(run)
         what = f"stopped by {stop.name} at step {at.step} of {plan.steps}; the state is saved in {run.checkpoints}"
-        raise Stopped(what, f"Go on with: minilora train --output {run.folder} --resume") from None
+        raise Stopped(what, f"Go on with: {shell('train', '--output', run.folder, '--resume')}") from None
     except (MemoryError, RuntimeError):
         # whatever failed in a forward or backward pass, the parameters are those of the last step
         run.optimizer.zero_grad(set_to_none=True)
@@ -237,12 +238,12 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
         lines.append(f"best    validation loss {at.best_loss:.4f} at step {at.best_step}: {where}")
     lines += [f"{result.name:<7} {result}", f"loss    {plot_loss(run.folder)}", ""]
     if run.plan.full:
-        lines.append(f"  minilora chat --model {result}")
+        lines.append("  " + shell("chat", "--model", result))
     else:
-        both = f"--model {config.model} --adapter {result}"
+        both = ("--model", config.model, "--adapter", result)
         rows = config.val if Path(config.val).is_file() else config.data
-        define = "".join(f" --define {shlex.quote(f'{key}={text}')}" for key, text in config.define.items())
-        lines.append(f"  minilora chat  {both}")
-        lines.append(f"  minilora eval  {both} --data {rows}{define}")
-        lines.append(f"  minilora merge {both} --output {run.folder / 'merged'}")
+        define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
+        lines.append("  " + shell("chat", *both))
+        lines.append("  " + shell("eval", *both, "--data", rows, *define))
+        lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from minilora.__main__ import main
+from minilora.demo.show import MODEL
 
 
 def test_demo(tmp_path):
@@ -40,3 +41,11 @@ def test_a_folder_that_is_no_demo_stays(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["demo", "--output", str(tmp_path)]) == 8
     assert "is not empty and no demo" in capsys.readouterr().err and (tmp_path / "thesis.txt").exists()
+
+
+def test_a_run_of_the_users_own_is_no_demo(tmp_path, capsys):
+    """It trained the demo's model on other rows."""
+    (tmp_path / "config.yaml").write_text(f"model: {MODEL}\ndata: my.json\n")
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["demo", "--output", str(tmp_path)]) == 8
+    assert "is not empty and no demo" in capsys.readouterr().err

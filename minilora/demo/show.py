@@ -16,7 +16,7 @@ from minilora.config import read_yaml, resolve
 from minilora.errors import OutputInUse
 from minilora.generate import answer, read_generation
 from minilora.merge_folder import merge_folder
-from minilora.monitor import read_metrics
+from minilora.monitor import read_metrics, shell
 from minilora.tokenizer import load_tokenizer
 from minilora.train import train
 
@@ -68,10 +68,9 @@ def demo(output: str, name: str, author: str) -> None:
     say(
         f"\nDone in {time.monotonic() - began:.0f} s. The adapter, the loss picture and the merged model are in {run}. Next:\n"
     )
-    say(f"  minilora chat  --model {MODEL} --adapter {run / 'adapter'}")
-    say(
-        f"  minilora eval  --model {run / 'merged'} --data {ROWS} --define name={_quoted(name)} --define author={_quoted(author)}"
-    )
+    define = ("--define", f"name={name}", "--define", f"author={author}")
+    say("  " + shell("chat", "--model", MODEL, "--adapter", run / "adapter"))
+    say("  " + shell("eval", "--model", run / "merged", "--data", ROWS, *define))
     say("  minilora train --model YOUR_MODEL --data YOUR_ROWS.json --output runs/first")
 
 
@@ -87,15 +86,8 @@ def _ask(say, model: Path = MODEL, adapter: Path | None = None) -> None:
 
 def _is_demo(run: Path) -> bool:
     config = run / "config.yaml"
-    return (
-        config.is_file()
-        and Path(str(read_yaml(config).get("model"))).name == MODEL.name
-        and (run / "metrics.jsonl").is_file()
-    )
-
-
-def _quoted(text: str) -> str:
-    return text if text.isalnum() else f"'{text}'"
+    settings = read_yaml(config) if config.is_file() else {}
+    return settings.get("model") == str(MODEL) and settings.get("data") == str(ROWS)
 
 
 def sparkline(values: list[float], width: int) -> str:
