@@ -42,6 +42,12 @@ def wide(dtype: torch.dtype) -> "tl.dtype":
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., N] as [rows, N], neighbours side by side; a copy only where the strides ask for one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 @jit
 def load(ptrs, mask, WIDE: tl.constexpr):
     return tl.load(ptrs, mask=mask, other=0.0).to(WIDE)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.dispatch import use_triton
-from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rounded, store, tl, wide
+from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl, wide
 
 MAX_WIDTH = 8192  # of a row that a program can hold without spilling
 MAX_PARTIALS = 264  # of dw: two programs for each multiprocessor of an H100
@@ -72,16 +72,10 @@ def _tile(n: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 512)), **PINNED}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., N] as [rows, N], neighbours side by side; a copy only where the strides ask for one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 class _OnTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
-        rows, w = _rows(x), w.contiguous()
+        rows, w = rows_of(x), w.contiguous()
         (count, n), tile = rows.shape, _tile(x.shape[-1])
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -96,7 +90,7 @@ class _OnTriton(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, w, rstd = ctx.saved_tensors
-        dy, rows = _rows(grads[0]), _rows(x)
+        dy, rows = rows_of(grads[0]), rows_of(x)
         (count, n), tile = rows.shape, _tile(x.shape[-1])
         tiles = cdiv(count, tile["ROWS"])
         each = cdiv(tiles, MAX_PARTIALS) if ctx.needs_input_grad[1] else 1

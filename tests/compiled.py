@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minilora.kernels import rms_norm
+from minilora.kernels import rms_norm, swiglu
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
@@ -32,6 +32,7 @@ CALLS: dict[str, tuple[ModuleType, tuple[int, ...], tuple[int, ...]]] = {
     "rms_norm 3584 trained": (rms_norm, (3584,), (0, 1)),
     "rms_norm 8192 frozen": (rms_norm, (8192,), (0,)),
     "rms_norm 8192 trained": (rms_norm, (8192,), (0, 1)),
+    "swiglu 4864": (swiglu, (4864,), (0, 1)),
 }
 
 

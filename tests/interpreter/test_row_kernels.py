@@ -10,7 +10,7 @@ import torch
 from oracle import check_op, run, upstream
 from torch import Tensor
 
-from minilora.kernels import rms_norm
+from minilora.kernels import rms_norm, swiglu
 from minilora.kernels.dispatch import force, use_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -29,6 +29,10 @@ OPS = {
     "rms_norm": Op(
         rms_norm.rms_norm, rms_norm.rms_norm_ref, rms_norm.example,
         [(1, 1), (1, 257), (37, 101), (67, 7), (5, 128), (3, 4099), (601, 3)], (0, 1),
+    ),
+    "swiglu": Op(
+        swiglu.swiglu, swiglu.swiglu_ref, swiglu.example,
+        [(1, 1), (1, 257), (37, 101), (67, 7), (5, 128), (3, 4099), (61, 3)], (0, 1),
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", OPS)
