@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minilora.kernels import rms_norm, swiglu
+from minilora.kernels import rms_norm, rope, swiglu
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
@@ -33,33 +33,36 @@ CALLS: dict[str, tuple[ModuleType, tuple[int, ...], tuple[int, ...]]] = {
     "rms_norm 8192 frozen": (rms_norm, (8192,), (0,)),
     "rms_norm 8192 trained": (rms_norm, (8192,), (0, 1)),
     "swiglu 4864": (swiglu, (4864,), (0, 1)),
+    "rope 2x64": (rope, (2, 64), (0,)),
+    "rope 28x128": (rope, (28, 128), (0,)),
 }
 
 
 class Recorder:
-    """Stands where a kernel stands and keeps the arguments of its launches."""
+    """Stands where a kernel stands and keeps what it is launched with."""
 
-    def __init__(self, kernel: Any):
-        self.kernel, self.launches = kernel, []
+    def __init__(self, kernel: Any, launches: list[Any]):
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         assert len(grid) == 1, "one dimension: the others end at 65535"
-        return lambda *args, **options: self.launches.append((args, options))
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
 def launches(module: ModuleType, sizes: tuple[int, ...], trained: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
     """(kernel, arguments, options) of the forward and of the backward of one call."""
-    recorders = {name: Recorder(k) for name, k in vars(module).items() if name.endswith("_kernel")}
+    found: list[Any] = []
+    before = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
     args = module.example(TOKENS, *sizes, dtype, "meta")[0]
     leaves = [a.requires_grad_(i in trained) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
-    before = {name: getattr(module, name) for name in recorders}
-    vars(module).update(recorders)
+    vars(module).update({name: Recorder(kernel, found) for name, kernel in before.items()})
     try:
         out = module._OnTriton.apply(*leaves)
         out.backward(torch.empty_like(out))
     finally:
         vars(module).update(before)
-    return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
+    assert len(found) == 2, "a forward and a backward"
+    return found
 
 
 def specialised(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
@@ -98,7 +101,8 @@ def table() -> dict[str, dict[str, int]]:
     rows, seen = {}, set()
     for name, (module, sizes, trained) in CALLS.items():
         for dtype in (torch.bfloat16, torch.float16):
-            for kernel, args, options in launches(module, sizes, trained, dtype):
+            both = zip(("forward", "backward"), launches(module, sizes, trained, dtype), strict=True)
+            for phase, (kernel, args, options) in both:
                 source, rest = specialised(kernel, args, options)
                 if (source.hash(), rest["num_warps"]) in seen:
                     continue
@@ -107,7 +111,7 @@ def table() -> dict[str, dict[str, int]]:
                     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=rest)
                     threads = 32 * rest["num_warps"]
                     wide = len(re.findall(r"ld\.global\S*\.v[248]\.b(32|64)", made.asm["ptx"]))
-                    key = f"{name} {kernel.__name__} {NAMES[dtype]} sm_{arch}"
+                    key = f"{name} {phase} {NAMES[dtype]} sm_{arch}"
                     rows[key] = {
                         **usage(made.asm["cubin"]),
                         "shared": made.metadata.shared,

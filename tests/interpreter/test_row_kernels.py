@@ -10,7 +10,7 @@ import torch
 from oracle import check_op, run, upstream
 from torch import Tensor
 
-from minilora.kernels import rms_norm, swiglu
+from minilora.kernels import rms_norm, rope, swiglu
 from minilora.kernels.dispatch import force, use_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -32,7 +32,11 @@ OPS = {
     ),
     "swiglu": Op(
         swiglu.swiglu, swiglu.swiglu_ref, swiglu.example,
-        [(1, 1), (1, 257), (37, 101), (67, 7), (5, 128), (3, 4099), (61, 3)], (0, 1),
+        [(1, 1), (1, 257), (13, 101), (7, 11), (5, 128), (3, 4099)], (0, 1),
+    ),
+    "rope": Op(
+        rope.rope, rope.rope_ref, rope.example,
+        [(1, 1, 2), (1, 7, 258), (11, 3, 26), (7, 1, 6), (5, 28, 128), (3, 17, 514)], (0,),
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", OPS)
