@@ -12,6 +12,7 @@ fp32, and torch adds up the programs: no atomics, and the number of programs han
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl, wide
@@ -88,6 +89,7 @@ class _OnTriton(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, w, rstd = ctx.saved_tensors
         dy, rows = rows_of(grads[0]), rows_of(x)

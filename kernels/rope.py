@@ -10,6 +10,7 @@ heads of one token.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, store, tl, wide
@@ -79,6 +80,7 @@ class _OnTriton(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
         return _turn(grads[0], cos, sin, -1), None, None

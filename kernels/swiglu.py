@@ -10,6 +10,7 @@ A program of the kernels takes one stretch of one row: g and u may be column ran
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rows_of, store, tl, wide
@@ -78,6 +79,7 @@ class _OnTriton(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         g, u = ctx.saved_tensors
         dh, rows_g, rows_u = rows_of(grads[0]), rows_of(g), rows_of(u)
