@@ -4,11 +4,16 @@
     y[i + E/2] = x[i + E/2] * cos[i] + x[i] * sin[i]
 
 x [T, H, E]; cos, sin [T, E/2] in the dtype of x, made by `rope_angles` from the positions of the batch, so that packed
-documents restart. Nothing of x is saved: the backward is the same rotation with -sin.
+documents restart. Nothing of x is saved: the backward is the same rotation with -sin. A program of the kernel turns some
+heads of one token.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.kernels.dispatch import use_triton
+from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, store, tl, wide
 
 
 def rope_angles(
@@ -26,6 +31,61 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+@jit
+def _turn_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, token_stride, head_stride, H, HALF, groups,
+    SIGN: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """SIGN is 1 for the forward, -1 for the backward."""
+    token = (tl.program_id(0) // groups).to(tl.int64)
+    head = (tl.program_id(0) % groups).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (head < H) & (col < HALF)
+    cos = load(cos_ptr + token * HALF + col, col < HALF, WIDE)
+    sin = load(sin_ptr + token * HALF + col, col < HALF, WIDE) * SIGN
+    x = x_ptr + token * token_stride + head * head_stride + col
+    first, second = load(x, inside, WIDE), load(x + HALF, inside, WIDE)
+    y = y_ptr + (token * H + head) * (2 * HALF) + col
+    store(y, first * cos - second * sin, inside)
+    store(y + HALF, second * cos + first * sin, inside)
+
+
+def _tile(heads: int, half: int) -> dict[str, int]:
+    """Heads a program, and warps: 8 pairs a thread."""
+    block = next_power_of_2(half)
+    some = min(next_power_of_2(heads), max(1, 1024 // block))
+    return {"HEADS": some, "BLOCK": block, "num_warps": min(4, max(1, some * block // 256)), **PINNED}
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    tokens, heads, size = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = _tile(heads, size // 2)
+    groups = cdiv(heads, tile["HEADS"])
+    if tokens:
+        with torch.cuda.device_of(x):
+            _turn_kernel[(tokens * groups,)](
+                x, cos, sin, y, x.stride(0), x.stride(1), heads, size // 2, groups,
+                SIGN=sign, WIDE=wide(x.dtype), **tile
+            )  # fmt: skip
+    return y
+
+
+class _OnTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = x.shape[-1] // 2
     cos, sin = cos[:, None], sin[:, None]
@@ -35,7 +95,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return y
 
 
-class _Rope(torch.autograd.Function):
+class _OnTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -49,7 +109,7 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every head of x [T, H, E] by the angles of its token; cos, sin [T, E/2] get no gradient."""
-    return _Rope.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+    return (_OnTriton if use_triton(x, cos, sin) else _OnTorch).apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
 def example(

@@ -1,0 +1,72 @@
+"""Triton, where it is installed, and the two moves of every kernel: a load that widens, a store that rounds once.
+
+Every other file takes triton's names from here, so that its torch path works without triton (macOS). Triton's
+interpreter (TRITON_INTERPRET=1, set before the first import) keeps bf16 as bit patterns: it can widen them, but it cuts off
+where a GPU rounds to nearest. `rounded` does that rounding by hand there, to the same bits.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import triton.language as tl
+    from triton import cdiv, next_power_of_2
+
+    HAVE_TRITON = INTERPRETED = True
+
+    def jit(fn: Callable | None = None, **options: Any) -> Any: ...
+else:
+    try:
+        import triton.language as tl
+        from triton import cdiv, jit, knobs, next_power_of_2
+
+        HAVE_TRITON, INTERPRETED = True, knobs.runtime.interpret
+    except ImportError:
+        HAVE_TRITON = INTERPRETED = False
+        tl = SimpleNamespace(constexpr=lambda value: value)
+        cdiv = next_power_of_2 = None
+
+        def jit(fn: Callable | None = None, **_: Any) -> Callable:
+            return fn or (lambda fn: fn)
+
+
+INTERPRET = tl.constexpr(INTERPRETED)
+PINNED = {"enable_fp_fusion": True}  # options of every launch; the default differs between 3.9 and 3.10
+
+
+def wide(dtype: torch.dtype) -> "tl.dtype":
+    """What a kernel computes in: fp32, and fp64 for fp64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., N] as [rows, N], neighbours side by side; a copy only where the strides ask for one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@jit
+def load(ptrs, mask, WIDE: tl.constexpr):
+    return tl.load(ptrs, mask=mask, other=0.0).to(WIDE)
+
+
+@jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x as DTYPE would keep it, in the dtype of x."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return tl.where(is_nan, bits, nearest).to(tl.float32, bitcast=True)
+    else:
+        return x.to(DTYPE).to(x.dtype)
+
+
+@jit
+def store(ptrs, x, mask):
+    if INTERPRET:
+        x = rounded(x, ptrs.dtype.element_ty)
+    tl.store(ptrs, x, mask=mask)
