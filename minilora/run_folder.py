@@ -12,7 +12,16 @@ from minilora.models.layers import Decoder
 from .config import TrainConfig, must_match
 from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan
-from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, step_of, trained_parameters
+from .snapshot import (
+    load_snapshot,
+    newest_snapshot,
+    read_state,
+    rotate,
+    save_snapshot,
+    snapshots,
+    step_of,
+    trained_parameters,
+)
 
 # what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
 OWN = ("checkpoints", "adapter", "model", "loss.png", "metrics.jsonl", "config.yaml")
@@ -73,8 +82,12 @@ def clear(folder: Path) -> None:
 
 
 def check_disk(folder: Path, model: Decoder, keep: int) -> None:
-    """DiskError now, not at a later save: 12 bytes a trained parameter for each snapshot kept, the best, and the next."""
-    need = 12 * (keep + 2) * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
+    """DiskError now, not at a later save: 12 bytes a trained parameter for each snapshot that is still to come.
+
+    There will be `keep` of them, the best, and the one being written; a resumed run has some already.
+    """
+    to_come = max(keep + 2 - len(snapshots(folder / "checkpoints")), 1)
+    need = 12 * to_come * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
     free = shutil.disk_usage(folder).free
     if free < need:
         what = f"{folder}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"

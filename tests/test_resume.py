@@ -5,14 +5,17 @@ import os
 import shutil
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from tiny import make_model, make_rows
 
+from minilora.checkpoint import load_model
 from minilora.config import resolve
-from minilora.errors import CheckpointMismatch, Stopped
+from minilora.errors import CheckpointMismatch, DiskError, Stopped
+from minilora.run_folder import check_disk
 from minilora.snapshot import snapshots, step_of
 from minilora.train import train
 
@@ -103,3 +106,14 @@ def test_rotation_keeps_the_newest_and_the_best(finished, tmp_path):
     steps = sorted(map(step_of, snapshots(run / "checkpoints")))
     assert steps[-2:] == [STEPS - 1, STEPS] and len(steps) <= 3
     assert (run / "checkpoints" / "last").resolve().name == f"step-{STEPS}"
+
+
+def test_a_resumed_run_asks_for_the_disk_that_it_still_needs(finished, monkeypatch):
+    """Nearly full: enough for one more snapshot, not for all that the run keeps, which are there already."""
+    run, config = finished
+    model = load_model(config.model, device="cpu").requires_grad_(True)
+    one = 12 * sum(p.numel() for p in model.parameters()) + (1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=one))
+    check_disk(run, model, keep=STEPS - 1)
+    with pytest.raises(DiskError, match="checkpoints need"):
+        check_disk(run, model, keep=STEPS + 1)
