@@ -36,7 +36,8 @@ class Roof(NamedTuple):
 
 # for arithmetic without the card
 CARDS = {
-    name: Roof(name, PEAKS[key], BANDWIDTHS[key], False) for name, key in {"A100-80GB": "A100", "H100-SXM": "H100"}.items()
+    name: Roof(name, PEAKS[key], BANDWIDTHS[key], False)
+    for name, key in {"A100-80GB": "A100", "H100-SXM": "H100"}.items()
 }
 
 
