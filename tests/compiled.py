@@ -24,7 +24,7 @@ from minilora.kernels import rms_norm, rope, swiglu
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 # sizes that models have, with one launch for each configuration; what of the arguments is trained
-CALLS: dict[str, tuple[ModuleType, tuple[int, ...], tuple[int, ...]]] = {
+CALLS: dict[str, tuple[ModuleType, tuple[Any, ...], tuple[int, ...]]] = {
     "rms_norm 128 frozen": (rms_norm, (128,), (0,)),
     "rms_norm 896 trained": (rms_norm, (896,), (0, 1)),
     "rms_norm 2048 trained": (rms_norm, (2048,), (0, 1)),
@@ -35,6 +35,7 @@ CALLS: dict[str, tuple[ModuleType, tuple[int, ...], tuple[int, ...]]] = {
     "swiglu 4864": (swiglu, (4864,), (0, 1)),
     "rope 2x64": (rope, (2, 64), (0,)),
     "rope 28x128": (rope, (28, 128), (0,)),
+    "rope 32x128 of which 64 interleaved": (rope, (32, 128, {"rotated": 64, "interleaved": True}), (0,)),
 }
 
 
@@ -49,11 +50,12 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def launches(module: ModuleType, sizes: tuple[int, ...], trained: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+def launches(module: ModuleType, sizes: tuple[Any, ...], trained: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
     """(kernel, arguments, options) of the forward and of the backward of one call."""
     found: list[Any] = []
     before = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
-    args = module.example(TOKENS, *sizes, dtype, "meta")[0]
+    form = {} if isinstance(sizes[-1], int) else sizes[-1]
+    args = module.example(TOKENS, *sizes[: len(sizes) - bool(form)], dtype, "meta", **form)[0]
     leaves = [a.requires_grad_(i in trained) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
     vars(module).update({name: Recorder(kernel, found) for name, kernel in before.items()})
     try:

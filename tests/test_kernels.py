@@ -77,8 +77,16 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
     if name == "swiglu":
         args = example(swiglu, *((3, 7) if small else (37, 101)), dtype)
         return Case(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
-    if name == "rope":
-        args = example(rope, *((3, 2, 6) if small else (37, 3, 26)), dtype)
+    if name.startswith("rope"):
+        shape = (3, 2, 6) if small else (37, 3, 26)
+        if name == "rope_partial":
+            args = example(rope, *shape, dtype, "cpu", 4 if small else 10)
+        elif name == "rope_interleaved":
+            args = example(rope, *shape, dtype, "cpu", 4 if small else 18, True)
+        elif name == "rope_sections":
+            args = in_two_sections(*shape, 2 if small else 10, dtype)
+        else:
+            args = example(rope, *shape, dtype)
         return Case(rope.rope, rope.rope_ref, args, (0,))
     if name.startswith("attention"):
         window = 5 if name == "attention_window" else None
@@ -97,6 +105,14 @@ def cross_entropy_in_chunks(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy.linear_cross_entropy(x, head, targets, chunk_rows=10)
 
 
+def in_two_sections(tokens: int, heads: int, size: int, rotated: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, cos, sin of positions that count up in one half of a head and down in the other."""
+    x, _, _, interleaved = example(rope, tokens, heads, size, dtype)
+    place = torch.arange(tokens)
+    inverse = 10000.0 ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    return x, *rope.rope_angles(torch.stack((place, tokens - place), dim=1), inverse, 1.0, dtype), interleaved
+
+
 def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
     """x, w, bias, A, B, scale; the scale is no power of two, so that where it is rounded shows."""
     x, w, b, a_matrix, b_matrix, _ = example(lora_linear, tokens, k, n, r, dtype)
@@ -105,7 +121,7 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 
 
 NAMES = [
-    "rms_norm", "swiglu", "rope", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
+    "rms_norm", "swiglu", "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
     "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
@@ -261,18 +277,64 @@ def test_swiglu_far_out(dtype: torch.dtype):
 
 
 @few
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 33), wide_dtype)
-def test_rope_of_any_shape(tokens: int, heads: int, half: int, dtype: torch.dtype):
-    args = example(rope, tokens, heads, 2 * half, dtype)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 33), st.integers(0, 9), st.booleans(), wide_dtype)
+def test_rope_of_any_shape(tokens: int, heads: int, half: int, rest: int, interleaved: bool, dtype: torch.dtype):
+    args = example(rope, tokens, heads, 2 * half + rest, dtype, "cpu", 2 * half, interleaved)
+    check_op(rope.rope, rope.rope_ref, args, (0,))
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.booleans(), wide_dtype)
+def test_rope_of_any_sections(tokens: int, heads: int, r: int, half: int, interleaved: bool, dtype: torch.dtype):
+    x, cos, sin, _ = example(rope, tokens, heads, r * (2 * half + 3), dtype, "cpu", 2 * half * r)
+    args = x, cos.unflatten(-1, (r, half)), sin.unflatten(-1, (r, half)), interleaved
     check_op(rope.rope, rope.rope_ref, args, (0,))
 
 
 def test_rope_is_a_rotation():
-    """By the definition: the pair (i, i + E/2) as a complex number, times e^(i angle)."""
-    x, cos, sin = example(rope, 17, 3, 10, torch.float64)
-    pairs = torch.complex(x[..., :5], x[..., 5:]) * torch.complex(cos, sin)[:, None]
-    turned = torch.cat((pairs.real, pairs.imag), dim=-1)
-    torch.testing.assert_close(rope.rope(x, cos, sin), turned, rtol=0, atol=1e-12)
+    """By the definition: the pair (i, i + P/2), or (2i, 2i + 1), as a complex number, times e^(i angle)."""
+    x, cos, sin, _ = example(rope, 17, 3, 14, torch.float64, "cpu", 10)
+    turn = torch.complex(cos, sin)[:, None]
+    halves = torch.complex(x[..., :5], x[..., 5:10]) * turn
+    expected = torch.cat((halves.real, halves.imag, x[..., 10:]), dim=-1)
+    torch.testing.assert_close(rope.rope(x, cos, sin), expected, rtol=0, atol=1e-12)
+    neighbours = torch.view_as_complex(x[..., :10].unflatten(-1, (5, 2))) * turn
+    expected = torch.cat((torch.view_as_real(neighbours).flatten(-2), x[..., 10:]), dim=-1)
+    torch.testing.assert_close(rope.rope(x, cos, sin, True), expected, rtol=0, atol=1e-12)
+
+
+@dtypes
+def test_rope_in_sections_is_each_section_alone(dtype: torch.dtype):
+    x, cos, sin, _ = in_two_sections(17, 3, 28, 10, dtype)
+    alone = [rope.rope(part, cos[:, i], sin[:, i]) for i, part in enumerate(x.chunk(2, dim=-1))]
+    assert torch.equal(rope.rope(x, cos, sin), torch.cat(alone, dim=-1))
+
+
+@dtypes
+def test_what_does_not_turn_keeps_its_bits(dtype: torch.dtype):
+    x, cos, sin, _ = example(rope, 7, 3, 26, dtype, "cpu", 10)
+    x[..., 10:13] = torch.tensor([math.inf, -0.0, math.nan])
+    for interleaved in (False, True):
+        rest = rope.rope(x, cos, sin, interleaved)[..., 10:]
+        torch.testing.assert_close(rest, x[..., 10:], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(rest.signbit(), x[..., 10:].signbit())
+
+
+def test_rope_refuses_what_does_not_fit():
+    x, cos, sin, _ = example(rope, 7, 3, 26, torch.float32)
+    for args in (
+        (x[0], cos, sin),
+        (x[:6], cos, sin),
+        (x, cos, sin[:, :5]),
+        (x[..., :24], cos, sin),
+        (x, cos[:, :0], sin[:, :0]),
+    ):
+        with pytest.raises(ValueError, match="rope: x .* it takes"):
+            rope.rope(*args)
+    with pytest.raises(ValueError, match="rope: x .* it takes"):  # 26 is no multiple of 4 sections
+        rope.rope(x, *(a[:, :4, None].expand(7, 4, 2) for a in (cos, sin)))
+    with pytest.raises(ValueError, match="rope: x is torch.float32 on cpu, cos torch.float64"):
+        rope.rope(x, cos.double(), sin)
 
 
 def test_rope_angles_of_late_positions_are_not_rounded_to_the_models_dtype():

@@ -25,6 +25,12 @@ class Op(NamedTuple):
     trained: tuple[int, ...]
 
 
+def two_sections(*sizes: Any) -> tuple[tuple[Any, ...], dict]:
+    """rope of heads in two halves, each turned by angles of its own."""
+    (x, cos, sin, interleaved), cost = rope.example(*sizes)
+    return (x, cos.unflatten(-1, (2, -1)), sin.unflatten(-1, (2, -1)), interleaved), cost
+
+
 OPS = {
     "rms_norm": Op(
         rms_norm.rms_norm, rms_norm.rms_norm_ref, rms_norm.example,
@@ -37,6 +43,22 @@ OPS = {
     "rope": Op(
         rope.rope, rope.rope_ref, rope.example,
         [(1, 1, 2), (1, 7, 258), (11, 3, 26), (7, 1, 6), (5, 28, 128), (3, 17, 514)], (0,),
+    ),
+    "rope_partial": Op(
+        rope.rope, rope.rope_ref, lambda *a: rope.example(*a, rotated=a[2] // 2),
+        [(1, 1, 4), (1, 7, 260), (11, 3, 36), (5, 32, 128)], (0,),
+    ),
+    "rope_interleaved": Op(
+        rope.rope, rope.rope_ref, lambda *a: rope.example(*a, interleaved=True),
+        [(1, 1, 2), (1, 7, 258), (11, 3, 26), (5, 28, 128)], (0,),
+    ),
+    "rope_interleaved_partial": Op(
+        rope.rope, rope.rope_ref, lambda *a: rope.example(*a, rotated=a[2] // 2, interleaved=True),
+        [(1, 1, 4), (1, 7, 260), (11, 3, 36), (5, 32, 128)], (0,),
+    ),
+    "rope_sections": Op(
+        rope.rope, rope.rope_ref, two_sections,
+        [(1, 1, 4), (1, 7, 260), (11, 3, 36), (5, 32, 128)], (0,),
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", OPS)
