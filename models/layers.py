@@ -96,6 +96,14 @@ class Place:
     seams: list[int]
     cache: Cache | None
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
+        if self.cache is not None:
+            k, v = self.cache.extend(layer, k, v)
+            if self.cache.length:
+                return self.cache.attend(q, k, v, window)
+        return attention(q, k, v, self.seams, window)
+
 
 class Cache:
     """Keys and values of one document so far, for each layer [length, G, E]; grows by doubling."""
@@ -121,6 +129,10 @@ class Cache:
             kept[self.length : end] = new
         return store[0][:end], store[1][:end]
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Attention of new tokens q [T, H, E] to what `extend` gave -> [T, H, E]."""
+        return attention_cached(q, k, v, window)
+
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; qkv bias and qk norm as the family has them."""
@@ -142,11 +154,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, place.cos, place.sin), rope(k, place.cos, place.sin)
-        if place.cache is None:
-            out = attention(q, k, v, place.seams, self.window)
-        else:
-            out = attention_cached(q, *place.cache.extend(self.layer, k, v), self.window)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(place.attend(self.layer, q, k, v, self.window).flatten(-2))
 
 
 class MLP(nn.Module):
