@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,11 +108,11 @@ class _Open:
 @torch.inference_mode()
 def generate_many(
     model: Decoder, prompts: list[list[int]], stop: set[int], max_tokens: int, slots: int = 16,
-    sampling: Sampling = GREEDY, seed: int = 0,
+    sampling: Sampling = GREEDY, seed: int = 0, numbers: list[int] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
     """The answers to prompts in the order in which they end, `slots` at a time, the longest prompts first.
 
-    A prompt's draws follow from (seed, its number), whatever runs beside it. Greedy answers are those of one prompt alone
+    `numbers` are the names of the prompts, by default 0, 1, ...; a prompt's draws follow from (seed, number) alone. Greedy answers are those of one prompt alone
     up to the rounding of the model's dtype.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -123,8 +124,9 @@ def generate_many(
             tokens = sum(len(o.prompt) for o in new) + len(prompts[waiting[-1]])
             if new and tokens > PREFILL_TOKENS:
                 break
-            number = waiting.pop()
-            new.append(_Open(number, prompts[number], torch.Generator().manual_seed((seed * 2**32 + number) % 2**63)))
+            place = waiting.pop()
+            number = numbers[place] if numbers else place
+            new.append(_Open(number, prompts[place], _generator(seed, number)))
         logits = _pass(model, cache, [o.prompt for o in new] or [o.ids[-1:] for o in running], bool(new))
         first = len(running) if new else 0
         running += new
@@ -138,6 +140,11 @@ def generate_many(
                 cache.remove(slot)
                 running[slot] = running[-1]
                 running.pop()
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    # torch's CPU generator takes 32 bits of its seed: a sum or a shift would lose one of the two
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 
 
 def _pass(model: Decoder, cache: Slots, documents: list[list[int]], new: bool) -> Tensor:
