@@ -75,7 +75,7 @@ def config(j: dict[str, Any]) -> Config:
     Raises ValueError naming the key for what is not supported.
     """
     only(
-        j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
+        {"multi_query_attention": False} | j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
         apply_residual_connection_post_layernorm=False, original_rope=True,
     )  # fmt: skip
     layers, width = whole(j, "num_layers", most=1000), whole(j, "hidden_size")
