@@ -16,8 +16,10 @@ def use_triton(*tensors: Tensor) -> bool:
 
 
 def agree(op: str, **tensors: Tensor) -> None:
-    """ValueError if the tensors of an operation have not one dtype and one device."""
+    """ValueError if the tensors of an operation have not one floating-point dtype and one device."""
     (first, x), *others = tensors.items()
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {first} is {x.dtype}; it takes floating-point numbers")
     for name, t in others:
         if t.dtype != x.dtype or t.device != x.device:
             raise ValueError(

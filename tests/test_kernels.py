@@ -61,6 +61,11 @@ def example(module: ModuleType, *sizes: Any) -> tuple[Any, ...]:
     return module.example(*sizes)[0]
 
 
+def side_by_side(op: Callable) -> Callable:
+    """Both outputs of an operation as one tensor, each with its own part of the upstream gradient."""
+    return lambda *args: torch.cat(op(*args), dim=-1)
+
+
 class Case(NamedTuple):
     op: Callable
     ref: Callable
@@ -71,9 +76,18 @@ class Case(NamedTuple):
 
 def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
     """An operation with arguments of ragged sizes; small ones for gradcheck."""
-    if name == "rms_norm":
-        args = example(rms_norm, *((3, 7) if small else (37, 101)), dtype)
-        return Case(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, (0, 1))
+    if name.startswith(("rms_norm", "add_rms_norm")):
+        shape = (3, 7) if small else (37, 101)
+        form: tuple[Any, ...] = (dtype, "cpu", 1.0, True) if name.endswith("once") else (dtype,)
+        if name.startswith("rms_norm"):
+            return Case(rms_norm.rms_norm, rms_norm.rms_norm_ref, example(rms_norm, *shape, *form), (0, 1))
+        torch.manual_seed(0)
+        args = rms_norm.add_example(*shape, *form)[0]
+        return Case(side_by_side(rms_norm.add_rms_norm), side_by_side(rms_norm.add_rms_norm_ref), args, (0, 1, 2))
+    if name == "swiglu_fused":
+        torch.manual_seed(0)
+        args = swiglu.fused_example(*((3, 7) if small else (37, 101)), dtype)[0]
+        return Case(swiglu.swiglu_fused, swiglu.swiglu_fused_ref, args, (0,))
     if name == "swiglu":
         args = example(swiglu, *((3, 7) if small else (37, 101)), dtype)
         return Case(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
@@ -121,8 +135,9 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 
 
 NAMES = [
-    "rms_norm", "swiglu", "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
-    "linear_cross_entropy",
+    "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "swiglu_fused",
+    "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window",
+    "lora_linear", "lora_linear_dropout", "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
 
@@ -190,7 +205,7 @@ def test_each_input_alone_gets_the_gradient_that_it_gets_among_all(name: str):
         assert torch.equal(run(c.op, c.args, (i,), dy)[1], among_all)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("attention")])
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("attention", "add"))])
 def test_no_gradient_is_computed_for_a_frozen_input(name: str):
     """autograd would drop it in silence; the backward of the operation itself must return None."""
     c = case(name, torch.float32)
@@ -230,11 +245,67 @@ def test_strided_inputs(name: str, how: str):
 # rms_norm
 
 
+offsets = st.sampled_from([0.0, 1.0])
+
+
 @few
-@given(st.integers(1, 40), size, wide_dtype)
-def test_rms_norm_of_any_shape(rows: int, n: int, dtype: torch.dtype):
-    args = example(rms_norm, rows, n, dtype)
+@given(st.integers(1, 40), size, offsets, st.booleans(), wide_dtype)
+def test_rms_norm_of_any_shape(rows: int, n: int, offset: float, once: bool, dtype: torch.dtype):
+    args = example(rms_norm, rows, n, dtype, "cpu", offset, once)
     check_op(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, (0, 1))
+
+
+@few
+@given(st.integers(1, 40), size, offsets, st.booleans(), wide_dtype)
+def test_add_rms_norm_of_any_shape(rows: int, n: int, offset: float, once: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    args = rms_norm.add_example(rows, n, dtype, "cpu", offset, once)[0]
+    check_op(side_by_side(rms_norm.add_rms_norm), side_by_side(rms_norm.add_rms_norm_ref), args, (0, 1, 2))
+
+
+@dtypes
+@pytest.mark.parametrize("once", [False, True])
+def test_the_two_orders_of_rounding(dtype: torch.dtype, once: bool):
+    """A row of 7 and 1, half and half, has 1 / rms = 1/5: the bits show what was rounded before the weight came."""
+    x = torch.tensor([7.0, 1.0, -7.0, -1.0]).repeat(40, 16).to(dtype)
+    w = torch.randn(64).to(dtype)
+    n = x.to(torch.promote_types(dtype, torch.float32)) / 5
+    n = n if once else n.to(dtype)
+    expected = ((w.to(n.dtype) + 1) * n).to(dtype)
+    wrong = (rms_norm.rms_norm(x, w, 1e-30, 1.0, once).double() - expected.double()).abs()
+    assert (wrong <= 4e-7 * expected.abs()).all()  # an ulp of fp32, and no rounding of bf16
+
+
+@pytest.mark.parametrize("once", [False, True])
+@dtypes
+def test_add_rms_norm_is_the_norm_of_the_rounded_sum(dtype: torch.dtype, once: bool):
+    x, residual, w = torch.randn(37, 101).to(dtype), torch.randn(37, 101).to(dtype), torch.randn(101).to(dtype)
+    y, s = rms_norm.add_rms_norm(x, residual, w, 1e-6, 1.0, once)
+    assert torch.equal(s, x + residual)
+    assert torch.equal(y, rms_norm.rms_norm(s, w, 1e-6, 1.0, once))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_rms_norm_when_one_output_is_used(used: int):
+    torch.manual_seed(0)
+    args = rms_norm.add_example(37, 101, torch.float32)[0]
+    trained = (0, 1, 2) if used == 0 else (0, 1)
+    check_op(lambda *a: rms_norm.add_rms_norm(*a)[used], lambda *a: rms_norm.add_rms_norm_ref(*a)[used], args, trained)
+
+
+def test_rms_norm_refuses_what_does_not_fit():
+    x, w = torch.randn(3, 7), torch.randn(7)
+    for wrong in (w[:6], w[None]):
+        with pytest.raises(ValueError, match="rms_norm: x .* it takes"):
+            rms_norm.rms_norm(x, wrong, 1e-6)
+        with pytest.raises(ValueError, match="add_rms_norm: x .* it takes"):
+            rms_norm.add_rms_norm(x, x, wrong, 1e-6)
+    with pytest.raises(ValueError, match="one shape"):
+        rms_norm.add_rms_norm(x, x[:1], w, 1e-6)
+    with pytest.raises(ValueError, match="rms_norm: x is torch.float32 on cpu, w torch.bfloat16"):
+        rms_norm.rms_norm(x, w.bfloat16(), 1e-6)
+    with pytest.raises(ValueError, match="torch.int64"):
+        rms_norm.rms_norm(x.long(), w.long(), 1e-6)
 
 
 def test_rms_norm_of_heads():
@@ -264,6 +335,38 @@ def test_rms_norm_of_zeros_is_zero_and_its_gradient_finite():
 def test_swiglu_of_any_shape(rows: int, n: int, dtype: torch.dtype):
     args = example(swiglu, rows, n, dtype)
     check_op(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
+
+
+@few
+@given(st.integers(1, 40), size, wide_dtype)
+def test_swiglu_fused_of_any_shape(rows: int, n: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    args = swiglu.fused_example(rows, n, dtype)[0]
+    check_op(swiglu.swiglu_fused, swiglu.swiglu_fused_ref, args, (0,))
+
+
+@dtypes
+def test_swiglu_fused_is_swiglu_of_its_halves_bit_for_bit(dtype: torch.dtype):
+    """Any rank; the gradient is one whole tensor, not two that autograd pads and adds."""
+    gu = torch.randn(5, 7, 202).to(dtype)
+    g, u = gu.chunk(2, dim=-1)
+    dh = upstream(g)
+    out, dgu = run(swiglu.swiglu_fused, (gu,), (0,), dh)
+    halves, dg, du = run(swiglu.swiglu, (g, u), (0, 1), dh)
+    assert torch.equal(out, halves) and torch.equal(dgu, torch.cat((dg, du), dim=-1))
+    assert dgu.is_contiguous()
+
+
+def test_swiglu_refuses_what_does_not_fit():
+    g, u = example(swiglu, 3, 7, torch.float32)
+    with pytest.raises(ValueError, match="swiglu: g .* one shape"):
+        swiglu.swiglu(g, u[:1])
+    with pytest.raises(ValueError, match="swiglu: g is torch.float32 on cpu, u torch.float16"):
+        swiglu.swiglu(g, u.half())
+    with pytest.raises(ValueError, match="swiglu_fused: gu .* it takes"):
+        swiglu.swiglu_fused(g)
+    with pytest.raises(ValueError, match="swiglu_fused: gu is torch.int32"):
+        swiglu.swiglu_fused(g.int())
 
 
 @dtypes
