@@ -18,8 +18,9 @@ from minilora.errors import ModelError
 from minilora.evaluate import batch_loss, evaluate
 from minilora.flops import attention_flops
 from minilora.generate import generate
+from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
-from minilora.models.layers import Cache, Decoder, positions_of
+from minilora.models.layers import Cache, Decoder, RMSNorm, positions_of
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.train import learning_rate, train_step
 from minilora.verify import wide_logits_of
@@ -265,6 +266,17 @@ def test_chatglm2_is_glm_by_other_names():
         renamed[name] = weights[".".join(old)].detach()[part].reshape(p.shape)
     theirs.load_state_dict(renamed, strict=True)
     assert_close(original.logits(IDS), theirs.logits(IDS))
+
+
+@pytest.mark.parametrize(("family", "once"), [("chatglm2", True), ("glm", False), ("glm4", False), ("qwen", False)])
+def test_norms_round_in_the_familys_order(family: str, once: bool):
+    model = tiny(family, torch.bfloat16)
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
+    assert len(norms) == (9 if family == "glm4" else 5)
+    for norm in norms:
+        right, wrong = (rms_norm_ref(x, norm.weight, norm.eps, once=order) for order in (once, not once))
+        assert torch.equal(norm(x), right) and not torch.equal(right, wrong)
 
 
 def test_rope_ratio_divides_positions_in_chatglm2():
