@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .adapter import save_adapter
 from .checkpoint import load_model, save_model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minilora import save_model
 from minilora.checkpoint import FAMILIES
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 
 def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:
