@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minilora.kernels.attention import Kept, attention, attention_cached, attention_forward
+from minilora.kernels.attention import attention, attention_cached, attention_forward
 
 from .config import Config
 
@@ -56,7 +56,9 @@ class Place:
     prefixes: list[int] | None = None  # of each document, how many first tokens see each other; None: causal throughout
     cache: Cache | None = None
     stretch: Tensor | None = None  # [T, 1, 1], factors on the queries of long documents (Qwen-1)
-    kept: list[Tensor | None] | None = None  # of a block that is to be recomputed: what attention gave, once it has
+    kept: list[tuple[Tensor, Tensor | None]] | None = (
+        None  # of a block that is recomputed: what attention gave, if it has
+    )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
@@ -67,9 +69,9 @@ class Place:
         if self.kept is None:
             return attention(q, k, v, self.seams, window, self.prefixes)
         if torch.is_grad_enabled():
-            return attention(q, k, v, self.seams, window, self.prefixes, Kept(*self.kept))
-        self.kept += attention_forward(q, k, v, self.seams, window, self.prefixes)
-        return self.kept[0]
+            return attention(q, k, v, self.seams, window, self.prefixes, self.kept[0])
+        self.kept.append(attention_forward(q, k, v, self.seams, window, self.prefixes))
+        return self.kept[0][0]
 
 
 class Cache:

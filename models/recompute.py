@@ -28,9 +28,9 @@ def recomputed(block: nn.Module, x: Tensor, place: Place, keep_attention: bool) 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block: BaseBlock, place: Place, keep_attention: bool, x: Tensor, *trained: Tensor) -> Tensor:
-        kept: list[Tensor | None] = []
+        kept: list[tuple[Tensor, Tensor | None]] = []
         y = block(x, replace(place, kept=kept) if keep_attention else place)
-        ctx.save_for_backward(x, *trained, *kept)
+        ctx.save_for_backward(x, *trained, *(t for pair in kept for t in pair))
         ctx.block, ctx.place, ctx.count = block, place, len(trained)
         return y
 
@@ -40,10 +40,10 @@ class _Recomputed(torch.autograd.Function):
         (dy,) = grads
         block: BaseBlock = ctx.block
         x, *saved = ctx.saved_tensors
-        trained, kept = saved[: ctx.count], saved[ctx.count :]
+        trained, kept = saved[: ctx.count], tuple(saved[ctx.count :])
         x = x.detach().requires_grad_(ctx.needs_input_grad[3])
         with torch.enable_grad():
-            inner, residual = block.middle(x, replace(ctx.place, kept=kept) if kept else ctx.place)
+            inner, residual = block.middle(x, replace(ctx.place, kept=[kept]) if kept else ctx.place)
             h = block.mlp.hidden(inner)
         dh, of_last = _last_gradients(block.mlp.output, h, dy)
         ends = [
