@@ -4,6 +4,8 @@ keys are PEFT's.
 Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
 """
 
+from typing import cast
+
 import torch
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.projection import Projection
@@ -40,6 +42,20 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     return lora_linear_group(x, [projection(linear) for linear in linears])
 
 
+def lay_together(model: nn.Module) -> None:
+    """Give linears of one input one storage, their weights one behind the other, before a model is filled: what they hold is lost.
+
+    Modules name them in `together`; parameters keep their names and shapes, and one GEMM can read them all.
+    """
+    for module in model.modules():
+        linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "together", ())]
+        if linears:
+            heights = [linear.out_features for linear in linears]
+            whole = linears[0].weight.detach().new_empty(sum(heights), linears[0].in_features)
+            for linear, part in zip(linears, whole.split(heights), strict=True):
+                linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
+
+
 def projection(linear: nn.Module) -> Projection:
     """A linear as the kernels see it; one with an adapter says so itself."""
     return Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else linear.projection()
@@ -47,6 +63,8 @@ def projection(linear: nn.Module) -> Projection:
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; qkv bias and qk norm as the family has them."""
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -88,6 +106,7 @@ class FeedForward(nn.Module):
 
 class MLP(FeedForward):
     last = "down_proj"
+    together = ("gate_proj", "up_proj")
 
     def __init__(self, c: Config):
         super().__init__()

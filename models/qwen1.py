@@ -54,6 +54,7 @@ class Attention(nn.Module):
 
 class MLP(FeedForward):
     last = "c_proj"
+    together = ("w2", "w1")
 
     def __init__(self, c: Config):
         super().__init__()
