@@ -69,19 +69,26 @@ class _OnTriton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        projections, dys, rows = _with_adapters(ctx.frozen, trained), [rows_of(dy) for dy in grads], rows_of(x)
-        adapters = [p.adapter for p in projections if p.adapter]
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[1], ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
-        dx, das = None, [None] * len(adapters)
-        with torch.cuda.device_of(x):
-            adapted = [dy for dy, p in zip(dys, projections, strict=True) if p.adapter]
-            ds, dbs = lora_narrow.low_gradients(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
-            if needs_x and ds is not None:
-                dx = lora_gemm.input_gradient(dys, ds, projections)
-            if any(needs_a) and ds is not None:
-                das = lora_narrow.a_gradients(rows, ds, adapters)
-        found = [d for pair in zip(das, dbs, strict=True) for d in pair]
-        return None, dx, *(d if needed else None for d, needed in zip(found, ctx.needs_input_grad[2:], strict=True))
+        return None, *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[1:])
+
+
+def _triton_gradients(
+    x: Tensor, s: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
+    dys, rows = [rows_of(dy) for dy in dys], rows_of(x)
+    adapters = [p.adapter for p in projections if p.adapter]
+    needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
+    dx, das = None, [None] * len(adapters)
+    with torch.cuda.device_of(x):
+        adapted = [dy for dy, p in zip(dys, projections, strict=True) if p.adapter]
+        ds, dbs = lora_narrow.low_gradients(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
+        if needs_x and ds is not None:
+            dx = lora_gemm.input_gradient(dys, ds, projections)
+        if any(needs_a) and ds is not None:
+            das = lora_narrow.a_gradients(rows, ds, adapters)
+    found = [d for pair in zip(das, dbs, strict=True) for d in pair]
+    return dx, *(d if needed else None for d, needed in zip(found, needs[1:], strict=True))
 
 
 class _OnTorch(torch.autograd.Function):
@@ -102,29 +109,35 @@ class _OnTorch(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
         lows, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
-        projections = _with_adapters(ctx.frozen, trained)
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[1], ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
-        dx, found, number = None, [], 0
-        for dy, p in zip(grads, projections, strict=True):
-            if needs_x:
-                dx = dy @ p.weight if dx is None else dx.addmm_(dy, p.weight)
-            if p.adapter is None:
-                continue
-            a, b, scale, rate, key = p.adapter
-            da = db = None
-            if needs_b[number]:
-                db = (dy.T @ lows[number]).to(b.dtype).mul_(scale)
-            if needs_x or needs_a[number]:
-                ds = dy @ _scaled(p.adapter, dy.dtype)
-                mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
-                if needs_a[number]:
-                    da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)
-                if dx is not None:
-                    low = a.to(dy.dtype)
-                    dx = dx.addmm_(ds, low) if mask is None else dx.add_(dropped(ds @ low, mask, rate))
-            found += [da, db]
-            number += 1
-        return None, dx, *found
+        return None, *_torch_gradients(x, lows, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[1:])
+
+
+def _torch_gradients(
+    x: Tensor, lows: Sequence[Tensor], projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
+    needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
+    dx, found, number = None, [], 0
+    for dy, p in zip(dys, projections, strict=True):
+        if needs_x:
+            dx = dy @ p.weight if dx is None else dx.addmm_(dy, p.weight)
+        if p.adapter is None:
+            continue
+        a, b, scale, rate, key = p.adapter
+        da = db = None
+        if needs_b[number]:
+            db = (dy.T @ lows[number]).to(b.dtype).mul_(scale)
+        if needs_x or needs_a[number]:
+            ds = dy @ _scaled(p.adapter, dy.dtype)
+            mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
+            if needs_a[number]:
+                da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)
+            if dx is not None:
+                low = a.to(dy.dtype)
+                dx = dx.addmm_(ds, low) if mask is None else dx.add_(dropped(ds @ low, mask, rate))
+        found += [da, db]
+        number += 1
+    return dx, *found
 
 
 def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
@@ -162,6 +175,26 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Ten
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
     on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
     return on.apply(projections, x, *trained)  # pyright: ignore[reportReturnType]
+
+
+def lora_linear_group_gradients(
+    x: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dX, if it is wanted, and [dA_0, dB_0, dA_1, ...] of lora_linear_group for dY_j [T, N_j], without making its outputs.
+
+    It is for a layer whose output nobody needs when a block is computed again (activation checkpointing). Adapters that do
+    not require grad get None.
+    """
+    check(x, projections)
+    adapters = [p.adapter for p in projections if p.adapter]
+    needs = [needs_x, *(t.requires_grad for adapter in adapters for t in (adapter.a, adapter.b))]
+    if runs_on_triton(x, projections):
+        with torch.cuda.device_of(x):
+            s = lora_narrow.low(rows_of(x), adapters)
+        dx, *found = _triton_gradients(x, s, projections, dys, needs)
+    else:
+        dx, *found = _torch_gradients(x, _lows(x, adapters), projections, dys, needs)
+    return dx, found
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:

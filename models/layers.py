@@ -7,10 +7,11 @@ Letters: T tokens of the flat stream, D width, H query heads, G key/value heads,
 from typing import cast
 
 import torch
-from minilora.kernels.lora_linear_group import lora_linear_group
-from minilora.kernels.projection import Projection
 from torch import Tensor, nn
 
+from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.lora_swiglu import lora_swiglu
+from minilora.kernels.projection import Projection
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm
 from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu, swiglu_fused
@@ -37,9 +38,20 @@ class RMSNorm(nn.Module):
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """What each of several linears makes of the same x [T, K], in one operation that reads x once where they are frozen."""
-    if any(p.requires_grad for linear in linears if isinstance(linear, nn.Linear) for p in linear.parameters()):
+    if _trained(*linears):
         return tuple(linear(x) for linear in linears)
     return lora_linear_group(x, [projection(linear) for linear in linears])
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
+    if torch.is_grad_enabled() or _trained(gate, up):
+        return swiglu(*project(x, gate, up))
+    return lora_swiglu(x, [projection(gate), projection(up)])
+
+
+def _trained(*linears: nn.Module) -> bool:
+    return any(p.requires_grad for each in linears if isinstance(each, nn.Linear) for p in each.parameters())
 
 
 def lay_together(model: nn.Module) -> None:
@@ -115,7 +127,7 @@ class MLP(FeedForward):
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return swiglu(*project(x, self.gate_proj, self.up_proj))
+        return gated(x, self.gate_proj, self.up_proj)
 
 
 class GateUpMLP(FeedForward):

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora.kernels.rope import rope, rope_angles
-from minilora.kernels.swiglu import swiglu
 
 from .config import Config
 from .config_json import DTYPES, dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, RMSNorm, project
+from .layers import BaseBlock, FeedForward, RMSNorm, gated
 from .place import Cache, Place, inverse_frequencies
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
@@ -63,7 +62,7 @@ class MLP(FeedForward):
         self.c_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return swiglu(*project(x, self.w2, self.w1))
+        return gated(x, self.w2, self.w1)
 
 
 class Block(BaseBlock):
