@@ -541,19 +541,6 @@ def test_cached_attention_is_the_end_of_the_whole(dtype: torch.dtype, groups: in
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 17, 23])
-def test_cached_attention_after_a_prefix(prefix: int):
-    """The first call takes the whole prefix at once; what follows is causal."""
-    q, k, v, seams = example(attention, [23], 4, 4, 10, torch.float64)
-    whole = attention.attention_ref(q, k, v, seams, None, [prefix])
-    first = max(prefix, 1)
-    parts = [attention.attention_cached(q[:first], k[:first], v[:first], None, prefix)]
-    for start in range(first, 23, 3):
-        seen = slice(0, start + 3)
-        parts.append(attention.attention_cached(q[start : start + 3], k[seen], v[seen], None, prefix))
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
-
-
 # lora_linear
 
 
