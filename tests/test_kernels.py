@@ -108,7 +108,7 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         return Case(rope.rope, rope.rope_ref, args, (0,))
     if name.startswith("attention"):
         window = 5 if name == "attention_window" else None
-        prefixes = ([2, 1] if small else [7, 1, 0, 7]) if name == "attention_prefix" else None
+        prefixes = ([2, 1] if small else [2, 1, 0, 7]) if name == "attention_prefix" else None
         args = example(attention, *(([2, 3], 2, 1, 4) if small else ([13, 1, 31, 7], 6, 2, 26)), dtype)
         args = (*args, window, prefixes)
         return Case(attention.attention, attention.attention_ref, args, (0, 1, 2), plain_attention)
