@@ -12,7 +12,7 @@ import torch
 
 from minilora.models.layers import Decoder
 
-from .checkpoint import COMPANIONS, FAMILIES, INDEX, Tensors, check_folder, check_shapes, read_config, read_json
+from .checkpoint import COMPANIONS, INDEX, Tensors, check_folder, check_shapes, empty_model, read_config, read_json
 from .errors import ModelError
 from .generate import read_generation
 from .lora import linears, matching
@@ -36,7 +36,7 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
     }
     model = None
     try:
-        model = _empty_model(folder)
+        model = empty_model(read_config(folder))
         found |= _sizes(model) | {"linears": _linears(model, targets)}
     except ModelError as error:
         found["problems"].append(str(error))
@@ -46,12 +46,6 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
         except ModelError as error:
             found["problems"].append(str(error))
     return found | {"ignored": _ignored(folder)}
-
-
-def _empty_model(folder: Path) -> Decoder:
-    c = read_config(folder)
-    with torch.device("meta"):
-        return Decoder(c, FAMILIES[c.family].Block).to(c.dtype)
 
 
 def _sizes(model: Decoder) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora.kernels.attention import attention, attention_cached
 from minilora.kernels.rms_norm import rms_norm
 from minilora.kernels.rope import rope, rope_angles
-from minilora.kernels.swiglu import swiglu
+from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class GateUpMLP(nn.Module):
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*self.gate_up_proj(x).chunk(2, dim=-1)))
+        return self.down_proj(swiglu_fused(self.gate_up_proj(x)))
 
 
 class Names(NamedTuple):
