@@ -99,6 +99,7 @@ COMMANDS = {
     "eval": "loss and perplexity on a file of rows",
     "inspect": "look at a model folder before anything is done with it",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
+    "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }
 
