@@ -20,7 +20,8 @@ from minilora.flops import attention_flops
 from minilora.generate import generate
 from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
-from minilora.models.layers import Cache, Decoder, RMSNorm, positions_of
+from minilora.models.layers import Cache, Decoder, RMSNorm
+from minilora.models.rotary import positions_of
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.train import learning_rate, train_step
 from minilora.verify import wide_logits_of
