@@ -92,6 +92,7 @@ def test_cached_decoding_is_the_full_forward(family: str):
     ids = torch.from_numpy(conversation(family, 11, 9, 0).ids)
     with torch.no_grad():
         full, cache = model.logits(ids), Cache(model.config.layers)
+        # the whole prompt and <sop> first; 12 and 20 tokens have one rotary base in Qwen-1
         pieces = [model.logits(part, cache) for part in ids.split([12, 1, 1, 4, 2])]
     assert_close(torch.cat(pieces), full)
 
