@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
+from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
-from minilora.models.layers import Config, Decoder
+from minilora.models.layers import Decoder
 
 from .durable import staged_folder
 from .errors import ModelError, UsageError

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.models.layers import positions_of
+from minilora.models.rotary import positions_of
 
 from .errors import DataError
 from .rows import Row, fill, read_rows

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from minilora.kernels.rope import rope
 
+from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Cache, Config, Decoder, Names, Place, inverse_frequencies
+from .layers import Cache, Decoder, Names, Place
+from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5

@@ -17,8 +17,9 @@ from minilora.kernels.rms_norm import rms_norm
 from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu_fused
 
+from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Config, Decoder, Names, Place, RMSNorm
+from .layers import Decoder, Names, Place, RMSNorm
 
 NAMES = Names(
     embedding="transformer.embedding.word_embeddings",

@@ -20,7 +20,8 @@ from minilora.flops import attention_flops
 from minilora.generate import generate
 from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
-from minilora.models.layers import Cache, Decoder, RMSNorm, positions_of
+from minilora.models.layers import Cache, Decoder, RMSNorm
+from minilora.models.rotary import positions_of
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.train import learning_rate, train_step
 from minilora.verify import wide_logits_of
@@ -91,6 +92,7 @@ def test_cached_decoding_is_the_full_forward(family: str):
     ids = torch.from_numpy(conversation(family, 11, 9, 0).ids)
     with torch.no_grad():
         full, cache = model.logits(ids), Cache(model.config.layers)
+        # the whole prompt and <sop> first; 12 and 20 tokens have one rotary base in Qwen-1
         pieces = [model.logits(part, cache) for part in ids.split([12, 1, 1, 4, 2])]
     assert_close(torch.cat(pieces), full)
 
