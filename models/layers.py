@@ -51,7 +51,7 @@ class Place:
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
             if self.cache.length:
-                return attention_cached(q, k, v, window)
+                return self.cache.attend(q, k, v, window)
         return attention(q, k, v, self.seams, window, self.prefixes)
 
 
@@ -80,6 +80,10 @@ class Cache:
         for kept, new in zip(store, (k, v), strict=True):
             kept[self.length : end] = new
         return store[0][:end], store[1][:end]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Attention of new tokens q [T, H, E] to what `extend` gave -> [T, H, E]."""
+        return attention_cached(q, k, v, window)
 
 
 class Attention(nn.Module):
