@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -60,8 +61,8 @@ class Cache:
 
     def __init__(self, layers: int):
         self.length = 0
-        self.prompt = 0  # tokens of the first pass
-        self.prefix: int | None = None  # how many of them see each other, where not all is causal
+        self.prompts: list[int] = []  # tokens of the first pass, of each document
+        self.prefixes: list[int] | None = None  # how many of them see each other, where not all is causal
         self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         (`positions_of`). seams are the bounds of the documents; with a cache the stream is one document that goes on from it.
         """
         if cache is not None and cache.length == 0:
-            cache.prompt, cache.prefix = ids.shape[0], prefixes[0] if prefixes else None
+            cache.prompts, cache.prefixes = [end - start for start, end in pairwise(seams)], prefixes
         x = self.embedding(ids)
         place = self.place(positions, seams, x.dtype, prefixes, cache)
         for block in self.blocks:
@@ -236,11 +237,14 @@ class Decoder(nn.Module):
         `last` makes those of the last token alone, [1, V].
         """
         start = 0 if cache is None else cache.length
-        prefix = cache.prefix if cache is not None and start else self.prefix(ids)
-        end = start + ids.shape[0]
+        if cache is not None and start:
+            prefixes = cache.prefixes
+        else:
+            prefix = self.prefix(ids)
+            prefixes = None if prefix is None else [prefix]
+        positions = positions_of(start, start + ids.shape[0], prefixes[0] if prefixes else None, ids.device)
         rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
-        prefixes = None if prefix is None else [prefix]
-        x = self(ids, positions_of(start, end, prefix, ids.device), [0, ids.shape[0]], rows, cache, prefixes)
+        x = self(ids, positions, [0, ids.shape[0]], rows, cache, prefixes)
         return F.linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -93,7 +93,7 @@ class Qwen1(Decoder):
         if self.training:
             return place
         lengths = [end - start for start, end in pairwise(seams)]
-        bases = [self._base(length if cache is None else cache.prompt) for length in lengths]
+        bases = [self._base(length) for length in (lengths if cache is None else cache.prompts)]
         if any(base != self.config.rope_theta for base in bases):
             angles = []
             for base, part in zip(bases, positions.split(lengths), strict=True):
