@@ -52,7 +52,8 @@ IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\
 # what a folder holds beside weights and belongs to the model
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
+    "ice_text.model", "qwen.tiktoken",
 )  # fmt: skip
 
 
@@ -219,7 +220,7 @@ class Tensors:
         if pickles:
             raise ModelError(
                 f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
-                "Save them as safetensors where you trust them: model.save_pretrained(DIR, safe_serialization=True).",
+                f"Turn them into safetensors: minilora convert {self.folder} OUT",
             )
         raise ModelError(
             f"{self.folder}: no model.safetensors and no {INDEX}",

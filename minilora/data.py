@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.models.place import positions_of
+from minilora.models.rotary import positions_of
 
 from .errors import DataError
 from .rows import Row, fill, read_rows
@@ -140,7 +140,7 @@ def _example(row: Row, tokenizer: Tokenizer, loss_on: str) -> tuple[Example, int
             f"{row.where}: there is nothing to learn, no token is trained",
             "Check loss_on and the row's loss keys.",
         )
-    return Example(flat, targets, row.where), int(mask.sum())
+    return Example(flat, targets, row.where, tokenizer.prefix(ids)), int(mask.sum())
 
 
 def make_batch(examples: list[Example]) -> Batch:

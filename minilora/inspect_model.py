@@ -16,7 +16,7 @@ from .checkpoint import COMPANIONS, INDEX, Tensors, check_folder, check_shapes, 
 from .errors import ModelError
 from .generate import read_generation
 from .lora import linears, matching
-from .tokenizer import check_fits, load_tokenizer
+from .tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 
@@ -92,7 +92,7 @@ def _weights(folder: Path, model: Decoder | None) -> dict[str, Any]:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minilora.models.decoder import Decoder
-from minilora.models.place import positions_of
+from minilora.models.rotary import positions_of
 
 from .tokenizer import Tokenizer
 

@@ -26,7 +26,8 @@ from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import BaseBlock, FeedForward
-from .place import Cache, Place, inverse_frequencies
+from .place import Cache, Place
+from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5

@@ -1,4 +1,4 @@
-"""The sizes and switches of a model."""
+"""The sizes and switches of a checkpoint; each family reads them from its config.json."""
 
 from dataclasses import dataclass
 

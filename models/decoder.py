@@ -4,6 +4,7 @@ Letters: T tokens of the stream, D width, V vocabulary.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -14,8 +15,9 @@ from minilora.kernels.rope import rope_angles
 
 from .config import Config
 from .layers import RMSNorm
-from .place import Cache, Place, inverse_frequencies, positions_of
+from .place import Cache, Place
 from .recompute import recomputed
+from .rotary import inverse_frequencies, positions_of
 
 
 class Names(NamedTuple):
@@ -84,7 +86,7 @@ class Decoder(nn.Module):
         (`positions_of`). seams are the bounds of the documents; with a cache the stream is one document that goes on from it.
         """
         if cache is not None and cache.length == 0:
-            cache.prompt, cache.prefix = ids.shape[0], prefixes[0] if prefixes else None
+            cache.prompts, cache.prefixes = [end - start for start, end in pairwise(seams)], prefixes
         x = self.embedding(ids)
         place = self.place(positions, seams, x.dtype, prefixes, cache)
         for block in self.blocks:
@@ -122,11 +124,14 @@ class Decoder(nn.Module):
         `last` makes those of the last token alone, [1, V].
         """
         start = 0 if cache is None else cache.length
-        prefix = cache.prefix if cache is not None and start else self.prefix(ids)
-        end = start + ids.shape[0]
+        if cache is not None and start:
+            prefixes = cache.prefixes
+        else:
+            prefix = self.prefix(ids)
+            prefixes = None if prefix is None else [prefix]
+        positions = positions_of(start, start + ids.shape[0], prefixes[0] if prefixes else None, ids.device)
         rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
-        prefixes = None if prefix is None else [prefix]
-        x = self(ids, positions_of(start, end, prefix, ids.device), [0, ids.shape[0]], rows, cache, prefixes)
+        x = self(ids, positions, [0, ids.shape[0]], rows, cache, prefixes)
         return F.linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
 
 

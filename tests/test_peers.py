@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import IDS, randomise
+from oracle import IDS, randomise, tiny
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
@@ -224,3 +224,22 @@ def test_pefts_adapter_opens_here(base: Path, tmp_path: Path, config: dict[str, 
     assert (before - logits).abs().max() > 0.05 * logits.abs().max()
     file = SafetensorsFile(tmp_path / "adapter" / "adapter_model.safetensors")
     assert 2 * len(dict(adapters(model))) == len(file.entries)
+
+
+@pytest.mark.parametrize("family", ["chatglm", "chatglm2", "qwen"])
+@pytest.mark.parametrize("targets", ["all-linear", "attention"])
+def test_adapters_of_original_code_open_in_peft(tmp_path: Path, family: str, targets: str):
+    """These families are not in transformers: peft wraps our own modules, which lie under the original code's names."""
+    model, other = tiny(family), tiny(family)
+    add_lora(model, targets, r=3, alpha=7)
+    randomise(model)
+    save_adapter(model, tmp_path / "ours")
+    config = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    config.task_type = None  # peft would ask for the generation methods of transformers
+    theirs = peft.PeftModel.from_pretrained(other, tmp_path / "ours", config=config).eval()
+    assert_peft_holds_exactly(theirs, tmp_path / "ours")
+    assert_same(model.logits(IDS), theirs.base_model.model.logits(IDS))
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = tiny(family)
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again.logits(IDS), model.logits(IDS))

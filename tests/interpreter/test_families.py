@@ -6,7 +6,7 @@ from oracle import OWN, SOP, as_wrong_as, randomise, tiny
 
 from minilora import add_lora
 from minilora.kernels.dispatch import force, use_triton
-from minilora.models.place import positions_of
+from minilora.models.rotary import positions_of
 
 
 def loss_and_gradients(family: str, dtype: torch.dtype, triton: bool, checkpointing: bool) -> list[torch.Tensor]:
