@@ -98,7 +98,7 @@ def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
     The pass costs the time to read x, size * M * K / bandwidth; in the loop it is slot / BN of the 2 M K N operations more.
     """
     where = card(x) or 80
-    return 2 * n * slot([adapter]) / GEMM[where]["BN"] / CARDS[where].flops < x.element_size() / CARDS[where].bytes
+    return 2 * n * slot([adapter]) / SINGLE[where]["BN"] / CARDS[where].flops < x.element_size() / CARDS[where].bytes
 
 
 @jit
