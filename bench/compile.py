@@ -31,28 +31,51 @@ DTYPES = (torch.bfloat16, torch.float16)
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
 
-def call(op: Callable, example: Callable, *sizes: int, trained: tuple[int, ...]) -> Callable[[torch.dtype], None]:
+def call(
+    op: Callable, example: Callable, *sizes: int, trained: tuple[int, ...], **form: Any
+) -> Callable[[torch.dtype], None]:
     """A forward and a backward of op on the arguments of its example."""
 
     def once(dtype: torch.dtype) -> None:
-        args = example(TOKENS, *sizes, dtype, "meta")[0]
+        args = example(TOKENS, *sizes, dtype, "meta", **form)[0]
         out = op(*[a.requires_grad_(i in trained) if isinstance(a, Tensor) else a for i, a in enumerate(args)])
-        out.backward(torch.empty_like(out))
+        outputs = out if isinstance(out, tuple) else (out,)
+        torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
 
     return once
 
 
+def _norm(n: int, trained: tuple[int, ...], **form: Any) -> Callable[[torch.dtype], None]:
+    return call(rms_norm.rms_norm, rms_norm.example, n, trained=trained, **form)
+
+
+def _add_norm(n: int, trained: tuple[int, ...], **form: Any) -> Callable[[torch.dtype], None]:
+    return call(rms_norm.add_rms_norm, rms_norm.add_example, n, trained=trained, **form)
+
+
+def _rope(heads: int, size: int, **form: Any) -> Callable[[torch.dtype], None]:
+    return call(rope.rope, rope.example, heads, size, trained=(0,), **form)
+
+
 # sizes that models have, with one call for each configuration that they lead to
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
-    f"rms_norm {n} {kind}": call(rms_norm.rms_norm, rms_norm.example, n, trained=trained)
-    for n, kind, trained in [
-        (128, "frozen", (0,)), (896, "trained", (0, 1)), (2048, "trained", (0, 1)), (3584, "frozen", (0,)),
-        (3584, "trained", (0, 1)), (8192, "frozen", (0,)), (8192, "trained", (0, 1)),
-    ]
-}  # fmt: skip
-CALLS["swiglu 4864"] = call(swiglu.swiglu, swiglu.example, 4864, trained=(0, 1))
-for _heads, _size in ((2, 64), (28, 128)):
-    CALLS[f"rope {_heads}x{_size}"] = call(rope.rope, rope.example, _heads, _size, trained=(0,))
+    "rms_norm 128 frozen": _norm(128, (0,)),
+    "rms_norm 896 trained": _norm(896, (0, 1)),
+    "rms_norm 2048 trained": _norm(2048, (0, 1)),
+    "rms_norm 3584 frozen": _norm(3584, (0,)),
+    "rms_norm 3584 trained": _norm(3584, (0, 1)),
+    "rms_norm 4096 once": _norm(4096, (0,), once=True),
+    "rms_norm 8192 frozen": _norm(8192, (0,)),
+    "rms_norm 8192 trained": _norm(8192, (0, 1)),
+    "add_rms_norm 896 frozen": _add_norm(896, (0, 1)),
+    "add_rms_norm 3584 frozen": _add_norm(3584, (0, 1)),
+    "add_rms_norm 4096 once": _add_norm(4096, (0, 1), once=True),
+    "add_rms_norm 8192 trained": _add_norm(8192, (0, 1, 2)),
+    "swiglu 4864": call(swiglu.swiglu, swiglu.example, 4864, trained=(0, 1)),
+    "rope 2x64": _rope(2, 64),
+    "rope 28x128": _rope(28, 128),
+    "rope 32x128 of which 64 interleaved": _rope(32, 128, rotated=64, interleaved=True),
+}
 
 
 def launches() -> dict[str, tuple[Launch, int]]:

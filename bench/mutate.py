@@ -127,7 +127,11 @@ def _functions(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Ite
 def _numbers(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.keyword) and node.arg in ("value", "alpha", "beta", "scale"):
         yield "factor of an update turned", node.value, f"-({text(node.value)})"
-    if isinstance(node, ast.Subscript) and "needs_input_grad" in text(node.value) and isinstance(node.slice, ast.Constant):
+    if (
+        isinstance(node, ast.Subscript)
+        and "needs_input_grad" in text(node.value)
+        and isinstance(node.slice, ast.Constant)
+    ):
         yield "another gradient's need", node.slice, str(1 - min(1, int(str(node.slice.value))))
     if isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value:
         yield "number changed", node, repr(node.value / 2)
@@ -215,10 +219,17 @@ def commands(fault: Fault) -> list[tuple[str, list[str]]]:
 
 def survives(folder: Path, fault: Fault) -> bool:
     for interpret, arguments in commands(fault):
-        environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": interpret,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
         try:
-            result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False)
+            result = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             return False
         if result.returncode:
@@ -234,7 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     args = parser.parse_args(argv)
     sources = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").glob("*.py"))}
-    planted = [f for file, source in sources.items() if args.only in file for f in chosen(faults(file, source), args.each)]
+    planted = [
+        f for file, source in sources.items() if args.only in file for f in chosen(faults(file, source), args.each)
+    ]
     if args.list:
         print(*[fault.told(sources[fault.file]) for fault in planted], sep="\n")
         return 0
@@ -242,7 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     alive = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
-        shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs"))
+        shutil.copytree(
+            ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs")
+        )
         for file in {fault.file for fault in planted}:
             sound = Fault(file, "none", "", 0, 0, 0, "")
             if not survives(folder, sound):
