@@ -22,12 +22,12 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from bench.launches import NAMES, Launch, recorded
+from bench.launches import Launch, recorded
 from bench.sass import blocks, cycles, disassemble, main_loop, operation
 from minilora.kernels import rms_norm, rope, swiglu
 
 ARCHITECTURES = (80, 90)
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
 
@@ -83,16 +83,17 @@ def launches() -> dict[str, tuple[Launch, int]]:
     found: dict[str, tuple[Launch, int]] = {}
     seen = set()
     for name, once in CALLS.items():
-        for dtype in DTYPES:
+        for short, dtype in DTYPES.items():
             for arch in ARCHITECTURES:
                 with recorded(arch) as made:
                     once(dtype)
                 assert made, f"{name}: no kernel was launched"
                 for launch in made:
-                    key = (launch.source().hash(), str(sorted(launch.compile_options().items())), arch)
+                    source, options = launch.source(arch)
+                    key = (source.hash(), str(sorted(options.items())), arch)
                     if key not in seen:
                         seen.add(key)
-                        label = f"{name} {launch.name} {NAMES[dtype]} sm_{arch}"
+                        label = f"{name} {launch.name} {short} sm_{arch}"
                         again = sum(other.startswith(label) for other in found)
                         found[label + f" {again + 1}" * bool(again)] = (launch, arch)
     return found
@@ -100,8 +101,8 @@ def launches() -> dict[str, tuple[Launch, int]]:
 
 def needs(launch: Launch, arch: int) -> dict[str, Any]:
     """What the launch needs of a card of this architecture."""
-    options = launch.compile_options()
-    made = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=options)
+    source, options = launch.source(arch)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     code, usage = disassemble(made.asm["cubin"])
     body, ops = main_loop(code), [operation(i) for i in code.instructions]
     warps = made.metadata.num_warps

@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from minilora.kernels import lang
 
-NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1",
-}  # fmt: skip
 MULTIPROCESSORS = {80: 108, 90: 132}
 
 
@@ -35,29 +31,14 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
 
-    def source(self) -> ASTSource:
-        """Specialised as a launch is: ints that are 1, or multiples of 16; memory aligned to 16 bytes."""
-        given = dict(zip(self.kernel.arg_names, self.args, strict=False))
-        given |= {k: v for k, v in self.options.items() if k in self.kernel.arg_names}
-        signature, constants, hints = {}, {}, {}
-        for p in self.kernel.params:
-            value, hint = given[p.name], not p.do_not_specialize
-            if p.is_constexpr or value is None or (hint and isinstance(value, int) and value == 1):
-                signature[p.name], constants[(p.num,)] = "constexpr", value
-                continue
-            if isinstance(value, Tensor):
-                signature[p.name] = "*" + NAMES[value.dtype]
-            elif isinstance(value, float):
-                signature[p.name], hint = "fp32", False
-            else:
-                signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                hint = hint and not p.do_not_specialize_on_alignment and value % 16 == 0
-            if hint:
-                hints[(p.num,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, hints)
-
-    def compile_options(self) -> dict[str, Any]:
-        return {k: v for k, v in self.options.items() if k not in self.kernel.arg_names}
+    def source(self, arch: int) -> tuple[ASTSource, dict[str, Any]]:
+        """What triton compiles for the launch, specialised by its own rules, and the options of the compiler."""
+        backend = make_backend(GPUTarget("cuda", arch, 32))
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, rest = binder(*self.args, **self.options)
+        packed = self.kernel._pack_args(backend, dict(rest), bound, specialization, rest)
+        _, signature, constants, hints = packed
+        return ASTSource(self.kernel, signature, constants, hints), rest
 
 
 class _Recorder:

@@ -76,7 +76,8 @@ def test_the_main_loop_of_a_gemm_is_read_as_arithmetic_says(
     x = torch.empty(4096, 4096, device="meta", dtype=torch.bfloat16)
     (m, n, k), sizes = tile, dict(zip(("BM", "BN", "BK"), tile, strict=True))
     launch = Launch(gemm_kernel, (x, x, x, 4096, 4096), {**sizes, "num_warps": warps, "num_stages": 3, **PINNED})
-    made = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.compile_options())
+    source, options = launch.source(arch)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     code, usage = sass.disassemble(made.asm["cubin"])
     body = sass.main_loop(code)
     assert warps * sum(map(sass.multiply_adds, body)) == m * n * k

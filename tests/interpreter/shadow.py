@@ -132,6 +132,8 @@ def shadow(order: Callable[[int], Sequence[int]] | None = None) -> Iterator[list
         launches.append(launch := Launch(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"))
 
         def at(name: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return type(value)(at(f"{name}[{i}]", v) for i, v in enumerate(value))
             if isinstance(value, Tensor):
                 value = Placed(name, value, len(launch.arguments) + 1)
                 launch.arguments.append(value)
