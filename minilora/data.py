@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora.models.layers import positions_of
+
 from .errors import DataError
 from .rows import Row, fill, read_rows
 from .tokenizer import Tokenizer
@@ -22,11 +24,15 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: ids and targets int64 [n]; targets[t] is the token that follows t if it is trained, else -100."""
+    """One conversation: ids and targets int64 [n]; targets[t] is the token that follows t if it is trained, else -100.
+
+    prefix is how many first tokens see each other, None for a model that is causal throughout.
+    """
 
     ids: np.ndarray
     targets: np.ndarray
     where: str
+    prefix: int | None = None
 
     @property
     def trained(self) -> int:
@@ -35,7 +41,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """A flat stream: ids and positions int64 [T], seams [S + 1], rows and targets int64 [M], M <= T."""
+    """A flat stream: ids int64 [T], positions [T] or [2, T], seams [S + 1], rows and targets int64 [M], M <= T.
+
+    prefixes [S] where the documents start with a bidirectional part.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -43,11 +52,12 @@ class Batch:
     rows: Tensor
     targets: Tensor
     where: list[str]
+    prefixes: list[int] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         moved = (x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.rows, self.targets))
         ids, positions, rows, targets = moved
-        return Batch(ids, positions, self.seams, rows, targets, self.where)
+        return Batch(ids, positions, self.seams, rows, targets, self.where, self.prefixes)
 
 
 @dataclass
@@ -138,13 +148,16 @@ def make_batch(examples: list[Example]) -> Batch:
     lengths = [len(e.ids) for e in examples]
     targets = torch.from_numpy(np.concatenate([e.targets for e in examples]))
     rows = (targets != IGNORE).nonzero().squeeze(1)
+    prefixes = [e.prefix for e in examples if e.prefix is not None]
+    assert len(prefixes) in (0, len(examples)), "examples of two kinds of models"
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in examples])),
-        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        positions=torch.cat([positions_of(0, n, e.prefix) for n, e in zip(lengths, examples, strict=True)], dim=-1),
         seams=[0, *np.cumsum(lengths).tolist()],
         rows=rows,
         targets=targets[rows],
         where=[e.where for e in examples],
+        prefixes=prefixes or None,
     )
 
 
