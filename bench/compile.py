@@ -72,6 +72,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "add_rms_norm 4096 once": _add_norm(4096, (0, 1), once=True),
     "add_rms_norm 8192 trained": _add_norm(8192, (0, 1, 2)),
     "swiglu 4864": call(swiglu.swiglu, swiglu.example, 4864, trained=(0, 1)),
+    "swiglu_fused 13696": call(swiglu.swiglu_fused, swiglu.fused_example, 13696, trained=(0,)),
     "rope 2x64": _rope(2, 64),
     "rope 28x128": _rope(28, 128),
     "rope 32x128 of which 64 interleaved": _rope(32, 128, rotated=64, interleaved=True),

@@ -84,6 +84,10 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         torch.manual_seed(0)
         args = rms_norm.add_example(*shape, *form)[0]
         return Case(side_by_side(rms_norm.add_rms_norm), side_by_side(rms_norm.add_rms_norm_ref), args, (0, 1, 2))
+    if name == "swiglu_fused":
+        torch.manual_seed(0)
+        args = swiglu.fused_example(*((3, 7) if small else (37, 101)), dtype)[0]
+        return Case(swiglu.swiglu_fused, swiglu.swiglu_fused_ref, args, (0,))
     if name == "swiglu":
         args = example(swiglu, *((3, 7) if small else (37, 101)), dtype)
         return Case(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
@@ -131,8 +135,9 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 
 
 NAMES = [
-    "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
-    "linear_cross_entropy",
+    "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "swiglu_fused",
+    "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window",
+    "lora_linear", "lora_linear_dropout", "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
 
@@ -330,6 +335,38 @@ def test_rms_norm_of_zeros_is_zero_and_its_gradient_finite():
 def test_swiglu_of_any_shape(rows: int, n: int, dtype: torch.dtype):
     args = example(swiglu, rows, n, dtype)
     check_op(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
+
+
+@few
+@given(st.integers(1, 40), size, wide_dtype)
+def test_swiglu_fused_of_any_shape(rows: int, n: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    args = swiglu.fused_example(rows, n, dtype)[0]
+    check_op(swiglu.swiglu_fused, swiglu.swiglu_fused_ref, args, (0,))
+
+
+@dtypes
+def test_swiglu_fused_is_swiglu_of_its_halves_bit_for_bit(dtype: torch.dtype):
+    """Any rank; the gradient is one whole tensor, not two that autograd pads and adds."""
+    gu = torch.randn(5, 7, 202).to(dtype)
+    g, u = gu.chunk(2, dim=-1)
+    dh = upstream(g)
+    out, dgu = run(swiglu.swiglu_fused, (gu,), (0,), dh)
+    halves, dg, du = run(swiglu.swiglu, (g, u), (0, 1), dh)
+    assert torch.equal(out, halves) and torch.equal(dgu, torch.cat((dg, du), dim=-1))
+    assert dgu.is_contiguous()
+
+
+def test_swiglu_refuses_what_does_not_fit():
+    g, u = example(swiglu, 3, 7, torch.float32)
+    with pytest.raises(ValueError, match="swiglu: g .* one shape"):
+        swiglu.swiglu(g, u[:1])
+    with pytest.raises(ValueError, match="swiglu: g is torch.float32 on cpu, u torch.float16"):
+        swiglu.swiglu(g, u.half())
+    with pytest.raises(ValueError, match="swiglu_fused: gu .* it takes"):
+        swiglu.swiglu_fused(g)
+    with pytest.raises(ValueError, match="swiglu_fused: gu is torch.int32"):
+        swiglu.swiglu_fused(g.int())
 
 
 @dtypes

@@ -56,6 +56,10 @@ CASES = {
         swiglu.swiglu, swiglu.example, (7, 1111), (16, 1216), (0, 1),
         {"swiglu._fwd_kernel": lambda g, u: size(g, u, g), "swiglu._bwd_kernel": lambda g, u: size(g, u, g, g, u)},
     ),
+    "swiglu_fused": Case(
+        swiglu.swiglu_fused, swiglu.fused_example, (7, 1111), (16, 1216), (0,),
+        {"swiglu._fwd_kernel": lambda gu: size(gu) * 3 // 2, "swiglu._bwd_kernel": lambda gu: size(gu) * 5 // 2},
+    ),
     "rope": Case(rope.rope, rope.example, (11, 17, 130), (32, 14, 64), (0,), ROPE),
     "rope partial": Case(rope.rope, rope.example, (11, 17, 130), (32, 14, 64), (0,), ROPE, {"rotated": 32}),
     "rope interleaved": Case(
