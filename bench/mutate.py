@@ -33,13 +33,19 @@ class Fault(NamedTuple):
     kind: str
     function: str
     line: int
-    start: int  # in characters of the file
+    start: int  # in bytes of the file, as the syntax tree counts
     end: int
     new: str
 
+    def old(self, source: str) -> str:
+        return " ".join(source.encode()[self.start : self.end].decode().split())
+
+    def planted(self, source: str) -> str:
+        whole = source.encode()
+        return (whole[: self.start] + self.new.encode() + whole[self.end :]).decode()
+
     def told(self, source: str) -> str:
-        old = " ".join(source[self.start : self.end].split())
-        return f"{self.file}:{self.line} {self.kind}: {old}  ->  {self.new or 'nothing'}"
+        return f"{self.file}:{self.line} {self.kind}: {self.old(source)}  ->  {self.new or 'nothing'}"
 
 
 Change = tuple[str, ast.AST, str]  # kind, what is replaced, by what
@@ -138,20 +144,18 @@ def _numbers(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Itera
 
 
 MUTATORS = (_masks, _comparisons, _terms, _strides, _roundings, _statements, _functions, _numbers)
-# faults that change nothing that a caller can see, by file, function and the text that they replace; each with its reason
+# faults that change nothing that a caller can see, by file, function, kind and the text replaced; each with its reason
 EQUIVALENT = {
-    ("swiglu", "_sigmoid", "x >= 0"): "at 0 both branches are 1",
-    ("lang", "rounded", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
-    ("lang", "rounded", "bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
+    ("swiglu", "_sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
+    ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
 }
 
 
 def faults(file: str, source: str) -> list[Fault]:
     """Every fault that can be planted in a file, in the order of its lines."""
-    lines = [0]
-    for line in source.encode().splitlines(keepends=True):
-        lines.append(lines[-1] + len(line.decode()))
-    assert source.isascii(), f"{file}: the columns of the syntax tree are bytes"
+    whole, lines = source.encode(), [0]
+    for line in whole.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
 
     def span(node: ast.AST) -> tuple[int, int]:
         return (
@@ -160,7 +164,7 @@ def faults(file: str, source: str) -> list[Fault]:
         )
 
     def text(node: ast.AST) -> str:
-        return source[slice(*span(node))]
+        return whole[slice(*span(node))].decode()
 
     found = []
 
@@ -178,8 +182,7 @@ def faults(file: str, source: str) -> list[Fault]:
                         if isinstance(target, ast.expr) and new:
                             new = f"({new})"
                         fault = Fault(file, kind, name, getattr(target, "lineno", 0), start, end, new)
-                        if (Path(file).stem, name, " ".join(text(target).split())) not in EQUIVALENT:
-                            found.append(fault)
+                        found.append(fault)
             if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
                 visit(child, inner, name)
 
@@ -190,8 +193,12 @@ def faults(file: str, source: str) -> list[Fault]:
                 setattr(node, field, [] if field == "decorator_list" else None)
     visit(tree, tree, "")
     for fault in found:
-        ast.parse(source[: fault.start] + fault.new + source[fault.end :])  # loud if a fault is no Python
+        ast.parse(fault.planted(source))  # loud if a fault is no Python
     return found
+
+
+def equivalent(fault: Fault, source: str) -> bool:
+    return (Path(fault.file).stem, fault.function, fault.kind, fault.old(source)) in EQUIVALENT
 
 
 def chosen(found: list[Fault], each: int) -> list[Fault]:
@@ -264,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.exit(f"{file}: its tests fail, or take over {SECONDS} s, without any fault")
         for fault in planted:
             source, began = sources[fault.file], time.monotonic()
-            (folder / fault.file).write_text(source[: fault.start] + fault.new + source[fault.end :])
+            (folder / fault.file).write_text(fault.planted(source))
             lives = survives(folder, fault)
             (folder / fault.file).write_text(source)
             alive += lives
