@@ -28,6 +28,7 @@ from minilora.kernels import rms_norm, rope, swiglu
 
 ARCHITECTURES = (80, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+STREAMS = ("lora_narrow.",)  # kernels with tensor cores that read what they multiply from memory, once
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
 
@@ -107,13 +108,14 @@ def needs(launch: Launch, arch: int) -> dict[str, Any]:
     code, usage = disassemble(made.asm["cubin"])
     body, ops = main_loop(code), [operation(i) for i in code.instructions]
     warps = made.metadata.num_warps
-    pipes = cycles(body, warps, arch)
+    mma = sum(op.startswith(("HMMA", "HGMMA")) for op in ops)
+    pipes = cycles(body, warps, arch, streams=not mma or launch.name.startswith(STREAMS))
     return {
         **usage,
         "shared": made.metadata.shared,
         "threads": 32 * warps,
         "blocks": blocks(usage["registers"], made.metadata.shared, warps, arch),
-        "mma": sum(op.startswith(("HMMA", "HGMMA")) for op in ops),
+        "mma": mma,
         "async_loads": sum(op.startswith(("LDGSTS", "UTMALDG")) for op in ops),
         "wide_loads": sum(op.startswith("LDG.") and op.endswith(("128", "64")) for op in ops),
         "narrow_loads": sum(op.startswith("LDG.") and not op.endswith(("128", "64")) for op in ops),

@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 GATE = 0.95
 LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^force$")
-SECONDS = 240  # for the tests of one fault
+SECONDS = 900  # for the tests of one fault
 
 
 class Fault(NamedTuple):

@@ -1,14 +1,13 @@
 """What one block of a compiled kernel needs of a multiprocessor, read from its machine code.
 
-The main loop is the innermost loop with the most tensor-core work, else the one with most of the kernel's global traffic, else
-the whole kernel. For one pass of it by one block, in clock cycles of the multiprocessor if nothing else stood in the way:
+The main loop is the innermost loop with the most tensor-core work, else the one that loads the most, else the whole kernel. For one pass of it by one block, in clock cycles of the multiprocessor if nothing else stood in the way:
 
     tensor   multiply-adds / rate                   shared   bytes in and out of shared memory / 128, without bank conflicts
     issue    warp instructions / 4                  fp32     additions, products and fused ones / lanes
     special  exp2, rsqrt, conversions / 16 lanes    memory   bytes of global loads and stores / fair share of the memory's rate
 
-The largest is what binds the kernel. Only `memory` of a kernel without tensor cores is a claim about DRAM: the operands of a GEMM come
-from L2 many times over, so it is left out there; and for the others it counts what caches may serve (weights, angles).
+The largest is what binds the kernel. The operands of a GEMM come from L2 many times over, so `memory` is left out there; of the
+others it counts also what caches may serve (weights, angles).
 
 Rates a clock and multiprocessor: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions" (fp32, special) and the limits
 of its "Technical Specifications per Compute Capability"; NVIDIA A100 and H100 architecture white papers: 312 and 989.4 dense bf16
@@ -132,13 +131,17 @@ def main_loop(code: Code) -> list[str]:
     bodies = [code.instructions[a : b + 1] for a, b in code.loops]
     if any(multiply_adds(i) for i in code.instructions):
         return max(bodies, key=lambda body: (sum(map(multiply_adds, body)), -len(body)), default=code.instructions)
-    whole = global_bytes(code.instructions)
-    bodies = [body for body in bodies if global_bytes(body) > whole / 2]
-    return min(bodies, key=len, default=code.instructions)
+    loaded = [global_bytes([i for i in body if operation(i).startswith("LD")]) for body in [code.instructions, *bodies]]
+    # what only stores is for rows without a target; what loads little stands before or after the work
+    worth = [(n, -len(body), body) for n, body in zip(loaded[1:], bodies, strict=True) if n > loaded[0] / 4]
+    return max(worth)[2] if worth else code.instructions
 
 
-def cycles(body: list[str], warps: int, arch: int) -> dict[str, int]:
-    """Clock cycles of the multiprocessor that a block needs of every pipe for one pass of the body."""
+def cycles(body: list[str], warps: int, arch: int, streams: bool) -> dict[str, int]:
+    """Clock cycles of the multiprocessor that a block needs of every pipe for one pass of the body.
+
+    `streams`: what it loads comes from memory and not, as the operands of a GEMM, from a cache that others filled.
+    """
     card, ops = CARDS[arch], [operation(i) for i in body]
     kinds = Counter(op.split(".")[0] for op in ops)
     mma = {kind: sum(multiply_adds(i) for i in body if operation(i).startswith(kind)) for kind in ("HMMA", "HGMMA")}
@@ -150,7 +153,7 @@ def cycles(body: list[str], warps: int, arch: int) -> dict[str, int]:
         "fp32": lanes * sum(kinds[kind] for kind in ("FADD", "FMUL", "FFMA")) / card.fp32,
         "special": lanes * sum(kinds[kind] for kind in ("MUFU", "I2F", "F2I", "F2F")) / card.special,
     }
-    if not any(mma.values()):
+    if streams:
         found["memory"] = warps * global_bytes(body) / card.memory
     return {kind: round(n) for kind, n in found.items()}
 
