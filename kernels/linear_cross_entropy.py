@@ -17,7 +17,8 @@ Saved for backward: dx (and dhead). The kernels go over a chunk three times, 8 b
 
 The softmax is that of the rounded logits, which the gradient sees, with the true one exact. Without a gradient no logit is
 written at all. The head is read twice a chunk: chunks of 4096 rows keep that to once for 2048 targets. Where the library's GEMM
-is asked for, and for what is not of 16 bits on a GPU, the first two are torch.mm and the kernel of cross_entropy.py.
+is asked for, and on a GPU for what has not 16 bits or a D or V that is no multiple of 16, the first two are torch.mm and the
+kernel of cross_entropy.py: 10 bytes a logit.
 """
 
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ TILES = {
     90: Tile(128, 256, 64, 8, 3),
 }  # sm_80's fits sm_86 and sm_89 too: 96 KiB of operands
 TILE_DHEAD = TILES[80]  # fp32 sums that are read and written leave no registers for more
-TILE_INTERPRETED = Tile(32, 1024, 64, 4, 1)
+TILE_INTERPRETED = Tile(32, 512, 64, 4, 1)
 
 
 def tile_for(architecture: int) -> Tile:
@@ -236,7 +237,9 @@ class _OnTriton(_OnTorch):
         (m, d), v, device = x.shape, head.shape[0], x.device
         keep = torch.promote_types(x.dtype, torch.float32)
         needs_x, needs_head = ctx.needs_input_grad[:2]
-        on_cores = INTERPRETED or x.element_size() == 2
+        # an odd size is loaded value by value, in more registers than there are
+        even = all(n % 16 == 0 for n in (d, v, x.stride(0), head.stride(0)))
+        on_cores = INTERPRETED or (x.element_size() == 2 and even)
         fused, gradient = on_cores and not library_gemm(), needs_x or needs_head
         tile = TILE_INTERPRETED if INTERPRETED else tile_for(architecture(device))
         size, parts = min(chunk_rows, m), 2 * cdiv(v, tile.columns)
@@ -277,7 +280,7 @@ class _OnTriton(_OnTorch):
                         logits, rows, dhead, x.stride(0), n, v, d, column_tiles, **_launch(dtile, x.dtype)
                     )
                 elif dhead is not None:
-                    dhead.addmm_(logits.T, rows)
+                    dhead += logits.T @ rows
         ctx.save_for_backward(dx, dhead)
         ctx.head_dtype = head.dtype
         return losses.sum(dtype=torch.float64).to(keep)
