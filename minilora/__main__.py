@@ -97,6 +97,7 @@ COMMANDS = {
     "train": "train an adapter on rows of conversations",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
+    "inspect": "look at a model folder before anything is done with it",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }
 

@@ -106,7 +106,7 @@ def load_model(
             f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
         ) from None
     tensors = Tensors(folder)
-    _check(model, tensors, folder)
+    check_shapes(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
@@ -144,6 +144,7 @@ class Tensors:
                         "The folder mixes two checkpoints: download it again.",
                     )
                 self._files[name] = file
+        self.ignored = [n for n in self._files if IGNORED.fullmatch(n)]
         self.shapes = {
             n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)
         }
@@ -205,7 +206,7 @@ class _Reading:
         self.file.forget(self.name)
 
 
-def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
+def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = dict(tensors.shapes)
