@@ -98,6 +98,7 @@ COMMANDS = {
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
     "inspect": "look at a model folder before anything is done with it",
+    "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora.models.layers import positions_of
+
 from .load import Report, load_examples
 from .token_store import IGNORE, Example, Examples
 
@@ -22,7 +24,10 @@ __all__ = ["IGNORE", "Batch", "Example", "Examples", "Report", "epoch_order", "l
 
 @dataclass(frozen=True)
 class Batch:
-    """A flat stream: ids and positions int64 [T], seams [S + 1], rows and targets int64 [M], M <= T."""
+    """A flat stream: ids int64 [T], positions [T] or [2, T], seams [S + 1], rows and targets int64 [M], M <= T.
+
+    prefixes [S] where the documents start with a bidirectional part.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -30,11 +35,12 @@ class Batch:
     rows: Tensor
     targets: Tensor
     where: list[str]
+    prefixes: list[int] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         moved = (x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.rows, self.targets))
         ids, positions, rows, targets = moved
-        return Batch(ids, positions, self.seams, rows, targets, self.where)
+        return Batch(ids, positions, self.seams, rows, targets, self.where, self.prefixes)
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
@@ -42,13 +48,16 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     lengths = [len(e.ids) for e in examples]
     targets = torch.from_numpy(np.concatenate([e.targets for e in examples]))
     rows = (targets != IGNORE).nonzero().squeeze(1)
+    prefixes = [e.prefix for e in examples if e.prefix is not None]
+    assert len(prefixes) in (0, len(examples)), "examples of two kinds of models"
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in examples])),
-        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        positions=torch.cat([positions_of(0, n, e.prefix) for n, e in zip(lengths, examples, strict=True)], dim=-1),
         seams=[0, *np.cumsum(lengths).tolist()],
         rows=rows,
         targets=targets[rows],
         where=[e.where for e in examples],
+        prefixes=prefixes or None,
     )
 
 

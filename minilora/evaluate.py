@@ -29,7 +29,7 @@ class Score(NamedTuple):
 
 def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy of a batch, a scalar that gradients flow from."""
-    hidden = model(batch.ids, batch.positions, batch.seams, batch.rows)
+    hidden = model(batch.ids, batch.positions, batch.seams, batch.rows, prefixes=batch.prefixes)
     return linear_cross_entropy(hidden, model.head, batch.targets)
 
 

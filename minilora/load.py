@@ -20,6 +20,7 @@ from .errors import DataError
 from .rows import Row, RowError, RowFile, fill, open_rows, to_messages
 from .rows.shapes import TEXT, check_columns
 from .sources import draw, parse_sources
+from .template_glm import CHATGLM
 from .token_store import Examples, TokenCache, TokenStore, Writer, unnamed_file
 from .tokenizer import Tokenizer
 
@@ -215,7 +216,7 @@ def _write(
         elif over:
             report.cut[over] += 1
         for ids, trained in pieces:
-            writer.add(ids, trained, number, question, content)
+            writer.add(ids, trained, number, question, content, tokenizer.prefix(ids.tolist()))
             report.examples += 1
             report.tokens += len(ids)
             report.trained += int(trained[1:].sum())
@@ -283,15 +284,18 @@ def _length(row: Row, tokenizer: Tokenizer, settings: Settings) -> int:
 
 
 def _text_pieces(row: Row, tokenizer: Tokenizer, longest: int) -> list[Piece]:
-    """A raw text and the token that ends a text, in pieces of `longest` tokens; every token is trained but a piece's first."""
-    ends = [
-        tokenizer.specials[t]
-        for t in ("<|endoftext|>", "</s>", "<eop>", tokenizer.template.stop)
-        if t in tokenizer.specials
-    ]
-    ids = np.array(tokenizer.encode(row.messages[0]["content"]) + ends[:1], dtype=np.int64)
-    pieces = [ids[i : i + longest] for i in range(0, len(ids), longest)]
-    return [(piece, np.arange(len(piece)) > 0) for piece in pieces if len(piece) > 1]
+    """A raw text and the token that ends a text, in pieces of `longest` tokens; all is trained but what opens a piece."""
+    known = tokenizer.specials
+    opening = [known[t] for t in ("[gMASK]", "<sop>", "sop") if t in known]
+    ending = [known[t] for t in ("<|endoftext|>", "</s>", *tokenizer.template.stops) if t in known][:1]
+    if tokenizer.template == CHATGLM:
+        what = f"{row.where}: ChatGLM-6B's format has no place for raw text"
+        raise RowError("not for this chat format", what, "Write it as prompt and response.")
+    ids = tokenizer.encode(row.messages[0]["content"]) + ending
+    step = max(longest - len(opening), 2)
+    pieces = [np.array(opening + ids[i : i + step], dtype=np.int64) for i in range(0, len(ids), step)]
+    least = max(len(opening), 1)
+    return [(piece, np.arange(len(piece)) >= least) for piece in pieces if len(piece) > least]
 
 
 def _shorten(row: Row, tokenizer: Tokenizer, settings: Settings, ids: np.ndarray, trained: np.ndarray) -> Row | None:

@@ -83,7 +83,7 @@ class Monitor:
         filled = round(20 * m["step"] / self.total)
         return Text(
             # what matters most comes first: a narrow terminal cuts the rest
-            f" {m['step']:>5}/{self.total}  loss {m['loss']:.4f} (avg {self.average:.4f})  ETA {_clock(left)}  "
+            f" {m['step']:>5}/{self.total}  loss {m['loss']:.4f} (avg {self.average:.4f})  ETA {clock(left)}  "
             f"{m['tokens_per_second']:,.0f} tok/s  {m['memory_gb']:.1f} GB  MFU {100 * m['mfu']:.0f} %  "
             f"lr {m['lr']:.2e}  grad {m['grad_norm']:.2f}  {'━' * filled}{'─' * (20 - filled)}",
             no_wrap=True,
@@ -109,7 +109,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _lines(path)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as minutes and hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -20,18 +20,23 @@ from .errors import DataError
 
 IGNORE = -100
 RECORD = np.dtype(
-    [("start", "<i8"), ("length", "<i4"), ("trained", "<i4"), ("row", "<i8"), ("question", "<u8"), ("content", "<u8")]
-)
+    [("start", "<i8"), ("length", "<i4"), ("trained", "<i4"), ("row", "<i8"), ("question", "<u8"), ("content", "<u8"),
+     ("prefix", "<i4")]
+)  # fmt: skip
 BYTES = 5  # of a token: its id as int32, and whether it is trained
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: ids and targets int64 [n]; targets[t] is the token that follows t if it is trained, else -100."""
+    """One conversation: ids and targets int64 [n]; targets[t] is the token that follows t if it is trained, else -100.
+
+    prefix is how many first tokens see each other, None for a model that is causal throughout.
+    """
 
     ids: np.ndarray
     targets: np.ndarray
     where: str
+    prefix: int | None = None
 
     @property
     def trained(self) -> int:
@@ -71,7 +76,8 @@ class TokenStore:
             )
         ids = np.frombuffer(raw, "<i4", n).astype(np.int64)
         trained = np.frombuffer(raw, bool, n, 4 * n)
-        return Example(ids, shifted(ids, trained), self.source.where(int(record["row"])))
+        prefix = None if record["prefix"] < 0 else int(record["prefix"])
+        return Example(ids, shifted(ids, trained), self.source.where(int(record["row"])), prefix)
 
 
 def shifted(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -89,13 +95,17 @@ class Writer:
         self._parts: list[np.ndarray] = []
         self._pending: list[tuple] = []
 
-    def add(self, ids: np.ndarray, trained: np.ndarray, row: int, question: int, content: int) -> None:
-        """ids int64 [n] below 2^31, trained bool [n]; question and content are 64-bit hashes."""
+    def add(
+        self, ids: np.ndarray, trained: np.ndarray, row: int, question: int, content: int, prefix: int | None
+    ) -> None:
+        """ids int64 [n] below 2^31, trained bool [n]; question and content are 64-bit hashes; prefix as an Example's."""
         raw = ids.astype("<i4").tobytes() + trained.tobytes()
         self._digest.update(len(ids).to_bytes(8, "little") + raw)
         self._file.write(raw)
         targets = int(trained[1:].sum())
-        self._pending.append((self._tokens, len(ids), targets, row, question, content))
+        self._pending.append(
+            (self._tokens, len(ids), targets, row, question, content, -1 if prefix is None else prefix)
+        )
         self._tokens += len(ids)
         if len(self._pending) >= 4096:
             self._flush()

@@ -1,0 +1,144 @@
+"""minilora predict: the files, one answer after the other, going on, and what it refuses."""
+
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny import make_model, make_rows
+
+import minilora
+from minilora import predict as predict_module
+from minilora.__main__ import main
+from minilora.errors import DataError, OutputInUse, Stopped
+from minilora.generate import answer
+from minilora.predict import PART, RESULTS, ROWS, predict, read_questions
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    make_model(folder / "model")
+    make_rows(folder / "rows.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(work):
+    return predict(work / "model", work / "rows.json", work / "out", max_tokens=12, batch=4, console=QUIET)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_are_those_of_one_question_alone(work, made):
+    model, tokenizer = minilora.load_model(work / "model", device="cpu"), minilora.load_tokenizer(work / "model")
+    rows = json.loads((work / "rows.json").read_text())
+    found = lines(work / "out" / ROWS)
+    assert len(found) == len(rows)
+    for row, wanted in zip(found[:-1], rows, strict=False):
+        assert row["label"] == wanted["output"] and row["question"] == wanted["instruction"]
+        chat = [{"role": "user", "content": wanted["instruction"]}]
+        assert row["predict"] == answer(model, tokenizer, chat, set(), 12)
+        assert wanted["instruction"] in row["prompt"] and row["prompt"].endswith("<|im_start|>assistant\n")
+    talk = found[-1]
+    assert talk["label"] == "two" and "one<|im_end|>" in talk["prompt"] and talk["label_tokens"] == 4
+
+
+def test_results_say_what_was_counted(work, made):
+    results = json.loads((work / "out" / RESULTS).read_text())
+    assert results == made and not (work / "out" / PART).exists()
+    rows = lines(work / "out" / ROWS)
+    assert results["rows"] == len(rows) and results["cut"] == sum(r["cut"] for r in rows) > 0
+    assert results["predict_bleu-4"] == results["metrics"]["bleu4_char"]["value"]
+    assert all(m["low"] <= m["value"] <= m["high"] and m["definition"] for m in results["metrics"].values())
+    assert results["settings"]["decoding"] == {"max_tokens": 12, "greedy": True}
+
+
+def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
+    real, asked = predict_module.generate_many, []
+
+    def counted(model, prompts, *rest):
+        asked.append(len(prompts))
+        yield from real(model, prompts, *rest)
+
+    monkeypatch.setattr(predict_module, "generate_many", counted)
+    monkeypatch.setattr(predict_module, "StopSignal", StopAtOnce)
+    arguments: dict[str, Any] = {"max_tokens": 12, "batch": 3, "console": QUIET}
+    with pytest.raises(Stopped, match="after 1 of 14"):
+        predict(work / "model", work / "rows.json", tmp_path / "out", **arguments)
+    monkeypatch.undo()
+    monkeypatch.setattr(predict_module, "generate_many", counted)
+    with open(tmp_path / "out" / PART, "a") as part:
+        part.write('{"row": 5, "pred')  # a crash in the middle of a line
+    with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
+        predict(work / "model", work / "rows.json", tmp_path / "out", max_tokens=11, console=QUIET)
+    predict(work / "model", work / "rows.json", tmp_path / "out", **arguments)
+    assert asked == [14, 13]
+    assert (tmp_path / "out" / ROWS).read_bytes() == (work / "out" / ROWS).read_bytes()
+
+
+class StopAtOnce:
+    requested, name = True, "SIGTERM"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_draws_are_the_same_after_a_stop(work, tmp_path, monkeypatch):
+    config = work / "model" / "generation_config.json"
+    config.write_text('{"do_sample": true, "temperature": 1.0}')
+    try:
+        whole = predict(
+            work / "model", work / "rows.json", tmp_path / "whole", max_tokens=6, sample=True, console=QUIET
+        )
+        monkeypatch.setattr(predict_module, "StopSignal", StopAtOnce)
+        with pytest.raises(Stopped):
+            predict(work / "model", work / "rows.json", tmp_path / "two", max_tokens=6, sample=True, console=QUIET)
+        monkeypatch.undo()
+        predict(work / "model", work / "rows.json", tmp_path / "two", max_tokens=6, sample=True, console=QUIET)
+    finally:
+        config.unlink()
+    assert whole["settings"]["decoding"]["temperature"] == 1.0
+    assert (tmp_path / "two" / ROWS).read_bytes() == (tmp_path / "whole" / ROWS).read_bytes()
+
+
+def test_a_finished_prediction_is_not_made_twice(work, made, monkeypatch):
+    monkeypatch.setattr(predict_module, "generate_many", None)
+    again = predict(work / "model", work / "rows.json", work / "out", max_tokens=12, console=QUIET)
+    assert again == made
+    with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
+        predict(work / "model", work / "rows.json", work / "out", max_tokens=13, console=QUIET)
+
+
+def test_it_refuses_what_it_could_not_score(work, tmp_path):
+    tokenizer = minilora.load_tokenizer(work / "model")
+    path = tmp_path / "rows.jsonl"
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(DataError, match="line 1: the last message is the user's"):
+        read_questions(path, tokenizer)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputInUse, match="thesis.txt"):
+        predict(work / "model", work / "rows.json", tmp_path / "full", console=QUIET)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_the_command_prints_scores_and_definitions(work, made, capsys):
+    arguments = ["predict", "--model", str(work / "model"), "--data", str(work / "rows.json"), "--max-tokens", "12"]
+    assert main([*arguments, "--output", str(work / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "bleu4_char: BLEU-4 of each answer by character" in out and "answers were cut at 12 tokens" in out
+    assert main([*arguments, "--output", str(work / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == made
