@@ -248,19 +248,19 @@ def render_within(row: Row, tokenizer: Tokenizer, settings: Settings) -> tuple[l
     """
     if row.shape == TEXT:
         return _text_pieces(row, tokenizer, settings.max_length), None
-    ids, trained = _render(row, tokenizer, settings)
+    ids, trained = render_row(row, tokenizer, settings)
     over = first = settings.over(int((~trained).sum()), int(trained.sum()))
     while over and settings.truncate == "cut":
         shorter = _shorten(row, tokenizer, settings, ids, trained)
         if shorter is None:
             break
         row = shorter
-        ids, trained = _render(row, tokenizer, settings)
+        ids, trained = render_row(row, tokenizer, settings)
         over = settings.over(int((~trained).sum()), int(trained.sum()))
     return ([] if over else [(ids, trained)]), first
 
 
-def _render(row: Row, tokenizer: Tokenizer, settings: Settings) -> Piece:
+def render_row(row: Row, tokenizer: Tokenizer, settings: Settings) -> Piece:
     with _placed(row.where):
         rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on)
     ids, trained = np.array(rendered, dtype=np.int64), np.array(mask, dtype=bool)
@@ -280,7 +280,7 @@ def _placed(where: str) -> Iterator[None]:
 
 
 def _length(row: Row, tokenizer: Tokenizer, settings: Settings) -> int:
-    return len(_render(row, tokenizer, settings)[0])
+    return len(render_row(row, tokenizer, settings)[0])
 
 
 def _text_pieces(row: Row, tokenizer: Tokenizer, longest: int) -> list[Piece]:
