@@ -97,7 +97,8 @@ COMMANDS = {
     "train": "train an adapter on rows of conversations",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
-    "inspect": "look at a model folder before anything is done with it",
+    "inspect": "look at a model folder or a file of rows before anything is done with it",
+    "data": "measure, filter and divide rows",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }

@@ -9,17 +9,23 @@ from .html import escape
 
 
 def bins(values: np.ndarray, marks: Mapping[str, float], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(edges [count + 1], numbers [count]) of even steps from 0 to the largest value or mark; the highest 0.5 % of the values
-    share the last bin if they are far out."""
-    top = max([float(values.max(initial=1)), *marks.values()])
-    usual = max([float(np.quantile(values, 0.995)) if len(values) else 1.0, *marks.values()])
+    """(edges [n + 1], numbers [n]) of n <= count even steps from 0 to the largest value, or a mark that is near.
+
+    The highest 2 % of the values share the last bin if they are far out.
+    """
+    top = float(values.max(initial=1))
+    usual = float(np.quantile(values, 0.98)) if len(values) else top
     top = usual if top > 2 * usual > 0 else top
+    top = max([top, *_near(values, marks).values()])
     step = _round_up(top / count)
-    edges = np.arange(count + 1) * step
+    edges = np.arange(min(int(top // step) + 1, count) + 1) * step
     numbers, _ = np.histogram(np.minimum(values, edges[-1]), bins=edges)
-    last = int(np.flatnonzero(numbers).max(initial=0))
-    reach = max([last, *(int(m // step) for m in marks.values())]) + 1
-    return edges[: min(reach, count) + 1], numbers[: min(reach, count)]
+    return edges, numbers
+
+
+def _near(values: np.ndarray, marks: Mapping[str, float]) -> dict[str, float]:
+    """The marks that stand in a picture of the values; one that is far above all of them would only press these together."""
+    return {name: mark for name, mark in marks.items() if mark <= 1.5 * float(values.max(initial=1))}
 
 
 def _round_up(step: float) -> float:
@@ -36,7 +42,8 @@ def text_histogram(values: np.ndarray, marks: Mapping[str, float], count: int = 
         bar = "█" * round(number * unit) or ("▏" if number else "")
         inside = [f"◂ {name} {mark:g} ({over(values, mark)})" for name, mark in marks.items() if low <= mark < high]
         lines.append(f"{low:>8g} {bar}{f' {number:,}' if number else ''}  {'  '.join(inside)}".rstrip())
-    return lines
+    far = [f"{name} {mark:g}: {over(values, mark)}" for name, mark in marks.items() if name not in _near(values, marks)]
+    return lines + [f"{'':>8} {text}" for text in far]
 
 
 def over(values: np.ndarray, mark: float) -> str:
@@ -60,7 +67,15 @@ def svg_histogram(values: np.ndarray, marks: Mapping[str, float], label: str, co
         parts.append(
             f'<text x="{left + value * scale_x:.1f}" y="{bottom + 16}" text-anchor="middle">{value:,.4g}</text>'
         )
-    for row, (name, mark) in enumerate(marks.items()):
+    far = [
+        f"{escape(name)} {mark:g}: {over(values, mark)}"
+        for name, mark in marks.items()
+        if name not in _near(values, marks)
+    ]
+    parts += [
+        f'<text x="{right}" y="{top - 10 + 15 * row}" text-anchor="end">{text}</text>' for row, text in enumerate(far)
+    ]
+    for row, (name, mark) in enumerate(_near(values, marks).items()):
         x = left + mark * scale_x
         side = "end" if x > (left + right) / 2 else "start"
         words = f"{escape(name)} {mark:g}: {over(values, mark)}"

@@ -111,7 +111,7 @@ class _Scan:
 
     def __init__(self, tokenizer: Tokenizer, settings: Settings):
         self.tokenizer, self.settings = tokenizer, settings
-        self.lengths: dict[str, list[int]] = {"source": [], "target": [], "total": []}
+        self.lengths: dict[str, list[int]] = {"total": [], "source": [], "target": []}
         self.questions: dict[int, tuple[int, str]] = {}  # hash of a question -> hash of its row, its place
         self.contents: dict[int, str] = {}
         self.near = NearDuplicates()

@@ -12,6 +12,7 @@ from .histogram import svg_histogram, text_histogram
 from .html import UNSEEN, escape, page, table
 from .inspect_data import Inspection
 from .rows import quote
+from .sources import parse_sources
 from .token_view import Token
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "format": "yellow"}
@@ -60,7 +61,7 @@ def show(result: Inspection, console: Console) -> None:
     for kind, problem in result.problems.items():
         console.print(f"[bold red]{problem.rows:>8,}[/] {rich_escape(kind)}", highlight=False, soft_wrap=True)
         for place in problem.places[:2]:
-            console.print(f"         [dim]{rich_escape(_plain(place))}[/]", highlight=False, soft_wrap=True)
+            console.print(f"         [dim]{rich_escape(_brief(result, place))}[/]", highlight=False, soft_wrap=True)
     for name, values in result.lengths.items():
         if len(values):
             console.print(f"\n[bold]{NAMES[name]}[/]  {middle(values)}", highlight=False)
@@ -94,6 +95,13 @@ def middle(values: np.ndarray) -> str:
     return f"half are at most {half:.0f}, 95 % at most {most:.0f}, the longest is {top:.0f}"
 
 
+def _brief(result: Inspection, place: str) -> str:
+    """A place without the folders of its file."""
+    for source in parse_sources(result.path):
+        place = place.replace(source.path, Path(source.path).name)
+    return _plain(place)
+
+
 def _plain(text: str) -> str:
     return UNSEEN.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text)
 
@@ -107,7 +115,10 @@ def to_html(result: Inspection, model: Path) -> str:
     """An inspection as a page of its own."""
     head = table(["", ""], [("model", str(model)), *summary(result)])
     if result.problems:
-        rows = [(p.rows, kind, "\n".join(p.places)) for kind, p in result.problems.items()]
+        rows = [
+            (p.rows, kind, "\n".join(_brief(result, place) for place in p.places))
+            for kind, p in result.problems.items()
+        ]
         problems = table(
             ["rows", "problem", f"the first {max(len(p.places) for p in result.problems.values())} of them"], rows
         )
