@@ -184,7 +184,7 @@ def _tokenize(
         with open(folder / "tokens", "wb") as out:
             records, digest = _write(file, numbers, tokenizer, settings, report, Writer(out))
         records.tofile(folder / "records")
-        notes = {"digest": digest, "report": asdict(report)}
+        notes = {"digest": digest, "report": vars(report)}
         (folder / "notes.json").write_text(json.dumps(notes, ensure_ascii=False), encoding="utf-8")
     return TokenStore(open(cache.folder / key / "tokens", "rb"), records, digest, file, rate), report
 

@@ -47,7 +47,7 @@ class JsonLines:
         return f"{self.path}, line {self._lines[number]}"
 
     def value(self, number: int) -> Any:
-        return parse(self.text(number), self.where(number))
+        return parse(self.text(number).rstrip("\r\n"), self.where(number))
 
     def text(self, number: int) -> str:
         self._file.seek(self._offsets[number])
