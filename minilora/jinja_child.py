@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY, SECONDS, TEXT = 1 << 30, 10, 16 << 20
+MEMORY, SECONDS, TEXT = 512 << 20, 3, 16 << 20
 
 
 def main() -> None:

@@ -7,9 +7,11 @@ import numpy as np
 
 from .rows import Row
 from .rows.shapes import TEXT
+from .template import render_text
 from .tokenizer import Tokenizer
 
 FORMAT = "format"  # the role of what the chat format adds
+MARK = "\ue000"  # of private use: it stands for a text in a chat that is rendered to see what is around its texts
 LONGEST = 8  # tokens of one character, at most; more of them are bytes that are no text
 
 
@@ -27,7 +29,7 @@ def tokens_of(row: Row, ids: np.ndarray, trained: np.ndarray, tokenizer: Tokeniz
     """The tokens of a row rendered as ids int64 [n], trained bool [n]."""
     names = {i: text for text, i in tokenizer.specials.items()}
     groups = _characters(ids.tolist(), trained.tolist(), names, tokenizer)
-    roles = _roles(row, [text for _, text, _ in groups])
+    roles = _roles(row, [text for _, text, _ in groups], tokenizer)
     return [
         Token(group, text, role, flag, len(group) == 1 and group[0] in names)
         for (group, text, flag), role in zip(groups, roles, strict=True)
@@ -67,17 +69,21 @@ def _character(
     return start + 1, tokenizer.decode(ids[start : start + 1], specials=True)
 
 
-def _roles(row: Row, texts: list[str]) -> list[str]:
-    """The role of each text: of the message in whose content it lies, found in order in the text of the whole chat."""
-    whole = "".join(texts)
-    spans, at = [], 0
-    for message in row.messages:
-        for content in _forms(message["content"]):
-            found = whole.find(content, at) if content else -1
-            if found >= 0:
-                spans.append((found, found + len(content), "assistant" if message["role"] == TEXT else message["role"]))
-                at = found + len(content)
-                break
+def _roles(row: Row, texts: list[str], tokenizer: Tokenizer) -> list[str]:
+    """The role of each text: of the message in whose content it lies, found between what the chat format writes around it."""
+    if row.shape == TEXT:
+        return ["assistant"] * len(texts)
+    whole, spans, at = "".join(texts), [], 0
+    around = _around(row, tokenizer)
+    for message, before, behind in zip(row.messages, around, around[1:], strict=False):
+        opened = whole.find(before, at)
+        if opened < 0:
+            break
+        at = opened + len(before)
+        form = next((form for form in _forms(message["content"]) if form and whole.startswith(form, at)), "")
+        end = at + len(form) if form else whole.find(behind, at)
+        spans.append((at, max(end, at), message["role"]))
+        at = max(end, at)
     roles, place, number = [], 0, 0
     for text in texts:
         while number < len(spans) and place >= spans[number][1]:
@@ -86,6 +92,20 @@ def _roles(row: Row, texts: list[str]) -> list[str]:
         roles.append(spans[number][2] if inside else FORMAT)
         place += len(text)
     return roles
+
+
+def _around(row: Row, tokenizer: Tokenizer) -> list[str]:
+    """What the chat format writes before the first message's text, between each two, and behind the last."""
+    marked = [m | {"content": f"{MARK}{i}{MARK}"} for i, m in enumerate(row.messages)]
+    text = render_text(tokenizer.template.segments(marked))
+    parts, at = [], 0
+    for i in range(len(marked)):
+        mark = f"{MARK}{i}{MARK}"
+        found = text.find(mark, at)
+        if found >= 0:  # a format may leave a message out
+            parts.append(text[at:found])
+            at = found + len(mark)
+    return [*parts, text[at:]]
 
 
 def _forms(content: str) -> list[str]:
