@@ -31,7 +31,7 @@ def _near(values: np.ndarray, marks: Mapping[str, float]) -> dict[str, float]:
 def _round_up(step: float) -> float:
     """The next of 1, 2, 5, 10, 20 ... times a power of ten; at least 1 for counts."""
     power = 10 ** math.floor(math.log10(max(step, 1e-3)))
-    return next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= step * (1 - 1e-9))
+    return next(power * f for f in (1, 2, 5, 10) if power * f >= step * (1 - 1e-9))
 
 
 def text_histogram(values: np.ndarray, marks: Mapping[str, float], count: int = 16, width: int = 46) -> list[str]:
@@ -62,11 +62,8 @@ def svg_histogram(values: np.ndarray, marks: Mapping[str, float], label: str, co
         x, w, h = left + low * scale_x, (high - low) * scale_x, (bottom - top) * number / most
         hint = f"{low:g} to {high:g}: {number:,}"
         parts.append(f'<rect x="{x:.1f}" y="{bottom - h:.1f}" width="{max(w - 1, 0.5):.1f}" height="{h:.1f}" fill="var(--a)"><title>{hint}</title></rect>')  # fmt: skip
-    for number in range(5):
-        value = edges[-1] * number / 4
-        parts.append(
-            f'<text x="{left + value * scale_x:.1f}" y="{bottom + 16}" text-anchor="middle">{value:,.4g}</text>'
-        )
+    for value in np.arange(0, edges[-1] * 1.001, _round_up(float(edges[-1]) / 6)):
+        parts.append(f'<text x="{left + value * scale_x:.1f}" y="{bottom + 16}" text-anchor="middle">{value:,.4g}</text>')  # fmt: skip
     far = [
         f"{escape(name)} {mark:g}: {over(values, mark)}"
         for name, mark in marks.items()
@@ -85,4 +82,5 @@ def svg_histogram(values: np.ndarray, marks: Mapping[str, float], label: str, co
     parts.append(f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="var(--dim)"/>')
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>')
     name = f"histogram: {escape(label)}"
-    return f'<svg viewBox="0 0 720 190" width="720" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    picture = f'<svg viewBox="0 0 720 190" width="720" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    return f'<div class="wide">{picture}</div>'

@@ -32,7 +32,8 @@ pre, .text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--c
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: break-word; white-space: pre-line }
 th { color: var(--dim); font-weight: 600 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-svg { max-width: 100%; height: auto } svg text { fill: var(--text); font-size: 12px } details { margin: .4rem 0 } summary { cursor: pointer }
+svg { max-width: 100%; height: auto } .wide > svg { min-width: 34rem }
+h1, h2, h3, p { overflow-wrap: anywhere } svg text { fill: var(--text); font-size: 12px } details { margin: .4rem 0 } summary { cursor: pointer }
 """
 
 

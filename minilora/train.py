@@ -243,8 +243,11 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
         lines.append("  " + shell("chat", "--model", result))
     else:
         both = ("--model", config.model, "--adapter", result)
-        rows = config.val if Path(config.val).is_file() else config.data
+        split_off = run.folder / "data" / "val.jsonl"
+        rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
         define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
+        if config.columns:
+            define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
         lines.append("  " + shell("chat", *both))
         lines.append("  " + shell("eval", *both, "--data", rows, *define))
         lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))
