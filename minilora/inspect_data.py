@@ -23,6 +23,11 @@ CHECKED = 200  # rows that are compared with the folder's template
 # marks of chat formats; words of a thought and of a tool call may stand in an answer
 MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>",
          "[gMASK]", "<sop>", "<eop>", "[INST]", "[/INST]", "<<SYS>>", "### Instruction:", "### Response:", "<s>", "</s>")  # fmt: skip
+LIMITED = {  # setting -> the length that it limits, and its name
+    "max_length": ("total", "tokens"),
+    "max_source_length": ("source", "masked tokens"),
+    "max_target_length": ("target", "trained tokens"),
+}
 MARK = re.compile("|".join(map(re.escape, MARKS)))
 
 
@@ -67,7 +72,7 @@ class Inspection:
 
     def limits(self, name: str) -> dict[str, float]:
         """The limits on one of the lengths, by their setting's name."""
-        setting = {"total": "max_length", "source": "max_source_length", "target": "max_target_length"}[name]
+        setting = next(setting for setting, (length, _) in LIMITED.items() if length == name)
         value = getattr(self.settings, setting)
         return {} if value is None else {setting: value}
 
@@ -143,9 +148,9 @@ class _Scan:
         row, ids, known = self.last, self.ids.tolist(), set(self.tokenizer.specials.values())
         found: list[tuple[str, str]] = []
         if over:
-            found.append(
-                (f"over {over}" + (", cut" if self.settings.truncate == "cut" else ""), f"{len(ids):,} tokens")
-            )
+            length, words = LIMITED[over.split()[0]]
+            cut = ", cut" if self.settings.truncate == "cut" else ""
+            found.append((f"over {over}{cut}", f"{self.lengths[length][-1]:,} {words}"))
         if row.shape != TEXT and not self._stops():
             found.append(("no stop token at the end of an answer", ""))
         if len(ids) > 1 and ids[0] == ids[1] and ids[0] in known:

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ CUTS = {
 @pytest.mark.parametrize(("limits", "long", "over"), CUTS.values(), ids=CUTS)
 def test_cut_rows_fit_exactly_and_keep_their_stop(tmp_path, tokenizer, limits, long, over):
     path = write(tmp_path / "x", long, row(5, 5))
-    (example, short), report = load_examples(path, tokenizer, truncate="cut", **limits)
+    (example, short), report = load_examples(path, tokenizer, truncate="cut", **dict[str, Any](limits))
     masked = len(example.ids) - example.trained
     sizes = {"max_length": len(example.ids), "max_source_length": masked, "max_target_length": example.trained}
     assert all(sizes[name] <= most for name, most in limits.items()) and any(sizes[n] == m for n, m in limits.items())
@@ -137,7 +138,7 @@ def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, token
         {"skip_bad": True},
         {"define": {"q": "x"}},
     ):
-        load_examples(path, tokenizer, cache=cache, **({"max_length": 60} | changes))
+        load_examples(path, tokenizer, cache=cache, **dict[str, Any]({"max_length": 60} | changes))
     write(path, *(row(i % 7 + 1, i + 1) for i in range(49)))
     load_examples(path, tokenizer, max_length=60, cache=cache)
     load_examples(f"{path}#5", tokenizer, max_length=60, cache=cache)
