@@ -10,8 +10,8 @@ import numpy as np
 from .duplicates import NearDuplicates
 from .errors import DataError
 from .load import Settings, hashes, render_row, render_within
-from .rows import Row, RowError, fill, open_rows, to_messages
-from .rows.shapes import PLACEHOLDER, TEXT
+from .rows import Row, RowError, fill, open_rows, quote, to_messages
+from .rows.shapes import PLACEHOLDER, READ, TEXT
 from .sources import draw, parse_sources
 from .template import Message
 from .template_check import TemplateCheck, check_template
@@ -86,20 +86,28 @@ def inspect_data(
     samples: how many rows are kept to look at: the first ones, or the first with problems; row: that one alone (1, 2, ...).
     val: a file that shall share no question with these rows. compare: with the folder's own chat template.
     """
-    result, scan = Inspection(path, settings), _Scan(tokenizer, settings)
+    result, scan, unread = Inspection(path, settings), _Scan(tokenizer, settings), Counter()
+    read = READ | set(settings.columns.values())
     for source in parse_sources(path):
         file = open_rows(source.path, settings.columns)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             result.rows += 1
             try:
-                scan.row(to_messages(file.value(number), file.where(number), settings.columns), result)
+                value = file.value(number)
+                scan.row(to_messages(value, file.where(number), settings.columns), result)
             except RowError as error:
                 result.found(f"cannot be used: {error.reason}", error.what)
                 continue
+            if isinstance(value, dict):
+                unread.update(key for key in value if key not in read)
             wanted = result.rows == row if row is not None else len(result.samples) < samples
             if wanted and (row is not None or not only_problems or scan.problems):
                 result.samples.append(Sample(scan.last.where, scan.tokens(), list(scan.problems)))
+    if unread:
+        result.notes.append(
+            "keys that are not read: " + ", ".join(f"{quote(str(k))} ({n:,})" for k, n in unread.most_common(8))
+        )
     if row is not None and not result.samples:
         raise DataError(f"{path} has no row {row} that can be used ({result.rows:,} rows)", "Give another --row.")
     result.lengths = {name: np.array(values, dtype=np.int64) for name, values in scan.lengths.items()}

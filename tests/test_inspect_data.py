@@ -122,6 +122,13 @@ def test_clean_rows_have_no_problems(tmp_path, model):
     assert not inspect_data(path, model, load_tokenizer(model), PLAIN).problems
 
 
+def test_keys_that_nothing_reads_are_told(tmp_path, model):
+    path = str(write(tmp_path / "x.jsonl", ROWS[0] | {"tools": "[]", "id": 1}, ROWS[9] | {"id": 2}))
+    assert inspect_data(path, model, load_tokenizer(model), PLAIN).notes == [
+        "keys that are not read: 'id' (2), 'tools' (1)"
+    ]
+
+
 def test_leaks_into_the_validation_rows(tmp_path, model):
     train, val = write(tmp_path / "a", ROWS[0], ROWS[9]), write(tmp_path / "b", ROWS[2], ROWS[3], ROWS[7])
     problems = inspect_data(str(train), model, load_tokenizer(model), PLAIN, val=str(val)).problems

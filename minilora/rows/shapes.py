@@ -33,6 +33,7 @@ ARTICLE = {
     "language",
 }  # keys of a raw text
 COLUMNS = ("prompt", "response", "system", "history", "instruction", "input", "output", "messages", "text")
+READ = {*CHATS, *QUESTIONS, *ANSWERS, *sum(PAIRS, ()), *COLUMNS}  # keys that some shape reads
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
