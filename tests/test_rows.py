@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -391,3 +392,38 @@ def test_folders(tmp_path):
     write(tmp_path / "f" / "train.jsonl", GOOD)
     with pytest.raises(DataError, match=r"train.jsonl, train.json"):
         find_data(tmp_path / "f")
+
+
+@FUZZ
+@given(places=st.dictionaries(st.integers(0, 60), st.integers(0, 255), max_size=4), encoding=st.sampled_from(["utf-8", "gb18030", "utf-16"]))  # fmt: skip
+def test_fuzzed_csv_is_read_or_refused(tmp_path, places, encoding):
+    raw = bytearray((HEAD + '你好,"世界,\r\n二"\r\nc,d\r\n').encode(encoding))
+    for place, value in places.items():
+        raw[place % len(raw)] = value
+    path = write(tmp_path / "x.csv", raw=bytes(raw))
+    try:
+        assert list(read_rows(path))
+    except DataError as error:
+        assert str(path) in error.what
+
+
+@settings(FUZZ, max_examples=150)
+@given(places=st.dictionaries(st.integers(0, 5000), st.integers(0, 255), min_size=1, max_size=4), inside=st.booleans())
+def test_fuzzed_xlsx_is_read_or_refused(tmp_path, places, inside):
+    """Bytes of the zip, or of the sheet inside it."""
+    path = workbook(tmp_path / "x.xlsx", ("prompt", "response"), ("a", "b"), merged=("A4:B4",))
+    with zipfile.ZipFile(path) as book:
+        parts = {name: bytearray(book.read(name)) for name in book.namelist()}
+    raw = parts["xl/worksheets/sheet1.xml"] if inside else bytearray(path.read_bytes())
+    for place, value in places.items():
+        raw[place % len(raw)] = value
+    if inside:
+        with zipfile.ZipFile(path, "w") as book:
+            for name, part in parts.items():
+                book.writestr(name, bytes(part))
+    else:
+        path.write_bytes(bytes(raw))
+    try:
+        assert list(read_rows(path))
+    except DataError as error:
+        assert str(path) in error.what

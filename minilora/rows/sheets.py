@@ -6,7 +6,7 @@ import io
 import zipfile
 from datetime import date, time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DataError
 from . import json_files
@@ -15,6 +15,8 @@ from .problems import RowError, quote
 from .shapes import is_header
 
 HEADER_WITHIN = 10  # lines of a sheet that may stand above its header
+MAX_BOOK = 2 << 30  # bytes of an unpacked workbook
+CELL_ERRORS = {"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"}
 
 
 class Sheet:
@@ -97,47 +99,71 @@ def _decode_csv(raw: bytes, path: Path) -> tuple[str, str]:
 
 def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
     """The first sheet of a workbook. Lines above the header (a title over merged cells) are skipped and told."""
+    raw = path.read_bytes()
+    lines, merged = _first_sheet(path, raw)
+    at = next((i for i, cells in enumerate(lines[:HEADER_WITHIN]) if is_header(set(cells), columns)), None)
+    if at is None:
+        if not any(any(cells) for cells in lines):
+            return Sheet(path, "", "", "row", [])
+        over = next((area.name for area in merged if area.top <= HEADER_WITHIN), None)
+        more = f" ({over} is one merged cell)" if over else ""
+        what = f"{path}: no header with a question and an answer in the first sheet{more}"
+        raise DataError(what, "Name the columns prompt and response, or say --columns prompt=NAME,response=NAME.")
+    header = _header(lines[at], f"{path}, row {at + 1}")
+    named = [column for column, name in enumerate(header, 1) if name]
+    records: list[tuple[int, dict | RowError]] = []
+    for number, cells in enumerate(lines[at + 1 :], at + 2):
+        if not any(cells):
+            continue
+        where = f"{path}, row {number}"
+        part = next((area.name for area in merged if any(area.holds(number, column) for column in named)), None)
+        bad = next((text for text in cells if text in CELL_ERRORS), None)
+        if part is not None:
+            what = f"{where}: the cells {part} are merged"
+            records.append((number, RowError("merged cells", what, "Unmerge them and fill each one.")))
+        elif bad is not None:
+            records.append((number, RowError("a cell with an error", f"{where} holds {bad}", "Correct its formula.")))
+        else:
+            records.append((number, {k: v for k, v in zip(header, cells, strict=False) if k}))
+    note = f"header in row {at + 1}" if at else ""
+    return Sheet(path, hashlib.sha256(raw).hexdigest(), note, "row", records)
+
+
+class Area(NamedTuple):
+    """Cells that are merged into one: their name as A1:C1, and the rows and columns, from 1."""
+
+    name: str
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def holds(self, row: int, column: int) -> bool:
+        return self.top <= row <= self.bottom and self.left <= column <= self.right
+
+
+def _first_sheet(path: Path, raw: bytes) -> tuple[list[list[str]], list[Area]]:
+    """The cells of the first sheet as texts, and its merged areas."""
     try:
         import openpyxl
     except ImportError:
         raise DataError(
             f"{path}: openpyxl is not there", "pip install 'minilora[report]', or save it as csv."
         ) from None
-    raw = path.read_bytes()
     try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as book:
+            size = sum(part.file_size for part in book.infolist())
+        if size > MAX_BOOK:
+            raise ValueError(f"it unpacks to {size >> 20:,} MiB")
         sheet: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True).worksheets[0]
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, IndexError, OSError, SyntaxError) as error:
-        raise DataError(f"{path} is no workbook: {str(error)[:80]}", "Save it as xlsx again, or as csv.") from None
-    lines = [[_cell(c) for c in row] for row in sheet.iter_rows()]
-    at = next((i for i, cells in enumerate(lines[:HEADER_WITHIN]) if is_header(set(cells), columns)), None)
-    merged = {(r, c): area for area in map(str, sheet.merged_cells.ranges) for r, c in _inside(area)}
-    if at is None:
-        if not any(any(cells) for cells in lines):
-            return Sheet(path, "", "", "row", [])
-        over = next((area for (r, _), area in merged.items() if r <= HEADER_WITHIN), None)
-        more = f" ({over} is one merged cell)" if over else ""
-        what = f"{path}, sheet {quote(sheet.title)}: no header with a question and an answer{more}"
-        raise DataError(what, "Name the columns prompt and response, or say --columns prompt=NAME,response=NAME.")
-    header = _header(lines[at], f"{path}, row {at + 1}")
-    records: list[tuple[int, dict | RowError]] = []
-    for number, cells in enumerate(lines[at + 1 :], at + 2):
-        if not any(cells):
-            continue
-        part = next(
-            (merged[number, c] for c, t in enumerate(cells, 1) if header[c - 1] and (number, c) in merged), None
-        )
-        bad = next((t for t in cells if t.startswith("#") and t.rstrip("!?").isupper() and t[-1:] in "!?A"), None)
-        if part is not None:
-            what = f"{path}, row {number}: the cells {part} are merged"
-            records.append((number, RowError("merged cells", what, "Unmerge them and fill each one.")))
-        elif bad is not None:
-            records.append(
-                (number, RowError("a cell with an error", f"{path}, row {number} holds {bad}", "Correct its formula."))
-            )
-        else:
-            records.append((number, {k: v for k, v in zip(header, cells, strict=False) if k}))
-    note = f"header in row {at + 1}" if at else ""
-    return Sheet(path, hashlib.sha256(raw).hexdigest(), note, "row", records)
+        return [[_cell(c) for c in row] for row in sheet.iter_rows()], [
+            Area(str(r), *r.bounds) for r in sheet.merged_cells.ranges
+        ]
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 a broken workbook makes the libraries raise almost anything
+        what = f"{path} is no workbook: {' '.join(str(error).split())[:80]}"
+        raise DataError(what, "Save it as xlsx again, or as csv.") from None
 
 
 def _cell(cell: Any) -> str:
@@ -148,11 +174,3 @@ def _cell(cell: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return value.isoformat() if isinstance(value, (date, time)) else str(value)
-
-
-def _inside(area: str) -> list[tuple[int, int]]:
-    """(row, column) of every cell of a range such as A1:C1."""
-    from openpyxl.utils import range_boundaries
-
-    left, top, right, bottom = (int(n or 0) for n in range_boundaries(area))
-    return [(r, c) for r in range(top, bottom + 1) for c in range(left, right + 1)]
