@@ -134,7 +134,9 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config
     dtype = str(model.head.dtype).removeprefix("torch.")
-    model_name, chat = Path(config.model).name, data.tokenizer.template.name
+    template = data.tokenizer.template
+    model_name = Path(config.model).name
+    chat = template.name + (" (the last answer of a row is trained)" if template.last_only else "")
     lines = [
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
