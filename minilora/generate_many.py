@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.models.layers import Cache, Decoder
+from minilora.models.rotary import positions_of
 
 from .generate import GREEDY, Sampling, choose
 
@@ -30,18 +31,26 @@ class Slots(Cache):
         super().__init__(layers)
         self.slots = slots
         self.lengths: list[int] = []  # of the documents before this pass
+        self.prompt_of: list[int] = []  # of each of them the tokens of its first pass, and its bidirectional prefix
+        self.prefix_of: list[int] = []
         self.new: list[int] = []  # tokens of each new document of this pass
         self.place = self.ends = torch.empty(0)
 
     def begin(self, new: list[int], device: torch.device) -> None:
         """Get ready for a pass of new documents of these lengths or, if there are none, of a token for each document."""
         self.new, self.length = new, 0 if new else 1
+        if not new:
+            self.prompts, self.prefixes = self.prompt_of, self.prefix_of or None
         self.ends = torch.tensor(self.lengths, device=device)
         self.place = torch.arange(len(self.lengths), device=device)
 
     def finish(self) -> None:
         """The pass is through all layers."""
-        self.lengths = [*self.lengths, *self.new] if self.new else [n + 1 for n in self.lengths]
+        if self.new:
+            self.lengths = [*self.lengths, *self.new]
+            self.prompt_of, self.prefix_of = [*self.prompt_of, *self.new], [*self.prefix_of, *(self.prefixes or ())]
+        else:
+            self.lengths = [n + 1 for n in self.lengths]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [T, G, E]; returns them for new documents, else all of the documents' [n, longest, G, E]."""
@@ -83,8 +92,9 @@ class Slots(Cache):
         for store in self._store:
             for kept in store or ():
                 kept[slot, : self.lengths[last]] = kept[last, : self.lengths[last]]
-        self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
+        for of_documents in (self.lengths, self.prompt_of, self.prefix_of):
+            of_documents[slot : slot + 1] = of_documents[last:]  # nothing where there are no prefixes
+            del of_documents[last:]
 
 
 class Answer(NamedTuple):
@@ -154,9 +164,12 @@ def _pass(model: Decoder, cache: Slots, documents: list[list[int]], new: bool) -
     starts = [0] * len(documents) if new else list(cache.lengths)
     cache.begin(lengths if new else [], device)
     ids = torch.tensor([i for d in documents for i in d], device=device)
-    positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(device)
+    prefixes = [model.prefix(torch.tensor(d)) for d in documents] if new else cache.prefixes or [None] * len(documents)
+    spans = zip(starts, lengths, prefixes, strict=True)
+    positions = torch.cat([positions_of(s, s + n, p) for s, n, p in spans], dim=-1).to(device)
     ends = torch.tensor(lengths).cumsum(0)
-    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache)
+    some = [p for p in prefixes if p is not None] or None
+    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache, some)
     cache.finish()
     return F.linear(x, model.head).to(torch.promote_types(x.dtype, torch.float32))
 

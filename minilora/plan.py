@@ -41,18 +41,13 @@ class Plan:
 def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     """Steps and streams of a run, and its header. ModelError if the tokenizer has more ids than the model."""
     check_fits(data.tokenizer, model.config.vocab, Path(config.model))
-    rows_per_step = config.batch_size * config.accumulation
-    per_epoch = steps_per_epoch(len(data.train), rows_per_step)
-    epochs = config.epochs
-    if epochs is None:
-        epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
-    steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
+    steps, per_epoch, epochs = count_steps(config, len(data.train))
     plan = Plan(
         train=data.train,
         val=data.val,
         steps=steps,
         steps_per_epoch=per_epoch,
-        rows_per_step=rows_per_step,
+        rows_per_step=config.batch_size * config.accumulation,
         micro_tokens=max(config.micro_tokens or config.max_length, data.train.longest, data.val.longest),
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
@@ -65,6 +60,16 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     return Plan(**{**plan.__dict__, "header": header})
 
 
+def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
+    """(optimizer steps of a run, steps of an epoch, epochs) for so many rows."""
+    per_epoch = steps_per_epoch(rows, config.batch_size * config.accumulation)
+    epochs = config.epochs
+    if epochs is None:
+        epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
+    steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
+    return steps, per_epoch, epochs
+
+
 def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float) -> str:
     device = model.head.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -72,7 +77,9 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config
     dtype = str(model.head.dtype).removeprefix("torch.")
-    model_name, chat = Path(config.model).name, data.tokenizer.template.name
+    template = data.tokenizer.template
+    model_name = Path(config.model).name
+    chat = template.name + (" (the last answer of a row is trained)" if template.last_only else "")
     lines = [
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",

@@ -76,13 +76,21 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 
 
 def _load(config: TrainConfig) -> Decoder:
-    full = config.method == "full"
-    dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     device = None if config.device == "auto" else config.device
-    model = load_model(config.model, torch.float32 if full else dtype, device)
+    return prepare(load_model(config.model, base_dtype(config), device), config)
+
+
+def base_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What a run loads the model in; None is the checkpoint's own."""
+    dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    return torch.float32 if config.method == "full" else dtype
+
+
+def prepare(model: Decoder, config: TrainConfig) -> Decoder:
+    """Make a loaded model what the run trains: adapters in place, or every weight freed."""
     if model.head.dtype == torch.float16:
         model.to(torch.bfloat16)  # gradients would underflow in fp16
-    if full:
+    if config.method == "full":
         model.requires_grad_(True)
     else:
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from minilora.kernels.rope import rope
 
+from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Config, Decoder, Names, Place, inverse_frequencies
+from .layers import Cache, Decoder, Names, Place
+from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5
@@ -81,6 +83,17 @@ class ChatGLM(Decoder):
         """Rounded to fp16, as the published weights were trained; the angles are fp32."""
         exact, factor = inverse_frequencies(self.config, device, torch.float32)
         return exact.half().to(torch.promote_types(dtype, torch.float32)), factor
+
+    def place(
+        self,
+        positions: Tensor,
+        seams: list[int],
+        dtype: torch.dtype,
+        prefixes: list[int] | None = None,
+        cache: Cache | None = None,
+    ) -> Place:
+        assert positions.dim() == 2 and prefixes is not None, "ChatGLM-6B needs two rows of positions, and prefixes"
+        return super().place(positions, seams, dtype, prefixes, cache)
 
     def prefix(self, ids: Tensor) -> int:
         starts = (ids == self.sop).nonzero()

@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minilora.kernels.rms_norm import rms_norm
 from minilora.kernels.rope import rope
-from minilora.kernels.swiglu import swiglu
+from minilora.kernels.swiglu import swiglu_fused
 
+from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Config, Decoder, Names, Place, RMSNorm
+from .layers import Decoder, Names, Place, RMSNorm
 
 NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -25,6 +27,11 @@ NAMES = Names(
     norm="transformer.encoder.final_layernorm",
     head="transformer.output_layer",
 )
+
+
+class Norm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, once=True)
 
 
 class Attention(nn.Module):
@@ -49,15 +56,15 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(swiglu(*self.dense_h_to_4h(x).chunk(2, dim=-1)))
+        return self.dense_4h_to_h(swiglu_fused(self.dense_h_to_4h(x)))
 
 
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.input_layernorm = Norm(c.width, c.eps)
         self.self_attention = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.post_attention_layernorm = Norm(c.width, c.eps)
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
@@ -66,7 +73,7 @@ class Block(nn.Module):
 
 
 def decoder(c: Config) -> Decoder:
-    return Decoder(c, Block, names=NAMES)
+    return Decoder(c, Block, Norm, NAMES)
 
 
 def config(j: dict[str, Any]) -> Config:
@@ -75,7 +82,7 @@ def config(j: dict[str, Any]) -> Config:
     Raises ValueError naming the key for what is not supported.
     """
     only(
-        j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
+        {"multi_query_attention": False} | j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
         apply_residual_connection_post_layernorm=False, original_rope=True,
     )  # fmt: skip
     layers, width = whole(j, "num_layers", most=1000), whole(j, "hidden_size")

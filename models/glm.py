@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .config import Config
 from .config_json import dtype_of, only, positive, rope_of, rotary_of, whole
-from .layers import Attention, Config, Decoder, GateUpMLP, Place, RMSNorm
+from .layers import Attention, Decoder, GateUpMLP, Place, RMSNorm
 
 
 class Block(nn.Module):

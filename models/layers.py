@@ -1,14 +1,15 @@
 """The layers that the families share, and the Decoder that stacks them.
 
 Names of modules and parameters are the checkpoint's, so that loading needs no map and adapter keys are PEFT's.
-Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
+Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, P of its elements that turn,
+F ffn width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -19,45 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from minilora.kernels.attention import attention, attention_cached
 from minilora.kernels.rms_norm import rms_norm
 from minilora.kernels.rope import rope, rope_angles
-from minilora.kernels.swiglu import swiglu
+from minilora.kernels.swiglu import swiglu, swiglu_fused
 
-
-@dataclass(frozen=True)
-class Yarn:
-    """Context extension by interpolating the slow frequencies only (Peng et al., 2023, "YaRN")."""
-
-    factor: float
-    original_length: int
-    beta_fast: float
-    beta_slow: float
-    attention_factor: float
-    truncate: bool
-
-
-@dataclass(frozen=True)
-class Config:
-    """The sizes and switches of one checkpoint, read from its config.json."""
-
-    family: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn: int
-    vocab: int
-    eps: float
-    rope_theta: float
-    rope_scale: float  # positions are divided by it
-    yarn: Yarn | None
-    rotary: int  # how many elements of a head turn, from the first on
-    interleaved: bool  # the pairs that turn are (2i, 2i + 1), not (i, i + rotary / 2)
-    windows: tuple[int | None, ...]  # a layer: how many keys a query sees, None for all
-    qkv_bias: bool
-    qk_norm: bool
-    tied: bool
-    max_positions: int
-    dtype: torch.dtype
+from .config import Config
+from .rotary import inverse_frequencies, positions_of
 
 
 class RMSNorm(nn.Module):
@@ -68,39 +34,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Rotary frequencies [P/2] in fp32 (fp64 if dtype is) and the factor on cos and sin, YaRN applied; P is c.rotary."""
-    wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, c.rotary, 2, device=device, dtype=torch.int64).to(wide) / c.rotary
-    frequencies = 1.0 / c.rope_theta**exponents / c.rope_scale
-    yarn = c.yarn
-    if yarn is None:
-        return frequencies, 1.0
-
-    def dimension(rotations: float) -> float:  # the dimension that turns so often over the original length
-        return c.rotary * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-
-    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.rotary - 1)
-    ramp = (torch.arange(c.rotary // 2, device=device, dtype=wide) - low) / max(high - low, 0.001)
-    slow = ramp.clamp(0, 1)
-    return frequencies / yarn.factor * slow + frequencies * (1 - slow), yarn.attention_factor
-
-
-def positions_of(start: int, end: int, prefix: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Positions int64 [n] of the tokens from start to end of a document; [2, n] where it has a bidirectional prefix.
-
-    Then the first row counts the prefix and stands still at its last token, and the second row counts what follows from 1
-    (the 2-D positions of GLM; Du et al., 2022).
-    """
-    place = torch.arange(start, end, device=device)
-    if prefix is None:
-        return place
-    return torch.stack((place.clamp(max=prefix - 1), (place - prefix + 1).clamp(min=0)))
 
 
 @dataclass
@@ -128,8 +61,8 @@ class Cache:
 
     def __init__(self, layers: int):
         self.length = 0
-        self.prompt = 0  # tokens of the first pass
-        self.prefix: int | None = None  # how many of them see each other, where not all is causal
+        self.prompts: list[int] = []  # tokens of the first pass, of each document
+        self.prefixes: list[int] | None = None  # how many of them see each other, where not all is causal
         self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +131,7 @@ class GateUpMLP(nn.Module):
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*self.gate_up_proj(x).chunk(2, dim=-1)))
+        return self.down_proj(swiglu_fused(self.gate_up_proj(x)))
 
 
 class Names(NamedTuple):
@@ -266,7 +199,7 @@ class Decoder(nn.Module):
         (`positions_of`). seams are the bounds of the documents; with a cache the stream is one document that goes on from it.
         """
         if cache is not None and cache.length == 0:
-            cache.prompt, cache.prefix = ids.shape[0], prefixes[0] if prefixes else None
+            cache.prompts, cache.prefixes = [end - start for start, end in pairwise(seams)], prefixes
         x = self.embedding(ids)
         place = self.place(positions, seams, x.dtype, prefixes, cache)
         for block in self.blocks:
@@ -304,11 +237,14 @@ class Decoder(nn.Module):
         `last` makes those of the last token alone, [1, V].
         """
         start = 0 if cache is None else cache.length
-        prefix = cache.prefix if cache is not None and start else self.prefix(ids)
-        end = start + ids.shape[0]
+        if cache is not None and start:
+            prefixes = cache.prefixes
+        else:
+            prefix = self.prefix(ids)
+            prefixes = None if prefix is None else [prefix]
+        positions = positions_of(start, start + ids.shape[0], prefixes[0] if prefixes else None, ids.device)
         rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
-        prefixes = None if prefix is None else [prefix]
-        x = self(ids, positions_of(start, end, prefix, ids.device), [0, ids.shape[0]], rows, cache, prefixes)
+        x = self(ids, positions, [0, ids.shape[0]], rows, cache, prefixes)
         return F.linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
 
 

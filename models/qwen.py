@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .config import Config
 from .config_json import dtype_of, positive, rope_of, whole
-from .layers import MLP, Attention, Config, Decoder, Place, RMSNorm
+from .layers import MLP, Attention, Decoder, Place, RMSNorm
 
 
 class Block(nn.Module):

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from minilora.kernels.rope import rope, rope_angles
 from minilora.kernels.swiglu import swiglu
 
+from .config import Config
 from .config_json import DTYPES, dtype_of, only, positive, whole
-from .layers import Cache, Config, Decoder, Names, Place, RMSNorm, inverse_frequencies
+from .layers import Cache, Decoder, Names, Place, RMSNorm
+from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
 # what the first revision of August 2023 called its keys
@@ -91,7 +93,7 @@ class Qwen1(Decoder):
         if self.training:
             return place
         lengths = [end - start for start, end in pairwise(seams)]
-        bases = [self._base(length if cache is None else cache.prompt) for length in lengths]
+        bases = [self._base(length) for length in (lengths if cache is None else cache.prompts)]
         if any(base != self.config.rope_theta for base in bases):
             angles = []
             for base, part in zip(bases, positions.split(lengths), strict=True):

@@ -41,6 +41,7 @@ CALLS: dict[str, tuple[Callable, Callable, tuple[int, ...], dict[str, Any], tupl
     "add_rms_norm 4096 once": (rms_norm.add_rms_norm, rms_norm.add_example, (4096,), {"once": True}, (0, 1)),
     "add_rms_norm 8192 trained": (rms_norm.add_rms_norm, rms_norm.add_example, (8192,), {}, (0, 1, 2)),
     "swiglu 4864": (swiglu.swiglu, swiglu.example, (4864,), {}, (0, 1)),
+    "swiglu_fused 13696": (swiglu.swiglu_fused, swiglu.fused_example, (13696,), {}, (0,)),
     "rope 2x64": (rope.rope, rope.example, (2, 64), {}, (0,)),
     "rope 28x128": (rope.rope, rope.example, (28, 128), {}, (0,)),
     "rope 32x128 of which 64 interleaved": (rope.rope, rope.example, (32, 128), GLM, (0,)),

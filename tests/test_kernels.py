@@ -36,22 +36,26 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+) -> Tensor:
     """Attention as transformers writes it out: the GEMMs in the dtype of q, the softmax in fp32."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    seen = attention_mask(seams, window)
+    seen = attention_mask(seams, window, prefixes)
     scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
     return torch.einsum("hqk,khe->qhe", weights, v)
 
 
-def attention_mask(seams: list[int], window: int | None) -> Tensor:
-    """[T, T], true where a query may look, by the definition and one entry at a time."""
+def attention_mask(seams: list[int], window: int | None, prefixes: list[int] | None) -> Tensor:
+    """[T, T], true where a query may look, by the definition and one document at a time."""
     mask = torch.zeros(seams[-1], seams[-1], dtype=torch.bool)
-    for start, end in pairwise(seams):
+    for i, (start, end) in enumerate(pairwise(seams)):
         for q in range(start, end):
             mask[q, max(start, 0 if window is None else q - window + 1) : q + 1] = True
+        prefix = slice(start, start + (prefixes[i] if prefixes else 0))
+        mask[prefix, prefix] = True
     return mask
 
 
@@ -84,6 +88,10 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         torch.manual_seed(0)
         args = rms_norm.add_example(*shape, *form)[0]
         return Case(side_by_side(rms_norm.add_rms_norm), side_by_side(rms_norm.add_rms_norm_ref), args, (0, 1, 2))
+    if name == "swiglu_fused":
+        torch.manual_seed(0)
+        args = swiglu.fused_example(*((3, 7) if small else (37, 101)), dtype)[0]
+        return Case(swiglu.swiglu_fused, swiglu.swiglu_fused_ref, args, (0,))
     if name == "swiglu":
         args = example(swiglu, *((3, 7) if small else (37, 101)), dtype)
         return Case(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
@@ -100,8 +108,10 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         return Case(rope.rope, rope.rope_ref, args, (0,))
     if name.startswith("attention"):
         window = 5 if name == "attention_window" else None
+        prefixes = ([2, 1] if small else [7, 1, 0, 7]) if name == "attention_prefix" else None
         args = example(attention, *(([2, 3], 2, 1, 4) if small else ([13, 1, 31, 7], 6, 2, 26)), dtype)
-        return Case(attention.attention, attention.attention_ref, (*args, window), (0, 1, 2), plain_attention)
+        args = (*args, window, prefixes)
+        return Case(attention.attention, attention.attention_ref, args, (0, 1, 2), plain_attention)
     if name.startswith("lora_linear"):
         args = lora_arguments(*((3, 7, 5, 2) if small else (37, 61, 53, 3)), dtype)
         p = 0.3 if name == "lora_linear_dropout" else 0.0
@@ -131,8 +141,9 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 
 
 NAMES = [
-    "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
-    "linear_cross_entropy",
+    "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "swiglu_fused",
+    "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "attention_prefix",
+    "lora_linear", "lora_linear_dropout", "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
 
@@ -332,6 +343,38 @@ def test_swiglu_of_any_shape(rows: int, n: int, dtype: torch.dtype):
     check_op(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
 
 
+@few
+@given(st.integers(1, 40), size, wide_dtype)
+def test_swiglu_fused_of_any_shape(rows: int, n: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    args = swiglu.fused_example(rows, n, dtype)[0]
+    check_op(swiglu.swiglu_fused, swiglu.swiglu_fused_ref, args, (0,))
+
+
+@dtypes
+def test_swiglu_fused_is_swiglu_of_its_halves_bit_for_bit(dtype: torch.dtype):
+    """Any rank; the gradient is one whole tensor, not two that autograd pads and adds."""
+    gu = torch.randn(5, 7, 202).to(dtype)
+    g, u = gu.chunk(2, dim=-1)
+    dh = upstream(g)
+    out, dgu = run(swiglu.swiglu_fused, (gu,), (0,), dh)
+    halves, dg, du = run(swiglu.swiglu, (g, u), (0, 1), dh)
+    assert torch.equal(out, halves) and torch.equal(dgu, torch.cat((dg, du), dim=-1))
+    assert dgu.is_contiguous()
+
+
+def test_swiglu_refuses_what_does_not_fit():
+    g, u = example(swiglu, 3, 7, torch.float32)
+    with pytest.raises(ValueError, match="swiglu: g .* one shape"):
+        swiglu.swiglu(g, u[:1])
+    with pytest.raises(ValueError, match="swiglu: g is torch.float32 on cpu, u torch.float16"):
+        swiglu.swiglu(g, u.half())
+    with pytest.raises(ValueError, match="swiglu_fused: gu .* it takes"):
+        swiglu.swiglu_fused(g)
+    with pytest.raises(ValueError, match="swiglu_fused: gu is torch.int32"):
+        swiglu.swiglu_fused(g.int())
+
+
 @dtypes
 def test_swiglu_far_out(dtype: torch.dtype):
     """exp must not overflow where the sigmoid is 0 or 1."""
@@ -431,24 +474,40 @@ def test_attention_of_any_documents(lengths: list[int], heads: tuple[int, int], 
     check_op(attention.attention, attention.attention_ref, (*args, window), (0, 1, 2), plain_attention)
 
 
-def test_attention_reference_sees_what_the_definition_says():
+@few
+@given(
+    st.lists(st.tuples(st.integers(1, 19), st.integers(0, 19)), min_size=1, max_size=5),
+    st.sampled_from([(4, 4), (6, 2), (5, 1)]),
+    wide_dtype,
+)
+def test_attention_with_any_prefixes(documents: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype):
+    args = example(attention, [n for n, _ in documents], *heads, 10, dtype)
+    prefixes = [min(pair) for pair in documents]
+    check_op(attention.attention, attention.attention_ref, (*args, None, prefixes), (0, 1, 2), plain_attention)
+
+
+@pytest.mark.parametrize("window, prefixes", [(2, None), (None, [2, 0, 4]), (None, [3, 1, 6])])
+def test_attention_reference_sees_what_the_definition_says(window: int | None, prefixes: list[int] | None):
     """The mask of the specification, read off with values that are one-hot."""
-    lengths, window = [3, 1, 6], 2
+    seams = seams_of([3, 1, 6])
     q, v = torch.zeros(10, 1, 10), torch.eye(10)[:, None]
-    seen = attention.attention_ref(q, q, v, seams_of(lengths), window)[:, 0] > 0
-    assert torch.equal(seen, attention_mask(seams_of(lengths), window))
+    seen = attention.attention_ref(q, q, v, seams, window, prefixes)[:, 0] > 0
+    assert torch.equal(seen, attention_mask(seams, window, prefixes))
 
 
 @dtypes
-@pytest.mark.parametrize("window", [None, 4])
-def test_packed_documents_are_each_document_alone_bit_for_bit(dtype: torch.dtype, window: int | None):
+@pytest.mark.parametrize("window, prefixes", [(None, None), (4, None), (None, [5, 1, 0, 31])])
+def test_packed_documents_are_each_document_alone_bit_for_bit(
+    dtype: torch.dtype, window: int | None, prefixes: list[int] | None
+):
     lengths = [13, 1, 5, 31]
     q, k, v, seams = example(attention, lengths, 6, 2, 26, dtype)
     dy = upstream(q)
-    packed = run(attention.attention, (q, k, v, seams, window), (0, 1, 2), dy)
-    for start, end in pairwise(seams):
+    packed = run(attention.attention, (q, k, v, seams, window, prefixes), (0, 1, 2), dy)
+    for i, (start, end) in enumerate(pairwise(seams)):
         own = [x[start:end].clone() for x in (q, k, v)]
-        alone = run(attention.attention, (*own, [0, end - start], window), (0, 1, 2), dy[start:end])
+        prefix = prefixes and prefixes[i : i + 1]
+        alone = run(attention.attention, (*own, [0, end - start], window, prefix), (0, 1, 2), dy[start:end])
         assert all(torch.equal(whole[start:end], part) for whole, part in zip(packed, alone, strict=True))
 
 
@@ -480,6 +539,19 @@ def test_cached_attention_is_the_end_of_the_whole(dtype: torch.dtype, groups: in
             (q, k, v), (0, 1, 2),
             lambda q, k, v, n=n: plain_attention(q, k, v, seams, window)[-n:],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 17, 23])
+def test_cached_attention_after_a_prefix(prefix: int):
+    """The first call takes the whole prefix at once; what follows is causal."""
+    q, k, v, seams = example(attention, [23], 4, 4, 10, torch.float64)
+    whole = attention.attention_ref(q, k, v, seams, None, [prefix])
+    first = max(prefix, 1)
+    parts = [attention.attention_cached(q[:first], k[:first], v[:first], None, prefix)]
+    for start in range(first, 23, 3):
+        seen = slice(0, start + 3)
+        parts.append(attention.attention_cached(q[start : start + 3], k[seen], v[seen], None, prefix))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-12)
 
 
 # lora_linear

@@ -8,13 +8,18 @@ from .shared_flags import definitions
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
+    setting_flags(parser)
+
+
+def setting_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting of a training run."""
     from dataclasses import fields
 
     from ..config import TrainConfig, defaults, kind_name
 
-    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
     for f in fields(TrainConfig):
         flag, default = "--" + f.name.replace("_", "-"), defaults()[f.name]
         shown = "" if default in ("", None, {}) else f" [{'off' if default is False else default}]"
@@ -29,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from ..config import read_yaml, resolve
 
     flags = {k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")}
-    flags |= _foreign_flags(args.rest)
+    flags |= foreign_flags(args.rest)
     if "define" in flags:
         flags["define"] = definitions(flags["define"])
     if args.resume and args.overwrite:
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _foreign_flags(rest: list[str]) -> dict[str, Any]:
+def foreign_flags(rest: list[str]) -> dict[str, Any]:
     """Flags under names known from other tools; UsageError with the nearest name for an unknown one."""
     from ..config import canonical
 

@@ -53,6 +53,10 @@ OPS = {
         swiglu.swiglu, swiglu.swiglu_ref, swiglu.example,
         [(1, 1), (1, 257), (13, 101), (7, 11), (5, 128), (3, 4099)], (0, 1),
     ),
+    "swiglu_fused": Op(
+        swiglu.swiglu_fused, swiglu.swiglu_fused_ref, swiglu.fused_example,
+        [(1, 1), (1, 257), (13, 101), (5, 128), (3, 1025)], (0,),
+    ),
     "rope": Op(
         rope.rope, rope.rope_ref, rope.example,
         [(1, 1, 2), (1, 7, 258), (11, 3, 26), (7, 1, 6), (5, 28, 128), (3, 17, 514)], (0,),
