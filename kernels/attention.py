@@ -244,14 +244,11 @@ def _checked(
     return _Sight(tuple(seams), window, None if prefixes is None else tuple(prefixes))
 
 
-def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, prefix: int = 0) -> Tensor:
-    """The last T tokens of one document attend to all its L keys so far: q [T, H, E], k, v [L, G, E] -> [T, H, E].
-
-    The document's first `prefix` tokens all see each other.
-    """
+def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """The last T tokens of one document attend to all its L keys so far: q [T, H, E], k, v [L, G, E] -> [T, H, E]."""
     if q.shape[0] == 1:
         return _one_query(q, *((k, v) if window is None else (k[-window:], v[-window:])))
-    return _sdpa(q, k, v, _mask(q.shape[0], k.shape[0], window, prefix, q.device))
+    return _sdpa(q, k, v, _mask(q.shape[0], k.shape[0], window, 0, q.device))
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

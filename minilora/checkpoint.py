@@ -21,7 +21,8 @@ from torch import Tensor
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
+from minilora.models.layers import lay_together
 
 from .durable import staged_folder
 from .errors import ModelError, UsageError
@@ -143,6 +144,7 @@ def load_model(
     tensors = Tensors(folder)
     check_shapes(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
+    lay_together(model)
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)

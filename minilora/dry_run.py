@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .data import Batch
 from .evaluate import batch_loss

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 
 from minilora.models.config import Config
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .data import Batch
 from .lora import adapters, linears

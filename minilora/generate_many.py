@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.models.layers import Cache, Decoder
+from minilora.models.decoder import Decoder
+from minilora.models.place import Cache
 from minilora.models.rotary import positions_of
 
 from .generate import GREEDY, Sampling, choose

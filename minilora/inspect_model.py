@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .checkpoint import COMPANIONS, INDEX, Tensors, check_folder, check_shapes, empty_model, read_config, read_json
 from .errors import ModelError

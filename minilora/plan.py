@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from . import __version__
 from .checkpoint import fingerprint

@@ -24,7 +24,9 @@ from minilora.kernels.rope import rope
 
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Cache, Decoder, Names, Place
+from .decoder import Decoder, Names
+from .layers import BaseBlock, FeedForward
+from .place import Cache, Place
 from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
@@ -49,17 +51,21 @@ class Attention(nn.Module):
         return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(FeedForward):
+    last = "dense_4h_to_h"
+
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(c.width, c.ffn)
         self.dense_4h_to_h = nn.Linear(c.ffn, c.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense_h_to_4h(x), approximate="tanh")
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
+    alpha = ALPHA
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(c.width, c.eps)
@@ -67,11 +73,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         a = self.input_layernorm(x)
-        h = torch.add(self.attention(a, place), a, alpha=ALPHA)
-        b = self.post_attention_layernorm(h)
-        return torch.add(self.mlp(b), b, alpha=ALPHA)
+        b = self.post_attention_layernorm(torch.add(self.attention(a, place), a, alpha=ALPHA))
+        return b, b
 
 
 class ChatGLM(Decoder):

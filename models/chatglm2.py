@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.kernels.rms_norm import rms_norm
 from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu_fused
 
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Decoder, Names, Place, RMSNorm
+from .decoder import Decoder, Names
+from .layers import BaseBlock, FeedForward, RMSNorm
+from .place import Place
 
 NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -30,8 +31,7 @@ NAMES = Names(
 
 
 class Norm(RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, once=True)
+    once = True
 
 
 class Attention(nn.Module):
@@ -49,17 +49,19 @@ class Attention(nn.Module):
         return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(FeedForward):
+    last = "dense_4h_to_h"
+
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(c.width, 2 * c.ffn, bias=False)
         self.dense_4h_to_h = nn.Linear(c.ffn, c.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(swiglu_fused(self.dense_h_to_4h(x)))
+    def hidden(self, x: Tensor) -> Tensor:
+        return swiglu_fused(self.dense_h_to_4h(x))
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = Norm(c.width, c.eps)
@@ -67,9 +69,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        x = x + self.self_attention(self.input_layernorm(x), place)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        return self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), place), x)
 
 
 def decoder(c: Config) -> Decoder:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minilora import save_model
 from minilora.checkpoint import FAMILIES
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
+from minilora.models.layers import lay_together
 
 
 def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:
@@ -112,12 +113,13 @@ def config_json(family: str, **changes: Any) -> dict[str, Any]:
 def tiny(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Decoder:
     """A frozen Decoder with random weights, norms and biases too, so that none can be forgotten unseen."""
     module = FAMILIES[family]
-    model = module.decoder(module.config(config_json(family, **changes)))
+    model = module.decoder(module.config(config_json(family, **changes))).to(dtype).requires_grad_(False).eval()
+    lay_together(model)  # as the loader does
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         scale = 1.0 if p.dim() == 1 and name.endswith("weight") else 0.0  # of a norm
-        p.data = 0.2 * torch.randn(p.shape, generator=generator) + scale
-    return model.to(dtype).requires_grad_(False).eval()
+        p.copy_(0.2 * torch.randn(p.shape, generator=generator) + scale)
+    return model
 
 
 def tiny_folder(folder: Path, family: str = "qwen2", seed: int = 0, **changes: Any) -> Path:

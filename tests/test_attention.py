@@ -36,7 +36,7 @@ def test_what_is_kept_gives_the_bits_of_the_plain_call(
 ):
     q, k, v, seams = packed(dtype, lengths)
     form = seams, window, prefixes and [sum(prefixes)] if len(lengths) == 1 else prefixes
-    kept = attention_forward(q, k, v, *form)
+    kept = attention_forward(q.requires_grad_(), k, v, *form)
     assert not kept[0].requires_grad
     plain = run(attention, (q, k, v, *form), (0, 1, 2), upstream(q))
     again = run(lambda *a: attention(*a, kept=kept), (q, k, v, *form), (0, 1, 2), upstream(q))
@@ -86,8 +86,8 @@ def test_a_kept_output_that_was_written_to_is_refused():
 def test_without_flash_attention(no_flash: None, dtype: torch.dtype, window: int | None, prefixes: list[int] | None):
     """One scaled dot product a document; there is no log-sum-exp to keep, and the kept form attends again."""
     q, k, v, seams = packed(dtype)
-    out, lse = attention_forward(q, k, v, seams, window, prefixes)
-    assert lse is None
+    out, lse = attention_forward(q.requires_grad_(), k, v, seams, window, prefixes)
+    assert lse is None and not out.requires_grad
     plain = run(attention, (q, k, v, seams, window, prefixes), (0, 1, 2), upstream(q))
     assert torch.equal(plain[0], out)
     again = run(lambda *a: attention(*a, kept=(out, lse)), (q, k, v, seams, window, prefixes), (0, 1, 2), upstream(q))

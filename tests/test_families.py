@@ -21,7 +21,9 @@ from minilora.generate import Sampling, generate
 from minilora.generate_many import generate_many
 from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
-from minilora.models.layers import Cache, Decoder, RMSNorm
+from minilora.models.decoder import Decoder
+from minilora.models.layers import RMSNorm
+from minilora.models.place import Cache
 from minilora.models.rotary import positions_of
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.train import learning_rate, train_step
