@@ -8,10 +8,11 @@ there. With `keep_attention` the output of attention is kept too, [T, H, E] and 
 from dataclasses import replace
 
 import torch
-from minilora.kernels.lora_linear_group import lora_linear_group_gradients
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from minilora.kernels.lora_linear_group import lora_linear_group_gradients
 
 from .layers import BaseBlock, projection
 from .place import Place
