@@ -71,4 +71,4 @@ def _last_gradients(last: nn.Module, h: Tensor, dy: Tensor) -> tuple[Tensor | No
     dh, trained = lora_linear_group_gradients(h.detach(), [part], [dy], h.requires_grad)
     if part.adapter is None:
         return dh, {}
-    return dh, {id(t): d for t, d in zip(part.adapter[:2], trained, strict=True)}
+    return dh, {id(t): d for t, d in zip(part.adapter[:2], trained, strict=True) if d is not None}

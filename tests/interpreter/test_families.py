@@ -35,7 +35,8 @@ def test_a_model_on_its_kernels(family: str, checkpointing: bool):
     assert len(ours) == len(truth) > 10
     # through two layers the error of a single tensor is chance; that of all of them together is a yardstick
     scales = [exact.abs().max() for exact in truth]
-    as_wrong_as(*(together(tensors, scales) for tensors in (ours, plain, truth)), family)
+    found, yard, exact = (together(tensors, scales) for tensors in (ours, plain, truth))
+    as_wrong_as(found, yard, exact, family)
 
 
 def together(tensors: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
