@@ -13,6 +13,7 @@ from .checkpoint import fingerprint
 from .config import TrainConfig
 from .data import Examples, steps_per_epoch
 from .dataset import Data
+from .kernel_paths import kernel_paths
 from .lora import adapters, base_parameters
 from .snapshot import trained_parameters
 from .tokenizer import check_fits
@@ -94,6 +95,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
             f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
         )
     indent = "\n        "
+    lines.append("kernels " + indent.join(kernel_paths(model, device)))
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(
