@@ -3,8 +3,10 @@
 import hashlib
 import math
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,6 +115,25 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     )
     header = _header(config, data, model, plan, epochs)
     return Plan(**{**plan.__dict__, "header": header})
+
+
+def data_record(data: Data, plan: Plan) -> dict[str, Any]:
+    """What became of a run's rows, for data.json: counts, what was dropped and why, lengths as {tokens: rows}, hashes."""
+    masked, trained = (Counter(n) for n in zip(*((len(e.ids) - e.trained, e.trained) for e in plan.train), strict=True))
+    return {
+        "rows": data.report.rows,
+        "dropped": dict(data.report.dropped),
+        "train_rows": len(plan.train),
+        "val_rows": len(plan.val),
+        "tokens": sum(len(e.ids) for e in plan.train),
+        "trained": sum(e.trained for e in plan.train),
+        "masked_lengths": dict(sorted(masked.items())),
+        "trained_lengths": dict(sorted(trained.items())),
+        "steps": plan.steps,
+        "train_hash": _hash(plan.train),
+        "val_hash": _hash(plan.val),
+        "base": plan.base,
+    }
 
 
 def _hash(examples: list[Example]) -> str:

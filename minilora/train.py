@@ -7,6 +7,7 @@ micro-batches. Order, learning rate and dropout are functions of the step, so a 
 the same bits as one that was never stopped.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
-from .plan import load_data, make_plan
+from .plan import data_record, load_data, make_plan
 from .plot import plot_loss
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
@@ -61,6 +62,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             clear(folder)
         check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
+        write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, monitor, stop)
