@@ -98,6 +98,8 @@ COMMANDS = {
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
+    "compare": "runs side by side on one page: settings, losses, scores with p, answers",
+    "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }
 

@@ -8,7 +8,7 @@ from .html import escape, page, table
 
 STYLE = """
 .legend span { margin-right: 1.2rem; white-space: nowrap } .warning { border-left: 4px solid var(--bad); padding-left: .7rem }
-.note { border-left: 4px solid var(--line); padding-left: .7rem } .wide svg { min-width: 34rem }
+.note { border-left: 4px solid var(--line); padding-left: .7rem } .wide > svg { min-width: 34rem }
 """
 
 
@@ -45,7 +45,7 @@ class Document:
 
     def verbatim(self, text: str) -> None:
         """A text as it is, line by line."""
-        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)))
+        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
         self.add(f'<div class="text">{escape(text)}</div>', f"{fence}\n{text}\n{fence}")
 
     def add(self, html: str, markdown: str = "") -> None:

@@ -32,6 +32,7 @@ from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
 from .plan import data_record, load_data, make_plan
 from .plot import plot_loss
+from .report import report_quietly
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
 from .snapshot import trained_parameters
@@ -238,7 +239,12 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
     if at.best_step is not None:
         where = run.checkpoints / "best" if at.best_step else "before training"
         lines.append(f"best    validation loss {at.best_loss:.4f} at step {at.best_step}: {where}")
-    lines += [f"{result.name:<7} {result}", f"loss    {plot_loss(run.folder)}", ""]
+    lines += [
+        f"{result.name:<7} {result}",
+        f"loss    {plot_loss(run.folder)}",
+        f"report  {report_quietly(run.folder)}",
+        "",
+    ]
     if run.plan.full:
         lines.append("  " + shell("chat", "--model", result))
     else:

@@ -79,7 +79,7 @@ def test_metrics_count_what_was_trained(run):
 def test_the_run_folder(run):
     folder, _ = run
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    assert names - {"loss.png"} == {"adapter", "checkpoints", "config.yaml", "data.json", "metrics.jsonl"}
+    assert names - {"loss.png", "report.html"} == {"adapter", "checkpoints", "config.yaml", "data.json", "metrics.jsonl"}
     assert {p.name for p in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
