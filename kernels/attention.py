@@ -3,8 +3,9 @@
     out[t] = softmax(q[t] K^T / sqrt(E)) V    over the keys of t's own document at or before t
 
 q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), seams [S + 1] the documents' bounds in the stream
-(cu_seqlens). `window` limits a query to the last `window` keys, itself included. The work is torch's fused scaled dot
-product, one call a document: a block mask over the whole stream would cost T^2.
+(cu_seqlens). `window` limits a query to the last `window` keys, itself included. With prefixes, the first prefixes[i] tokens
+of document i see each other (prefix LM). The work is torch's fused scaled dot product, one call a document: a block mask over
+the whole stream would cost T^2.
 """
 
 from itertools import pairwise
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None) -> Tensor:
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+) -> Tensor:
     """The specification: one [T, T] mask, softmax in fp32 or wider."""
     tokens, heads, size = q.shape
     k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
@@ -23,32 +26,41 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int
     seen = (document[:, None] == document) & (place[:, None] >= place)
     if window is not None:
         seen &= place[:, None] - place < window
+    if prefixes is not None:
+        ends = torch.tensor([start + n for start, n in zip(seams, prefixes, strict=False)], device=q.device)[document]
+        seen |= (document[:, None] == document) & (place < ends)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhe,khe->hqk", q.to(wide), k.to(wide)) * size**-0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khe->qhe", weights, v.to(wide)).to(q.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+) -> Tensor:
     """Attend within each document of the stream: q [T, H, E], k, v [T, G, E] -> [T, H, E]."""
     assert seams[0] == 0 and seams[-1] == q.shape[0], (seams, q.shape)
     lengths = [end - start for start, end in pairwise(seams)]
+    bounds = [0] * len(lengths) if prefixes is None else prefixes
     if len(lengths) == 1:
-        return _one_document(q, k, v, window)
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_one_document(*part, window) for part in parts])
+        return _one_document(q, k, v, window, bounds[0])
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), bounds, strict=True)
+    return torch.cat([_one_document(*part[:3], window, part[3]) for part in parts])
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """The last T tokens of one document attend to all its L keys so far: q [T, H, E], k, v [L, G, E] -> [T, H, E]."""
     if k.shape[0] == q.shape[0]:
-        return _one_document(q, k, v, window)
+        return _one_document(q, k, v, window, 0)
     if q.shape[0] == 1:
         return _one_query(q, *((k, v) if window is None else (k[-window:], v[-window:])))
     return _sdpa(q, k, v, mask=_causal_mask(q.shape[0], k.shape[0], window, q.device))
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _one_document(q: Tensor, k: Tensor, v: Tensor, window: int | None, prefix: int) -> Tensor:
+    if prefix:
+        place = torch.arange(q.shape[0], device=q.device)
+        return _sdpa(q, k, v, mask=(place <= place[:, None]) | (place < prefix))
     if window is not None and window < q.shape[0]:
         return _sdpa(q, k, v, mask=_causal_mask(q.shape[0], q.shape[0], window, q.device))
     return _sdpa(q, k, v, mask=None)

@@ -1,4 +1,4 @@
-"""Triton or torch: the one switch that every operation asks."""
+"""What every operation asks first: Triton or torch, and whether its tensors belong together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +13,18 @@ _on = True
 def use_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton kernels: all on a GPU, or under Triton's interpreter."""
     return _on and HAVE_TRITON and (INTERPRETED or all(t.is_cuda for t in tensors))
+
+
+def agree(op: str, **tensors: Tensor) -> None:
+    """ValueError if the tensors of an operation have not one floating-point dtype and one device."""
+    (first, x), *others = tensors.items()
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {first} is {x.dtype}; it takes floating-point numbers")
+    for name, t in others:
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{op}: {first} is {x.dtype} on {x.device}, {name} {t.dtype} on {t.device}; both must be one"
+            )
 
 
 @contextmanager

@@ -1,10 +1,17 @@
-"""RMS norm: y = w * cast(x / sqrt(mean(x^2) + eps)), rows of x [..., N], w [N] (Zhang and Sennrich, 2019).
+"""RMS norm: y = (offset + w) * x / sqrt(mean(x^2) + eps), rows of x [..., N], w [N] (Zhang and Sennrich, 2019).
 
-The statistics and the normalised row are fp32 (fp64 for fp64 input); the row is rounded to the dtype of x before it is
-multiplied by w, which is the rounding order of Qwen and of GLM in transformers. Saved for backward: x and 1/rms, one
-number a row; the normalised row is recomputed. With g = w * dy and n = x / rms:
+The statistics and the normalised row n are fp32 (fp64 for fp64 input). The families round in two orders:
 
-    dx = (g - n * mean(g * n)) / rms        dw = sum over rows of dy * n
+    once=False    y = (offset + w) * cast(n)      n is rounded, then the product: Qwen, GLM in transformers
+    once=True     y = cast((offset + w) * n)      only the product is rounded: ChatGLM2/3, GLM-4-9B; with offset 1 Qwen3.5
+
+`add_rms_norm` norms the sum s = x + residual, rounded to their dtype, and returns it too: what a pre-norm block does between
+its halves. Saved for backward: x (or s) and 1/rms, one number a row; n is recomputed. With g = (offset + w) * dy:
+
+    dx = (g - n * mean(g * n)) / rms + ds       dw = sum over rows of dy * n
+
+ds is the gradient that comes back through s; x and residual share one dx. A perfect forward moves each row twice (four times
+with the sum: x, residual, s, y), a perfect backward three times (four: dy, ds, s, dx).
 
 The kernels hold whole rows, a few short ones or one long one at a time. For dw each program adds up its own run of rows in
 fp32, and torch adds up the programs: no atomics, and the number of programs hangs on the shape alone.
@@ -14,39 +21,57 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import use_triton
+from minilora.kernels.dispatch import agree, use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl, wide
 
 MAX_WIDTH = 8192  # of a row that a program can hold without spilling
 MAX_PARTIALS = 264  # of dw: two programs for each multiprocessor of an H100
 
 
-def rms_norm_ref(x: Tensor, w: Tensor, eps: float) -> Tensor:
+def rms_norm_ref(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False) -> Tensor:
     """The specification: x [..., N], w [N] -> [..., N] in the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return w * (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    n = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    n = n if once else n.to(x.dtype)
+    return ((offset + w.to(n.dtype)) * n).to(x.dtype)
+
+
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The specification: x, residual [..., N], w [N] -> the norm of their sum, and the sum."""
+    s = x + residual
+    return rms_norm_ref(s, w, eps, offset, once), s
 
 
 @jit(do_not_specialize=["rows"])
 def _fwd_kernel(
-    x_ptr, w_ptr, y_ptr, rstd_ptr, x_stride, rows, N, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
+    x_ptr, residual_ptr, w_ptr, s_ptr, y_ptr, rstd_ptr, x_stride, residual_stride, rows, N, eps, offset,
+    ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """residual_ptr and s_ptr are None where nothing is added."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (col < N)
     x = load(x_ptr + row * x_stride + col, inside, WIDE)
-    w = load(w_ptr + col, col < N, WIDE)
+    if residual_ptr is not None:
+        x = rounded(x + load(residual_ptr + row * residual_stride + col, inside, WIDE), s_ptr.dtype.element_ty)
+        store(s_ptr + row * N + col, x, inside)
+    w = load(w_ptr + col, col < N, WIDE) + offset
     rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / N + eps)
     store(rstd_ptr + row, rstd, row < rows)
-    store(y_ptr + row * N + col, rounded(x * rstd, y_ptr.dtype.element_ty) * w, inside)
+    n = x * rstd
+    if not ONCE:
+        n, w = rounded(n, y_ptr.dtype.element_ty), rounded(w, y_ptr.dtype.element_ty)
+    store(y_ptr + row * N + col, n * w, inside)
 
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["tiles"])
 def _bwd_kernel(
-    dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, rows, N, tiles,
+    dy_ptr, ds_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, ds_stride, x_stride, rows, N, offset, tiles,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """`tiles` times ROWS rows a program; dx_ptr or partial_ptr is None where that gradient is not wanted."""
+    """`tiles` times ROWS rows a program; dx_ptr, partial_ptr: None where that gradient is not wanted; ds_ptr: where none is."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
     dw = tl.zeros((ROWS, BLOCK), WIDE)
@@ -59,9 +84,12 @@ def _bwd_kernel(
         if partial_ptr is not None:
             dw += dy * n
         if dx_ptr is not None:
-            g = dy * load(w_ptr + col, col < N, WIDE)
+            g = dy * (load(w_ptr + col, col < N, WIDE) + offset)
             mean = tl.sum(g * n, 1, keep_dims=True) / N
-            store(dx_ptr + row * N + col, (g - n * mean) * rstd, inside)
+            dx = (g - n * mean) * rstd
+            if ds_ptr is not None:
+                dx += load(ds_ptr + row * ds_stride + col, inside, WIDE)
+            store(dx_ptr + row * N + col, dx, inside)
     if partial_ptr is not None:
         store(partial_ptr + program * N + col, tl.sum(dw, 0, keep_dims=True), col < N)
 
@@ -74,76 +102,138 @@ def _tile(n: int) -> dict[str, int]:
 
 
 class _OnTriton(torch.autograd.Function):
+    """residual is None for rms_norm; with one the sum is a second output."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, eps: float, offset: float, once: bool, residual: Tensor | None):
+        ctx.set_materialize_grads(False)
         rows, w = rows_of(x), w.contiguous()
+        added = None if residual is None else rows_of(residual)
         (count, n), tile = rows.shape, _tile(x.shape[-1])
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        s = None if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if count:
             with torch.cuda.device_of(x):
                 _fwd_kernel[(cdiv(count, tile["ROWS"]),)](
-                    rows, w, y, rstd, rows.stride(0), count, n, eps, WIDE=wide(x.dtype), **tile
-                )
-        ctx.save_for_backward(x, w, rstd)
-        return y
+                    rows, added, w, s, y, rstd, rows.stride(0), 0 if added is None else added.stride(0), count, n, eps,
+                    offset, ONCE=once, WIDE=wide(x.dtype), **tile
+                )  # fmt: skip
+        ctx.save_for_backward(x if s is None else s, w, rstd)
+        ctx.offset = offset
+        return y if s is None else (y, s)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx, *grads: Tensor | None):
         x, w, rstd = ctx.saved_tensors
-        dy, rows = rows_of(grads[0]), rows_of(x)
+        dy, ds = grads if len(grads) == 2 else (grads[0], None)
+        if dy is None:  # only the sum was used
+            return _to_both(ctx, ds, None)
+        dy, rows = rows_of(dy), rows_of(x)
+        ds = None if ds is None else rows_of(ds)
+        dx = partial = None
         (count, n), tile = rows.shape, _tile(x.shape[-1])
         tiles = cdiv(count, tile["ROWS"])
         each = cdiv(tiles, MAX_PARTIALS) if ctx.needs_input_grad[1] else 1
         programs = cdiv(tiles, max(each, 1))
-        dx = partial = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if ctx.needs_input_grad[1]:
             partial = torch.empty((programs, n), dtype=rstd.dtype, device=x.device)
         if programs:
             with torch.cuda.device_of(x):
                 _bwd_kernel[(programs,)](
-                    dy, rows, w, rstd, dx, partial, dy.stride(0), rows.stride(0), count, n, each,
-                    WIDE=wide(x.dtype), **tile
+                    dy, ds, rows, w, rstd, dx, partial, dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0),
+                    count, n, ctx.offset, each, WIDE=wide(x.dtype), **tile
                 )  # fmt: skip
-        return dx, None if partial is None else partial.sum(0).to(w.dtype), None
+        dw = None if partial is None else partial.sum(0).to(w.dtype)
+        return _to_both(ctx, dx, dw)
 
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, eps: float, offset: float, once: bool, residual: Tensor | None):
+        ctx.set_materialize_grads(False)
+        s = x if residual is None else x + residual
         wide = torch.promote_types(x.dtype, torch.float32)
         # vector_norm accumulates in fp32 without an fp32 copy of x
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True, dtype=wide)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, w, rstd)
-        return torch.mul(x, rstd).to(x.dtype).mul_(w)
+        ctx.save_for_backward(s, w, rstd)
+        ctx.offset = offset
+        n = torch.mul(s, rstd)
+        n = n if once else n.to(x.dtype)
+        y = n.mul_(w.to(n.dtype) + offset).to(x.dtype)
+        return y if residual is None else (y, s)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (dy,) = grads
+    def backward(ctx, *grads: Tensor | None):
+        dy, ds = grads if len(grads) == 2 else (grads[0], None)
+        if dy is None:
+            return _to_both(ctx, ds, None)
         x, w, rstd = ctx.saved_tensors
         n = torch.mul(x, rstd)
         dx = dw = None
         if ctx.needs_input_grad[1]:
             dw = torch.mul(dy, n.to(x.dtype)).flatten(0, -2).sum(0, dtype=n.dtype).to(w.dtype)
-        if ctx.needs_input_grad[0]:
-            g = torch.mul(dy, w).to(n.dtype)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
+            g = torch.mul(dy, w.to(n.dtype) + ctx.offset)
             mean = torch.linalg.vecdot(g, n).div_(x.shape[-1]).unsqueeze(-1)
-            dx = g.addcmul_(n, mean, value=-1).mul_(rstd).to(x.dtype)
-        return dx, dw, None
+            dx = g.addcmul_(n, mean, value=-1).mul_(rstd)
+            dx = (dx if ds is None else dx.add_(ds)).to(x.dtype)
+        return _to_both(ctx, dx, dw)
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Normalise each row of x [..., N] to unit mean square and scale it by w [N]; result in the dtype of x."""
-    on = _OnTriton if use_triton(x, w) and x.shape[-1] <= MAX_WIDTH else _OnTorch
-    return on.apply(x, w, eps)  # pyright: ignore[reportReturnType]
+def _to_both(ctx, dx: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
+    """dx goes to x and to residual alike, as far as they want it."""
+    x_wants, residual_wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+    return dx if x_wants else None, dw, None, None, None, dx if residual_wants else None
 
 
-def example(rows: int, n: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, Tensor, float], dict]:
+def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False) -> Tensor:
+    """Normalise each row of x [..., N] to unit mean square and scale it by offset + w [N]; result in the dtype of x.
+
+    `once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and one N.
+    """
+    agree("rms_norm", x=x, w=w)
+    _check_width("rms_norm", x, w)
+    return _on(x, w).apply(x, w, eps, offset, once, None)  # pyright: ignore[reportReturnType]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual (both [..., N]) as rms_norm gives it, and the sum, in one pass."""
+    agree("add_rms_norm", x=x, residual=residual, w=w)
+    _check_width("add_rms_norm", x, w)
+    if x.shape != residual.shape:
+        raise ValueError(f"add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} must have one shape")
+    return _on(x, w).apply(x, w, eps, offset, once, residual)  # pyright: ignore[reportReturnType]
+
+
+def _check_width(op: str, x: Tensor, w: Tensor) -> None:
+    if w.dim() != 1 or x.shape[-1:] != w.shape:
+        raise ValueError(f"{op}: x {list(x.shape)}, w {list(w.shape)}; it takes [..., N] and [N]")
+
+
+def _on(x: Tensor, w: Tensor) -> type[torch.autograd.Function]:
+    return _OnTriton if use_triton(x, w) and x.shape[-1] <= MAX_WIDTH else _OnTorch
+
+
+def example(
+    rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, once: bool = False
+) -> tuple[tuple[Tensor, Tensor, float, float, bool], dict]:
     """Arguments of one call, and the bytes that a perfect forward moves."""
     x = torch.randn(rows, n, device=device, dtype=dtype)
-    w = 1 + 0.1 * torch.randn(n, device=device, dtype=dtype)
-    return (x, w, 1e-6), {"bytes": (2 * rows * n + n) * x.element_size()}
+    w = 1 - offset + 0.1 * torch.randn(n, device=device, dtype=dtype)
+    return (x, w, 1e-6, offset, once), {"bytes": (2 * rows * n + n) * x.element_size()}
+
+
+def add_example(
+    rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, once: bool = False
+) -> tuple[tuple[Tensor, Tensor, Tensor, float, float, bool], dict]:
+    """Arguments of one add_rms_norm, and the bytes that a perfect forward moves."""
+    (x, w, *rest), _ = example(rows, n, dtype, device, offset, once)
+    residual = torch.randn(rows, n, device=device, dtype=dtype)
+    return (x, residual, w, *rest), {"bytes": (4 * rows * n + n) * x.element_size()}

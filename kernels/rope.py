@@ -1,122 +1,182 @@
-"""Rotary position embedding, half-split pairing: element i of a head turns with element i + E/2 (Su et al., 2021).
+"""Rotary position embedding: pairs of a head's elements turn by the angle of their token (Su et al., 2021).
 
-    y[i]       = x[i] * cos[i] - x[i + E/2] * sin[i]
-    y[i + E/2] = x[i + E/2] * cos[i] + x[i] * sin[i]
+    y1 = x1 * cos - x2 * sin        y2 = x2 * cos + x1 * sin
 
-x [T, H, E]; cos, sin [T, E/2] in the dtype of x, made by `rope_angles` from the positions of the batch, so that packed
-documents restart. Nothing of x is saved: the backward is the same rotation with -sin. A program of the kernel turns some
-heads of one token.
+x [T, H, E]; cos, sin [T, P/2] in the dtype of x, made by `rope_angles` from the positions of the batch, so that packed
+documents restart. The first P <= E elements of a head turn, the rest pass through. Angle i turns the pair (i, i + P/2)
+(half-split, GPT-NeoX), or (2i, 2i + 1) when interleaved (GPT-J). With cos, sin [T, R, P/2] a head is R sections of E/R
+elements, each turned so by a row of its own: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
+
+Nothing of x is saved: the backward is the same rotation with -sin. A program of the kernel turns one section of some heads
+of one token.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import use_triton
+from minilora.kernels.dispatch import agree, use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, store, tl, wide
 
 
 def rope_angles(
     positions: Tensor, inverse_frequencies: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, E/2] of positions [T] times inverse_frequencies [E/2]; angles in fp32 or wider, times factor, then cast."""
-    angles = torch.outer(positions.to(inverse_frequencies.dtype), inverse_frequencies)
+    """cos and sin [T, P/2] ([T, R, P/2]) of positions [T] ([T, R]) times inverse_frequencies [P/2].
+
+    Angles are made in the dtype of inverse_frequencies (fp32 or wider), cos and sin are scaled by factor, then cast.
+    """
+    angles = positions.to(inverse_frequencies.dtype).unsqueeze(-1) * inverse_frequencies
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The specification: x [T, H, E], cos and sin [T, E/2] -> [T, H, E]."""
-    first, second = x.chunk(2, dim=-1)
+def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """The specification: x [T, H, E], cos and sin [T, P/2] or [T, R, P/2] -> [T, H, E]."""
+    if cos.dim() == 3:
+        sections = x.chunk(cos.shape[1], dim=-1)
+        turned = [rope_ref(s, cos[:, i], sin[:, i], interleaved) for i, s in enumerate(sections)]
+        return torch.cat(turned, dim=-1)
+    half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = turning.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1), rest), dim=-1)
 
 
 @jit
 def _turn_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, token_stride, head_stride, H, HALF, groups,
-    SIGN: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    x_ptr, cos_ptr, sin_ptr, y_ptr, token_stride, head_stride, H, R, SIZE, HALF, groups,
+    SIGN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """SIGN is 1 for the forward, -1 for the backward."""
-    token = (tl.program_id(0) // groups).to(tl.int64)
+    """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF turn."""
+    angle = (tl.program_id(0) // groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
+    token, section = angle // R, angle % R
     head = (tl.program_id(0) % groups).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
+    x = x_ptr + token * token_stride + section * SIZE + head * head_stride
+    y = y_ptr + (token * H + head) * (R * SIZE) + section * SIZE
     col = tl.arange(0, BLOCK)[None, :]
-    inside = (head < H) & (col < HALF)
-    cos = load(cos_ptr + token * HALF + col, col < HALF, WIDE)
-    sin = load(sin_ptr + token * HALF + col, col < HALF, WIDE) * SIGN
-    x = x_ptr + token * token_stride + head * head_stride + col
-    first, second = load(x, inside, WIDE), load(x + HALF, inside, WIDE)
-    y = y_ptr + (token * H + head) * (2 * HALF) + col
-    store(y, first * cos - second * sin, inside)
-    store(y + HALF, second * cos + first * sin, inside)
+    cos = load(cos_ptr + angle * HALF + col, col < HALF, WIDE)
+    sin = load(sin_ptr + angle * HALF + col, col < HALF, WIDE) * SIGN
+    if INTERLEAVED:  # neighbours are loaded side by side and parted in registers
+        both = tl.arange(0, 2 * BLOCK)[None, :]
+        inside = (head < H) & (both < 2 * HALF)
+        first, second = tl.split(tl.reshape(load(x + both, inside, WIDE), (HEADS, BLOCK, 2)))
+        turned = tl.join(first * cos - second * sin, second * cos + first * sin)
+        store(y + both, tl.reshape(turned, (HEADS, 2 * BLOCK)), inside)
+    else:
+        inside = (head < H) & (col < HALF)
+        first, second = load(x + col, inside, WIDE), load(x + HALF + col, inside, WIDE)
+        store(y + col, first * cos - second * sin, inside)
+        store(y + HALF + col, second * cos + first * sin, inside)
+    if REST:
+        rest = 2 * HALF + tl.arange(0, REST)[None, :]
+        inside = (head < H) & (rest < SIZE)
+        tl.store(y + rest, tl.load(x + rest, mask=inside, other=0.0), mask=inside)
 
 
-def _tile(heads: int, half: int) -> dict[str, int]:
+def _tile(heads: int, half: int, rest: int) -> dict[str, int]:
     """Heads a program, and warps: 8 pairs a thread."""
     block = next_power_of_2(half)
     some = min(next_power_of_2(heads), max(1, 1024 // block))
-    return {"HEADS": some, "BLOCK": block, "num_warps": min(4, max(1, some * block // 256)), **PINNED}
+    warps = min(4, max(1, some * block // 256))
+    return {"HEADS": some, "BLOCK": block, "REST": next_power_of_2(rest) if rest else 0, "num_warps": warps, **PINNED}
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    tokens, heads, size = x.shape
+    (tokens, heads, size), half = x.shape, cos.shape[-1]
+    sections = cos.shape[1] if cos.dim() == 3 else 1
+    size //= sections
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = _tile(heads, size // 2)
+    tile = _tile(heads, half, size - 2 * half)
     groups = cdiv(heads, tile["HEADS"])
     if tokens:
         with torch.cuda.device_of(x):
-            _turn_kernel[(tokens * groups,)](
-                x, cos, sin, y, x.stride(0), x.stride(1), heads, size // 2, groups,
-                SIGN=sign, WIDE=wide(x.dtype), **tile
+            _turn_kernel[(tokens * sections * groups,)](
+                x, cos, sin, y, x.stride(0), x.stride(1), heads, sections, size, half, groups,
+                SIGN=sign, INTERLEAVED=interleaved, WIDE=wide(x.dtype), **tile
             )  # fmt: skip
     return y
 
 
 class _OnTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, 1, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1), None, None
+        return _turn(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None]
+def _parts(x: Tensor, sections: int, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of x [T, H, E]: the first and the second of every pair, and what passes through; [T, H, R, ...]."""
+    x = x.unflatten(-1, (sections, -1))
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        return turning[..., ::2], turning[..., 1::2], rest
+    return turning[..., :half], turning[..., half:], rest
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
+    cos, sin = (a[:, None] if a.dim() == 3 else a[:, None, None] for a in (cos, sin))  # [T, 1, R, P/2]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(x[..., :half], cos, out=y[..., :half]).addcmul_(x[..., half:], sin, value=-sign)
-    torch.mul(x[..., half:], cos, out=y[..., half:]).addcmul_(x[..., :half], sin, value=sign)
+    form = cos.shape[2], cos.shape[3], interleaved
+    (first, second, rest), (to_first, to_second, to_rest) = _parts(x, *form), _parts(y, *form)
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=sign)
+    to_rest.copy_(rest)
     return y
 
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _rotate(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, sin, -1), None, None
+        return _rotate(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every head of x [T, H, E] by the angles of its token; cos, sin [T, E/2] get no gradient."""
-    return (_OnTriton if use_triton(x, cos, sin) else _OnTorch).apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the first P elements of every head of x [T, H, E] by the angles of its token; the rest are copied.
+
+    cos, sin [T, P/2], or [T, R, P/2] for heads of R sections, get no gradient. ValueError for other shapes.
+    """
+    agree("rope", x=x, cos=cos, sin=sin)
+    heads = x.dim() == 3 and cos.dim() in (2, 3) and cos.shape == sin.shape and cos.shape[0] == x.shape[0]
+    if not heads or not 0 < 2 * cos.shape[1:].numel() <= x.shape[2] or x.shape[2] % cos.shape[1:-1].numel():
+        raise ValueError(
+            f"rope: x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}; "
+            "it takes [T, H, E] and twice [T, P/2] or [T, R, P/2], P <= E / R"
+        )
+    on = _OnTriton if use_triton(x, cos, sin) else _OnTorch
+    return on.apply(x, cos, sin, interleaved)  # pyright: ignore[reportReturnType]
 
 
 def example(
-    tokens: int, heads: int, size: int, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[tuple[Tensor, ...], dict]:
-    """Arguments of one call, and the bytes that a perfect forward moves."""
+    tokens: int,
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    rotated: int | None = None,
+    interleaved: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor, bool], dict]:
+    """Arguments of one call, and the bytes that a perfect forward moves; `rotated` elements of a head turn, None for all."""
     x = torch.randn(tokens, heads, size, device=device, dtype=dtype)
-    inverse = 10000.0 ** -(torch.arange(0, size, 2, device=device, dtype=torch.float64) / size)
+    rotated = size if rotated is None else rotated
+    inverse = 10000.0 ** -(torch.arange(0, rotated, 2, device=device, dtype=torch.float64) / rotated)
     cos, sin = rope_angles(torch.arange(tokens, device=device), inverse, 1.0, dtype)
-    return (x, cos, sin), {"bytes": (2 * x.numel() + 2 * cos.numel()) * x.element_size()}
+    return (x, cos, sin, interleaved), {"bytes": (2 * x.numel() + 2 * cos.numel()) * x.element_size()}

@@ -97,6 +97,7 @@ COMMANDS = {
     "train": "train an adapter on rows of conversations",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
+    "inspect": "look at a model folder before anything is done with it",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
     "compare": "runs side by side on one page: settings, losses, scores with p, answers",
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",

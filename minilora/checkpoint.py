@@ -6,6 +6,7 @@ is missing, what is too much and what has another shape is told in one message. 
 is not read.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.models import qwen
+from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config_json import DTYPES
 from minilora.models.layers import Config, Decoder
 
@@ -25,12 +26,16 @@ from .durable import staged_folder
 from .errors import ModelError, UsageError
 from .safetensors import SafetensorsFile, write_safetensors
 
-FAMILIES = {"qwen2": qwen, "qwen3": qwen}
+# by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
+FAMILIES = {
+    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
+}  # fmt: skip
+MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 SHARD_BYTES = 5_000_000_000
 MAX_JSON = 64 << 20
 INDEX = "model.safetensors.index.json"
 # buffers that old checkpoints carry and that follow from config.json
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
 # what a folder holds beside weights and belongs to the model
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -70,14 +75,12 @@ def read_config(folder: Path) -> Config:
     check_folder(folder)
     path = folder / "config.json"
     j = read_json(path)
-    family = j.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ModelError(
-            f"{path}: model_type {str(family)[:40]!r} is not supported",
-            f"Supported are {', '.join(FAMILIES)}.",
-        )
-    if j.get("quantization_config"):
+    family = _family(path, j)
+    if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config")):
         raise ModelError(f"{path}: the weights are quantised", "Use the bf16 or fp16 release of this model.")
+    if j.get("pre_seq_len"):
+        raise ModelError(f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
+                         "Use the model without the prefix: take the key out of config.json.")  # fmt: skip
     try:
         return FAMILIES[family].config(j)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
@@ -85,6 +88,20 @@ def read_config(folder: Path) -> Config:
         raise ModelError(
             f"{path}: {reason}", "The file is damaged, or the model needs what is not there yet."
         ) from None
+
+
+def _family(path: Path, j: dict[str, Any]) -> str:
+    """The key in FAMILIES of a config.json; ModelError that names the nearest if it has none."""
+    kind = j.get("model_type")
+    if kind == "chatglm" and ("multi_query_attention" in j or "padded_vocab_size" in j):
+        return "chatglm2"
+    if isinstance(kind, str) and kind in FAMILIES and kind != "chatglm2":
+        return kind
+    nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
+    raise ModelError(
+        f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",
+        f"Supported are {', '.join(MODEL_TYPES)}.",
+    )
 
 
 def load_model(
@@ -100,13 +117,13 @@ def load_model(
     device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         with torch.device("meta"):
-            model = Decoder(c, FAMILIES[c.family].Block).to(dtype or c.dtype)
+            model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
     except RuntimeError:
         raise ModelError(
             f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
         ) from None
     tensors = Tensors(folder)
-    _check(model, tensors, folder)
+    check_shapes(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
@@ -144,6 +161,7 @@ class Tensors:
                         "The folder mixes two checkpoints: download it again.",
                     )
                 self._files[name] = file
+        self.ignored = [n for n in self._files if IGNORED.fullmatch(n)]
         self.shapes = {
             n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)
         }
@@ -205,20 +223,18 @@ class _Reading:
         self.file.forget(self.name)
 
 
-def _check(model: Decoder, tensors: Tensors, folder: Path) -> None:
+def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = dict(tensors.shapes)
     problems = []
-    if model.config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
-        with (
-            tensors.reading("lm_head.weight") as head,
-            tensors.reading("model.embed_tokens.weight") as embedding,
-        ):
-            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
-                problems.append("lm_head.weight differs from the embedding, though config.json ties them")
+    head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
+    if model.config.tied and {head, embedding} <= found.keys():
+        with tensors.reading(head) as one, tensors.reading(embedding) as other:
+            if one.dtype != other.dtype or not torch.equal(one, other):
+                problems.append(f"{head} differs from the embedding, though config.json ties them")
     if model.config.tied:
-        found.pop("lm_head.weight", None)
+        found.pop(head, None)
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     if missing:

@@ -1,6 +1,7 @@
 """The loss of a model on examples: one sum over all target tokens, divided once."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,12 @@ class Score(NamedTuple):
 
 def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy of a batch, a scalar that gradients flow from."""
-    hidden = model(batch.ids, batch.positions, batch.seams, batch.rows)
+    hidden = model(batch.ids, batch.positions, batch.seams, batch.rows, prefixes=batch.prefixes)
     return linear_cross_entropy(hidden, model.head, batch.targets)
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, examples: list[Example], micro_tokens: int) -> Score:
+def evaluate(model: Decoder, examples: Sequence[Example], micro_tokens: int) -> Score:
     """The Score of a model on examples, dropout off, packed into streams of at most micro_tokens."""
     was_training = model.training
     model.eval()

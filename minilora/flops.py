@@ -27,13 +27,14 @@ def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
     return factor * wide + 6 * narrow, factor * model.head.numel()
 
 
-def attention_flops(c: Config, seams: list[int]) -> float:
-    """Forward and backward of causal attention over the documents of a stream, all layers."""
+def attention_flops(c: Config, seams: list[int], prefixes: list[int] | None = None) -> float:
+    """Forward and backward of attention over the documents of a stream, all layers; causal but for the prefixes."""
     total = 0.0
-    for n in (end - start for start, end in pairwise(seams)):
+    for i, n in enumerate(end - start for start, end in pairwise(seams)):
+        ahead = prefixes[i] * (prefixes[i] - 1) / 2 if prefixes else 0
         for window in c.windows:
             w = n if window is None else min(window, n)
-            total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2)
+            total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
     return total
 
 
@@ -41,7 +42,7 @@ def step_flops(model: Decoder, batches: list[Batch], full: bool) -> float:
     """Operations that the model needs for the batches of one optimizer step."""
     each, head = flops_per_token(model, full)
     tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.rows) for b in batches)
-    return each * tokens + head * trained + sum(attention_flops(model.config, b.seams) for b in batches)
+    return each * tokens + head * trained + sum(attention_flops(model.config, b.seams, b.prefixes) for b in batches)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

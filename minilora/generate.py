@@ -101,11 +101,11 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     shown = ""
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.answer(ids)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-    rest = tokenizer.decode(ids)[len(shown) :]
+    rest = tokenizer.answer(ids)[len(shown) :]
     if rest:
         yield rest
 
@@ -116,4 +116,4 @@ def answer(
 ) -> str:  # fmt: skip
     """The assistant's whole next message in a chat, thinking off."""
     ids, _ = tokenizer.render(messages, prompt=True)
-    return tokenizer.decode(list(generate(model, ids, stop | tokenizer.stop_ids, max_tokens, sampling)))
+    return tokenizer.answer(list(generate(model, ids, stop | tokenizer.stop_ids, max_tokens, sampling)))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.models.layers import Cache, Decoder
+from minilora.models.layers import Cache, Decoder, positions_of
 
 from .generate import GREEDY, Sampling, choose
 
@@ -126,8 +126,8 @@ def generate_many(
                 break
             place = waiting.pop()
             number = numbers[place] if numbers else place
-            new.append(_Open(number, prompts[place], _generator(seed, number)))
-        logits = _pass(model, cache, [o.prompt for o in new] or [o.ids[-1:] for o in running], bool(new))
+            new.append(_Open(number, prompts[place], random_of(seed, number)))
+        logits = _pass(model, cache, new or running, bool(new))
         first = len(running) if new else 0
         running += new
         tokens = _choose(logits, running[first:], sampling)
@@ -142,21 +142,27 @@ def generate_many(
                 running.pop()
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
+def random_of(seed: int, number: int) -> torch.Generator:
+    """The generator of the draws of prompt `number`."""
     # torch's CPU generator takes 32 bits of its seed: a sum or a shift would lose one of the two
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 
 
-def _pass(model: Decoder, cache: Slots, documents: list[list[int]], new: bool) -> Tensor:
-    """Logits [documents, V] after the last token of each."""
+def _pass(model: Decoder, cache: Slots, documents: list[_Open], new: bool) -> Tensor:
+    """Logits [documents, V] after the last token of each: of whole prompts if they are new, else of the token last written."""
     device = model.head.device
-    lengths = [len(d) for d in documents]
-    starts = [0] * len(documents) if new else list(cache.lengths)
+    tokens = [o.prompt if new else o.ids[-1:] for o in documents]
+    lengths = [len(t) for t in tokens]
+    starts = [0 if new else len(o.prompt) + len(o.ids) - 1 for o in documents]
+    prefixes = [model.prefix(torch.tensor(o.prompt)) for o in documents]
     cache.begin(lengths if new else [], device)
-    ids = torch.tensor([i for d in documents for i in d], device=device)
-    positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(device)
+    cache.prompts = [len(o.prompt) for o in documents]
+    places = zip(starts, lengths, prefixes, strict=True)
+    positions = torch.cat([positions_of(s, s + n, prefix) for s, n, prefix in places], dim=-1).to(device)
+    ids = torch.tensor([i for t in tokens for i in t], device=device)
     ends = torch.tensor(lengths).cumsum(0)
-    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache)
+    known = [p for p in prefixes if p is not None]
+    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache, known or None)
     cache.finish()
     return F.linear(x, model.head).to(torch.promote_types(x.dtype, torch.float32))
 

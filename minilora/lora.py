@@ -18,6 +18,7 @@ from minilora.kernels.lora_linear import NO_DROPOUT, lora_linear
 
 from .errors import UsageError
 
+HEADS = ("lm_head", "output_layer")
 GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",)}
 
 
@@ -63,7 +64,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that an adapter can go on, by path: all but the output head."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] != "lm_head"}
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] not in HEADS}
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,11 @@
 """What a training run will do, worked out before it does it: data, steps, and the header that says so."""
 
-import hashlib
-import math
 import platform
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minilora.models.layers import Decoder
@@ -15,32 +13,21 @@ from minilora.models.layers import Decoder
 from . import __version__
 from .checkpoint import fingerprint
 from .config import TrainConfig
-from .data import Example, Report, epoch_order, load_examples, steps_per_epoch
-from .errors import DataError, UsageError
+from .data import Examples, steps_per_epoch
+from .dataset import Data
 from .lora import adapters, base_parameters
 from .snapshot import trained_parameters
-from .tokenizer import Tokenizer, check_fits, load_tokenizer
+from .tokenizer import check_fits
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
-
-
-@dataclass(frozen=True)
-class Data:
-    """The examples of a run and the reports on them."""
-
-    tokenizer: Tokenizer
-    train: list[Example]
-    val: list[Example]
-    report: Report
-    val_note: str
 
 
 @dataclass(frozen=True)
 class Plan:
     """The numbers that a run follows."""
 
-    train: list[Example]
-    val: list[Example]
+    train: Examples
+    val: Examples
     steps: int
     steps_per_epoch: int
     rows_per_step: int
@@ -53,42 +40,6 @@ class Plan:
     header: str
 
 
-def load_data(config: TrainConfig) -> Data:
-    """Read, render and count the rows of a run; the validation rows are a file's, or taken out of the training rows."""
-    tokenizer = load_tokenizer(config.model)
-    limits = (config.loss_on, config.max_length, config.max_source_length, config.max_target_length)
-    train, report = load_examples(config.data, tokenizer, config.define, *limits)
-    idle = [key for key in config.define if not report.defined[key]]
-    if idle:
-        raise UsageError(
-            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}",
-            "Correct the name or leave it out.",
-        )
-    val, note = [], ""
-    if config.val and Path(config.val).exists():
-        val, val_report = load_examples(config.val, tokenizer, config.define, *limits)
-        note = str(val_report)
-    elif config.val:
-        count = _val_count(config.val, len(train))
-        order = epoch_order(len(train), config.seed, 2**31)
-        val, train = [train[i] for i in sorted(order[:count])], [train[i] for i in sorted(order[count:])]
-        note = f"{count:,} of these rows"
-    return Data(tokenizer, train, val, report, note)
-
-
-def _val_count(text: str, rows: int) -> int:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1e15:
-        raise UsageError(f"val is {text!r}", "It is a file that exists, a number of rows, or a share such as 0.05.")
-    count = round(share * rows) if share < 1 else int(share)
-    if not 0 < count < rows:
-        raise DataError(f"val {text} would take {count:,} of {rows:,} rows", "Leave rows on both sides.")
-    return count
-
-
 def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     """Steps and streams of a run, and its header. ModelError if the tokenizer has more ids than the model."""
     check_fits(data.tokenizer, model.config.vocab, Path(config.model))
@@ -98,18 +49,17 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     if epochs is None:
         epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
     steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
-    longest = max(len(e.ids) for e in data.train + data.val)
     plan = Plan(
         train=data.train,
         val=data.val,
         steps=steps,
         steps_per_epoch=per_epoch,
         rows_per_step=rows_per_step,
-        micro_tokens=max(config.micro_tokens or config.max_length, longest),
+        micro_tokens=max(config.micro_tokens or config.max_length, data.train.longest, data.val.longest),
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
         full=config.method == "full",
-        data_hash=_hash(data.train) + _hash(data.val),
+        data_hash=data.train.digest() + data.val.digest(),
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
         header="",
     )
@@ -118,29 +68,27 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
 
 
 def data_record(data: Data, plan: Plan) -> dict[str, Any]:
-    """What became of a run's rows, for data.json: counts, what was dropped and why, lengths as {tokens: rows}, hashes."""
-    masked, trained = (Counter(n) for n in zip(*((len(e.ids) - e.trained, e.trained) for e in plan.train), strict=True))
+    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes."""
+    length, trained = plan.train.column("length"), plan.train.column("trained")
     return {
         "rows": data.report.rows,
-        "dropped": dict(data.report.dropped),
+        "dropped": {**data.report.dropped, **data.report.broken},
+        "cut": dict(data.report.cut),
         "train_rows": len(plan.train),
         "val_rows": len(plan.val),
-        "tokens": sum(len(e.ids) for e in plan.train),
-        "trained": sum(e.trained for e in plan.train),
-        "masked_lengths": dict(sorted(masked.items())),
-        "trained_lengths": dict(sorted(trained.items())),
+        "tokens": int(length.sum()),
+        "trained": int(trained.sum()),
+        "masked_lengths": _counted(length - trained),
+        "trained_lengths": _counted(trained),
         "steps": plan.steps,
-        "train_hash": _hash(plan.train),
-        "val_hash": _hash(plan.val),
+        "train_hash": plan.train.digest(),
+        "val_hash": plan.val.digest(),
         "base": plan.base,
     }
 
 
-def _hash(examples: list[Example]) -> str:
-    digest = hashlib.sha256()
-    for e in examples:
-        digest.update(len(e.ids).to_bytes(8, "little") + e.ids.tobytes() + e.targets.tobytes())
-    return digest.hexdigest()[:16]
+def _counted(lengths: np.ndarray) -> dict[str, int]:
+    return {str(n): int(rows) for n, rows in zip(*np.unique(lengths, return_counts=True), strict=True)}
 
 
 def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float) -> str:
@@ -166,8 +114,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
         )
     indent = "\n        "
     lines.append("data    " + str(data.report).replace("\n", indent))
-    if data.val:
-        lines.append("val     " + data.val_note.replace("\n", indent))
+    lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(
         f"plan    {plan.rows_per_step} rows a step, {plan.steps_per_epoch:,} steps an epoch, {epochs:g} epochs: {plan.steps:,} steps"
         if config.max_steps is None

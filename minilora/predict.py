@@ -183,7 +183,7 @@ def _answer(
             row = {
                 "row": answer.number,
                 "prompt": tokenizer.decode(question.ids, specials=True),
-                "predict": tokenizer.decode(answer.ids),
+                "predict": tokenizer.answer(answer.ids),
                 "label": question.label,
                 "question": question.text,
                 "where": question.where,

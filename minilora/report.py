@@ -215,7 +215,7 @@ def make_samples(run: Record, count: int) -> None:
 
     def answers() -> dict[int, str]:
         found = generate_many(model, [questions[i].ids for i in chosen], stop, 256)
-        return {chosen[a.number]: tokenizer.decode(a.ids) + (" …" if a.cut else "") for a in found}
+        return {chosen[a.number]: tokenizer.answer(a.ids) + (" …" if a.cut else "") for a in found}
 
     after = answers()
     with without_adapters(model):

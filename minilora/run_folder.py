@@ -25,7 +25,7 @@ from .snapshot import (
 
 # what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
 OWN = (
-    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data.json", "loss.png", "report.html", "metrics.jsonl",
+    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", "data.json", "loss.png", "report.html", "metrics.jsonl",
     "config.yaml",
 )  # fmt: skip
 

@@ -1,85 +1,74 @@
 """Text to ids and back, and whole chats to ids with a mask of what is trained.
 
-The work is done by the `tokenizers` library on the folder's tokenizer.json (or vocab.json and merges.txt). Two encoders are
-kept: one that knows the special tokens, for the template's own, and one that has none of them, for everybody's text.
+A Tokenizer is a coder (bpe.py: byte-level BPE, pieces.py: SentencePiece) and a chat template. Which ones a folder has is
+told by the names of its files, and for ChatGLM2 and ChatGLM3, whose files are the same, by what else it says.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-
-from .checkpoint import MAX_JSON, check_folder, read_json
+from . import bpe, pieces
+from .checkpoint import check_folder, read_json
 from .errors import ModelError
-from .template import Message, Segment, Template, template_of
+from .template import Message, Template
+from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_template
+from .template_qwen import ChatML, qwen_template
 
-# how Qwen cuts text before byte-level BPE: one digit at a time
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_SPECIALS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+
+class Coder(Protocol):
+    """Text to ids and back. specials: the ids of the special tokens; size: one more than the largest id."""
+
+    specials: dict[str, int]
+    size: int
+
+    def encode(self, text: str, specials: bool = False) -> list[int]: ...
+    def decode(self, ids: list[int], specials: bool = False) -> str: ...
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint folder and its chat template."""
 
-    def __init__(self, description: str, template: Template):
-        """description: the text of a tokenizer.json."""
-        j = json.loads(description)
-        self.template = template
-        self.specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
-        full = tokenizers.Tokenizer.from_str(description)
-        if any(full.token_to_id(text) != i for text, i in self.specials.items()):
-            # the library numbers added tokens one after the other, whatever the file says, unless the vocabulary has them
-            j["model"]["vocab"] |= self.specials
-            full = tokenizers.Tokenizer.from_str(json.dumps(j))
-        plain = tokenizers.Tokenizer.from_str(json.dumps(j | {"added_tokens": [], "post_processor": None}))
-        for encoder in (full, plain):
-            encoder.no_truncation()
-            encoder.no_padding()
-        self._full, self._plain = full, plain
-
-    @property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(self, coder: Coder, template: Template):
+        self._coder, self.template = coder, template
+        self.specials, self.size = coder.specials, coder.size
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""
-        encoder = self._full if specials else self._plain
-        with _no_panic("tokenizer.json"):
-            return encoder.encode(text, add_special_tokens=False).ids
+        return self._coder.encode(text, specials)
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
         """The text of ids; special tokens are left out unless `specials` is set."""
-        return self._full.decode(ids, skip_special_tokens=not specials)
+        return self._coder.decode(ids, specials)
+
+    def answer(self, ids: list[int]) -> str:
+        """What the assistant said with the ids that it generated after a prompt."""
+        return self.template.answer_of(self.decode(ids))
 
     def render(
         self, messages: list[Message], prompt: bool = False, thinking: bool = False, loss_on: str = "all"
     ) -> tuple[list[int], list[bool]]:
         """The ids of a chat and, for each, whether it is trained: the answers and the token that ends each of them.
 
-        prompt opens the assistant's next turn. loss_on is "all" (every answer) or "last"; a message's own "loss" key wins.
+        prompt opens the assistant's next turn. loss_on is "all" (every answer that the template can train) or "last"; a
+        message's own "loss" key wins.
         """
         segments = self.template.segments(messages, prompt, thinking)
         last = max((s.answer for s in segments if s.answer is not None), default=None)
         ids, trained = [], []
-        # plain neighbours of one kind are cut into tokens together, as one text
-        for (special, answer), group in groupby(segments, key=lambda s: (s.special, s.answer)):
-            new = self._encode_group(special, group)
+        # plain neighbours of one kind are cut into tokens together, as one text, unless the template keeps them apart
+        numbered = enumerate(segments)
+        for (special, answer, _), group in groupby(
+            numbered, key=lambda n: (n[1].special, n[1].answer, n[0] if self.template.apart else 0)
+        ):
+            new = self._encode_group(special, [s.text for _, s in group])
             ids += new
             wanted = answer is not None and messages[answer].get("loss", loss_on == "all" or answer == last)
             trained += [wanted] * len(new)
         return ids, trained
 
-    def _encode_group(self, special: bool, group: Any) -> list[int]:
-        texts = [s.text for s in group]
+    def _encode_group(self, special: bool, texts: list[str]) -> list[int]:
         if not special:
             return self.encode("".join(texts))
         missing = [t for t in texts if t not in self.specials]
@@ -93,37 +82,74 @@ class Tokenizer:
     @property
     def stop_ids(self) -> set[int]:
         """The ids that end an assistant's turn, by the template."""
-        return {self.specials[t] for t in (self.template.stop, "<|endoftext|>") if t in self.specials}
+        return {self.specials[t] for t in self.template.stops if t in self.specials}
 
-
-def render_text(segments: list[Segment]) -> str:
-    """The text of a rendered chat, as a Jinja template would write it."""
-    return "".join(s.text for s in segments)
+    def prefix(self, ids: list[int]) -> int | None:
+        """How many first tokens of a rendered chat see each other (ChatGLM-6B: those before <sop>); None for no such part."""
+        return ids.index(self.specials["<sop>"]) if self.template == CHATGLM else None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The Tokenizer of a checkpoint folder; ModelError if it has none or the file is broken."""
+    """The Tokenizer of a checkpoint folder; ModelError if it has none, or a broken one, or another generation's."""
     folder = Path(folder)
     check_folder(folder)
-    path = folder / "tokenizer.json"
-    with _no_panic(str(path)):
-        description = _description(folder)
-        specials = {t["content"] for t in json.loads(description).get("added_tokens", [])}
-        model_type = read_json(folder / "config.json").get("model_type")
-        return Tokenizer(description, template_of(folder, specials, model_type))
+    j = read_json(folder / "config.json")
+    first = _is_chatglm_6b(j)
+    if (folder / "ice_text.model").is_file() or first:
+        if not first or not (folder / "ice_text.model").is_file():
+            has = "has an ice_text.model" if not first else "has no ice_text.model"
+            raise ModelError(f"{folder} {has}, and config.json is {'' if first else 'not '}ChatGLM-6B's",
+                             "Take the tokenizer's files and config.json from one folder.")  # fmt: skip
+        return Tokenizer(pieces.load_chatglm(folder), CHATGLM)
+    if (folder / "qwen.tiktoken").is_file():
+        return Tokenizer(bpe.load_qwen1(folder), ChatML("qwen", "You are a helpful assistant."))
+    if (folder / "tokenizer.json").is_file():
+        return _with_template(bpe.load_json(folder), folder, j.get("model_type"))
+    if (folder / "tokenizer.model").is_file():
+        if bpe.is_ranks(folder / "tokenizer.model"):
+            return Tokenizer(bpe.load_glm4(folder), GLM4_OWN)
+        template = _chatglm2_or_3(folder, j)
+        return Tokenizer(pieces.load_chatglm2(folder, roles=template == CHATGLM3), template)
+    if (folder / "vocab.json").is_file():
+        return _with_template(bpe.load_merges(folder), folder, j.get("model_type"))
+    raise ModelError(
+        f"{folder} has no tokenizer.json, vocab.json and merges.txt, tokenizer.model, ice_text.model or qwen.tiktoken",
+        "Copy the tokenizer's files from the model's folder.",
+    )
 
 
-@contextmanager
-def _no_panic(what: str) -> Iterator[None]:
-    """ModelError for what the library makes of a crafted file: it panics, and its PanicException is no Exception."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, (ModelError, KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise ModelError(
-            f"{what} is no usable tokenizer: {str(error)[:200]}", "Download or copy tokenizer.json again."
-        ) from None
+def _with_template(coder: bpe.BytePairs, folder: Path, model_type: str | None) -> Tokenizer:
+    roles = {"<|user|>", "<|assistant|>"} <= coder.specials.keys() and "<|im_start|>" not in coder.specials
+    template = glm_template(folder) if roles else qwen_template(folder, set(coder.specials), model_type)
+    return Tokenizer(coder, template)
+
+
+def _is_chatglm_6b(j: dict[str, Any]) -> bool:
+    return j.get("model_type") == "chatglm" and not {"multi_query_attention", "padded_vocab_size"} & j.keys()
+
+
+def _chatglm2_or_3(folder: Path, j: dict[str, Any]) -> Template:
+    """ChatGLM2 or ChatGLM3, by the role tokens that ChatGLM3's code and chat template name, or by the published name."""
+    settings: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = read_json(folder / "tokenizer_config.json")
+    for text in (str(settings.get("chat_template", "")), _own_code(folder)):
+        if text:
+            return CHATGLM3 if "<|assistant|>" in text or "<|{{" in text else CHATGLM2
+    names = f"{settings.get('name_or_path')} {j.get('_name_or_path')} {folder.name}".lower()
+    found = set(re.findall(r"chatglm([23])", names))
+    if len(found) == 1:
+        return CHATGLM3 if found == {"3"} else CHATGLM2
+    raise ModelError(
+        f"{folder}: nothing tells whether this is ChatGLM2 or ChatGLM3, whose files are the same",
+        'Write "_name_or_path": "chatglm2-6b" or "chatglm3-6b" into config.json.',
+    )
+
+
+def _own_code(folder: Path) -> str:
+    """The text of the folder's own tokenizer code, which is read and never run."""
+    path = folder / "tokenization_chatglm.py"
+    return bpe.read_text(path).decode("utf-8", "replace") if path.is_file() else ""
 
 
 def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path) -> None:
@@ -131,47 +157,3 @@ def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path) -> None:
     if tokenizer.size > vocab:
         raise ModelError(f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model {vocab} rows",
                          "They are of two generations: take both from one folder.")  # fmt: skip
-
-
-def _description(folder: Path) -> str:
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
-        return path.read_text(encoding="utf-8")
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if not (vocab.is_file() and merges.is_file()):
-        raise ModelError(
-            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt",
-            "Copy them from the model's folder.",
-        )
-    built = qwen_tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    j = json.loads(built.to_str())
-    j["added_tokens"] = [
-        {"id": i, "content": content, "special": special, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False}
-        for content, i, special in _added_tokens(folder)
-    ]  # fmt: skip
-    return json.dumps(j)
-
-
-def qwen_tokenizer(bpe: models.BPE) -> tokenizers.Tokenizer:
-    """A byte-level BPE model with what Qwen puts around it: NFC, its way to cut text, bytes as characters."""
-    built = tokenizers.Tokenizer(bpe)
-    built.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    built.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # pyright: ignore[reportAttributeAccessIssue]
-    built.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    return built
-
-
-def _added_tokens(folder: Path) -> list[tuple[str, int, bool]]:
-    """(text, id, special) of the tokens beside the vocabulary: of tokenizer_config.json, or the three that Qwen always has."""
-    if (folder / "tokenizer_config.json").is_file():
-        table = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-        if table:
-            return sorted(
-                ((t["content"], int(i), bool(t.get("special"))) for i, t in table.items()), key=lambda t: t[1]
-            )
-    return [(content, i, True) for content, i in QWEN_SPECIALS.items()]

@@ -24,13 +24,14 @@ from .adapter import save_adapter
 from .checkpoint import load_model, save_model
 from .config import TrainConfig, to_yaml
 from .data import Batch, pack, step_examples
+from .dataset import load_data, write_split
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
-from .plan import data_record, load_data, make_plan
+from .plan import data_record, make_plan
 from .plot import plot_loss
 from .report import report_quietly
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
@@ -64,6 +65,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
         write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
+        write_split(folder / "data", data)
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, monitor, stop)

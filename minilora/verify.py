@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.kernels.rope import rope_angles
-from minilora.models.layers import Decoder, Place, inverse_frequencies
+from minilora.models.layers import Decoder, positions_of
 
 from .tokenizer import Tokenizer
 
@@ -55,15 +54,15 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
     streams, places = [], []
     for ids in prompts:
-        positions = torch.arange(len(ids), device=device)
-        angles = rope_angles(positions, *inverse_frequencies(model.config, device, wide), wide)
-        streams.append(model.model.embed_tokens(ids.to(device)).to(wide))
-        places.append(Place(*angles, [0, len(ids)], None))
-    for block in model.model.layers:
+        prefix = model.prefix(ids)
+        positions = positions_of(0, len(ids), prefix, device)
+        streams.append(model.embedding(ids.to(device)).to(wide))
+        places.append(model.place(positions, [0, len(ids)], wide, None if prefix is None else [prefix]))
+    for block in model.blocks:
         widened = copy.deepcopy(block).to(wide)
         streams = [widened(x, place) for x, place in zip(streams, places, strict=True)]
         del widened  # before the next one is made
-    norm = copy.deepcopy(model.model.norm).to(wide)
+    norm = copy.deepcopy(model.norm).to(wide)
     streams = [norm(x) for x in streams]
     pieces = [[x @ part.to(wide).T for x in streams] for part in model.head.split(16384)]
     return [torch.cat(parts, dim=1).cpu() for parts in zip(*pieces, strict=True)]

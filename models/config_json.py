@@ -69,5 +69,22 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     )
 
 
+def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
+    """How many elements of a head turn: `partial_rotary_factor`, in rope_parameters (transformers 5) or beside it (4)."""
+    scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
+    share = positive(scaling, "partial_rotary_factor", positive(j, "partial_rotary_factor", default))
+    rotary = int(head_size * share)
+    if share > 1 or rotary % 2 or not rotary:
+        raise ValueError(f"partial_rotary_factor {share:g} of a head of {head_size}: an even number must turn")
+    return rotary
+
+
+def only(j: dict[str, Any], family: str, **wanted: Any) -> None:
+    """ValueError for a key that is there and has another value than the one that is supported."""
+    for key, value in wanted.items():
+        if j.get(key, value) != value:
+            raise ValueError(f"{key} is {str(j[key])[:40]}; {family} is supported with {value}")
+
+
 def _mscale(factor: float, share: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0

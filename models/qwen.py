@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config_json import dtype_of, positive, rope_of, whole
-from .layers import MLP, Attention, Config, Place, RMSNorm
+from .layers import MLP, Attention, Config, Decoder, Place, RMSNorm
 
 
 class Block(nn.Module):
@@ -25,6 +25,10 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def decoder(c: Config) -> Decoder:
+    return Decoder(c, Block)
+
+
 def config(j: dict[str, Any]) -> Config:
     """Config of a `qwen2` or `qwen3` config.json, in the spelling of transformers 4 or 5.
 
@@ -37,6 +41,7 @@ def config(j: dict[str, Any]) -> Config:
         raise ValueError(f"attention_bias is set; {family} checkpoints have none")
     layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
+    head_size = whole(j, "head_dim", width // heads)
     max_positions = whole(j, "max_position_embeddings", 32768)
     theta, yarn = rope_of(j, max_positions)
     c = Config(
@@ -45,12 +50,15 @@ def config(j: dict[str, Any]) -> Config:
         width=width,
         heads=heads,
         kv_heads=whole(j, "num_key_value_heads", heads),
-        head_size=whole(j, "head_dim", width // heads),
+        head_size=head_size,
         ffn=whole(j, "intermediate_size"),
         vocab=whole(j, "vocab_size"),
         eps=positive(j, "rms_norm_eps", 1e-6),
         rope_theta=theta,
+        rope_scale=1.0,
         yarn=yarn,
+        rotary=head_size,
+        interleaved=False,
         windows=_windows(j, layers),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",

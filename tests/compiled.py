@@ -9,9 +9,10 @@ and how many warps, is what a GPU would run.
 import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,21 +21,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minilora.kernels import rms_norm, rope, swiglu
+from minilora.kernels.dispatch import use_triton
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
-# sizes that models have, with one launch for each configuration; what of the arguments is trained
-CALLS: dict[str, tuple[ModuleType, tuple[int, ...], tuple[int, ...]]] = {
-    "rms_norm 128 frozen": (rms_norm, (128,), (0,)),
-    "rms_norm 896 trained": (rms_norm, (896,), (0, 1)),
-    "rms_norm 2048 trained": (rms_norm, (2048,), (0, 1)),
-    "rms_norm 3584 frozen": (rms_norm, (3584,), (0,)),
-    "rms_norm 3584 trained": (rms_norm, (3584,), (0, 1)),
-    "rms_norm 8192 frozen": (rms_norm, (8192,), (0,)),
-    "rms_norm 8192 trained": (rms_norm, (8192,), (0, 1)),
-    "swiglu 4864": (swiglu, (4864,), (0, 1)),
-    "rope 2x64": (rope, (2, 64), (0,)),
-    "rope 28x128": (rope, (28, 128), (0,)),
+# sizes that models have, with one launch for each configuration: the operation, its example's sizes and form, what is trained
+GLM = {"rotated": 64, "interleaved": True}
+CALLS: dict[str, tuple[Callable, Callable, tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
+    "rms_norm 128 frozen": (rms_norm.rms_norm, rms_norm.example, (128,), {}, (0,)),
+    "rms_norm 896 trained": (rms_norm.rms_norm, rms_norm.example, (896,), {}, (0, 1)),
+    "rms_norm 2048 trained": (rms_norm.rms_norm, rms_norm.example, (2048,), {}, (0, 1)),
+    "rms_norm 3584 frozen": (rms_norm.rms_norm, rms_norm.example, (3584,), {}, (0,)),
+    "rms_norm 3584 trained": (rms_norm.rms_norm, rms_norm.example, (3584,), {}, (0, 1)),
+    "rms_norm 4096 once": (rms_norm.rms_norm, rms_norm.example, (4096,), {"once": True}, (0,)),
+    "rms_norm 8192 frozen": (rms_norm.rms_norm, rms_norm.example, (8192,), {}, (0,)),
+    "rms_norm 8192 trained": (rms_norm.rms_norm, rms_norm.example, (8192,), {}, (0, 1)),
+    "add_rms_norm 896 frozen": (rms_norm.add_rms_norm, rms_norm.add_example, (896,), {}, (0, 1)),
+    "add_rms_norm 3584 frozen": (rms_norm.add_rms_norm, rms_norm.add_example, (3584,), {}, (0, 1)),
+    "add_rms_norm 4096 once": (rms_norm.add_rms_norm, rms_norm.add_example, (4096,), {"once": True}, (0, 1)),
+    "add_rms_norm 8192 trained": (rms_norm.add_rms_norm, rms_norm.add_example, (8192,), {}, (0, 1, 2)),
+    "swiglu 4864": (swiglu.swiglu, swiglu.example, (4864,), {}, (0, 1)),
+    "rope 2x64": (rope.rope, rope.example, (2, 64), {}, (0,)),
+    "rope 28x128": (rope.rope, rope.example, (28, 128), {}, (0,)),
+    "rope 32x128 of which 64 interleaved": (rope.rope, rope.example, (32, 128), GLM, (0,)),
 }
 
 
@@ -49,18 +58,21 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def launches(module: ModuleType, sizes: tuple[int, ...], trained: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+def launches(name: str, dtype: torch.dtype) -> list[Any]:
     """(kernel, arguments, options) of the forward and of the backward of one call."""
+    op, example, sizes, form, trained = CALLS[name]
     found: list[Any] = []
-    before = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
-    args = module.example(TOKENS, *sizes, dtype, "meta")[0]
+    module = vars(sys.modules[op.__module__])
+    before = {name: kernel for name, kernel in module.items() if name.endswith("_kernel")} | {"use_triton": use_triton}
+    args = example(TOKENS, *sizes, dtype, "meta", **form)[0]
     leaves = [a.requires_grad_(i in trained) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
-    vars(module).update({name: Recorder(kernel, found) for name, kernel in before.items()})
+    module.update({name: Recorder(kernel, found) for name, kernel in before.items()}, use_triton=lambda *_: True)
     try:
-        out = module._OnTriton.apply(*leaves)
-        out.backward(torch.empty_like(out))
+        out = op(*leaves)
+        outputs = out if isinstance(out, tuple) else (out,)
+        torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
     finally:
-        vars(module).update(before)
+        module.update(before)
     assert len(found) == 2, "a forward and a backward"
     return found
 
@@ -99,9 +111,9 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def table() -> dict[str, dict[str, int]]:
     rows, seen = {}, set()
-    for name, (module, sizes, trained) in CALLS.items():
+    for name in CALLS:
         for dtype in (torch.bfloat16, torch.float16):
-            both = zip(("forward", "backward"), launches(module, sizes, trained, dtype), strict=True)
+            both = zip(("forward", "backward"), launches(name, dtype), strict=True)
             for phase, (kernel, args, options) in both:
                 source, rest = specialised(kernel, args, options)
                 if (source.hash(), rest["num_warps"]) in seen:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_model
 
+from minilora.bpe import BytePairs
 from minilora.data import (
     IGNORE,
     Example,
@@ -22,8 +23,9 @@ from minilora.data import (
     steps_per_epoch,
 )
 from minilora.errors import DataError, ModelError
-from minilora.template import Template
-from minilora.tokenizer import Tokenizer, load_tokenizer, render_text
+from minilora.template import render_text
+from minilora.template_qwen import ChatML
+from minilora.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 PROPERTY = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -177,9 +179,8 @@ def test_other_roles_have_no_template():
 
 def test_a_template_of_another_generation():
     with pytest.raises(ModelError, match="｜"):
-        tokenizer = Tokenizer(
-            (GOLDEN / "qwen3" / "tokenizer.json").read_text(), Template("r1", None, "always", True, "<｜x｜>")
-        )
+        coder = BytePairs.of_json((GOLDEN / "qwen3" / "tokenizer.json").read_text())
+        tokenizer = Tokenizer(coder, ChatML("r1", None, "always", True, "<｜x｜>"))
         tokenizer.render([U("q")])
 
 

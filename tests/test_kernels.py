@@ -61,6 +61,11 @@ def example(module: ModuleType, *sizes: Any) -> tuple[Any, ...]:
     return module.example(*sizes)[0]
 
 
+def side_by_side(op: Callable) -> Callable:
+    """Both outputs of an operation as one tensor, each with its own part of the upstream gradient."""
+    return lambda *args: torch.cat(op(*args), dim=-1)
+
+
 class Case(NamedTuple):
     op: Callable
     ref: Callable
@@ -71,14 +76,27 @@ class Case(NamedTuple):
 
 def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
     """An operation with arguments of ragged sizes; small ones for gradcheck."""
-    if name == "rms_norm":
-        args = example(rms_norm, *((3, 7) if small else (37, 101)), dtype)
-        return Case(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, (0, 1))
+    if name.startswith(("rms_norm", "add_rms_norm")):
+        shape = (3, 7) if small else (37, 101)
+        form: tuple[Any, ...] = (dtype, "cpu", 1.0, True) if name.endswith("once") else (dtype,)
+        if name.startswith("rms_norm"):
+            return Case(rms_norm.rms_norm, rms_norm.rms_norm_ref, example(rms_norm, *shape, *form), (0, 1))
+        torch.manual_seed(0)
+        args = rms_norm.add_example(*shape, *form)[0]
+        return Case(side_by_side(rms_norm.add_rms_norm), side_by_side(rms_norm.add_rms_norm_ref), args, (0, 1, 2))
     if name == "swiglu":
         args = example(swiglu, *((3, 7) if small else (37, 101)), dtype)
         return Case(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1))
-    if name == "rope":
-        args = example(rope, *((3, 2, 6) if small else (37, 3, 26)), dtype)
+    if name.startswith("rope"):
+        shape = (3, 2, 6) if small else (37, 3, 26)
+        if name == "rope_partial":
+            args = example(rope, *shape, dtype, "cpu", 4 if small else 10)
+        elif name == "rope_interleaved":
+            args = example(rope, *shape, dtype, "cpu", 4 if small else 18, True)
+        elif name == "rope_sections":
+            args = in_two_sections(*shape, 2 if small else 10, dtype)
+        else:
+            args = example(rope, *shape, dtype)
         return Case(rope.rope, rope.rope_ref, args, (0,))
     if name.startswith("attention"):
         window = 5 if name == "attention_window" else None
@@ -97,6 +115,14 @@ def cross_entropy_in_chunks(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy.linear_cross_entropy(x, head, targets, chunk_rows=10)
 
 
+def in_two_sections(tokens: int, heads: int, size: int, rotated: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, cos, sin of positions that count up in one half of a head and down in the other."""
+    x, _, _, interleaved = example(rope, tokens, heads, size, dtype)
+    place = torch.arange(tokens)
+    inverse = 10000.0 ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    return x, *rope.rope_angles(torch.stack((place, tokens - place), dim=1), inverse, 1.0, dtype), interleaved
+
+
 def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
     """x, w, bias, A, B, scale; the scale is no power of two, so that where it is rounded shows."""
     x, w, b, a_matrix, b_matrix, _ = example(lora_linear, tokens, k, n, r, dtype)
@@ -105,7 +131,7 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 
 
 NAMES = [
-    "rms_norm", "swiglu", "rope", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
+    "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "lora_linear", "lora_linear_dropout",
     "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
@@ -174,7 +200,7 @@ def test_each_input_alone_gets_the_gradient_that_it_gets_among_all(name: str):
         assert torch.equal(run(c.op, c.args, (i,), dy)[1], among_all)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("attention")])
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("attention", "add"))])
 def test_no_gradient_is_computed_for_a_frozen_input(name: str):
     """autograd would drop it in silence; the backward of the operation itself must return None."""
     c = case(name, torch.float32)
@@ -214,11 +240,67 @@ def test_strided_inputs(name: str, how: str):
 # rms_norm
 
 
+offsets = st.sampled_from([0.0, 1.0])
+
+
 @few
-@given(st.integers(1, 40), size, wide_dtype)
-def test_rms_norm_of_any_shape(rows: int, n: int, dtype: torch.dtype):
-    args = example(rms_norm, rows, n, dtype)
+@given(st.integers(1, 40), size, offsets, st.booleans(), wide_dtype)
+def test_rms_norm_of_any_shape(rows: int, n: int, offset: float, once: bool, dtype: torch.dtype):
+    args = example(rms_norm, rows, n, dtype, "cpu", offset, once)
     check_op(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, (0, 1))
+
+
+@few
+@given(st.integers(1, 40), size, offsets, st.booleans(), wide_dtype)
+def test_add_rms_norm_of_any_shape(rows: int, n: int, offset: float, once: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    args = rms_norm.add_example(rows, n, dtype, "cpu", offset, once)[0]
+    check_op(side_by_side(rms_norm.add_rms_norm), side_by_side(rms_norm.add_rms_norm_ref), args, (0, 1, 2))
+
+
+@dtypes
+@pytest.mark.parametrize("once", [False, True])
+def test_the_two_orders_of_rounding(dtype: torch.dtype, once: bool):
+    """A row of 7 and 1, half and half, has 1 / rms = 1/5: the bits show what was rounded before the weight came."""
+    x = torch.tensor([7.0, 1.0, -7.0, -1.0]).repeat(40, 16).to(dtype)
+    w = torch.randn(64).to(dtype)
+    n = x.to(torch.promote_types(dtype, torch.float32)) / 5
+    n = n if once else n.to(dtype)
+    expected = ((w.to(n.dtype) + 1) * n).to(dtype)
+    wrong = (rms_norm.rms_norm(x, w, 1e-30, 1.0, once).double() - expected.double()).abs()
+    assert (wrong <= 4e-7 * expected.abs()).all()  # an ulp of fp32, and no rounding of bf16
+
+
+@pytest.mark.parametrize("once", [False, True])
+@dtypes
+def test_add_rms_norm_is_the_norm_of_the_rounded_sum(dtype: torch.dtype, once: bool):
+    x, residual, w = torch.randn(37, 101).to(dtype), torch.randn(37, 101).to(dtype), torch.randn(101).to(dtype)
+    y, s = rms_norm.add_rms_norm(x, residual, w, 1e-6, 1.0, once)
+    assert torch.equal(s, x + residual)
+    assert torch.equal(y, rms_norm.rms_norm(s, w, 1e-6, 1.0, once))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_rms_norm_when_one_output_is_used(used: int):
+    torch.manual_seed(0)
+    args = rms_norm.add_example(37, 101, torch.float32)[0]
+    trained = (0, 1, 2) if used == 0 else (0, 1)
+    check_op(lambda *a: rms_norm.add_rms_norm(*a)[used], lambda *a: rms_norm.add_rms_norm_ref(*a)[used], args, trained)
+
+
+def test_rms_norm_refuses_what_does_not_fit():
+    x, w = torch.randn(3, 7), torch.randn(7)
+    for wrong in (w[:6], w[None]):
+        with pytest.raises(ValueError, match="rms_norm: x .* it takes"):
+            rms_norm.rms_norm(x, wrong, 1e-6)
+        with pytest.raises(ValueError, match="add_rms_norm: x .* it takes"):
+            rms_norm.add_rms_norm(x, x, wrong, 1e-6)
+    with pytest.raises(ValueError, match="one shape"):
+        rms_norm.add_rms_norm(x, x[:1], w, 1e-6)
+    with pytest.raises(ValueError, match="rms_norm: x is torch.float32 on cpu, w torch.bfloat16"):
+        rms_norm.rms_norm(x, w.bfloat16(), 1e-6)
+    with pytest.raises(ValueError, match="torch.int64"):
+        rms_norm.rms_norm(x.long(), w.long(), 1e-6)
 
 
 def test_rms_norm_of_heads():
@@ -261,18 +343,64 @@ def test_swiglu_far_out(dtype: torch.dtype):
 
 
 @few
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 33), wide_dtype)
-def test_rope_of_any_shape(tokens: int, heads: int, half: int, dtype: torch.dtype):
-    args = example(rope, tokens, heads, 2 * half, dtype)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 33), st.integers(0, 9), st.booleans(), wide_dtype)
+def test_rope_of_any_shape(tokens: int, heads: int, half: int, rest: int, interleaved: bool, dtype: torch.dtype):
+    args = example(rope, tokens, heads, 2 * half + rest, dtype, "cpu", 2 * half, interleaved)
+    check_op(rope.rope, rope.rope_ref, args, (0,))
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.booleans(), wide_dtype)
+def test_rope_of_any_sections(tokens: int, heads: int, r: int, half: int, interleaved: bool, dtype: torch.dtype):
+    x, cos, sin, _ = example(rope, tokens, heads, r * (2 * half + 3), dtype, "cpu", 2 * half * r)
+    args = x, cos.unflatten(-1, (r, half)), sin.unflatten(-1, (r, half)), interleaved
     check_op(rope.rope, rope.rope_ref, args, (0,))
 
 
 def test_rope_is_a_rotation():
-    """By the definition: the pair (i, i + E/2) as a complex number, times e^(i angle)."""
-    x, cos, sin = example(rope, 17, 3, 10, torch.float64)
-    pairs = torch.complex(x[..., :5], x[..., 5:]) * torch.complex(cos, sin)[:, None]
-    turned = torch.cat((pairs.real, pairs.imag), dim=-1)
-    torch.testing.assert_close(rope.rope(x, cos, sin), turned, rtol=0, atol=1e-12)
+    """By the definition: the pair (i, i + P/2), or (2i, 2i + 1), as a complex number, times e^(i angle)."""
+    x, cos, sin, _ = example(rope, 17, 3, 14, torch.float64, "cpu", 10)
+    turn = torch.complex(cos, sin)[:, None]
+    halves = torch.complex(x[..., :5], x[..., 5:10]) * turn
+    expected = torch.cat((halves.real, halves.imag, x[..., 10:]), dim=-1)
+    torch.testing.assert_close(rope.rope(x, cos, sin), expected, rtol=0, atol=1e-12)
+    neighbours = torch.view_as_complex(x[..., :10].unflatten(-1, (5, 2))) * turn
+    expected = torch.cat((torch.view_as_real(neighbours).flatten(-2), x[..., 10:]), dim=-1)
+    torch.testing.assert_close(rope.rope(x, cos, sin, True), expected, rtol=0, atol=1e-12)
+
+
+@dtypes
+def test_rope_in_sections_is_each_section_alone(dtype: torch.dtype):
+    x, cos, sin, _ = in_two_sections(17, 3, 28, 10, dtype)
+    alone = [rope.rope(part, cos[:, i], sin[:, i]) for i, part in enumerate(x.chunk(2, dim=-1))]
+    assert torch.equal(rope.rope(x, cos, sin), torch.cat(alone, dim=-1))
+
+
+@dtypes
+def test_what_does_not_turn_keeps_its_bits(dtype: torch.dtype):
+    x, cos, sin, _ = example(rope, 7, 3, 26, dtype, "cpu", 10)
+    x[..., 10:13] = torch.tensor([math.inf, -0.0, math.nan])
+    for interleaved in (False, True):
+        rest = rope.rope(x, cos, sin, interleaved)[..., 10:]
+        torch.testing.assert_close(rest, x[..., 10:], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(rest.signbit(), x[..., 10:].signbit())
+
+
+def test_rope_refuses_what_does_not_fit():
+    x, cos, sin, _ = example(rope, 7, 3, 26, torch.float32)
+    for args in (
+        (x[0], cos, sin),
+        (x[:6], cos, sin),
+        (x, cos, sin[:, :5]),
+        (x[..., :24], cos, sin),
+        (x, cos[:, :0], sin[:, :0]),
+    ):
+        with pytest.raises(ValueError, match="rope: x .* it takes"):
+            rope.rope(*args)
+    with pytest.raises(ValueError, match="rope: x .* it takes"):  # 26 is no multiple of 4 sections
+        rope.rope(x, *(a[:, :4, None].expand(7, 4, 2) for a in (cos, sin)))
+    with pytest.raises(ValueError, match="rope: x is torch.float32 on cpu, cos torch.float64"):
+        rope.rope(x, cos.double(), sin)
 
 
 def test_rope_angles_of_late_positions_are_not_rounded_to_the_models_dtype():

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from tokenizers import models, pre_tokenizers
 
+from minilora.bpe import qwen_tokenizer
 from minilora.checkpoint import read_config
 from minilora.models.layers import Decoder
 from minilora.models.qwen import Block
 from minilora.safetensors import write_tensors
-from minilora.tokenizer import qwen_tokenizer
 
 SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 ROWS = [

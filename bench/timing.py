@@ -1,0 +1,105 @@
+"""Time and memory of functions, in turn, so that what else the machine does falls on all of them alike."""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.roof import synchronize
+
+FLUSH = 2**28  # bytes written between two timed calls on a GPU: more than any second-level cache
+
+
+class Times(NamedTuple):
+    """Seconds of a call: the median and the 20th and 80th percentile of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def in_turn(functions: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, Times]:
+    """Call every function once a round, the order turning round by round; the first two rounds warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    timed = _on_gpu if device.type == "cuda" else _on_cpu
+    scratch = torch.empty(FLUSH if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+    for r in range(rounds + 2):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            scratch.zero_()
+            spent = timed(functions[name])
+            if r >= 2:
+                seconds[name].append(spent)
+    return {name: spread(s) for name, s in seconds.items()}
+
+
+def spread(seconds: list[float]) -> Times:
+    if len(seconds) < 2:
+        return Times(*seconds * 3)
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return Times(statistics.median(seconds), fifths[0], fifths[3])
+
+
+def _on_cpu(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _on_gpu(function: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key in given or key in self._seen:
+                    continue
+                self._seen.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that the call held beyond what was there: the allocator's on a GPU, the tensors' on a CPU.
+
+    On a CPU the scratch memory inside one operation is not seen.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Alive() as alive:
+        function()
+    return alive.peak

@@ -1,0 +1,24 @@
+"""minilora inspect model: what a model folder is, and what minilora makes of it."""
+
+import argparse
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", metavar="DIR", help="folder of a Hugging Face checkpoint; config.json alone is enough"
+    )
+    parser.add_argument(
+        "--targets", default="all-linear", metavar="TEXT", help="linears that get adapters [all-linear]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from ..inspect_model import describe, text_of
+
+    found = describe(Path(args.folder), args.targets)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
+    return 4 if found["problems"] else 0

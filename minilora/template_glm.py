@@ -1,0 +1,142 @@
+"""Chats of the GLM generations: rounds of plain text (ChatGLM-6B, ChatGLM2), and role tokens (ChatGLM3 and later).
+
+Rounds. `[Round 1]`, the question after 问：, the answer after 答：. The whole history is one text; what is learnt is the last
+answer alone, as the authors train it. ChatGLM-6B counts rounds from 0, leaves the marks out where there is one question, and
+puts [gMASK] <sop> behind the prompt: all before <sop> sees each other, and <sop> is learnt too. ChatGLM2 puts [gMASK] sop in
+front. Neither knows a system prompt; it is written as the first paragraph.
+
+Roles. <|user|>, a newline, the content; the next role token ends a turn, so <|user|> is what an assistant learns to end its
+turn with. Closing the last turn, ChatGLM3 takes </s> and GLM-4 <|user|>. The newline after <|assistant|> is the
+assistant's to write, and is learnt.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataError
+from .template import NEWLINE, Message, Segment, Template, jinja_text
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Rounds(Template):
+    """ChatGLM-6B (`first` 0) and ChatGLM2 (`first` 1): gap is what stands between the lines of a round."""
+
+    first: int = 0
+    gap: str = "\n"
+    end: str = "<eop>"
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.end,)
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+        system = [m["content"] for m in messages if m["role"] == "system"]
+        turns = [m for m in messages if m["role"] != "system"]
+        for i, message in enumerate(turns):
+            if message["role"] != ("user", "assistant")[i % 2]:
+                raise DataError(f"a message has the role {str(message['role'])[:40]!r}, {('user', 'assistant')[i % 2]} is due",
+                                f"In {self.name}'s rounds a question and an answer take turns.")  # fmt: skip
+        if not turns or (prompt and turns[-1]["role"] == "assistant"):
+            raise DataError(f"a chat of {self.name} has no question at its end", "Ask something.")
+        answer = turns[-1]["content"] if turns[-1]["role"] == "assistant" else None
+        number = None if answer is None else max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        text = self.gap.join([*system, *self._rounds(turns if answer is None else turns[:-1])])
+        if self.first == 0:
+            start = [Segment(text), Segment("[gMASK]", special=True), Segment("<sop>", special=True, answer=number)]
+        else:
+            start = [Segment("[gMASK]", special=True), Segment("sop", special=True), Segment(text)]
+        if answer is None:
+            return start
+        return [*start, Segment(answer, answer=number), Segment(self.end, special=True, answer=number)]
+
+    def _rounds(self, turns: list[Message]) -> list[str]:
+        """The paragraphs of questions and answers, the last one a question that waits for its answer."""
+        if self.first == 0 and len(turns) == 1:
+            return [turns[0]["content"]]
+        paragraphs = []
+        for i in range(0, len(turns), 2):
+            said = turns[i + 1]["content"] if i + 1 < len(turns) else ""
+            paragraphs += [f"[Round {i // 2 + self.first}]", f"问：{turns[i]['content']}", f"答：{said}"]
+        return paragraphs
+
+
+@dataclass(frozen=True)
+class RoleTokens(Template):
+    """ChatGLM3, GLM-4, GLM-4-0414, GLM-Z1, GLM-Edge.
+
+    start: the tokens before the first role; header: what stands between a role token and its content; end: the token that
+    closes the last turn; thinks: the prompt opens the assistant's thoughts (GLM-Z1); own_code: the format of the original
+    code, which cuts header and content into tokens by themselves.
+    """
+
+    start: tuple[str, ...] = ("[gMASK]", "<sop>")
+    header: str = "\n"
+    end: str = "<|user|>"
+    thinks: bool = False
+    own_code: bool = False
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (*dict.fromkeys((self.end, "<|endoftext|>", "<|user|>", "<|observation|>")),)
+
+    @property
+    def apart(self) -> bool:
+        return self.own_code
+
+    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+        result = [Segment(t, special=True) for t in self.start]
+        last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        before = None  # the number of the answer that is not closed yet
+        for i, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            if role not in ROLES:
+                raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
+            # the token that makes an answer stop is learnt with it
+            result.append(Segment(f"<|{role}|>", special=True, answer=before if role == "user" else None))
+            before = i if role == "assistant" else None
+            result += self._content(content, before, i > last_user)
+        if prompt:
+            result.append(Segment("<|assistant|>", special=True))
+            result += [Segment(f"{self.header}<think>")] if self.thinks else []
+        elif before is not None:
+            result.append(Segment(self.end, special=True, answer=before))
+        return result
+
+    def _content(self, content: str, answer: int | None, current: bool) -> list[Segment]:
+        if answer is not None and self.thinks:
+            thought, mark, said = content.rpartition("</think>")
+            if not current:  # thoughts of turns before the last question are dropped
+                content = said.lstrip("\n") if mark else content
+            else:
+                thought = thought.split("<think>")[-1].strip("\n")
+                said = said.lstrip("\n")
+                return [Segment(f"{self.header}<think>"), Segment(f"\n{thought}</think>\n{said}", answer=answer)]
+        return [Segment(self.header, answer=answer), Segment(content, answer=answer)]
+
+    def answer_of(self, text: str) -> str:
+        return text.lstrip(" \n") if self.header else text
+
+
+CHATGLM = Rounds("chatglm")
+CHATGLM2 = Rounds("chatglm2", first=1, gap="\n\n", end="</s>")
+CHATGLM3 = RoleTokens("chatglm3", start=("[gMASK]", "sop"), end="</s>", own_code=True)
+GLM4_OWN = RoleTokens("glm4", own_code=True)
+
+
+def glm_template(folder: Path) -> RoleTokens:
+    """The template of a folder with a tokenizer.json, told from its Jinja text; GLM-4's where it has none."""
+    jinja = jinja_text(folder)
+    if jinja is None:
+        return RoleTokens("glm4")
+    start = ("[gMASK]", "<sop>") if "[gMASK]" in jinja else ()
+    header = "\n" if re.search(rf"\|>{NEWLINE}", jinja) else ""
+    thinks = re.search(rf"<\|assistant\|>{NEWLINE}<think>", jinja) is not None
+    name = "glm-z1" if thinks else "glm4" if start else "glm-edge"
+    return RoleTokens(name, start=start, header=header, thinks=thinks)

@@ -1,0 +1,127 @@
+"""ChatGLM2, ChatGLM3 and GLM-4-9B in the layout of their original code (model_type `chatglm`, told apart from ChatGLM-6B).
+
+The same model as `glm` under other names: one matrix holds all queries, then all keys, then all values; dense_h_to_4h holds
+the gate's rows, then up's; neighbours turn as a pair in the first half of each head. Its RMS norm multiplies by the weight
+before it rounds.
+
+A config.json of long context has a `rope_ratio`. ChatGLM3 and GLM-4 multiply the rotary base by it; ChatGLM2 divides the
+positions by it.
+"""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.kernels.rope import rope
+from minilora.kernels.swiglu import swiglu
+
+from .config_json import dtype_of, only, positive, whole
+from .layers import Config, Decoder, Names, Place, RMSNorm
+
+NAMES = Names(
+    embedding="transformer.embedding.word_embeddings",
+    layers="transformer.encoder.layers",
+    norm="transformer.encoder.final_layernorm",
+    head="transformer.output_layer",
+)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_size = layer, c.head_size
+        self.widths = [c.heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
+        self.query_key_value = nn.Linear(c.width, sum(self.widths), bias=c.qkv_bias)
+        self.dense = nn.Linear(c.heads * c.head_size, c.width, bias=False)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        qkv = self.query_key_value(x).split(self.widths, dim=-1)
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
+        q, k = (rope(y, place.cos, place.sin, interleaved=True) for y in (q, k))
+        return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(c.width, 2 * c.ffn, bias=False)
+        self.dense_4h_to_h = nn.Linear(c.ffn, c.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(swiglu(*self.dense_h_to_4h(x).chunk(2, dim=-1)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attention = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = x + self.self_attention(self.input_layernorm(x), place)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def decoder(c: Config) -> Decoder:
+    return Decoder(c, Block, names=NAMES)
+
+
+def config(j: dict[str, Any]) -> Config:
+    """Config of the config.json of a ChatGLM2, ChatGLM3 or GLM-4-9B folder.
+
+    Raises ValueError naming the key for what is not supported.
+    """
+    only(
+        j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
+        apply_residual_connection_post_layernorm=False, original_rope=True,
+    )  # fmt: skip
+    layers, width = whole(j, "num_layers", most=1000), whole(j, "hidden_size")
+    heads, kv_heads = whole(j, "num_attention_heads"), whole(j, "multi_query_group_num")
+    head_size = whole(j, "kv_channels", 128)
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of multi_query_group_num {kv_heads}")
+    if head_size % 4:
+        raise ValueError(f"kv_channels is {head_size}; half of a head turns, in pairs")
+    base, divisor = _rope(j)
+    return Config(
+        family="chatglm2",
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        ffn=whole(j, "ffn_hidden_size"),
+        vocab=whole(j, "padded_vocab_size"),
+        eps=positive(j, "layernorm_epsilon", 1e-5),
+        rope_theta=base,
+        rope_scale=divisor,
+        yarn=None,
+        rotary=head_size // 2,
+        interleaved=True,
+        windows=(None,) * layers,
+        qkv_bias=bool(j.get("add_qkv_bias", False)),
+        qk_norm=False,
+        tied=bool(j.get("tie_word_embeddings", False)),
+        max_positions=whole(j, "seq_length", 2048),
+        dtype=dtype_of(j),
+    )
+
+
+def _rope(j: dict[str, Any]) -> tuple[float, float]:
+    """The rotary base, and what positions are divided by: the two meanings of rope_ratio.
+
+    ChatGLM2 and ChatGLM3 have the same sizes; only the name that the folder was published under tells which one it is.
+    """
+    ratio = positive(j, "rope_ratio", 1.0)
+    name = str(j.get("_name_or_path"))
+    if ratio == 1 or re.search(r"(chatglm3|glm-?4)", name, re.IGNORECASE) or j.get("padded_vocab_size") == 151552:
+        return 10000.0 * ratio, 1.0
+    if re.search("chatglm2", name, re.IGNORECASE):
+        return 10000.0, ratio
+    raise ValueError(
+        f"rope_ratio {ratio:g} divides the positions in ChatGLM2 and multiplies the base in ChatGLM3, and _name_or_path "
+        f"{name[:60]!r} does not tell which it is: write chatglm2-6b-32k or chatglm3-6b-32k there"
+    )

@@ -1,0 +1,80 @@
+"""GLM in transformers' layout: GLM-4-9B-*-hf and GLM-Edge (`glm`), GLM-4-0414 and GLM-Z1 (`glm4`).
+
+Pre-norm blocks of grouped-query attention and SwiGLU, as Qwen's, with two differences: neighbours turn as a pair, in the
+first half of each head alone (GLM-Edge: all of it), and the gate and up projections are one matrix. `glm4` puts a norm after
+attention and after the MLP as well; its `post_attention_layernorm` is still the norm before the MLP.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config_json import dtype_of, only, positive, rope_of, rotary_of, whole
+from .layers import Attention, Config, Decoder, GateUpMLP, Place, RMSNorm
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = GateUpMLP(c)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), place)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SandwichBlock(Block):
+    def __init__(self, c: Config, layer: int):
+        super().__init__(c, layer)
+        self.post_self_attn_layernorm = RMSNorm(c.width, c.eps)
+        self.post_mlp_layernorm = RMSNorm(c.width, c.eps)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), place))
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+
+
+def decoder(c: Config) -> Decoder:
+    return Decoder(c, SandwichBlock if c.family == "glm4" else Block)
+
+
+def config(j: dict[str, Any]) -> Config:
+    """Config of a `glm` or `glm4` config.json, in the spelling of transformers 4 or 5.
+
+    Raises ValueError naming the key for what these families do not have or what is not supported.
+    """
+    family = j["model_type"]
+    only(j, family, hidden_act="silu")
+    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
+    heads = whole(j, "num_attention_heads")
+    head_size = whole(j, "head_dim", width // heads if "head_dim" in j else 128)  # what transformers takes null for
+    kv_heads = whole(j, "num_key_value_heads", 2)
+    max_positions = whole(j, "max_position_embeddings", 131072)
+    theta, yarn = rope_of(j, max_positions)
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    return Config(
+        family=family,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        ffn=whole(j, "intermediate_size"),
+        vocab=whole(j, "vocab_size"),
+        eps=positive(j, "rms_norm_eps", 1.5625e-07),
+        rope_theta=theta,
+        rope_scale=1.0,
+        yarn=yarn,
+        rotary=rotary_of(j, head_size, 0.5),
+        interleaved=True,
+        windows=(None,) * layers,
+        qkv_bias=bool(j.get("attention_bias", True)),
+        qk_norm=False,
+        tied=bool(j.get("tie_word_embeddings", False)),
+        max_positions=max_positions,
+        dtype=dtype_of(j),
+    )

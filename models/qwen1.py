@@ -1,0 +1,172 @@
+"""Qwen-1 (model_type `qwen`): pre-norm blocks, c_attn holds all queries, then all keys, then all values; w2 is the gate.
+
+In evaluation alone, and for documents longer than seq_length alone, two things reach beyond the trained length: the rotary
+base grows with the document's length (dynamic NTK; for decoding it stays what the prompt made it), and the query at place i
+is multiplied by log(i) / log(seq_length) ("logn"). Training uses neither.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.kernels.rope import rope, rope_angles
+from minilora.kernels.swiglu import swiglu
+
+from .config_json import DTYPES, dtype_of, only, positive, whole
+from .layers import Cache, Config, Decoder, Names, Place, RMSNorm, inverse_frequencies
+
+NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
+# what the first revision of August 2023 called its keys
+ALIASES = {
+    "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size", "n_positions": "max_position_embeddings", "padded_vocab_size": "vocab_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Qwen1Config(Config):
+    trained_length: int
+    ntk: bool
+    logn: bool
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.heads = layer, c.heads
+        self.c_attn = nn.Linear(c.width, 3 * c.heads * c.head_size)
+        self.c_proj = nn.Linear(c.heads * c.head_size, c.width, bias=False)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k = (rope(y, place.cos, place.sin) for y in (q, k))
+        if place.stretch is not None:
+            q = q * place.stretch
+        return self.c_proj(place.attend(self.layer, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.w1 = nn.Linear(c.width, c.ffn, bias=False)
+        self.w2 = nn.Linear(c.width, c.ffn, bias=False)
+        self.c_proj = nn.Linear(c.ffn, c.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(swiglu(self.w2(x), self.w1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.ln_1 = RMSNorm(c.width, c.eps)
+        self.attn = Attention(c, layer)
+        self.ln_2 = RMSNorm(c.width, c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x = x + self.attn(self.ln_1(x), place)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Qwen1(Decoder):
+    def __init__(self, c: Qwen1Config):
+        super().__init__(c, Block, names=NAMES)
+        self.trained_length, self.ntk, self.logn = c.trained_length, c.ntk, c.logn
+
+    def place(
+        self,
+        positions: Tensor,
+        seams: list[int],
+        dtype: torch.dtype,
+        prefixes: list[int] | None = None,
+        cache: Cache | None = None,
+    ) -> Place:
+        """The Place of a stream; in evaluation what reaches beyond the trained length."""
+        place = super().place(positions, seams, dtype, prefixes, cache)
+        if self.training:
+            return place
+        lengths = [end - start for start, end in pairwise(seams)]
+        bases = [self._base(length) for length in (lengths if cache is None else cache.prompts)]
+        if any(base != self.config.rope_theta for base in bases):
+            angles = []
+            for base, part in zip(bases, positions.split(lengths), strict=True):
+                longer = inverse_frequencies(replace(self.config, rope_theta=base), part.device, dtype)
+                angles.append(rope_angles(part, *longer, dtype))
+            place.cos, place.sin = (torch.cat(parts) for parts in zip(*angles, strict=True))
+        if self.logn:
+            wide = torch.promote_types(dtype, torch.float32)
+            factors = (positions + 1).to(wide).log() / math.log(self.trained_length)
+            place.stretch = factors.clamp(min=1).to(dtype)[:, None, None]
+        return place
+
+    def _base(self, length: int) -> float:
+        """The rotary base for a document of that length."""
+        c = self.config
+        if not self.ntk:
+            return c.rope_theta
+        alpha = 2 ** math.ceil(math.log2(length / self.trained_length) + 1) - 1
+        return c.rope_theta * max(alpha, 1) ** (c.rotary / (c.rotary - 2))
+
+
+def decoder(c: Qwen1Config) -> Decoder:
+    return Qwen1(c)
+
+
+def config(j: dict[str, Any]) -> Qwen1Config:
+    """Config of a Qwen-1 config.json, of the first revision too.
+
+    Raises ValueError naming the key for what is not supported.
+    """
+    j = {ALIASES[k]: v for k, v in j.items() if k in ALIASES} | j
+    only(j, "Qwen-1", no_bias=True)
+    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
+    heads = whole(j, "num_attention_heads")
+    head_size = whole(j, "kv_channels", width // heads)
+    ffn = whole(j, "intermediate_size")
+    share = positive(j, "rotary_pct", 1.0)
+    rotary = int(head_size * share)
+    if share > 1 or rotary % 2 or rotary < 4:
+        raise ValueError(f"rotary_pct {share:g} of kv_channels {head_size}: an even number of elements must turn")
+    if ffn % 2:
+        raise ValueError(f"intermediate_size is {ffn}; Qwen-1 means twice the width of its MLP by it")
+    max_positions = whole(j, "max_position_embeddings", 8192)
+    return Qwen1Config(
+        family="qwen",
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_size=head_size,
+        ffn=ffn // 2,
+        vocab=whole(j, "vocab_size"),
+        eps=positive(j, "layer_norm_epsilon", 1e-6),
+        rope_theta=positive(j, "rotary_emb_base", 10000.0),
+        rope_scale=1.0,
+        yarn=None,
+        rotary=rotary,
+        interleaved=False,
+        windows=(None,) * layers,
+        qkv_bias=True,
+        qk_norm=False,
+        tied=bool(j.get("tie_word_embeddings", False)),
+        max_positions=max_positions,
+        dtype=_dtype(j),
+        trained_length=whole(j, "seq_length", max_positions),
+        ntk=bool(j.get("use_dynamic_ntk", True)),
+        logn=bool(j.get("use_logn_attn", True)),
+    )
+
+
+def _dtype(j: dict[str, Any]) -> torch.dtype:
+    """Qwen-1 names its dtype by a switch; bf16, in which it was published, where none is set."""
+    if j.get("dtype") or j.get("torch_dtype"):
+        return dtype_of(j)
+    return next((DTYPES[name] for short, name in _SWITCHES.items() if j.get(short)), torch.bfloat16)
+
+
+_SWITCHES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
