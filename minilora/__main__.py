@@ -77,10 +77,9 @@ def run(argv: list[str]) -> int:
         if name == (argv[0] if argv else ""):
             _command(name).flags(sub)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "sweep"):
         raise UsageError(f"unknown argument {rest[0]!r}", f"See minilora {args.command} --help.")
-    if args.command == "train":
-        args.rest = rest
+    args.rest = rest
     return _command(args.command).run(args) or 0
 
 
@@ -99,6 +98,7 @@ COMMANDS = {
     "eval": "loss and perplexity on a file of rows",
     "inspect": "look at a model folder before anything is done with it",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
+    "sweep": "several runs that differ in one thing, and the page that compares them",
     "compare": "runs side by side on one page: settings, losses, scores with p, answers",
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "merge": "write base and adapter as one checkpoint, and prove it",

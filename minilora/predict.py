@@ -50,10 +50,12 @@ class Question(NamedTuple):
     where: str
 
 
-def read_questions(path: str | Path, tokenizer: Tokenizer, define: dict[str, str] | None = None) -> list[Question]:
+def read_questions(
+    path: str | Path, tokenizer: Tokenizer, define: dict[str, str] | None = None, columns: dict[str, str] | None = None
+) -> list[Question]:
     """The questions of a file of rows; DataError for a row whose last message is no answer."""
     questions = []
-    for row in read_rows(Path(path)):
+    for row in read_rows(path, columns):
         fill(row, define or {})
         *before, last = row.messages
         if last["role"] != "assistant":
@@ -71,6 +73,7 @@ def predict(
     model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
     batch: int = 16, define: dict[str, str] | None = None, sample: bool = False, seed: int = 0, overwrite: bool = False,
     any_base: bool = False, device: str | None = None, console: Console | None = None,
+    columns: dict[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
 
@@ -78,7 +81,7 @@ def predict(
     """
     console, folder = console or Console(), Path(output)
     tokenizer = load_tokenizer(model)
-    questions = read_questions(data, tokenizer, define)
+    questions = read_questions(data, tokenizer, define, columns)
     decoder = load_model(model, device=device)
     check_fits(tokenizer, decoder.config.vocab, Path(model))
     if adapter:

@@ -57,11 +57,16 @@ def settings_of(args: argparse.Namespace, define: dict[str, str], skip_bad: bool
     """The load.Settings of limit_flags."""
     from ..load import Settings
 
-    pairs = [text.partition("=") for text in (args.columns or "").split(",") if text]
+    columns = columns_of(args.columns)
+    return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad)  # fmt: skip
+
+
+def columns_of(given: str | None) -> dict[str, str]:
+    """NAME=COLUMN words with commas as a dictionary."""
+    pairs = [text.partition("=") for text in (given or "").split(",") if text]
     wrong = next((key for key, mark, _ in pairs if not mark or not key), None)
     if wrong is not None:
         raise UsageError(
             f"--columns {wrong!r} is not NAME=COLUMN", "For example --columns prompt=question,response=answer."
         )
-    columns = {key.strip(): text.strip() for key, _, text in pairs}
-    return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad)  # fmt: skip
+    return {key.strip(): text.strip() for key, _, text in pairs}

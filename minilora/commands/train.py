@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ..config import read_yaml, resolve
 
     flags = {k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")}
-    flags |= _foreign_flags(args.rest)
+    flags |= foreign_flags(args.rest)
     if "define" in flags:
         flags["define"] = definitions(flags["define"])
     if args.resume and args.overwrite:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _foreign_flags(rest: list[str]) -> dict[str, Any]:
+def foreign_flags(rest: list[str]) -> dict[str, Any]:
     """Flags under names known from other tools; UsageError with the nearest name for an unknown one."""
     from ..config import canonical
 
