@@ -33,6 +33,7 @@ from .load import hashes
 from .record import read_json_file, read_record
 from .rows import open_rows, to_messages
 from .signals import StopSignal
+from .sources import draw, parse_sources
 from .split import count_of, split
 
 PACKAGE = Path(__file__).parent
@@ -184,15 +185,20 @@ def _with_test(plan: Sweep, folder: Path) -> tuple[list[Point], dict[str, Any]]:
         raise UsageError("test rows cannot be set aside of several data files", "Give test: data: FILE.")
     config, target = plan.points[0].config, folder / "data"
     if not target.is_dir():
-        file = open_rows(config.data, config.columns)
-        rows = range(len(file))
-        questions = np.array(
-            [hashes(to_messages(file.value(i), file.where(i), config.columns))[0] for i in rows], np.uint64
-        )
-        rest, side = split(questions, [count_of("test", str(plan.test["rows"]), len(file))], config.seed)
+        source, *more = parse_sources(config.data)
+        if more or source.rate != 1:
+            raise UsageError(
+                f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
+            )
+        file = open_rows(source.path, config.columns)
+        numbers = draw(source, len(file), config.seed)
+        rows = [to_messages(file.value(i), file.where(i), config.columns) for i in numbers.tolist()]
+        questions = np.array([hashes(row)[0] for row in rows], np.uint64)
+        count = count_of("test", str(plan.test["rows"]), len(rows))
+        rest, side = (numbers[places] for places in split(questions, [count], config.seed))
         with staged_folder(target) as stage:
-            for name, numbers in (("train", rest), ("test", side)):
-                lines = [json.dumps(file.value(int(i)), ensure_ascii=False) + "\n" for i in sorted(numbers)]
+            for name, chosen in (("train", rest), ("test", side)):
+                lines = [json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(chosen.tolist())]
                 (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     points = [Point(p.name, resolve(p.config.__dict__, {"data": target / "train.jsonl"})) for p in plan.points]
     return points, plan.test | {"data": str(target / "test.jsonl")}
