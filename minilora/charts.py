@@ -197,12 +197,13 @@ def _line(s: Series, places: list[Point]) -> str:
 
 
 def _level(start: Point, end: Point, level: Level) -> str:
-    upright = start[0] == end[0]
-    text = (start[0] + 4, TOP + 10) if upright else (WIDTH - RIGHT - 4, start[1] - 5)
+    upright, right = start[0] == end[0], start[0] > 0.7 * WIDTH
+    x, y = (start[0] + (-4 if right else 4), TOP + 10) if upright else (WIDTH - RIGHT - 4, start[1] - 5)
+    anchor = "start" if upright and not right else "end"
     return (
         f'<line x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" '
         f'stroke="{COLOURS[level.colour % 4]}" stroke-dasharray="5 4"/>'
-        f'<text x="{text[0]:.1f}" y="{text[1]:.1f}" text-anchor="{"start" if upright else "end"}">{escape(level.name)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(level.name)}</text>'
     )
 
 

@@ -284,14 +284,11 @@ def _lengths(page: Document, runs: list[Record]) -> None:
         page.heading("Rows and lengths")
         rows = []
         for run in known:
-            dropped = run.data.get("dropped") or {}
-            why = ", ".join(f"{n:,} over {limit}" for limit, n in dropped.items()) or "none"
             share = 100 * run.data["trained"] / max(run.data["tokens"], 1)
-            cut = run.data.get("cut")
-            rows.append([run.name, run.data["rows"], run.data["train_rows"], why, *([] if cut is None else [_said(cut)]),
+            rows.append([run.name, run.data["rows"], reasons(run, "dropped"), reasons(run, "cut"), run.data["train_rows"],
                          run.data["val_rows"], run.data["tokens"], f"{share:.0f} %"])  # fmt: skip
-        has_cut = any(run.data.get("cut") is not None for run in known)
-        page.table(["run", "rows", "trained on", "dropped", *(["cut"] if has_cut else []), "validated on", "tokens an epoch", "of these trained"], rows)  # fmt: skip
+        head = ["run", "rows", "dropped", "cut", "trained on", "validated on", "tokens an epoch", "of these trained"]
+        page.table(head, rows)
         for key, label, limit in (("masked_lengths", "masked tokens (the question)", "max_source_length"),
                                   ("trained_lengths", "trained tokens (the answers)", "max_target_length")):  # fmt: skip
             counts = [{int(n): c for n, c in (run.data.get(key) or {}).items()} for run in known]
@@ -303,6 +300,11 @@ def _lengths(page: Document, runs: list[Record]) -> None:
             page.chart(histogram(counts, [run.name for run in known], label, levels))
     for line in over_the_limit(runs):
         page.text(line)
+
+
+def reasons(run: Record, what: str) -> str:
+    """How many rows of a run were dropped, or cut, and why."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in (run.data.get(what) or {}).items()) or "none"
 
 
 def over_the_limit(runs: list[Record]) -> list[str]:

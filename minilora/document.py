@@ -9,6 +9,7 @@ from .html import escape, page, table
 STYLE = """
 .legend span { margin-right: 1.2rem; white-space: nowrap } .warning { border-left: 4px solid var(--bad); padding-left: .7rem }
 .note { border-left: 4px solid var(--line); padding-left: .7rem } .wide > svg { min-width: 34rem }
+.wide th, .wide td:first-child { overflow-wrap: normal } td:first-child { min-width: 4rem }
 """
 
 

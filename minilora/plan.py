@@ -72,8 +72,8 @@ def data_record(data: Data, plan: Plan) -> dict[str, Any]:
     length, trained = plan.train.column("length"), plan.train.column("trained")
     return {
         "rows": data.report.rows,
-        "dropped": {**data.report.dropped, **data.report.broken},
-        "cut": dict(data.report.cut),
+        "dropped": {f"over {limit}": n for limit, n in data.report.dropped.items()} | dict(data.report.broken),
+        "cut": {f"over {limit}": n for limit, n in data.report.cut.items()},
         "train_rows": len(plan.train),
         "val_rows": len(plan.val),
         "tokens": int(length.sum()),

@@ -14,7 +14,7 @@ import numpy as np
 from .adapter import CONFIG, WEIGHTS
 from .charts import Level, Series, heat_map, histogram, line_chart
 from .checkpoint import read_json
-from .compare import loss_rows, over_the_limit
+from .compare import loss_rows, over_the_limit, reasons
 from .document import Document
 from .durable import write_file
 from .errors import MiniloraError, UsageError
@@ -137,8 +137,8 @@ def _data(page: Document, run: Record) -> None:
     data = run.data
     page.heading("Rows and lengths")
     share = 100 * data["trained"] / max(data["tokens"], 1)
-    dropped = ", ".join(f"{n:,} over {limit}" for limit, n in (data.get("dropped") or {}).items()) or "none"
-    page.text(f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on, dropped: {dropped}. "
+    page.text(f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on; dropped: {reasons(run, 'dropped')}; "
+              f"cut: {reasons(run, 'cut')}. "
               f"{data['tokens']:,} tokens an epoch, {share:.0f} % of them trained.")  # fmt: skip
     for key, label, limit in (("masked_lengths", "masked tokens of a row", "max_source_length"),
                               ("trained_lengths", "trained tokens of a row", "max_target_length")):  # fmt: skip

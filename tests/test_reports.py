@@ -61,7 +61,7 @@ def make_run(folder, losses=None, val=(), answers=None, label="一个答案", **
         lines.append({"step": i, "loss": loss, "lr": 1e-3, "grad_norm": 1.5 - i / 100, "tokens": 100, "target_tokens": 40,
                       "tokens_per_second": 50.0, "memory_gb": 1.0, "time": i * 2.0, **more})  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = {"rows": 10, "dropped": {"max_target_length 4": 2}, "cut": {}, "train_rows": 8, "val_rows": 0, "tokens": 1000,
+    data = {"rows": 10, "dropped": {"over max_target_length 4": 2, "empty answer": 1}, "cut": {}, "train_rows": 8, "val_rows": 0, "tokens": 1000,
             "trained": 400, "masked_lengths": {"5": 3, "9": 5}, "trained_lengths": {"4": 8}, "steps": len(losses),
             "train_hash": "t", "val_hash": "v", "base": "b"}  # fmt: skip
     (folder / "data.json").write_text(json.dumps(data))
@@ -150,7 +150,7 @@ def test_the_page_says_what_differs_and_only_that(tmp_path):
     # 5 tokens each: over the limit of 4, within 8
     assert "A: 120 of 120 test references (100 %) are longer than its max\\_target\\_length of 4" in text
     assert "B: 0 of 120 test references (0 %) are longer than its max\\_target\\_length of 8" in text
-    assert "2 over max\\_target\\_length 4" in text and "chance alone would hardly give that" in text
+    assert "2 over max\\_target\\_length 4, 1 empty answer" in text and "chance alone would hardly give that" in text
     page = (tmp_path / "page.html").read_text()
     assert_harmless(page)
     assert page.count("<svg viewBox") == 5 and page.count('id="rate"') == 1
