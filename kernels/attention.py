@@ -3,16 +3,38 @@
     out[t] = softmax(q[t] K^T / sqrt(E)) V    over the keys of t's own document at or before t
 
 q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), seams [S + 1] the documents' bounds in the stream
-(cu_seqlens). `window` limits a query to the last `window` keys, itself included. With prefixes, the first prefixes[i] tokens
-of document i see each other (prefix LM). The work is torch's fused scaled dot product, one call a document: a block mask over
-the whole stream would cost T^2.
+(cu_seqlens). `window` limits a query to the last `window` keys, itself included. `prefixes` [S] is a prefix-LM
+(ChatGLM-6B): the first n tokens of a document all see each other.
+
+The work is torch's own flash attention (Dao, 2023): on the CPU one call a document, on CUDA one call for the whole stream.
+What goes from the forward to the backward is out and lse, the log-sum-exp of each query's scores. They are explicit here, so
+that a block under activation checkpointing may keep them and not attend again when it is recomputed:
+
+    kept = attention_forward(q, k, v, seams)          first pass, nothing recorded
+    out = attention(q, k, v, seams, kept=kept)        recomputation: kept's out, and the gradients of q, k and v
+
+A block mask over the whole stream would cost T^2; where a document needs a mask (window or prefix, on the CPU) it is that
+document's own. CUDA flash attention takes fp16 and bf16 and no prefixes; for the rest F.scaled_dot_product_attention does
+one document at a time, which gives no lse: attention_forward then has None for it, and attention attends again.
+
+Proven on the CPU. The CUDA call follows torch's varlen_attn; its arguments were tested on a stand-in, it has not run on a GPU.
+Its backward adds dq up in any order unless torch.use_deterministic_algorithms is on.
 """
 
+from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.kernels.dispatch import agree
+
+GROUPED_ON_CPU = torch.__version__ >= "2.9"  # flash attention there with fewer heads in k and v than in q
+aten = torch.ops.aten
 
 
 def attention_ref(
@@ -23,47 +45,210 @@ def attention_ref(
     k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     place = torch.arange(tokens, device=q.device)
     document = torch.bucketize(place, torch.tensor(seams[1:], device=q.device), right=True)
-    seen = (document[:, None] == document) & (place[:, None] >= place)
+    seen = place[:, None] >= place
     if window is not None:
         seen &= place[:, None] - place < window
     if prefixes is not None:
-        ends = torch.tensor([start + n for start, n in zip(seams, prefixes, strict=False)], device=q.device)[document]
-        seen |= (document[:, None] == document) & (place < ends)
+        end = torch.tensor(seams[:-1], device=q.device) + torch.tensor(prefixes, device=q.device)
+        seen |= place < end[document]
+    seen &= document[:, None] == document
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhe,khe->hqk", q.to(wide), k.to(wide)) * size**-0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khe->qhe", weights, v.to(wide)).to(q.dtype)
 
 
+class _Sight(NamedTuple):
+    """Which keys a query sees."""
+
+    seams: tuple[int, ...]
+    window: int | None
+    prefixes: tuple[int, ...] | None
+
+    def documents(self, device: torch.device) -> Iterator[tuple[slice, Tensor | None]]:
+        """The place of each document in the stream, and its mask; None is causal."""
+        lengths = [end - start for start, end in pairwise(self.seams)]
+        for start, n, prefix in zip(self.seams, lengths, self.prefixes or [0] * len(lengths), strict=False):
+            if n:
+                yield slice(start, start + n), _mask(n, n, self.window, prefix, device)
+
+
+def _mask(queries: int, keys: int, window: int | None, prefix: int, device: torch.device) -> Tensor | None:
+    """[queries, keys], true where a query may look; the queries are the last of the keys. None where that is causal."""
+    if queries == keys and (window is None or window >= keys) and prefix < 2:
+        return None
+    place = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    seen = key <= place
+    if window is not None:
+        seen &= place - key < window
+    return seen | (key < prefix) if prefix else seen
+
+
+def _heads_first(*stream: Tensor) -> tuple[Tensor, ...]:
+    """[T, H, E] as torch's attention has it: [1, H, T, E]."""
+    return tuple((x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1).unsqueeze(0) for x in stream)
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, sight: _Sight) -> tuple[Tensor, Tensor]:
+    """out [T, H, E] and lse [T, H], one document at a time."""
+    outs, sums = [], []
+    for span, mask in sight.documents(q.device):
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            *_heads_first(q[span], k[span], v[span]), 0.0, mask is None, attn_mask=_additive(mask, q.dtype)
+        )
+        outs.append(out.squeeze(0).transpose(0, 1))
+        sums.append(lse.squeeze(0).transpose(0, 1))
+    return _whole(outs), _whole(sums)
+
+
+def _cpu_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sight: _Sight
+) -> tuple[Tensor, ...]:
+    grads = []
+    for span, mask in sight.documents(q.device):
+        parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_heads_first(dout[span], q[span], k[span], v[span], out[span]), lse[span].transpose(0, 1).unsqueeze(0),
+            0.0, mask is None, attn_mask=_additive(mask, q.dtype)
+        )  # fmt: skip
+        grads.append([part.squeeze(0).transpose(0, 1) for part in parts])
+    return tuple(_whole(list(parts)) for parts in zip(*grads, strict=True))
+
+
+@lru_cache(maxsize=8)  # every layer of a step asks for the same
+def _cu_seqlens(seams: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(seams, dtype=torch.int32, device=device)
+
+
+def _stream_form(q: Tensor, sight: _Sight) -> tuple[tuple, dict]:
+    """What CUDA flash attention takes beside its tensors: bounds and longest, of queries and of keys; no dropout; the window."""
+    bounds = _cu_seqlens(sight.seams, q.device)
+    longest = max(end - start for start, end in pairwise(sight.seams))
+    causal = sight.window is None
+    window = {"window_size_left": -1 if sight.window is None else sight.window - 1, "window_size_right": 0}
+    return (bounds, bounds, longest, longest, 0.0, causal), window
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, sight: _Sight) -> tuple[Tensor, Tensor]:
+    """out [T, H, E] and lse [H, T], the whole stream at once."""
+    form, window = _stream_form(q, sight)
+    out, lse, *_ = aten._flash_attention_forward(*_side_by_side(q, k, v), *form, False, **window)
+    return out, lse
+
+
+def _cuda_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sight: _Sight
+) -> tuple[Tensor, ...]:
+    form, window = _stream_form(q, sight)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    return aten._flash_attention_backward(*_side_by_side(dout, q, k, v, out), lse, *form, *no_dropout, **window)
+
+
+def _side_by_side(*stream: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in stream)
+
+
+def _flash(q: Tensor, k: Tensor, sight: _Sight) -> bool:
+    """Whether torch's flash attention takes this."""
+    if q.device.type == "cpu":
+        return GROUPED_ON_CPU or q.shape[1] == k.shape[1]
+    if not q.is_cuda or torch.version.cuda is None or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    capability, size = torch.cuda.get_device_capability(q.device), q.shape[2]
+    wide = size <= 192 or (size <= 256 and capability in ((8, 0), (9, 0)))  # other cards lack the room for the backward
+    there = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    return there and capability >= (8, 0) and wide and size % 8 == 0 and sight.prefixes is None
+
+
+class _Flash(torch.autograd.Function):
+    """out and lse are what an earlier forward of the same q, k and v left, or None."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sight: _Sight, out: Tensor | None, lse: Tensor | None) -> Tensor:
+        kept = out is not None
+        if out is None:
+            out, lse = (_cuda_forward if q.is_cuda else _cpu_forward)(q, k, v, sight)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.sight = sight
+        return out.detach() if kept else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        all_three = (_cuda_backward if q.is_cuda else _cpu_backward)(grads[0], q, k, v, out, lse, ctx.sight)
+        wanted = (g if needed else None for g, needed in zip(all_three, ctx.needs_input_grad, strict=False))
+        return *wanted, None, None, None
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seams: list[int],
+    window: int | None = None,
+    prefixes: list[int] | None = None,
+    kept: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Attend within each document of the stream: q [T, H, E], k, v [T, G, E] -> [T, H, E]."""
-    assert seams[0] == 0 and seams[-1] == q.shape[0], (seams, q.shape)
+    """Attend within each document of the stream: q [T, H, E], k, v [T, G, E] -> [T, H, E].
+
+    `kept` is what attention_forward gave for the same arguments: its out is returned and nothing is computed, the backward is
+    that of the plain call to the bit. ValueError for shapes, seams, window or prefixes that do not fit.
+    """
+    sight = _checked(q, k, v, seams, window, prefixes)
+    if not _flash(q, k, sight):
+        return _whole([_sdpa(q[span], k[span], v[span], mask) for span, mask in sight.documents(q.device)])
+    out, lse = (None, None) if kept is None else kept
+    return _Flash.apply(q, k, v, sight, out, lse)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """out [T, H, E] of attention, without a gradient, and the log-sum-exp to keep with it, or None where torch gives none."""
+    sight = _checked(q, k, v, seams, window, prefixes)
+    if not _flash(q, k, sight):
+        return attention(q, k, v, seams, window, prefixes), None
+    return (_cuda_forward if q.is_cuda else _cpu_forward)(q, k, v, sight)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None, prefixes: list[int] | None
+) -> _Sight:
+    agree("attention", q=q, k=k, v=v)
+    if q.dim() != 3 or k.shape != v.shape or k.shape != (q.shape[0], k.shape[1], q.shape[2]) or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; "
+            "it takes [T, H, E] and twice [T, G, E], H a multiple of G"
+        )
     lengths = [end - start for start, end in pairwise(seams)]
-    bounds = [0] * len(lengths) if prefixes is None else prefixes
-    if len(lengths) == 1:
-        return _one_document(q, k, v, window, bounds[0])
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), bounds, strict=True)
-    return torch.cat([_one_document(*part[:3], window, part[3]) for part in parts])
+    if not lengths or seams[0] != 0 or seams[-1] != q.shape[0] or min(lengths) < 0 or q.shape[0] == 0:
+        raise ValueError(f"attention: seams {seams} must go up from 0 to the {q.shape[0]} tokens")
+    if window is not None and (window < 1 or prefixes is not None):
+        raise ValueError(
+            f"attention: window is {window}; it must be positive, and there are no prefixes beside a window"
+        )
+    if prefixes is not None and (
+        len(prefixes) != len(lengths) or not all(0 <= p <= n for p, n in zip(prefixes, lengths, strict=True))
+    ):
+        raise ValueError(f"attention: prefixes {prefixes} must lie within documents of {lengths} tokens")
+    return _Sight(tuple(seams), window, None if prefixes is None else tuple(prefixes))
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """The last T tokens of one document attend to all its L keys so far: q [T, H, E], k, v [L, G, E] -> [T, H, E]."""
-    if k.shape[0] == q.shape[0]:
-        return _one_document(q, k, v, window, 0)
     if q.shape[0] == 1:
         return _one_query(q, *((k, v) if window is None else (k[-window:], v[-window:])))
-    return _sdpa(q, k, v, mask=_causal_mask(q.shape[0], k.shape[0], window, q.device))
-
-
-def _one_document(q: Tensor, k: Tensor, v: Tensor, window: int | None, prefix: int) -> Tensor:
-    if prefix:
-        place = torch.arange(q.shape[0], device=q.device)
-        return _sdpa(q, k, v, mask=(place <= place[:, None]) | (place < prefix))
-    if window is not None and window < q.shape[0]:
-        return _sdpa(q, k, v, mask=_causal_mask(q.shape[0], q.shape[0], window, q.device))
-    return _sdpa(q, k, v, mask=None)
+    return _sdpa(q, k, v, _mask(q.shape[0], k.shape[0], window, 0, q.device))
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,16 +258,8 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
 
 
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys], true where a query may look; the queries are the last of the keys."""
-    place = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)
-    seen = key <= place
-    return seen if window is None else seen & (place - key < window)
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, E]
+    q, k, v = _heads_first(q, k, v)
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)

@@ -4,6 +4,9 @@ Saved for backward: g and u. silu(g) is recomputed. With s = sigmoid(g):
 
     du = dh * g * s        dg = dh * u * s * (1 + g * (1 - s))
 
+`swiglu_fused` takes both side by side in one matrix, g first, as GLM's fused projection writes them, and its gradient comes
+back as one such matrix, written once. A perfect forward moves three values for each of h, a perfect backward five.
+
 A program of the kernels takes one stretch of one row: g and u may be column ranges of one wider matrix.
 """
 
@@ -12,13 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import use_triton
+from minilora.kernels.dispatch import agree, use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rows_of, store, tl, wide
 
 
 def swiglu_ref(g: Tensor, u: Tensor) -> Tensor:
     """The specification: g, u [..., F] -> [..., F]."""
     return F.silu(g) * u
+
+
+def swiglu_fused_ref(gu: Tensor) -> Tensor:
+    """The specification: gu [..., 2F] -> [..., F]."""
+    return swiglu_ref(*gu.chunk(2, dim=-1))
 
 
 @jit
@@ -33,10 +41,10 @@ def _fwd_kernel(g_ptr, u_ptr, h_ptr, g_stride, u_stride, F, blocks, BLOCK: tl.co
 
 @jit
 def _bwd_kernel(
-    dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dh_stride, g_stride, u_stride, F, blocks,
+    dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dh_stride, g_stride, u_stride, d_stride, F, blocks,
     BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """dg_ptr or du_ptr is None where that gradient is not wanted."""
+    """dg_ptr or du_ptr is None where that gradient is not wanted; d_stride is the row stride of both."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = col < F
@@ -44,10 +52,10 @@ def _bwd_kernel(
     g = load(g_ptr + row * g_stride + col, inside, WIDE)
     s = _sigmoid(g)
     if du_ptr is not None:
-        store(du_ptr + row * F + col, dh * g * s, inside)
+        store(du_ptr + row * d_stride + col, dh * g * s, inside)
     if dg_ptr is not None:
         u = load(u_ptr + row * u_stride + col, inside, WIDE)
-        store(dg_ptr + row * F + col, dh * u * s * (1 + g * (1 - s)), inside)
+        store(dg_ptr + row * d_stride + col, dh * u * s * (1 + g * (1 - s)), inside)
 
 
 @jit
@@ -64,17 +72,27 @@ def _grid(rows: int, f: int) -> tuple[tuple[int], dict[str, int]]:
     return (rows * blocks,), {"blocks": blocks, "BLOCK": block, "num_warps": 4, **PINNED}
 
 
+def _both(g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of g and of u; where u is None, g holds both."""
+    rows = rows_of(g)
+    first, second = rows.chunk(2, dim=1) if u is None else (rows, rows_of(u))
+    return first, second
+
+
 class _OnTriton(torch.autograd.Function):
+    """u is None for swiglu_fused."""
+
     @staticmethod
-    def forward(ctx, g: Tensor, u: Tensor) -> Tensor:
+    def forward(ctx, g: Tensor, u: Tensor | None) -> Tensor:
         ctx.save_for_backward(g, u)
-        rows_g, rows_u = rows_of(g), rows_of(u)
-        h = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-        grid, options = _grid(*rows_g.shape)
+        rows_g, rows_u = _both(g, u)
+        count, f = rows_g.shape
+        h = torch.empty((*g.shape[:-1], f), dtype=g.dtype, device=g.device)
+        grid, options = _grid(count, f)
         if h.numel():
             with torch.cuda.device_of(g):
                 _fwd_kernel[grid](
-                    rows_g, rows_u, h, rows_g.stride(0), rows_u.stride(0), g.shape[-1], WIDE=wide(g.dtype), **options
+                    rows_g, rows_u, h, rows_g.stride(0), rows_u.stride(0), f, WIDE=wide(g.dtype), **options
                 )
         return h
 
@@ -82,41 +100,69 @@ class _OnTriton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         g, u = ctx.saved_tensors
-        dh, rows_g, rows_u = rows_of(grads[0]), rows_of(g), rows_of(u)
-        dg, du = (
-            torch.empty(g.shape, dtype=g.dtype, device=g.device) if needed else None for needed in ctx.needs_input_grad
-        )
-        grid, options = _grid(*rows_g.shape)
+        dh, (rows_g, rows_u) = rows_of(grads[0]), _both(g, u)
+        count, f = rows_g.shape
+        wanted = ctx.needs_input_grad
+        dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) if needed else None for needed in wanted)
+        to_g, to_u = (dg, du) if dg is None or u is not None else _both(dg, None)
+        grid, options = _grid(count, f)
         if g.numel():
             with torch.cuda.device_of(g):
                 _bwd_kernel[grid](
-                    dh, rows_g, rows_u, dg, du, dh.stride(0), rows_g.stride(0), rows_u.stride(0), g.shape[-1],
-                    WIDE=wide(g.dtype), **options
+                    dh, rows_g, rows_u, to_g, to_u, dh.stride(0), rows_g.stride(0), rows_u.stride(0),
+                    f if u is not None else 2 * f, f, WIDE=wide(g.dtype), **options
                 )  # fmt: skip
         return dg, du
 
 
 class _OnTorch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, g: Tensor, u: Tensor) -> Tensor:
-        ctx.save_for_backward(g, u)
-        return F.silu(g).mul_(u)
+    """u is None for swiglu_fused."""
 
     @staticmethod
+    def forward(ctx, g: Tensor, u: Tensor | None) -> Tensor:
+        ctx.save_for_backward(g, u)
+        first, second = (g, u) if u is not None else g.chunk(2, dim=-1)
+        return F.silu(first).mul_(second)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         (dh,) = grads
         g, u = ctx.saved_tensors
+        if u is None:
+            dgu = torch.empty_like(g, memory_format=torch.contiguous_format)
+            (gate, up), (to_gate, to_up) = g.chunk(2, dim=-1), dgu.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), dh, out=to_up)
+            torch.ops.aten.silu_backward(dh * up, gate, grad_input=to_gate)
+            return dgu, None
         du = F.silu(g).mul_(dh) if ctx.needs_input_grad[1] else None
         dg = torch.ops.aten.silu_backward(dh * u, g) if ctx.needs_input_grad[0] else None
         return dg, du
 
 
 def swiglu(g: Tensor, u: Tensor) -> Tensor:
-    """silu(g) * u for g, u [..., F] of one dtype."""
+    """silu(g) * u for g, u [..., F] of one dtype; ValueError otherwise."""
+    agree("swiglu", g=g, u=u)
+    if g.shape != u.shape:
+        raise ValueError(f"swiglu: g {list(g.shape)} and u {list(u.shape)} must have one shape")
     return (_OnTriton if use_triton(g, u) else _OnTorch).apply(g, u)  # pyright: ignore[reportReturnType]
+
+
+def swiglu_fused(gu: Tensor) -> Tensor:
+    """silu(g) * u [..., F] of gu [..., 2F], whose first F columns are g; ValueError for an odd number of columns."""
+    agree("swiglu_fused", gu=gu)
+    if gu.dim() == 0 or gu.shape[-1] % 2:
+        raise ValueError(f"swiglu_fused: gu {list(gu.shape)}; it takes [..., 2F]")
+    return (_OnTriton if use_triton(gu) else _OnTorch).apply(gu, None)  # pyright: ignore[reportReturnType]
 
 
 def example(rows: int, f: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, Tensor], dict]:
     """Arguments of one call, and the bytes that a perfect forward moves."""
     g, u = (torch.randn(rows, f, device=device, dtype=dtype) for _ in range(2))
     return (g, u), {"bytes": 3 * g.numel() * g.element_size()}
+
+
+def fused_example(rows: int, f: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor], dict]:
+    """The argument of one swiglu_fused, and the bytes that a perfect forward moves."""
+    (g, u), cost = example(rows, f, dtype, device)
+    return (torch.cat((g, u), dim=-1),), cost

@@ -77,9 +77,10 @@ def run(argv: list[str]) -> int:
         if name == (argv[0] if argv else ""):
             _command(name).flags(sub)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "sweep"):
+    if rest and args.command not in SETTINGS:
         raise UsageError(f"unknown argument {rest[0]!r}", f"See minilora {args.command} --help.")
-    args.rest = rest
+    if args.command in SETTINGS:
+        args.rest = rest
     return _command(args.command).run(args) or 0
 
 
@@ -91,8 +92,10 @@ def _is_text(word: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in word)
 
 
+SETTINGS = ("train", "plan", "sweep")  # take a run's settings, also under names known from other tools
 COMMANDS = {
     "demo": "see it work: a tiny chat model learns a new name",
+    "plan": "tell what a training needs, from config.json alone or with the data, and do nothing",
     "train": "train an adapter on rows of conversations",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
@@ -101,6 +104,7 @@ COMMANDS = {
     "sweep": "several runs that differ in one thing, and the page that compares them",
     "compare": "runs side by side on one page: settings, losses, scores with p, answers",
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",
+    "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .adapter import load_adapter
 from .checkpoint import load_model

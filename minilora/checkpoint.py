@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
+from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
-from minilora.models.layers import Config, Decoder
+from minilora.models.decoder import Decoder
+from minilora.models.layers import lay_together
 
 from .durable import staged_folder
 from .errors import ModelError, UsageError
@@ -30,6 +32,17 @@ from .safetensors import SafetensorsFile, write_safetensors
 FAMILIES = {
     "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
 }  # fmt: skip
+# the first of these tensors that a folder has tells which family its weights are of
+TELLTALES = {
+    "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
+    "chatglm": "transformer.layers.0.attention.query_key_value.weight",
+    "qwen": "transformer.h.0.attn.c_attn.weight",
+    "glm4": "model.layers.0.post_self_attn_layernorm.weight",
+    "glm": "model.layers.0.mlp.gate_up_proj.weight",
+    "qwen3": "model.layers.0.self_attn.q_norm.weight",
+    "qwen2": "model.layers.0.self_attn.q_proj.bias",
+}
+QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map)")
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 SHARD_BYTES = 5_000_000_000
 MAX_JSON = 64 << 20
@@ -39,7 +52,8 @@ IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\
 # what a folder holds beside weights and belongs to the model
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
+    "ice_text.model", "qwen.tiktoken",
 )  # fmt: skip
 
 
@@ -104,6 +118,12 @@ def _family(path: Path, j: dict[str, Any]) -> str:
     )
 
 
+def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
+    """The Decoder of a Config without memory: its parameters lie on the meta device."""
+    with torch.device("meta"):
+        return FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
+
+
 def load_model(
     folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> Decoder:
@@ -116,8 +136,7 @@ def load_model(
     c = read_config(folder)
     device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        with torch.device("meta"):
-            model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
+        model = empty_model(c, dtype)
     except RuntimeError:
         raise ModelError(
             f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
@@ -125,6 +144,7 @@ def load_model(
     tensors = Tensors(folder)
     check_shapes(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
+    lay_together(model)
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)
@@ -200,7 +220,7 @@ class Tensors:
         if pickles:
             raise ModelError(
                 f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
-                "Save them as safetensors where you trust them: model.save_pretrained(DIR, safe_serialization=True).",
+                f"Turn them into safetensors: minilora convert {self.folder} OUT",
             )
         raise ModelError(
             f"{self.folder}: no model.safetensors and no {INDEX}",
@@ -225,6 +245,7 @@ class _Reading:
 
 def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
+    _check_kind(model.config.family, tensors, folder)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = dict(tensors.shapes)
     problems = []
@@ -248,6 +269,22 @@ def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
     if problems:
         raise ModelError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems), "Check that config.json and the weights are of one model.")  # fmt: skip
+
+
+def _check_kind(family: str, tensors: Tensors, folder: Path) -> None:
+    """ModelError for weights of another family than config.json says, quantised ones, and P-tuning prefixes."""
+    scale = next((name for name in tensors.shapes if QUANTISED.fullmatch(name)), None)
+    if scale is not None:
+        raise ModelError(
+            f"{folder}: the weights are quantised ({scale})", "Use the bf16 or fp16 release of this model."
+        )
+    if any(".prefix_encoder." in name for name in tensors.shapes):
+        raise ModelError(f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
+                         "Use the model without the prefix.")  # fmt: skip
+    told = next((family for family, name in TELLTALES.items() if name in tensors.shapes), family)
+    if told != family:
+        raise ModelError(f"{folder}: config.json says {family}, the weights are of {told}",
+                         "Take config.json and the weights from one model.")  # fmt: skip
 
 
 def _fold(names: Iterable[str]) -> str:

@@ -72,6 +72,12 @@ class TrainConfig:
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", same=False
     )
+    keep_attention: bool = setting(
+        False, "with checkpointing, keep what attention gave: more memory, less time", same=False
+    )
+    kernels: Literal["auto", "off"] = setting(
+        "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
+    )
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
     keep: int = setting(2, "checkpoints to keep, beside the best", same=False)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.models.layers import positions_of
+from minilora.models.rotary import positions_of
 
 from .load import Report, load_examples
 from .token_store import IGNORE, Example, Examples

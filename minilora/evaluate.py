@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from minilora.kernels.linear_cross_entropy import linear_cross_entropy
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .data import Batch, Example, pack
 

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import torch
 
-from minilora.models.layers import Config, Decoder
+from minilora.models.config import Config
+from minilora.models.decoder import Decoder
 
 from .data import Batch
 from .lora import adapters, linears

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.models.layers import Cache, Decoder
+from minilora.models.decoder import Decoder
+from minilora.models.place import Cache
 
 from .checkpoint import read_json
 from .errors import ModelError

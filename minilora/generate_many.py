@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.models.layers import Cache, Decoder, positions_of
+from minilora.models.decoder import Decoder
+from minilora.models.place import Cache
+from minilora.models.rotary import positions_of
 
 from .generate import GREEDY, Sampling, choose
 
@@ -30,18 +32,26 @@ class Slots(Cache):
         super().__init__(layers)
         self.slots = slots
         self.lengths: list[int] = []  # of the documents before this pass
+        self.prompt_of: list[int] = []  # of each of them the tokens of its first pass, and its bidirectional prefix
+        self.prefix_of: list[int] = []
         self.new: list[int] = []  # tokens of each new document of this pass
         self.place = self.ends = torch.empty(0)
 
     def begin(self, new: list[int], device: torch.device) -> None:
         """Get ready for a pass of new documents of these lengths or, if there are none, of a token for each document."""
         self.new, self.length = new, 0 if new else 1
+        if not new:
+            self.prompts, self.prefixes = self.prompt_of, self.prefix_of or None
         self.ends = torch.tensor(self.lengths, device=device)
         self.place = torch.arange(len(self.lengths), device=device)
 
     def finish(self) -> None:
         """The pass is through all layers."""
-        self.lengths = [*self.lengths, *self.new] if self.new else [n + 1 for n in self.lengths]
+        if self.new:
+            self.lengths = [*self.lengths, *self.new]
+            self.prompt_of, self.prefix_of = [*self.prompt_of, *self.new], [*self.prefix_of, *(self.prefixes or ())]
+        else:
+            self.lengths = [n + 1 for n in self.lengths]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [T, G, E]; returns them for new documents, else all of the documents' [n, longest, G, E]."""
@@ -83,8 +93,9 @@ class Slots(Cache):
         for store in self._store:
             for kept in store or ():
                 kept[slot, : self.lengths[last]] = kept[last, : self.lengths[last]]
-        self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
+        for of_documents in (self.lengths, self.prompt_of, self.prefix_of):
+            of_documents[slot : slot + 1] = of_documents[last:]  # nothing where there are no prefixes
+            del of_documents[last:]
 
 
 class Answer(NamedTuple):
@@ -127,7 +138,7 @@ def generate_many(
             place = waiting.pop()
             number = numbers[place] if numbers else place
             new.append(_Open(number, prompts[place], random_of(seed, number)))
-        logits = _pass(model, cache, new or running, bool(new))
+        logits = _pass(model, cache, [o.prompt for o in new] or [o.ids[-1:] for o in running], bool(new))
         first = len(running) if new else 0
         running += new
         tokens = _choose(logits, running[first:], sampling)
@@ -148,21 +159,19 @@ def random_of(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 
 
-def _pass(model: Decoder, cache: Slots, documents: list[_Open], new: bool) -> Tensor:
-    """Logits [documents, V] after the last token of each: of whole prompts if they are new, else of the token last written."""
+def _pass(model: Decoder, cache: Slots, documents: list[list[int]], new: bool) -> Tensor:
+    """Logits [documents, V] after the last token of each."""
     device = model.head.device
-    tokens = [o.prompt if new else o.ids[-1:] for o in documents]
-    lengths = [len(t) for t in tokens]
-    starts = [0 if new else len(o.prompt) + len(o.ids) - 1 for o in documents]
-    prefixes = [model.prefix(torch.tensor(o.prompt)) for o in documents]
+    lengths = [len(d) for d in documents]
+    starts = [0] * len(documents) if new else list(cache.lengths)
     cache.begin(lengths if new else [], device)
-    cache.prompts = [len(o.prompt) for o in documents]
-    places = zip(starts, lengths, prefixes, strict=True)
-    positions = torch.cat([positions_of(s, s + n, prefix) for s, n, prefix in places], dim=-1).to(device)
-    ids = torch.tensor([i for t in tokens for i in t], device=device)
+    ids = torch.tensor([i for d in documents for i in d], device=device)
+    prefixes = [model.prefix(torch.tensor(d)) for d in documents] if new else cache.prefixes or [None] * len(documents)
+    spans = zip(starts, lengths, prefixes, strict=True)
+    positions = torch.cat([positions_of(s, s + n, p) for s, n, p in spans], dim=-1).to(device)
     ends = torch.tensor(lengths).cumsum(0)
-    known = [p for p in prefixes if p is not None]
-    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache, known or None)
+    some = [p for p in prefixes if p is not None] or None
+    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache, some)
     cache.finish()
     return F.linear(x, model.head).to(torch.promote_types(x.dtype, torch.float32))
 

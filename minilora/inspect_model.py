@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
-from .checkpoint import COMPANIONS, FAMILIES, INDEX, Tensors, check_folder, check_shapes, read_config, read_json
+from .checkpoint import COMPANIONS, INDEX, Tensors, check_folder, check_shapes, empty_model, read_config, read_json
 from .errors import ModelError
 from .generate import read_generation
 from .lora import linears, matching
-from .tokenizer import check_fits, load_tokenizer
+from .tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 
@@ -36,7 +36,7 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
     }
     model = None
     try:
-        model = _empty_model(folder)
+        model = empty_model(read_config(folder))
         found |= _sizes(model) | {"linears": _linears(model, targets)}
     except ModelError as error:
         found["problems"].append(str(error))
@@ -46,12 +46,6 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
         except ModelError as error:
             found["problems"].append(str(error))
     return found | {"ignored": _ignored(folder)}
-
-
-def _empty_model(folder: Path) -> Decoder:
-    c = read_config(folder)
-    with torch.device("meta"):
-        return Decoder(c, FAMILIES[c.family].Block).to(c.dtype)
 
 
 def _sizes(model: Decoder) -> dict[str, Any]:
@@ -98,7 +92,7 @@ def _weights(folder: Path, model: Decoder | None) -> dict[str, Any]:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:

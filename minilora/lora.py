@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import DropoutKey
-from minilora.kernels.lora_linear import NO_DROPOUT, lora_linear
+from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
+from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.projection import Adapter, Projection
 
 from .errors import UsageError
 
@@ -42,9 +43,13 @@ class LoRALinear(nn.Module):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def projection(self) -> Projection:
+        """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, p, self.key)
+        return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, self.key))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_linear_group(x, [self.projection()])[0]
 
     def merged_weight(self, stored: Tensor | None = None) -> Tensor:
         """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.

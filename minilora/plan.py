@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from . import __version__
 from .checkpoint import fingerprint
@@ -43,18 +43,13 @@ class Plan:
 def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     """Steps and streams of a run, and its header. ModelError if the tokenizer has more ids than the model."""
     check_fits(data.tokenizer, model.config.vocab, Path(config.model))
-    rows_per_step = config.batch_size * config.accumulation
-    per_epoch = steps_per_epoch(len(data.train), rows_per_step)
-    epochs = config.epochs
-    if epochs is None:
-        epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
-    steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
+    steps, per_epoch, epochs = count_steps(config, len(data.train))
     plan = Plan(
         train=data.train,
         val=data.val,
         steps=steps,
         steps_per_epoch=per_epoch,
-        rows_per_step=rows_per_step,
+        rows_per_step=config.batch_size * config.accumulation,
         micro_tokens=max(config.micro_tokens or config.max_length, data.train.longest, data.val.longest),
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
@@ -89,6 +84,16 @@ def data_record(data: Data, plan: Plan) -> dict[str, Any]:
 
 def _counted(lengths: np.ndarray) -> dict[str, int]:
     return {str(n): int(rows) for n, rows in zip(*np.unique(lengths, return_counts=True), strict=True)}
+
+
+def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
+    """(optimizer steps of a run, steps of an epoch, epochs) for so many rows."""
+    per_epoch = steps_per_epoch(rows, config.batch_size * config.accumulation)
+    epochs = config.epochs
+    if epochs is None:
+        epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
+    steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
+    return steps, per_epoch, epochs
 
 
 def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .adapter import WEIGHTS, load_adapter
 from .checkpoint import fingerprint, load_model

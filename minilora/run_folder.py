@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 from .config import TrainConfig, must_match
 from .errors import CheckpointMismatch, DiskError, OutputInUse

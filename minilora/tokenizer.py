@@ -16,6 +16,8 @@ from .template import Message, Template
 from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_template
 from .template_qwen import ChatML, qwen_template
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "ice_text.model", "qwen.tiktoken")
+
 
 class Coder(Protocol):
     """Text to ids and back. specials: the ids of the special tokens; size: one more than the largest id."""

@@ -11,17 +11,18 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from minilora.models.layers import Decoder
+from minilora.kernels.dispatch import force
+from minilora.models.decoder import Decoder
 
 from .adapter import save_adapter
-from .checkpoint import load_model, save_model
+from .checkpoint import load_model, read_config, save_model
 from .config import TrainConfig, to_yaml
 from .data import Batch, pack, step_examples
 from .dataset import load_data, write_split
@@ -51,7 +52,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     folder = Path(config.output)
     if not resume:
         check_before(folder, overwrite)
-    with _memory_hint(), locked(folder):
+    with _memory_hint(), locked(folder), _kernels(config):
         check_claim(folder, resume, overwrite)
         data = load_data(config)
         model = _load(config)
@@ -78,19 +79,32 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         return result
 
 
+def _kernels(config: TrainConfig) -> AbstractContextManager[None]:
+    """The kernels that the config asks for, while the run lasts."""
+    return force(False) if config.kernels == "off" else nullcontext()
+
+
 def _load(config: TrainConfig) -> Decoder:
-    full = config.method == "full"
-    dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     device = None if config.device == "auto" else config.device
-    model = load_model(config.model, torch.float32 if full else dtype, device)
-    if model.head.dtype == torch.float16:
-        model.to(torch.bfloat16)  # gradients would underflow in fp16
-    if full:
+    return prepare(load_model(config.model, base_dtype(config), device), config)
+
+
+def base_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What a run loads the model in; None is the checkpoint's own."""
+    dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    if dtype is None and read_config(Path(config.model)).dtype == torch.float16:
+        dtype = torch.bfloat16  # gradients would underflow in fp16
+    return torch.float32 if config.method == "full" else dtype
+
+
+def prepare(model: Decoder, config: TrainConfig) -> Decoder:
+    """Make a loaded model what the run trains: adapters in place, or every weight freed."""
+    if config.method == "full":
         model.requires_grad_(True)
     else:
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
         add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
-    model.checkpointing = config.checkpointing
+    model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
     return model.train()
 
 

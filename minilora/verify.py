@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.models.layers import Decoder, positions_of
+from minilora.models.decoder import Decoder
+from minilora.models.rotary import positions_of
 
 from .tokenizer import Tokenizer
 

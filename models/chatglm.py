@@ -22,8 +22,12 @@ from torch import Tensor, nn
 
 from minilora.kernels.rope import rope
 
+from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Config, Decoder, Names, Place, inverse_frequencies
+from .decoder import Decoder, Names
+from .layers import BaseBlock, FeedForward
+from .place import Cache, Place
+from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5
@@ -47,17 +51,21 @@ class Attention(nn.Module):
         return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(FeedForward):
+    last = "dense_4h_to_h"
+
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(c.width, c.ffn)
         self.dense_4h_to_h = nn.Linear(c.ffn, c.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense_h_to_4h(x), approximate="tanh")
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
+    alpha = ALPHA
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(c.width, c.eps)
@@ -65,11 +73,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         a = self.input_layernorm(x)
-        h = torch.add(self.attention(a, place), a, alpha=ALPHA)
-        b = self.post_attention_layernorm(h)
-        return torch.add(self.mlp(b), b, alpha=ALPHA)
+        b = self.post_attention_layernorm(torch.add(self.attention(a, place), a, alpha=ALPHA))
+        return b, b
 
 
 class ChatGLM(Decoder):
@@ -81,6 +88,17 @@ class ChatGLM(Decoder):
         """Rounded to fp16, as the published weights were trained; the angles are fp32."""
         exact, factor = inverse_frequencies(self.config, device, torch.float32)
         return exact.half().to(torch.promote_types(dtype, torch.float32)), factor
+
+    def place(
+        self,
+        positions: Tensor,
+        seams: list[int],
+        dtype: torch.dtype,
+        prefixes: list[int] | None = None,
+        cache: Cache | None = None,
+    ) -> Place:
+        assert positions.dim() == 2 and prefixes is not None, "ChatGLM-6B needs two rows of positions, and prefixes"
+        return super().place(positions, seams, dtype, prefixes, cache)
 
     def prefix(self, ids: Tensor) -> int:
         starts = (ids == self.sop).nonzero()

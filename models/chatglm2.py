@@ -14,10 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.kernels.rope import rope
-from minilora.kernels.swiglu import swiglu
+from minilora.kernels.swiglu import swiglu_fused
 
+from .config import Config
 from .config_json import dtype_of, only, positive, whole
-from .layers import Config, Decoder, Names, Place, RMSNorm
+from .decoder import Decoder, Names
+from .layers import BaseBlock, FeedForward, RMSNorm
+from .place import Place
 
 NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -25,6 +28,10 @@ NAMES = Names(
     norm="transformer.encoder.final_layernorm",
     head="transformer.output_layer",
 )
+
+
+class Norm(RMSNorm):
+    once = True
 
 
 class Attention(nn.Module):
@@ -42,31 +49,32 @@ class Attention(nn.Module):
         return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(FeedForward):
+    last = "dense_4h_to_h"
+
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(c.width, 2 * c.ffn, bias=False)
         self.dense_4h_to_h = nn.Linear(c.ffn, c.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(swiglu(*self.dense_h_to_4h(x).chunk(2, dim=-1)))
+    def hidden(self, x: Tensor) -> Tensor:
+        return swiglu_fused(self.dense_h_to_4h(x))
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.input_layernorm = Norm(c.width, c.eps)
         self.self_attention = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.post_attention_layernorm = Norm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        x = x + self.self_attention(self.input_layernorm(x), place)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        return self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), place), x)
 
 
 def decoder(c: Config) -> Decoder:
-    return Decoder(c, Block, names=NAMES)
+    return Decoder(c, Block, Norm, NAMES)
 
 
 def config(j: dict[str, Any]) -> Config:
@@ -75,7 +83,7 @@ def config(j: dict[str, Any]) -> Config:
     Raises ValueError naming the key for what is not supported.
     """
     only(
-        j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
+        {"multi_query_attention": False} | j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
         apply_residual_connection_post_layernorm=False, original_rope=True,
     )  # fmt: skip
     layers, width = whole(j, "num_layers", most=1000), whole(j, "hidden_size")

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .config import Config
 from .config_json import dtype_of, only, positive, rope_of, rotary_of, whole
-from .layers import Attention, Config, Decoder, GateUpMLP, Place, RMSNorm
+from .decoder import Decoder
+from .layers import Attention, BaseBlock, GateUpMLP, RMSNorm
+from .place import Place
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.width, c.eps)
@@ -21,20 +24,26 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = GateUpMLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), place)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        return self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), place), x)
 
 
-class SandwichBlock(Block):
+class SandwichBlock(nn.Module):
+    """`glm4`: what attention and the MLP put out is normed before it is added."""
+
     def __init__(self, c: Config, layer: int):
-        super().__init__(c, layer)
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c, layer)
         self.post_self_attn_layernorm = RMSNorm(c.width, c.eps)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = GateUpMLP(c)
         self.post_mlp_layernorm = RMSNorm(c.width, c.eps)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), place))
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+        attended = self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), place))
+        h, x = self.post_attention_layernorm.of_sum(attended, x)
+        return x + self.post_mlp_layernorm(self.mlp(h))
 
 
 def decoder(c: Config) -> Decoder:

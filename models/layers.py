@@ -1,162 +1,82 @@
-"""The layers that the families share, and the Decoder that stacks them.
+"""The layers that the families share. Names of modules and parameters are the checkpoint's: loading needs no map, and adapter
+keys are PEFT's.
 
-Names of modules and parameters are the checkpoint's, so that loading needs no map and adapter keys are PEFT's.
 Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from minilora.kernels.attention import attention, attention_cached
-from minilora.kernels.rms_norm import rms_norm
-from minilora.kernels.rope import rope, rope_angles
-from minilora.kernels.swiglu import swiglu
+from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.lora_swiglu import lora_swiglu
+from minilora.kernels.projection import Projection
+from minilora.kernels.rms_norm import add_rms_norm, rms_norm
+from minilora.kernels.rope import rope
+from minilora.kernels.swiglu import swiglu, swiglu_fused
 
-
-@dataclass(frozen=True)
-class Yarn:
-    """Context extension by interpolating the slow frequencies only (Peng et al., 2023, "YaRN")."""
-
-    factor: float
-    original_length: int
-    beta_fast: float
-    beta_slow: float
-    attention_factor: float
-    truncate: bool
-
-
-@dataclass(frozen=True)
-class Config:
-    """The sizes and switches of one checkpoint, read from its config.json."""
-
-    family: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn: int
-    vocab: int
-    eps: float
-    rope_theta: float
-    rope_scale: float  # positions are divided by it
-    yarn: Yarn | None
-    rotary: int  # how many elements of a head turn, from the first on
-    interleaved: bool  # the pairs that turn are (2i, 2i + 1), not (i, i + rotary / 2)
-    windows: tuple[int | None, ...]  # a layer: how many keys a query sees, None for all
-    qkv_bias: bool
-    qk_norm: bool
-    tied: bool
-    max_positions: int
-    dtype: torch.dtype
+from .config import Config
+from .place import Place
 
 
 class RMSNorm(nn.Module):
+    once = False  # round the product with the weight alone, not the normalised row before it as well
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, once=self.once)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps, once=self.once)
 
 
-def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Rotary frequencies [P/2] in fp32 (fp64 if dtype is) and the factor on cos and sin, YaRN applied; P is c.rotary."""
-    wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, c.rotary, 2, device=device, dtype=torch.int64).to(wide) / c.rotary
-    frequencies = 1.0 / c.rope_theta**exponents / c.rope_scale
-    yarn = c.yarn
-    if yarn is None:
-        return frequencies, 1.0
-
-    def dimension(rotations: float) -> float:  # the dimension that turns so often over the original length
-        return c.rotary * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-
-    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.rotary - 1)
-    ramp = (torch.arange(c.rotary // 2, device=device, dtype=wide) - low) / max(high - low, 0.001)
-    slow = ramp.clamp(0, 1)
-    return frequencies / yarn.factor * slow + frequencies * (1 - slow), yarn.attention_factor
+def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linears makes of the same x [T, K], in one operation that reads x once where they are frozen."""
+    if _trained(*linears):
+        return tuple(linear(x) for linear in linears)
+    return lora_linear_group(x, [projection(linear) for linear in linears])
 
 
-def positions_of(start: int, end: int, prefix: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Positions int64 [n] of the tokens from start to end of a document; [2, n] where it has a bidirectional prefix.
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
+    if torch.is_grad_enabled() or _trained(gate, up):
+        return swiglu(*project(x, gate, up))
+    return lora_swiglu(x, [projection(gate), projection(up)])
 
-    Then the first row counts the prefix and stands still at its last token, and the second row counts what follows from 1
-    (the 2-D positions of GLM; Du et al., 2022).
+
+def _trained(*linears: nn.Module) -> bool:
+    return any(p.requires_grad for each in linears if isinstance(each, nn.Linear) for p in each.parameters())
+
+
+def lay_together(model: nn.Module) -> None:
+    """Give linears of one input one storage, their weights one behind the other, before a model is filled: what they hold is lost.
+
+    Modules name them in `together`; parameters keep their names and shapes, and one GEMM can read them all.
     """
-    place = torch.arange(start, end, device=device)
-    if prefix is None:
-        return place
-    return torch.stack((place.clamp(max=prefix - 1), (place - prefix + 1).clamp(min=0)))
+    for module in model.modules():
+        linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "together", ())]
+        if linears:
+            heights = [linear.out_features for linear in linears]
+            whole = linears[0].weight.detach().new_empty(sum(heights), linears[0].in_features)
+            for linear, part in zip(linears, whole.split(heights), strict=True):
+                linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
 
 
-@dataclass
-class Place:
-    """Where the tokens of a forward pass stand: rotary angles, the documents' bounds, and the key/value cache if there is one."""
-
-    cos: Tensor  # [T, P/2]; [T, 2, P/2] for two rows of positions
-    sin: Tensor
-    seams: list[int]
-    prefixes: list[int] | None = None  # of each document, how many first tokens see each other; None: causal throughout
-    cache: Cache | None = None
-    stretch: Tensor | None = None  # [T, 1, 1], factors on the queries of long documents (Qwen-1)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
-        if self.cache is not None:
-            k, v = self.cache.extend(layer, k, v)
-            if self.cache.length:
-                return self.cache.attend(q, k, v, window)
-        return attention(q, k, v, self.seams, window, self.prefixes)
-
-
-class Cache:
-    """Keys and values of one document so far, for each layer [length, G, E]; grows by doubling."""
-
-    def __init__(self, layers: int):
-        self.length = 0
-        self.prompts: list[int] = []  # tokens of each document's first pass
-        self.prefix: int | None = None  # how many of them see each other, where not all is causal
-        self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new tokens' k and v [T, G, E] of a layer; return all of that layer's."""
-        end = self.length + k.shape[0]
-        store = self._store[layer]
-        if store is None or store[0].shape[0] < end:
-            bigger = (
-                k.new_empty(max(2 * end, 64), *k.shape[1:]),
-                v.new_empty(max(2 * end, 64), *v.shape[1:]),
-            )
-            if store is not None:
-                for new, old in zip(bigger, store, strict=True):
-                    new[: self.length] = old[: self.length]
-            store = self._store[layer] = bigger
-        for kept, new in zip(store, (k, v), strict=True):
-            kept[self.length : end] = new
-        return store[0][:end], store[1][:end]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of new tokens q [T, H, E] to what `extend` gave -> [T, H, E]."""
-        return attention_cached(q, k, v, window)
+def projection(linear: nn.Module) -> Projection:
+    """A linear as the kernels see it; one with an adapter says so itself."""
+    return Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else linear.projection()
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; qkv bias and qk norm as the family has them."""
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -172,153 +92,70 @@ class Attention(nn.Module):
         self.qk_norm = c.qk_norm
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_size)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rope(x, place.cos, place.sin, self.interleaved) for x in (q, k))
         return self.o_proj(place.attend(self.layer, q, k, v, self.window).flatten(-2))
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
+    """The MLP of a block: `hidden` makes [T, F] of x [T, D], one linear makes [T, D] of that; `last` is that linear's name."""
+
+    last: str
+
+    def hidden(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def output(self) -> nn.Module:
+        return self.get_submodule(self.last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.hidden(x))
+
+
+class MLP(FeedForward):
+    last = "down_proj"
+    together = ("gate_proj", "up_proj")
+
     def __init__(self, c: Config):
         super().__init__()
         self.gate_proj = nn.Linear(c.width, c.ffn, bias=False)
         self.up_proj = nn.Linear(c.width, c.ffn, bias=False)
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def hidden(self, x: Tensor) -> Tensor:
+        return gated(x, self.gate_proj, self.up_proj)
 
 
-class GateUpMLP(nn.Module):
+class GateUpMLP(FeedForward):
     """SwiGLU whose gate and up projections are one matrix, the gate's rows first."""
+
+    last = "down_proj"
 
     def __init__(self, c: Config):
         super().__init__()
         self.gate_up_proj = nn.Linear(c.width, 2 * c.ffn, bias=False)
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*self.gate_up_proj(x).chunk(2, dim=-1)))
+    def hidden(self, x: Tensor) -> Tensor:
+        return swiglu_fused(self.gate_up_proj(x))
 
 
-class Names(NamedTuple):
-    """What a family's checkpoints call the four parts of a decoder; the defaults are transformers'."""
+class BaseBlock(nn.Module):
+    """A transformer block that ends in y = mlp(x) + alpha * residual, so that its last linear is a block's last step.
 
-    embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    norm: str = "model.norm"
-    head: str = "lm_head"
+    `middle` makes x and residual, both [T, D], of the block's input.
+    """
 
+    mlp: FeedForward
+    alpha = 1.0
 
-TRANSFORMERS = Names()
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
-
-class Decoder(nn.Module):
-    """A decoder-only language model over a flat stream of tokens; its modules lie under the names of the checkpoint."""
-
-    def __init__(
-        self,
-        config: Config,
-        block: Callable[[Config, int], nn.Module],
-        norm: Callable[[int, float], nn.Module] = RMSNorm,
-        names: Names = TRANSFORMERS,
-    ):
-        super().__init__()
-        self.config, self.names = config, names
-        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-        _plant(self, names.embedding, nn.Embedding(config.vocab, config.width))
-        _plant(self, names.layers, nn.ModuleList(block(config, i) for i in range(config.layers)))
-        _plant(self, names.norm, norm(config.width, config.eps))
-        if not config.tied:
-            _plant(self, names.head, nn.Linear(config.width, config.vocab, bias=False))
-
-    @property
-    def embedding(self) -> nn.Module:
-        """ids [T] -> [T, D]; its weight is [V, D]."""
-        return self.get_submodule(self.names.embedding)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.get_submodule(self.names.layers))
-
-    @property
-    def norm(self) -> nn.Module:
-        """The norm after the last block."""
-        return self.get_submodule(self.names.norm)
-
-    @property
-    def head(self) -> Tensor:
-        """The output weight [V, D]: the embedding itself where the checkpoint ties them."""
-        return self.get_parameter(f"{self.names.embedding if self.config.tied else self.names.head}.weight")
-
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        seams: list[int],
-        rows: Tensor | None = None,
-        cache: Cache | None = None,
-        prefixes: list[int] | None = None,
-    ) -> Tensor:
-        """Hidden states after the last norm, of all tokens [T, D] or of `rows` [M] alone, for ids [T].
-
-        positions [T], or [2, T] for a family whose documents start with a bidirectional prefix, of prefixes[i] tokens
-        (`positions_of`). seams are the bounds of the documents; with a cache the stream is one document that goes on from it.
-        """
-        if cache is not None and cache.length == 0:
-            cache.prompts = [end - start for start, end in pairwise(seams)]
-            cache.prefix = prefixes[0] if prefixes else None
-        x = self.embedding(ids)
-        place = self.place(positions, seams, x.dtype, prefixes, cache)
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, place, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, place)
-        if cache is not None:
-            cache.length += ids.shape[0]
-        return self.norm(x if rows is None else x.index_select(0, rows))
-
-    def place(
-        self,
-        positions: Tensor,
-        seams: list[int],
-        dtype: torch.dtype,
-        prefixes: list[int] | None = None,
-        cache: Cache | None = None,
-    ) -> Place:
-        """The Place of a stream for blocks that compute in dtype."""
-        frequencies = self.frequencies(positions.device, dtype)
-        return Place(*rope_angles(positions.movedim(0, -1), *frequencies, dtype), seams, prefixes, cache)
-
-    def frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """What `inverse_frequencies` gives, for this family."""
-        return inverse_frequencies(self.config, device, dtype)
-
-    def prefix(self, ids: Tensor) -> int | None:
-        """How many first tokens of a document ids [T] see each other; None for a family that is causal throughout."""
-        return None
-
-    def logits(self, ids: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
-        """Logits [T, V] in fp32 or wider for one document ids [T], which continues `cache` if there is one.
-
-        `last` makes those of the last token alone, [1, V].
-        """
-        start = 0 if cache is None else cache.length
-        prefix = cache.prefix if cache is not None and start else self.prefix(ids)
-        end = start + ids.shape[0]
-        rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
-        prefixes = None if prefix is None else [prefix]
-        x = self(ids, positions_of(start, end, prefix, ids.device), [0, ids.shape[0]], rows, cache, prefixes)
-        return F.linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module under a dotted path, with plain modules on the way."""
-    *way, leaf = path.split(".")
-    for name in way:
-        if not hasattr(root, name):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    root.add_module(leaf, module)
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        x, residual = self.middle(x, place)
+        return torch.add(self.mlp(x), residual, alpha=self.alpha)

@@ -6,13 +6,16 @@ RMS norm on each head of q and k before the rotation, and a head size of its own
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .config import Config
 from .config_json import dtype_of, positive, rope_of, whole
-from .layers import MLP, Attention, Config, Decoder, Place, RMSNorm
+from .decoder import Decoder
+from .layers import MLP, Attention, BaseBlock, RMSNorm
+from .place import Place
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.width, c.eps)
@@ -20,9 +23,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), place)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        return self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), place), x)
 
 
 def decoder(c: Config) -> Decoder:

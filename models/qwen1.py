@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from minilora.kernels.rope import rope, rope_angles
-from minilora.kernels.swiglu import swiglu
 
+from .config import Config
 from .config_json import DTYPES, dtype_of, only, positive, whole
-from .layers import Cache, Config, Decoder, Names, Place, RMSNorm, inverse_frequencies
+from .decoder import Decoder, Names
+from .layers import BaseBlock, FeedForward, RMSNorm, gated
+from .place import Cache, Place
+from .rotary import inverse_frequencies
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
 # what the first revision of August 2023 called its keys
@@ -49,18 +52,21 @@ class Attention(nn.Module):
         return self.c_proj(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(FeedForward):
+    last = "c_proj"
+    together = ("w2", "w1")
+
     def __init__(self, c: Config):
         super().__init__()
         self.w1 = nn.Linear(c.width, c.ffn, bias=False)
         self.w2 = nn.Linear(c.width, c.ffn, bias=False)
         self.c_proj = nn.Linear(c.ffn, c.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(swiglu(self.w2(x), self.w1(x)))
+    def hidden(self, x: Tensor) -> Tensor:
+        return gated(x, self.w2, self.w1)
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.ln_1 = RMSNorm(c.width, c.eps)
@@ -68,9 +74,8 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        x = x + self.attn(self.ln_1(x), place)
-        return x + self.mlp(self.ln_2(x))
+    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        return self.ln_2.of_sum(self.attn(self.ln_1(x), place), x)
 
 
 class Qwen1(Decoder):

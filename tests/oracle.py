@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from minilora import save_model
-from minilora.models import qwen
-from minilora.models.layers import Decoder
+from minilora.checkpoint import FAMILIES
+from minilora.models.decoder import Decoder
+from minilora.models.layers import lay_together
 
 
 def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:
@@ -82,21 +83,43 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0, "dtype": "float32",
 }  # fmt: skip
+SOP = 60  # of the tiny chatglm: what stands before it in a document sees each other
+OWN = {
+    "qwen2": SIZES,
+    "qwen3": SIZES | {"head_dim": 8},
+    "glm": SIZES | {"head_dim": 8},
+    "glm4": SIZES | {"head_dim": 8},
+    "qwen": {
+        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "kv_channels": 6, "seq_length": 10, "dtype": "float32",
+    },
+    "chatglm2": {
+        "padded_vocab_size": 61, "hidden_size": 24, "ffn_hidden_size": 40, "num_layers": 2, "num_attention_heads": 4,
+        "kv_channels": 8, "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True,
+        "seq_length": 64, "dtype": "float32",
+    },
+    "chatglm": {
+        "vocab_size": 61, "hidden_size": 32, "inner_hidden_size": 56, "num_layers": 2, "num_attention_heads": 4,
+        "max_sequence_length": 64, "bos_token_id": SOP, "dtype": "float32",
+    },
+}  # fmt: skip
 
 
 def config_json(family: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model of a family."""
-    own: dict[str, Any] = {"head_dim": 8} if family == "qwen3" else {}
-    return {"model_type": family, **SIZES, **own, **changes}
+    return {"model_type": "chatglm" if family == "chatglm2" else family, **OWN[family], **changes}
 
 
 def tiny(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Decoder:
     """A frozen Decoder with random weights, norms and biases too, so that none can be forgotten unseen."""
-    model = Decoder(qwen.config(config_json(family, **changes)), qwen.Block)
+    module = FAMILIES[family]
+    model = module.decoder(module.config(config_json(family, **changes))).to(dtype).requires_grad_(False).eval()
+    lay_together(model)  # as the loader does
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        p.data = 0.2 * torch.randn(p.shape, generator=generator) + name.endswith("norm.weight")
-    return model.to(dtype).requires_grad_(False).eval()
+        scale = 1.0 if p.dim() == 1 and name.endswith("weight") else 0.0  # of a norm
+        p.copy_(0.2 * torch.randn(p.shape, generator=generator) + scale)
+    return model
 
 
 def tiny_folder(folder: Path, family: str = "qwen2", seed: int = 0, **changes: Any) -> Path:

@@ -285,7 +285,7 @@ def test_pickle_is_not_read(tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     message = refusal(folder)
-    assert "pickle (pytorch_model.bin), which can run code" in message and "save_pretrained" in message
+    assert "pickle (pytorch_model.bin), which can run code" in message and "minilora convert" in message
 
 
 def test_folders_that_are_none(tmp_path):

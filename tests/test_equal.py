@@ -9,7 +9,7 @@ from minilora.config import resolve
 from minilora.data import load_examples, make_batch, pack
 from minilora.evaluate import batch_loss, evaluate
 from minilora.lora import adapters, add_lora
-from minilora.models.layers import Cache
+from minilora.models.place import Cache
 from minilora.train import train_step
 
 

@@ -10,7 +10,7 @@ from tiny import make_model
 import minilora
 from minilora.generate import Sampling, generate
 from minilora.generate_many import generate_many, random_of
-from minilora.models import layers
+from minilora.models.decoder import Decoder
 
 PROMPTS = [[random.Random(n).randrange(256) for _ in range(1 + (7 * n) % 23)] for n in range(13)]
 
@@ -46,10 +46,8 @@ def test_draws_do_not_depend_on_what_runs_beside(model):
 def test_no_token_is_computed_twice_and_none_is_padding(model, monkeypatch):
     """Every pass is as long as its new tokens: the prompts once, then a token for each answer token but its last."""
     passes = []
-    forward = layers.Decoder.forward
-    monkeypatch.setattr(
-        layers.Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a)
-    )
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a))
     answers = list(generate_many(model, PROMPTS, set(), 9, 4))
     assert sum(passes) == sum(map(len, PROMPTS)) + sum(len(a.ids) - 1 for a in answers)
     assert max(passes[1:]) <= max(4, max(map(len, PROMPTS)) * 4)

@@ -15,7 +15,7 @@ import minilora
 from minilora.data import IGNORE, Example, make_batch
 from minilora.evaluate import batch_loss
 from minilora.lora import adapters
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTED = ["qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.errors import ModelError, UsageError
 from minilora.lora import adapters, key_dropout, linears, without_adapters
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 from minilora.safetensors import SafetensorsFile, write_tensors
 
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])

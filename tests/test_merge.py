@@ -26,6 +26,18 @@ def trained(request, tmp_path):
     return folder, tmp_path / "adapter", model
 
 
+@pytest.mark.parametrize("family", ["qwen2", "glm", "glm4"])
+def test_every_family_merges(tmp_path, family):
+    folder = make_model(tmp_path / "model", torch.bfloat16, model_type=family)
+    model = minilora.load_model(folder, device="cpu")
+    add_lora(model, r=3, alpha=6)
+    for _, wrapper in adapters(model):
+        wrapper.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    minilora.save_adapter(model, tmp_path / "adapter")
+    proof = merge_folder(folder, tmp_path / "adapter", tmp_path / "merged", device="cpu")
+    assert proof.holds and proof.adapter > proof.merged
+
+
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes):
     folder, adapter, model = trained

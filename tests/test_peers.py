@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import IDS, randomise
+from oracle import IDS, randomise, tiny
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
@@ -31,9 +31,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),  # as it should
 ]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
+MLP = ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
-kinds = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+FAMILIES = ["qwen2", "qwen3", "glm", "glm4"]
+kinds = pytest.mark.parametrize("family", FAMILIES)
 
 
 def their_model(family: str, **changes: Any) -> Any:
@@ -43,7 +44,7 @@ def their_model(family: str, **changes: Any) -> Any:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     }  # fmt: skip
-    own = {"head_dim": 8} if family == "qwen3" else {}
+    own = {} if family == "qwen2" else {"head_dim": 8, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(family, **{**sizes, **own, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +71,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.fixture(params=["qwen2", "qwen3"])
+@pytest.fixture(params=FAMILIES)
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint folder that transformers saved."""
     their_model(request.param).save_pretrained(tmp_path / "base")
@@ -78,6 +79,13 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 # checkpoints
+
+
+def test_glm_edge_opens_here(tmp_path: Path):
+    """Whole heads turn, and there are no biases."""
+    theirs = their_model("glm", attention_bias=False, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 1.0})
+    theirs.save_pretrained(tmp_path / "base")
+    assert_same(load_model(tmp_path / "base").logits(IDS), their_logits(theirs))
 
 
 @kinds
@@ -113,7 +121,7 @@ def test_a_merged_model_opens_in_transformers(tmp_path: Path, family: str, tied:
     assert (before - logits).abs().max() > 0.1 * logits.abs().max()
 
 
-@kinds
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_merge_folder_opens_in_transformers_with_its_tokenizer(tmp_path: Path, family: str):
     tokenizer = GOLDEN / {"qwen2": "qwen2_5", "qwen3": "qwen3"}[family]
     their_model(family, vocab_size=151_700, num_hidden_layers=1).save_pretrained(tmp_path / "base")
@@ -138,7 +146,7 @@ def test_merge_folder_opens_in_transformers_with_its_tokenizer(tmp_path: Path, f
         {"targets": "all-linear"},
         {"targets": "attention", "rslora": True},
         {"targets": "mlp", "dropout": 0.5},
-        {"targets": "model.layers.1.mlp.up_proj"},
+        {"targets": "model.layers.1.mlp.down_proj"},
     ],
     ids=str,
 )
@@ -167,7 +175,7 @@ def test_our_unequal_ranks_open_in_peft(base: Path, tmp_path: Path):
     save_their_adapter(
         base,
         tmp_path / "theirs",
-        rank_pattern={"q_proj": 5, "layers.1.mlp.up_proj": 2},
+        rank_pattern={"q_proj": 5, "layers.1.mlp.down_proj": 2},
         alpha_pattern={"v_proj": 3},
     )
     model = load_model(base)
@@ -199,10 +207,10 @@ def save_their_adapter(base: Path, folder: Path, **config: Any) -> Tensor:
         {"target_modules": "all-linear"},
         {"target_modules": r".*layers\.1\..*_proj"},
         {"layers_to_transform": [1]},
-        {"rank_pattern": {"q_proj": 5, "up": 9, "layers.1.mlp.up_proj": 2}, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 5, "up": 9, "layers.1.mlp.down_proj": 2}, "use_rslora": True},
         {
             "rank_pattern": {r".*\.0\..*": 2},
-            "alpha_pattern": {"self_attn.v_proj": 3, r"mlp\.(gate|up)_proj": 5.5},
+            "alpha_pattern": {"self_attn.v_proj": 3, r"mlp\.(gate|up|gate_up)_proj": 5.5},
         },
     ],
     ids=json.dumps,
@@ -216,3 +224,22 @@ def test_pefts_adapter_opens_here(base: Path, tmp_path: Path, config: dict[str, 
     assert (before - logits).abs().max() > 0.05 * logits.abs().max()
     file = SafetensorsFile(tmp_path / "adapter" / "adapter_model.safetensors")
     assert 2 * len(dict(adapters(model))) == len(file.entries)
+
+
+@pytest.mark.parametrize("family", ["chatglm", "chatglm2", "qwen"])
+@pytest.mark.parametrize("targets", ["all-linear", "attention"])
+def test_adapters_of_original_code_open_in_peft(tmp_path: Path, family: str, targets: str):
+    """These families are not in transformers: peft wraps our own modules, which lie under the original code's names."""
+    model, other = tiny(family), tiny(family)
+    add_lora(model, targets, r=3, alpha=7)
+    randomise(model)
+    save_adapter(model, tmp_path / "ours")
+    config = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    config.task_type = None  # peft would ask for the generation methods of transformers
+    theirs = peft.PeftModel.from_pretrained(other, tmp_path / "ours", config=config).eval()
+    assert_peft_holds_exactly(theirs, tmp_path / "ours")
+    assert_same(model.logits(IDS), theirs.base_model.model.logits(IDS))
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = tiny(family)
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again.logits(IDS), model.logits(IDS))

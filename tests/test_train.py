@@ -55,6 +55,15 @@ def test_it_learns_its_rows(run):
     assert evaluate(base.eval(), examples, 1000).loss < 0.2 * before
 
 
+@pytest.mark.parametrize("family", ["qwen2", "glm", "glm4"])
+def test_every_family_learns(tmp_path, family):
+    model, rows = make_model(tmp_path / "model", model_type=family), make_rows(tmp_path / "rows.json")
+    settings = {"model": model, "data": rows, "output": tmp_path / "run", "lr": 1e-2, "max_steps": 20, "device": "cpu"}
+    train(resolve(settings), console=QUIET)
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+
+
 def test_every_adapter_moved(run):
     folder, config = run
     start, end = (minilora.load_model(config.model, device="cpu") for _ in range(2))
@@ -145,7 +154,7 @@ def test_the_best_step_is_kept_whenever_it_comes(tmp_path):
         "val": "4",
         "eval_every": 1,
         "save_every": 100,
-        "seed": 1,
+        "seed": 5,
     }
     train(resolve(settings, {"lr": 0.3, "schedule": "constant", "max_steps": 12, "device": "cpu"}), console=QUIET)
     losses = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "run")}

@@ -7,9 +7,7 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from minilora.bpe import qwen_tokenizer
-from minilora.checkpoint import read_config
-from minilora.models.layers import Decoder
-from minilora.models.qwen import Block
+from minilora.checkpoint import empty_model, read_config
 from minilora.safetensors import write_tensors
 
 SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
@@ -20,7 +18,7 @@ ROWS = [
 
 
 def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """Write the folder; `changes` go into config.json."""
+    """Write the folder; `changes` go into config.json, model_type "glm" or "glm4" too."""
     folder.mkdir(parents=True)
     config = {
         "model_type": "qwen3", "hidden_act": "silu", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 56,
@@ -33,7 +31,7 @@ def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> P
     (folder / "tokenizer.json").write_text(byte_tokenizer())
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, p in Decoder(read_config(folder), Block).named_parameters():
+    for name, p in empty_model(read_config(folder)).named_parameters():
         noise = torch.empty(p.shape).normal_(0, 0.3, generator=generator)
         weights[name] = (1 + noise if "norm" in name else noise).to(dtype)
     write_tensors(folder / "model.safetensors", weights)

@@ -8,13 +8,18 @@ from .shared_flags import definitions
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
+    setting_flags(parser)
+
+
+def setting_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting of a training run."""
     from dataclasses import fields
 
     from ..config import TrainConfig, defaults, kind_name
 
-    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
     for f in fields(TrainConfig):
         flag, default = "--" + f.name.replace("_", "-"), defaults()[f.name]
         shown = "" if default in ("", None, {}) else f" [{'off' if default is False else default}]"

@@ -18,7 +18,7 @@ from minilora.bpe import qwen_tokenizer
 from minilora.checkpoint import read_config
 from minilora.config import resolve
 from minilora.heap import keep_heap
-from minilora.models.layers import Decoder
+from minilora.models.decoder import Decoder
 from minilora.models.qwen import Block
 from minilora.safetensors import write_tensors
 from minilora.train import train

@@ -30,9 +30,9 @@ def side_by_side(op: Callable) -> Callable:
     return lambda *args: torch.cat(op(*args), dim=-1)
 
 
-def two_sections(*sizes: Any) -> tuple[tuple[Any, ...], dict]:
-    """rope of heads in two halves, each turned by angles of its own."""
-    (x, cos, sin, interleaved), cost = rope.example(*sizes)
+def two_sections(tokens: int, heads: int, size: int, *where: Any) -> tuple[tuple[Any, ...], dict]:
+    """rope of half of each half of a head, by angles of its own; the size is a multiple of 8."""
+    (x, cos, sin, interleaved), cost = rope.example(tokens, heads, size, *where, rotated=size // 2)
     return (x, cos.unflatten(-1, (2, -1)), sin.unflatten(-1, (2, -1)), interleaved), cost
 
 
@@ -53,25 +53,21 @@ OPS = {
         swiglu.swiglu, swiglu.swiglu_ref, swiglu.example,
         [(1, 1), (1, 257), (13, 101), (7, 11), (5, 128), (3, 4099)], (0, 1),
     ),
+    "swiglu_fused": Op(
+        swiglu.swiglu_fused, swiglu.swiglu_fused_ref, swiglu.fused_example,
+        [(1, 1), (1, 257), (13, 101), (5, 128), (3, 1025)], (0,),
+    ),
     "rope": Op(
         rope.rope, rope.rope_ref, rope.example,
         [(1, 1, 2), (1, 7, 258), (11, 3, 26), (7, 1, 6), (5, 28, 128), (3, 17, 514)], (0,),
     ),
-    "rope_partial": Op(
-        rope.rope, rope.rope_ref, lambda *a: rope.example(*a, rotated=a[2] // 2),
-        [(1, 1, 4), (1, 7, 260), (11, 3, 36), (5, 32, 128)], (0,),
-    ),
     "rope_interleaved": Op(
-        rope.rope, rope.rope_ref, lambda *a: rope.example(*a, interleaved=True),
-        [(1, 1, 2), (1, 7, 258), (11, 3, 26), (5, 28, 128)], (0,),
-    ),
-    "rope_interleaved_partial": Op(
         rope.rope, rope.rope_ref, lambda *a: rope.example(*a, rotated=a[2] // 2, interleaved=True),
-        [(1, 1, 4), (1, 7, 260), (11, 3, 36), (5, 32, 128)], (0,),
+        [(1, 1, 4), (1, 7, 260), (7, 3, 36), (5, 32, 128)], (0,),
     ),
     "rope_sections": Op(
         rope.rope, rope.rope_ref, two_sections,
-        [(1, 1, 4), (1, 7, 260), (11, 3, 36), (5, 32, 128)], (0,),
+        [(1, 1, 8), (1, 7, 264), (5, 3, 40), (5, 32, 128)], (0,),
     ),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", OPS)

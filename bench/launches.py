@@ -1,0 +1,70 @@
+"""The kernel launches of one call of an operation, recorded without a GPU, as the just-in-time compiler would see them.
+
+The operations run on tensors without data, with their kernels switched on and a recorder in the place of every kernel: what is
+recorded, with which hints, tiles and warps, is what the card named would run.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from minilora.kernels import lang
+
+MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+class Launch(NamedTuple):
+    kernel: Any  # a JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+    def source(self, arch: int) -> tuple[ASTSource, dict[str, Any]]:
+        """What triton compiles for the launch, specialised by its own rules, and the options of the compiler."""
+        backend = make_backend(GPUTarget("cuda", arch, 32))
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, rest = binder(*self.args, **self.options)
+        packed = self.kernel._pack_args(backend, dict(rest), bound, specialization, rest)
+        _, signature, constants, hints = packed
+        return ASTSource(self.kernel, signature, constants, hints), rest
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert len(grid) == 1, "one dimension: the others end at 65535"
+        return lambda *args, **options: self.launches.append(Launch(self.kernel, args, options))
+
+
+@contextmanager
+def recorded(arch: int) -> Iterator[list[Launch]]:
+    """The launches of every operation inside, which takes any tensor for one on a card of this architecture."""
+    launches: list[Launch] = []
+    card = SimpleNamespace(
+        major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], name=f"sm_{arch}"
+    )
+    with ExitStack() as stack:
+        for path in Path(lang.__file__).parent.glob("*.py"):
+            module = importlib.import_module(f"minilora.kernels.{path.stem}")
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                    stack.enter_context(patch.object(module, name, _Recorder(value, launches)))
+            if hasattr(module, "use_triton"):
+                stack.enter_context(patch.object(module, "use_triton", lambda *_: True))
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10)))
+        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: card))
+        yield launches

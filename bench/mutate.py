@@ -1,0 +1,286 @@
+"""Plant faults in the kernels, one at a time in a copy of the repository, and see which of them the tests notice.
+
+    python -m bench.mutate [--each 2] [--only rms_norm] [--list]
+
+A fault is a change of the syntax tree (a mask dropped, a stride swapped, a sign turned, a rounding forgotten ...), so the faults follow the
+code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples and the choice of tiles
+are left alone: the first two are what the tests compare with, the last changes speed only. A fault is killed when the file's tests
+fail or run for too long. Exit code 1 when fewer than 95 % are killed.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+GATE = 0.95
+LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^force$")
+SECONDS = 900  # for the tests of one fault
+
+
+class Fault(NamedTuple):
+    file: str
+    kind: str
+    function: str
+    line: int
+    start: int  # in bytes of the file, as the syntax tree counts
+    end: int
+    new: str
+
+    def old(self, source: str) -> str:
+        return " ".join(source.encode()[self.start : self.end].decode().split())
+
+    def planted(self, source: str) -> str:
+        whole = source.encode()
+        return (whole[: self.start] + self.new.encode() + whole[self.end :]).decode()
+
+    def told(self, source: str) -> str:
+        return f"{self.file}:{self.line} {self.kind}: {self.old(source)}  ->  {self.new or 'nothing'}"
+
+
+Change = tuple[str, ast.AST, str]  # kind, what is replaced, by what
+
+
+def _call(node: ast.AST) -> str:
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+def _masks(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    """A mask that lets everything through, of the same shape."""
+    if _call(node) in ("load", "store") and len(node.args) > 1:  # pyright: ignore[reportAttributeAccessIssue]
+        mask = node.args[1 if _call(node) == "load" else 2]  # pyright: ignore[reportAttributeAccessIssue]
+        yield "mask dropped", mask, f"({text(mask)}) == ({text(mask)})"
+    if _call(node) in ("tl.load", "tl.store"):
+        for keyword in node.keywords:  # pyright: ignore[reportAttributeAccessIssue]
+            if keyword.arg == "mask":
+                yield "mask dropped", keyword.value, f"({text(keyword.value)}) == ({text(keyword.value)})"
+
+
+def _comparisons(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    others = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in others:
+        left, right = text(node.left), text(node.comparators[0])
+        kind = "off by one" if type(node.ops[0]) in (ast.Lt, ast.LtE, ast.Gt, ast.GtE) else "condition turned"
+        yield kind, node, f"({left}) {others[type(node.ops[0])]} ({right})"
+
+
+def _terms(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    if not isinstance(node, ast.BinOp):
+        return
+    left, right = text(node.left), text(node.right)
+    if isinstance(node.op, ast.Add | ast.Sub):
+        yield "sign turned", node, f"({left}) {'-' if isinstance(node.op, ast.Add) else '+'} ({right})"
+        yield "term dropped", node, left
+    if isinstance(node.op, ast.Mult):
+        yield "factor dropped", node, left
+        yield "other factor dropped", node, right
+    if isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod):
+        yield "division dropped", node, left
+
+
+def _strides(node: ast.AST, text: Callable[[ast.AST], str], function: ast.AST) -> Iterator[Change]:
+    """Another stride, or size, of the same kernel; or the next axis."""
+    if isinstance(node, ast.Name) and node.id.endswith("_stride") and isinstance(function, ast.FunctionDef):
+        names = [a.arg for a in function.args.args if a.arg.endswith("_stride") or a.arg in ("N", "F", "HALF", "K")]
+        if node.id in names and len(names) > 1:
+            yield "stride swapped", node, names[(names.index(node.id) + 1) % len(names)]
+    if isinstance(node, ast.Call) and _call(node).endswith(".stride") and len(node.args) == 1:
+        yield "stride of another axis", node.args[0], {"0": "1", "1": "0", "-1": "0"}.get(text(node.args[0]), "0")
+
+
+def _roundings(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Call) and _call(node) == "rounded":
+        yield "rounding forgotten", node, text(node.args[0])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+        kind = "int64 forgotten" if "int64" in text(node.args[0]) else "cast forgotten"
+        yield kind, node, text(node.func.value)
+    if isinstance(node, ast.Name) and node.id == "WIDE" and isinstance(node.ctx, ast.Load):
+        yield "half accumulator", node, "tl.float16"
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("tl.float32", "torch.float32"):
+        yield "half accumulator", node, text(node).replace("32", "16")
+
+
+def _statements(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield "statement dropped", node, "pass"
+    if isinstance(node, ast.AugAssign):
+        yield "sum overwritten", node, f"{text(node.target)} = {text(node.value)}"
+    if isinstance(node, ast.If | ast.IfExp):
+        yield "condition turned", node.test, f"not ({text(node.test)})"
+
+
+def _functions(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    others = {
+        "tl.exp": "tl.exp2", "tl.exp2": "tl.exp", "tl.log": "tl.log2", "tl.max": "tl.min", "tl.maximum": "tl.minimum",
+        "tl.minimum": "tl.maximum", "tl.rsqrt": "tl.sqrt", "tl.abs": "", "cdiv": "int.__floordiv__",
+    }  # fmt: skip
+    if isinstance(node, ast.Call) and _call(node) in others:
+        yield "another function", node.func, others[_call(node)]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        yield "minus dropped", node, f"({text(node.operand)})"
+
+
+def _numbers(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.keyword) and node.arg in ("value", "alpha", "beta", "scale"):
+        yield "factor of an update turned", node.value, f"-({text(node.value)})"
+    if (
+        isinstance(node, ast.Subscript)
+        and "needs_input_grad" in text(node.value)
+        and isinstance(node.slice, ast.Constant)
+    ):
+        yield "another gradient's need", node.slice, str(1 - min(1, int(str(node.slice.value))))
+    if isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value:
+        yield "number changed", node, repr(node.value / 2)
+
+
+MUTATORS = (_masks, _comparisons, _terms, _strides, _roundings, _statements, _functions, _numbers)
+# faults that change nothing that a caller can see, by file, function, kind and the text replaced; each with its reason
+EQUIVALENT = {
+    ("swiglu", "_sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
+    ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
+}
+
+
+def faults(file: str, source: str) -> list[Fault]:
+    """Every fault that can be planted in a file, in the order of its lines."""
+    whole, lines = source.encode(), [0]
+    for line in whole.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+
+    def span(node: ast.AST) -> tuple[int, int]:
+        return (
+            lines[node.lineno - 1] + node.col_offset,  # pyright: ignore[reportAttributeAccessIssue]
+            lines[node.end_lineno - 1] + node.end_col_offset,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+    def text(node: ast.AST) -> str:
+        return whole[slice(*span(node))].decode()
+
+    found = []
+
+    def visit(node: ast.AST, function: ast.AST, path: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner, name = function, path
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                if LEFT_ALONE.search(child.name):
+                    continue
+                inner, name = child, f"{path}.{child.name}".strip(".")
+            if name and not isinstance(child, ast.arguments):
+                for mutator in MUTATORS:
+                    for kind, target, new in mutator(child, text, inner):
+                        start, end = span(target)
+                        if isinstance(target, ast.expr) and new:
+                            new = f"({new})"
+                        fault = Fault(file, kind, name, getattr(target, "lineno", 0), start, end, new)
+                        found.append(fault)
+            if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+                visit(child, inner, name)
+
+    tree = ast.parse(source)
+    for node in ast.walk(tree):  # types and decorators are not code that runs on data
+        for field in ("annotation", "returns", "decorator_list"):
+            if hasattr(node, field):
+                setattr(node, field, [] if field == "decorator_list" else None)
+    visit(tree, tree, "")
+    for fault in found:
+        ast.parse(fault.planted(source))  # loud if a fault is no Python
+    return found
+
+
+def equivalent(fault: Fault, source: str) -> bool:
+    return (Path(fault.file).stem, fault.function, fault.kind, fault.old(source)) in EQUIVALENT
+
+
+def chosen(found: list[Fault], each: int) -> list[Fault]:
+    """At most `each` of every kind, spread over the file."""
+    kinds = defaultdict(list)
+    for fault in found:
+        kinds[fault.kind].append(fault)
+    picked = []
+    for of_kind in kinds.values():
+        some = min(each, len(of_kind))
+        picked += [of_kind[(2 * i + 1) * len(of_kind) // (2 * some)] for i in range(some)]
+    return sorted(picked, key=lambda fault: fault.start)
+
+
+def commands(fault: Fault) -> list[tuple[str, list[str]]]:
+    """The tests of a file, those first that are near to the fault: (TRITON_INTERPRET, arguments of pytest)."""
+    stem = Path(fault.file).stem
+    names = [] if stem in ("lang", "dispatch") else ["-k", stem]
+    on_triton = ("1", ["tests/interpreter", "tests/test_kernels.py", *names])
+    on_torch = ("0", ["tests/test_kernels.py", *names])
+    if "_OnTorch" in fault.function:
+        return [on_torch]
+    return [on_triton] if "kernel" in fault.function or "_OnTriton" in fault.function else [on_triton, on_torch]
+
+
+def survives(folder: Path, fault: Fault) -> bool:
+    for interpret, arguments in commands(fault):
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": interpret,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+        try:
+            result = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        if result.returncode:
+            assert result.returncode != 5, f"no tests for {fault.file}: {' '.join(command)}"
+            return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.mutate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
+    parser.add_argument("--only", default="", metavar="NAME", help="a file of kernels/, or a part of its name")
+    parser.add_argument("--list", action="store_true", help="print the faults and plant none")
+    args = parser.parse_args(argv)
+    sources = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").glob("*.py"))}
+    planted = [
+        f for file, source in sources.items() if args.only in file for f in chosen(faults(file, source), args.each)
+    ]
+    if args.list:
+        print(*[fault.told(sources[fault.file]) for fault in planted], sep="\n")
+        return 0
+    os.nice(10)
+    alive = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        shutil.copytree(
+            ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs")
+        )
+        for file in {fault.file for fault in planted}:
+            sound = Fault(file, "none", "", 0, 0, 0, "")
+            if not survives(folder, sound):
+                sys.exit(f"{file}: its tests fail, or take over {SECONDS} s, without any fault")
+        for fault in planted:
+            source, began = sources[fault.file], time.monotonic()
+            (folder / fault.file).write_text(fault.planted(source))
+            lives = survives(folder, fault)
+            (folder / fault.file).write_text(source)
+            alive += lives
+            seconds = time.monotonic() - began
+            print("SURVIVED" if lives else "killed  ", fault.told(source), f"({seconds:.0f} s)", flush=True)
+    killed = len(planted) - alive
+    print(f"{killed} of {len(planted)} faults killed: {killed / max(1, len(planted)):.1%}")
+    return int(killed < GATE * len(planted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

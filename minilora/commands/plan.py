@@ -1,0 +1,31 @@
+"""minilora plan: what a training needs, before anything is loaded."""
+
+import argparse
+
+from .shared_flags import definitions
+from .train import foreign_flags, setting_flags
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
+    parser.add_argument(
+        "--device-memory", type=float, default=80.0, metavar="GB", help="of the card, in 10^9 bytes [80]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    setting_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+    from pathlib import Path
+
+    from ..config import read_yaml, resolve
+    from ..forecast import forecast, text_of
+
+    own = ("command", "config", "device_memory", "json", "rest")
+    given = {k: v for k, v in vars(args).items() if k not in own} | foreign_flags(args.rest)
+    if "define" in given:
+        given["define"] = definitions(given["define"])
+    config = resolve(*([read_yaml(Path(args.config))] if args.config else []), given)
+    found = forecast(config, args.device_memory)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))

@@ -1,0 +1,37 @@
+"""Whole models on the Triton kernels: they compute what the torch paths compute, as nearly as rounding allows."""
+
+import pytest
+import torch
+from oracle import OWN, SOP, as_wrong_as, randomise, tiny
+
+from minilora import add_lora
+from minilora.kernels.dispatch import force, use_triton
+from minilora.models.rotary import positions_of
+
+
+def loss_and_gradients(family: str, dtype: torch.dtype, triton: bool, checkpointing: bool) -> list[torch.Tensor]:
+    model = tiny(family, dtype)
+    add_lora(model, r=3, alpha=6)
+    randomise(model)
+    model.to(dtype).train()
+    model.checkpointing = checkpointing
+    ids = torch.tensor([3, 1, 4, SOP, 5, 9, 2, 6, 5, 35, SOP, 57, 8])
+    prefixes = [3, 4] if family == "chatglm" else None
+    positions = torch.cat([positions_of(0, n, p) for n, p in ((6, 3), (7, 4))], dim=-1)
+    with force(triton):
+        hidden = model(ids, positions if prefixes else positions_of(0, 13), [0, 6, 13], prefixes=prefixes)
+        hidden.square().sum().backward()
+    return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", OWN)
+def test_a_model_on_its_kernels(family: str, checkpointing: bool):
+    assert use_triton()
+    ours, plain, truth = (
+        loss_and_gradients(family, dtype, triton, checkpointing)
+        for dtype, triton in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
+    )
+    assert len(ours) == len(truth) > 10
+    for found, yard, exact in zip(ours, plain, truth, strict=True):
+        as_wrong_as(found, yard, exact, family)

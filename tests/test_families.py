@@ -1,0 +1,450 @@
+"""Every family on tiny random models: packing, caching, folders, adapters, training; and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import IDS, OWN, SOP, config_json, randomise, tiny, tiny_folder
+from torch import Tensor
+
+from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
+from minilora.checkpoint import FAMILIES, empty_model, read_config
+from minilora.config import resolve
+from minilora.data import IGNORE, Example, make_batch
+from minilora.errors import ModelError
+from minilora.evaluate import batch_loss, evaluate
+from minilora.flops import attention_flops
+from minilora.generate import Sampling, generate
+from minilora.generate_many import generate_many
+from minilora.kernels.rms_norm import rms_norm_ref
+from minilora.lora import adapters, linears
+from minilora.models.decoder import Decoder
+from minilora.models.layers import RMSNorm
+from minilora.models.place import Cache
+from minilora.models.rotary import positions_of
+from minilora.safetensors import SafetensorsFile, write_tensors
+from minilora.train import learning_rate, train_step
+from minilora.verify import wide_logits_of
+
+families = pytest.mark.parametrize("family", OWN)
+
+
+def conversation(family: str, source: int, answer: int, seed: int) -> Example:
+    """A document of random ids, its answer trained; for ChatGLM-6B with <sop> between the two."""
+    ids = np.random.default_rng(seed).integers(1, SOP, source + answer)
+    prefix = None
+    if family == "chatglm":
+        ids[source], prefix = SOP, source
+    targets = np.full_like(ids, IGNORE)
+    targets[source:-1] = ids[source + 1 :]
+    return Example(ids, targets, f"row {seed}", prefix)
+
+
+def conversations(family: str) -> list[Example]:
+    """Of several lengths; two go beyond the trained length of the tiny Qwen-1."""
+    return [conversation(family, *sizes, seed) for seed, sizes in enumerate([(5, 4), (1, 8), (12, 3), (7, 20)])]
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Decoder:
+    model = tiny(family, dtype, **changes)
+    add_lora(model, r=3, alpha=6)
+    randomise(model)
+    return model.to(dtype)
+
+
+def loss_and_gradients(model: Decoder, examples: list[Example], together: bool) -> tuple[Tensor, Tensor]:
+    streams = [examples] if together else [[e] for e in examples]
+    losses = [batch_loss(model, make_batch(stream)) for stream in streams]
+    for loss in losses:
+        loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return torch.stack(losses).sum().detach(), gradients
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+# one computation by many routes
+
+
+@families
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_packed_is_alone(family: str, training: bool):
+    model = adapted(family).train(training)
+    packed, alone = (loss_and_gradients(model, conversations(family), together) for together in (True, False))
+    assert_close(packed[0], alone[0])
+    assert_close(packed[1], alone[1])
+
+
+@families
+def test_checkpointing_changes_no_bit(family: str):
+    model = adapted(family, torch.float32).train()
+    kept = loss_and_gradients(model, conversations(family), True)
+    model.checkpointing = True
+    assert all(map(torch.equal, loss_and_gradients(model, conversations(family), True), kept))
+
+
+@families
+def test_cached_decoding_is_the_full_forward(family: str):
+    model = adapted(family)
+    ids = torch.from_numpy(conversation(family, 11, 9, 0).ids)
+    with torch.no_grad():
+        full, cache = model.logits(ids), Cache(model.config.layers)
+        # the whole prompt and <sop> first; 12 and 20 tokens have one rotary base in Qwen-1
+        pieces = [model.logits(part, cache) for part in ids.split([12, 1, 1, 4, 2])]
+    assert_close(torch.cat(pieces), full)
+
+
+@families
+def test_generation_takes_the_likeliest_of_the_full_forward(family: str):
+    model = adapted(family)
+    ids = [*range(1, 12), SOP] if family == "chatglm" else list(range(1, 13))
+    for token in generate(model, list(ids), set(), 8):
+        with torch.no_grad():
+            assert token == int(model.logits(torch.tensor(ids))[-1].argmax())
+        ids.append(token)
+
+
+@families
+@pytest.mark.parametrize("slots", [2, 9])
+def test_many_answers_are_those_of_one_prompt_alone(family: str, slots: int):
+    """Greedy, and sampled with answers that end at different passes; some prompts exceed the tiny Qwen-1's length."""
+    model = adapted(family)
+    prompts = [conversation(family, n, 1, n).ids.tolist() for n in (3, 12, 1, 5, 14, 2)]
+    greedy = {a.number: a.ids for a in generate_many(model, prompts, set(), 14, slots)}
+    assert [greedy[n] for n in range(len(prompts))] == [list(generate(model, p, set(), 14)) for p in prompts]
+    rest = (set(range(6)), 14, slots, Sampling(temperature=2.0), 0)
+    drawn = {a.number: a.ids for a in generate_many(model, prompts, *rest)}
+    for n, prompt in enumerate(prompts):
+        assert next(generate_many(model, [prompt], *rest, numbers=[n])).ids == drawn[n]
+    assert len({len(ids) for ids in drawn.values()}) > 1
+
+
+@families
+def test_the_loss_is_that_of_the_logits(family: str):
+    model = adapted(family).train()
+    expected = torch.zeros(())
+    for e in conversations(family):
+        logits = model.logits(torch.from_numpy(e.ids))
+        expected = expected + torch.nn.functional.cross_entropy(logits, torch.from_numpy(e.targets), reduction="sum")
+    assert_close(batch_loss(model, make_batch(conversations(family))), expected)
+
+
+@families
+def test_logits_block_by_block_are_the_logits(family: str):
+    """What the proof of a merge takes for truth, of a model in fp32."""
+    model = adapted(family, torch.float32)
+    ids = torch.from_numpy(conversation(family, 11, 9, 0).ids)
+    with torch.no_grad():
+        assert_close(wide_logits_of(model, [ids])[0], model.double().logits(ids))
+
+
+# folders and adapters
+
+
+@families
+def test_save_and_load(tmp_path: Path, family: str):
+    folder, model = tiny_folder(tmp_path / "m", family), tiny(family)
+    loaded = load_model(folder, device="cpu")
+    assert loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@families
+def test_an_adapter_goes_on_every_linear_and_comes_back(tmp_path: Path, family: str):
+    model = adapted(family, torch.float32)
+    wrapped = dict(adapters(model))
+    weights = {n for n, p in tiny(family).named_parameters() if p.dim() == 2}
+    c = model.config
+    outside = {f"{model.names.embedding}.weight"} | (set() if c.tied else {f"{model.names.head}.weight"})
+    assert {f"{path}.weight" for path in wrapped} == weights - outside
+    save_adapter(model, tmp_path / "a")
+    keys = SafetensorsFile(tmp_path / "a" / "adapter_model.safetensors").entries.keys()
+    assert keys == {f"base_model.model.{path}.lora_{half}.weight" for path in wrapped for half in "AB"}
+    other = tiny(family)
+    load_adapter(other, tmp_path / "a")
+    ids = torch.from_numpy(conversation(family, 5, 5, 0).ids)
+    assert torch.equal(other.logits(ids), model.logits(ids))
+
+
+@families
+def test_merged_is_adapted(tmp_path: Path, family: str):
+    folder, model = tiny_folder(tmp_path / "m", family), adapted(family)
+    ids = torch.from_numpy(conversation(family, 5, 15, 0).ids)
+    wrapped, base = model.logits(ids).detach(), tiny(family, torch.float64).logits(ids)
+    merge(model)
+    assert_close(model.logits(ids), wrapped)
+    assert (wrapped - base).abs().max() > 0.01 * base.abs().max()
+    save_model(model, tmp_path / "merged", folder)
+    assert (load_model(tmp_path / "merged", device="cpu").logits(ids) - wrapped).abs().max() < 1e-3
+
+
+@families
+@pytest.mark.parametrize("targets", ["attention", "mlp"])
+def test_groups_of_linears(family: str, targets: str):
+    one, all_of_them = tiny(family), linears(tiny(family))
+    add_lora(one, targets, r=2)
+    found = [path for path, _ in adapters(one)]
+    assert 0 < len(found) < len(all_of_them)
+    assert all((".mlp." in path) == (targets == "mlp") for path in found)
+
+
+@families
+def test_it_learns(family: str):
+    model, examples = tiny(family), conversations(family)
+    add_lora(model, r=8, alpha=16)
+    model.train()
+    before = evaluate(model, examples, 100).loss
+    config = resolve({"lr": 3e-2, "warmup": 1})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    for step in range(30):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step, 30)
+        train_step(model, optimizer, [make_batch(examples)], config, step)
+    assert evaluate(model, examples, 100).loss < 0.3 * before
+
+
+# ChatGLM-6B
+
+
+def test_the_positions_of_chatglm():
+    """prompt prompt [gMASK] <sop> answer answer, as the original code builds them."""
+    assert positions_of(0, 6, 3).tolist() == [[0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]]
+    assert positions_of(4, 6, 3).tolist() == [[2, 2], [2, 3]]
+    assert positions_of(4, 6).tolist() == [4, 5]
+    batch = make_batch([conversation("chatglm", 2, 3, 0), conversation("chatglm", 1, 2, 1)])
+    assert batch.positions.tolist() == [[0, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.prefixes == [2, 1] and batch.seams == [0, 5, 8]
+
+
+def test_the_prompt_sees_itself_and_no_more():
+    """A change in the prompt's last token reaches the prompt's first; a change in the answer reaches what follows it alone."""
+    model = tiny("chatglm", torch.float64)
+    ids = torch.from_numpy(conversation("chatglm", 6, 6, 0).ids)
+    same = []
+    for place in (5, 9):
+        changed = ids.clone()
+        changed[place] = (ids[place] + 1) % SOP
+        same.append((model.logits(changed) == model.logits(ids)).all(-1))
+    assert not same[0].any()
+    assert same[1][:9].all() and not same[1][9:].any()
+
+
+def test_frequencies_of_chatglm_are_rounded_to_fp16():
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 1}
+    model = empty_model(FAMILIES["chatglm"].config(config_json("chatglm", **sizes)))
+    found, factor = model.frequencies(torch.device("cpu"), torch.bfloat16)
+    exact = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    assert factor == 1 and found.dtype == torch.float32 and len(found) == 32
+    assert torch.equal(found, found.half().float()) and not torch.equal(found, exact.float())
+    assert ((found - exact).abs() <= 2**-11 * exact + 2**-25).all()
+
+
+def test_ids_without_sop_are_an_error():
+    with pytest.raises(ValueError, match="<sop>"):
+        tiny("chatglm").logits(torch.tensor([1, 2, 3]))
+
+
+def test_attention_flops_count_the_prefix():
+    c = tiny("chatglm").config
+    one = 3 * 4 * c.heads * c.head_size * c.layers
+    assert attention_flops(c, [0, 10], [10]) == one * 100
+    assert attention_flops(c, [0, 10]) == one * 55
+    assert attention_flops(c, [0, 10, 14], [4, 1]) == one * (55 + 6 + 10)
+
+
+# the same model in two layouts
+
+
+def test_chatglm2_is_glm_by_other_names():
+    """GLM-4-9B's rope_ratio multiplies the rotary base; its qkv holds all q, then all k, then all v."""
+    original = tiny("chatglm2", torch.float64, rope_ratio=500, _name_or_path="THUDM/glm-4-9b-chat")
+    theirs = tiny("glm", torch.float64, rope_theta=5e6, rms_norm_eps=1e-5)
+    weights, renamed = dict(original.named_parameters()), {}
+    parts = {"embed_tokens": "embedding.word_embeddings", "layers": "encoder.layers", "norm": "encoder.final_layernorm"}
+    leaves = {
+        "o_proj": "dense",
+        "gate_up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+        "self_attn": "self_attention",
+    }
+    rows = {"q_proj": slice(0, 32), "k_proj": slice(32, 48), "v_proj": slice(48, 64)}
+    for name, p in theirs.named_parameters():
+        words = name.split(".")
+        old = (
+            ["transformer", parts[words[1]], *words[2:]]
+            if words[0] == "model"
+            else ["transformer.output_layer", words[1]]
+        )
+        part = next((rows[w] for w in words if w in rows), slice(None))
+        old = ["query_key_value" if w in rows else leaves.get(w, w) for w in old]
+        renamed[name] = weights[".".join(old)].detach()[part].reshape(p.shape)
+    theirs.load_state_dict(renamed, strict=True)
+    assert_close(original.logits(IDS), theirs.logits(IDS))
+
+
+@pytest.mark.parametrize(("family", "once"), [("chatglm2", True), ("glm", False), ("glm4", False), ("qwen", False)])
+def test_norms_round_in_the_familys_order(family: str, once: bool):
+    model = tiny(family, torch.bfloat16)
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
+    assert len(norms) == (9 if family == "glm4" else 5)
+    for norm in norms:
+        right, wrong = (rms_norm_ref(x, norm.weight, norm.eps, once=order) for order in (once, not once))
+        assert torch.equal(norm(x), right) and not torch.equal(right, wrong)
+
+
+def test_rope_ratio_divides_positions_in_chatglm2():
+    model = tiny("chatglm2", torch.float64, rope_ratio=4, _name_or_path="/models/chatglm2-6b-32k")
+    plain = tiny("chatglm2", torch.float64)
+    positions = torch.arange(0, 4 * len(IDS), 4)
+    stretched = model(IDS, positions, [0, len(IDS)])
+    assert_close(stretched, plain(IDS, torch.arange(len(IDS)), [0, len(IDS)]))
+
+
+def test_qwen1_reaches_beyond_its_length_in_evaluation_alone():
+    model = tiny("qwen", torch.float64)
+    plain = tiny("qwen", torch.float64, use_dynamic_ntk=False, use_logn_attn=False)
+    long, short = torch.arange(1, 21), torch.arange(1, 11)
+    assert torch.equal(model.logits(short), plain.logits(short))
+    assert (model.logits(long) - plain.logits(long)).abs().max() > 1e-3
+    assert torch.equal(model.train().logits(long), plain.logits(long))
+
+
+def test_the_first_revision_of_qwen1(tmp_path: Path):
+    new = config_json("qwen", max_position_embeddings=64)
+    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+             "intermediate_size": "ffn_hidden_size", "max_position_embeddings": "n_positions"}  # fmt: skip
+    assert read(tmp_path, {names.get(k, k): v for k, v in new.items()}) == read(tmp_path, new)
+
+
+@pytest.mark.parametrize("changes", [{}, {"partial_rotary_factor": 1.0, "attention_bias": False}])
+def test_both_spellings_of_glm(tmp_path: Path, changes: dict[str, Any]):
+    """GLM-Edge turns whole heads and has no biases."""
+    old = config_json("glm", **changes)
+    new = {k: v for k, v in old.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    new["rope_parameters"] = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, **changes}
+    c = read(tmp_path, new)
+    assert read(tmp_path, old) == c
+    assert (c.rotary, c.qkv_bias) == ((8, False) if changes else (4, True))
+
+
+# config.json
+
+
+def read(folder: Path, j: dict[str, Any]) -> Any:
+    (folder / "config.json").write_text(json.dumps(j))
+    return read_config(folder)
+
+
+PUBLISHED = {
+    "ChatGLM-6B": (6_173_286_400, {
+        "model_type": "chatglm", "vocab_size": 130528, "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
+        "inner_hidden_size": 16384, "layernorm_epsilon": 1e-5, "max_sequence_length": 2048, "position_encoding_2d": True,
+        "bos_token_id": 130004, "eos_token_id": 130005, "gmask_token_id": 130001, "pad_token_id": 3,
+        "torch_dtype": "float16",
+    }),
+    "GLM-4-9B": (9_399_951_360, {
+        "model_type": "chatglm", "padded_vocab_size": 151552, "hidden_size": 4096, "num_layers": 40,
+        "num_attention_heads": 32, "kv_channels": 128, "multi_query_attention": True, "multi_query_group_num": 2,
+        "ffn_hidden_size": 13696, "layernorm_epsilon": 1.5625e-07, "rope_ratio": 500, "add_qkv_bias": True,
+        "add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True, "original_rope": True,
+        "apply_residual_connection_post_layernorm": False, "seq_length": 131072, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }),
+    "Qwen1.5-1.8B": (1_836_828_672, {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5504,
+        "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(tmp_path: Path, name: str):
+    count, j = PUBLISHED[name]
+    model = empty_model(read(tmp_path, j))
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert all(p.is_meta for p in model.parameters())
+
+
+REFUSED = {
+    "int4 of v1": ("chatglm", {"quantization_bit": 4}, "quantised"),
+    "gptq": ("glm4", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    "p-tuning": ("chatglm", {"pre_seq_len": 128}, "P-tuning"),
+    "one position": ("chatglm", {"position_encoding_2d": False}, "position_encoding_2d is False"),
+    "heads": ("chatglm", {"num_attention_heads": 16}, "16 heads"),
+    "no multi-query": ("chatglm2", {"multi_query_attention": False}, "multi_query_attention is False"),
+    "layer norm": ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
+    "no last norm": ("chatglm2", {"post_layer_norm": False}, "post_layer_norm is False"),
+    "other residual": ("chatglm2", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True"),
+    "biases": ("chatglm2", {"add_bias_linear": True}, "add_bias_linear is True"),
+    "odd pairs": ("chatglm2", {"kv_channels": 6}, "kv_channels is 6"),
+    "groups": ("chatglm2", {"multi_query_group_num": 3}, "not a multiple"),
+    "which ratio": ("chatglm2", {"rope_ratio": 50}, "_name_or_path"),
+    "biases of qwen": ("qwen", {"no_bias": False}, "no_bias is False"),
+    "odd width": ("qwen", {"intermediate_size": 81}, "intermediate_size is 81"),
+    "rotary": ("qwen", {"rotary_pct": 0.5}, "rotary_pct"),
+    "activation": ("glm", {"hidden_act": "gelu"}, "hidden_act is gelu"),
+    "partial": ("glm4", {"head_dim": 6}, "partial_rotary_factor"),
+    "groups of glm": ("glm", {"num_key_value_heads": 3}, "not a multiple"),
+    "llama3": ("glm", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type"),
+    "nearest": ("qwen2", {"model_type": "qwen2_moe"}, "(the nearest is qwen2)"),
+    "nearest glm": ("qwen2", {"model_type": "glm4_moe"}, "(the nearest is glm4)"),
+    "our own name": ("chatglm2", {"model_type": "chatglm2"}, "(the nearest is chatglm)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "part"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_supported_is_named(tmp_path: Path, family: str, changes: dict[str, Any], part: str):
+    with pytest.raises(ModelError) as error:
+        read(tmp_path, config_json(family, **changes))
+    assert error.value.code == 4 and part in error.value.what and "\n" not in str(error.value.what)
+
+
+@pytest.mark.parametrize("weights", OWN)
+def test_weights_of_another_family_are_told(tmp_path: Path, weights: str):
+    folder = tiny_folder(tmp_path / "m", weights)
+    for family in OWN.keys() - {weights}:
+        (folder / "config.json").write_text(json.dumps(config_json(family)))
+        with pytest.raises(ModelError) as error:
+            load_model(folder, device="cpu")
+        assert error.value.what == f"{folder}: config.json says {family}, the weights are of {weights}"
+        assert error.value.code == 4
+
+
+@pytest.mark.parametrize(("name", "part"), [
+    ("transformer.layers.0.attention.query_key_value.weight_scale", "quantised"),
+    ("model.layers.0.self_attn.q_proj.qweight", "quantised"),
+    ("transformer.prefix_encoder.embedding.weight", "P-tuning"),
+])  # fmt: skip
+def test_weights_that_are_no_plain_numbers(tmp_path: Path, name: str, part: str):
+    folder = tiny_folder(tmp_path / "m", "chatglm")
+    weights = {n: p.detach().clone() for n, p in tiny("chatglm").named_parameters()}
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder / "model.safetensors", weights | {name: torch.ones(3)})
+    with pytest.raises(ModelError, match=part) as error:
+        load_model(folder, device="cpu")
+    assert "\n" not in error.value.what
+
+
+def test_tied_and_buffers_of_chatglm(tmp_path: Path):
+    """The published folder repeats the embedding as the head, and holds the rotary frequencies of every layer."""
+    folder = tiny_folder(tmp_path / "m", "chatglm")
+    weights = {n: p.detach().clone() for n, p in tiny("chatglm").named_parameters()}
+    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"].clone()
+    weights |= {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder / "model.safetensors", weights)
+    ids = torch.from_numpy(conversation("chatglm", 5, 5, 0).ids)
+    assert torch.equal(load_model(folder, device="cpu").logits(ids), tiny("chatglm").logits(ids))
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder / "model.safetensors", weights | {"lm_head.weight": weights["lm_head.weight"] + 1})
+    with pytest.raises(ModelError, match="lm_head.weight differs from the embedding"):
+        load_model(folder, device="cpu")

@@ -1,0 +1,51 @@
+"""The planted faults follow the kernels: there are enough of them, each is Python and changes its file."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import mutate
+
+FILES = {f"kernels/{path.name}": path.read_text() for path in sorted((mutate.ROOT / "kernels").glob("*.py"))}
+
+
+def test_there_are_many_faults_of_many_kinds():
+    faults = [fault for file, source in FILES.items() for fault in mutate.chosen(mutate.faults(file, source), 2)]
+    assert len(faults) >= 60
+    assert len({fault.kind for fault in faults}) >= 12
+    assert all(fault.planted(FILES[fault.file]) != FILES[fault.file] for fault in faults)
+
+
+def test_what_is_said_to_change_nothing_is_still_there():
+    there = {
+        (Path(fault.file).stem, fault.function, fault.kind, fault.old(source))
+        for file, source in FILES.items()
+        for fault in mutate.faults(file, source)
+    }
+    assert mutate.EQUIVALENT.keys() <= there
+
+
+def test_references_examples_and_tiles_are_left_alone():
+    source = (
+        "def f_ref(x):\n    return x + 1.0\n\ndef _tile(n):\n    return n + 1\n\ndef f(x):\n    return x + 'ä' - y\n"
+    )
+    faults = mutate.faults("kernels/f.py", source)
+    assert {fault.function for fault in faults} == {"f"}
+    assert "return ((x + 'ä') + (y))" in [line.strip() for f in faults for line in f.planted(source).splitlines()]
+
+
+@pytest.mark.parametrize(
+    "line, kind, becomes",
+    [
+        ("store(p, x, col < n)", "mask dropped", "store(p, x, ((col < n) == (col < n)))"),
+        ("store(p, x, col < n)", "off by one", "store(p, x, ((col) <= (n)))"),
+        ("row = tl.program_id(0).to(tl.int64)", "int64 forgotten", "row = (tl.program_id(0))"),
+        ("dw += dy * n", "sum overwritten", "dw = dy * n"),
+        ("y = x * scale", "factor dropped", "y = (x)"),
+        ("acc = tl.zeros((4, 4), WIDE)", "half accumulator", "acc = tl.zeros((4, 4), (tl.float16))"),
+    ],
+)
+def test_a_fault_is_what_it_is_called(line: str, kind: str, becomes: str):
+    source = f"def kernel(x):\n    {line}\n"
+    planted = [f.planted(source).splitlines()[1].strip() for f in mutate.faults("f.py", source) if f.kind == kind]
+    assert becomes in planted
