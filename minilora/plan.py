@@ -3,7 +3,9 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from minilora.models.decoder import Decoder
@@ -59,6 +61,30 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     )
     header = _header(config, data, model, plan, epochs)
     return Plan(**{**plan.__dict__, "header": header})
+
+
+def data_record(data: Data, plan: Plan) -> dict[str, Any]:
+    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes."""
+    length, trained = plan.train.column("length"), plan.train.column("trained")
+    return {
+        "rows": data.report.rows,
+        "dropped": {f"over {limit}": n for limit, n in data.report.dropped.items()} | dict(data.report.broken),
+        "cut": {f"over {limit}": n for limit, n in data.report.cut.items()},
+        "train_rows": len(plan.train),
+        "val_rows": len(plan.val),
+        "tokens": int(length.sum()),
+        "trained": int(trained.sum()),
+        "masked_lengths": _counted(length - trained),
+        "trained_lengths": _counted(trained),
+        "steps": plan.steps,
+        "train_hash": plan.train.digest(),
+        "val_hash": plan.val.digest(),
+        "base": plan.base,
+    }
+
+
+def _counted(lengths: np.ndarray) -> dict[str, int]:
+    return {str(n): int(rows) for n, rows in zip(*np.unique(lengths, return_counts=True), strict=True)}
 
 
 def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
