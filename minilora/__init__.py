@@ -1,4 +1,4 @@
-"""minilora: a from-scratch LoRA engine for Qwen models.
+"""minilora: a from-scratch LoRA engine for GLM and Qwen models.
 
 import minilora is cheap; the names below are imported when they are first used.
 """
