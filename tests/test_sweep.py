@@ -9,10 +9,10 @@ import yaml
 from rich.console import Console
 from tiny import ROWS, make_model, make_rows
 
-from minilora import sweep as sweep_module
 from minilora.__main__ import main
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
-from minilora.sweep import RECIPES, combinations, name_of, read_sweep, sweep
+from minilora.reports import sweep as sweep_module
+from minilora.reports.sweep import RECIPES, combinations, name_of, read_sweep, sweep
 
 QUIET = Console(quiet=True)
 

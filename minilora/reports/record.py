@@ -8,10 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .config import read_yaml
-from .errors import DataError, UsageError
-from .monitor import read_metrics
-from .plot import smoothed
+from ..config import read_yaml
+from ..errors import DataError, UsageError
+from ..monitor import read_metrics
+from ..plot import smoothed
 
 ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
 
