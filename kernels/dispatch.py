@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from minilora.kernels.lang import HAVE_TRITON, INTERPRETED
 
 _on = True
+_library = False
+_target: int | None = None
 
 
 def use_triton(*tensors: Tensor) -> bool:
@@ -36,3 +39,38 @@ def force(on: bool) -> Iterator[None]:
         yield
     finally:
         _on = before
+
+
+def library_gemm() -> bool:
+    """Whether wide products go to the library's GEMM (cuBLAS) also where a kernel could make them."""
+    return _library
+
+
+@contextmanager
+def use_library_gemm() -> Iterator[None]:
+    """Wide products by the library for the calls inside; a backward follows its own forward."""
+    global _library
+    before, _library = _library, True
+    try:
+        yield
+    finally:
+        _library = before
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability that launches on a device are configured for: 80 for an A100, 90 for an H100."""
+    if _target is not None:
+        return _target
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextmanager
+def compile_for(architecture: int) -> Iterator[None]:
+    """Configure the launches inside for an architecture, whatever the device: tensors without data have none."""
+    global _target
+    before, _target = _target, architecture
+    try:
+        yield
+    finally:
+        _target = before

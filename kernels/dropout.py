@@ -2,9 +2,10 @@
 
     y = x * keep / (1 - p)      keep[i, j] = (lane[i, j] >= round(p * 65536))
 
-The lanes are 16 bits each of the Philox 4x64 stream (Salmon et al., 2011) whose key is made of (seed, step, pass, module):
-the backward, the recomputation under activation checkpointing and a resumed run draw the same bits. p is thereby
-quantised to 1/65536.
+The lanes are 16 bits each of a Philox stream (Salmon et al., 2011) whose key is made of (seed, step, pass, module): the
+backward, the recomputation under activation checkpointing and a resumed run draw the same bits. p is thereby quantised to
+1/65536. There are two streams. The torch path draws a whole matrix of Philox 4x64 at once. A kernel draws Philox 4x32 of
+the counter (row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn alone.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from minilora.kernels.dispatch import use_triton
+from minilora.kernels.lang import jit, tl
+
+ROUNDS = 7  # of Philox 4x32: the fewest that pass BigCrush
+_ROUNDS = tl.constexpr(ROUNDS)
 
 
 class DropoutKey(NamedTuple):
@@ -23,8 +30,11 @@ class DropoutKey(NamedTuple):
     module: int
 
 
+NO_DROPOUT = DropoutKey(0, 0, 0, 0)
+
+
 def dropout_mask(shape: tuple[int, int], p: float, key: DropoutKey, device: torch.device | str = "cpu") -> Tensor:
-    """The mask of `key` for a matrix [rows, columns]: bool, true where a value is kept.
+    """The mask of `key` for a matrix [rows, columns] on the torch path: bool, true where a value is kept.
 
     On a GPU the lanes come from torch's generator there, seeded from the key: other bits than on the CPU, as reproducible.
     """
@@ -33,15 +43,55 @@ def dropout_mask(shape: tuple[int, int], p: float, key: DropoutKey, device: torc
     if torch.device(device).type == "cuda":
         generator = torch.Generator(device).manual_seed(int(entropy[0] >> np.uint64(1)))
         lanes = torch.randint(0, 65536, shape, dtype=torch.int32, device=device, generator=generator)
-        return lanes >= round(p * 65536)
+        return lanes >= threshold(p)
     words = np.random.Philox(key=entropy).random_raw((rows * columns + 3) // 4)
     lanes = words.view(np.uint16)[: rows * columns].reshape(rows, columns)
-    return torch.from_numpy(lanes >= round(p * 65536)).to(device)
+    return torch.from_numpy(lanes >= threshold(p)).to(device)
+
+
+def dropout_mask_ref(shape: tuple[int, int], p: float, key: DropoutKey, device: torch.device | str = "cpu") -> Tensor:
+    """The mask of `key` as a kernel draws it, by the definition of Philox 4x32: bool [rows, columns]."""
+    rows, columns = shape
+    low, seed = np.uint64(0xFFFFFFFF), philox_key(key)
+    keys = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    row, group = np.meshgrid(np.arange(rows), np.arange((columns + 7) // 8), indexing="ij")
+    c = [row.astype(np.uint64), group.astype(np.uint64), np.zeros_like(row, np.uint64), np.zeros_like(row, np.uint64)]
+    for _ in range(ROUNDS):
+        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        high = np.uint64(32)
+        c = [(second >> high) ^ c[1] ^ keys[0], second & low, (first >> high) ^ c[3] ^ keys[1], first & low]
+        keys = [(keys[0] + np.uint64(0x9E3779B9)) & low, (keys[1] + np.uint64(0xBB67AE85)) & low]
+    lanes = np.stack(c, axis=-1).astype("<u4").view("<u2").reshape(rows, -1)[:, :columns]
+    return torch.from_numpy(lanes >= threshold(p)).to(device)
+
+
+def philox_key(key: DropoutKey) -> int:
+    """A kernel's key, 63 bits of which the highest is set: every key has the same integer type for the compiler."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 2 | 1 << 62
+
+
+def threshold(p: float) -> int:
+    """The least lane of 16 bits that is kept."""
+    return round(p * 65536)
+
+
+@jit
+def kept(seed, threshold, row, first, COLUMNS: tl.constexpr):
+    """Bool [ROWS, COLUMNS], true where a value is kept: rows `row` [ROWS, 1], columns from `first`, a multiple of 8."""
+    group = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    c0, c1, c2, c3 = tl.philox(seed, row.to(tl.int32), group, group * 0, group * 0, _ROUNDS)
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # in this order c0, c1, c2, c3 lie side by side
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, (row.shape[0], COLUMNS)) >= threshold
 
 
 def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
-    """x [rows, columns] with the mask of `key`, scaled by 1 / (1 - p); x itself when p is 0. No autograd of its own."""
-    return x if p == 0 else dropped(x, dropout_mask((x.shape[0], x.shape[1]), p, key, x.device), p)
+    """x [rows, columns] with the mask that an operation on it draws, scaled by 1 / (1 - p); x itself when p is 0.
+
+    The specification: no autograd of its own.
+    """
+    draw = dropout_mask_ref if use_triton(x) else dropout_mask
+    return x if p == 0 else dropped(x, draw((x.shape[0], x.shape[1]), p, key, x.device), p)
 
 
 def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:

@@ -1,0 +1,306 @@
+"""The wide products of linear layers with adapters, each output written once: the kernels of lora_linear_group.
+
+    y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + drop_j(dS_j A_j)
+
+The accumulator of a tile starts from the narrow product; then comes the loop over the wide one. A tile belongs to one member
+of the group, so that any widths go together; tensors of the members come as tuples. A member without an adapter has rank 0.
+A and B are read in fp32 and rounded to the dtype of x on the way into the tensor cores.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.dispatch import architecture
+from minilora.kernels.dropout import kept, philox_key, threshold
+from minilora.kernels.lang import INTERPRET, INTERPRETED, PINNED, cdiv, jit, load, rounded, rows_of, store, tl, wide
+from minilora.kernels.projection import Adapter, Projection
+
+# by card; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
+GEMM = {
+    0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
+    80: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
+    86: {"BM": 128, "BN": 128, "BK": 32, "R": 64, "num_warps": 8, "num_stages": 3},
+    90: {"BM": 128, "BN": 256, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
+}
+SINGLE = {
+    card: {**options, "BN": min(options["BN"], 128)} for card, options in GEMM.items()
+}  # S beside the accumulator
+MASKED = {card: {**options, "BN": min(options["BN"], 64), "R": 16} for card, options in GEMM.items()}  # and masks
+GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cache
+
+
+class Card(NamedTuple):
+    """What the choice of a plan asks of a card."""
+
+    flops: float  # a second, dense, 16 bits
+    bytes: float  # a second, from memory
+
+
+CARDS = {80: Card(312e12, 2.0e12), 86: Card(149e12, 0.77e12), 90: Card(989e12, 3.35e12)}  # NVIDIA's data sheets
+
+
+def card(x: Tensor) -> int:
+    """0 for the interpreter, 80 or 90 for a card with their shared memory, 86 for any other."""
+    found = 0 if INTERPRETED else architecture(x.device)
+    return 90 if found in (90, 100, 103) else found if found in (0, 80) else 86
+
+
+def configuration(table: dict, x: Tensor) -> dict:
+    """The launch options of a table for the card that x is on."""
+    return {**table[card(x)], "WIDE": wide(x.dtype), **PINNED}
+
+
+def of_adapters(table: dict, x: Tensor, adapters: Sequence[Adapter]) -> dict:
+    """The same for a kernel with the adapters' narrow products."""
+    options, width = configuration(table, x), slot(adapters)
+    return {**options, "COUNT": len(adapters), "SLOT": width, "R": min(options["R"], width)}
+
+
+def slot(adapters: Sequence[Adapter]) -> int:
+    """Columns that every adapter of a group has in S: 16, 32 or a multiple of 64."""
+    rank = max(a.a.shape[0] for a in adapters)
+    return 16 if rank <= 16 else 32 if rank <= 32 else cdiv(rank, 64) * 64
+
+
+def drops(adapters: Sequence[Adapter]) -> dict:
+    """The arguments of a kernel that draws masks: keys, thresholds, 1 / (1 - p); and whether there is anything to draw."""
+    return {
+        "seeds": tuple(philox_key(a.key) for a in adapters),
+        "thresholds": tuple(threshold(a.p) for a in adapters),
+        "inverses": tuple(1 / (1 - a.p) for a in adapters),
+        "DROPS": any(a.p for a in adapters),
+    }
+
+
+def members(projections: Sequence[Projection]) -> dict:
+    """What a kernel adds to x W^T, by member; one without bias or adapter has none of its columns or ranks."""
+    some = next(p.adapter.b for p in projections if p.adapter)
+    b = [p.adapter.b.contiguous() if p.adapter else some for p in projections]
+    adapted = [p.adapter is not None for p in projections]
+    return {
+        "bias_ptrs": tuple(p.weight if p.bias is None else p.bias.contiguous() for p in projections),
+        "b_ptrs": tuple(b),
+        "scales": tuple(p.adapter.scale if p.adapter else 0.0 for p in projections),
+        "bias_ns": tuple(0 if p.bias is None else p.weight.shape[0] for p in projections),
+        "ranks": tuple(p.adapter.b.shape[1] if p.adapter else 0 for p in projections),
+        "slots": tuple(sum(adapted[:j]) for j in range(len(adapted))),
+    }
+
+
+def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
+    """Whether x A^T inside the loop of x W^T, once a tile of columns, beats a pass over x of its own.
+
+    The pass costs the time to read x, size * M * K / bandwidth; in the loop it is slot / BN of the 2 M K N operations more.
+    """
+    where = card(x) or 80
+    return 2 * n * slot([adapter]) / GEMM[where]["BN"] / CARDS[where].flops < x.element_size() / CARDS[where].bytes
+
+
+@jit
+def operand(ptrs, mask, WIDE: tl.constexpr):
+    """What tl.dot takes: 16 bits as they lie in memory, so that the copy is asynchronous; widened where bits lie (lang)."""
+    if INTERPRET:
+        return load(ptrs, mask, WIDE)
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """x rounded to DTYPE for tl.dot."""
+    if INTERPRET:
+        return rounded(x, DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@jit
+def dot(a, b, acc):
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@jit
+def place(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of a program: GROUP row tiles share their columns while these are in the cache."""
+    group = tile // (GROUP * col_tiles)
+    height = min(row_tiles - group * GROUP, GROUP)
+    within = tile % (GROUP * col_tiles)
+    return group * GROUP + within % height, within // height
+
+
+@jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr, s_ptr, w_ptrs, bias_ptrs, b_ptrs, y_ptrs, scales, ns, bias_ns, ranks, slots, w_strides, x_stride, rows, K,
+    col_tiles, COUNT: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    w_ptr, bias_ptr, b_ptr, y_ptr, scale, n = w_ptrs[0], bias_ptrs[0], b_ptrs[0], y_ptrs[0], scales[0], ns[0]
+    bias_n, rank, place_of_s, w_stride = bias_ns[0], ranks[0], slots[0], w_strides[0]
+    start, first = 0, 0
+    for j in tl.static_range(1, COUNT):
+        start += tl.cdiv(ns[j - 1], BN)
+        here = col_tile >= start
+        first = tl.where(here, start, first)
+        w_ptr, bias_ptr = tl.where(here, w_ptrs[j], w_ptr), tl.where(here, bias_ptrs[j], bias_ptr)
+        b_ptr, y_ptr = tl.where(here, b_ptrs[j], b_ptr), tl.where(here, y_ptrs[j], y_ptr)
+        scale, n, bias_n = (
+            tl.where(here, scales[j], scale),
+            tl.where(here, ns[j], n),
+            tl.where(here, bias_ns[j], bias_n),
+        )
+        rank, place_of_s = tl.where(here, ranks[j], rank), tl.where(here, slots[j], place_of_s)
+        w_stride = tl.where(here, w_strides[j], w_stride)
+    top = row_tile.to(tl.int64) * BM
+    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    col = (col_tile - first) * BN + tl.arange(0, BN)[None, :]
+    col_in = tl.minimum(col, n - 1).to(tl.int64)
+    acc = tl.zeros((BM, BN), WIDE)
+    s_ptr += place_of_s.to(tl.int64) * rows * SLOT
+    for start_r in tl.static_range(0, SLOT, R):
+        r = start_r + tl.arange(0, R)
+        s = operand(s_ptr + row * SLOT + r[None, :], r[None, :] < rank, WIDE)
+        b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, WIDE)
+        acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
+    acc *= scale
+    k = tl.arange(0, BK)
+    x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
+    for start_k in range(0, K, BK):
+        inside = start_k + k < K
+        acc = dot(operand(x_ptrs, inside[None, :], WIDE), operand(w_tile, inside[:, None], WIDE), acc)
+        x_ptrs += BK
+        w_tile += BK
+    acc += load(bias_ptr + col, col < bias_n, WIDE)
+    at = tl.arange(0, BM)[:, None]
+    store(y_ptr + top * n + at * n + col, acc, (at < rows - top) & (col < n))
+
+
+@jit(do_not_specialize=["rows", "seeds", "thresholds"])
+def _input_gradient_kernel(
+    dx_ptr, ds_ptr, dy_ptrs, w_ptrs, ns, dy_strides, w_strides, a_ptrs, ranks, seeds, thresholds, inverses, rows, K,
+    col_tiles, COUNT: tl.constexpr, ADAPTED: tl.constexpr, DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A tile of dX is BM rows by BN of the K columns; the loop runs over the N of every member, BK at a time."""
+    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    top = row_tile.to(tl.int64) * BM
+    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    col = col_tile * BN + tl.arange(0, BN)[None, :]
+    acc = tl.zeros((BM, BN), WIDE)
+    for j in tl.static_range(ADAPTED):
+        low = tl.zeros((BM, BN), WIDE)
+        for start_r in tl.static_range(0, SLOT, R):
+            r = start_r + tl.arange(0, R)
+            at = ds_ptr + tl.cast(j, tl.int64) * rows * SLOT + row * SLOT + r[None, :]
+            ds = operand(at, r[None, :] < ranks[j], WIDE)
+            a = load(a_ptrs[j] + r[:, None] * K + col, (r[:, None] < ranks[j]) & (col < K), WIDE)
+            low = dot(ds, narrowed(a, dx_ptr.dtype.element_ty), low)
+        if DROPS:
+            low = tl.where(kept(seeds[j], thresholds[j], row, col_tile * BN, BN), low, 0.0) * inverses[j]
+        acc += low
+    k = tl.arange(0, BK)
+    for j in tl.static_range(COUNT):
+        dy_tile = dy_ptrs[j] + row * dy_strides[j] + k[None, :]
+        w_tile = w_ptrs[j] + k[:, None].to(tl.int64) * w_strides[j] + col
+        for start_k in range(0, ns[j], BK):
+            inside = start_k + k < ns[j]
+            dy = operand(dy_tile, inside[None, :], WIDE)
+            acc = dot(dy, operand(w_tile, inside[:, None] & (col < K), WIDE), acc)
+            dy_tile += BK
+            w_tile += tl.cast(BK, tl.int64) * w_strides[j]
+    at = tl.arange(0, BM)[:, None]
+    store(dx_ptr + top * K + at * K + col, acc, (at < rows - top) & (col < K))
+
+
+@jit(do_not_specialize=["rows", "seeds", "thresholds"])
+def _single_pass_kernel(
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, seeds, thresholds, inverses, scale, N, bias_n, rank, w_stride,
+    x_stride, rows, K, col_tiles, DROPS: tl.constexpr, SLOT: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """One member; every tile of columns makes S for itself, the first one stores it."""
+    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    top = row_tile.to(tl.int64) * BM
+    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    col = col_tile * BN + tl.arange(0, BN)[None, :]
+    col_in = tl.minimum(col, N - 1).to(tl.int64)
+    r, k = tl.arange(0, SLOT), tl.arange(0, BK)
+    x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
+    a_tile = a_ptr + r[None, :] * K + k[:, None]
+    acc, low = tl.zeros((BM, BN), WIDE), tl.zeros((BM, SLOT), WIDE)
+    for start_k in range(0, K, BK):
+        inside = start_k + k < K
+        x = operand(x_ptrs, inside[None, :], WIDE)
+        acc = dot(x, operand(w_tile, inside[:, None], WIDE), acc)
+        if DROPS:
+            x = tl.where(kept(seeds[0], thresholds[0], row, start_k, BK), x, 0.0)
+        a = load(a_tile, inside[:, None] & (r[None, :] < rank), WIDE)
+        low = dot(x, narrowed(a, x_ptr.dtype.element_ty), low)
+        x_ptrs += BK
+        w_tile += BK
+        a_tile += BK
+    s = narrowed(low * inverses[0], x_ptr.dtype.element_ty)
+    at = tl.arange(0, BM)[:, None]
+    if col_tile == 0:
+        store(s_ptr + top * SLOT + at * SLOT + r[None, :], s, at < rows - top)
+    b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, WIDE)
+    acc += dot(s, narrowed(b, x_ptr.dtype.element_ty), tl.zeros((BM, BN), WIDE)) * scale
+    acc += load(bias_ptr + col, col < bias_n, WIDE)
+    store(y_ptr + top * N + at * N + col, acc, (at < rows - top) & (col < N))
+
+
+def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_narrow.low."""
+    adapters = [p.adapter for p in projections if p.adapter is not None]
+    (rows, k), options = x.shape, of_adapters(GEMM, x, adapters)
+    options["COUNT"] = len(projections)
+    ys = [torch.empty((rows, p.weight.shape[0]), dtype=x.dtype, device=x.device) for p in projections]
+    weights = [rows_of(p.weight) for p in projections]
+    col_tiles = sum(cdiv(w.shape[0], options["BN"]) for w in weights)
+    _forward_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
+        x, s, tuple(weights), y_ptrs=tuple(ys), ns=tuple(w.shape[0] for w in weights), **members(projections),
+        w_strides=tuple(w.stride(0) for w in weights), x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles,
+        GROUP=GROUP_ROWS, **options,
+    )  # fmt: skip
+    return ys
+
+
+def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """dX [T, K]; ds from lora_narrow.low_gradients."""
+    adapters = [p.adapter for p in projections if p.adapter is not None]
+    weights = [rows_of(p.weight) for p in projections]
+    rows, k = dys[0].shape[0], weights[0].shape[1]
+    masks = drops(adapters)
+    options = of_adapters(MASKED if masks["DROPS"] else GEMM, ds, adapters)
+    options["COUNT"], options["ADAPTED"] = len(projections), len(adapters)
+    dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
+    col_tiles = cdiv(k, options["BN"])
+    _input_gradient_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
+        dx, ds, tuple(dys), tuple(weights), tuple(w.shape[0] for w in weights), tuple(dy.stride(0) for dy in dys),
+        tuple(w.stride(0) for w in weights), tuple(a.a.contiguous() for a in adapters),
+        tuple(a.a.shape[0] for a in adapters), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **masks, **options,
+    )  # fmt: skip
+    return dx
+
+
+def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, Tensor]:
+    """y [T, N] and S [1, T, slot] of one projection with the adapter a, x read once."""
+    weight, bias = rows_of(projection.weight), projection.bias
+    (rows, k), n = x.shape, weight.shape[0]
+    masks = drops([a])
+    options = of_adapters(SINGLE, x, [a])
+    del options["R"], options["COUNT"]
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    s = torch.empty((1, rows, options["SLOT"]), dtype=x.dtype, device=x.device)
+    col_tiles = cdiv(n, options["BN"])
+    _single_pass_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
+        x, weight, weight if bias is None else bias.contiguous(), a.a.contiguous(), a.b.contiguous(), y, s,
+        scale=a.scale, N=n, bias_n=0 if bias is None else n, rank=a.a.shape[0], w_stride=weight.stride(0),
+        x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **masks, **options,
+    )  # fmt: skip
+    return y, s

@@ -1,0 +1,194 @@
+"""Linear layers of the same input with low-rank adapters on frozen weights: q, k and v, or gate and up; one to three of them.
+
+    y_j = x W_j^T + b_j + s_j drop_j(x) A_j^T B_j^T      x [T, K], W_j [N_j, K], A_j [R_j, K], B_j [N_j, R_j] -> y_j [T, N_j]
+
+Widths and ranks may differ, and members may have no adapter or no bias. Each member drops x by its own mask, as PEFT does.
+x is read once for all S_j = drop_j(x) A_j^T. Saved for backward: x and S [T, sum of R_j]; masks are drawn again. With
+dS_j = s_j dY_j B_j:
+
+    dX = sum over j of dY_j W_j + drop_j(dS_j A_j)      dA_j = dS_j^T drop_j(x)      dB_j = s_j dY_j^T S_j
+
+dX is written once and x read once for all dA_j. On Triton the plan is: S (lora_narrow), then all y_j in one launch of
+a GEMM whose accumulators start from s_j S_j B_j^T (lora_gemm), or for a narrow single layer both at once; backward dS and dB
+from one read of each dY_j, then dX and dA. The torch path is the library's GEMM, into which the narrow product is added by
+the accumulate of a second call; weights that lie one behind the other (projection.joined) are one GEMM there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.kernels import lora_gemm, lora_narrow
+from minilora.kernels.dispatch import library_gemm, use_triton
+from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask, dropped
+from minilora.kernels.lang import INTERPRETED, rows_of
+from minilora.kernels.projection import Adapter, Projection, check, joined
+
+
+def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """The specification, term by term."""
+    return tuple(_one_ref(x, *p) for p in projections)
+
+
+def _one_ref(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if adapter is None:
+        return y
+    a, b, scale, p, key = adapter
+    return y + scale * (dropout(x, p, key) @ a.to(x.dtype).T @ b.to(x.dtype).T)
+
+
+def _with_adapters(frozen: Sequence[Projection], trained: Sequence[Tensor]) -> list[Projection]:
+    """The projections with the a and b of `trained` [a_0, b_0, a_1, ...] in place of their own."""
+    rest = iter(trained)
+    return [
+        p if p.adapter is None else p._replace(adapter=p.adapter._replace(a=next(rest), b=next(rest))) for p in frozen
+    ]
+
+
+class _OnTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, frozen: Sequence[Projection], x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+        projections, rows = _with_adapters(frozen, trained), rows_of(x)
+        adapters = [p.adapter for p in projections if p.adapter]
+        with torch.cuda.device_of(x):
+            if len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
+                y, s = lora_gemm.single_pass(rows, projections[0], adapters[0])
+                ys = [y]
+            else:
+                s = lora_narrow.low(rows, adapters)
+                ys = lora_gemm.forward(rows, s, projections)
+        ctx.save_for_backward(x, s, *trained)
+        ctx.frozen = frozen
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, s, *trained = ctx.saved_tensors
+        projections, dys, rows = _with_adapters(ctx.frozen, trained), [rows_of(dy) for dy in grads], rows_of(x)
+        adapters = [p.adapter for p in projections if p.adapter]
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[1], ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
+        dx, das = None, [None] * len(adapters)
+        with torch.cuda.device_of(x):
+            adapted = [dy for dy, p in zip(dys, projections, strict=True) if p.adapter]
+            ds, dbs = lora_narrow.low_gradients(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
+            if needs_x and ds is not None:
+                dx = lora_gemm.input_gradient(dys, ds, projections)
+            if any(needs_a) and ds is not None:
+                das = lora_narrow.a_gradients(rows, ds, adapters)
+        found = [d for pair in zip(das, dbs, strict=True) for d in pair]
+        return None, dx, *(d if needed else None for d, needed in zip(found, ctx.needs_input_grad[2:], strict=True))
+
+
+class _OnTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, frozen: Sequence[Projection], x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+        projections = _with_adapters(frozen, trained)
+        lows = _lows(x, [p.adapter for p in projections if p.adapter])
+        ctx.save_for_backward(x, *lows, *trained)
+        ctx.frozen, rest = frozen, iter(lows)
+        ys = _wide(x, projections)
+        for y, p in zip(ys, projections, strict=True):
+            if p.adapter:
+                y.addmm_(next(rest), _scaled(p.adapter, x.dtype).T)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, *saved = ctx.saved_tensors
+        lows, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
+        projections = _with_adapters(ctx.frozen, trained)
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[1], ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2]
+        dx, found, number = None, [], 0
+        for dy, p in zip(grads, projections, strict=True):
+            if needs_x:
+                dx = dy @ p.weight if dx is None else dx.addmm_(dy, p.weight)
+            if p.adapter is None:
+                continue
+            a, b, scale, rate, key = p.adapter
+            da = db = None
+            if needs_b[number]:
+                db = (dy.T @ lows[number]).to(b.dtype).mul_(scale)
+            if needs_x or needs_a[number]:
+                ds = dy @ _scaled(p.adapter, dy.dtype)
+                mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
+                if needs_a[number]:
+                    da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)
+                if dx is not None:
+                    low = a.to(dy.dtype)
+                    dx = dx.addmm_(ds, low) if mask is None else dx.add_(dropped(ds @ low, mask, rate))
+            found += [da, db]
+            number += 1
+        return None, dx, *found
+
+
+def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """x W_j^T + b_j: column ranges of one product where the weights lie one behind the other."""
+    whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
+    if whole is None:
+        return [F.linear(x, p.weight, p.bias) for p in projections]
+    ns, biases = [p.weight.shape[0] for p in projections], None
+    if any(p.bias is not None for p in projections):
+        zeros = x.new_zeros(max(ns))
+        biases = torch.cat([zeros[:n] if p.bias is None else p.bias for n, p in zip(ns, projections, strict=True)])
+    return list(F.linear(x, whole, biases).split(ns, dim=1))
+
+
+def _lows(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
+    """S_j of every adapter; one product for all where nothing is dropped."""
+    if len(adapters) > 1 and not any(a.p for a in adapters):
+        ranks = [a.a.shape[0] for a in adapters]
+        return list((x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T).split(ranks, dim=1))
+    masks = [dropout_mask((x.shape[0], x.shape[1]), a.p, a.key, x.device) if a.p else None for a in adapters]
+    return [dropped(x, mask, a.p) @ a.a.to(x.dtype).T for mask, a in zip(masks, adapters, strict=True)]
+
+
+def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """scale * b in a dtype, multiplied in the wider one of the two."""
+    return (adapter.b.to(torch.promote_types(adapter.b.dtype, dtype)) * adapter.scale).to(dtype)
+
+
+def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """y_j [T, N_j] of every projection of x [T, K], in the dtype of x; ValueError if they do not fit together.
+
+    Outputs may be column ranges of one matrix.
+    """
+    check(x, projections)
+    trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
+    on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
+    return on.apply(projections, x, *trained)  # pyright: ignore[reportReturnType]
+
+
+def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """On a GPU in 16 bits, for which the tiles are made, with an adapter, unless the library's GEMM is asked for."""
+    there = x.numel() > 0 and any(p.adapter for p in projections)
+    fits = INTERPRETED or x.element_size() == 2
+    return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device
+
+
+def example(
+    tokens: int, k: int, ns: tuple[int, ...], r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
+) -> tuple[tuple[Tensor, list[Projection]], dict]:
+    """Arguments of one call with N of ns, and the flops and bytes that a perfect forward and backward need."""
+    kept = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(tokens, k, device=device, dtype=dtype)
+    projections = []
+    for j, n in enumerate(ns):
+        weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
+        a, b = torch.randn(r, k, device=device, dtype=kept) * k**-0.5, torch.randn(n, r, device=device, dtype=kept)
+        bias = torch.randn(n, device=device, dtype=dtype)
+        projections.append(Projection(weight, bias, Adapter(a, b, 2.0, p, DropoutKey(0, 0, 0, j))))
+    size, n, count = x.element_size(), sum(ns), len(ns)
+    adapters = kept.itemsize * r * (count * k + n)
+    low = size * tokens * r * count
+    return (x, projections), {
+        "flops": 2 * tokens * (k * n + r * (count * k + n)),
+        "bytes": size * (tokens * (k + n) + k * n + n) + adapters + low,
+        "backward_flops": 2 * tokens * (k * n + 2 * r * (count * k + n)),
+        "backward_bytes": size * (tokens * (2 * k + n) + k * n) + 2 * adapters + low,
+    }

@@ -1,0 +1,236 @@
+"""The narrow products of linear layers with adapters, each wide tensor read once: the kernels of lora_linear_group.
+
+    S_j = drop_j(x) A_j^T        dS_j = s_j dY_j B_j        dB_j = s_j dY_j^T S_j        dA_j = dS_j^T drop_j(x)
+
+x [T, K] is read once for all members of the group, each with its own mask; each dY_j [T, N_j] once for dS_j and dB_j. What
+several programs add to is kept as fp32 partials that a second kernel adds up in a fixed order: no atomics, and their number
+hangs on the shapes alone. S and dS are [members, T, slot] in the dtype of x, their columns from the rank on zero.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.dropout import kept
+from minilora.kernels.lang import cdiv, jit, load, store, tl
+from minilora.kernels.lora_gemm import configuration, dot, drops, narrowed, of_adapters, operand, slot
+from minilora.kernels.projection import Adapter
+
+PROGRAMS = 128  # that a launch should have at least: about one for each multiprocessor
+# by card, as in lora_gemm
+LOW = {
+    0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
+    80: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
+    86: {"BM": 64, "BK": 32, "R": 64, "num_warps": 4, "num_stages": 3},
+    90: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
+}
+GRADIENTS = {  # ROWS for 16 ranks, fewer for more: their dS stays in registers
+    0: {"ROWS": 32, "BN": 16, "R": 16, "num_warps": 4, "num_stages": 1},
+    80: {"ROWS": 512, "BN": 64, "R": 64, "num_warps": 8, "num_stages": 2},
+    86: {"ROWS": 512, "BN": 64, "R": 64, "num_warps": 8, "num_stages": 2},
+    90: {"ROWS": 1024, "BN": 32, "R": 64, "num_warps": 16, "num_stages": 2},
+}
+SUM = {card: {"BLOCK": 1024, "num_warps": 4} for card in (0, 80, 86, 90)}
+
+
+@jit(do_not_specialize=["rows", "seeds", "thresholds"])
+def _low_kernel(
+    x_ptr, out_ptr, a_ptrs, ranks, seeds, thresholds, inverses, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
+    DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A program: BM rows, `span` of the K columns, R of the columns of every S_j; out [K / span, COUNT, rows, SLOT]."""
+    tiles = tl.cdiv(rows, BM)
+    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    r, part = rest % blocks * R + tl.arange(0, R)[None, :], rest // blocks
+    row = tile.to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    row_in = tl.minimum(row, rows - 1)
+    first = part * span
+    x_tile = x_ptr + row_in * x_stride + (first + tl.arange(0, BK))[None, :]
+    sums = (tl.zeros((BM, R), WIDE),) * COUNT
+    for start in range(first, min(first + span, K), BK):
+        k = start + tl.arange(0, BK)
+        x = operand(x_tile, k[None, :] < K, WIDE)
+        x_tile += BK
+        news = ()
+        for j in tl.static_range(COUNT):
+            a = load(a_ptrs[j] + r * K + k[:, None], (r < ranks[j]) & (k[:, None] < K), WIDE)
+            a = narrowed(a, x_ptr.dtype.element_ty)
+            if DROPS:
+                x_j = tl.where(kept(seeds[j], thresholds[j], row_in, start, BK), x, 0.0)
+            else:
+                x_j = x
+            news = news + (dot(x_j, a, sums[j]),)
+        sums = news
+    for j in tl.static_range(COUNT):
+        at = (part.to(tl.int64) * COUNT + j) * rows * SLOT + row * SLOT + r
+        store(out_ptr + at, sums[j] * inverses[j], row < rows)
+
+
+@jit(do_not_specialize=["rows", "row_tiles", "tiles"])
+def _gradients_kernel(
+    dy_ptrs, dy_strides, b_ptrs, s_ptr, ds_ptr, db_ptr, scales, ns, ranks, rows, row_tiles, tiles, blocks, N,
+    COUNT: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A program: ROWS rows, `tiles` times BN of the columns of one dY_j, R of the columns of S_j.
+
+    ds [ranges of all members, rows, SLOT], db [row tiles, columns of all members, SLOT]; None where it is not wanted.
+    """
+    tile, rest = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    r, part = rest % blocks * R + tl.arange(0, R)[None, :], rest // blocks
+    dy_ptr, dy_stride, b_ptr, scale, n, rank = dy_ptrs[0], dy_strides[0], b_ptrs[0], scales[0], ns[0], ranks[0]
+    slot, first, before, start, columns = 0, 0, 0, 0, 0
+    span = tiles * BN
+    for j in tl.static_range(1, COUNT):
+        start += tl.cdiv(ns[j - 1], span)
+        columns += ns[j - 1]
+        here = part >= start
+        first, before, slot = tl.where(here, start, first), tl.where(here, columns, before), tl.where(here, j, slot)
+        dy_ptr, b_ptr = tl.where(here, dy_ptrs[j], dy_ptr), tl.where(here, b_ptrs[j], b_ptr)
+        dy_stride, scale = tl.where(here, dy_strides[j], dy_stride), tl.where(here, scales[j], scale)
+        n, rank = tl.where(here, ns[j], n), tl.where(here, ranks[j], rank)
+    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < rows
+    s = operand(s_ptr + tl.cast(slot, tl.int64) * rows * SLOT + row * SLOT + r, inside & (r < rank), WIDE)
+    ds = tl.zeros((ROWS, R), WIDE)
+    for start_n in range((part - first) * span, min((part - first) * span + span, n), BN):
+        col = start_n + tl.arange(0, BN)
+        dy = operand(dy_ptr + row * dy_stride + col[None, :], inside & (col[None, :] < n), WIDE)
+        if ds_ptr is not None:
+            at = col[:, None].to(tl.int64) * rank + r
+            b = load(b_ptr + at, (col[:, None] < n) & (r < rank), WIDE)
+            ds = dot(dy, narrowed(b, s_ptr.dtype.element_ty), ds)
+        if db_ptr is not None:
+            # dY stands right of the dot here and left of it above, untransposed in both: one copy in shared memory serves
+            db = dot(tl.trans(s), dy, tl.zeros((R, BN), WIDE)) * scale
+            at = (tile.to(tl.int64) * N + before + col[None, :]) * SLOT + tl.trans(r)
+            store(db_ptr + at, db, col[None, :] < n)
+    if ds_ptr is not None:
+        store(ds_ptr + part.to(tl.int64) * rows * SLOT + row * SLOT + r, ds * scale, inside)
+
+
+@jit(do_not_specialize=["rows", "seeds", "thresholds", "span"])
+def _a_gradient_kernel(
+    x_ptr, ds_ptr, out_ptr, ranks, seeds, thresholds, inverses, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
+    DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A program: BK of the K columns, `span` rows, R of the rows of every dA_j; out [rows / span, COUNT, SLOT, K]."""
+    tiles = tl.cdiv(K, BK)
+    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    r, part = rest % blocks * R + tl.arange(0, R), rest // blocks
+    k = tile * BK + tl.arange(0, BK)[None, :]
+    sums = (tl.zeros((R, BK), WIDE),) * COUNT
+    first = part.to(tl.int64) * span
+    for start in range(0, span, BM):
+        row = first + start + tl.arange(0, BM)[:, None]
+        inside = row < rows
+        x = operand(x_ptr + row * x_stride + k, inside & (k < K), WIDE)
+        news = ()
+        for j in tl.static_range(COUNT):
+            at = ds_ptr + tl.cast(j, tl.int64) * rows * SLOT + row * SLOT + r[None, :]
+            ds = operand(at, inside & (r[None, :] < ranks[j]), WIDE)
+            if DROPS:
+                x_j = tl.where(kept(seeds[j], thresholds[j], row, tile * BK, BK), x, 0.0)
+            else:
+                x_j = x
+            news = news + (dot(tl.trans(ds), x_j, sums[j]),)
+        sums = news
+    for j in tl.static_range(COUNT):
+        at = ((part * COUNT + j) * SLOT + r[:, None]).to(tl.int64) * K + k
+        store(out_ptr + at, sums[j] * inverses[j], k < K)
+
+
+@jit(do_not_specialize=["parts", "size"])
+def _sum_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """out [size] = the sum of parts [parts, size], first to last."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), WIDE)
+    for _ in range(parts):
+        total += load(parts_ptr + at, at < size, WIDE)
+        parts_ptr += size
+    store(out_ptr + at, total, at < size)
+
+
+def low(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """S [members, T, slot] for x [T, K]."""
+    (rows, k), width, options = x.shape, slot(adapters), of_adapters(LOW, x, adapters)
+    if len(adapters) * options["R"] > 128:  # many sums in registers, much of A in shared memory
+        options |= {"num_warps": 8, "num_stages": 3, "R": 32}
+    row_tiles, blocks = cdiv(rows, options["BM"]), width // options["R"]
+    parts, span = _split(k, options["BK"], row_tiles * blocks)
+    s = torch.empty((len(adapters), rows, width), dtype=x.dtype, device=x.device)
+    out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=wider(x), device=x.device)
+    _low_kernel[(row_tiles * blocks * parts,)](
+        x, out, tuple(a.a.contiguous() for a in adapters), tuple(a.a.shape[0] for a in adapters), x_stride=x.stride(0), rows=rows, K=k,
+        span=span, blocks=blocks, **drops(adapters), **options,
+    )  # fmt: skip
+    return s if parts == 1 else _sum(out, s)
+
+
+def low_gradients(
+    dys: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter], needs_ds: bool, needs_db: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dS [members, T, slot] and dB [N_j, R_j] of every member in fp32, each where it is wanted."""
+    (_, rows, width), ns, options = s.shape, [dy.shape[1] for dy in dys], of_adapters(GRADIENTS, s, adapters)
+    options["ROWS"] = _row_tile(rows, sum(ns), options["ROWS"] * 16 // options["R"])
+    row_tiles, blocks, bn = cdiv(rows, options["ROWS"]), width // options["R"], options["BN"]
+    tiles = cdiv(sum(cdiv(n, bn) for n in ns) * row_tiles * blocks, PROGRAMS)
+    ranges = [cdiv(n, tiles * bn) for n in ns]
+    ds = db = None
+    if needs_ds:
+        ds = torch.empty((sum(ranges), rows, width), dtype=wider(s), device=s.device)
+    if needs_db:
+        db = torch.empty((row_tiles, sum(ns), width), dtype=wider(s), device=s.device)
+    _gradients_kernel[(row_tiles * blocks * sum(ranges),)](
+        tuple(dys), tuple(dy.stride(0) for dy in dys), tuple(a.b.contiguous() for a in adapters), s, ds, db,
+        tuple(a.scale for a in adapters), tuple(ns), tuple(a.a.shape[0] for a in adapters), rows, row_tiles, tiles,
+        blocks, sum(ns), **options,
+    )  # fmt: skip
+    if ds is not None:
+        whole = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+        for part, out in zip(ds.split(ranges), whole, strict=True):
+            _sum(part, out)
+        ds = whole
+    if db is None:
+        return ds, [None] * len(adapters)
+    whole = _sum(db, torch.empty(tuple(db.shape[1:]), dtype=db.dtype, device=db.device))
+    return ds, [d[:, : a.b.shape[1]] for d, a in zip(whole.split(ns), adapters, strict=True)]
+
+
+def a_gradients(x: Tensor, ds: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
+    """dA [R_j, K] of every member in fp32."""
+    (rows, k), (count, _, width), options = x.shape, ds.shape, of_adapters(LOW, x, adapters)
+    if count * options["R"] > 128:
+        options["num_warps"] = 8
+    tiles, blocks = cdiv(k, options["BK"]), width // options["R"]
+    parts, span = _split(rows, options["BM"], tiles * blocks)
+    out = torch.empty((parts, count, width, k), dtype=wider(x), device=x.device)
+    _a_gradient_kernel[(tiles * blocks * parts,)](
+        x, ds, out, tuple(a.a.shape[0] for a in adapters), x_stride=x.stride(0), rows=rows, K=k,
+        span=span, blocks=blocks, **drops(adapters), **options,
+    )  # fmt: skip
+    whole = out[0] if parts == 1 else _sum(out, torch.empty(tuple(out.shape[1:]), dtype=out.dtype, device=out.device))
+    return [d[: a.a.shape[0]] for d, a in zip(whole, adapters, strict=True)]
+
+
+def _sum(parts: Tensor, out: Tensor) -> Tensor:
+    options = configuration(SUM, parts)
+    _sum_kernel[(cdiv(out.numel(), options["BLOCK"]),)](parts, out, parts.shape[0], out.numel(), **options)
+    return out
+
+
+def _split(size: int, block: int, others: int) -> tuple[int, int]:
+    """(parts, span of a part): whole blocks of a size, as many parts as bring `others` programs near PROGRAMS."""
+    span = cdiv(cdiv(size, block), max(1, PROGRAMS // others)) * block
+    return cdiv(size, span), span
+
+
+def _row_tile(rows: int, n: int, most: int) -> int:
+    """Rows of a program, `most` or half as many: the partials of dB take n a tile of rows, those of dS PROGRAMS a row of it."""
+    return min(most, most // 2, key=lambda size: cdiv(rows, size) * n + PROGRAMS * size)
+
+
+def wider(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,112 @@
+"""h = silu(g) * u with g and u two linear layers of x with adapters, where no backward follows: g and u are never stored.
+
+    g = x W_0^T + b_0 + s_0 drop_0(x) A_0^T B_0^T        u likewise with member 1        h [T, F] = silu(g) * u
+
+It is the first pass over a layer whose backward computes the layer again (activation checkpointing), and of evaluation.
+One program keeps the same tile of g and of u in registers; g and u are rounded to the dtype of x as the two layers would.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minilora.kernels import lora_linear_group as group
+from minilora.kernels import lora_narrow
+from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
+from minilora.kernels.lora_gemm import GROUP_ROWS, dot, members, narrowed, of_adapters, operand, place
+from minilora.kernels.projection import Projection, check
+from minilora.kernels.swiglu import _sigmoid, swiglu, swiglu_ref
+
+DUAL = {  # by card, as in lora_gemm: a tile for each of the two
+    0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
+    80: {"BM": 128, "BN": 64, "BK": 64, "R": 32, "num_warps": 8, "num_stages": 3},
+    86: {"BM": 128, "BN": 64, "BK": 32, "R": 32, "num_warps": 8, "num_stages": 3},
+    90: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
+}
+
+
+def lora_swiglu_ref(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """The specification: two projections of x [T, K], gate and up, -> [T, F]."""
+    gate, up = group.lora_linear_group_ref(x, projections)
+    return swiglu_ref(gate, up)
+
+
+@jit(do_not_specialize=["rows"])
+def _dual_kernel(
+    x_ptr, s_ptr, w_ptrs, bias_ptrs, b_ptrs, h_ptr, scales, bias_ns, ranks, slots, w_strides, x_stride, rows, K, N,
+    SLOT: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr
+):  # fmt: skip
+    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
+    top = row_tile.to(tl.int64) * BM
+    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    col = col_tile * BN + tl.arange(0, BN)[None, :]
+    col_in = tl.minimum(col, N - 1).to(tl.int64)
+    starts = ()
+    for j in tl.static_range(2):
+        acc = tl.zeros((BM, BN), WIDE)
+        for start_r in tl.static_range(0, SLOT, R):
+            r = start_r + tl.arange(0, R)
+            at = s_ptr + tl.cast(slots[j], tl.int64) * rows * SLOT + row * SLOT + r[None, :]
+            s = operand(at, r[None, :] < ranks[j], WIDE)
+            b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], WIDE)
+            acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
+        starts = starts + (acc * scales[j],)
+    g, u = starts[0], starts[1]
+    k = tl.arange(0, BK)
+    x_tile = x_ptr + row * x_stride + k[None, :]
+    g_tile, u_tile = w_ptrs[0] + col_in * w_strides[0] + k[:, None], w_ptrs[1] + col_in * w_strides[1] + k[:, None]
+    for start_k in range(0, K, BK):
+        inside = start_k + k < K
+        x = operand(x_tile, inside[None, :], WIDE)
+        g = dot(x, operand(g_tile, inside[:, None], WIDE), g)
+        u = dot(x, operand(u_tile, inside[:, None], WIDE), u)
+        x_tile += BK
+        g_tile += BK
+        u_tile += BK
+    g = rounded(g + load(bias_ptrs[0] + col, col < bias_ns[0], WIDE), x_ptr.dtype.element_ty)
+    u = rounded(u + load(bias_ptrs[1] + col, col < bias_ns[1], WIDE), x_ptr.dtype.element_ty)
+    at = tl.arange(0, BM)[:, None]
+    store(h_ptr + top * N + at * N + col, g * _sigmoid(g) * u, (at < rows - top) & (col < N))
+
+
+def _on_triton(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    x = rows_of(x)
+    (rows, k), n = x.shape, projections[0].weight.shape[0]
+    adapters = [p.adapter for p in projections if p.adapter]
+    options = of_adapters(DUAL, x, adapters)
+    del options["COUNT"]
+    h = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    weights = tuple(rows_of(p.weight) for p in projections)
+    with torch.cuda.device_of(x):
+        s = lora_narrow.low(x, adapters)
+        _dual_kernel[(cdiv(rows, options["BM"]) * cdiv(n, options["BN"]),)](
+            x, s, weights, h_ptr=h, **members(projections), w_strides=tuple(w.stride(0) for w in weights),
+            x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS, **options,
+        )  # fmt: skip
+    return h
+
+
+def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """silu(gate) * up [T, F] for the gate and up projections of x [T, K]; no gradient is recorded.
+
+    ValueError if they do not fit together.
+    """
+    if len(projections) != 2 or projections[0].weight.shape != projections[1].weight.shape:
+        raise ValueError(f"gate and up are two weights of one shape, not {[list(p.weight.shape) for p in projections]}")
+    check(x, projections)
+    with torch.no_grad():
+        if group.runs_on_triton(x, projections):
+            return _on_triton(x, projections)
+        return swiglu(*group.lora_linear_group(x, projections))
+
+
+def example(
+    tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
+) -> tuple[tuple[Tensor, list[Projection]], dict]:
+    """Arguments of one call, and the flops and bytes that a perfect one needs."""
+    args, cost = group.example(tokens, k, (n, n), r, dtype, device, p)
+    return args, {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}

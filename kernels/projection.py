@@ -1,0 +1,79 @@
+"""What a group of linear layers with adapters is made of, and weights that one GEMM reads together.
+
+Weights lie one behind the other in one storage as views, so that the module tree and its names stay as they are.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
+
+
+class Adapter(NamedTuple):
+    """The trained part: a [R, K] and b [N, R], both fp32, scale, dropout rate p and the name of its mask."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    p: float = 0.0
+    key: DropoutKey = NO_DROPOUT
+
+
+class Projection(NamedTuple):
+    """A linear layer: weight [N, K] and bias [N], frozen, and its adapter if it has one."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    adapter: Adapter | None = None
+
+
+def join(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights [N_j, K] as views of one new storage, one behind the other; the caller puts them where they came from."""
+    return list(torch.cat(list(weights)).split([w.shape[0] for w in weights]))
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """[sum of N_j, K] where the weights [N_j, K] lie one behind the other in one storage, else None. Nothing is copied."""
+    first = weights[0]
+    k = first.shape[1]
+    if any(w.dtype != first.dtype or w.shape[1] != k or not w.is_contiguous() for w in weights):
+        return None
+    storage = first.untyped_storage().data_ptr()
+    for w, following in pairwise(weights):
+        if following.untyped_storage().data_ptr() != storage:
+            return None
+        if following.storage_offset() != w.storage_offset() + w.numel():
+            return None
+    return first.as_strided((sum(w.shape[0] for w in weights), k), (k, 1))
+
+
+def check(x: Tensor, projections: Sequence[Projection]) -> None:
+    """ValueError, with the name and both sizes, if the projections do not fit x or each other."""
+    if not 1 <= len(projections) <= 3:
+        raise ValueError(f"a group has one to three projections, not {len(projections)}")
+    _same("x", x, (x.shape[0] if x.dim() == 2 else "T", "K"), x)
+    for j, (weight, bias, adapter) in enumerate(projections):
+        n = weight.shape[0]
+        _same(f"weight {j}", weight, (n, x.shape[1]), x)
+        if bias is not None:
+            _same(f"bias {j}", bias, (n,), x)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            raise ValueError(f"projection {j} requires grad: weight and bias of an adapter are frozen")
+        if adapter is not None:
+            r, kept = adapter.a.shape[0], (torch.float32, x.dtype)
+            _same(f"a {j}", adapter.a, (r, x.shape[1]), x, kept)
+            _same(f"b {j}", adapter.b, (n, r), x, kept)
+            if r == 0 or not 0 <= adapter.p < 1:
+                raise ValueError(f"adapter {j} has rank {r} and dropout {adapter.p}: at least 1, and from 0 to below 1")
+
+
+def _same(name: str, t: Tensor, shape: tuple, x: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    if len(t.shape) != len(shape) or any(a != b for a, b in zip(t.shape, shape, strict=True) if isinstance(b, int)):
+        raise ValueError(f"{name} is {list(t.shape)}, not {list(shape)}")
+    dtypes = dtypes or (x.dtype,)
+    if t.device != x.device or t.dtype not in dtypes or not t.is_floating_point():
+        raise ValueError(f"{name} is {t.dtype} on {t.device}, x {x.dtype} on {x.device}")
