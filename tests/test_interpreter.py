@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 # operations with kernels, by how their tests are called in tests/test_kernels.py
-WITH_KERNELS = "rms_norm or swiglu or rope"
+WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy"
 
 
 @pytest.mark.parametrize(

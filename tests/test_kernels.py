@@ -11,11 +11,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import check_op, leaves_of, run, upstream
+from oracle import as_wrong_as, check_op, leaves_of, run, upstream
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.kernels import attention, dropout, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
+from minilora.kernels import (
+    attention,
+    cross_entropy,
+    dropout,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from minilora.kernels.dispatch import force
 from minilora.kernels.dropout import DropoutKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -110,9 +120,16 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         args = lora_arguments(*((3, 7, 5, 2) if small else (37, 61, 53, 3)), dtype)
         p = 0.3 if name == "lora_linear_dropout" else 0.0
         return Case(lora_linear.lora_linear, lora_linear.lora_linear_ref, (*args, p, KEY), (0, 3, 4))
+    if name == "cross_entropy":
+        args = example(cross_entropy, *((3, 7) if small else (37, 211)), dtype)
+        return Case(summed_cross_entropy, lambda *a: cross_entropy.cross_entropy_ref(*a)[0], args, (0,))
     assert name == "linear_cross_entropy", name
     args = example(linear_cross_entropy, *((3, 5, 7) if small else (37, 29, 211)), dtype)
     return Case(cross_entropy_in_chunks, linear_cross_entropy.linear_cross_entropy_ref, args, (0, 1))
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
+    return cross_entropy.cross_entropy(logits, targets, scale)[0]
 
 
 def cross_entropy_in_chunks(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -137,7 +154,7 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 NAMES = [
     "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "swiglu_fused",
     "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window",
-    "lora_linear", "lora_linear_dropout", "linear_cross_entropy",
+    "lora_linear", "lora_linear_dropout", "cross_entropy", "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
 
@@ -563,6 +580,103 @@ def test_a_scale_is_not_rounded_below_the_dtype_of_x():
     torch.testing.assert_close(lora_linear.lora_linear(x, w, bias, a, b, 1.7), truth, rtol=0, atol=1e-12)
 
 
+# cross_entropy
+
+
+LOSSES = ["cross_entropy", "linear_cross_entropy"]
+each_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+@each_loss
+@dtypes
+def test_cross_entropy_of_masked_rows(name: str, dtype: torch.dtype):
+    """No loss, a gradient of exactly zero, and nobody looks at what is in them."""
+    c = case(name, dtype)
+    *inputs, targets = c.args
+    targets = targets.index_fill(0, torch.tensor([0, 5, 6]), cross_entropy.IGNORED)
+    masked = targets == cross_entropy.IGNORED
+    inputs[0] = inputs[0].index_fill(0, torch.tensor([6]), math.nan)
+    loss, dx, *_ = run(c.op, (*inputs, targets), (0,))
+    assert not dx[masked].any()
+    kept, dkept, *_ = run(c.op, (inputs[0][~masked], *inputs[1:], targets[~masked]), (0,))
+    as_wrong_as(loss, kept, kept.double(), "loss")
+    as_wrong_as(dx[~masked], dkept, dkept.double(), "gradient")
+
+
+@each_loss
+def test_cross_entropy_where_every_row_is_masked_is_a_connected_zero(name: str):
+    c = case(name, torch.float32)
+    loss, *grads = run(c.op, (*c.args[:-1], torch.full_like(c.args[-1], cross_entropy.IGNORED)), c.trained)
+    assert loss == 0 and len(grads) == len(c.trained) and not any(g.any() for g in grads)
+
+
+def test_cross_entropy_counts_its_targets():
+    logits, targets = example(cross_entropy, 37, 11, torch.float32)
+    count = cross_entropy.cross_entropy(logits, targets)[1]
+    assert count.dtype == torch.int64 and count == len([t for t in targets.tolist() if t != -100])
+
+
+def test_cross_entropy_of_logits_without_rows():
+    loss, dx = run(summed_cross_entropy, (torch.empty(0, 5), torch.empty(0, dtype=torch.int64)), (0,))
+    assert loss == 0 and dx.shape == (0, 5)
+
+
+def test_cross_entropy_of_logits_far_from_zero():
+    """The fp32 numbers near 10^4 lie 0.001 apart; what is taken off before the exponential must not be rounded again."""
+    logits, targets = example(cross_entropy, 19, 101, torch.float64)
+    logits = (logits + 1e4).float()
+    truth = run(lambda *a: cross_entropy.cross_entropy_ref(*a)[0], (logits.double(), targets), (0,))
+    for found, true in zip(run(summed_cross_entropy, (logits, targets), (0,)), truth, strict=True):
+        assert (found.double() - true).abs().max() < 2e-6 * true.abs().max()
+
+
+@pytest.mark.parametrize("ahead", [1.0, 12.0, 40.0, 80.0])
+def test_cross_entropy_of_a_class_that_is_almost_certain(ahead: float):
+    """p - 1 and log(p) keep their digits where p itself is 1 in fp32."""
+    logits, targets = torch.zeros(3, 5), torch.tensor([0, 3, 4])
+    logits[range(3), targets] = ahead
+    rest = 4 * math.exp(-ahead)
+    loss, dx = run(summed_cross_entropy, (logits, targets), (0,))
+    assert float(loss) == pytest.approx(3 * math.log1p(rest), rel=1e-5)
+    assert float(dx[1, 3]) == pytest.approx(-rest / (1 + rest), rel=1e-5)
+    assert float(dx.sum(1).abs().max()) < 1e-6 * rest
+    loss, dx = run(linear_cross_entropy.linear_cross_entropy, (logits, torch.eye(5), targets), (0,))
+    assert float(loss) == pytest.approx(3 * math.log1p(rest), rel=1e-5)
+    assert float(dx[1, 3]) == pytest.approx(-rest / (1 + rest), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 1e-3])
+def test_cross_entropy_with_a_known_scale(scale: float):
+    logits, targets = example(cross_entropy, 19, 101, torch.bfloat16)
+    given = run(lambda z, t: summed_cross_entropy(z, t, torch.tensor(scale)), (logits, targets), (0,))
+    after = run(lambda *a: summed_cross_entropy(*a) * torch.tensor(scale), (logits, targets), (0,))
+    assert torch.equal(given[1], after[1]) and float(given[0]) == pytest.approx(float(after[0]), rel=1e-6)
+
+
+WRONG = {
+    "a class too many": lambda x, t: (x, t + x.shape[-1]),
+    "a negative class": lambda x, t: (x, t - 10**6),
+    "targets of int32": lambda x, t: (x, t.int()),
+    "a target less": lambda x, t: (x, t[1:]),
+    "three dimensions": lambda x, t: (x[None], t),
+    "integers": lambda x, t: (x.long(), t),
+}
+
+
+@each_loss
+@pytest.mark.parametrize("what", WRONG)
+def test_cross_entropy_refuses_in_one_line(name: str, what: str):
+    c = case(name, torch.float32)
+    x, *between, targets = c.args
+    targets = targets.where(targets != cross_entropy.IGNORED, 0)
+    x, targets = WRONG[what](x, targets)
+    if name == "linear_cross_entropy" and what == "a class too many":
+        targets = targets + 211
+    with pytest.raises(ValueError, match=f"^{name}: .*") as error:
+        c.op(x, *between, targets)
+    assert "\n" not in str(error.value)
+
+
 # linear_cross_entropy
 
 
@@ -624,7 +738,7 @@ def test_the_upstream_scale_is_not_rounded_to_the_dtype_of_x():
 def test_no_gradient_is_made_where_none_is_recorded():
     """Evaluation of a model that is trained in full: its head requires grad, only the loss is wanted."""
     x, head, targets = example(linear_cross_entropy, 37, 29, 101, torch.float32)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), force(False), FlopCounterMode(display=False) as counter:
         linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets)
     assert counter.get_total_flops() == 2 * 37 * 29 * 101
 

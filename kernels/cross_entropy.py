@@ -1,0 +1,304 @@
+"""Cross-entropy on logits [M, V]: the sum over rows of -log softmax(logits)[target]; rows with target -100 count for nothing.
+
+With a row's maximum taken off first, e = exp(z - max), and R the sum of e over every class but the true one t:
+
+    loss = log(1 + R / e_t)        dlogits_j = s e_j / (R + e_t)        dlogits_t = -s R / (R + e_t)
+
+R is summed without the true class, so that neither the loss nor p_t - 1 cancels where p_t is near 1, and both are fp32 or wider
+until the one rounding of the store. s is what flows in from above, a tensor that only the kernel reads: no sync with the GPU.
+
+Bytes, in passes over the logits (a kernel that reads a row twice in one launch counts it once): s is known only in the
+backward, so that the least is three passes: the forward reads, the backward reads and writes. Liger writes the gradient in the
+forward and needs two passes for s = 1 and four for any other; here the caller who knows s beforehand (one over the number of
+targets of a step) gives it as `scale`, and the gradient is made in the forward with s in it: two passes whatever s is. Saved
+for backward: logits, max and R of each row; with `scale` the gradient alone. Logits are never written to.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.kernels.dispatch import use_triton
+from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rows_of, store, tl, wide
+
+IGNORED = -100  # the target of a row that has none
+BLOCK = (
+    8192  # logits that a program holds: 8 a thread; a program a multiprocessor leaves its row in the second-level cache
+)
+BLOCK_ROWS = 16  # rows in fp32 at a time on the CPU: 16 x 152k x 4 bytes stay within a third-level cache
+_IGNORED, _LOWEST = (
+    tl.constexpr(IGNORED),
+    tl.constexpr(-3e38),
+)  # lower than any logit, and still a number to subtract from
+
+
+def cross_entropy_ref(logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The specification: (summed loss, times scale; rows with a target)."""
+    kept = targets != IGNORED
+    z = logits[kept].to(torch.promote_types(logits.dtype, torch.float32))
+    loss = (z.logsumexp(1) - z.gather(1, targets[kept].unsqueeze(1)).squeeze(1)).sum()
+    return loss if scale is None else loss * scale, kept.sum()
+
+
+@jit
+def true_logit(row_ptr, target, V, WIDE: tl.constexpr):
+    """NaN for a class that does not exist: a loss that is seen to be wrong."""
+    exists = (target >= 0) & (target < V)
+    return tl.where(exists, load(row_ptr + target, exists, WIDE), float("nan"))
+
+
+@jit
+def loss_of(others, true):
+    """log(1 + others / exp(true)), for a sum `others` and a logit `true` from which the same maximum was subtracted."""
+    d = tl.log(tl.where(others == 0, 1.0, others)) - true
+    e = tl.exp(-tl.abs(d))
+    u = 1 + e
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))  # Goldberg, 1991, theorem 4
+    return tl.where(others == 0, 0.0, tl.where(d > 0, d, 0.0) + log1p)
+
+
+@jit
+def store_gradient(
+    out_ptr, logits_ptr, target, V, top, others, true, scale, first, last, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """scale * (softmax - onehot) of the columns first to last of one row; out_ptr may be logits_ptr."""
+    factor = scale / (others + tl.exp(true - top))
+    for start in range(first, last, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        e = tl.exp(load(logits_ptr + col, col < V, WIDE) - top)
+        store(out_ptr + col, tl.where(col == target, -others, e) * factor, col < V)
+
+
+@jit
+def store_zeros(out_ptr, V, first, last, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    for start in range(first, last, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        store(out_ptr + col, tl.zeros((BLOCK,), WIDE), col < V)
+
+
+@jit
+def _fwd_kernel(
+    logits_ptr, targets_ptr, loss_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """One row a program. stats_ptr is None where no backward follows, dlogits_ptr where the gradient is not made here."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    logits_ptr += row * stride
+    if dlogits_ptr is not None:
+        dlogits_ptr += row * V
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(WIDE)
+    if target == _IGNORED:
+        store(loss_ptr + row, tl.zeros((), WIDE), True)
+        if stats_ptr is not None:
+            store(stats_ptr + 2 * row, tl.zeros((), WIDE), True)
+            store(stats_ptr + 2 * row + 1, tl.zeros((), WIDE), True)
+        if dlogits_ptr is not None:
+            store_zeros(dlogits_ptr, V, 0, V, BLOCK, WIDE)
+    else:
+        # every lane keeps its own maximum and the sum of exponentials under it
+        top, others = tl.full((BLOCK,), _LOWEST, WIDE), tl.zeros((BLOCK,), WIDE)
+        for start in range(0, V, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            z = load(logits_ptr + col, col < V, WIDE)
+            z = tl.where((col < V) & (col != target), z, -float("inf"))
+            e = tl.exp(-tl.abs(z - top))
+            others = tl.where(z > top, others * e + 1, others + e)
+            top = tl.where(z > top, z, top)
+        true = true_logit(logits_ptr, target, V, WIDE)
+        peak = tl.maximum(tl.max(top, 0), true)
+        others = tl.sum(others * tl.exp(top - peak), 0)
+        store(loss_ptr + row, scale * loss_of(others, true - peak), True)
+        if stats_ptr is not None:
+            store(stats_ptr + 2 * row, peak, True)
+            store(stats_ptr + 2 * row + 1, others, True)
+        if dlogits_ptr is not None:
+            store_gradient(dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, 0, V, BLOCK, WIDE)
+
+
+@jit
+def _bwd_kernel(
+    logits_ptr, targets_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, blocks, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """One stretch of one row a program."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK
+    target = tl.load(targets_ptr + row)
+    logits_ptr += row * stride
+    dlogits_ptr += row * V
+    if target == _IGNORED:
+        store_zeros(dlogits_ptr, V, first, first + BLOCK, BLOCK, WIDE)
+    else:
+        peak, others = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+        true = true_logit(logits_ptr, target, V, WIDE)
+        scale = tl.load(scale_ptr).to(WIDE)
+        store_gradient(
+            dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, first, first + BLOCK, BLOCK, WIDE
+        )  # fmt: skip
+
+
+@jit
+def _rescale_kernel(x_ptr, scale_ptr, V, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """x *= scale, one row a program; nothing is read or written where scale is 1."""
+    scale = tl.load(scale_ptr).to(WIDE)
+    x_ptr += tl.program_id(0).to(tl.int64) * V
+    if scale != 1:
+        for start in range(0, V, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            store(x_ptr + col, load(x_ptr + col, col < V, WIDE) * scale, col < V)
+
+
+def row_tile(v: int, most: int) -> dict[str, int]:
+    """Logits a program, and warps: 8 a thread."""
+    block = min(most, next_power_of_2(v))
+    return {"BLOCK": block, "num_warps": max(1, block // 256), **PINNED}
+
+
+class _OnTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
+        rows, targets = rows_of(logits), targets.contiguous()
+        (m, v), device = rows.shape, logits.device
+        keep = torch.promote_types(logits.dtype, torch.float32)
+        losses = torch.empty(m, dtype=keep, device=device)
+        stats = dlogits = None
+        if ctx.needs_input_grad[0] and scale is None:
+            stats = torch.empty((m, 2), dtype=keep, device=device)
+        elif ctx.needs_input_grad[0]:
+            dlogits = torch.empty((m, v), dtype=logits.dtype, device=device)
+        if m:
+            with torch.cuda.device_of(logits):
+                _fwd_kernel[(m,)](
+                    rows, targets, losses, stats, dlogits, scale, rows.stride(0), v, WIDE=wide(logits.dtype), **row_tile(v, BLOCK)
+                )  # fmt: skip
+        ctx.early, ctx.dlogits = scale is not None, dlogits
+        if not ctx.early:
+            ctx.save_for_backward(logits, targets, stats)
+        return losses.sum(dtype=torch.float64).to(keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        (scale,) = grads
+        if ctx.early:
+            # whether scale is 1 is known on the GPU alone: the gradient is multiplied where it lies, and given away
+            dlogits, ctx.dlogits = ctx.dlogits, None
+            if dlogits is None:
+                raise RuntimeError(
+                    "cross_entropy with a scale gives its gradient once: call it again, or leave scale out"
+                )
+            if dlogits.numel():
+                m, v = dlogits.shape
+                with torch.cuda.device_of(dlogits):
+                    _rescale_kernel[(m,)](dlogits, scale, v, WIDE=wide(dlogits.dtype), **row_tile(v, BLOCK))
+            return dlogits, None, None
+        logits, targets, stats = ctx.saved_tensors
+        rows = rows_of(logits)
+        m, v = rows.shape
+        dlogits = torch.empty((m, v), dtype=logits.dtype, device=logits.device)
+        tile = row_tile(v, BLOCK // 4)
+        blocks = cdiv(v, tile["BLOCK"])
+        if m:
+            with torch.cuda.device_of(logits):
+                _bwd_kernel[(m * blocks,)](
+                    rows, targets, stats, dlogits, scale, rows.stride(0), v, blocks, WIDE=wide(logits.dtype), **tile
+                )
+        return dlogits, None, None
+
+
+class Softmax:
+    """A block of rows on the way through torch: exponentials in place, the loss, and the gradient from both."""
+
+    def __init__(self, p: Tensor, targets: Tensor):
+        """p [rows, V] in fp32 or wider is overwritten; targets [rows]."""
+        self.p = p
+        self.masked = (targets == IGNORED).unsqueeze(1)
+        self.any_masked = p.is_cuda or bool(self.masked.any())  # on a GPU nobody waits to know
+        self.target = targets.unsqueeze(1).masked_fill(self.masked, 0)
+        p -= p.amax(dim=1, keepdim=True)
+        true = p.gather(1, self.target)
+        self.true = true.exp()
+        self.others = p.exp_().scatter_(1, self.target, 0.0).sum(dim=1, keepdim=True)
+        # log(1 + others / true), which keeps its digits at both ends
+        loss = torch.logaddexp(torch.zeros_like(true), self.others.log() - true)
+        self.loss = loss.masked_fill_(self.masked, 0.0).sum(dtype=torch.float64)
+
+    def gradient(self, scale: Tensor | float = 1.0) -> Tensor:
+        """scale * (softmax - onehot) in the memory of p; zero for a masked row."""
+        factor = scale / (self.others + self.true)
+        self.p.mul_(factor).scatter_(1, self.target, -self.others * factor)
+        return self.p.masked_fill_(self.masked, 0.0) if self.any_masked else self.p
+
+
+def blocks_of(*tensors: Tensor):
+    """The same rows of each, few enough that their fp32 copies stay in a cache."""
+    rows = max(1, tensors[0].shape[0]) if tensors[0].is_cuda else BLOCK_ROWS
+    return zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+class _OnTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
+        keep = torch.promote_types(logits.dtype, torch.float32)
+        loss = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for block, target in blocks_of(logits, targets):
+            loss += Softmax(block.to(keep, copy=True), target).loss
+        ctx.save_for_backward(logits, targets, scale)
+        return (loss if scale is None else loss * scale).to(keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        logits, targets, scale = ctx.saved_tensors
+        scale = grads[0] if scale is None else grads[0] * scale
+        keep = torch.promote_types(logits.dtype, torch.float32)
+        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        for block, target, out in blocks_of(logits, targets, dlogits):
+            out.copy_(Softmax(block.to(keep, copy=True), target).gradient(scale))
+        return dlogits, None, None
+
+
+def check_targets(name: str, targets: Tensor, rows: Tensor, classes: int) -> None:
+    """One ValueError for targets [M] that do not fit rows [M, ...] and this many classes; on a GPU their values are not read."""
+    if targets.shape != rows.shape[:1] or targets.dtype != torch.int64 or targets.device != rows.device:
+        raise ValueError(
+            f"{name}: targets are {list(targets.shape)} {targets.dtype} on {targets.device}; "
+            f"{list(rows.shape[:1])} torch.int64 on {rows.device} expected"
+        )
+    if targets.device.type == "cpu" and targets.numel():
+        wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= classes))]
+        if wrong.numel():
+            raise ValueError(f"{name}: target {int(wrong[0])} is neither a class of {classes} nor {IGNORED}")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy (times scale) of logits [M, V] against targets [M] int64, and how many rows have a target.
+
+    The loss is a scalar, fp32 or wider; the number an int64 scalar. Rows with target -100 are skipped. scale, a tensor of one
+    value, multiplies the loss; where it is known beforehand, giving it here saves the backward from reading the logits again,
+    and on a GPU its gradient can then be asked for once only. A target that is no class is a ValueError; on a GPU, where it
+    cannot be seen in time, the loss becomes NaN.
+    """
+    if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
+        raise ValueError(
+            f"cross_entropy: logits [M, V] of a floating type expected, not {list(logits.shape)} {logits.dtype}"
+        )
+    check_targets("cross_entropy", targets, logits, logits.shape[1])
+    if scale is not None:
+        if scale.numel() != 1 or scale.device != logits.device or scale.requires_grad:
+            raise ValueError(f"cross_entropy: scale is one value on {logits.device} without a gradient of its own")
+        scale = scale.reshape(())
+    if not torch.is_grad_enabled():
+        logits = logits.detach()  # needs_input_grad is set even so
+    on = _OnTriton if use_triton(logits) else _OnTorch
+    return on.apply(logits, targets, scale), (targets != IGNORED).sum()  # pyright: ignore[reportReturnType]
+
+
+def example(rows: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, Tensor], dict]:
+    """Arguments of one call, and the bytes that a perfect forward and backward move."""
+    logits = 2 * torch.randn(rows, vocab, device=device, dtype=dtype)
+    targets = torch.randint(vocab, (rows,), device=device)
+    targets[1::4] = IGNORED
+    kept, size = rows - len(range(1, rows, 4)), logits.element_size()
+    return (logits, targets), {"bytes": kept * vocab * size, "backward_bytes": (kept + rows) * vocab * size}
