@@ -105,6 +105,7 @@ def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
         "ids": tokenizer.size,
         "template": tokenizer.template.name,
         "default_system": tokenizer.template.default_system,
+        "last_answer_alone": tokenizer.template.last_only,
         "stop": [{"id": i, "token": names.get(i)} for i in stops],
     }
 
@@ -149,7 +150,9 @@ def text_of(found: dict[str, Any]) -> str:
         system = found["default_system"]
         lines += [
             f"tokenizer   {found['ids']:,} ids",
-            f"template    {found['template']}   " + (f"default system {system!r}" if system else "no default system"),
+            f"template    {found['template']}   "
+            + (f"default system {system!r}" if system else "no default system")
+            + (", the last answer of a row is trained" if found["last_answer_alone"] else ""),
             "stop        " + ", ".join(f"{s['token'] or '?'} {s['id']}" for s in found["stop"]),
         ]
     elif not found["problems"]:

@@ -24,7 +24,7 @@ from .snapshot import (
 )
 
 # what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
-OWN = ("checkpoints", "adapter", "model", "loss.png", "metrics.jsonl", "config.yaml")
+OWN = ("checkpoints", "adapter", "model", "data", "loss.png", "metrics.jsonl", "config.yaml")
 
 
 @dataclass

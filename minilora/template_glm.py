@@ -36,6 +36,10 @@ class Rounds(Template):
     def apart(self) -> bool:
         return True
 
+    @property
+    def last_only(self) -> bool:
+        return True
+
     def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
         system = [m["content"] for m in messages if m["role"] == "system"]
         turns = [m for m in messages if m["role"] != "system"]

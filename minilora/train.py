@@ -24,13 +24,14 @@ from .adapter import save_adapter
 from .checkpoint import load_model, read_config, save_model
 from .config import TrainConfig, to_yaml
 from .data import Batch, pack, step_examples
+from .dataset import load_data, write_split
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
-from .plan import load_data, make_plan
+from .plan import make_plan
 from .plot import plot_loss
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
@@ -62,6 +63,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             clear(folder)
         check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
+        write_split(folder / "data", data)
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, monitor, stop)
@@ -255,8 +257,11 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
         lines.append("  " + shell("chat", "--model", result))
     else:
         both = ("--model", config.model, "--adapter", result)
-        rows = config.val if Path(config.val).is_file() else config.data
+        split_off = run.folder / "data" / "val.jsonl"
+        rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
         define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
+        if config.columns:
+            define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
         lines.append("  " + shell("chat", *both))
         lines.append("  " + shell("eval", *both, "--data", rows, *define))
         lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))

@@ -4,7 +4,7 @@ keys are PEFT's.
 Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
 """
 
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 from .config import Config
 from .place import Place
+
+
+class Adapted(Protocol):
+    """A linear that comes with an adapter."""
+
+    def projection(self) -> Projection: ...
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +76,9 @@ def lay_together(model: nn.Module) -> None:
 
 def projection(linear: nn.Module) -> Projection:
     """A linear as the kernels see it; one with an adapter says so itself."""
-    return Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else linear.projection()
+    return (
+        Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else cast(Adapted, linear).projection()
+    )
 
 
 class Attention(nn.Module):

@@ -8,10 +8,11 @@ there. With `keep_attention` the output of attention is kept too, [T, H, E] and 
 from dataclasses import replace
 
 import torch
-from minilora.kernels.lora_linear_group import lora_linear_group_gradients
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from minilora.kernels.lora_linear_group import lora_linear_group_gradients
 
 from .layers import BaseBlock, projection
 from .place import Place
@@ -70,4 +71,4 @@ def _last_gradients(last: nn.Module, h: Tensor, dy: Tensor) -> tuple[Tensor | No
     dh, trained = lora_linear_group_gradients(h.detach(), [part], [dy], h.requires_grad)
     if part.adapter is None:
         return dh, {}
-    return dh, {id(t): d for t, d in zip(part.adapter[:2], trained, strict=True)}
+    return dh, {id(t): d for t, d in zip(part.adapter[:2], trained, strict=True) if d is not None}

@@ -9,7 +9,7 @@ from tiny import make_model
 import minilora
 from minilora.generate import Sampling, generate
 from minilora.generate_many import generate_many
-from minilora.models import layers
+from minilora.models import decoder
 
 PROMPTS = [[random.Random(n).randrange(256) for _ in range(1 + (7 * n) % 23)] for n in range(13)]
 
@@ -45,9 +45,9 @@ def test_draws_do_not_depend_on_what_runs_beside(model):
 def test_no_token_is_computed_twice_and_none_is_padding(model, monkeypatch):
     """Every pass is as long as its new tokens: the prompts once, then a token for each answer token but its last."""
     passes = []
-    forward = layers.Decoder.forward
+    forward = decoder.Decoder.forward
     monkeypatch.setattr(
-        layers.Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a)
+        decoder.Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a)
     )
     answers = list(generate_many(model, PROMPTS, set(), 9, 4))
     assert sum(passes) == sum(map(len, PROMPTS)) + sum(len(a.ids) - 1 for a in answers)

@@ -148,6 +148,7 @@ def test_the_best_step_is_kept_whenever_it_comes(tmp_path):
         "val": "4",
         "eval_every": 1,
         "save_every": 100,
+        "seed": 1,
     }
     train(resolve(settings, {"lr": 0.3, "schedule": "constant", "max_steps": 12, "device": "cpu"}), console=QUIET)
     losses = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "run")}
