@@ -31,6 +31,7 @@ from minilora.kernels import (
     swiglu,
 )
 from minilora.kernels.dispatch import force, use_triton
+from minilora.kernels.lang import HAVE_TRITON
 
 RANK = 16
 
@@ -181,7 +182,12 @@ def arithmetic(m: int) -> str:
         "|" + "---|" * (5 + len(CARDS)),
     ]  # fmt: skip
     for model, shape in MODELS.items():
-        for name, cost in lora_layer(shape, m, RANK).items():
+        sides = lora_layer(shape, m, RANK)
+        if HAVE_TRITON:
+            from bench import layer_bytes  # asks triton for the launches
+
+            sides["minilora"] = layer_bytes.layer(shape, m, RANK)["layer"]["minilora"]
+        for name, cost in sides.items():
             bounds = " | ".join(
                 f"{(c.bound(cost.flops, cost.bytes) + c.bound(cost.backward_flops, cost.backward_bytes)) * 1e3:.2f}"
                 for c in CARDS.values()

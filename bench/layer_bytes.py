@@ -1,41 +1,24 @@
 """Bytes and tensor-core work of LoRA on every linear of one decoder layer, from the launches that our operations make.
 
-    python -m bench.layer_bytes [--tokens 8192] [--rank 16]
+    python -m bench.layer_bytes [--model qwen2.5-7b] [--tokens 8192] [--rank 16] [--dropout 0]
 
 The launches are recorded on tensors without data (bench/launches.py). Every tensor that a launch is given moves once, which is how
-peers are counted too; the tests hold this against the bytes that the kernels are seen to move on Triton's interpreter. What a GEMM without
-an adapter must move, and its operations, are subtracted for the extra ones. Arithmetic, no measurement.
+peers are counted too; the tests hold this against the bytes that the kernels are seen to move on Triton's interpreter. Beside it
+stands what other formulations move (bench/traffic.py); extra is what comes on top of the frozen GEMMs. Arithmetic, no measurement.
 """
 
 import argparse
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.launches import Launch, recorded
+from bench.shapes import MODELS, Shape
+from bench.traffic import Cost, lora_group
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
-
-# Qwen2.5-7B: (in-features, out-features of the linears that read the same input)
-LAYER = {
-    "q, k, v": (3584, (3584, 512, 512)),
-    "o": (3584, (3584,)),
-    "gate, up": (3584, (18944, 18944)),
-    "down": (18944, (3584,)),
-}
-
-
-class Traffic(NamedTuple):
-    """Of the frozen GEMMs alone, and what the adapters add to it."""
-
-    forward: int  # bytes
-    extra_forward: int
-    backward: int
-    extra_backward: int
-    gemms: int  # operations of forward and backward
-    extra: int
 
 
 def arguments(launch: Launch) -> dict[str, Any]:
@@ -69,7 +52,7 @@ def narrow_work(launch: Launch) -> int:
     )
 
 
-def group(tokens: int, k: int, ns: tuple[int, ...], rank: int, p: float, arch: int) -> Traffic:
+def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: int = 80) -> Cost:
     """Of one group of linears on 16-bit tensors, all its inputs and adapters wanting gradients."""
     x = torch.empty(tokens, k, device="meta", dtype=torch.bfloat16, requires_grad=True)
 
@@ -87,33 +70,49 @@ def group(tokens: int, k: int, ns: tuple[int, ...], rank: int, p: float, arch: i
         ys = lora_linear_group(x, projections)
         there = list(launches)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
-    back, n = launches[len(there) :], sum(ns)
-    once = 2 * (tokens * k + k * n + tokens * n)  # x or dX, W, y or dY: the same for both ways
-    return Traffic(
-        once, sum(map(moved, there)) - once, once, sum(map(moved, back)) - once,
-        4 * tokens * k * n, sum(map(narrow_work, launches)),
+    back, wide = launches[len(there) :], 2 * tokens * k * sum(ns)
+    return Cost(
+        wide + sum(map(narrow_work, there)), sum(map(moved, there)),
+        wide + sum(map(narrow_work, back)), sum(map(moved, back)),
     )  # fmt: skip
 
 
-def layer(tokens: int = 8192, rank: int = 16, p: float = 0.0, arch: int = 80) -> dict[str, Traffic]:
-    """By group, and "layer" for their sum."""
-    found = {name: group(tokens, k, ns, rank, p, arch) for name, (k, ns) in LAYER.items()}
-    return found | {"layer": Traffic(*map(sum, zip(*found.values(), strict=True)))}
+def linears(shape: Shape) -> dict[str, tuple[int, list[int]]]:
+    """(in-features, out-features of the linears that read the same input) of a layer."""
+    return {
+        "q, k, v": (shape.width, [shape.query, shape.kv, shape.kv]),
+        "o": (shape.query, [shape.width]),
+        "gate, up": (shape.width, [shape.ffn, shape.ffn]),
+        "down": (shape.ffn, [shape.width]),
+    }
+
+
+def layer(shape: Shape, tokens: int, rank: int, p: float = 0.0, arch: int = 80) -> dict[str, dict[str, Cost]]:
+    """By group, and "layer" for their sum, the cost of every formulation."""
+    found = {
+        name: {**lora_group(tokens, k, ns, rank), "minilora": group(tokens, k, ns, rank, p, arch)}
+        for name, (k, ns) in linears(shape).items()
+    }
+    none = Cost(0, 0, 0, 0)
+    return found | {"layer": {side: sum((g[side] for g in found.values()), none) for side in found["o"]}}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.layer_bytes", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=list(MODELS), default="qwen2.5-7b")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     args = parser.parse_args(argv)
-    print("| sm | linears | forward, GB | extra | backward, GB | extra tensor work |\n|---|---|---|---|---|---|")
+    print("| sm | linears | forward, GB | extra | backward, GB | extra tensor work | bytes / minimum | lorafusion's |")
+    print("|---|---|---|---|---|---|---|---|")
     for arch in (80, 90):
-        for name, t in layer(args.tokens, args.rank, args.dropout, arch).items():
-            back = (t.backward + t.extra_backward) / 1e9
+        for name, sides in layer(MODELS[args.model], args.tokens, args.rank, args.dropout, arch).items():
+            ours, frozen, least = sides["minilora"], sides["frozen"], sides["minimum"].total_bytes
             print(
-                f"| {arch} | {name} | {(t.forward + t.extra_forward) / 1e9:.2f} | {t.extra_forward / 1e9:.3f} "
-                f"| {back:.2f} | {t.extra / t.gemms:.2%} |"
+                f"| {arch} | {name} | {ours.bytes / 1e9:.2f} | {(ours.bytes - frozen.bytes) / 1e9:.3f} "
+                f"| {ours.backward_bytes / 1e9:.2f} | {ours.total_flops / frozen.total_flops - 1:.2%} "
+                f"| {ours.total_bytes / least:.2f} | {sides['lorafusion'].total_bytes / least:.2f} |"
             )
 
 

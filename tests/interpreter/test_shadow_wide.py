@@ -9,20 +9,26 @@ from oracle import upstream
 from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
+from bench import traffic
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
+
+
+def gradients(*leaves: Tensor) -> list[Tensor]:
+    found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(found) == len(leaves)
+    return found
 
 
 def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Call:
     def call() -> list[Tensor]:
         (x, frozen), _ = lora_linear_group.example(tokens, k, ns, r, torch.bfloat16, "cpu", p)
         x.requires_grad_()
-        adapters = [q.adapter._replace(a=q.adapter.a.requires_grad_(), b=q.adapter.b.requires_grad_()) for q in frozen]
-        projections = [q._replace(adapter=a) for q, a in zip(frozen, adapters, strict=True)]
-        ys = lora_linear_group.lora_linear_group(x, projections)
+        trained = [t.requires_grad_() for q in frozen if q.adapter for t in (q.adapter.a, q.adapter.b)]
+        ys = lora_linear_group.lora_linear_group(x, frozen)
         torch.autograd.backward(ys, [upstream(y) for y in ys])
-        return [*ys, x.grad, *(t.grad for a in adapters for t in (a.a, a.b))]
+        return [*ys, *gradients(x, *trained)]
 
     return call
 
@@ -34,7 +40,7 @@ def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
         given = None if scale is None else torch.tensor(scale)
         loss, _ = cross_entropy.cross_entropy(logits, targets, given)
         (loss * 3).backward()
-        return [loss, logits.grad]
+        return [loss, *gradients(logits)]
 
     return call
 
@@ -44,7 +50,7 @@ def of_a_head(rows: int, width: int, vocab: int) -> Call:
         x, head, targets = linear_cross_entropy.example(rows, width, vocab, torch.bfloat16)[0]
         loss = linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets, 20)
         loss.backward()
-        return [loss, x.grad, head.grad]
+        return [loss, *gradients(x, head)]
 
     return call
 
@@ -122,3 +128,54 @@ def test_a_launch_moves_each_of_its_arguments_once(call: Call):
     """So bytes of a launch are those of its arguments, whatever their size, and bench/layer_bytes.py adds them up."""
     for launch in shadowed(call)[0]:
         assert launch.total() <= arguments_once(launch) <= 1.05 * launch.total(), launch.kernel
+
+
+def counted(launches: list[Launch], name: str) -> int:
+    """Bytes of one argument over all launches."""
+    return sum(sum(launch.bytes().get(name, (0, 0))) for launch in launches)
+
+
+def test_a_linear_cross_entropy_moves_eight_bytes_a_logit_and_the_head_twice_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    rows, width, vocab, chunk = 64, 96, 1024, 32
+    tile = linear_cross_entropy.TILE_INTERPRETED
+    products = []
+    mm = torch.mm
+
+    def recorded(p: Tensor, head: Tensor, out: Tensor) -> Tensor:
+        products.append((p, head, out))
+        return mm(p, head, out=out)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    x, head, targets = linear_cross_entropy.example(rows, width, vocab, torch.bfloat16)[0]
+    with shadow() as launches:
+        linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head, targets, chunk)
+    p, heads, outs = (sum(t.numel() * t.element_size() for t in ts) for ts in zip(*products, strict=True))
+    assert counted(launches, "logits_ptr") + p == 8 * rows * vocab
+    first = [launch for launch in launches if launch.kernel == "linear_cross_entropy._logits_kernel"]
+    chunks = rows // chunk
+    assert counted(first, "head_ptr") == heads == chunks * head.numel() * head.element_size()
+    assert all(launch.loads()["logits_ptr"] <= 1 for launch in launches)
+    parts = 2 * -(-vocab // tile.columns)
+    formula = traffic.linear_cross_entropy(rows, width, vocab, chunk, parts)["minilora"].bytes
+    assert sum(launch.total() for launch in launches) + p + heads + outs <= formula
+    assert formula <= 1.02 * (sum(launch.total() for launch in launches) + p + heads + outs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_a_cross_entropy_whose_scale_is_known_reads_and_writes_each_logit_once(scale: float):
+    (logits, targets), cost = cross_entropy.example(8, 9001, torch.bfloat16)
+    with shadow() as launches:
+        loss, _ = cross_entropy.cross_entropy(logits.requires_grad_(), targets, torch.tensor(scale))
+        loss.backward()
+    kept, all_rows = cost["bytes"], logits.numel() * logits.element_size()
+    assert sum(launch.total() for launch in launches) == pytest.approx(kept + all_rows, rel=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_a_cross_entropy_moves_what_its_example_says(scale: float):
+    (logits, targets), cost = cross_entropy.example(8, 9001, torch.bfloat16)
+    with shadow() as launches:
+        loss, _ = cross_entropy.cross_entropy(logits.requires_grad_(), targets)
+        (loss * scale).backward()
+    least = cost["bytes"] + cost["backward_bytes"]
+    assert least <= sum(launch.total() for launch in launches) <= 1.002 * least
