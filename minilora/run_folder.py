@@ -12,6 +12,7 @@ from minilora.models.decoder import Decoder
 from .config import TrainConfig, must_match
 from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan
+from .record import TRAINED_ROWS
 from .snapshot import (
     load_snapshot,
     newest_snapshot,
@@ -25,7 +26,7 @@ from .snapshot import (
 
 # what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
 OWN = (
-    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", "data.json", "loss.png", "report.html", "metrics.jsonl",
+    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", "loss.png", "report.html", "metrics.jsonl",
     "config.yaml",
 )  # fmt: skip
 

@@ -33,8 +33,9 @@ from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
 from .plan import data_record, make_plan
 from .plot import plot_loss
+from .reports.record import TRAINED_ROWS
 from .reports.report import report_quietly
-from .rows.dataset import load_data, write_split
+from .rows.dataset import load_data, trained_rows, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
 from .snapshot import trained_parameters
@@ -66,6 +67,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
         write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
+        write_file(folder / TRAINED_ROWS, trained_rows(plan.train).astype("<u8").tobytes())
         write_split(folder / "data", data)
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
@@ -271,6 +273,7 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
         if config.columns:
             define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
         lines.append("  " + shell("chat", *both))
-        lines.append("  " + shell("eval", *both, "--data", rows, *define))
+        ends = [] if config.train_end else ["--train-end", "off"]
+        lines.append("  " + shell("eval", *both, "--data", rows, *define, *ends))
         lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

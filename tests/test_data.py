@@ -22,6 +22,7 @@ from minilora.data import (
     steps_per_epoch,
 )
 from minilora.errors import DataError, ModelError
+from minilora.rows.load import ending_note
 from minilora.text.bpe import BytePairs
 from minilora.text.template import render_text
 from minilora.text.template_qwen import ChatML
@@ -159,6 +160,7 @@ def test_only_answers_and_their_stop_are_trained(name, flags, loss_on, answers):
     messages = [m | ({"loss": flags[i]} if i in flags else {}) for i, m in enumerate(CHAT)]
     ids, trained = tokenizer.render(messages, loss_on=loss_on)
     assert shown(tokenizer, ids, trained) == [a + "<|im_end|>" for a in answers]
+    assert shown(tokenizer, *tokenizer.render(messages, loss_on=loss_on, train_end=False)) == answers
 
 
 @BOTH
@@ -246,6 +248,18 @@ def test_nothing_left(tmp_path, bytewise):
     path = write(tmp_path, {"prompt": "q" * 30, "completion": "a"}, {"prompt": "q" * 40, "completion": "a"})
     with pytest.raises(DataError, match=r"all 2 rows are too long \(first: .*line 1, .*max_length 20"):
         load_examples(path, bytewise, max_length=20)
+
+
+def test_a_label_alone_is_trained(tmp_path, bytewise):
+    path = write(
+        tmp_path, *({"prompt": "q", "completion": label} for label in "01"), {"prompt": "r", "completion": "no"}
+    )
+    examples, report = load_examples(path, bytewise, train_end=False)
+    assert [e.trained for e in examples] == [1, 1, 2] and report.trained == 4
+    assert [e.targets[e.targets != IGNORE].tolist() for e in examples] == [bytewise.encode(t) for t in ("0", "1", "no")]
+    assert "2 of 3 rows have one trained token" in ending_note(examples.column("trained"))
+    with_end, _ = load_examples(path, bytewise)
+    assert [e.trained for e in with_end] == [2, 2, 3]
 
 
 def test_nothing_trained(tmp_path, bytewise):

@@ -136,13 +136,14 @@ def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, token
         {"loss_on": "last"},
         {"truncate": "cut"},
         {"skip_bad": True},
+        {"train_end": False},
         {"define": {"q": "x"}},
     ):
         load_examples(path, tokenizer, cache=cache, **dict[str, Any]({"max_length": 60} | changes))
     write(path, *(row(i % 7 + 1, i + 1) for i in range(49)))
     load_examples(path, tokenizer, max_length=60, cache=cache)
     load_examples(f"{path}#5", tokenizer, max_length=60, cache=cache)
-    assert len(list((tmp_path / "c").iterdir())) == 8
+    assert len(list((tmp_path / "c").iterdir())) == 9
     assert TokenCache(tmp_path / "c", make_model(tmp_path / "m2", chat="x")).key() != cache.key()
     # a damaged entry is made again
     write(path, *(row(i % 7 + 1, i + 1) for i in range(50)))

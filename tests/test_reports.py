@@ -114,6 +114,28 @@ def test_other_decoding_is_told(tmp_path, settings, said):
     assert said in told(a, b)
 
 
+def test_trained_on_test_rows_is_told_by_the_rows(tmp_path):
+    a, b = (make_run(tmp_path / name, answers=MANY) for name in "ab")
+    path = b / "predict" / "generated_predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    hashes = [(2**63 + i, 2**62 + i) for i in range(len(rows))]
+    lines = [
+        json.dumps(r | {"hashes": [f"{h:016x}" for h in pair]}) + "\n" for r, pair in zip(rows, hashes, strict=True)
+    ]
+    path.write_text("".join(lines))
+
+    def trained_on(*pairs) -> str:
+        (b / "trained_rows.u64").write_bytes(np.array(pairs, "<u8").tobytes())
+        return told(a, b)
+
+    assert trained_on((1, 1), (2**63 - 1, 5)) == ""
+    assert "B was trained on the questions of 2 of 120 test rows, all of them with" in trained_on(*hashes[3:5], (1, 1))
+    assert "of 3 of 120 test rows, 1 of them" in trained_on(hashes[0], (2**63 + 1, 7), (2**63 + 2, 8))
+    (b / "trained_rows.u64").write_bytes(b"cut")
+    with pytest.raises(DataError, match="is damaged"):
+        read_record(b)
+
+
 def test_other_rows_metrics_and_unfinished_runs_are_told(tmp_path):
     a, b, c = (make_run(tmp_path / name, answers=MANY) for name in "abc")
     write_answers(b / "predict", MANY, label="一个")

@@ -12,7 +12,10 @@ from tiny import ROWS, make_model, make_rows
 from minilora.__main__ import main
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
 from minilora.reports import sweep as sweep_module
+from minilora.reports.record import read_record
 from minilora.reports.sweep import RECIPES, combinations, name_of, read_sweep, sweep
+from minilora.rows import to_messages
+from minilora.rows.load import hashes
 
 QUIET = Console(quiet=True)
 
@@ -120,6 +123,13 @@ def test_runs_test_set_and_page(here):
         for run in ("lr=0.001/predict", "lr=0.002/predict", "before")
     ]
     assert labels[0] == labels[1] == labels[2] and len(labels[0]) == 4
+    # what was trained on, and what was asked, are known by the same hashes
+    trained = read_record(out / "lr=0.001").trained_rows
+    rows = [to_messages(row, "", {}) for row in sides["train"] + sides["test"]]
+    assert trained is not None and {tuple(pair) for pair in trained.tolist()} == set(map(hashes, rows[:-4]))
+    asked = [[int(h, 16) for h in row["hashes"]] for row in read_record(out / "before").rows]
+    assert list(map(tuple, asked)) == list(map(hashes, rows[-4:]))
+    assert "was trained on the questions" not in (out / "compare.md").read_text()
     assert "| lr | 0.001 | 0.002 |" in (out / "compare.md").read_text()
     before = (out / "lr=0.001" / "adapter" / "adapter_model.safetensors").read_bytes()
     calls.clear()

@@ -217,6 +217,7 @@ def test_what_ends_a_turn_is_trained(tokenizers):
     assert trained_text(tokenizers["chatglm3"], CHAT) == ["\n a0<|user|>", "\n a1</s>"]
     assert trained_text(tokenizers["qwen1"], CHAT) == ["a0<|im_end|>", "a1<|im_end|>"]
     assert trained_text(tokenizers["glm4"], CHAT, loss_on="last") == ["\na1<|user|>"]
+    assert trained_text(tokenizers["glm4"], CHAT, train_end=False) == ["\na0", "\na1"]
     stops = {"glm4": {"<|endoftext|>", "<|user|>", "<|observation|>"}, "chatglm3": {"</s>", "<|user|>", "<|observation|>"},
              "qwen1": {"<|im_end|>", "<|im_start|>", "<|endoftext|>"}}  # fmt: skip
     for name, names in stops.items():

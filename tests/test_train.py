@@ -94,6 +94,7 @@ def test_the_run_folder(run):
         "config.yaml",
         "data.json",
         "metrics.jsonl",
+        "trained_rows.u64",
     }
     assert {p.name for p in (folder / "adapter").iterdir()} == {
         "adapter_config.json",

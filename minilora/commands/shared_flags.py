@@ -43,6 +43,9 @@ def limit_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
     parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
     parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
+    parser.add_argument(
+        "--train-end", choices=["on", "off"], default="on", help="count the token that ends an answer [on]"
+    )
     for name, default in (("max-length", 2048), ("max-source-length", None), ("max-target-length", None)):
         shown = f" [{default}]" if default else ""
         parser.add_argument(
@@ -58,7 +61,8 @@ def settings_of(args: argparse.Namespace, define: dict[str, str], skip_bad: bool
     from ..rows.load import Settings
 
     columns = columns_of(args.columns)
-    return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad)  # fmt: skip
+    return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad,
+                    args.train_end == "on")  # fmt: skip
 
 
 def columns_of(given: str | None) -> dict[str, str]:

@@ -22,7 +22,8 @@ def setting_flags(parser: argparse.ArgumentParser) -> None:
 
     for f in fields(TrainConfig):
         flag, default = "--" + f.name.replace("_", "-"), defaults()[f.name]
-        shown = "" if default in ("", None, {}) else f" [{'off' if default is False else default}]"
+        default = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+        shown = "" if default in ("", None, {}) else f" [{default}]"
         text = (f.metadata["help"] + shown).replace("%", "%%")
         action = "append" if f.name == "define" else "store"
         parser.add_argument(flag, metavar=kind_name(f), help=text, default=argparse.SUPPRESS, action=action)

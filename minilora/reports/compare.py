@@ -118,14 +118,11 @@ def warnings(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> li
         decoding, cut = _settings(run).get("decoding") or {}, sum(bool(row.get("cut")) for row in run.rows)
         if not decoding.get("greedy", True):
             found.append(f"the answers of {_letter(run)} are drawn at random: another draw gives another score")
-        if cut:
+        if cut and decoding.get("max_tokens") != 1:  # one token is a label, not a text cut short
             found.append(
                 f"{cut:,} of {len(run.rows):,} answers of {_letter(run)} were cut at {decoding.get('max_tokens')} tokens"
             )
-        if run.config.get("data") and _settings(run).get("data") == run.config["data"]:
-            found.append(
-                f"{_letter(run)} was trained on the file that it is tested on: its scores tell what it remembers"
-            )
+        found += _leaked(run)
     for run in runs:
         if run.metrics and not run.finished:
             found.append(
@@ -146,6 +143,23 @@ def warnings(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> li
     if any(len(r.rows) < 100 for r in answered):
         found.append("fewer than 100 test rows: intervals are wide, and small differences cannot be seen")
     return found
+
+
+def _leaked(run: Record) -> list[str]:
+    """What of a run's test set it was trained on: rows with the same question, by their hashes; by the file if there are none."""
+    remembers = "its scores tell what it remembers"
+    known = [row["hashes"] for row in run.rows if row.get("hashes")]
+    if run.trained_rows is not None and known:
+        asked, whole = (np.array([int(pair[i], 16) for pair in known], np.uint64) for i in (0, 1))
+        seen = int(np.isin(asked, run.trained_rows[:, 0]).sum())
+        same = int(np.isin(whole, run.trained_rows[:, 1]).sum())
+        if not seen:
+            return []
+        of = f"{seen:,} of {len(run.rows):,} test rows, {'all' if same == seen else f'{same:,}'} of them with the same answer"
+        return [f"{_letter(run)} was trained on the questions of {of}: {remembers}"]
+    if run.config.get("data") and _settings(run).get("data") == run.config["data"]:
+        return [f"{_letter(run)} was trained on the file that it is tested on: {remembers}"]
+    return []
 
 
 def _settings(run: Record) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import DataError
 from ..rows import Row, RowError, fill, open_rows, quote, to_messages
 from ..rows.duplicates import NearDuplicates
-from ..rows.load import Settings, hashes, render_row, render_within
+from ..rows.load import Settings, ending_note, hashes, render_row, render_within
 from ..rows.shapes import PLACEHOLDER, READ, TEXT
 from ..rows.sources import draw, parse_sources
 from ..text.template import Message
@@ -111,6 +111,8 @@ def inspect_data(
     if row is not None and not result.samples:
         raise DataError(f"{path} has no row {row} that can be used ({result.rows:,} rows)", "Give another --row.")
     result.lengths = {name: np.array(values, dtype=np.int64) for name, values in scan.lengths.items()}
+    if not settings.train_end:
+        result.notes.append(ending_note(result.lengths["target"]))
     if val:
         _leaks(val, scan, settings, result)
     if compare and scan.chats:
@@ -159,7 +161,7 @@ class _Scan:
             length, words = LIMITED[over.split()[0]]
             cut = ", cut" if self.settings.truncate == "cut" else ""
             found.append((f"over {over}{cut}", f"{self.lengths[length][-1]:,} {words}"))
-        if row.shape != TEXT and not self._stops():
+        if row.shape != TEXT and self.settings.train_end and not self._stops():
             found.append(("no stop token at the end of an answer", ""))
         if len(ids) > 1 and ids[0] == ids[1] and ids[0] in known:
             found.append(("the first token stands twice", self.tokenizer.decode(ids[:1], specials=True)))

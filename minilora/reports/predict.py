@@ -27,6 +27,7 @@ from ..generate_many import generate_many
 from ..lora import base_parameters
 from ..monitor import PLAIN_EVERY, clock
 from ..rows import fill, read_rows
+from ..rows.load import hashes
 from ..signals import StopSignal
 from ..text.tokenizer import Tokenizer, check_fits, load_tokenizer
 from .metrics import Measured, interval, measure, word_cutter
@@ -48,6 +49,7 @@ class Question(NamedTuple):
     label: str
     label_tokens: int  # with the token that ends it, as training counts them
     where: str
+    hashes: tuple[int, int]  # of the question with all before it, and of the whole row
 
 
 def read_questions(
@@ -65,7 +67,7 @@ def read_questions(
         _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
         ids, _ = tokenizer.render(before, prompt=True)
-        questions.append(Question(ids, text, last["content"], sum(trained), row.where))
+        questions.append(Question(ids, text, last["content"], sum(trained), row.where, hashes(row)))
     return questions
 
 
@@ -190,6 +192,7 @@ def _answer(
                 "label": question.label,
                 "question": question.text,
                 "where": question.where,
+                "hashes": [f"{h:016x}" for h in question.hashes],
                 "tokens": len(answer.ids),
                 "label_tokens": question.label_tokens,
                 "cut": answer.cut,
@@ -259,7 +262,7 @@ def show_results(results: dict[str, Any], console: Console) -> None:
     limit = results["settings"]["decoding"]["max_tokens"]
     lines.append(f"{rows:,} rows; intervals are a bootstrap over them. {results['answer_tokens']:,} tokens were answered, "
                  f"the references have {results['label_tokens']:,}.")  # fmt: skip
-    if cut:
+    if cut and limit > 1:  # one token is a label, not a text cut short
         lines.append(
             f"note: {cut:,} of {rows:,} answers were cut at {limit:,} tokens; a larger --max-tokens lets them end"
         )

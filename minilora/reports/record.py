@@ -8,11 +8,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import read_yaml
 from ..errors import DataError, UsageError
 from ..monitor import read_metrics
 from ..plot import smoothed
 
+TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
 ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
 
 Curve = list[tuple[float, float]]
@@ -30,6 +33,9 @@ class Record:
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # answers to the test set
+    trained_rows: np.ndarray | None = (
+        None  # uint64 [n, 2]: hashes of the question and of the whole of each training row
+    )
 
     @property
     def loss(self) -> Curve:
@@ -89,10 +95,19 @@ def read_record(folder: str | Path) -> Record:
         record.val = [(m["step"], m["val_loss"]) for m in lines if "val_loss" in m]
         if (folder / "data.json").is_file():
             record.data = read_json_file(folder / "data.json")
+        if (folder / TRAINED_ROWS).is_file():
+            record.trained_rows = _hashes(folder / TRAINED_ROWS)
     if has_answers:
         record.results = read_json_file(answers / RESULTS)
         record.rows = _answers(answers / ROWS)
     return record
+
+
+def _hashes(path: Path) -> np.ndarray:
+    raw = path.read_bytes()
+    if len(raw) % 16:
+        raise DataError(f"{path} is damaged", "Delete it, or train again.")
+    return np.frombuffer(raw, "<u8").reshape(-1, 2)
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from ..durable import staged_folder
 from ..errors import DataError, UsageError
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
-from .load import Report, load_examples
+from .load import Report, ending_note, load_examples
 from .sources import mixed, parse_ratio, parse_sources, repeated
 from .split import count_of, split
 from .token_store import Examples, TokenCache
@@ -38,7 +38,8 @@ def load_data(config: TrainConfig) -> Data:
     def load(path: str | Path) -> tuple[Examples, Report]:
         return load_examples(
             path, tokenizer, config.define, config.loss_on, config.max_length, config.max_source_length,
-            config.max_target_length, config.columns, config.truncate, config.skip_bad, config.seed, cache,
+            config.max_target_length, config.columns, config.truncate, config.skip_bad, config.train_end,
+            config.seed, cache,
         )  # fmt: skip
 
     path, val_path = config.data, Path(config.val) if config.val and Path(config.val).exists() else None
@@ -69,6 +70,8 @@ def load_data(config: TrainConfig) -> Data:
     if len(both):
         rows = int(np.isin(val.column("question"), both).sum())
         notes["note"] = f"{rows:,} validation rows ask what a training row asks: their loss says little"
+    if not config.train_end:
+        notes["end"] = ending_note(train.column("trained"))
     train = repeated(train, config.seed)
     if config.mix_general:
         general, general_report = load(config.mix_general)
@@ -86,6 +89,11 @@ def _divide(examples: Examples, wanted: dict[str, str], seed: int) -> tuple[Exam
         raise DataError(f"val and test would take {sum(counts):,} of {len(examples):,} rows", "Leave rows to train on.")
     rest, *sides = split(examples.column("question"), counts, seed)
     return examples.take(rest), {name: examples.take(side) for name, side in zip(wanted, sides, strict=True)}
+
+
+def trained_rows(examples: Examples) -> np.ndarray:
+    """uint64 [n, 2]: the hashes of the question and of the whole of each row, every row once."""
+    return np.unique(np.stack([examples.column("question"), examples.column("content")], 1), axis=0)
 
 
 def write_split(folder: Path, data: Data) -> None:

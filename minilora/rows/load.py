@@ -102,6 +102,7 @@ class Settings:
     columns: dict[str, str]
     truncate: str
     skip_bad: bool
+    train_end: bool = True
 
     def over(self, masked: int, trained: int) -> str | None:
         """The first limit that a row of so many tokens is over, as "max_length 2048"."""
@@ -121,6 +122,7 @@ def load_examples(
     columns: dict[str, str] | None = None,
     truncate: str = "drop",
     skip_bad: bool = False,
+    train_end: bool = True,
     seed: int = 42,
     cache: TokenCache | None = None,
 ) -> tuple[Examples, Report]:
@@ -129,10 +131,11 @@ def load_examples(
     path is a file, or sources as sources.py reads them. A row longer than max_length tokens, or with more masked tokens than
     max_source_length or more trained tokens than max_target_length (each with the template's own), is left out and counted
     (truncate "drop"), shortened and counted ("cut"), or an error ("error"). Raw text is laid out in pieces of max_length.
+    train_end says whether the token that ends an answer is trained with it.
     Raises RowError for the first row that cannot be used, unless skip_bad counts those; DataError if no row is left.
     """
     limits = (max_length, max_source_length, max_target_length)
-    settings = Settings(define or {}, loss_on, *limits, columns or {}, truncate, skip_bad)
+    settings = Settings(define or {}, loss_on, *limits, columns or {}, truncate, skip_bad, train_end)
     check_columns(settings.columns)
     total, stores = Report(), []
     sources = parse_sources(path)
@@ -162,6 +165,12 @@ def load_examples(
         raise DataError(f"{path}: all {total.rows:,} rows are {'too long' if total.dropped else 'left out'} (first: {first}; {why})",
                         "Raise the limit, or shorten the rows." if total.dropped else "Correct the rows.")  # fmt: skip
     return Examples(stores), total
+
+
+def ending_note(trained: np.ndarray) -> str:
+    """What a header says where the token that ends an answer is not trained; `trained` counts the trained tokens of rows."""
+    one = int((trained == 1).sum())
+    return f"the token that ends an answer is not trained; {one:,} of {len(trained):,} rows have one trained token"
 
 
 def _report_of(notes: dict[str, Any]) -> Report:
@@ -262,7 +271,7 @@ def render_within(row: Row, tokenizer: Tokenizer, settings: Settings) -> tuple[l
 
 def render_row(row: Row, tokenizer: Tokenizer, settings: Settings) -> Piece:
     with _placed(row.where):
-        rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on)
+        rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on, train_end=settings.train_end)
     ids, trained = np.array(rendered, dtype=np.int64), np.array(mask, dtype=bool)
     if not trained.any():
         what = f"{row.where}: there is nothing to learn, no token is trained"

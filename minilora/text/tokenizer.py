@@ -49,9 +49,10 @@ class Tokenizer:
         return self.template.answer_of(self.decode(ids))
 
     def render(
-        self, messages: list[Message], prompt: bool = False, thinking: bool = False, loss_on: str = "all"
-    ) -> tuple[list[int], list[bool]]:
-        """The ids of a chat and, for each, whether it is trained: the answers and the token that ends each of them.
+        self, messages: list[Message], prompt: bool = False, thinking: bool = False, loss_on: str = "all",
+        train_end: bool = True,
+    ) -> tuple[list[int], list[bool]]:  # fmt: skip
+        """The ids of a chat and, for each, whether it is trained: the answers and, with train_end, the token that ends each.
 
         prompt opens the assistant's next turn. loss_on is "all" (every answer that the template can train) or "last"; a
         message's own "loss" key wins.
@@ -64,10 +65,12 @@ class Tokenizer:
         for (special, answer, _), group in groupby(
             numbered, key=lambda n: (n[1].special, n[1].answer, n[0] if self.template.apart else 0)
         ):
-            new = self._encode_group(special, [s.text for _, s in group])
+            texts = [s.text for _, s in group]
+            new = self._encode_group(special, texts)
             ids += new
             wanted = answer is not None and messages[answer].get("loss", loss_on == "all" or answer == last)
-            trained += [wanted] * len(new)
+            ends = [text in self.template.stops for text in texts] if special else [False] * len(new)
+            trained += [wanted and (train_end or not end) for end in ends]
         return ids, trained
 
     def _encode_group(self, special: bool, texts: list[str]) -> list[int]:
