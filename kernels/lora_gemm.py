@@ -23,14 +23,23 @@ from minilora.kernels.projection import Adapter, Projection
 # by card; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
 GEMM = {
     0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
+    80: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
+    86: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
+    90: {"BM": 128, "BN": 256, "BK": 64, "R": 32, "num_warps": 8, "num_stages": 3},
+}
+MASKED = {  # dX with masks: a narrow product beside the accumulator
+    0: GEMM[0],
+    80: {"BM": 128, "BN": 64, "BK": 64, "R": 16, "num_warps": 8, "num_stages": 3},
+    86: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 8, "num_stages": 3},
+    90: {"BM": 128, "BN": 64, "BK": 64, "R": 16, "num_warps": 8, "num_stages": 3},
+}
+SINGLE = {  # S beside the accumulator
+    0: GEMM[0],
     80: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
     86: {"BM": 128, "BN": 128, "BK": 32, "R": 64, "num_warps": 8, "num_stages": 3},
-    90: {"BM": 128, "BN": 256, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
+    90: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
 }
-SINGLE = {
-    card: {**options, "BN": min(options["BN"], 128)} for card, options in GEMM.items()
-}  # S beside the accumulator
-MASKED = {card: {**options, "BN": min(options["BN"], 64), "R": 16} for card, options in GEMM.items()}  # and masks
+REPEATS = 2  # of S in the single pass, at the most
 GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cache
 
 
@@ -95,10 +104,14 @@ def members(projections: Sequence[Projection]) -> dict:
 def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
     """Whether x A^T inside the loop of x W^T, once a tile of columns, beats a pass over x of its own.
 
-    The pass costs the time to read x, size * M * K / bandwidth; in the loop it is slot / BN of the 2 M K N operations more.
+    The pass costs the time to read x, size * M * K / bandwidth; in the loop it is 2 M K slot operations more for every tile. That is
+    where nothing is dropped and few tiles make S again: A, rounded on its way, keeps shared memory busy for longer than the
+    tensor cores, and these products are bound by operations, so that bytes are not to be bought with them.
     """
     where = card(x) or 80
-    return 2 * n * slot([adapter]) / SINGLE[where]["BN"] / CARDS[where].flops < x.element_size() / CARDS[where].bytes
+    times = cdiv(n, SINGLE[where]["BN"])
+    longer, width = 2 * times * slot([adapter]) / CARDS[where].flops, slot([adapter])
+    return adapter.p == 0 and times <= REPEATS and width <= 32 and longer < x.element_size() / CARDS[where].bytes
 
 
 @jit
@@ -162,7 +175,7 @@ def _forward_kernel(
     col_in = tl.minimum(col, n - 1).to(tl.int64)
     acc = tl.zeros((BM, BN), WIDE)
     s_ptr += place_of_s.to(tl.int64) * rows * SLOT
-    for start_r in tl.static_range(0, SLOT, R):
+    for start_r in tl.range(0, SLOT, R, num_stages=1):
         r = start_r + tl.arange(0, R)
         s = operand(s_ptr + row * SLOT + r[None, :], r[None, :] < rank, WIDE)
         b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, WIDE)
@@ -193,16 +206,16 @@ def _input_gradient_kernel(
     col = col_tile * BN + tl.arange(0, BN)[None, :]
     acc = tl.zeros((BM, BN), WIDE)
     for j in tl.static_range(ADAPTED):
-        low = tl.zeros((BM, BN), WIDE)
-        for start_r in tl.static_range(0, SLOT, R):
+        low = tl.zeros((BM, BN), WIDE) if DROPS else acc
+        for start_r in tl.range(0, SLOT, R, num_stages=1):
             r = start_r + tl.arange(0, R)
             at = ds_ptr + tl.cast(j, tl.int64) * rows * SLOT + row * SLOT + r[None, :]
             ds = operand(at, r[None, :] < ranks[j], WIDE)
             a = load(a_ptrs[j] + r[:, None] * K + col, (r[:, None] < ranks[j]) & (col < K), WIDE)
             low = dot(ds, narrowed(a, dx_ptr.dtype.element_ty), low)
         if DROPS:
-            low = tl.where(kept(seeds[j], thresholds[j], row, col_tile * BN, BN), low, 0.0) * inverses[j]
-        acc += low
+            low = acc + tl.where(kept(seeds[j], thresholds[j], row, col_tile * BN, BN), low, 0.0) * inverses[j]
+        acc = low
     k = tl.arange(0, BK)
     for j in tl.static_range(COUNT):
         dy_tile = dy_ptrs[j] + row * dy_strides[j] + k[None, :]
@@ -217,13 +230,12 @@ def _input_gradient_kernel(
     store(dx_ptr + top * K + at * K + col, acc, (at < rows - top) & (col < K))
 
 
-@jit(do_not_specialize=["rows", "seeds", "thresholds"])
+@jit(do_not_specialize=["rows"])
 def _single_pass_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, seeds, thresholds, inverses, scale, N, bias_n, rank, w_stride,
-    x_stride, rows, K, col_tiles, DROPS: tl.constexpr, SLOT: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, scale, N, bias_n, rank, w_stride, x_stride, rows, K, col_tiles,
+    SLOT: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """One member; every tile of columns makes S for itself, the first one stores it."""
+    """One member that drops nothing; every tile of columns makes S for itself, the first one stores it."""
     row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
@@ -237,14 +249,12 @@ def _single_pass_kernel(
         inside = start_k + k < K
         x = operand(x_ptrs, inside[None, :], WIDE)
         acc = dot(x, operand(w_tile, inside[:, None], WIDE), acc)
-        if DROPS:
-            x = tl.where(kept(seeds[0], thresholds[0], row, start_k, BK), x, 0.0)
         a = load(a_tile, inside[:, None] & (r[None, :] < rank), WIDE)
         low = dot(x, narrowed(a, x_ptr.dtype.element_ty), low)
         x_ptrs += BK
         w_tile += BK
         a_tile += BK
-    s = narrowed(low * inverses[0], x_ptr.dtype.element_ty)
+    s = narrowed(low, x_ptr.dtype.element_ty)
     at = tl.arange(0, BM)[:, None]
     if col_tile == 0:
         store(s_ptr + top * SLOT + at * SLOT + r[None, :], s, at < rows - top)
@@ -289,10 +299,9 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Proj
 
 
 def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, Tensor]:
-    """y [T, N] and S [1, T, slot] of one projection with the adapter a, x read once."""
+    """y [T, N] and S [1, T, slot] of one projection with the adapter a, which drops nothing; x read once."""
     weight, bias = rows_of(projection.weight), projection.bias
     (rows, k), n = x.shape, weight.shape[0]
-    masks = drops([a])
     options = of_adapters(SINGLE, x, [a])
     del options["R"], options["COUNT"]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
@@ -301,6 +310,6 @@ def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, 
     _single_pass_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
         x, weight, weight if bias is None else bias.contiguous(), a.a.contiguous(), a.b.contiguous(), y, s,
         scale=a.scale, N=n, bias_n=0 if bias is None else n, rank=a.a.shape[0], w_stride=weight.stride(0),
-        x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **masks, **options,
+        x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **options,
     )  # fmt: skip
     return y, s

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from minilora.kernels.dropout import kept
 from minilora.kernels.lang import cdiv, jit, load, store, tl
-from minilora.kernels.lora_gemm import configuration, dot, drops, narrowed, of_adapters, operand, slot
+from minilora.kernels.lora_gemm import card, configuration, dot, drops, narrowed, of_adapters, operand, slot
 from minilora.kernels.projection import Adapter
 
-PROGRAMS = 128  # that a launch should have at least: about one for each multiprocessor
+PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a card: one for each multiprocessor
 # by card, as in lora_gemm
 LOW = {
     0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
@@ -27,11 +27,11 @@ LOW = {
     86: {"BM": 64, "BK": 32, "R": 64, "num_warps": 4, "num_stages": 3},
     90: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
 }
-GRADIENTS = {  # ROWS for 16 ranks, fewer for more: their dS stays in registers
-    0: {"ROWS": 32, "BN": 16, "R": 16, "num_warps": 4, "num_stages": 1},
-    80: {"ROWS": 512, "BN": 64, "R": 64, "num_warps": 8, "num_stages": 2},
-    86: {"ROWS": 512, "BN": 64, "R": 64, "num_warps": 8, "num_stages": 2},
-    90: {"ROWS": 1024, "BN": 32, "R": 64, "num_warps": 16, "num_stages": 2},
+GRADIENTS = {  # ROWS for 16 ranks, half for 32: their dS stays in registers
+    0: {"ROWS": 32, "BN": 16, "R": 16, "num_warps": 2, "num_stages": 1},
+    80: {"ROWS": 1024, "BN": 32, "R": 32, "num_warps": 8, "num_stages": 2},
+    86: {"ROWS": 512, "BN": 32, "R": 32, "num_warps": 8, "num_stages": 2},
+    90: {"ROWS": 1024, "BN": 32, "R": 32, "num_warps": 8, "num_stages": 2},
 }
 SUM = {card: {"BLOCK": 1024, "num_warps": 4} for card in (0, 80, 86, 90)}
 
@@ -72,14 +72,16 @@ def _low_kernel(
 @jit(do_not_specialize=["rows", "row_tiles", "tiles"])
 def _gradients_kernel(
     dy_ptrs, dy_strides, b_ptrs, s_ptr, ds_ptr, db_ptr, scales, ns, ranks, rows, row_tiles, tiles, blocks, N,
-    COUNT: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr
+    COUNT: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, WARPS: tl.constexpr,
+    WIDE: tl.constexpr
 ):  # fmt: skip
-    """A program: ROWS rows, `tiles` times BN of the columns of one dY_j, R of the columns of S_j.
+    """A program: ROWS rows, `tiles` times BN of the columns of one dY_j, R of the columns of S_j; its warps share out the rows.
 
     ds [ranges of all members, rows, SLOT], db [row tiles, columns of all members, SLOT]; None where it is not wanted.
     """
-    tile, rest = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    r, part = rest % blocks * R + tl.arange(0, R)[None, :], rest // blocks
+    # the programs that read the same dY run side by side, so that the second one finds it in the cache
+    r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
+    tile, part = rest % row_tiles, rest // row_tiles
     dy_ptr, dy_stride, b_ptr, scale, n, rank = dy_ptrs[0], dy_strides[0], b_ptrs[0], scales[0], ns[0], ranks[0]
     slot, first, before, start, columns = 0, 0, 0, 0, 0
     span = tiles * BN
@@ -91,21 +93,22 @@ def _gradients_kernel(
         dy_ptr, b_ptr = tl.where(here, dy_ptrs[j], dy_ptr), tl.where(here, b_ptrs[j], b_ptr)
         dy_stride, scale = tl.where(here, dy_strides[j], dy_stride), tl.where(here, scales[j], scale)
         n, rank = tl.where(here, ns[j], n), tl.where(here, ranks[j], rank)
-    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = row < rows
+    # [WARPS, rows of a warp, columns]: each warp holds its own rows of S alone, and their sums for dB meet at the end
+    own: tl.constexpr = ROWS // WARPS
+    row = (tl.arange(0, WARPS)[:, None] * own + tl.arange(0, own)[None, :])[:, :, None] + tile.to(tl.int64) * ROWS
+    inside, r = row < rows, r[None, None, :]
     s = operand(s_ptr + tl.cast(slot, tl.int64) * rows * SLOT + row * SLOT + r, inside & (r < rank), WIDE)
-    ds = tl.zeros((ROWS, R), WIDE)
+    ds = tl.zeros((WARPS, own, R), WIDE)
     for start_n in range((part - first) * span, min((part - first) * span + span, n), BN):
         col = start_n + tl.arange(0, BN)
-        dy = operand(dy_ptr + row * dy_stride + col[None, :], inside & (col[None, :] < n), WIDE)
+        dy = operand(dy_ptr + row * dy_stride + col[None, None, :], inside & (col[None, None, :] < n), WIDE)
         if ds_ptr is not None:
-            at = col[:, None].to(tl.int64) * rank + r
-            b = load(b_ptr + at, (col[:, None] < n) & (r < rank), WIDE)
-            ds = dot(dy, narrowed(b, s_ptr.dtype.element_ty), ds)
+            at = col[None, :, None].to(tl.int64) * rank + r
+            b = narrowed(load(b_ptr + at, (col[None, :, None] < n) & (r < rank), WIDE), s_ptr.dtype.element_ty)
+            ds = dot(dy, tl.broadcast_to(b, (WARPS, BN, R)), ds)
         if db_ptr is not None:
-            # dY stands right of the dot here and left of it above, untransposed in both: one copy in shared memory serves
-            db = dot(tl.trans(s), dy, tl.zeros((R, BN), WIDE)) * scale
-            at = (tile.to(tl.int64) * N + before + col[None, :]) * SLOT + tl.trans(r)
+            db = tl.sum(dot(tl.trans(s, (0, 2, 1)), dy, tl.zeros((WARPS, R, BN), WIDE)), 0) * scale
+            at = (tile.to(tl.int64) * N + before + col[None, :]) * SLOT + tl.trans(tl.reshape(r, (1, R)))
             store(db_ptr + at, db, col[None, :] < n)
     if ds_ptr is not None:
         store(ds_ptr + part.to(tl.int64) * rows * SLOT + row * SLOT + r, ds * scale, inside)
@@ -142,9 +145,9 @@ def _a_gradient_kernel(
         store(out_ptr + at, sums[j] * inverses[j], k < K)
 
 
-@jit(do_not_specialize=["parts", "size"])
+@jit(do_not_specialize=["parts"])
 def _sum_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """out [size] = the sum of parts [parts, size], first to last."""
+    """out [size] = the sum of parts [parts, size], first to last; size is a multiple of 16, as every slot is."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), WIDE)
     for _ in range(parts):
@@ -159,7 +162,7 @@ def low(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     if len(adapters) * options["R"] > 128:  # many sums in registers, much of A in shared memory
         options |= {"num_warps": 8, "num_stages": 3, "R": 32}
     row_tiles, blocks = cdiv(rows, options["BM"]), width // options["R"]
-    parts, span = _split(k, options["BK"], row_tiles * blocks)
+    parts, span = _split(k, options["BK"], row_tiles * blocks, x)
     s = torch.empty((len(adapters), rows, width), dtype=x.dtype, device=x.device)
     out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=wider(x), device=x.device)
     _low_kernel[(row_tiles * blocks * parts,)](
@@ -174,10 +177,18 @@ def low_gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dS [members, T, slot] and dB [N_j, R_j] of every member in fp32, each where it is wanted."""
     (_, rows, width), ns, options = s.shape, [dy.shape[1] for dy in dys], of_adapters(GRADIENTS, s, adapters)
-    options["ROWS"] = _row_tile(rows, sum(ns), options["ROWS"] * 16 // options["R"])
-    row_tiles, blocks, bn = cdiv(rows, options["ROWS"]), width // options["R"], options["BN"]
-    tiles = cdiv(sum(cdiv(n, bn) for n in ns) * row_tiles * blocks, PROGRAMS)
-    ranges = [cdiv(n, tiles * bn) for n in ns]
+    options["ROWS"] = _row_tile(rows, sum(ns), options["ROWS"] * 16 // options["R"], PROGRAMS[card(s)])
+    row_tiles, blocks, columns = (
+        cdiv(rows, options["ROWS"]),
+        width // options["R"],
+        [cdiv(n, options["BN"]) for n in ns],
+    )
+    # one program fills a multiprocessor here, so a few too many would take as long again
+    most = max(PROGRAMS[card(s)] // (row_tiles * blocks), len(ns))
+    tiles = next(
+        t for t in range(cdiv(sum(columns), most), max(columns) + 1) if sum(cdiv(c, t) for c in columns) <= most
+    )
+    ranges = [cdiv(c, tiles) for c in columns]
     ds = db = None
     if needs_ds:
         ds = torch.empty((sum(ranges), rows, width), dtype=wider(s), device=s.device)
@@ -186,7 +197,7 @@ def low_gradients(
     _gradients_kernel[(row_tiles * blocks * sum(ranges),)](
         tuple(dys), tuple(dy.stride(0) for dy in dys), tuple(a.b.contiguous() for a in adapters), s, ds, db,
         tuple(a.scale for a in adapters), tuple(ns), tuple(a.a.shape[0] for a in adapters), rows, row_tiles, tiles,
-        blocks, sum(ns), **options,
+        blocks, sum(ns), WARPS=options["num_warps"], **options,
     )  # fmt: skip
     if ds is not None:
         whole = torch.empty(s.shape, dtype=s.dtype, device=s.device)
@@ -205,7 +216,7 @@ def a_gradients(x: Tensor, ds: Tensor, adapters: Sequence[Adapter]) -> list[Tens
     if count * options["R"] > 128:
         options["num_warps"] = 8
     tiles, blocks = cdiv(k, options["BK"]), width // options["R"]
-    parts, span = _split(rows, options["BM"], tiles * blocks)
+    parts, span = _split(rows, options["BM"], tiles * blocks, x)
     out = torch.empty((parts, count, width, k), dtype=wider(x), device=x.device)
     _a_gradient_kernel[(tiles * blocks * parts,)](
         x, ds, out, tuple(a.a.shape[0] for a in adapters), x_stride=x.stride(0), rows=rows, K=k,
@@ -221,15 +232,15 @@ def _sum(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _split(size: int, block: int, others: int) -> tuple[int, int]:
+def _split(size: int, block: int, others: int, x: Tensor) -> tuple[int, int]:
     """(parts, span of a part): whole blocks of a size, as many parts as bring `others` programs near PROGRAMS."""
-    span = cdiv(cdiv(size, block), max(1, PROGRAMS // others)) * block
+    span = cdiv(cdiv(size, block), max(1, PROGRAMS[card(x)] // others)) * block
     return cdiv(size, span), span
 
 
-def _row_tile(rows: int, n: int, most: int) -> int:
-    """Rows of a program, `most` or half as many: the partials of dB take n a tile of rows, those of dS PROGRAMS a row of it."""
-    return min(most, most // 2, key=lambda size: cdiv(rows, size) * n + PROGRAMS * size)
+def _row_tile(rows: int, n: int, most: int, programs: int) -> int:
+    """Rows of a program, `most` or half as many: the partials of dB take n a tile of rows, those of dS `programs` a row of it."""
+    return min(most, most // 2, key=lambda size: cdiv(rows, size) * n + programs * size)
 
 
 def wider(x: Tensor) -> torch.dtype:

@@ -48,7 +48,7 @@ def _dual_kernel(
     starts = ()
     for j in tl.static_range(2):
         acc = tl.zeros((BM, BN), WIDE)
-        for start_r in tl.static_range(0, SLOT, R):
+        for start_r in tl.range(0, SLOT, R, num_stages=1):
             r = start_r + tl.arange(0, R)
             at = s_ptr + tl.cast(slots[j], tl.int64) * rows * SLOT + row * SLOT + r[None, :]
             s = operand(at, r[None, :] < ranks[j], WIDE)
