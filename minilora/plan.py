@@ -3,7 +3,9 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from minilora.models.decoder import Decoder
@@ -12,10 +14,11 @@ from . import __version__
 from .checkpoint import fingerprint
 from .config import TrainConfig
 from .data import Examples, steps_per_epoch
-from .dataset import Data
+from .kernel_paths import kernel_paths
 from .lora import adapters, base_parameters
+from .rows.dataset import Data
 from .snapshot import trained_parameters
-from .tokenizer import check_fits
+from .text.tokenizer import check_fits
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 
@@ -60,6 +63,30 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     return Plan(**{**plan.__dict__, "header": header})
 
 
+def data_record(data: Data, plan: Plan) -> dict[str, Any]:
+    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes."""
+    length, trained = plan.train.column("length"), plan.train.column("trained")
+    return {
+        "rows": data.report.rows,
+        "dropped": {f"over {limit}": n for limit, n in data.report.dropped.items()} | dict(data.report.broken),
+        "cut": {f"over {limit}": n for limit, n in data.report.cut.items()},
+        "train_rows": len(plan.train),
+        "val_rows": len(plan.val),
+        "tokens": int(length.sum()),
+        "trained": int(trained.sum()),
+        "masked_lengths": _counted(length - trained),
+        "trained_lengths": _counted(trained),
+        "steps": plan.steps,
+        "train_hash": plan.train.digest(),
+        "val_hash": plan.val.digest(),
+        "base": plan.base,
+    }
+
+
+def _counted(lengths: np.ndarray) -> dict[str, int]:
+    return {str(n): int(rows) for n, rows in zip(*np.unique(lengths, return_counts=True), strict=True)}
+
+
 def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
     """(optimizer steps of a run, steps of an epoch, epochs) for so many rows."""
     per_epoch = steps_per_epoch(rows, config.batch_size * config.accumulation)
@@ -94,6 +121,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
             f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
         )
     indent = "\n        "
+    lines.append("kernels " + indent.join(kernel_paths(model, device)))
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(

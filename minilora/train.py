@@ -7,6 +7,7 @@ micro-batches. Order, learning rate and dropout are functions of the step, so a 
 the same bits as one that was never stopped.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -24,15 +25,16 @@ from .adapter import save_adapter
 from .checkpoint import load_model, read_config, save_model
 from .config import TrainConfig, to_yaml
 from .data import Batch, pack, step_examples
-from .dataset import load_data, write_split
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
-from .plan import make_plan
+from .plan import data_record, make_plan
 from .plot import plot_loss
+from .reports.report import report_quietly
+from .rows.dataset import load_data, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
 from .snapshot import trained_parameters
@@ -63,6 +65,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             clear(folder)
         check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
+        write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
         write_split(folder / "data", data)
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
@@ -252,7 +255,12 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
     if at.best_step is not None:
         where = run.checkpoints / "best" if at.best_step else "before training"
         lines.append(f"best    validation loss {at.best_loss:.4f} at step {at.best_step}: {where}")
-    lines += [f"{result.name:<7} {result}", f"loss    {plot_loss(run.folder)}", ""]
+    lines += [
+        f"{result.name:<7} {result}",
+        f"loss    {plot_loss(run.folder)}",
+        f"report  {report_quietly(run.folder)}",
+        "",
+    ]
     if run.plan.full:
         lines.append("  " + shell("chat", "--model", result))
     else:
