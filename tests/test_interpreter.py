@@ -10,11 +10,13 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 # operations with kernels, by how their tests are called in tests/test_kernels.py
-WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy"
+WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy or lora_linear and not of_any"  # ranks and shapes: in own
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tests/interpreter"], ["tests/test_kernels.py", "-k", WITH_KERNELS]], ids=["own", "shared"]
+    "arguments",
+    [["tests/interpreter"], ["tests/test_kernels.py", "tests/test_lora_linear_group.py", "-k", WITH_KERNELS]],
+    ids=["own", "shared"],
 )
 def test_kernels_on_the_interpreter(arguments: list[str]):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
