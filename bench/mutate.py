@@ -10,6 +10,7 @@ fail or run for too long. Exit code 1 when fewer than 95 % are killed.
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -19,12 +20,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
+
+from minilora.durable import write_file
 
 ROOT = Path(__file__).parent.parent
 GATE = 0.95
 LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^force$")
+WITH_KERNELS = (
+    r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy"  # operations whose shared tests run on the interpreter too
+)
 SECONDS = 900  # for the tests of one fault
 
 
@@ -192,8 +199,6 @@ def faults(file: str, source: str) -> list[Fault]:
             if hasattr(node, field):
                 setattr(node, field, [] if field == "decorator_list" else None)
     visit(tree, tree, "")
-    for fault in found:
-        ast.parse(fault.planted(source))  # loud if a fault is no Python
     return found
 
 
@@ -213,26 +218,68 @@ def chosen(found: list[Fault], each: int) -> list[Fault]:
     return sorted(picked, key=lambda fault: fault.start)
 
 
-def commands(fault: Fault) -> list[tuple[str, list[str]]]:
-    """The tests of a file, those first that are near to the fault: (TRITON_INTERPRET, arguments of pytest)."""
+# what the names of a file's tests hold, where it is not the name of the file; a longer word is not meant
+NEAR = {
+    "swiglu": r"(?<!lora_)swiglu",
+    "linear_cross_entropy": r"(?<![a-z])cross_entropy",
+    "attention": r"attention|window|prefix|packed",
+    "dropout": r"dropout|mask|key|draws|kept|dropped",
+    "lang": r"rms_norm|(?<![a-z])rope|(?<!lora_)swiglu",
+    "dispatch": r"switch|librarys|refuse|whole|many_weights|rms_norm",
+    **dict.fromkeys(
+        ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"], r"lora"
+    ),
+}
+SLOW = re.compile(r"gradcheck|any_shape|any_mask|real_vocabulary|partial_sums|expanded_and|test_shadow")  # last
+
+
+def collected(folder: Path, interpret: str) -> list[str]:
+    """The tests that the suite runs on Triton's interpreter, or on the torch paths; slow ones last."""
+    files = ["tests/test_kernels.py", *(["tests/interpreter"] if interpret == "1" else ["tests/test_attention.py"])]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "not long",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    listed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+    names = [line for line in listed.splitlines() if "::" in line]
+    if interpret == "1":
+        names = [n for n in names if not n.startswith("tests/test_kernels.py") or re.search(WITH_KERNELS, n)]
+    return sorted(names, key=lambda name: bool(SLOW.search(name)))
+
+
+def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """(TRITON_INTERPRET, the tests of a fault's file)."""
     stem = Path(fault.file).stem
-    names = [] if stem in ("lang", "dispatch") else ["-k", stem]
-    on_triton = ("1", ["tests/interpreter", "tests/test_kernels.py", *names])
-    on_torch = ("0", ["tests/test_kernels.py", *names])
+    near = re.compile(NEAR.get(stem, rf"(?<![a-z]){stem}"))
+    found = {mode: [name for name in names if near.search(name)] for mode, names in there.items()}
+    assert any(found.values()), f"no tests for {fault.file}"
     if "_OnTorch" in fault.function:
-        return [on_torch]
-    return [on_triton] if "kernel" in fault.function or "_OnTriton" in fault.function else [on_triton, on_torch]
+        modes = ["0"]
+    elif "kernel" in fault.function or "_OnTriton" in fault.function:
+        modes = ["1"]
+    else:
+        modes = ["1", "0"]
+    return [(mode, found[mode]) for mode in modes if found[mode]]
 
 
-def survives(folder: Path, fault: Fault) -> bool:
-    for interpret, arguments in commands(fault):
+def survives(folder: Path, fault: Fault, there: dict[str, list[str]]) -> bool:
+    for interpret, names in tests_of(fault, there):
         environment = {
             **os.environ,
             "TRITON_INTERPRET": interpret,
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
         try:
             result = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
@@ -240,46 +287,70 @@ def survives(folder: Path, fault: Fault) -> bool:
         except subprocess.TimeoutExpired:
             return False
         if result.returncode:
-            assert result.returncode != 5, f"no tests for {fault.file}: {' '.join(command)}"
+            assert result.returncode != 5, f"no tests for {fault.file}"
             return False
     return True
+
+
+def in_turn(faults: list[Fault], most: int) -> list[Fault]:
+    """At most so many of every file, spread over it; a fault of every file before the second of any."""
+    files = defaultdict(list)
+    for fault in faults:
+        files[fault.file].append(fault)
+    spread = [
+        [of[(2 * i + 1) * len(of) // (2 * most)] for i in range(most)] if len(of) > most else of
+        for of in files.values()
+    ]
+    return [fault for row in zip_longest(*spread) for fault in row if fault]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
     parser.add_argument("--only", default="", metavar="NAME", help="a file of kernels/, or a part of its name")
+    parser.add_argument("--per-file", type=int, default=1000, help="faults in every file (all of --each)")
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
+    parser.add_argument("--sound", action="store_true", help="the tests were just seen to pass: begin with the faults")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)
     sources = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").glob("*.py"))}
     planted = [
-        f for file, source in sources.items() if args.only in file for f in chosen(faults(file, source), args.each)
+        f
+        for file, source in sources.items()
+        if args.only in file
+        for f in chosen([f for f in faults(file, source) if not equivalent(f, source)], args.each)
     ]
+    planted = in_turn(planted, args.per_file)
     if args.list:
         print(*[fault.told(sources[fault.file]) for fault in planted], sep="\n")
         return 0
     os.nice(10)
-    alive = 0
+    done = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         shutil.copytree(
             ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs")
         )
-        for file in {fault.file for fault in planted}:
-            sound = Fault(file, "none", "", 0, 0, 0, "")
-            if not survives(folder, sound):
+        there = {mode: collected(folder, mode) for mode in ("1", "0")}
+        for file in {fault.file for fault in planted} if not args.sound else ():
+            if not survives(folder, Fault(file, "none", "", 0, 0, 0, ""), there):
                 sys.exit(f"{file}: its tests fail, or take over {SECONDS} s, without any fault")
         for fault in planted:
             source, began = sources[fault.file], time.monotonic()
+            ast.parse(fault.planted(source))  # loud if a fault is no Python: it would count as killed
             (folder / fault.file).write_text(fault.planted(source))
-            lives = survives(folder, fault)
+            lives = survives(folder, fault, there)
             (folder / fault.file).write_text(source)
-            alive += lives
-            seconds = time.monotonic() - began
-            print("SURVIVED" if lives else "killed  ", fault.told(source), f"({seconds:.0f} s)", flush=True)
-    killed = len(planted) - alive
-    print(f"{killed} of {len(planted)} faults killed: {killed / max(1, len(planted)):.1%}")
-    return int(killed < GATE * len(planted))
+            seconds = round(time.monotonic() - began)
+            print("SURVIVED" if lives else "killed  ", fault.told(source), f"({seconds} s)", flush=True)
+            done.append({"fault": fault.told(source), "killed": not lives, "seconds": seconds})
+            if args.save:
+                write_file(
+                    args.save, json.dumps({"faults": done, "killed": sum(d["killed"] for d in done)}, indent=1) + "\n"
+                )
+    killed = sum(d["killed"] for d in done)
+    print(f"{killed} of {len(done)} faults killed: {killed / max(1, len(done)):.1%}")
+    return int(killed < GATE * len(done))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ dS_j = s_j dY_j B_j:
 
 dX is written once and x read once for all dA_j. On Triton the plan is: S (lora_narrow), then all y_j in one launch of
 a GEMM whose accumulators start from s_j S_j B_j^T (lora_gemm), or for a narrow single layer both at once; backward dS and dB
-from one read of each dY_j, then dX and dA. The torch path is the library's GEMM, into which the narrow product is added by
+from one read of each dY_j, then dX and dA. The torch path, which widths that are no multiple of 16 take on a GPU too, is the library's GEMM, into which the narrow product is added by
 the accumulate of a second call; weights that lie one behind the other (projection.joined) are one GEMM there.
 """
 
@@ -25,7 +25,7 @@ from minilora.kernels import lora_gemm, lora_narrow
 from minilora.kernels.dispatch import library_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.lang import INTERPRETED, rows_of
-from minilora.kernels.projection import Adapter, Projection, check, joined
+from minilora.kernels.projection import Adapter, Projection, check, check_gradients, joined
 
 
 def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -88,7 +88,11 @@ def _triton_gradients(
         if any(needs_a) and ds is not None:
             das = lora_narrow.a_gradients(rows, ds, adapters)
     found = [d for pair in zip(das, dbs, strict=True) for d in pair]
-    return dx, *(d if needed else None for d, needed in zip(found, needs[1:], strict=True))
+    trained = [t for a in adapters for t in (a.a, a.b)]
+    return dx, *(
+        d.to(t.dtype) if needed and d is not None else None
+        for d, t, needed in zip(found, trained, needs[1:], strict=True)
+    )
 
 
 class _OnTorch(torch.autograd.Function):
@@ -177,6 +181,7 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Ten
     return on.apply(projections, x, *trained)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
 def lora_linear_group_gradients(
     x: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -186,6 +191,7 @@ def lora_linear_group_gradients(
     not require grad get None.
     """
     check(x, projections)
+    check_gradients(x, projections, dys)
     adapters = [p.adapter for p in projections if p.adapter]
     needs = [needs_x, *(t.requires_grad for adapter in adapters for t in (adapter.a, adapter.b))]
     if runs_on_triton(x, projections):
@@ -198,9 +204,11 @@ def lora_linear_group_gradients(
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """On a GPU in 16 bits, for which the tiles are made, with an adapter, unless the library's GEMM is asked for."""
+    """On a GPU in 16 bits and for widths in sixteens, for which the tiles are made (rows that lie otherwise can't be copied
+    asynchronously), with an adapter, unless the library's GEMM is asked for."""
     there = x.numel() > 0 and any(p.adapter for p in projections)
-    fits = INTERPRETED or x.element_size() == 2
+    sizes = (x.shape[1], *(p.weight.shape[0] for p in projections))
+    fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
     return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device
 
 

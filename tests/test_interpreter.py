@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 # operations with kernels, by how their tests are called in tests/test_kernels.py
-WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy"
+WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy or lora_linear and not of_any"  # ranks and shapes: in own
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy"
     [
         pytest.param(["tests/interpreter", "-m", "not long"], id="own"),
         pytest.param(["tests/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
-        pytest.param(["tests/test_kernels.py", "-k", WITH_KERNELS], id="shared"),
+        pytest.param(["tests/test_kernels.py", "tests/test_lora_linear_group.py", "-k", WITH_KERNELS], id="shared"),
     ],
 )
 def test_kernels_on_the_interpreter(arguments: list[str]):

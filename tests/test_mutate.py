@@ -1,5 +1,6 @@
 """The planted faults follow the kernels: there are enough of them, each is Python and changes its file."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -7,20 +8,23 @@ import pytest
 from bench import mutate
 
 FILES = {f"kernels/{path.name}": path.read_text() for path in sorted((mutate.ROOT / "kernels").glob("*.py"))}
+FAULTS = {file: mutate.faults(file, source) for file, source in FILES.items()}
 
 
 def test_there_are_many_faults_of_many_kinds():
-    faults = [fault for file, source in FILES.items() for fault in mutate.chosen(mutate.faults(file, source), 2)]
+    faults = [fault for file in FILES for fault in mutate.chosen(FAULTS[file], 1)]
     assert len(faults) >= 60
     assert len({fault.kind for fault in faults}) >= 12
-    assert all(fault.planted(FILES[fault.file]) != FILES[fault.file] for fault in faults)
+    for fault in faults:
+        planted = fault.planted(FILES[fault.file])
+        assert ast.parse(planted) and planted != FILES[fault.file]
 
 
 def test_what_is_said_to_change_nothing_is_still_there():
     there = {
         (Path(fault.file).stem, fault.function, fault.kind, fault.old(source))
         for file, source in FILES.items()
-        for fault in mutate.faults(file, source)
+        for fault in FAULTS[file]
     }
     assert mutate.EQUIVALENT.keys() <= there
 
@@ -49,3 +53,21 @@ def test_a_fault_is_what_it_is_called(line: str, kind: str, becomes: str):
     source = f"def kernel(x):\n    {line}\n"
     planted = [f.planted(source).splitlines()[1].strip() for f in mutate.faults("f.py", source) if f.kind == kind]
     assert becomes in planted
+
+
+def test_the_tests_of_a_file_are_those_that_name_it():
+    there = {
+        "1": ["t.py::test_property", "t.py::test_of_any[rope]", "t.py::test_rope_is_a_rotation"],
+        "0": ["t.py::test_swiglu"],
+    }
+    fault = mutate.Fault("kernels/rope.py", "", "rope", 0, 0, 0, "")
+    assert mutate.tests_of(fault, there) == [("1", there["1"][1:])]
+    wide = fault._replace(file="kernels/lora_swiglu.py")
+    with pytest.raises(AssertionError, match="no tests"):
+        mutate.tests_of(wide, there)
+
+
+def test_a_fault_of_every_file_comes_before_the_second_of_any():
+    faults = [mutate.Fault(file, "", "", line, 0, 0, "") for file in ("a", "b") for line in range(9)]
+    some = mutate.in_turn(faults[:10], 3)
+    assert [(fault.file, fault.line) for fault in some] == [("a", 1), ("b", 0), ("a", 4), ("a", 7)]

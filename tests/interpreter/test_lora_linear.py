@@ -131,7 +131,7 @@ def test_groups_of_any_shape(tokens: int, k: int, members: list[tuple[int, int]]
 
 @pytest.mark.parametrize("single, p", [(True, 0.0), (False, 0.3)], ids=["one pass", "two"])
 def test_gradcheck(single: bool, p: float):
-    ranks, ns = ((2,), (3,)) if single else ((1, 0, 2), (2, 1, 2))
+    ranks, ns = ((2,), (3,)) if single else ((1, 0), (2, 1))
     op, _, args, trained = group(ranks, ns, (True,) * len(ns), p, torch.float64, 2, 3)
 
     def only(*leaves: Tensor) -> Tensor:
@@ -147,12 +147,12 @@ def test_ranks_and_rows_and_columns_over_many_partial_sums(monkeypatch: pytest.M
     op, ref, args, trained = group((3, 18), (67, 35), (True, False), P, torch.float32, 40, 40)
     truth, plain = (run(ref, a, trained, upstream(op(*args))) for a in (widen(args), args))
     found = []
-    for programs in (1, 3, 12):
+    for programs in (1, 12):
         monkeypatch.setitem(lora_narrow.PROGRAMS, 0, programs)
         found.append(run(op, args, trained, upstream(plain[0])))
         for ours, yard, exact in zip(found[-1], plain, truth, strict=True):
             as_wrong_as(ours, yard, exact, scale=float(truth[0].abs().max()))
-    assert not equal(found[0], found[2])
+    assert not equal(found[0], found[1])
 
 
 @groups
@@ -168,7 +168,7 @@ def test_tiles_change_rounding_only(name: str, monkeypatch: pytest.MonkeyPatch):
         check_op(op, ref, args, trained)
 
 
-@groups
+@pytest.mark.parametrize("name", ["qkv dropped"])
 def test_the_same_call_twice_gives_the_same_bits_and_writes_no_input(name: str):
     op, _, args, trained = group(*GROUPS[name], torch.float32)
     before, dy = [a.clone() for a in args], upstream(op(*args))
@@ -187,15 +187,14 @@ def test_views_inside_nan(name: str, dtype: torch.dtype):
         assert equal(run(op, [in_nan(a) for a in args], trained, in_nan(dy)), expected)
 
 
-@pytest.mark.parametrize("name", ["one alone", "one without adapter"])
-def test_expanded_and_transposed_inputs_and_gradients(name: str):
-    op, _, args, trained = group(*GROUPS[name], torch.float32)
-    x, *others = args
-    for odd in (x[:1].expand_as(x), x.T.contiguous().T):
-        y = op(odd, *others)
-        for dy in (upstream(y)[:1].expand(y.shape), upstream(y).T.contiguous().T, upstream(y)[:1, :1].expand(y.shape)):
-            expected = run(op, [odd.contiguous(), *others], trained, dy.contiguous())
-            assert equal(run(op, [odd, *others], trained, dy), expected)
+def test_expanded_and_transposed_inputs_and_gradients():
+    op, _, (x, *others), trained = group(*GROUPS["one without adapter"], torch.float32)
+    dy = upstream(op(x, *others))
+    for odd_x, odd_dy in (
+        (x[:1].expand_as(x), dy[:1].expand_as(dy)), (x.T.contiguous().T, dy[:1, :1].expand_as(dy)), (x, dy.T.contiguous().T),
+    ):  # fmt: skip
+        expected = run(op, [odd_x.contiguous(), *others], trained, odd_dy.contiguous())
+        assert equal(run(op, [odd_x, *others], trained, odd_dy), expected)
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["one pass", "two"])

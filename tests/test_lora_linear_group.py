@@ -1,0 +1,165 @@
+"""Groups of linear layers with adapters: the same tests for the torch path and, on the interpreter, for the kernels."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from oracle import as_wrong_as, check_op
+from torch import Tensor
+
+from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.lora_linear_group import (
+    lora_linear_group,
+    lora_linear_group_gradients,
+    lora_linear_group_ref,
+)
+from minilora.kernels.projection import Adapter, Projection, join, joined
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def group(ranks: tuple[int, ...], ns: tuple[int, ...], p: float, dtype: torch.dtype) -> tuple[Tensor, list[Projection]]:
+    """x and its projections, every second one without a bias; rank 0: no adapter."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    kept, made = torch.promote_types(dtype, torch.float32), []
+    for j, (r, n) in enumerate(zip(ranks, ns, strict=True)):
+        adapter = None
+        if r:
+            adapter = Adapter(randn(r, 19, dtype=kept), randn(n, r, dtype=kept), 1.75, p, DropoutKey(7, 3, 1, j))
+        made.append(Projection(randn(n, 19), None if j % 2 else randn(n), adapter))
+    return randn(21, 19), made
+
+
+def of(function: Any, projections: list[Projection]) -> tuple[Any, list[Tensor]]:
+    """The function of x and the adapters' matrices with its outputs side by side; and these matrices."""
+    matrices = [t for p in projections if p.adapter for t in p.adapter[:2]]
+
+    def call(x: Tensor, *given: Tensor) -> Tensor:
+        rest = iter(given)
+        now = [p._replace(adapter=p.adapter and p.adapter._replace(a=next(rest), b=next(rest))) for p in projections]
+        if x.dtype == torch.float64:
+            now = [p._replace(weight=p.weight.double(), bias=None if p.bias is None else p.bias.double()) for p in now]
+        return torch.cat(function(x, now), dim=1)
+
+    return call, matrices
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lie_together", [True, False])
+@pytest.mark.parametrize("ranks, p", [((3, 0, 17), 0.0), ((2, 2), 0.2), ((5,), 0.2)], ids=str)
+def test_a_group_and_its_gradients(ranks: tuple[int, ...], p: float, lie_together: bool, dtype: torch.dtype):
+    x, projections = group(ranks, (11, 5, 8)[: len(ranks)], p, dtype)
+    if lie_together:
+        weights = join([projection.weight for projection in projections])
+        projections = [projection._replace(weight=w) for projection, w in zip(projections, weights, strict=True)]
+        assert joined(weights) is not None
+    (op, matrices), (ref, _) = of(lora_linear_group, projections), of(lora_linear_group_ref, projections)
+    check_op(op, ref, (x, *matrices), range(1 + len(matrices)))
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs_x, frozen", [(True, None), (False, None), (True, 0), (False, 3)])
+def test_gradients_without_the_outputs_are_autograd_s(needs_x: bool, frozen: int | None, kept: torch.dtype):
+    """Members without an adapter, matrices that are not trained, and matrices in 16 bits too."""
+    x, projections = group((3, 0, 4), (11, 5, 8), 0.2, torch.bfloat16)
+    projections = [
+        p._replace(adapter=p.adapter and p.adapter._replace(a=p.adapter.a.to(kept), b=p.adapter.b.to(kept)))
+        for p in projections
+    ]
+    matrices = [t for p in projections if p.adapter for t in p.adapter[:2]]
+    for i, t in enumerate(matrices):
+        t.requires_grad_(i != frozen)
+    ys = lora_linear_group(x.requires_grad_(needs_x), projections)
+    dys = [torch.ones_like(y) * (j + 1) for j, y in enumerate(ys)]
+    torch.autograd.backward(ys, dys)
+    dx, found = lora_linear_group_gradients(x, projections, dys, needs_x)
+    for t, d in zip((x, *matrices), (dx, *found), strict=True):
+        if not t.requires_grad:
+            assert d is None
+            continue
+        assert d is not None and t.grad is not None and d.dtype == t.dtype and not d.requires_grad
+        as_wrong_as(d, t.grad, t.grad.double())
+
+
+def test_gradients_of_a_layer_without_adapter():
+    x, projections = group((0,), (11,), 0.0, torch.float32)
+    dy = torch.ones(21, 11)
+    dx, found = lora_linear_group_gradients(x, projections, [dy], True)
+    assert dx is not None and torch.equal(dx, dy @ projections[0].weight) and found == []
+
+
+def test_weights_that_do_not_lie_one_behind_the_other_are_not_joined():
+    first, second = join([torch.ones(3, 4), torch.zeros(2, 4)])
+    whole = joined([first, second])
+    assert whole is not None and whole.shape == (5, 4) and whole.data_ptr() == first.data_ptr()
+    others = [torch.ones(2, 4), second[:, :2], second.double(), second[1:], torch.ones(4, 2).T]
+    for other in others:
+        assert joined([first, other]) is None
+    assert joined([second, first]) is None
+    assert joined([first[:2], second]) is None  # a gap
+
+
+def bad(change: str) -> tuple[Tensor, list[Projection], list[Tensor]]:
+    x, (one, two) = group((3, 2), (11, 5), 0.2, torch.float32)
+    assert one.adapter and two.adapter
+    a, dys = one.adapter, [torch.ones(21, 11), torch.ones(21, 5)]
+    match change:
+        case "none":
+            return x, [], []
+        case "x":
+            return x[0], [one, two], dys
+        case "integers":
+            return x.long(), [one, two], dys
+        case "weight":
+            return x, [one._replace(weight=one.weight[:, 1:]), two], dys
+        case "dtype":
+            return x, [one, two._replace(weight=two.weight.bfloat16())], dys
+        case "device":
+            return x, [one, two._replace(weight=two.weight.to("meta"))], dys
+        case "bias":
+            return x, [one._replace(bias=torch.ones(3)), two], dys
+        case "trained":
+            return x, [one, two._replace(weight=two.weight.clone().requires_grad_())], dys
+        case "a":
+            return x, [one._replace(adapter=a._replace(a=a.a[:2])), two], dys
+        case "b":
+            return x, [one._replace(adapter=a._replace(b=a.b.half())), two], dys
+        case "rank":
+            return x, [one._replace(adapter=a._replace(a=a.a[:0], b=a.b[:, :0])), two], dys
+        case "p":
+            return x, [one._replace(adapter=a._replace(p=1.0)), two], dys
+        case "dys":
+            return x, [one, two], dys[:1]
+    assert change == "dy"
+    return x, [one, two], [dys[0][1:], dys[1]]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("none", "one to three projections, not 0"), ("x", "x is [19], not ['T', 'K']"),
+        ("integers", "x is torch.int64; it takes floating-point numbers"), ("weight", "weight 0 is [11, 18], not [11, 19]"),
+        ("dtype", "weight 1 is torch.bfloat16 on cpu, x torch.float32 on cpu"),
+        ("device", "weight 1 is torch.float32 on meta, x torch.float32 on cpu"), ("bias", "bias 0 is [3], not [11]"),
+        ("trained", "projection 1 requires grad"), ("a", "b 0 is [11, 3], not [11, 2]"),
+        ("b", "b 0 is torch.float16 on cpu"), ("rank", "adapter 0 has rank 0"), ("p", "dropout 1.0"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change: str, message: str):
+    x, projections, _ = bad(change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lora_linear_group(x, projections)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [("dys", "2 projections have as many gradients, not 1"), ("dy", "dy 0 is [20, 11], not [21, 11]")],
+)
+def test_gradients_that_do_not_fit_are_named(change: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lora_linear_group_gradients(*bad(change), True)

@@ -1,0 +1,63 @@
+"""Which kernels a linear layer with an adapter takes on which card, by the launches that it makes on tensors without data."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.launches import recorded
+from minilora.kernels.dispatch import use_library_gemm
+from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.projection import Adapter, Projection
+
+SINGLE, TWO = ["_single_pass_kernel"], ["_low_kernel", "_forward_kernel"]
+cards = pytest.mark.parametrize("card", [80, 90])
+
+
+def plan(card: int, k: int, *ns: int, r: int = 16, p: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """The kernels of a forward."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    projections = [Projection(empty(n, k, dtype=dtype), None, Adapter(empty(r, k), empty(n, r), 2.0, p)) for n in ns]
+    with recorded(card) as launches:
+        lora_linear_group(empty(8192, k, dtype=dtype), projections)
+    return [launch.name.partition(".")[2] for launch in launches]
+
+
+@cards
+@pytest.mark.parametrize("n", [128, 256])
+def test_a_narrow_layer_alone_reads_its_input_once(card: int, n: int):
+    assert plan(card, 3584, n) == SINGLE
+
+
+@cards
+@pytest.mark.parametrize("n", [512, 896, 3584, 18944])
+def test_bytes_are_not_bought_with_operations(card: int, n: int):
+    """S once a tile of columns would be 12.5 % more of them."""
+    assert plan(card, 3584, n) == TWO
+
+
+@cards
+@pytest.mark.parametrize("form", [{"r": 64}, {"p": 0.1}])
+def test_a_narrow_layer_whose_s_is_dear_makes_it_apart(card: int, form: dict):
+    assert plan(card, 3584, 256, **form) == TWO
+
+
+@cards
+def test_a_group_reads_its_input_once_for_all_s(card: int):
+    assert plan(card, 3584, 128, 128) == TWO
+
+
+@cards
+@pytest.mark.parametrize("k, ns", [(899, (3584,)), (3584, (3584, 131)), (3592, (3584,))])
+def test_widths_that_are_not_in_sixteens_go_to_the_library(card: int, k: int, ns: tuple[int, ...]):
+    assert plan(card, k, *ns) == []
+
+
+@cards
+def test_so_do_32_bits_and_what_is_asked_to(card: int):
+    assert plan(card, 3584, 3584, dtype=torch.float32) == []
+    with use_library_gemm():
+        assert plan(card, 3584, 3584) == []
