@@ -1,5 +1,7 @@
 """The kernels of linear layers with adapters, on the interpreter: every plan, each against the specification in fp64."""
 
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,10 +145,10 @@ def test_gradcheck(single: bool, p: float):
 
 def test_ranks_and_rows_and_columns_over_many_partial_sums(monkeypatch: pytest.MonkeyPatch):
     """Splits of K in S, of rows in dA and dB, of columns in dS, and none of them: the same sums but for rounding."""
-    op, ref, args, trained = group((3, 18), (67, 35), (True, False), P, torch.float32, 67, 67)
+    op, ref, args, trained = group((3, 18), (67, 35), (True, False), P, torch.float32, 40, 40)
     truth, plain = (run(ref, a, trained, upstream(op(*args))) for a in (widen(args), args))
     found = []
-    for programs in (1, 3, 1000):
+    for programs in (1, 3, 12):
         monkeypatch.setattr(lora_narrow, "PROGRAMS", programs)
         found.append(run(op, args, trained, upstream(plain[0])))
         for ours, yard, exact in zip(found[-1], plain, truth, strict=True):
@@ -227,7 +229,7 @@ def test_each_input_alone_gets_the_gradient_that_it_gets_among_all(name: str):
 
 def test_what_is_not_wanted_is_not_computed():
     """Layer 0 needs no dX; a frozen adapter no dA and dB."""
-    x, (w, bias, adapter) = lora_linear_group.example(5, 7, (3,), 2, torch.float32)[0][0], GROUPS_OF_ONE()
+    x, (w, bias, adapter) = lora_linear_group.example(5, 7, (3,), 2, torch.float32)[0][0], one_layer()
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
@@ -246,7 +248,7 @@ def test_what_is_not_wanted_is_not_computed():
             calls.clear()
 
 
-def GROUPS_OF_ONE() -> Projection:
+def one_layer() -> Projection:
     return lora_linear_group.example(5, 7, (3,), 2, torch.float32)[0][1][0]
 
 
