@@ -6,7 +6,6 @@ does both; views move nothing, and rows without a target count though nothing re
 says nothing of how well a kernel does it. Arithmetic, no measurement.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +20,7 @@ from bench.operations import Operation, leaves, of_model, outputs
 from bench.roof import CARDS
 from bench.shapes import Shape
 from minilora.kernels import linear_cross_entropy
+from minilora.kernels.lang import HAVE_TRITON, INTERPRETED
 
 ARCHITECTURE = 90
 # kernels that write where they read; and those that read single rows of a matrix (the argument, and the one that counts them)
@@ -114,8 +114,8 @@ def arithmetic(shapes: dict[str, Shape], tokens: int) -> str:
         f"Arithmetic, not measured: bytes of the launches at {tokens} tokens in bf16, and the bounds of data sheets.", "",
         f"| operation | side | forward GB | backward GB | of the least | TFLOP | {head} |", "|" + "---|" * (6 + len(CARDS)),
     ]  # fmt: skip
-    if importlib.util.find_spec("triton") is None:
-        return "Without triton the launches cannot be counted."
+    if not HAVE_TRITON or INTERPRETED:
+        return "The launches of GPUs are counted where triton is, and not its interpreter."
     meta = torch.device("meta")
     for model, shape in shapes.items():
         for entry in of_model(model, shape, tokens):

@@ -47,8 +47,8 @@ def stages(out: Path, toy: bool) -> list[Stage]:
             machine,
             bench("Parity", "parity.json", 0.35, "parity", "--toy", "--dtypes", "bfloat16"),
             *sanitized(0.1),
-            bench("Kernels", "kernels.json", 0.25, "kernels", "--models", "toy", "--tokens", "24", "--rounds", "1"),
-            bench("Training steps", "steps.json", 0.15, "step", "--models", "toy", "--tokens", "32", "--document", "16", "--rounds", "1"),
+            bench("Kernels", "kernels.json", 0.25, "kernels", "--models", "toy", "--tokens", "16", "--rounds", "1"),
+            bench("Training steps", "steps.json", 0.15, "step", "--models", "toy", "--tokens", "16", "--document", "8", "--rounds", "1"),
         ]  # fmt: skip
     rest = ("qwen2.5-0.5b", "qwen3-8b", "glm-4-9b", "chatglm-6b")
     return [

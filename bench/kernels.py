@@ -25,7 +25,7 @@ from bench.roof import Roof, machine, roof
 from bench.rule import distance
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
-from bench.workers import Row, in_workers, reason, work
+from bench.workers import Row, in_workers, lost, reason, work
 from minilora.kernels.dispatch import force, use_library_gemm, use_triton
 
 SHAPES = {**MODELS, "toy": TOY}
@@ -101,12 +101,12 @@ HEAD = (
 def told(row: Row, top: Roof) -> str:
     """The lines of a row in Markdown."""
     if "sides" not in row:
-        return f"| {row['name']} | {row.get('failed') or row['skipped']} |" + " |" * 8
+        return f"| {row['name']} | {lost(row)} |" + " |" * 8
     flops, size = row["flops"] + row["backward_flops"], row["bytes"] + row["backward_bytes"]
     mine, lines = Times(*row["sides"][OURS]["both"]).median, []
     for side, r in row["sides"].items():
         if "failed" in r:
-            lines.append(f"| {row['name']} | {side} | {r['failed']} |" + " |" * 7)
+            lines.append(f"| {row['name']} | {side} | {lost(r)} |" + " |" * 7)
             continue
         forward, t = Times(*r["forward"]), Times(*r["both"])
         wrong = "" if r["error"] is None else f"{r['error']:.1e}"

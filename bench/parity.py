@@ -28,7 +28,7 @@ from bench.operations import Entry, Operation, both_ways, leaves, outputs, prese
 from bench.roof import machine
 from bench.rule import allowed, distance
 from bench.shapes import MODELS
-from bench.workers import Row, in_workers, work
+from bench.workers import Row, in_workers, lost, work
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_gemm
 from minilora.kernels.dispatch import force, use_library_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref
@@ -290,8 +290,7 @@ HEAD = "| check | result | worst error, of the allowed | where | same bits twice
 
 def told(row: Row) -> str:
     if "failed" in row or "skipped" in row:
-        what = "**failed**: " + row["failed"] if "failed" in row else "skipped: " + row["skipped"]
-        return f"| {row['name']} | {what} | | | | {row.get('spent', '')} |"
+        return f"| {row['name']} | {lost(row)} | | | | {row.get('spent', '')} |"
     result = "ok" if row["ok"] else "**wrong**"
     twice = {True: "yes", False: "**no**"}.get(row.get("same bits twice", ""), "")
     return f"| {row['name']} | {result} | {row.get('of the allowed', '')} | {row.get('at', '')} | {twice} | {row['spent']} |"

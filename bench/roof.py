@@ -134,9 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device, dtype = torch.device(args.device), torch.bfloat16
     found = machine(device) | card(device)
-    measured = Roof(device_name(device), measured_flops(device, dtype), copy_rate(device), True)
+    sheet = roof(device, dtype)
+    measured = sheet if sheet.measured else Roof(sheet.device, measured_flops(device, dtype), copy_rate(device), True)
     lines = [f"| {key} | {value} |" for key, value in found.items()]
-    for name, top in (("roof", roof(device, dtype)), ("measured", measured)):
+    for name, top in (("roof", sheet), ("measured", measured)):
         lines.append(f"| {name} | {top.flops / 1e12:.4g} TFLOP/s in bf16, {top.bandwidth / 1e9:.4g} GB/s |")
     print("\n".join(["| | |", "|---|---|", *lines]))
     if args.save:

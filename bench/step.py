@@ -27,7 +27,7 @@ from bench import formulations as others
 from bench.roof import machine
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
-from bench.workers import Row, in_workers, reason, work
+from bench.workers import Row, in_workers, lost, reason, work
 from minilora.data import Batch
 from minilora.evaluate import batch_loss
 from minilora.flops import peak_flops, step_flops
@@ -161,11 +161,11 @@ HEAD = (
 def told(row: Row, tokens: int) -> str:
     """The lines of a model in Markdown."""
     if "sides" not in row:
-        return f"| {row['name']} | {row.get('failed') or row['skipped']} |" + " |" * 6
+        return f"| {row['name']} | {lost(row)} |" + " |" * 6
     base, lines = row["sides"].get("peft style", {}).get("seconds"), []
     for side, r in row["sides"].items():
         if "failed" in r:
-            lines.append(f"| {row['name']} | {side} | {r['failed']} |" + " |" * 5)
+            lines.append(f"| {row['name']} | {side} | {lost(r)} |" + " |" * 5)
             continue
         t = Times(*r["seconds"])
         against = f"{Times(*base).median / t.median:.2f}" if base else ""

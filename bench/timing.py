@@ -25,16 +25,17 @@ class Times(NamedTuple):
 
 
 def in_turn(functions: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, Times]:
-    """Call every function once a round, the order turning round by round; the first two rounds warm up."""
+    """Call every function once a round, the order turning round by round; two rounds before warm up, for one alone none."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     timed = _on_gpu if device.type == "cuda" else _on_cpu
     scratch = torch.empty(FLUSH if device.type == "cuda" else 0, dtype=torch.int8, device=device)
-    for r in range(rounds + 2):
+    warm = 2 if rounds > 1 else 0
+    for r in range(warm + rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             scratch.zero_()
             spent = timed(functions[name])
-            if r >= 2:
+            if r >= warm:
                 seconds[name].append(spent)
     return {name: spread(s) for name, s in seconds.items()}
 

@@ -42,6 +42,11 @@ def reason(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200]
 
 
+def lost(row: Row) -> str:
+    """Why there are no figures."""
+    return f"**failed**: {row['failed']}" if "failed" in row else f"skipped: {row['skipped']}"
+
+
 def in_workers(
     command: Sequence[str], names: Sequence[str], jobs: int, seconds: float, told: Callable[[Row], None]
 ) -> dict[str, Row]:

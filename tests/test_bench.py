@@ -1,10 +1,36 @@
-"""The benchmark runs, at toy size: what it measures is not asserted, that it measures is."""
+"""The benchmarks run, at toy size: what they measure is not asserted, that they measure is; and what they check can fail."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from tiny import make_model, make_rows
+from torch import Tensor
+
+from bench import counted, operations, parity, workers
+from bench.operations import Operation
+from bench.shapes import MODELS
+from bench.traffic import Cost
+from minilora.kernels import swiglu
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def bench(module: str, *words: str, **environment: str) -> str:
+    """What a bench prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", *words], cwd=ROOT, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def test_train_bench(tmp_path):
@@ -21,11 +47,169 @@ def test_train_bench(tmp_path):
         "--save",
         str(tmp_path / "out.json"),
     ]
-    done = subprocess.run([sys.executable, "-m", "bench.train", *words], capture_output=True, text=True, check=True)
+    printed = bench("train", *words)
     result = json.loads((tmp_path / "out.json").read_text())["ours"]
     assert (
         len(result["tokens_per_second"]) == 2
         and len(result["losses"]) == 3
         and result["losses"][2] < result["losses"][0]
     )
-    assert "| ours |" in done.stdout
+    assert "| ours |" in printed
+
+
+# the command for the day on which a GPU is there
+
+
+def bad(printed: str) -> bool:
+    return any(word in printed for word in ("**failed**", "**wrong**", "**stopped**", "**no**", "skipped:"))
+
+
+def fake_sanitizer(folder: Path) -> str:
+    """A PATH on which compute-sanitizer runs what it is given, if for memcheck, and finds nothing."""
+    tool = folder / "compute-sanitizer"
+    folder.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$2" = memcheck ] || exit 0\nshift 6\n"$@" && echo "ERROR SUMMARY: 0 errors"\n')
+    tool.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_everything_that_a_gpu_would_run_on_torchs_paths(tmp_path: Path):
+    out = tmp_path / "results"
+    bench("gpu", "--toy", "--out", str(out), PATH=fake_sanitizer(tmp_path / "bin"))
+    summary = (out / "summary.md").read_text()
+    assert not bad(summary), summary
+    rows = json.loads((out / "parity.json").read_text())["rows"]
+    assert len(rows) == len(list(parity.ragged())) and all(row["ok"] for row in rows)
+    kernels = json.loads((out / "kernels.json").read_text())
+    assert {"device", "torch", "triton", "commit"} <= set(kernels["machine"])
+    assert all(row["sides"]["minilora"]["both"][0] > 0 for row in kernels["rows"])
+    (step,) = json.loads((out / "steps.json").read_text())["rows"]
+    losses = [side["loss"] for side in step["sides"].values()]
+    assert len(losses) >= 4 and max(losses) - min(losses) < 0.01  # the sides compute the same
+    assert (
+        "ERROR SUMMARY: 0" in (out / "memcheck.txt").read_text() and "| compute-sanitizer racecheck | done" in summary
+    )
+
+
+def interpreted(*commands: str) -> None:
+    pytest.importorskip("triton")
+    for command in commands:
+        module, *words = command.split("|")
+        printed = bench(module, *words, TRITON_INTERPRET="1")
+        assert not bad(printed), printed
+
+
+def test_the_kernels_through_the_benches_on_the_interpreter():
+    interpreted(
+        "parity|--toy|--dtypes|bfloat16|--only|add_rms_norm 37 x 101, b|swiglu 13|r=3 (two|bits (one|scale known",
+        "kernels|--models|toy|--tokens|16|--rounds|1|--only|lora_swiglu",
+        "step|--models|toy|--tokens|16|--document|8|--rounds|1",
+    )
+
+
+@pytest.mark.long
+def test_everything_that_a_gpu_would_run_on_the_interpreter(tmp_path: Path):
+    bench("gpu", "--toy", "--out", str(tmp_path), "--minutes", "9", TRITON_INTERPRET="1")
+    assert not bad((tmp_path / "summary.md").read_text())
+
+
+def test_a_budget_that_is_spent_skips_and_says_so(tmp_path: Path):
+    bench("gpu", "--toy", "--out", str(tmp_path), "--minutes", "0.01")
+    assert (tmp_path / "summary.md").read_text().count("skipped: no time was left") >= 4
+
+
+# what the check of results finds
+
+
+def compared(op: Any, trained: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    args, _ = swiglu.example(13, 101, torch.bfloat16)
+    return parity.compare(Operation(op, swiglu.swiglu_ref, args, trained, Cost(0, 0, 0, 0)), "")
+
+
+def test_parity_of_a_right_operation_and_of_wrong_ones():
+    assert compared(swiglu.swiglu)["ok"]
+    assert compared(swiglu.swiglu, ())["ok"]
+    wrong = compared(lambda g, u: swiglu.swiglu(g, u) * 1.02)
+    assert not wrong["ok"] and wrong["of the allowed"] > 1
+    wrong = compared(lambda g, u: swiglu.swiglu(g, u) + 0 * g.nan_to_num().log())
+    assert not wrong["ok"]
+    backward = compared(lambda g, u: swiglu.swiglu(g, u) + 0.05 * (g - g.detach()))
+    assert not backward["ok"] and backward["at"] == "gradient of argument 0"
+    assert not compared(lambda g, u: swiglu.swiglu(g, u).float())["ok"]
+
+
+def test_parity_sees_other_bits_and_written_inputs():
+    calls = iter(range(100))
+    moving = compared(lambda g, u: swiglu.swiglu(g, u) * (1 + next(calls) % 2 * 2**-20))
+    assert moving["same bits twice"]  # too little for bf16
+    moving = compared(lambda g, u: swiglu.swiglu(g, u) + next(calls) * 1e-2)
+    assert not moving["same bits twice"] and not moving["ok"]
+
+    def writing(g: Tensor, u: Tensor) -> Tensor:
+        out = swiglu.swiglu(g, u)
+        g.data[0, 0] += 1
+        return out
+
+    assert not compared(writing, ())["inputs untouched"]
+
+
+# cases in processes of their own
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from bench.workers import work
+
+def case(name):
+    if name == "dies":
+        print("a last word")
+        sys.stdout.flush()
+        os._exit(3)
+    if name == "hangs":
+        time.sleep(600)
+    if name == "raises":
+        raise ValueError("no such thing")
+    return {"found": len(name)}
+
+lines, names = sys.argv[2], sys.argv[4:]
+work(names, case, Path(lines))
+"""
+
+
+def rows_of(names: list[str], jobs: int = 1, seconds: float = 60.0) -> dict[str, workers.Row]:
+    told: list[workers.Row] = []
+    found = workers.in_workers([sys.executable, "-c", WORKER], names, jobs, seconds, told.append)
+    assert sorted(r["name"] for r in told) == sorted(names) and list(found) == names
+    return found
+
+
+def test_a_case_that_takes_its_process_down_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = rows_of(["a", "dies", "raises", "bb"])
+    assert found["a"]["found"] == 1 and found["bb"]["found"] == 2
+    assert found["dies"]["failed"] == "a last word" and found["raises"]["failed"] == "ValueError: no such thing"
+
+
+def test_a_case_that_hangs_is_ended_and_what_is_late_is_skipped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    start = time.monotonic()
+    found = rows_of(["a", "hangs", "b"], seconds=6)
+    assert time.monotonic() - start < 20 and found["a"]["found"] == 1
+    assert "skipped" in found["hangs"] and "skipped" in found["b"]
+
+
+# bytes by counting
+
+
+@pytest.mark.parametrize(
+    "name, peer, ours, theirs",
+    [("rms_norm", "hf", 1.0, 12.0), ("add_rms_norm", "hf", 1.0, 8.25), ("swiglu", "hf", 1.0, 1.75)],
+)
+def test_bytes_of_an_operation_are_those_that_its_launches_are_given(name: str, peer: str, ours: float, theirs: float):
+    """The peers' multiples were counted before, with another tool."""
+    pytest.importorskip("triton")
+    entries = operations.of_model("qwen2.5-7b", MODELS["qwen2.5-7b"], 8192)
+    operation = next(e for e in entries if e.op == name).make(torch.bfloat16, torch.device("meta"))
+    mine, others = counted.moved(operation.op, operation, True), counted.moved(operation.peers[peer], operation, False)
+    assert sum(mine) / operation.cost.total_bytes == pytest.approx(ours, rel=0.01)
+    assert sum(others) / operation.cost.total_bytes == pytest.approx(theirs, rel=0.01)
