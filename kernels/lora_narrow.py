@@ -24,7 +24,7 @@ PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a card: one for each 
 LOW = {
     0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
     80: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
-    86: {"BM": 64, "BK": 32, "R": 64, "num_warps": 4, "num_stages": 3},
+    86: {"BM": 64, "BK": 32, "R": 64, "num_warps": 4, "num_stages": 4},
     90: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
 }
 GRADIENTS = {  # ROWS for 16 ranks, half for 32: their dS stays in registers
