@@ -61,10 +61,10 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    80: Tile(128, 128, 64, 8, 3),
+    80: Tile(128, 128, 32, 4, 4),
     90: Tile(128, 256, 64, 8, 3),
-}  # sm_80's fits sm_86 and sm_89 too: 96 KiB of operands
-TILE_DHEAD = TILES[80]  # fp32 sums that are read and written leave no registers for more
+}  # sm_80's fits sm_86 and sm_89 too: 64 KiB of operands
+TILE_DHEAD = Tile(128, 128, 64, 8, 3)  # fp32 sums that are read and written leave no registers for more
 TILE_INTERPRETED = Tile(32, 512, 64, 4, 1)
 
 

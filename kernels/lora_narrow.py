@@ -24,7 +24,7 @@ PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a card: one for each 
 LOW = {
     0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
     80: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
-    86: {"BM": 64, "BK": 32, "R": 64, "num_warps": 4, "num_stages": 3},
+    86: {"BM": 64, "BK": 32, "R": 64, "num_warps": 4, "num_stages": 4},
     90: {"BM": 64, "BK": 64, "R": 64, "num_warps": 4, "num_stages": 4},
 }
 GRADIENTS = {  # ROWS for 16 ranks, half for 32: their dS stays in registers
@@ -43,8 +43,9 @@ def _low_kernel(
 ):  # fmt: skip
     """A program: BM rows, `span` of the K columns, R of the columns of every S_j; out [K / span, COUNT, rows, SLOT]."""
     tiles = tl.cdiv(rows, BM)
-    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    r, part = rest % blocks * R + tl.arange(0, R)[None, :], rest // blocks
+    # programs that read the same x run side by side, so that the second one finds it in the cache; so below, too
+    r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R)[None, :], tl.program_id(0) // blocks
+    tile, part = rest % tiles, rest // tiles
     row = tile.to(tl.int64) * BM + tl.arange(0, BM)[:, None]
     row_in = tl.minimum(row, rows - 1)
     first = part * span
@@ -79,7 +80,6 @@ def _gradients_kernel(
 
     ds [ranges of all members, rows, SLOT], db [row tiles, columns of all members, SLOT]; None where it is not wanted.
     """
-    # the programs that read the same dY run side by side, so that the second one finds it in the cache
     r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
     tile, part = rest % row_tiles, rest // row_tiles
     dy_ptr, dy_stride, b_ptr, scale, n, rank = dy_ptrs[0], dy_strides[0], b_ptrs[0], scales[0], ns[0], ranks[0]
@@ -121,8 +121,8 @@ def _a_gradient_kernel(
 ):  # fmt: skip
     """A program: BK of the K columns, `span` rows, R of the rows of every dA_j; out [rows / span, COUNT, SLOT, K]."""
     tiles = tl.cdiv(K, BK)
-    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    r, part = rest % blocks * R + tl.arange(0, R), rest // blocks
+    r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
+    tile, part = rest % tiles, rest // tiles
     k = tile * BK + tl.arange(0, BK)[None, :]
     sums = (tl.zeros((R, BK), WIDE),) * COUNT
     first = part.to(tl.int64) * span
@@ -159,8 +159,7 @@ def _sum_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr, WIDE: tl.c
 def low(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """S [members, T, slot] for x [T, K]."""
     (rows, k), width, options = x.shape, slot(adapters), of_adapters(LOW, x, adapters)
-    if len(adapters) * options["R"] > 128:  # many sums in registers, much of A in shared memory
-        options |= {"num_warps": 8, "num_stages": 3, "R": 32}
+    options |= _many(adapters, options["R"])
     row_tiles, blocks = cdiv(rows, options["BM"]), width // options["R"]
     parts, span = _split(k, options["BK"], row_tiles * blocks, x)
     s = torch.empty((len(adapters), rows, width), dtype=x.dtype, device=x.device)
@@ -213,8 +212,7 @@ def low_gradients(
 def a_gradients(x: Tensor, ds: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
     """dA [R_j, K] of every member in fp32."""
     (rows, k), (count, _, width), options = x.shape, ds.shape, of_adapters(LOW, x, adapters)
-    if count * options["R"] > 128:
-        options["num_warps"] = 8
+    options |= _many(adapters, options["R"])
     tiles, blocks = cdiv(k, options["BK"]), width // options["R"]
     parts, span = _split(rows, options["BM"], tiles * blocks, x)
     out = torch.empty((parts, count, width, k), dtype=wider(x), device=x.device)
@@ -224,6 +222,14 @@ def a_gradients(x: Tensor, ds: Tensor, adapters: Sequence[Adapter]) -> list[Tens
     )  # fmt: skip
     whole = out[0] if parts == 1 else _sum(out, torch.empty(tuple(out.shape[1:]), dtype=out.dtype, device=out.device))
     return [d[: a.a.shape[0]] for d, a in zip(whole, adapters, strict=True)]
+
+
+def _many(adapters: Sequence[Adapter], r: int) -> dict:
+    """The options that keep r columns of every member in registers, where they are many; masks take registers too."""
+    masked = any(a.p for a in adapters)
+    if len(adapters) * r <= (64 if masked else 96):
+        return {}
+    return {"num_warps": 8, "num_stages": 3, "R": 16 if masked and len(adapters) == 3 else 32}
 
 
 def _sum(parts: Tensor, out: Tensor) -> Tensor:
