@@ -176,7 +176,7 @@ class _OnTorch(torch.autograd.Function):
         n = torch.mul(x, rstd)
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = torch.mul(dy, n.to(x.dtype)).flatten(0, -2).sum(0, dtype=n.dtype).to(w.dtype)
+            dw = torch.mul(dy, n).flatten(0, -2).sum(0).to(w.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
             g = torch.mul(dy, w.to(n.dtype) + ctx.offset)
             mean = torch.linalg.vecdot(g, n).div_(x.shape[-1]).unsqueeze(-1)

@@ -68,7 +68,9 @@ def run(argv: list[str]) -> int:
     broken = next((word for word in argv if not _is_text(word)), None)
     if broken is not None:
         raise UsageError(f"{broken!a} is not UTF-8", "Type it in a terminal that writes UTF-8.")
-    parser = Parser(prog="minilora", description="A from-scratch LoRA engine for Qwen models.", allow_abbrev=False)
+    parser = Parser(
+        prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, summary in COMMANDS.items():

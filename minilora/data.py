@@ -15,8 +15,8 @@ from torch import Tensor
 
 from minilora.models.rotary import positions_of
 
-from .load import Report, load_examples
-from .token_store import IGNORE, Example, Examples
+from .rows.load import Report, load_examples
+from .rows.token_store import IGNORE, Example, Examples
 
 __all__ = ["IGNORE", "Batch", "Example", "Examples", "Report", "epoch_order", "load_examples", "make_batch", "pack",
            "step_examples", "steps_per_epoch"]  # fmt: skip

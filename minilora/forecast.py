@@ -13,14 +13,14 @@ import numpy as np
 from .checkpoint import empty_model, read_config
 from .config import TrainConfig
 from .data import IGNORE, Batch, Example, make_batch, pack, step_examples
-from .dataset import load_data
 from .dry_run import StepMemory, step_memory
 from .errors import UsageError
 from .flops import step_flops
 from .lora import adapters
 from .plan import count_steps
+from .rows.dataset import load_data
 from .snapshot import trained_parameters
-from .tokenizer import check_fits
+from .text.tokenizer import check_fits
 from .train import base_dtype, prepare
 
 

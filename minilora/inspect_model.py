@@ -17,7 +17,7 @@ from .errors import ModelError
 from .generate import read_generation
 from .kernel_paths import kernel_paths
 from .lora import add_lora, linears, matching
-from .tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
+from .text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 

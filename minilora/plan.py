@@ -14,11 +14,11 @@ from . import __version__
 from .checkpoint import fingerprint
 from .config import TrainConfig
 from .data import Examples, steps_per_epoch
-from .dataset import Data
 from .kernel_paths import kernel_paths
 from .lora import adapters, base_parameters
+from .rows.dataset import Data
 from .snapshot import trained_parameters
-from .tokenizer import check_fits
+from .text.tokenizer import check_fits
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 

@@ -25,7 +25,6 @@ from .adapter import save_adapter
 from .checkpoint import load_model, read_config, save_model
 from .config import TrainConfig, to_yaml
 from .data import Batch, pack, step_examples
-from .dataset import load_data, trained_rows, write_split
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
@@ -34,8 +33,9 @@ from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
 from .plan import data_record, make_plan
 from .plot import plot_loss
-from .record import TRAINED_ROWS
-from .report import report_quietly
+from .reports.record import TRAINED_ROWS
+from .reports.report import report_quietly
+from .rows.dataset import load_data, trained_rows, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
 from .snapshot import trained_parameters

@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels.lora_linear_group import lora_linear_group_gradients
 
-from .layers import BaseBlock, projection
+from .layers import Adapted, BaseBlock, projection
 from .place import Place
 
 
 def recomputed(block: nn.Module, x: Tensor, place: Place, keep_attention: bool) -> Tensor:
     """block(x, place) for x [T, D], keeping x alone (and what attention gave) for the backward."""
-    if not isinstance(block, BaseBlock):  # its last step is no linear
+    # where the last step is no linear, or a foreign one, all is computed again
+    if not isinstance(block, BaseBlock) or not isinstance(block.mlp.output, (nn.Linear, Adapted)):
         return checkpoint(block, x, place, use_reentrant=False, preserve_rng_state=False)
     trained = [p for p in block.parameters() if p.requires_grad]
     return _Recomputed.apply(block, place, keep_attention, x, *trained)  # pyright: ignore[reportReturnType]

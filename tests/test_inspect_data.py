@@ -11,15 +11,15 @@ from test_html import Seen
 from tiny import make_model
 
 from minilora.__main__ import main
-from minilora.duplicates import NearDuplicates, signature
 from minilora.errors import ModelError
-from minilora.histogram import svg_histogram, text_histogram
-from minilora.inspect_data import inspect_data
-from minilora.load import Settings, render_row
+from minilora.reports.histogram import svg_histogram, text_histogram
+from minilora.reports.inspect_data import inspect_data
+from minilora.reports.token_view import tokens_of
 from minilora.rows import to_messages
-from minilora.template_check import check_template
-from minilora.token_view import tokens_of
-from minilora.tokenizer import load_tokenizer
+from minilora.rows.duplicates import NearDuplicates, signature
+from minilora.rows.load import Settings, render_row
+from minilora.text.template_check import check_template
+from minilora.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 QWEN = load_tokenizer(GOLDEN / "qwen2_5")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tiny import make_model
 
-from minilora import load
 from minilora.config import resolve
 from minilora.data import load_examples
-from minilora.dataset import load_data, write_split
 from minilora.errors import DataError, UsageError
-from minilora.token_store import TokenCache
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.rows import load
+from minilora.rows.dataset import load_data, write_split
+from minilora.rows.token_store import TokenCache
+from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,7 +221,7 @@ CHILD = """
 import resource, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from minilora.data import load_examples, step_examples
-from minilora.tokenizer import load_tokenizer
+from minilora.text.tokenizer import load_tokenizer
 from pathlib import Path
 tokenizer = load_tokenizer({model!r})
 load_examples({small!r}, tokenizer)

@@ -12,16 +12,16 @@ import torch
 
 from minilora.__main__ import main
 from minilora.adapter import load_adapter
-from minilora.charts import Level, Series, heat_map, histogram, line_chart
 from minilora.checkpoint import load_model
-from minilora.compare import compare, comparison, disagreement, over_the_limit, warnings
 from minilora.config import resolve, to_yaml
-from minilora.document import Document
 from minilora.errors import DataError, UsageError
 from minilora.lora import adapters
-from minilora.metrics import measure
-from minilora.record import Record, read_record
-from minilora.report import adapter_norms, reading, report
+from minilora.reports.charts import Level, Series, heat_map, histogram, line_chart
+from minilora.reports.compare import compare, comparison, disagreement, over_the_limit, warnings
+from minilora.reports.document import Document
+from minilora.reports.metrics import measure
+from minilora.reports.record import Record, read_record
+from minilora.reports.report import adapter_norms, reading, report
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>'\"`|*&amp;\u202e"
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import DataError, UsageError
-from minilora.sources import Source, draw, mixed, parse_ratio, parse_sources, repeated, times
-from minilora.split import count_of, split
-from minilora.token_store import Examples, TokenStore, Writer, unnamed_file
+from minilora.rows.sources import Source, draw, mixed, parse_ratio, parse_sources, repeated, times
+from minilora.rows.split import count_of, split
+from minilora.rows.token_store import Examples, TokenStore, Writer, unnamed_file
 
 QUICK = settings(deadline=None, max_examples=100)
 SPECS = {

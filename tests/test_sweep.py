@@ -9,13 +9,13 @@ import yaml
 from rich.console import Console
 from tiny import ROWS, make_model, make_rows
 
-from minilora import sweep as sweep_module
 from minilora.__main__ import main
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
-from minilora.load import hashes
-from minilora.record import read_record
+from minilora.reports import sweep as sweep_module
+from minilora.reports.record import read_record
+from minilora.reports.sweep import RECIPES, combinations, name_of, read_sweep, sweep
 from minilora.rows import to_messages
-from minilora.sweep import RECIPES, combinations, name_of, read_sweep, sweep
+from minilora.rows.load import hashes
 
 QUIET = Console(quiet=True)
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tiny import SPECIALS, byte_tokenizer
 from tiny_chatglm import write_tokenizer
 
-from minilora.bpe import GLM4_SPECIALS, QWEN_SPLIT, read_ranks
 from minilora.errors import DataError, ModelError
 from minilora.generate import stream_text
-from minilora.template import render_text
-from minilora.template_glm import CHATGLM2
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.text.bpe import GLM4_SPECIALS, QWEN_SPLIT, read_ranks
+from minilora.text.template import render_text
+from minilora.text.template_glm import CHATGLM2
+from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = {

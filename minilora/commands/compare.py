@@ -13,8 +13,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ..compare import compare
     from ..errors import UsageError
+    from ..reports.compare import compare
 
     if Path(args.output).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")

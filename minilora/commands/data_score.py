@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> None:
     from ..data import load_examples
     from ..durable import write_file
     from ..heap import keep_heap
-    from ..score_data import kept, score_lines, score_rows, write_kept
-    from ..score_data_show import shown_progress, to_html, to_text
-    from ..token_store import TokenCache
-    from ..tokenizer import check_fits, load_tokenizer
+    from ..reports.score_data import kept, score_lines, score_rows, write_kept
+    from ..reports.score_data_show import shown_progress, to_html, to_text
+    from ..rows.token_store import TokenCache
+    from ..text.tokenizer import check_fits, load_tokenizer
 
     if (args.keep_below is None and args.keep_above is None) != (args.output is None):
         raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")

@@ -23,7 +23,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ..split_files import split_files
+    from ..rows.split_files import split_files
     from .shared_flags import columns_of
 
     wanted = {name: text for name in ("val", "test") if (text := getattr(args, name)) is not None}

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from ..data import load_examples
     from ..evaluate import evaluate
     from ..heap import keep_heap
-    from ..tokenizer import check_fits, load_tokenizer
+    from ..text.tokenizer import check_fits, load_tokenizer
 
     keep_heap()
     tokenizer = load_tokenizer(args.model)

@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..durable import write_file
-    from ..inspect_data import inspect_data
-    from ..inspect_data_show import show, to_html
-    from ..tokenizer import load_tokenizer
+    from ..reports.inspect_data import inspect_data
+    from ..reports.inspect_data_show import show, to_html
+    from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     settings = settings_of(args, definitions(args.define))

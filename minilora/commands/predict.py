@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..heap import keep_heap
-    from ..predict import predict, show_results
+    from ..reports.predict import predict, show_results
 
     keep_heap()
     console = Console(stderr=args.json)

@@ -15,8 +15,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..heap import keep_heap
-    from ..record import read_record
-    from ..report import reading, report
+    from ..reports.record import read_record
+    from ..reports.report import reading, report
 
     keep_heap()
     path = report(args.run, args.samples)

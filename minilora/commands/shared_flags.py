@@ -58,7 +58,7 @@ def limit_flags(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(args: argparse.Namespace, define: dict[str, str], skip_bad: bool = False) -> Any:
     """The load.Settings of limit_flags."""
-    from ..load import Settings
+    from ..rows.load import Settings
 
     columns = columns_of(args.columns)
     return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad,

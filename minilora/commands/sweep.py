@@ -13,7 +13,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..sweep import sweep
+    from ..reports.sweep import sweep
     from .shared_flags import definitions
     from .train import foreign_flags
 

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from ..template import Message
+from ..text.template import Message
 from .problems import RowError, quote
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .config import read_yaml
-from .errors import DataError, UsageError
-from .monitor import read_metrics
-from .plot import smoothed
+from ..config import read_yaml
+from ..errors import DataError, UsageError
+from ..monitor import read_metrics
+from ..plot import smoothed
 
 TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
 ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"

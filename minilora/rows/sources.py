@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import DataError, UsageError
+from ..errors import DataError, UsageError
 from .token_store import Examples
 
 SPEC = re.compile(r"(?P<path>.+?)(?:#(?P<first>:?)(?P<count>\d{1,15}))?(?:@(?P<rate>[0-9.]+))?", re.DOTALL)

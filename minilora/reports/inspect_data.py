@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .duplicates import NearDuplicates
-from .errors import DataError
-from .load import Settings, ending_note, hashes, render_row, render_within
-from .rows import Row, RowError, fill, open_rows, quote, to_messages
-from .rows.shapes import PLACEHOLDER, READ, TEXT
-from .sources import draw, parse_sources
-from .template import Message
-from .template_check import TemplateCheck, check_template
+from ..errors import DataError
+from ..rows import Row, RowError, fill, open_rows, quote, to_messages
+from ..rows.duplicates import NearDuplicates
+from ..rows.load import Settings, ending_note, hashes, render_row, render_within
+from ..rows.shapes import PLACEHOLDER, READ, TEXT
+from ..rows.sources import draw, parse_sources
+from ..text.template import Message
+from ..text.template_check import TemplateCheck, check_template
+from ..text.tokenizer import Tokenizer
 from .token_view import Token, tokens_of
-from .tokenizer import Tokenizer
 
 KEPT = 5  # places that are kept of each problem
 CHECKED = 200  # rows that are compared with the folder's template

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .adapter import CONFIG, WEIGHTS
+from ..adapter import CONFIG, WEIGHTS
+from ..checkpoint import read_json
+from ..durable import write_file
+from ..errors import MiniloraError, UsageError
+from ..plot import smoothed
+from ..safetensors import SafetensorsFile
 from .charts import Level, Series, heat_map, histogram, line_chart
-from .checkpoint import read_json
 from .compare import loss_rows, over_the_limit, reasons
 from .document import Document
-from .durable import write_file
-from .errors import MiniloraError, UsageError
-from .plot import smoothed
 from .record import Record, read_record
-from .safetensors import SafetensorsFile
 
 SAMPLES = "samples.jsonl"
 
@@ -191,13 +191,13 @@ def adapter_norms(folder: Path) -> dict[str, float]:
 
 def make_samples(run: Record, count: int) -> None:
     """Write RUN/samples.jsonl: the answers of the base model and of the run's adapter to rows of its validation file or data."""
-    from .adapter import load_adapter
-    from .checkpoint import load_model
-    from .generate import read_generation
-    from .generate_many import generate_many
-    from .lora import without_adapters
+    from ..adapter import load_adapter
+    from ..checkpoint import load_model
+    from ..generate import read_generation
+    from ..generate_many import generate_many
+    from ..lora import without_adapters
+    from ..text.tokenizer import load_tokenizer
     from .predict import read_questions
-    from .tokenizer import load_tokenizer
 
     config = run.config
     if not (run.folder / "adapter" / WEIGHTS).is_file():

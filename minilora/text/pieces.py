@@ -15,9 +15,9 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from ..checkpoint import read_json
+from ..errors import ModelError
 from .bpe import no_panic, read_text
-from .checkpoint import read_json
-from .errors import ModelError
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_SPECIALS = (*CHATGLM2_SPECIALS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import write_file
+from ..errors import UsageError
+from ..monitor import clock
 from .charts import Level, Series, histogram, line_chart
 from .document import Document
-from .durable import write_file
-from .errors import UsageError
 from .metrics import Measured, interval, measure, paired, rouge_l
-from .monitor import clock
 from .rating import RATE_SCRIPT, RATE_STYLE, rating_block
 from .record import Record, read_record
 

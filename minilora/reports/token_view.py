@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .rows import Row
-from .rows.shapes import TEXT
-from .template import render_text
-from .tokenizer import Tokenizer
+from ..rows import Row
+from ..rows.shapes import TEXT
+from ..text.template import render_text
+from ..text.tokenizer import Tokenizer
 
 FORMAT = "format"  # the role of what the chat format adds
 MARK = "\ue000"  # of private use: it stands for a text in a chat that is rendered to see what is around its texts

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DataError
+from ..errors import DataError
 from .template import NEWLINE, Message, Segment, Template, jinja_text
 
 ROLES = ("system", "user", "assistant")

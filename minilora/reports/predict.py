@@ -18,20 +18,20 @@ from rich.table import Table
 
 from minilora.models.decoder import Decoder
 
-from .adapter import WEIGHTS, load_adapter
-from .checkpoint import fingerprint, load_model
-from .durable import locked, write_file
-from .errors import DataError, OutputInUse, Stopped
-from .generate import GREEDY, Sampling, read_generation
-from .generate_many import generate_many
-from .load import hashes
-from .lora import base_parameters
+from ..adapter import WEIGHTS, load_adapter
+from ..checkpoint import fingerprint, load_model
+from ..durable import locked, write_file
+from ..errors import DataError, OutputInUse, Stopped
+from ..generate import GREEDY, Sampling, read_generation
+from ..generate_many import generate_many
+from ..lora import base_parameters
+from ..monitor import PLAIN_EVERY, clock
+from ..rows import fill, read_rows
+from ..rows.load import hashes
+from ..signals import StopSignal
+from ..text.tokenizer import Tokenizer, check_fits, load_tokenizer
 from .metrics import Measured, interval, measure, word_cutter
-from .monitor import PLAIN_EVERY, clock
 from .record import RESULTS, ROWS, read_json_file
-from .rows import fill, read_rows
-from .signals import StopSignal
-from .tokenizer import Tokenizer, check_fits, load_tokenizer
 
 PART = "part.jsonl"
 # as LLaMA-Factory names what it reports

@@ -13,9 +13,9 @@ import torch
 from minilora.kernels.linear_cross_entropy import linear_cross_entropy
 from minilora.models.decoder import Decoder
 
-from .data import make_batch
-from .durable import write_file
-from .token_store import Examples
+from ..data import make_batch
+from ..durable import write_file
+from ..rows.token_store import Examples
 
 GROUP = 64  # rows that are laid end to end at most
 

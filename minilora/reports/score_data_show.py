@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from ..rows.token_store import Examples
 from .histogram import svg_histogram, text_histogram
 from .html import escape, page, table
 from .score_data import RowScore
-from .token_store import Examples
 
 EVERY = 5.0  # seconds between two lines of progress
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)

@@ -25,18 +25,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
+from ..durable import locked, staged_folder, write_file
+from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
+from ..rows import open_rows, to_messages
+from ..rows.load import hashes
+from ..rows.sources import draw, parse_sources
+from ..rows.split import count_of, split
+from ..signals import StopSignal
 from .compare import compare
-from .config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
-from .durable import locked, staged_folder, write_file
-from .errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
-from .load import hashes
 from .record import read_json_file, read_record
-from .rows import open_rows, to_messages
-from .signals import StopSignal
-from .sources import draw, parse_sources
-from .split import count_of, split
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
 SECTIONS = ("base", "zip", "product", "test", "smoke")
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape as rich_escape
 from rich.text import Text
 
+from ..rows import quote
+from ..rows.sources import parse_sources
 from .histogram import svg_histogram, text_histogram
 from .html import UNSEEN, escape, page, table
 from .inspect_data import Inspection
-from .rows import quote
-from .sources import parse_sources
 from .token_view import Token
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "format": "yellow"}

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 
-from .durable import problem_of, staged_folder
-from .errors import DataError
+from ..durable import problem_of, staged_folder
+from ..errors import DataError
 
 IGNORE = -100
 RECORD = np.dtype(
@@ -228,8 +228,8 @@ def _tokenizer_hash(model: Path) -> str:
 
 def _code_hash() -> str:
     """Of the sources that make tokens of rows, so that another version of them makes its own."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("*.py"), *package.glob("rows/*.py")]):
+    for path in sorted([*package.glob("*.py"), *package.glob("rows/*.py"), *package.glob("text/*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import TrainConfig
-from .durable import staged_folder
-from .errors import DataError, UsageError
+from ..config import TrainConfig
+from ..durable import staged_folder
+from ..errors import DataError, UsageError
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from . import find_data
 from .load import Report, ending_note, load_examples
-from .rows import find_data
 from .sources import mixed, parse_ratio, parse_sources, repeated
 from .split import count_of, split
 from .token_store import Examples, TokenCache
-from .tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

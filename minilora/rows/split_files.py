@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import staged_folder
+from ..errors import DataError, OutputInUse, UsageError
+from . import Row, RowError, open_rows, to_messages
 from .duplicates import NearDuplicates
-from .durable import staged_folder
-from .errors import DataError, OutputInUse, UsageError
 from .load import counted, hashes
-from .rows import Row, RowError, open_rows, to_messages
-from .rows.shapes import check_columns
+from .shapes import check_columns
 from .sources import draw, parse_sources
 from .split import count_of, split
 

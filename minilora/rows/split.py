@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from .errors import DataError, UsageError
+from ..errors import DataError, UsageError
 
 
 def split(questions: np.ndarray, wanted: list[int], seed: int) -> list[np.ndarray]:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
-from .rows import Row, RowError, RowFile, fill, open_rows, to_messages
-from .rows.shapes import TEXT, check_columns
+from ..errors import DataError
+from ..text.template_glm import CHATGLM
+from ..text.tokenizer import Tokenizer
+from . import Row, RowError, RowFile, fill, open_rows, to_messages
+from .shapes import TEXT, check_columns
 from .sources import draw, parse_sources
-from .template_glm import CHATGLM
 from .token_store import Examples, TokenCache, TokenStore, Writer, unnamed_file
-from .tokenizer import Tokenizer
 
 
 @dataclass
