@@ -4,7 +4,7 @@ A pass computes the new tokens of the open documents and nothing else; a documen
 once. Keys and values lie in slots of one length, so that one attention call serves all; the empty ends of slots are masked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,17 +119,17 @@ class _Open:
 @torch.inference_mode()
 def generate_many(
     model: Decoder, prompts: list[list[int]], stop: set[int], max_tokens: int, slots: int = 16,
-    sampling: Sampling = GREEDY, seed: int = 0, numbers: list[int] | None = None,
+    sampling: Sampling = GREEDY, seed: int = 0, numbers: list[int] | None = None, halt: Callable[[], bool] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
     """The answers to prompts in the order in which they end, `slots` at a time, the longest prompts first.
 
     `numbers` are the names of the prompts, by default 0, 1, ...; a prompt's draws follow from (seed, number) alone. Greedy answers are those of one prompt alone
-    up to the rounding of the model's dtype.
+    up to the rounding of the model's dtype. `halt` is asked before every pass: True ends everything, open answers are lost.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     cache = Slots(model.config.layers, slots)
     running: list[_Open] = []
-    while waiting or running:
+    while (waiting or running) and not (halt and halt()):
         new: list[_Open] = []
         while waiting and len(running) + len(new) < slots:
             tokens = sum(len(o.prompt) for o in new) + len(prompts[waiting[-1]])

@@ -12,7 +12,7 @@ from minilora.models.decoder import Decoder
 from .config import TrainConfig, must_match
 from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan
-from .record import TRAINED_ROWS
+from .reports.record import TRAINED_ROWS
 from .snapshot import (
     load_snapshot,
     newest_snapshot,

@@ -266,5 +266,6 @@ def test_histograms_count_every_value():
         and any("◂ limit 50 (2 over, 28.6 %)" in line for line in lines)
         and "far 99999: none over" in lines[-1]
     )
+    assert [line.split()[0] for line in text_histogram(np.array([1, 1, 2]), {})] == ["0", "1", "2"]  # no half tokens
     picture = svg_histogram(values, marks, "<b>")
     assert "<b>" not in picture and picture.count("<rect") >= 10 and "limit 50: 2 over" in picture

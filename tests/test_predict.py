@@ -58,6 +58,23 @@ def test_results_say_what_was_counted(work, made):
     assert results["settings"]["decoding"] == {"max_tokens": 12, "greedy": True}
 
 
+class StopInside:
+    """A signal that comes when some passes are done and answers are open."""
+
+    name, asked, passes = "SIGTERM", 0, 4
+
+    @property
+    def requested(self):
+        self.asked += 1
+        return self.asked > self.passes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
     real, asked = predict_module.generate_many, []
 
@@ -66,10 +83,13 @@ def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
         yield from real(model, prompts, *rest)
 
     monkeypatch.setattr(predict_module, "generate_many", counted)
-    monkeypatch.setattr(predict_module, "StopSignal", StopAtOnce)
+    monkeypatch.setattr(predict_module, "StopSignal", StopInside)
+    monkeypatch.setattr(StopInside, "passes", 14)
     arguments: dict[str, Any] = {"max_tokens": 12, "batch": 3, "console": QUIET}
-    with pytest.raises(Stopped, match="after 1 of 14"):
+    with pytest.raises(Stopped, match=r"after \d+ of 14"):
         predict(work / "model", work / "rows.json", tmp_path / "out", **arguments)
+    kept = len(lines(tmp_path / "out" / PART)) - 1  # three answers of 12 tokens at a time, and 14 passes
+    assert 0 < kept < 6
     monkeypatch.undo()
     monkeypatch.setattr(predict_module, "generate_many", counted)
     with open(tmp_path / "out" / PART, "a") as part:
@@ -77,18 +97,8 @@ def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
     with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
         predict(work / "model", work / "rows.json", tmp_path / "out", max_tokens=11, console=QUIET)
     predict(work / "model", work / "rows.json", tmp_path / "out", **arguments)
-    assert asked == [14, 13]
+    assert asked == [14, 14 - kept]
     assert (tmp_path / "out" / ROWS).read_bytes() == (work / "out" / ROWS).read_bytes()
-
-
-class StopAtOnce:
-    requested, name = True, "SIGTERM"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 def test_draws_are_the_same_after_a_stop(work, tmp_path, monkeypatch):
@@ -98,8 +108,8 @@ def test_draws_are_the_same_after_a_stop(work, tmp_path, monkeypatch):
         whole = predict(
             work / "model", work / "rows.json", tmp_path / "whole", max_tokens=6, sample=True, console=QUIET
         )
-        monkeypatch.setattr(predict_module, "StopSignal", StopAtOnce)
-        with pytest.raises(Stopped):
+        monkeypatch.setattr(predict_module, "StopSignal", StopInside)
+        with pytest.raises(Stopped, match="stopped by SIGTERM after"):
             predict(work / "model", work / "rows.json", tmp_path / "two", max_tokens=6, sample=True, console=QUIET)
         monkeypatch.undo()
         predict(work / "model", work / "rows.json", tmp_path / "two", max_tokens=6, sample=True, console=QUIET)

@@ -127,6 +127,22 @@ def test_an_array_cut_short(tmp_path):
     assert "line 2" in refusal(write(tmp_path / "x", raw=f"[{json.dumps(GOOD)},\n"))
 
 
+@pytest.mark.parametrize("start", ["[", "\n ["])
+def test_a_key_twice_in_an_array_is_placed(tmp_path, start):
+    twice = '{"prompt":"a","completion":"b, [","completion":"c"}'
+    raw = f"{start}{json.dumps(GOOD)},\n[{json.dumps(GOOD)}] ,\n\n{twice}, {{]"  # what comes after it is not looked at
+    line = 4 + start.count("\n")
+    assert f", row 3, line {line}: key 'completion' stands twice" in refusal(write(tmp_path / "x", raw=raw))
+
+
+def test_a_row_of_an_array_has_the_limit_of_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_LINE", 100)
+    rows = [GOOD | {"prompt": "x" * n} for n in (5, 20, 200)]
+    path = write(tmp_path / "x", raw=json.dumps(rows[:2] * 3))
+    assert len(list(read_rows(path))) == 6
+    assert ", row 3 is longer than" in refusal(write(tmp_path / "y", raw=json.dumps(rows)))
+
+
 @pytest.mark.parametrize("array", [False, True])
 def test_gb18030_is_recognised(tmp_path, array):
     lines = [json.dumps({"prompt": p, "completion": "好"}, ensure_ascii=False) for p in ("a", "b", "你好")]

@@ -78,7 +78,7 @@ def histogram(counts: Sequence[dict[int, int]], names: Sequence[str], x: str, le
             rows[value // step] += count
         corners = [(float(i * step), float(n)) for i, n in enumerate(rows) for i in (i, i + 1)]
         outlines.append(Series(name, [(0.0, 0.0), *corners], number % 4, number % 4))
-    fit = _Fit(0, bins * step, 0, max(p[1] for s in outlines for p in s.points) * 1.05, False)
+    fit = _Fit(0, max(bins * step, 6), 0, max(p[1] for s in outlines for p in s.points) * 1.05, False)
     parts = [fit.grid(x, "rows")]
     parts += [_level(fit.place((level.value, 0)), fit.place((level.value, fit.top)), level) for level in levels]
     parts += [_line(s, [fit.place(p) for p in s.points]) for s in outlines]
@@ -108,7 +108,7 @@ def heat_map(values: dict[tuple[str, str], float], x: str, y: str) -> str:
         parts.append(
             f'<text x="{label + (i + 0.5) * cell:.1f}" y="{under}" text-anchor="middle">{escape(column)}</text>'
         )
-    parts.append(f'<text x="{label}" y="{under + 18}">{escape(x)}; the darkest cell is {largest:.4g}</text>')
+    parts.append(f'<text x="{label}" y="{under + 18}">{escape(x)}; the strongest shade is {largest:.4g}</text>')
     return _svg(parts, f"{y} by {x}", under + 24)
 
 
@@ -191,7 +191,7 @@ def _line(s: Series, places: list[Point]) -> str:
     colour, dash = COLOURS[s.colour % 4], DASHES[s.dash % 4]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     look = f'stroke-dasharray="{dash}" ' if dash else ""
-    look += 'stroke-width="1" stroke-opacity="0.35"' if s.faint else 'stroke-width="2"'
+    look += 'stroke-width="1" stroke-opacity="0.5"' if s.faint else 'stroke-width="2"'
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places) if s.dots else ""
     return f'<polyline points="{path}" fill="none" stroke="{colour}" {look}/>{dots}'
 

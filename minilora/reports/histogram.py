@@ -18,6 +18,7 @@ def bins(values: np.ndarray, marks: Mapping[str, float], count: int) -> tuple[np
     top = usual if top > 2 * usual > 0 else top
     top = max([top, *_near(values, marks).values()])
     step = _round_up(top / count)
+    step = max(step, 1.0) if np.issubdtype(values.dtype, np.integer) else step
     edges = np.arange(min(int(top // step) + 1, count) + 1) * step
     numbers, _ = np.histogram(np.minimum(values, edges[-1]), bins=edges)
     return edges, numbers

@@ -182,8 +182,10 @@ def _answer(
     tokens = 0
     with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
         prompts = [questions[i].ids for i in left]
-        answers = generate_many(model, prompts, stop | tokenizer.stop_ids, max_tokens, batch, sampling, seed, left)
-        for answer in answers:
+        stops = stop | tokenizer.stop_ids
+        for answer in generate_many(
+            model, prompts, stops, max_tokens, batch, sampling, seed, left, lambda: signal.requested
+        ):
             question = questions[answer.number]
             row = {
                 "row": answer.number,
@@ -210,11 +212,9 @@ def _answer(
                 eta = clock((now - began) / made * rest)
                 text = f" {len(done):>5}/{len(questions)} answers  {speed:,.0f} answer tokens/s  ETA {eta}"
                 console.print(text, highlight=False, markup=False)
-            if signal.requested and len(done) < len(questions):
-                what = (
-                    f"stopped by {signal.name} after {len(done)} of {len(questions)} answers; they are kept in {folder}"
-                )
-                raise Stopped(what, "The same command goes on from there.")
+        if len(done) < len(questions):
+            what = f"stopped by {signal.name} after {len(done)} of {len(questions)} answers; they are kept in {folder}"
+            raise Stopped(what, "The same command goes on from there.")
     return time.monotonic() - began
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO
 from .problems import RowError, quote
 
 MAX_LINE = 64 << 20
+BETWEEN = re.compile(r"[\s,]*")  # of two rows of an array
 BOM = b"\xef\xbb\xbf"
 
 
@@ -72,6 +74,11 @@ class JsonArray:
         raw = path.read_bytes()
         self.sha256 = hashlib.sha256(raw).hexdigest()
         self._values = parse(decode(raw.removeprefix(BOM), str(path)), str(path))
+        if len(raw) > MAX_LINE:
+            for number, value in enumerate(self._values):
+                if len(json.dumps(value, ensure_ascii=False)) > MAX_LINE:
+                    raise RowError("line too long", f"{self.where(number)} is longer than {MAX_LINE >> 20} MiB",
+                                   "Make several rows of it.")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._values)
@@ -124,9 +131,23 @@ def parse(text: str, where: str) -> Any:
         what = f"{where}{line}, column {error.colno}: {error.msg}: {quote(text[error.pos : error.pos + 40])}"
         raise RowError("broken JSON", what, "Correct the JSON there.") from None
     except DuplicateKey as error:
-        raise RowError("a key twice", f"{where}: {error}", "Take one of the two out.") from None
+        row = "" if ", line" in where else _row_of_duplicate(text)
+        raise RowError("a key twice", f"{where}{row}: {error}", "Take one of the two out.") from None
     except (ValueError, RecursionError) as error:
         raise RowError("broken JSON", f"{where}: {error}", "Correct the JSON there.") from None
+
+
+def _row_of_duplicate(text: str) -> str:
+    """Where the first row of an array that has a key twice begins; all before it is known to be JSON."""
+    decoder, row, at = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0, len(text) - len(text.lstrip()) + 1
+    if text[at - 1] != "[":
+        return ""
+    while True:
+        at, row = BETWEEN.match(text, at).end(), row + 1  # pyright: ignore[reportOptionalMemberAccess]
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except DuplicateKey:
+            return f", row {row}, line {text.count(chr(10), 0, at) + 1}"
 
 
 class DuplicateKey(ValueError):
