@@ -1,6 +1,6 @@
-"""Compile every kernel in every configuration for sm_80 and sm_90, without a GPU, and say what binds it.
+"""Compile every kernel in every configuration for sm_80, sm_86 and sm_90, without a GPU, and say what binds it.
 
-    python -m bench.compile [--only WORDS] [--jobs N] [--cache DIR] > bench/compiled.json
+    python -m bench.compile [--only WORDS] [--one] [--jobs N] [--cache DIR] > bench/compiled.json
 
 For every kernel: registers and spilled bytes of a thread, shared bytes, threads, blocks that fit a multiprocessor, tensor-core instructions, global loads
 (async into shared memory, wide, narrow), and for one pass of its main loop the cycles that bench/sass.py reads from the code.
@@ -24,11 +24,20 @@ from triton.backends.compiler import GPUTarget
 
 from bench.launches import Launch, recorded
 from bench.sass import blocks, cycles, disassemble, main_loop, operation
-from minilora.kernels import rms_norm, rope, swiglu
+from minilora.kernels import (
+    cross_entropy,
+    linear_cross_entropy,
+    lora_linear_group,
+    lora_swiglu,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STREAMS = ("lora_narrow.",)  # kernels with tensor cores that read what they multiply from memory, once
+RANKS = (16, 64)  # one part of a rank in a dot, the narrowest and the widest
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
 
@@ -58,6 +67,53 @@ def _rope(heads: int, size: int, **form: Any) -> Callable[[torch.dtype], None]:
     return call(rope.rope, rope.example, heads, size, trained=(0,), **form)
 
 
+def _rope_sections(dtype: torch.dtype) -> None:
+    """Of ChatGLM-6B: every half of a head turns by a position of its own."""
+    x, cos, sin, _ = rope.example(TOKENS, 32, 128, dtype, "meta")[0]
+    y = rope.rope(x.requires_grad_(), cos.unflatten(1, (2, -1)), sin.unflatten(1, (2, -1)))
+    y.backward(torch.empty_like(y))
+
+
+def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Callable[[torch.dtype], None]:
+    def once(dtype: torch.dtype) -> None:
+        (x, projections), _ = lora_linear_group.example(TOKENS, k, ns, r, dtype, "meta", p)
+        for projection in projections:
+            assert projection.adapter
+            projection.adapter.a.requires_grad_()
+            projection.adapter.b.requires_grad_()
+        ys = lora_linear_group.lora_linear_group(x.requires_grad_(), projections)
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+    return once
+
+
+def _dual(k: int, n: int, r: int) -> Callable[[torch.dtype], None]:
+    def once(dtype: torch.dtype) -> None:
+        lora_swiglu.lora_swiglu(*lora_swiglu.example(TOKENS, k, n, r, dtype, "meta")[0])
+
+    return once
+
+
+def _on_logits(v: int, trained: bool, scaled: bool = False) -> Callable[[torch.dtype], None]:
+    def once(dtype: torch.dtype) -> None:
+        logits, targets = cross_entropy.example(TOKENS, v, dtype, "meta")[0]
+        scale = torch.empty((), device="meta") if scaled else None
+        loss, _ = cross_entropy.cross_entropy(logits.requires_grad_(trained), targets, scale)
+        if trained:
+            loss.backward()
+
+    return once
+
+
+def _of_a_head(d: int, v: int, trained: tuple[int, ...]) -> Callable[[torch.dtype], None]:
+    def once(dtype: torch.dtype) -> None:
+        x, head, targets = linear_cross_entropy.example(TOKENS, d, v, dtype, "meta")[0]
+        x, head = x.requires_grad_(0 in trained), head.requires_grad_(1 in trained)
+        linear_cross_entropy.linear_cross_entropy(x, head, targets, linear_cross_entropy.CHUNK_ROWS_CUDA)
+
+    return once
+
+
 # sizes that models have, with one call for each configuration that they lead to
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "rms_norm 128 frozen": _norm(128, (0,)),
@@ -77,7 +133,25 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "rope 2x64": _rope(2, 64),
     "rope 28x128": _rope(28, 128),
     "rope 32x128 of which 64 interleaved": _rope(32, 128, rotated=64, interleaved=True),
+    "rope 32x128 sections": _rope_sections,
+    **{f"lora_qkv r={r}": _lora(3584, (3584, 512, 512), r) for r in RANKS},
+    **{f"lora_gate_up r={r}": _lora(3584, (18944, 18944), r) for r in RANKS},
+    **{f"lora_down r={r}": _lora(18944, (3584,), r) for r in RANKS},
+    **{f"lora_k r={r}": _lora(3584, (512,), r) for r in RANKS},
+    **{f"lora_qkv r={r} dropout": _lora(3584, (3584, 512, 512), r, 0.05) for r in RANKS},
+    **{f"lora_gate_up r={r} dropout": _lora(3584, (18944, 18944), r, 0.05) for r in RANKS},
+    **{f"lora_down r={r} dropout": _lora(18944, (3584,), r, 0.05) for r in RANKS},
+    **{f"lora_k r={r} dropout": _lora(3584, (512,), r, 0.05) for r in RANKS},
+    **{f"lora_swiglu r={r}": _dual(3584, 18944, r) for r in RANKS},
+    "cross_entropy 152064": _on_logits(152064, True),
+    "cross_entropy 152064 scaled": _on_logits(152064, True, scaled=True),
+    "cross_entropy 152064 without gradient": _on_logits(152064, False),
+    "linear_cross_entropy 3584x152064": _of_a_head(3584, 152064, (0,)),
+    "linear_cross_entropy 3584x152064 trained": _of_a_head(3584, 152064, (0, 1)),
+    "linear_cross_entropy 3584x152064 without gradient": _of_a_head(3584, 152064, ()),
 }
+# kernels with tables for sm_86, whose programs have 99 KiB of shared memory and not 163
+ON_86 = ("lora_", "linear_cross_entropy")
 
 
 def launches() -> dict[str, tuple[Launch, int]]:
@@ -86,7 +160,9 @@ def launches() -> dict[str, tuple[Launch, int]]:
     seen = set()
     for name, once in CALLS.items():
         for short, dtype in DTYPES.items():
-            for arch in ARCHITECTURES:
+            if short == "fp16" and name.startswith("lora_"):
+                continue  # their tiles are those of bf16, and take minutes
+            for arch in ARCHITECTURES if name.startswith(ON_86) else (80, 90):
                 with recorded(arch) as made:
                     once(dtype)
                 assert made, f"{name}: no kernel was launched"
@@ -136,9 +212,11 @@ def _needs_of(label: str) -> dict[str, Any]:
     return needs(*_found[label])
 
 
-def table(cache: Path, only: str = "", jobs: int = 1) -> dict[str, dict[str, Any]]:
-    """The needs of every kernel whose label has all the words of `only`."""
-    labels = [label for label in launches() if all(word in label.split() for word in only.split())]
+def table(cache: Path, only: str = "", jobs: int = 1, one: bool = False) -> dict[str, dict[str, Any]]:
+    """The needs of every kernel whose label has all the words of `only`; of the first configuration if `one`."""
+    there = {label: launch for label, (launch, _) in launches().items() if set(only.split()) <= set(label.split())}
+    first = {launch.name: label for label, launch in reversed(there.items())}
+    labels = [label for label, launch in there.items() if not one or first[launch.name] == label]
     with get_context("spawn").Pool(jobs, _start, (str(cache),)) as pool:
         return dict(zip(labels, pool.imap(_needs_of, labels), strict=True))
 
@@ -146,11 +224,12 @@ def table(cache: Path, only: str = "", jobs: int = 1) -> dict[str, dict[str, Any
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="WORDS", help='as in "rms_norm._fwd_kernel sm_80": all of these')
+    parser.add_argument("--one", action="store_true", help="the first configuration of every kernel")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one for each core)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora/compile"
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help=f"compiled kernels ({cache})")
     args = parser.parse_args(argv)
-    rows = table(args.cache, args.only, args.jobs)
+    rows = table(args.cache, args.only, args.jobs, args.one)
     lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
     print(f'{{"triton": "{triton.__version__}", "kernels": {{', ",\n".join(lines), "}}", sep="\n")
     for name, row in rows.items():

@@ -11,7 +11,8 @@ others it counts also what caches may serve (weights, angles).
 
 Rates a clock and multiprocessor: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions" (fp32, special) and the limits
 of its "Technical Specifications per Compute Capability"; NVIDIA A100 and H100 architecture white papers: 312 and 989.4 dense bf16
-TFLOP/s are 108 x 1.41 GHz x 1024 and 132 x 1.83 GHz x 2048 multiply-adds, memory 2039 and 3350 GB/s. The rate of sm_80 is
+TFLOP/s are 108 x 1.41 GHz x 1024 and 132 x 1.83 GHz x 2048 multiply-adds, memory 2039 and 3350 GB/s;
+GA102 white paper, RTX A6000: 154.8 TFLOP/s are 84 x 1.80 GHz x 512 multiply-adds, memory 768 GB/s. The rate of sm_80 is
 taken for the warp-wide HMMA on sm_90 too: it does not reach the rate of HGMMA, and none is published.
 """
 
@@ -42,6 +43,7 @@ class Card(NamedTuple):
 
 CARDS = {
     80: Card(1024, 0, 64, 2039e9 / (108 * 1.41e9), 164 * 1024),
+    86: Card(512, 0, 128, 768e9 / (84 * 1.8e9), 100 * 1024, warps=48, blocks=16),
     90: Card(1024, 2048, 128, 3350e9 / (132 * 1.83e9), 228 * 1024),
 }
 
