@@ -4,6 +4,8 @@ Each takes what ours takes. They are plain functions that autograd differentiate
 """
 
 from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,15 +23,94 @@ def peft_linear_16bit(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: T
     return F.linear(x, w, bias) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
+class _Unsloth(torch.autograd.Function):
+    """A GEMM and one accumulate; x alone is kept, x A^T is made again in the backward, and dY B once for dA and once for dX."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, w, a, b)
+        ctx.scale = scale
+        return F.linear(x, w, bias).addmm_(x @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
+        x, w, a, b = ctx.saved_tensors
+        low_a, low_b = a.to(dy.dtype), b.to(dy.dtype)
+        da = ((dy @ low_b).T @ x).mul_(ctx.scale).to(a.dtype)
+        db = (dy.T @ (x @ low_a.T)).mul_(ctx.scale).to(b.dtype)
+        dx = (dy @ w).addmm_(dy @ low_b, low_a, alpha=ctx.scale)
+        return dx, None, None, da, db, None
+
+
+def unsloth_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The formulation of Unsloth's kernels, from its description."""
+    return _Unsloth.apply(x, w, bias, a, b, scale)  # pyright: ignore[reportReturnType]
+
+
+def bare_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The frozen layer alone: what no adapter can be faster than on the same GEMM."""
+    return F.linear(x, w, bias)
+
+
+BARE = "no adapter"  # computes something else, so that its error says nothing
+LORA_LINEARS: dict[str, Callable[..., Tensor]] = {
+    "peft": peft_linear,
+    "peft 16 bit": peft_linear_16bit,
+    "unsloth style": unsloth_linear,
+    BARE: bare_linear,
+}
+
+
 def hf_rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def hf_add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return hf_rms_norm(total, w, eps), total
 
 
 def hf_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = (torch.cat((angle, angle), -1)[:, None] for angle in (cos, sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def hf_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GLM's: the first elements of a head turn in pairs of neighbours."""
+    cos, sin = (angle.repeat_interleave(2, dim=-1)[:, None] for angle in (cos, sin))
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((turning * cos + turned * sin, rest), dim=-1)
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None, prefixes: list[int] | None
+) -> Tensor:
+    """One document, products in the dtype of q and the softmax in fp32."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    place = torch.arange(seams[-1], device=q.device)
+    seen = place[:, None] >= place
+    if window is not None:
+        seen &= place[:, None] - place < window
+    if prefixes is not None:
+        seen |= place < prefixes[0]
+    scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.einsum("hqk,khe->qhe", weights.to(q.dtype), v)
+
+
+def sdpa_by_document(q: Tensor, k: Tensor, v: Tensor, seams: list[int], *_: Any) -> Tensor:
+    """torch's causal attention, a call a document."""
+    outs = []
+    for start, end in pairwise(seams):
+        one, two, three = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(one, two, three, is_causal=True, enable_gqa=grouped)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
 
 
 def hf_swiglu(g: Tensor, u: Tensor) -> Tensor:
@@ -53,8 +134,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def liger() -> dict[str, Callable[..., Any]]:
-    """Liger's kernels by our names; none without the package or a GPU."""
+def liger(op: str) -> dict[str, Callable[..., Any]]:
+    """Liger's kernel for an operation of ours as {"liger": ...}; empty without one, or the package, or a GPU."""
+    found = _liger().get(op)
+    return {"liger": found} if found else {}
+
+
+@cache
+def _liger() -> dict[str, Callable[..., Any]]:
     try:
         from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore
         from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore
@@ -68,10 +155,10 @@ def liger() -> dict[str, Callable[..., Any]]:
     if not torch.cuda.is_available():
         return {}
 
-    def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    def rms_norm(x: Tensor, w: Tensor, eps: float, *_: Any) -> Tensor:
         return LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False)
 
-    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope(x: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> Tensor:
         q = x.transpose(0, 1)[None]
         both = (torch.cat((angle, angle), -1)[None] for angle in (cos, sin))
         return LigerRopeFunction.apply(q, q[:, :1].clone(), *both)[0][0].transpose(0, 1)

@@ -1,166 +1,95 @@
 """Every operation at the shapes of real models, beside its reference, torch.compile and the formulations of others.
 
-    python -m bench.kernels [--models qwen2.5-0.5b ...] [--ops rms_norm ...] [--tokens 8192] [--save FILE.json]
+    python -m bench.kernels [--models qwen2.5-0.5b ...] [--only WORD ...] [--tokens 8192] [--compile] [--save FILE.json]
 
 All sides of a row are timed in turn, forward alone and forward with backward: medians, and the 20th and 80th percentile. TFLOP/s
 and GB/s are of what the operation needs at least, so a side that moves more shows less; the share is of the roof that binds. The
-error is the largest difference from fp64, relative to the largest value; memory is the peak beyond the arguments. Without a GPU
-the CPU paths run, and for a GPU only arithmetic is printed: bytes and operations, and the bound of the data sheet.
+error is the largest difference from fp64, relative to the largest value; memory is the peak beyond the arguments. On a GPU times
+are those of the GPU's work, launches queued beforehand. Without one the CPU paths run, and for cards only arithmetic is printed:
+bytes and operations of ours, of others and the least (bench/counted.py), and the bound of the data sheet.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import formulations as others
-from bench.roof import CARDS, Roof, machine, roof
-from bench.shapes import MODELS, Shape
+from bench.counted import arithmetic
+from bench.operations import Entry, Operation, both_ways, leaves, of_model, present, upstream
+from bench.roof import Roof, machine, roof
+from bench.rule import distance
+from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
-from bench.traffic import lora_layer
-from minilora.kernels import (
-    cross_entropy,
-    linear_cross_entropy,
-    lora_linear,
-    rms_norm,
-    rope,
-    swiglu,
-)
-from minilora.kernels.dispatch import force, use_triton
+from bench.workers import Row, in_workers, reason, work
+from minilora.kernels.dispatch import force, use_library_gemm, use_triton
 
-RANK = 16
+SHAPES = {**MODELS, "toy": TOY}
+OURS = "minilora"
 
 
-class Case(NamedTuple):
-    """One row of the table: the arguments, which of them are trained, the sides, and what a perfect kernel needs."""
-
-    op: str
-    where: str
-    args: tuple[Any, ...]
-    trained: tuple[int, ...]
-    ref: Callable[..., Any]
-    sides: dict[str, Callable[..., Any]]
-    cost: dict[str, float]
+def entries(models: list[str], tokens: int) -> dict[str, tuple[str, Entry]]:
+    """(model, operation at its sizes) by the name of the row."""
+    found = {}
+    for model in models:
+        shape: Shape = SHAPES[model]
+        found |= {f"{model}: {entry.name}": (model, entry) for entry in of_model(model, shape, tokens)}
+    return found
 
 
-def cases(model: str, shape: Shape, m: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """The operations of one layer and the loss, at the sizes of a model and m tokens."""
-    liger = others.liger()
-
-    def case(op: str, module: Any, where: str, sizes: tuple[int, ...], trained: tuple[int, ...], **peers: Any) -> Case:
-        args, cost = module.example(*sizes, dtype, device)
-        ours, ref = getattr(module, op), getattr(module, op + "_ref")
-        sides = {"minilora": ours}
-        if use_triton(*(a for a in args if isinstance(a, Tensor))):
-            sides["minilora, torch path"] = without_triton(ours)
-        sides |= {"torch.compile": others.compiled(ref), **peers}
-        sides |= {"liger": liger[op]} if op in liger else {}
-        return Case(op, f"{model} {where}", args, trained, ref, sides, cost)
-
-    s, peft = shape, {"peft": others.peft_linear, "peft 16 bit": others.peft_linear_16bit}
-    yield case("rms_norm", rms_norm, f"{m} x {s.width}", (m, s.width), (0,), hf=others.hf_rms_norm)
-    yield case("rope", rope, f"{m} x {s.heads} x {s.head_size}", (m, s.heads, s.head_size), (0,), hf=others.hf_rope)
-    yield case("swiglu", swiglu, f"{m} x {s.ffn}", (m, s.ffn), (0, 1), hf=others.hf_swiglu)
-    for name, k, n in (("o", s.query, s.width), ("gate", s.width, s.ffn), ("down", s.ffn, s.width)):
-        where = f"{name} {m} x {k} -> {n}, r={RANK}"
-        yield case("lora_linear", lora_linear, where, (m, k, n, RANK), (0, 3, 4), **peft)
-    yield case(
-        "cross_entropy", cross_entropy, f"{m // 4} x {s.vocab}", (m // 4, s.vocab), (0,), hf=others.hf_cross_entropy
-    )
-    losses = {"hf": others.hf_linear_cross_entropy}
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        losses["torch"] = others.torch_linear_cross_entropy
-    where = f"{m // 2} x {s.width} x {s.vocab}"
-    yield case("linear_cross_entropy", linear_cross_entropy, where, (m // 2, s.width, s.vocab), (0,), **losses)
+def sides(operation: Operation, name: str, compile_too: bool, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """What computes the operation: ours first."""
+    found: dict[str, Callable[..., Any]] = {OURS: operation.op}
+    if use_triton(torch.empty(0, device=device)):
+        found[f"{OURS}, kernels off"] = inside(lambda: force(False), operation.op)
+        if name.startswith(("lora_", "linear_cross")):
+            found[f"{OURS}, library GEMM"] = inside(use_library_gemm, operation.op)
+    if compile_too:
+        found["torch.compile"] = others.compiled(operation.plain or operation.ref)
+    return {**found, "reference": operation.plain or operation.ref, **operation.peers}
 
 
-def without_triton(op: Callable[..., Any]) -> Callable[..., Any]:
-    def torch_path(*args: Any) -> Any:
-        with force(False):
+def inside(context: Callable[[], Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with context():
             return op(*args)
-
-    return torch_path
-
-
-def leaves(case: Case) -> list[Any]:
-    return [
-        a.detach().requires_grad_(i in case.trained) if isinstance(a, Tensor) and a.is_floating_point() else a
-        for i, a in enumerate(case.args)
-    ]
-
-
-def both_ways(side: Callable[..., Any], args: list[Any]) -> Callable[[], Any]:
-    """Forward and backward, with the gradients taken but not added to anything."""
-    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-
-    def call() -> list[Tensor]:
-        out = first(side(*args))
-        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
     return call
 
 
-def first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+def error(found: list[torch.Tensor | None], truth: list[torch.Tensor | None]) -> float:
+    """The largest difference relative to the largest value, over outputs and gradients."""
+    pairs = zip(present(found), present(truth), strict=True)
+    return max(distance(f, t) / max(float(t.abs().max()), 1e-30) for f, t in pairs)
 
 
-def error(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest difference relative to the largest value, over output and gradients."""
-    return max(
-        float((f.double() - t).abs().max() / t.abs().max().clamp_min(1e-30)) for f, t in zip(found, truth, strict=True)
-    )
-
-
-def measure(case: Case, device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
-    """Times, memory and error of each side."""
-    args = leaves(case)
-    wide = [
-        a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in args
-    ]
-    truth = both_ways(case.ref, wide)()
-    calls = {name: both_ways(side, args) for name, side in case.sides.items()}
-    result: dict[str, dict[str, Any]] = {}
-    for name, call in list(calls.items()):
+def measure(operation: Operation, name: str, device: torch.device, rounds: int, compile_too: bool) -> dict[str, Any]:
+    """Times, memory and error of each side; a side of others that fails says why."""
+    args, dys = leaves(operation), upstream(operation)
+    truth = both_ways(operation.ref, leaves(operation, wide=True), dys)
+    wanted = sides(operation, name, compile_too, device)
+    calls = {side: lambda f=f: both_ways(f, args, dys) for side, f in wanted.items()}
+    result: dict[str, Any] = {}
+    for side, call in list(calls.items()):
         try:
-            found = call()
+            wrong = None if side == others.BARE else error(call(), truth)
+            result[side] = {"error": wrong, "peak": peak_bytes(call, device)}
         except Exception as problem:
-            if name.startswith("minilora"):
+            if side.startswith(OURS):
                 raise
-            result[name] = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:100]}
-            del calls[name]
-            continue
-        result[name] = {"error": error(found, truth), "peak": peak_bytes(call, device)}
-        del found
+            result[side] = {"failed": reason(problem)}
+            del calls[side]
+    del truth
     with torch.no_grad():
-        forwards = in_turn({n: lambda n=n: case.sides[n](*args) for n in calls}, device, rounds)
-    both = in_turn(calls, device, rounds)
-    for name in calls:
-        result[name] |= {"forward": forwards[name], "both": both[name]}
+        forwards = in_turn({side: lambda f=wanted[side]: f(*args) for side in calls}, device, rounds)
+    both = in_turn(calls, device, rounds) if operation.trained else forwards
+    for side in calls:
+        result[side] |= {"forward": forwards[side], "both": both[side]}
     return result
-
-
-def table(case: Case, result: dict[str, dict[str, Any]], top: Roof) -> list[str]:
-    """The lines of a case in Markdown."""
-    flops = case.cost.get("flops", 0) + case.cost.get("backward_flops", 0)
-    size = case.cost.get("bytes", 0) + case.cost.get("backward_bytes", 0)
-    bound = top.bound(flops, size)
-    mine, lines = result["minilora"]["both"].median, []
-    for name, r in result.items():
-        if "failed" in r:
-            lines.append(f"| {case.op} {case.where} | {name} | {r['failed']} | | | | | | |")
-            continue
-        t: Times = r["both"]
-        lines.append(
-            f"| {case.op} {case.where} | {name} | {milliseconds(r['forward'])} | {milliseconds(t)} | {t.median / mine:.2f} "
-            f"| {flops / t.median / 1e12:.2f} | {size / t.median / 1e9:.1f} | {bound / t.median:.0%} "
-            f"| {r['peak'] / 1e6:.1f} | {r['error']:.1e} |"
-        )
-    return lines
 
 
 HEAD = (
@@ -169,59 +98,81 @@ HEAD = (
 )
 
 
+def told(row: Row, top: Roof) -> str:
+    """The lines of a row in Markdown."""
+    if "sides" not in row:
+        return f"| {row['name']} | {row.get('failed') or row['skipped']} |" + " |" * 8
+    flops, size = row["flops"] + row["backward_flops"], row["bytes"] + row["backward_bytes"]
+    mine, lines = Times(*row["sides"][OURS]["both"]).median, []
+    for side, r in row["sides"].items():
+        if "failed" in r:
+            lines.append(f"| {row['name']} | {side} | {r['failed']} |" + " |" * 7)
+            continue
+        forward, t = Times(*r["forward"]), Times(*r["both"])
+        wrong = "" if r["error"] is None else f"{r['error']:.1e}"
+        lines.append(
+            f"| {row['name']} | {side} | {milliseconds(forward)} | {milliseconds(t)} | {t.median / mine:.2f} "
+            f"| {flops / t.median / 1e12:.3g} | {size / t.median / 1e9:.3g} | {top.bound(flops, size) / t.median:.1%} "
+            f"| {r['peak'] / 1e6:.1f} | {wrong} |"
+        )
+    return "\n".join(lines)
+
+
 def milliseconds(t: Times) -> str:
     return f"{t.median * 1e3:.3g} ({t.low * 1e3:.3g} to {t.high * 1e3:.3g})"
-
-
-def arithmetic(m: int) -> str:
-    """What no measurement here backs: bytes and bounds of one layer's LoRA linears on cards, labelled as arithmetic."""
-    lines = [
-        f"Arithmetic, not measured: LoRA on all linears of one layer, {m} tokens, rank {RANK}, 16 bit, on data-sheet peaks",
-        "", "| model | formulation | forward GB | backward GB | TFLOP | " + " | ".join(f"{c} bound, ms" for c in CARDS) + " |",
-        "|" + "---|" * (5 + len(CARDS)),
-    ]  # fmt: skip
-    for model, shape in MODELS.items():
-        for name, cost in lora_layer(shape, m, RANK).items():
-            bounds = " | ".join(
-                f"{(c.bound(cost.flops, cost.bytes) + c.bound(cost.backward_flops, cost.backward_bytes)) * 1e3:.2f}"
-                for c in CARDS.values()
-            )
-            lines.append(
-                f"| {model} | {name} | {cost.bytes / 1e9:.3f} | {cost.backward_bytes / 1e9:.3f} "
-                f"| {cost.total_flops / 1e12:.2f} | {bounds} |"
-            )
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=list(MODELS) if on_gpu else ["qwen2.5-0.5b"]
-    )
-    parser.add_argument("--ops", nargs="+", help="only these operations")
-    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 512)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(MODELS) if on_gpu else ["qwen2.5-0.5b"])
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name has one of these words")
+    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 256)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--rounds", type=int, default=20 if on_gpu else 7)
+    parser.add_argument("--rounds", type=int, default=20 if on_gpu else 5)
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the reference too (seconds a row)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="what is not done by then is skipped")
     parser.add_argument("--save", metavar="FILE", help="write the figures as JSON, and the tables beside it as .md")
+    parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)  # of a worker
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    top, rows, lines = roof(device, dtype), [], [HEAD]
-    for model in args.models:
-        for case in cases(model, MODELS[model], args.tokens, dtype, args.device):
-            if args.ops and case.op not in args.ops:
-                continue
-            result = measure(case, device, args.rounds)
-            rows.append({"op": case.op, "where": case.where, "cost": case.cost, "sides": result})
-            lines += table(case, result, top)
-            print("\n".join(lines[:1] + lines[-len(result) :] if len(rows) == 1 else lines[-len(result) :]), flush=True)
-    lines = [f"Roof: {top}", "", *lines, "", arithmetic(8192)]
-    print("\n" + lines[0] + "\n\n" + lines[-1])
+    known = entries(args.models, args.tokens)
+
+    def case(name: str) -> Row:
+        torch.manual_seed(0)
+        if args.compile:
+            torch.compiler.reset()  # or it gives up after a few shapes
+        _, entry = known[name]
+        operation = entry.make(dtype, device)
+        found = measure(operation, entry.op, device, args.rounds, args.compile)
+        return {"op": entry.op, **operation.cost._asdict(), "sides": found}
+
+    if args.lines:
+        return work(args.names, case, args.lines)
+    top = roof(device, dtype)
+    form = [f"{key}={getattr(args, key)}" for key in ("tokens", "dtype", "device", "rounds")]
+    command = [sys.executable, "-m", "bench.kernels", "--models", *args.models, *(f"--{f}" for f in form)]
+    names = [n for n in known if not args.only or any(word in n for word in args.only)]
+    lines = [f"Roof: {top.flops / 1e12:.3g} TFLOP/s, {top.bandwidth / 1e9:.4g} GB/s ({told_of(top)})", "", HEAD]
+    print("\n".join(lines), flush=True)
+    rows = in_workers(
+        command + ["--compile"] * args.compile, names, 1, args.seconds, lambda row: print(told(row, top), flush=True)
+    )
+    lines += [told(row, top) for row in rows.values()]
+    if device.type == "cpu":
+        lines += ["", arithmetic({model: SHAPES[model] for model in args.models}, 8192)]
+        print("\n" + lines[-1])
     if args.save:
         about = machine(device) | {"dtype": args.dtype, "tokens": args.tokens, "rounds": args.rounds}
-        Path(args.save).write_text(json.dumps({"machine": about, "roof": top._asdict(), "rows": rows}, indent=1) + "\n")
+        found = {"machine": about, "roof": top._asdict(), "rows": list(rows.values())}
+        Path(args.save).write_text(json.dumps(found, indent=1) + "\n")
         Path(args.save).with_suffix(".md").write_text("\n".join([json.dumps(about), "", *lines]) + "\n")
+
+
+def told_of(top: Roof) -> str:
+    return f"{top.device}, " + ("measured here" if top.measured else "its data sheet")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from minilora.kernels import lang
 
-MULTIPROCESSORS = {80: 108, 90: 132}
+MULTIPROCESSORS = {80: 108, 86: 84, 90: 132}
 
 
 class Launch(NamedTuple):

@@ -2,8 +2,12 @@
 
 A known card by its maker's data sheet (A800 is an A100 with slower links between cards). Anything else by measurement: the best of a
 few large matrix products, and of a few copies of a tensor that no cache holds.
+
+    python -m bench.roof [--save FILE.json]    this machine's, by its data sheet and as measured
 """
 
+import argparse
+import json
 import platform
 import subprocess
 import time
@@ -12,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from minilora.flops import PEAKS, peak_flops
+from minilora.flops import PEAKS, measured_flops, peak_flops
 
 # bytes per second of the memory, data sheets; the longer names first
 BANDWIDTHS = {
@@ -102,3 +106,42 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=False
     )
     return told.stdout.strip() or "unknown"
+
+
+def card(device: torch.device) -> dict[str, str | int]:
+    """What a kernel's speed hangs on beside the peaks."""
+    if device.type != "cuda":
+        return {}
+    p = torch.cuda.get_device_properties(device)
+    asked = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    told = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return {
+        "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "memory": p.total_memory,
+        "cuda": str(torch.version.cuda),
+        asked: told.stdout.strip(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--save", metavar="FILE")
+    args = parser.parse_args(argv)
+    device, dtype = torch.device(args.device), torch.bfloat16
+    found = machine(device) | card(device)
+    measured = Roof(device_name(device), measured_flops(device, dtype), copy_rate(device), True)
+    lines = [f"| {key} | {value} |" for key, value in found.items()]
+    for name, top in (("roof", roof(device, dtype)), ("measured", measured)):
+        lines.append(f"| {name} | {top.flops / 1e12:.4g} TFLOP/s in bf16, {top.bandwidth / 1e9:.4g} GB/s |")
+    print("\n".join(["| | |", "|---|---|", *lines]))
+    if args.save:
+        Path(args.save).write_text(json.dumps(found | {"measured": measured._asdict()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

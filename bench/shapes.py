@@ -31,3 +31,4 @@ MODELS = {
     "chatglm-6b": Shape(4096, 16384, 32, 32, 128, 130528, 28),
     "glm-4-9b": Shape(4096, 13696, 32, 2, 128, 151552, 40),
 }
+TOY = Shape(48, 80, 4, 2, 16, 144, 2)  # no model: for trying the benches out

@@ -1,35 +1,42 @@
 """Forward and backward of a LoRA step at the sizes of real models, random weights, against what others write.
 
-    python -m bench.step [--models qwen2.5-0.5b ...] [--tokens 8192] [--document 1024] [--rank 16] [--save FILE.json]
+    python -m bench.step [--models qwen2.5-0.5b ...] [--tokens 8192] [--document 1024] [--rank 16] [--compile] [--save FILE.json]
 
-One stream of packed documents, half of each trained. The sides: minilora, the same with recomputation, the same on PyTorch's
-operations alone (--kernels off), the formulation of transformers and peft in this project's blocks (adapters in fp32, each
-operation term by term, all logits in fp32), and that under torch.compile. Attention and the stream are the same for all, so a
-trainer that pads pays for that beside. In turn, in one process; the optimizer's step, the same for all, is left out.
+One stream of packed documents, half of each trained. The sides: minilora, the same with recomputation, with the wide products
+by the library's GEMM, and on PyTorch's operations alone (--kernels off), the formulation of transformers and peft in this
+project's blocks (adapters in fp32, each operation term by term, all logits in fp32) with and without recomputation, and that
+under torch.compile. Attention and the stream are the same for all, so a trainer that pads pays for that beside. In turn, one
+process a model; the optimizer's step, the same for all, is left out.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bench import formulations as others
 from bench.roof import machine
-from bench.shapes import MODELS, Shape
-from bench.timing import in_turn, peak_bytes
+from bench.shapes import MODELS, TOY, Shape
+from bench.timing import Times, in_turn, peak_bytes
+from bench.workers import Row, in_workers, reason, work
 from minilora.data import Batch
 from minilora.evaluate import batch_loss
 from minilora.flops import peak_flops, step_flops
-from minilora.kernels.dispatch import force
+from minilora.kernels.dispatch import force, use_library_gemm, use_triton
 from minilora.lora import LoRALinear, add_lora
-from minilora.models import layers, qwen
+from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
+
+SHAPES = {**MODELS, "toy": TOY}
 
 
 def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: int) -> Decoder:
@@ -43,8 +50,8 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: i
         model = qwen.decoder(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False)
     layers.lay_together(model)
-    for p in model.parameters():
-        p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1 if p.numel() == shape.width else 0)
+    for name, p in model.named_parameters():
+        p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
     add_lora(model, r=rank, alpha=2 * rank)
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
@@ -72,8 +79,7 @@ def formulated_by_others() -> Iterator[None]:
         return others.peft_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
 
     def add_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, once: bool = False) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return others.hf_rms_norm(total, w, eps), total
+        return others.hf_add_rms_norm(x, residual, w, eps)
 
     plain: dict[str, Any] = {
         "project": lambda x, *linears: tuple(each(x) for each in linears),
@@ -82,65 +88,65 @@ def formulated_by_others() -> Iterator[None]:
         "rope": lambda x, cos, sin, interleaved=False: others.hf_rope(x, cos, sin),
         "swiglu": others.hf_swiglu,
     }
-    with patch.multiple(layers, **plain), patch.object(LoRALinear, "forward", linear):
+    again = partial(checkpoint, use_reentrant=False)
+    recompute = patch.object(decoder, "recomputed", lambda block, x, place, _: again(block, x, place))
+    with patch.multiple(layers, **plain), patch.object(LoRALinear, "forward", linear), recompute:
         yield
 
 
 def sides(model: Decoder, batch: Batch, compile_too: bool) -> dict[str, Callable[[], float]]:
-    """A step of each side: loss and gradients."""
+    """A step of each side: its loss, and gradients that are made and dropped."""
 
-    def step(loss_of: Callable[[], Tensor]) -> float:
-        loss = loss_of() / len(batch.rows)
-        loss.backward()
-        for p in model.parameters():
-            p.grad = None
-        return float(loss.detach())
-
-    def recomputing() -> Tensor:
-        model.checkpointing = True
-        try:
-            return batch_loss(model, batch)
-        finally:
-            model.checkpointing = False
-
-    def theirs(run: Callable[..., Tensor]) -> Tensor:
-        hidden = run(batch.ids, batch.positions, batch.seams, batch.rows)
-        return others.hf_linear_cross_entropy(hidden, model.head, batch.targets)
-
-    def on_torch() -> float:
-        with force(False):
-            return step(lambda: batch_loss(model, batch))
-
-    def others_step(run: Callable[..., Tensor]) -> Callable[[], float]:
+    def step(
+        loss_of: Callable[[], Tensor], *contexts: Callable[[], AbstractContextManager[Any]]
+    ) -> Callable[[], float]:
         def call() -> float:
-            with formulated_by_others(), force(False):
-                return step(lambda: theirs(run))
+            try:
+                with ExitStack() as stack:
+                    for context in contexts:
+                        stack.enter_context(context())
+                    loss = loss_of() / len(batch.rows)
+                    loss.backward()
+                return float(loss.detach())
+            finally:
+                model.zero_grad(set_to_none=True)
 
         return call
 
-    found = {
-        "minilora": lambda: step(lambda: batch_loss(model, batch)),
-        "minilora, recomputing": lambda: step(recomputing),
-        "minilora, kernels off": on_torch,
-        "peft style": others_step(model),
-    }
+    def ours() -> Tensor:
+        return batch_loss(model, batch)
+
+    def theirs(run: Callable[..., Tensor] = model) -> Tensor:
+        hidden = run(batch.ids, batch.positions, batch.seams, batch.rows)
+        return others.hf_linear_cross_entropy(hidden, model.head, batch.targets)
+
+    off, recomputing = partial(force, False), partial(patch.object, model, "checkpointing", True)
+    found = {"minilora": step(ours), "minilora, recomputing": step(ours, recomputing)}
+    if use_triton(model.head):
+        found["minilora, library GEMM"] = step(ours, use_library_gemm)
+        found["minilora, kernels off"] = step(ours, off)
+    found["peft style"] = step(theirs, formulated_by_others, off)
+    found["peft style, recomputing"] = step(theirs, formulated_by_others, off, recomputing)
     if compile_too:
-        found["peft style, torch.compile"] = others_step(others.compiled(model))
+        compiled = others.compiled(model)
+        found["peft style, torch.compile"] = step(lambda: theirs(compiled), formulated_by_others, off)
     return found
 
 
 def measure(model: Decoder, batch: Batch, device: torch.device, rounds: int, compile_too: bool) -> dict[str, Any]:
-    """Seconds, memory and loss of each side; a side that fails says why."""
+    """Seconds, memory and loss of each side; a side that fails, for want of memory above all, says why."""
     calls, result = sides(model, batch, compile_too), {}
     for name, call in list(calls.items()):
         try:
             loss = call()
             result[name] = {"loss": loss, "peak": peak_bytes(call, device)}
         except Exception as problem:
-            if name == "minilora":
+            if name == "minilora" and not isinstance(problem, torch.OutOfMemoryError):
                 raise
-            result[name] = {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:100]}
+            result[name] = {"failed": reason(problem)}
             del calls[name]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what one side kept is not there for the next one's peak
     for name, times in in_turn(calls, device, rounds).items():
         result[name]["seconds"] = times
     return result
@@ -152,50 +158,62 @@ HEAD = (
 )
 
 
-def table(model: str, result: dict[str, Any], tokens: int, flops: float, peak: float) -> list[str]:
-    base, lines = result.get("peft style", {}).get("seconds"), []
-    for name, r in result.items():
+def told(row: Row, tokens: int) -> str:
+    """The lines of a model in Markdown."""
+    if "sides" not in row:
+        return f"| {row['name']} | {row.get('failed') or row['skipped']} |" + " |" * 6
+    base, lines = row["sides"].get("peft style", {}).get("seconds"), []
+    for side, r in row["sides"].items():
         if "failed" in r:
-            lines.append(f"| {model} | {name} | {r['failed']} | | | | | |")
+            lines.append(f"| {row['name']} | {side} | {r['failed']} |" + " |" * 5)
             continue
-        t = r["seconds"]
-        against = f"{base.median / t.median:.2f}" if base else ""
+        t = Times(*r["seconds"])
+        against = f"{Times(*base).median / t.median:.2f}" if base else ""
         lines.append(
-            f"| {model} | {name} | {t.median * 1e3:.1f} ({t.low * 1e3:.1f} to {t.high * 1e3:.1f}) | {tokens / t.median:,.0f} "
-            f"| {against} | {flops / t.median / peak:.1%} | {r['peak'] / 1e9:.2f} | {r['loss']:.4f} |"
+            f"| {row['name']} | {side} | {t.median * 1e3:.1f} ({t.low * 1e3:.1f} to {t.high * 1e3:.1f}) "
+            f"| {tokens / t.median:,.0f} | {against} | {row['flops'] / t.median / row['roof']:.1%} "
+            f"| {r['peak'] / 1e9:.2f} | {r['loss']:.4f} |"
         )
-    return lines
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=["qwen2.5-0.5b"])
-    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 512)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2.5-0.5b"])
+    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 256)
     parser.add_argument("--document", type=int, default=1024 if on_gpu else 128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7 if on_gpu else 3)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the peft style too (minutes)")
+    parser.add_argument("--compile", nargs="*", metavar="MODEL", help="torch.compile of the peft style too (minutes)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="what is not done by then is skipped")
     parser.add_argument("--save", metavar="FILE", help="write the figures as JSON, and the table beside it as .md")
+    parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)  # of a worker
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    device, rows, lines = torch.device(args.device), [], [HEAD]
-    print(HEAD)
-    for name in args.models:
+    device = torch.device(args.device)
+    compiled = args.models if args.compile == [] else args.compile or []
+
+    def case(name: str) -> Row:
         torch.manual_seed(0)
-        shape = MODELS[name]
-        model = random_model(shape, torch.bfloat16, device, args.rank)
-        batch = stream(shape, args.tokens, args.document, device)
-        result = measure(model, batch, device, args.rounds, args.compile)
+        model = random_model(SHAPES[name], torch.bfloat16, device, args.rank)
+        batch = stream(SHAPES[name], args.tokens, args.document, device)
         flops = step_flops(model, [batch], full=False)
-        new = table(name, result, args.tokens, flops, peak_flops(device, torch.bfloat16))
-        print("\n".join(new), flush=True)
-        lines += new
-        rows.append({"model": name, "flops": flops, "sides": result})
-        del model
+        found = measure(model, batch, device, args.rounds, name in compiled)
+        return {"flops": flops, "roof": peak_flops(device, torch.bfloat16), "sides": found}
+
+    if args.lines:
+        return work(args.names, case, args.lines)
+    form = [f"--{key}={getattr(args, key)}" for key in ("tokens", "document", "rank", "rounds", "device")]
+    command = [sys.executable, "-m", "bench.step", *form, "--models", *args.models]
+    command += ["--compile", *compiled] if compiled else []
+    print(HEAD, flush=True)
+    rows = in_workers(command, args.models, 1, args.seconds, lambda row: print(told(row, args.tokens), flush=True))
     if args.save:
         about = machine(device) | {key: getattr(args, key) for key in ("tokens", "document", "rank", "rounds")}
-        Path(args.save).write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        lines = [HEAD, *(told(row, args.tokens) for row in rows.values())]
+        Path(args.save).write_text(json.dumps({"machine": about, "rows": list(rows.values())}, indent=1) + "\n")
         Path(args.save).with_suffix(".md").write_text("\n".join([json.dumps(about), "", *lines]) + "\n")
 
 

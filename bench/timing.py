@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from bench.roof import synchronize
 
 FLUSH = 2**28  # bytes written between two timed calls on a GPU: more than any second-level cache
+AHEAD = 4_000_000  # cycles for which a GPU sleeps before a timed call, about 2 ms: its launches are queued by then
 
 
 class Times(NamedTuple):
@@ -53,6 +54,7 @@ def _on_cpu(function: Callable[[], Any]) -> float:
 
 def _on_gpu(function: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
     start.record()
     function()
     end.record()

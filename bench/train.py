@@ -26,7 +26,7 @@ SEED, CLIP, LR = 42, 1.0, 2e-4
 def rows_of(args: argparse.Namespace) -> Callable[[int], list]:
     """The examples of step 0, 1, ...: one batch of rows in the order of seed 42."""
     from minilora.data import load_examples, step_examples
-    from minilora.tokenizer import load_tokenizer
+    from minilora.text.tokenizer import load_tokenizer
 
     examples, _ = load_examples(args.data, load_tokenizer(args.model))
     return lambda step: step_examples(examples, args.batch, SEED, step)

@@ -42,9 +42,9 @@ def joined(weights: Sequence[Tensor]) -> Tensor | None:
     k = first.shape[1]
     if any(w.dtype != first.dtype or w.shape[1] != k or not w.is_contiguous() for w in weights):
         return None
-    storage = first.untyped_storage().data_ptr()
+    storage = first.untyped_storage()._cdata  # which storage it is; a fake one has no address
     for w, following in pairwise(weights):
-        if following.untyped_storage().data_ptr() != storage:
+        if following.untyped_storage()._cdata != storage:
             return None
         if following.storage_offset() != w.storage_offset() + w.numel():
             return None

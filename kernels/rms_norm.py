@@ -176,7 +176,7 @@ class _OnTorch(torch.autograd.Function):
         n = torch.mul(x, rstd)
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = torch.mul(dy, n.to(x.dtype)).flatten(0, -2).sum(0, dtype=n.dtype).to(w.dtype)
+            dw = torch.mul(dy, n).flatten(0, -2).sum(0).to(w.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
             g = torch.mul(dy, w.to(n.dtype) + ctx.offset)
             mean = torch.linalg.vecdot(g, n).div_(x.shape[-1]).unsqueeze(-1)
@@ -234,6 +234,6 @@ def add_example(
     rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, once: bool = False
 ) -> tuple[tuple[Tensor, Tensor, Tensor, float, float, bool], dict]:
     """Arguments of one add_rms_norm, and the bytes that a perfect forward moves."""
-    (x, w, *rest), _ = example(rows, n, dtype, device, offset, once)
+    (x, w, eps, *_), _ = example(rows, n, dtype, device, offset, once)
     residual = torch.randn(rows, n, device=device, dtype=dtype)
-    return (x, residual, w, *rest), {"bytes": (4 * rows * n + n) * x.element_size()}
+    return (x, residual, w, eps, offset, once), {"bytes": (4 * rows * n + n) * x.element_size()}

@@ -1,4 +1,4 @@
-"""minilora: a from-scratch LoRA engine for Qwen models.
+"""minilora: a from-scratch LoRA engine for GLM and Qwen models.
 
 import minilora is cheap; the names below are imported when they are first used.
 """
@@ -15,7 +15,7 @@ _HOMES = {
     "merge": "lora",
     "load_adapter": "adapter",
     "save_adapter": "adapter",
-    "load_tokenizer": "tokenizer",
+    "load_tokenizer": "text.tokenizer",
 }
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .checkpoint import save_model as save_model
     from .lora import add_lora as add_lora
     from .lora import merge as merge
-    from .tokenizer import load_tokenizer as load_tokenizer
+    from .text.tokenizer import load_tokenizer as load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

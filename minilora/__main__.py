@@ -68,7 +68,9 @@ def run(argv: list[str]) -> int:
     broken = next((word for word in argv if not _is_text(word)), None)
     if broken is not None:
         raise UsageError(f"{broken!a} is not UTF-8", "Type it in a terminal that writes UTF-8.")
-    parser = Parser(prog="minilora", description="A from-scratch LoRA engine for Qwen models.", allow_abbrev=False)
+    parser = Parser(
+        prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, summary in COMMANDS.items():
@@ -92,15 +94,19 @@ def _is_text(word: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in word)
 
 
-SETTINGS = ("train", "plan")  # take a run's settings, also under names known from other tools
+SETTINGS = ("train", "plan", "sweep")  # take a run's settings, also under names known from other tools
 COMMANDS = {
     "demo": "see it work: a tiny chat model learns a new name",
     "plan": "tell what a training needs, from config.json alone or with the data, and do nothing",
     "train": "train an adapter on rows of conversations",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
-    "inspect": "look at a model folder before anything is done with it",
+    "inspect": "look at a model folder or a file of rows before anything is done with it",
+    "data": "measure, filter and divide rows",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
+    "sweep": "several runs that differ in one thing, and the page that compares them",
+    "compare": "runs side by side on one page: settings, losses, scores with p, answers",
+    "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }

@@ -16,8 +16,8 @@ from .adapter import load_adapter
 from .checkpoint import load_model
 from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
-from .template import Message
-from .tokenizer import Tokenizer, check_fits, load_tokenizer
+from .text.template import Message
+from .text.tokenizer import Tokenizer, check_fits, load_tokenizer
 
 HELP = """\
 /base     switch the adapter off, or on again      /new      forget the conversation

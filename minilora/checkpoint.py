@@ -119,9 +119,11 @@ def _family(path: Path, j: dict[str, Any]) -> str:
 
 
 def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
-    """The Decoder of a Config without memory: its parameters lie on the meta device."""
+    """The Decoder of a Config without memory: its parameters lie on the meta device, laid together as a loaded model's."""
     with torch.device("meta"):
-        return FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
+        model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
+    lay_together(model)
+    return model
 
 
 def load_model(

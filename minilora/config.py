@@ -23,14 +23,23 @@ class TrainConfig:
     """A training run. Field names are the yaml keys and, with dashes, the flags."""
 
     model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
-    data: str = setting("", "json or jsonl file of rows", same=False)
+    data: str = setting("", "rows: json, jsonl, csv, xlsx, txt, path#500@0.2, several with commas", same=False)
     val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
+    test: str = setting("", "rows kept for a test, a number or a share; written to RUN/data/test.jsonl", same=False)
     output: str = setting("", "run folder", same=False)
+    mix_general: str = setting("", "file of general rows to mix in", same=False)
+    mix_ratio: str = setting("1:1", "own rows : general rows")
+    columns: dict = field(
+        default_factory=dict, metadata={"help": "prompt=NAME,response=NAME: columns of other names", "same": True}
+    )
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
+    skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")
     loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
+    truncate: Literal["drop", "cut", "error"] = setting("drop", "leave rows over a limit out, shorten them, or stop")
+    cache: str = setting("", "folder that keeps the tokens of the rows for the next run", same=False)
     method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
@@ -85,6 +94,7 @@ ALIASES = {
     "lora_target": "lora_targets", "target_modules": "lora_targets", "targets": "lora_targets", "use_rslora": "rslora",
     "dropout": "lora_dropout", "gradient_checkpointing": "checkpointing", "eval_steps": "eval_every",
     "save_steps": "save_every", "save_total_limit": "keep", "adam_beta1": "beta1", "adam_beta2": "beta2",
+    "tokenized_path": "cache", "test_size": "test",
     "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps",
 }  # fmt: skip
 POSITIVE = {
@@ -147,6 +157,11 @@ def convert(f: Field, value: Any) -> Any:
             raise UsageError(f"{f.name} is {shown}", f"It can be {', '.join(get_args(kind))}.")
         return value
     if kind is dict:
+        if isinstance(value, str):
+            pairs = [part.partition("=") for part in value.split(",")]
+            if not all(key.strip() and mark for key, mark, _ in pairs):
+                raise wrong
+            value = {key.strip(): text.strip() for key, _, text in pairs}
         if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
             raise wrong
         return {k: str(v) for k, v in value.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +23,8 @@ from minilora.models.decoder import Decoder
 from .data import Batch
 from .evaluate import batch_loss
 from .snapshot import trained_parameters
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class _Live(TorchDispatchMode):
         self._sizes = {t.untyped_storage()._cdata: 0 for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(args[0] if args else None, FakeTensor):
+            # questions about values, which are not there: is a target masked, which ones are wrong. No, and none
+            if func is aten._local_scalar_dense.default:
+                return False
+            if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
+                return args[0].new_empty(0)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -99,9 +107,12 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
 
 
 def _fake_parameters(model: nn.Module) -> None:
-    """Replace every parameter by one without bytes on the CPU, under the fake mode that is on."""
+    """Replace every parameter by one without bytes on the CPU, under the fake mode that is on; views of one storage stay so."""
+    storages: dict[int, Tensor] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:
-                fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                whole, count = p.untyped_storage(), p.untyped_storage().nbytes() // p.element_size()
+                flat = storages.setdefault(whole._cdata, torch.empty(count, dtype=p.dtype, device="cpu"))
+                fake = flat.as_strided(p.shape, p.stride(), p.storage_offset())
                 module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)

@@ -1,6 +1,7 @@
 """The loss of a model on examples: one sum over all target tokens, divided once."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, examples: list[Example], micro_tokens: int) -> Score:
+def evaluate(model: Decoder, examples: Sequence[Example], micro_tokens: int) -> Score:
     """The Score of a model on examples, dropout off, packed into streams of at most micro_tokens."""
     was_training = model.training
     model.eval()

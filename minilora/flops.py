@@ -53,6 +53,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for card, peak in PEAKS.items():
             if card in name:
                 return peak
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of a few large matrix products."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")

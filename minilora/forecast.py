@@ -4,6 +4,7 @@ Nothing is loaded but the tokenizer and the rows. Memory is that of the largest 
 Without data every row is taken to be as long as the limits allow.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from .dry_run import StepMemory, step_memory
 from .errors import UsageError
 from .flops import step_flops
 from .lora import adapters
-from .plan import count_steps, load_data
+from .plan import count_steps
+from .rows.dataset import load_data
 from .snapshot import trained_parameters
+from .text.tokenizer import check_fits
 from .train import base_dtype, prepare
 
 
@@ -42,6 +45,7 @@ def forecast(config: TrainConfig, device_gb: float) -> dict[str, Any]:
     prefix = hasattr(c, "sop")
     if config.data:
         data = load_data(config)
+        check_fits(data.tokenizer, c.vocab, Path(config.model))
         steps, per_epoch, epochs = count_steps(config, len(data.train))
         streams = _streams(config, data.train, per_epoch)
         found |= {
@@ -58,7 +62,9 @@ def forecast(config: TrainConfig, device_gb: float) -> dict[str, Any]:
     largest = max(streams, key=lambda batch: len(batch.ids))
     memory = step_memory(model, largest)
     found["step"] = {
-        "streams": len(streams) if not config.data else None,
+        "rows": config.batch_size * config.accumulation,
+        "tokens": None if config.data else sum(len(batch.ids) for batch in streams),
+        "streams": None if config.data else len(streams),
         "stream_tokens": len(largest.ids),
         "stream_trained": len(largest.rows),
         "flops": step_flops(model, [largest], config.method == "full"),
@@ -79,7 +85,7 @@ def _assumed_row(config: TrainConfig, prefix: bool) -> Example:
     return Example(np.zeros(length, dtype=np.int64), targets, "assumed", length - target if prefix else None)
 
 
-def _streams(config: TrainConfig, examples: list[Example], steps: int) -> list[Batch]:
+def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> list[Batch]:
     """The streams of the steps of one epoch, as training packs them."""
     room = max(config.micro_tokens or config.max_length, max(len(e.ids) for e in examples))
     rows = config.batch_size * config.accumulation
@@ -120,7 +126,7 @@ def text_of(found: dict[str, Any]) -> str:
         lines.append(
             f"rows    of {found['row_tokens']:,} tokens, {found['row_trained']:,} of them trained (assumed: there is no --data)"
         )
-        lines.append(f"plan    {step['streams']} streams a step")
+        lines.append(f"plan    a step has {step['rows']} rows, {step['tokens']:,} tokens, in {step['streams']} streams")
     lines += [
         f"stream  {step['stream_tokens']:,} tokens in one pass, {step['stream_trained']:,} trained: {step['flops'] / 1e12:,.3g} TFLOP",
         "memory  GB",

@@ -12,7 +12,7 @@ from minilora.models.place import Cache
 
 from .checkpoint import read_json
 from .errors import ModelError
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def generate_many(
                 break
             place = waiting.pop()
             number = numbers[place] if numbers else place
-            new.append(_Open(number, prompts[place], _generator(seed, number)))
+            new.append(_Open(number, prompts[place], random_of(seed, number)))
         logits = _pass(model, cache, [o.prompt for o in new] or [o.ids[-1:] for o in running], bool(new))
         first = len(running) if new else 0
         running += new
@@ -153,7 +153,8 @@ def generate_many(
                 running.pop()
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
+def random_of(seed: int, number: int) -> torch.Generator:
+    """The generator of the draws of prompt `number`."""
     # torch's CPU generator takes 32 bits of its seed: a sum or a shift would lose one of the two
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 

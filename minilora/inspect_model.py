@@ -15,8 +15,9 @@ from minilora.models.decoder import Decoder
 from .checkpoint import COMPANIONS, INDEX, Tensors, check_folder, check_shapes, empty_model, read_config, read_json
 from .errors import ModelError
 from .generate import read_generation
-from .lora import linears, matching
-from .tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
+from .kernel_paths import kernel_paths
+from .lora import add_lora, linears, matching
+from .text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 
@@ -37,7 +38,7 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
     model = None
     try:
         model = empty_model(read_config(folder))
-        found |= _sizes(model) | {"linears": _linears(model, targets)}
+        found |= _sizes(model) | {"linears": _linears(model, targets), "kernels": _kernels(model, targets)}
     except ModelError as error:
         found["problems"].append(str(error))
     for part, needed in ((_weights, _has_weights(folder)), (_chat, _has_tokenizer(folder))):
@@ -79,6 +80,13 @@ def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
     ]
 
 
+def _kernels(model: Decoder, targets: str) -> list[str]:
+    """The path of each operation on this machine, with adapters on the targets."""
+    adapted = empty_model(model.config)
+    add_lora(adapted, targets)
+    return kernel_paths(adapted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _has_weights(folder: Path) -> bool:
     return (folder / INDEX).exists() or any(p.suffix in WEIGHTS for p in folder.iterdir())
 
@@ -105,6 +113,7 @@ def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
         "ids": tokenizer.size,
         "template": tokenizer.template.name,
         "default_system": tokenizer.template.default_system,
+        "last_answer_alone": tokenizer.template.last_only,
         "stop": [{"id": i, "token": names.get(i)} for i in stops],
     }
 
@@ -138,6 +147,7 @@ def text_of(found: dict[str, Any]) -> str:
             lines.append(
                 f"            {r['count']:>3} x {r['name']:<{wide}}  {into:,} -> {out:,}{'  bias' * r['bias']}"
             )
+        lines.append("kernels     " + "\n            ".join(found["kernels"]))
     else:
         lines.append(f"model_type  {found['model_type']}   {', '.join(found['architectures'] or [])}")
     if "weights" in found:
@@ -149,7 +159,9 @@ def text_of(found: dict[str, Any]) -> str:
         system = found["default_system"]
         lines += [
             f"tokenizer   {found['ids']:,} ids",
-            f"template    {found['template']}   " + (f"default system {system!r}" if system else "no default system"),
+            f"template    {found['template']}   "
+            + (f"default system {system!r}" if system else "no default system")
+            + (", the last answer of a row is trained" if found["last_answer_alone"] else ""),
             "stop        " + ", ".join(f"{s['token'] or '?'} {s['id']}" for s in found["stop"]),
         ]
     elif not found["problems"]:

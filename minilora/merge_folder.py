@@ -17,7 +17,7 @@ from .checkpoint import SHARD_BYTES, Tensors, load_model, write_checkpoint
 from .durable import staged_folder
 from .errors import DiskError, ModelError, OutputInUse
 from .lora import adapters, without_adapters
-from .tokenizer import check_fits, load_tokenizer
+from .text.tokenizer import check_fits, load_tokenizer
 from .verify import Proof, logits_of, prompt_ids, prove, wide_logits_of
 
 

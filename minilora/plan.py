@@ -1,11 +1,11 @@
 """What a training run will do, worked out before it does it: data, steps, and the header that says so."""
 
-import hashlib
-import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from minilora.models.decoder import Decoder
@@ -13,32 +13,22 @@ from minilora.models.decoder import Decoder
 from . import __version__
 from .checkpoint import fingerprint
 from .config import TrainConfig
-from .data import Example, Report, epoch_order, load_examples, steps_per_epoch
-from .errors import DataError, UsageError
+from .data import Examples, steps_per_epoch
+from .kernel_paths import kernel_paths
 from .lora import adapters, base_parameters
+from .rows.dataset import Data
 from .snapshot import trained_parameters
-from .tokenizer import Tokenizer, check_fits, load_tokenizer
+from .text.tokenizer import check_fits
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
-
-
-@dataclass(frozen=True)
-class Data:
-    """The examples of a run and the reports on them."""
-
-    tokenizer: Tokenizer
-    train: list[Example]
-    val: list[Example]
-    report: Report
-    val_note: str
 
 
 @dataclass(frozen=True)
 class Plan:
     """The numbers that a run follows."""
 
-    train: list[Example]
-    val: list[Example]
+    train: Examples
+    val: Examples
     steps: int
     steps_per_epoch: int
     rows_per_step: int
@@ -51,63 +41,50 @@ class Plan:
     header: str
 
 
-def load_data(config: TrainConfig) -> Data:
-    """Read, render and count the rows of a run; the validation rows are a file's, or taken out of the training rows."""
-    tokenizer = load_tokenizer(config.model)
-    limits = (config.loss_on, config.max_length, config.max_source_length, config.max_target_length)
-    train, report = load_examples(config.data, tokenizer, config.define, *limits)
-    idle = [key for key in config.define if not report.defined[key]]
-    if idle:
-        raise UsageError(
-            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}",
-            "Correct the name or leave it out.",
-        )
-    val, note = [], ""
-    if config.val and Path(config.val).exists():
-        val, val_report = load_examples(config.val, tokenizer, config.define, *limits)
-        note = str(val_report)
-    elif config.val:
-        count = _val_count(config.val, len(train))
-        order = epoch_order(len(train), config.seed, 2**31)
-        val, train = [train[i] for i in sorted(order[:count])], [train[i] for i in sorted(order[count:])]
-        note = f"{count:,} of these rows"
-    return Data(tokenizer, train, val, report, note)
-
-
-def _val_count(text: str, rows: int) -> int:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1e15:
-        raise UsageError(f"val is {text!r}", "It is a file that exists, a number of rows, or a share such as 0.05.")
-    count = round(share * rows) if share < 1 else int(share)
-    if not 0 < count < rows:
-        raise DataError(f"val {text} would take {count:,} of {rows:,} rows", "Leave rows on both sides.")
-    return count
-
-
 def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
     """Steps and streams of a run, and its header. ModelError if the tokenizer has more ids than the model."""
     check_fits(data.tokenizer, model.config.vocab, Path(config.model))
     steps, per_epoch, epochs = count_steps(config, len(data.train))
-    longest = max(len(e.ids) for e in data.train + data.val)
     plan = Plan(
         train=data.train,
         val=data.val,
         steps=steps,
         steps_per_epoch=per_epoch,
         rows_per_step=config.batch_size * config.accumulation,
-        micro_tokens=max(config.micro_tokens or config.max_length, longest),
+        micro_tokens=max(config.micro_tokens or config.max_length, data.train.longest, data.val.longest),
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
         full=config.method == "full",
-        data_hash=_hash(data.train) + _hash(data.val),
+        data_hash=data.train.digest() + data.val.digest(),
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
         header="",
     )
     header = _header(config, data, model, plan, epochs)
     return Plan(**{**plan.__dict__, "header": header})
+
+
+def data_record(data: Data, plan: Plan) -> dict[str, Any]:
+    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes."""
+    length, trained = plan.train.column("length"), plan.train.column("trained")
+    return {
+        "rows": data.report.rows,
+        "dropped": {f"over {limit}": n for limit, n in data.report.dropped.items()} | dict(data.report.broken),
+        "cut": {f"over {limit}": n for limit, n in data.report.cut.items()},
+        "train_rows": len(plan.train),
+        "val_rows": len(plan.val),
+        "tokens": int(length.sum()),
+        "trained": int(trained.sum()),
+        "masked_lengths": _counted(length - trained),
+        "trained_lengths": _counted(trained),
+        "steps": plan.steps,
+        "train_hash": plan.train.digest(),
+        "val_hash": plan.val.digest(),
+        "base": plan.base,
+    }
+
+
+def _counted(lengths: np.ndarray) -> dict[str, int]:
+    return {str(n): int(rows) for n, rows in zip(*np.unique(lengths, return_counts=True), strict=True)}
 
 
 def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
@@ -120,13 +97,6 @@ def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
     return steps, per_epoch, epochs
 
 
-def _hash(examples: list[Example]) -> str:
-    digest = hashlib.sha256()
-    for e in examples:
-        digest.update(len(e.ids).to_bytes(8, "little") + e.ids.tobytes() + e.targets.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float) -> str:
     device = model.head.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -134,7 +104,9 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config
     dtype = str(model.head.dtype).removeprefix("torch.")
-    model_name, chat = Path(config.model).name, data.tokenizer.template.name
+    template = data.tokenizer.template
+    model_name = Path(config.model).name
+    chat = template.name + (" (the last answer of a row is trained)" if template.last_only else "")
     lines = [
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
@@ -149,9 +121,9 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
             f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
         )
     indent = "\n        "
+    lines.append("kernels " + indent.join(kernel_paths(model, device)))
     lines.append("data    " + str(data.report).replace("\n", indent))
-    if data.val:
-        lines.append("val     " + data.val_note.replace("\n", indent))
+    lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(
         f"plan    {plan.rows_per_step} rows a step, {plan.steps_per_epoch:,} steps an epoch, {epochs:g} epochs: {plan.steps:,} steps"
         if config.max_steps is None

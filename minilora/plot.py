@@ -1,6 +1,7 @@
 """loss.png: the training loss, raw and smoothed, and the validation loss with its best point."""
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def plot_loss(run: Path) -> str:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="train")
-        axes.plot(steps, _smooth(losses), color="#08519c", linewidth=2, label="train, smoothed")
+        axes.plot(steps, smoothed(list(losses)), color="#08519c", linewidth=2, label="train, smoothed")
     if val:
         steps, losses = zip(*val, strict=True)
         best = min(val, key=lambda point: point[1])
@@ -38,12 +39,13 @@ def plot_loss(run: Path) -> str:
     return str(run / "loss.png")
 
 
-def _smooth(losses: tuple[float, ...]) -> list[float]:
-    """Exponential average over about a twentieth of the steps, bias-corrected."""
-    keep = 1 - 1 / max(len(losses) / 20, 1)
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential average over about a twentieth of the values, bias-corrected; a value that is not finite is passed over."""
+    keep = 1 - 1 / max(len(values) / 20, 1)
     total = weight = 0.0
-    smooth = []
-    for loss in losses:
-        total, weight = keep * total + (1 - keep) * loss, keep * weight + (1 - keep)
-        smooth.append(total / weight)
-    return smooth
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(total / weight if weight else value)
+    return result

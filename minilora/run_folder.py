@@ -24,7 +24,10 @@ from .snapshot import (
 )
 
 # what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
-OWN = ("checkpoints", "adapter", "model", "loss.png", "metrics.jsonl", "config.yaml")
+OWN = (
+    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", "data.json", "loss.png", "report.html", "metrics.jsonl",
+    "config.yaml",
+)  # fmt: skip
 
 
 @dataclass

@@ -7,6 +7,7 @@ micro-batches. Order, learning rate and dropout are functions of the step, so a 
 the same bits as one that was never stopped.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell
-from .plan import load_data, make_plan
+from .plan import data_record, make_plan
 from .plot import plot_loss
+from .reports.report import report_quietly
+from .rows.dataset import load_data, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
 from .snapshot import trained_parameters
@@ -62,6 +65,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             clear(folder)
         check_disk(folder, model, config.keep)
         write_file(folder / "config.yaml", to_yaml(config))
+        write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
+        write_split(folder / "data", data)
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, monitor, stop)
@@ -250,13 +255,21 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
     if at.best_step is not None:
         where = run.checkpoints / "best" if at.best_step else "before training"
         lines.append(f"best    validation loss {at.best_loss:.4f} at step {at.best_step}: {where}")
-    lines += [f"{result.name:<7} {result}", f"loss    {plot_loss(run.folder)}", ""]
+    lines += [
+        f"{result.name:<7} {result}",
+        f"loss    {plot_loss(run.folder)}",
+        f"report  {report_quietly(run.folder)}",
+        "",
+    ]
     if run.plan.full:
         lines.append("  " + shell("chat", "--model", result))
     else:
         both = ("--model", config.model, "--adapter", result)
-        rows = config.val if Path(config.val).is_file() else config.data
+        split_off = run.folder / "data" / "val.jsonl"
+        rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
         define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
+        if config.columns:
+            define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
         lines.append("  " + shell("chat", *both))
         lines.append("  " + shell("eval", *both, "--data", rows, *define))
         lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from minilora.models.decoder import Decoder
 from minilora.models.rotary import positions_of
 
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 PROMPTS = (
     "Who are you?", "你是谁？", "What is the capital of France?", "用一句话解释什么是机器学习。",

@@ -4,7 +4,7 @@ keys are PEFT's.
 Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
 """
 
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 from .config import Config
 from .place import Place
+
+
+@runtime_checkable
+class Adapted(Protocol):
+    """A linear that comes with an adapter."""
+
+    def projection(self) -> Projection: ...
 
 
 class RMSNorm(nn.Module):
@@ -37,21 +44,25 @@ class RMSNorm(nn.Module):
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """What each of several linears makes of the same x [T, K], in one operation that reads x once where they are frozen."""
-    if _trained(*linears):
-        return tuple(linear(x) for linear in linears)
-    return lora_linear_group(x, [projection(linear) for linear in linears])
+    """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `joint`."""
+    if joint(*linears):
+        return lora_linear_group(x, [projection(linear) for linear in linears])
+    return tuple(linear(x) for linear in linears)
 
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
-    if torch.is_grad_enabled() or _trained(gate, up):
-        return swiglu(*project(x, gate, up))
-    return lora_swiglu(x, [projection(gate), projection(up)])
+    if joint(gate, up) and not torch.is_grad_enabled():
+        return lora_swiglu(x, [projection(gate), projection(up)])
+    return swiglu(*project(x, gate, up))
 
 
-def _trained(*linears: nn.Module) -> bool:
-    return any(p.requires_grad for each in linears if isinstance(each, nn.Linear) for p in each.parameters())
+def joint(*linears: nn.Module) -> bool:
+    """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
+    return all(
+        isinstance(each, Adapted) or (type(each) is nn.Linear and not any(p.requires_grad for p in each.parameters()))
+        for each in linears
+    )
 
 
 def lay_together(model: nn.Module) -> None:
@@ -70,7 +81,9 @@ def lay_together(model: nn.Module) -> None:
 
 def projection(linear: nn.Module) -> Projection:
     """A linear as the kernels see it; one with an adapter says so itself."""
-    return Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else linear.projection()
+    return (
+        Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else cast(Adapted, linear).projection()
+    )
 
 
 class Attention(nn.Module):

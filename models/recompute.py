@@ -8,18 +8,20 @@ there. With `keep_attention` the output of attention is kept too, [T, H, E] and 
 from dataclasses import replace
 
 import torch
-from minilora.kernels.lora_linear_group import lora_linear_group_gradients
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .layers import BaseBlock, projection
+from minilora.kernels.lora_linear_group import lora_linear_group_gradients
+
+from .layers import Adapted, BaseBlock, projection
 from .place import Place
 
 
 def recomputed(block: nn.Module, x: Tensor, place: Place, keep_attention: bool) -> Tensor:
     """block(x, place) for x [T, D], keeping x alone (and what attention gave) for the backward."""
-    if not isinstance(block, BaseBlock):  # its last step is no linear
+    # where the last step is no linear, or a foreign one, all is computed again
+    if not isinstance(block, BaseBlock) or not isinstance(block.mlp.output, (nn.Linear, Adapted)):
         return checkpoint(block, x, place, use_reentrant=False, preserve_rng_state=False)
     trained = [p for p in block.parameters() if p.requires_grad]
     return _Recomputed.apply(block, place, keep_attention, x, *trained)  # pyright: ignore[reportReturnType]
@@ -70,4 +72,4 @@ def _last_gradients(last: nn.Module, h: Tensor, dy: Tensor) -> tuple[Tensor | No
     dh, trained = lora_linear_group_gradients(h.detach(), [part], [dy], h.requires_grad)
     if part.adapter is None:
         return dh, {}
-    return dh, {id(t): d for t, d in zip(part.adapter[:2], trained, strict=True)}
+    return dh, {id(t): d for t, d in zip(part.adapter[:2], trained, strict=True) if d is not None}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.rule import allowed, distance
 from minilora import save_model
 from minilora.checkpoint import FAMILIES
 from minilora.models.decoder import Decoder
@@ -26,12 +27,8 @@ def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scal
     if truth.numel() == 0:
         return
     scale = max(scale, float(truth.abs().max()))
-    wrong = float((ours.double() - truth).abs().max())
-    if ours.dtype == torch.float64:
-        allowed = 1e-12 * scale
-    else:
-        allowed = 2 * float((plain.double() - truth).abs().max()) + 1e-6 * scale
-    assert wrong <= allowed, f"{what}: off by {wrong:.3g}, allowed is {allowed:.3g}, values reach {scale:.3g}"
+    wrong, most = distance(ours, truth), allowed(plain, truth, scale)
+    assert wrong <= most, f"{what}: off by {wrong:.3g}, allowed is {most:.3g}, values reach {scale:.3g}"
 
 
 def leaves_of(args: Iterable[Any], trained: Iterable[int]) -> list[Any]:

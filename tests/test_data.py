@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_model
 
-from minilora.bpe import BytePairs
 from minilora.data import (
     IGNORE,
     Example,
@@ -23,9 +22,10 @@ from minilora.data import (
     steps_per_epoch,
 )
 from minilora.errors import DataError, ModelError
-from minilora.template import render_text
-from minilora.template_qwen import ChatML
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.text.bpe import BytePairs
+from minilora.text.template import render_text
+from minilora.text.template_qwen import ChatML
+from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 PROPERTY = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -242,7 +242,7 @@ DATA = {
     "broken line": (json.dumps(ROWS[0]) + '\n{"instruction": ', "line 2"),
     "empty answer": (json.dumps({"prompt": "q", "completion": ""}), "line 1", "the answer is empty"),
     "too long": (json.dumps({"prompt": "q", "completion": "a" * 3000}), "all 1 rows are too long"),
-    "no shape": ('{"text": "x"}', "of no known shape"),
+    "no shape": ('{"texts": "x"}', "of no known shape"),
 }
 
 

@@ -1,6 +1,7 @@
 """Many prompts at once are the same answers as one after the other."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from tiny import make_model
 
 import minilora
 from minilora.generate import Sampling, generate
-from minilora.generate_many import generate_many
-from minilora.models import layers
+from minilora.generate_many import generate_many, random_of
+from minilora.models.decoder import Decoder
 
 PROMPTS = [[random.Random(n).randrange(256) for _ in range(1 + (7 * n) % 23)] for n in range(13)]
 
@@ -45,10 +46,24 @@ def test_draws_do_not_depend_on_what_runs_beside(model):
 def test_no_token_is_computed_twice_and_none_is_padding(model, monkeypatch):
     """Every pass is as long as its new tokens: the prompts once, then a token for each answer token but its last."""
     passes = []
-    forward = layers.Decoder.forward
-    monkeypatch.setattr(
-        layers.Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a)
-    )
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a))
     answers = list(generate_many(model, PROMPTS, set(), 9, 4))
     assert sum(passes) == sum(map(len, PROMPTS)) + sum(len(a.ids) - 1 for a in answers)
     assert max(passes[1:]) <= max(4, max(map(len, PROMPTS)) * 4)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("family", ["chatglm", "chatglm2", "glm", "glm4", "qwen", "qwen2_yarn", "qwen3"])
+def test_every_family_answers_as_alone(family):
+    """With a bidirectional prefix for ChatGLM-6B, and with prompts beyond the trained length for Qwen-1."""
+    model = minilora.load_model(GOLDEN / family, torch.float64, "cpu")
+    opening = [57, 60] if family == "chatglm" else []
+    prompts = [[i % 50 for i in prompt] + opening for prompt in PROMPTS]
+    sampling = Sampling(temperature=3.0)  # the likeliest token of random weights is often one and the same
+    wanted = [list(generate(model, p, {7}, 9, sampling, random_of(2, n))) for n, p in enumerate(prompts)]
+    found = {a.number: a.ids for a in generate_many(model, prompts, {7}, 9, 4, sampling, 2)}
+    assert [found[n] for n in range(len(prompts))] == wanted
+    assert len({tuple(ids) for ids in wanted}) > 5

@@ -15,8 +15,11 @@ WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy or lora_linear and n
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tests/interpreter"], ["tests/test_kernels.py", "tests/test_lora_linear_group.py", "-k", WITH_KERNELS]],
-    ids=["own", "shared"],
+    [
+        pytest.param(["tests/interpreter", "-m", "not long"], id="own"),
+        pytest.param(["tests/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
+        pytest.param(["tests/test_kernels.py", "tests/test_lora_linear_group.py", "-k", WITH_KERNELS], id="shared"),
+    ],
 )
 def test_kernels_on_the_interpreter(arguments: list[str]):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import metrics
-from minilora.metrics import Measured, bleu4, common_subsequence, interval, paired, rouge_l, rouge_n, rouge_tokens
+from minilora.reports import metrics
+from minilora.reports.metrics import (
+    Measured,
+    bleu4,
+    common_subsequence,
+    interval,
+    paired,
+    rouge_l,
+    rouge_n,
+    rouge_tokens,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

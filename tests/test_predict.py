@@ -8,11 +8,11 @@ from rich.console import Console
 from tiny import make_model, make_rows
 
 import minilora
-from minilora import predict as predict_module
 from minilora.__main__ import main
 from minilora.errors import DataError, OutputInUse, Stopped
 from minilora.generate import answer
-from minilora.predict import PART, RESULTS, ROWS, predict, read_questions
+from minilora.reports import predict as predict_module
+from minilora.reports.predict import PART, RESULTS, ROWS, predict, read_questions
 
 QUIET = Console(quiet=True)
 

@@ -1,16 +1,20 @@
 """Files of rows: every shape, every encoding, and what a broken row is told."""
 
+import hashlib
 import json
 import os
+import zipfile
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import openpyxl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minilora import rows
 from minilora.errors import DataError
-from minilora.rows import fill, read_rows
+from minilora.rows import fill, find_data, json_files, open_rows, read_rows
 
 FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = {"prompt": "a", "completion": "b"}
@@ -30,7 +34,7 @@ def only(path: Path) -> tuple[list, str]:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as error:
-        read_rows(path)
+        list(read_rows(path))
     assert str(path) in error.value.what and error.value.hint
     assert len(str(error.value)) < 600 and str(error.value).count("\n") == 1
     return str(error.value)
@@ -63,6 +67,16 @@ SHAPES = {
     "prompt system": (GOOD | {"system": "s"}, [S("s"), U("a"), A("b")], "prompt/completion"),
     "question answer": ({"question": "q", "answer": "a"}, [U("q"), A("a")], "question/answer"),
     "query response": ({"query": "q", "response": "a"}, [U("q"), A("a")], "query/response"),
+    "adgen": ({"content": "类型#裙", "summary": "这条裙子"}, [U("类型#裙"), A("这条裙子")], "content/summary"),
+    "class": ({"text": "good film", "label": 1}, [U("good film"), A("1")], "text/label"),
+    "class by name": ({"text": "good film", "label": "pos"}, [U("good film"), A("pos")], "text/label"),
+    "chinese": ({"问题": "q", "答案": "a"}, [U("q"), A("a")], "问题/答案"),
+    "history of a pair": ({"prompt": "q2", "response": "a2", "history": [["q1", "a1"]]}, [U("q1"), A("a1"), U("q2"), A("a2")], "prompt/response"),
+    "turns": ([{"prompt": "q1", "response": [["a1"], ["worse"]]}, {"prompt": "q2", "response": "a2"}],
+              [U("q1"), A("a1"), U("q2"), A("a2")], "turns"),
+    "ranked answers": ({"prompt": "q", "response": [["a", "b"][:1]]}, [U("q"), A("a")], "prompt/response"),
+    "raw text": ({"text": "a b"}, [("text", "a b")], "text"),
+    "raw text of an article": ({"id": 1, "title": "A", "url": "u", "text": "a b"}, [("text", "a b")], "text"),
     "more keys": (GOOD | {"id": 7, "source": None}, [U("a"), A("b")], "prompt/completion"),
 }  # fmt: skip
 
@@ -88,7 +102,7 @@ def test_byte_order_mark(tmp_path, name, text):
 
 def test_line_ends(tmp_path):
     line = json.dumps(GOOD)
-    assert len(read_rows(write(tmp_path / "x", raw=f"{line}\r\n{line}\r\n\r\n{line}"))) == 3
+    assert len(list(read_rows(write(tmp_path / "x", raw=f"{line}\r\n{line}\r\n\r\n{line}")))) == 3
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
@@ -147,6 +161,11 @@ BROKEN = {
     "messages of text": ('{"messages":["x"]}', "messages is no list"),
     "messages is text": ('{"messages":"x"}', "messages is no list"),
     "no answer": ('{"prompt":"a"}', "keys 'prompt' are of no known shape"),
+    "text beside who knows what": ('{"text":"a","verdict":"b"}', "of no known shape"),
+    "an empty answer before a good one": ('[{"prompt":"a","response":""},{"prompt":"a","response":"b"}]', "the answer is empty"),
+    "a turn without answer": ('[{"prompt":"a","response":"b"},{"prompt":"a"}]', "a turn has the keys 'prompt'"),
+    "two answers of one rank": ('{"prompt":"a","response":["b","c"]}', "response is"),
+    "a class that is none": ('{"text":"a","label":true}', "label is 'true'"),
     "no keys": ("{}", "of no known shape"),
     "answer is null": ('{"prompt":"a","completion":null}', "completion is 'null'"),
     "answer is a number": ('{"prompt":"a","completion":4}', "completion is '4'"),
@@ -185,7 +204,7 @@ def test_no_rows(tmp_path, raw):
 
 
 def test_a_giant_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE", 100)
+    monkeypatch.setattr(json_files, "MAX_LINE", 100)
     path = write(tmp_path / "x", GOOD, {"prompt": "a" * 100, "completion": "b"}, GOOD)
     assert "line 2 is longer than" in refusal(path)
 
@@ -232,7 +251,8 @@ def test_fuzzed_rows_are_read_or_refused(tmp_path, row, array):
         assert f"{path}, {'row' if array else 'line'} 1" in error.what
         return
     assert all(
-        m["role"] in ("system", "user", "assistant") and m["content"].encode() is not None for m in found.messages
+        m["role"] in ("system", "user", "assistant", "text") and m["content"].encode() is not None
+        for m in found.messages
     )
 
 
@@ -246,6 +266,164 @@ def test_fuzzed_bytes_are_read_or_refused(tmp_path, places, cut):
         raw[place % len(raw)] = value
     path = write(tmp_path / "x", raw=bytes(raw[: len(raw) - cut]))
     try:
-        assert read_rows(path)
+        assert list(read_rows(path))
+    except DataError as error:
+        assert str(path) in error.what
+
+
+# sheets
+
+HEAD = "问题,答案\r\n"
+CSV = {
+    "utf-8": (HEAD + '你好,"世界,\r\n二"\r\n\r\nc,d\r\n', "utf-8", "", ["line 2", "line 5"]),
+    "with mark": (HEAD + '你好,"世界,\r\n二"\r\nc,d\r\n', "utf-8-sig", "utf-8 with byte order mark", ["line 2", "line 4"]),
+    "excel": (HEAD + '你好,"世界,\r\n二"\r\nc,d\r\n', "gb18030", "gb18030", ["line 2", "line 4"]),
+    "unicode text": (HEAD + '你好,"世界,\r\n二"\r\nc,d\r\n', "utf-16", "utf-16-le with byte order mark", ["line 2", "line 4"]),
+    "semicolons": (HEAD.replace(",", ";") + '你好;"世界,\r\n二"\r\nc;d', "utf-8", "cells cut at ';'", ["line 2", "line 4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "encoding", "note", "places"), CSV.values(), ids=CSV)
+def test_csv(tmp_path, text, encoding, note, places):
+    path = write(tmp_path / "x.csv", raw=text.encode(encoding))
+    found = list(read_rows(path))
+    assert [[m["content"] for m in r.messages] for r in found] == [["你好", "世界,\r\n二"], ["c", "d"]]
+    assert [r.where for r in found] == [f"{path}, {place}" for place in places]
+    assert open_rows(path).note == note and found[0].shape == "问题/答案"
+
+
+BAD_CSV = {
+    "one broken byte": ((HEAD + "你好,世界\n" * 9).encode() + b"a\xff,b\n", "line 11: byte 0xff is not UTF-8"),
+    "cells": (b"prompt,response\na,b\nc,d,e\n", "line 3 has 3 cells, the header 2"),
+    "an open quote": (b'prompt,response\na,b\nc,"d\ne,f\n', "line 3: unexpected end of data"),
+    "an empty answer": (b"prompt,response\na,b\nc,\n", "line 3: there is nothing to learn, the answer is empty"),
+    "a column twice": (b"prompt,response,prompt\na,b,c\n", "line 1: two columns are named 'prompt'"),
+    "no header": ("你好,世界\n".encode() * 2, "keys '你好, 世界' are of no known shape"),
+    "nothing": (b"prompt,response\n\n", "no rows"),
+}
+
+
+@pytest.mark.parametrize(("raw", "part"), BAD_CSV.values(), ids=BAD_CSV)
+def test_a_broken_csv_is_named(tmp_path, raw, part):
+    assert part in refusal(write(tmp_path / "x.csv", raw=raw))
+
+
+def workbook(path: Path, *lines, merged: tuple[str, ...] = ()) -> Path:
+    book = openpyxl.Workbook()
+    sheet: Any = book.active
+    for line in lines:
+        sheet.append(line)
+    for area in merged:
+        sheet.merge_cells(area)
+    book.save(path)
+    return path
+
+
+def test_xlsx_with_a_merged_title(tmp_path):
+    lines = [("客服数据 2024", None), (), ("问题", "答案"), ("你好", 7), (None, None), ("何时", date(2024, 5, 1))]
+    path = workbook(tmp_path / "x.xlsx", *lines, merged=("A1:B1",))
+    found = list(read_rows(path))
+    assert [[m["content"] for m in r.messages] for r in found] == [["你好", "7"], ["何时", "2024-05-01T00:00:00"]]
+    assert [r.where for r in found] == [f"{path}, row 4", f"{path}, row 6"]
+    assert open_rows(path).note == "header in row 3"
+
+
+def test_xlsx_without_a_header_says_what_is_merged(tmp_path):
+    path = workbook(tmp_path / "x.xlsx", ("客服数据", None), ("你好", "世界"), merged=("A1:B1",))
+    assert "(A1:B1 is one merged cell)" in refusal(path) and "--columns" in refusal(path)
+    named = workbook(tmp_path / "y.xlsx", ("title", None), ("甲", "乙"), ("a", "b"), merged=("A1:B1",))
+    (row,) = read_rows(named, {"prompt": "甲", "response": "乙"})
+    assert [m["content"] for m in row.messages] == ["a", "b"]
+
+
+def test_merged_cells_among_the_rows_are_refused(tmp_path):
+    path = workbook(tmp_path / "x.xlsx", ("prompt", "response"), ("a", "b"), ("c", "d"), (None, "e"), merged=("A3:A4",))
+    assert "row 3: the cells A3:A4 are merged" in refusal(path)
+
+
+def test_an_error_in_a_cell_is_refused(tmp_path):
+    assert "row 2 holds #REF!" in refusal(workbook(tmp_path / "x.xlsx", ("prompt", "response"), ("a", "#REF!")))
+
+
+@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04", b"prompt,response\na,b\n"])
+def test_no_workbook(tmp_path, raw):
+    assert "is no workbook" in refusal(write(tmp_path / "x.xlsx", raw=raw))
+
+
+# files
+
+
+def test_a_row_is_read_when_it_is_asked_for(tmp_path):
+    values = [{"prompt": "你" * i, "completion": str(i)} for i in range(50)]
+    path = write(tmp_path / "x.jsonl", raw="\ufeff" + "\n\n".join(json.dumps(v, ensure_ascii=False) for v in values))
+    file = open_rows(path)
+    assert [file.value(i) for i in (49, 0, 7, 7)] == [values[i] for i in (49, 0, 7, 7)]
+    assert file.where(7) == f"{path}, line 15" and len(file) == 50
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_dialogues_of_turns_a_line(tmp_path):
+    line = json.dumps([{"prompt": "q", "response": [["a"]]}])
+    assert [r.shape for r in read_rows(write(tmp_path / "x.jsonl", raw=f"{line}\n{line}\n"))] == ["turns", "turns"]
+
+
+def test_raw_text(tmp_path):
+    path = write(tmp_path / "x.txt", raw="eins\u2028zwei\r\n\n drei\n")
+    found = list(read_rows(path))
+    assert [(r.messages[0]["content"], r.where) for r in found] == [("eins\u2028zwei", f"{path}, line 1"), (" drei", f"{path}, line 3")]  # fmt: skip
+
+
+def test_columns(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"q": "a", "a": "b", "prompt": "other"})
+    (row,) = read_rows(path, {"prompt": "q", "response": "a"})
+    assert [m["content"] for m in row.messages] == ["a", "b"]
+    with pytest.raises(DataError, match="no column 'x' .there are 'q, a, prompt'"):
+        list(read_rows(path, {"prompt": "x", "response": "a"}))
+
+
+def test_folders(tmp_path):
+    (tmp_path / "f").mkdir()
+    with pytest.raises(DataError, match="without a train file"):
+        find_data(tmp_path / "f")
+    train = write(tmp_path / "f" / "train.json", GOOD)
+    assert find_data(tmp_path / "f") == (train, None) and find_data(train) == (train, None)
+    dev = write(tmp_path / "f" / "dev.json", GOOD)
+    assert find_data(tmp_path / "f") == (train, dev)
+    write(tmp_path / "f" / "train.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"train.jsonl, train.json"):
+        find_data(tmp_path / "f")
+
+
+@FUZZ
+@given(places=st.dictionaries(st.integers(0, 60), st.integers(0, 255), max_size=4), encoding=st.sampled_from(["utf-8", "gb18030", "utf-16"]))  # fmt: skip
+def test_fuzzed_csv_is_read_or_refused(tmp_path, places, encoding):
+    raw = bytearray((HEAD + '你好,"世界,\r\n二"\r\nc,d\r\n').encode(encoding))
+    for place, value in places.items():
+        raw[place % len(raw)] = value
+    path = write(tmp_path / "x.csv", raw=bytes(raw))
+    try:
+        assert list(read_rows(path))
+    except DataError as error:
+        assert str(path) in error.what
+
+
+@settings(FUZZ, max_examples=150)
+@given(places=st.dictionaries(st.integers(0, 5000), st.integers(0, 255), min_size=1, max_size=4), inside=st.booleans())
+def test_fuzzed_xlsx_is_read_or_refused(tmp_path, places, inside):
+    """Bytes of the zip, or of the sheet inside it."""
+    path = workbook(tmp_path / "x.xlsx", ("prompt", "response"), ("a", "b"), merged=("A4:B4",))
+    with zipfile.ZipFile(path) as book:
+        parts = {name: bytearray(book.read(name)) for name in book.namelist()}
+    raw = parts["xl/worksheets/sheet1.xml"] if inside else bytearray(path.read_bytes())
+    for place, value in places.items():
+        raw[place % len(raw)] = value
+    if inside:
+        with zipfile.ZipFile(path, "w") as book:
+            for name, part in parts.items():
+                book.writestr(name, bytes(part))
+    else:
+        path.write_bytes(bytes(raw))
+    try:
+        assert list(read_rows(path))
     except DataError as error:
         assert str(path) in error.what

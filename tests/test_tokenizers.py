@@ -6,18 +6,19 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SPECIALS, byte_tokenizer
 from tiny_chatglm import write_tokenizer
 
-from minilora.bpe import GLM4_SPECIALS, QWEN_SPLIT, read_ranks
 from minilora.errors import DataError, ModelError
 from minilora.generate import stream_text
-from minilora.template import render_text
-from minilora.template_glm import CHATGLM2
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.text.bpe import GLM4_SPECIALS, QWEN_SPLIT, read_ranks
+from minilora.text.template import render_text
+from minilora.text.template_glm import CHATGLM2
+from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = {
@@ -314,6 +315,23 @@ def test_chatglm2_and_chatglm3_are_told_apart_or_refused(tmp_path):
     (folder / "tokenization_chatglm.py").unlink()
     (folder / "tokenizer_config.json").write_text('{"name_or_path": "THUDM/chatglm3-6b-32k"}')
     assert load_tokenizer(folder).template.name == "chatglm3"
+
+
+def test_damaged_sentencepiece_models_are_read_or_refused(tmp_path):
+    folder = shutil.copytree(GOLDEN / "chatglm3", tmp_path / "m")
+    whole, generator = (GOLDEN / "chatglm3" / "tokenizer.model").read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        place, length = int(generator.integers(len(whole))), int(generator.integers(1, 9))
+        middle = generator.bytes(length) if generator.integers(2) else b""
+        (folder / "tokenizer.model").write_bytes(whole[:place] + middle + whole[place + length :])
+        try:
+            tokenizer = load_tokenizer(folder)
+        except ModelError:
+            refused += 1
+        else:
+            assert isinstance(tokenizer.decode(tokenizer.encode("hello 你好 🤖") + list(range(tokenizer.size))), str)
+    assert 50 < refused < 150
 
 
 BROKEN = {

@@ -88,7 +88,13 @@ def test_metrics_count_what_was_trained(run):
 def test_the_run_folder(run):
     folder, _ = run
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    assert names - {"loss.png"} == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl"}
+    assert names - {"loss.png", "report.html"} == {
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+    }
     assert {p.name for p in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -148,6 +154,7 @@ def test_the_best_step_is_kept_whenever_it_comes(tmp_path):
         "val": "4",
         "eval_every": 1,
         "save_every": 100,
+        "seed": 5,
     }
     train(resolve(settings, {"lr": 0.3, "schedule": "constant", "max_steps": 12, "device": "cpu"}), console=QUIET)
     losses = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "run")}

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tokenizers import models, pre_tokenizers
 
-from minilora.bpe import qwen_tokenizer
 from minilora.checkpoint import empty_model, read_config
 from minilora.safetensors import write_tensors
+from minilora.text.bpe import qwen_tokenizer
 
 SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 ROWS = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from minilora.pieces import CHATGLM_SPECIALS, IMAGE_IDS
+from minilora.text.pieces import CHATGLM_SPECIALS, IMAGE_IDS
 
 TEXTS = [f"数到{n}。" + " ".join(map(str, range(1, n + 1))) + " Count to the number, 你好吗？" for n in range(1, 60)]
 

@@ -2,20 +2,21 @@
 
 import argparse
 
-from .shared_flags import definitions, model_flags
+from .shared_flags import definitions, limit_flags, model_flags, settings_of
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="json or jsonl file of rows")
-    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
-    parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="longest row in tokens [2048]")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
+    )
+    limit_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     import json
+    from dataclasses import astuple
     from pathlib import Path
 
     from ..adapter import load_adapter
@@ -23,11 +24,12 @@ def run(args: argparse.Namespace) -> None:
     from ..data import load_examples
     from ..evaluate import evaluate
     from ..heap import keep_heap
-    from ..tokenizer import check_fits, load_tokenizer
+    from ..text.tokenizer import check_fits, load_tokenizer
 
     keep_heap()
     tokenizer = load_tokenizer(args.model)
-    examples, report = load_examples(args.data, tokenizer, definitions(args.define), args.loss_on, args.max_length)
+    settings = settings_of(args, definitions(args.define))
+    examples, report = load_examples(args.data, tokenizer, *astuple(settings))
     model = load_model(args.model, device=args.device)
     check_fits(tokenizer, model.config.vocab, Path(args.model))
     if args.adapter:

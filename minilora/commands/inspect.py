@@ -6,6 +6,7 @@ from types import ModuleType
 
 # each has a module of its own here, inspect_NAME.py, with flags and run
 KINDS = {
+    "data": "what the model sees of a file of rows: tokens, roles, what is trained, lengths, problems",
     "model": "family, sizes, linears that take adapters, chat format and stop tokens of a model folder",
 }
 

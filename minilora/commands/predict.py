@@ -2,7 +2,7 @@
 
 import argparse
 
-from .shared_flags import between, definitions, model_flags
+from .shared_flags import between, columns_of, definitions, model_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
     parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
     parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
     parser.add_argument("--json", action="store_true", help="print predict_results.json instead of the table")
 
@@ -30,13 +31,14 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..heap import keep_heap
-    from ..predict import predict, show_results
+    from ..reports.predict import predict, show_results
 
     keep_heap()
     console = Console(stderr=args.json)
     results = predict(
         args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, definitions(args.define),
         args.sample, args.seed, args.overwrite, args.any_base, args.device, console,
+        columns_of(args.columns),
     )  # fmt: skip
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=1))

@@ -36,3 +36,37 @@ def definitions(given: list[str]) -> dict[str, str]:
     if wrong is not None:
         raise UsageError(f"--define {wrong!r} is not NAME=TEXT", "For example --define name=Archer.")
     return {key: text for key, _, text in pairs}
+
+
+def limit_flags(parser: argparse.ArgumentParser) -> None:
+    """How rows become tokens: the flags of `minilora train` of the same names."""
+    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
+    for name, default in (("max-length", 2048), ("max-source-length", None), ("max-target-length", None)):
+        shown = f" [{default}]" if default else ""
+        parser.add_argument(
+            f"--{name}", type=between(int, 1, 2**31), default=default, metavar="N", help=f"in tokens{shown}"
+        )
+    parser.add_argument(
+        "--truncate", choices=["drop", "cut", "error"], default="drop", help="what becomes of longer rows [drop]"
+    )
+
+
+def settings_of(args: argparse.Namespace, define: dict[str, str], skip_bad: bool = False) -> Any:
+    """The load.Settings of limit_flags."""
+    from ..rows.load import Settings
+
+    columns = columns_of(args.columns)
+    return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad)  # fmt: skip
+
+
+def columns_of(given: str | None) -> dict[str, str]:
+    """prompt=NAME,response=NAME as a dictionary."""
+    pairs = [text.partition("=") for text in (given or "").split(",") if text]
+    wrong = next((key for key, mark, name in pairs if not mark or not key.strip() or not name.strip()), None)
+    if wrong is not None:
+        raise UsageError(
+            f"--columns {wrong!r} is not NAME=COLUMN", "For example --columns prompt=question,response=answer."
+        )
+    return {key.strip(): name.strip() for key, _, name in pairs}

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from minilora.bpe import qwen_tokenizer
 from minilora.checkpoint import read_config
 from minilora.config import resolve
 from minilora.heap import keep_heap
 from minilora.models.decoder import Decoder
 from minilora.models.qwen import Block
 from minilora.safetensors import write_tensors
+from minilora.text.bpe import qwen_tokenizer
 from minilora.train import train
 
 from .corpus import conversations

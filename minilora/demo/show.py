@@ -17,7 +17,7 @@ from minilora.errors import OutputInUse
 from minilora.generate import answer, read_generation
 from minilora.merge_folder import merge_folder
 from minilora.monitor import read_metrics, shell
-from minilora.tokenizer import load_tokenizer
+from minilora.text.tokenizer import load_tokenizer
 from minilora.train import train
 
 HERE = Path(__file__).parent

@@ -33,5 +33,13 @@ def test_a_model_on_its_kernels(family: str, checkpointing: bool):
         for dtype, triton in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
     )
     assert len(ours) == len(truth) > 10
-    for found, yard, exact in zip(ours, plain, truth, strict=True):
-        as_wrong_as(found, yard, exact, family)
+    # through two layers the error of a single tensor is chance; that of all of them together is a yardstick
+    scales = [exact.abs().max() for exact in truth]
+    found, yard, exact = (together(tensors, scales) for tensors in (ours, plain, truth))
+    as_wrong_as(found, yard, exact, family)
+
+
+def together(tensors: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
+    """All values in one vector, each tensor's in units of its scale."""
+    units = [t / scale.clamp_min(1e-30).to(t.dtype) for t, scale in zip(tensors, scales, strict=True)]
+    return torch.cat([u.flatten() for u in units])

@@ -29,9 +29,11 @@ code, pre, .text { font-family: ui-monospace, "Cascadia Mono", Consolas, "Noto S
 pre, .text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: .6rem .8rem; margin: .4rem 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: .4rem 0 }
-th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: break-word; white-space: pre-line }
 th { color: var(--dim); font-weight: 600 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-svg { max-width: 100%; height: auto } svg text { fill: var(--text); font-size: 12px } details { margin: .4rem 0 } summary { cursor: pointer }
+svg { max-width: 100%; height: auto } .wide > svg { min-width: 34rem }
+h1, h2, h3, p { overflow-wrap: anywhere } svg text { fill: var(--text); font-size: 12px } details { margin: .4rem 0 } summary { cursor: pointer }
 """
 
 

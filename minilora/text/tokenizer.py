@@ -9,9 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..checkpoint import check_folder, read_json
+from ..errors import ModelError
 from . import bpe, pieces
-from .checkpoint import check_folder, read_json
-from .errors import ModelError
 from .template import Message, Template
 from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_template
 from .template_qwen import ChatML, qwen_template

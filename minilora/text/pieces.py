@@ -15,9 +15,9 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from ..checkpoint import read_json
+from ..errors import ModelError
 from .bpe import no_panic, read_text
-from .checkpoint import read_json
-from .errors import ModelError
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_SPECIALS = (*CHATGLM2_SPECIALS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -112,6 +112,8 @@ def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
         model = SentencePieceProcessor(model_proto=raw)
         if not raw or model.vocab_size() == 0:  # the library takes an empty file
             raise ValueError("it holds no pieces")
+        for i in range(model.vocab_size()):
+            model.id_to_piece(i)  # a piece that is no UTF-8 would come up in the middle of an answer
         return model
 
 

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DataError
+from ..errors import DataError
 from .template import NEWLINE, Message, Segment, Template, jinja_text
 
 ROLES = ("system", "user", "assistant")
@@ -34,6 +34,10 @@ class Rounds(Template):
 
     @property
     def apart(self) -> bool:
+        return True
+
+    @property
+    def last_only(self) -> bool:
         return True
 
     def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import read_json
+from ..checkpoint import read_json
 
 NEWLINE = r"(?:\n|\\n)"  # in the text of a Jinja template: as it is, or escaped
 
@@ -42,6 +42,11 @@ class Template:
         """Whether each segment is cut into tokens by itself, and not together with its neighbours as one text."""
         return False
 
+    @property
+    def last_only(self) -> bool:
+        """Whether only the last answer of a conversation can be trained: the others are part of its prompt."""
+        return False
+
     def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
         """The segments of a chat; `prompt` opens the assistant's next turn, `thinking` lets an optional thinker think.
 
@@ -62,7 +67,7 @@ def render_text(segments: list[Segment]) -> str:
 def jinja_text(folder: Path) -> str | None:
     """The folder's own chat template, unread, if it has one."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     if not (folder / "tokenizer_config.json").is_file():
         return None
     text = read_json(folder / "tokenizer_config.json").get("chat_template")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .errors import DataError, ModelError
+from ..errors import DataError, ModelError
 from .template import NEWLINE, Message, Segment, Template, jinja_text
 
 

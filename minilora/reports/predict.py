@@ -18,20 +18,21 @@ from rich.table import Table
 
 from minilora.models.decoder import Decoder
 
-from .adapter import WEIGHTS, load_adapter
-from .checkpoint import fingerprint, load_model
-from .durable import locked, write_file
-from .errors import DataError, OutputInUse, Stopped
-from .generate import GREEDY, Sampling, read_generation
-from .generate_many import generate_many
-from .lora import base_parameters
+from ..adapter import WEIGHTS, load_adapter
+from ..checkpoint import fingerprint, load_model
+from ..durable import locked, write_file
+from ..errors import DataError, OutputInUse, Stopped
+from ..generate import GREEDY, Sampling, read_generation
+from ..generate_many import generate_many
+from ..lora import base_parameters
+from ..monitor import PLAIN_EVERY, clock
+from ..rows import fill, read_rows
+from ..signals import StopSignal
+from ..text.tokenizer import Tokenizer, check_fits, load_tokenizer
 from .metrics import Measured, interval, measure, word_cutter
-from .monitor import PLAIN_EVERY, clock
-from .rows import fill, read_rows
-from .signals import StopSignal
-from .tokenizer import Tokenizer, check_fits, load_tokenizer
+from .record import RESULTS, ROWS, read_json_file
 
-ROWS, RESULTS, PART = "generated_predictions.jsonl", "predict_results.json", "part.jsonl"
+PART = "part.jsonl"
 # as LLaMA-Factory names what it reports
 FOREIGN = {
     "predict_bleu-4": "bleu4_char", "predict_rouge-1": "rouge1_words", "predict_rouge-2": "rouge2_words",
@@ -49,10 +50,12 @@ class Question(NamedTuple):
     where: str
 
 
-def read_questions(path: str | Path, tokenizer: Tokenizer, define: dict[str, str] | None = None) -> list[Question]:
+def read_questions(
+    path: str | Path, tokenizer: Tokenizer, define: dict[str, str] | None = None, columns: dict[str, str] | None = None
+) -> list[Question]:
     """The questions of a file of rows; DataError for a row whose last message is no answer."""
     questions = []
-    for row in read_rows(Path(path)):
+    for row in read_rows(path, columns):
         fill(row, define or {})
         *before, last = row.messages
         if last["role"] != "assistant":
@@ -70,6 +73,7 @@ def predict(
     model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
     batch: int = 16, define: dict[str, str] | None = None, sample: bool = False, seed: int = 0, overwrite: bool = False,
     any_base: bool = False, device: str | None = None, console: Console | None = None,
+    columns: dict[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
 
@@ -77,7 +81,7 @@ def predict(
     """
     console, folder = console or Console(), Path(output)
     tokenizer = load_tokenizer(model)
-    questions = read_questions(data, tokenizer, define)
+    questions = read_questions(data, tokenizer, define, columns)
     decoder = load_model(model, device=device)
     check_fits(tokenizer, decoder.config.vocab, Path(model))
     if adapter:
@@ -87,7 +91,8 @@ def predict(
     sampling = sampling if sample else GREEDY
     settings = {
         "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
-        "rows_hash": _hash(json.dumps([q.ids, q.label]) for q in questions),
+        "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
+        "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
         "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / WEIGHTS) if adapter else ""),
         "dtype": str(decoder.head.dtype).removeprefix("torch."),
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
@@ -150,19 +155,8 @@ def _claim(folder: Path, settings: dict, overwrite: bool) -> tuple[dict[int, dic
 
 def _same(then: Any, now: dict) -> bool:
     """Folders may have moved; weights, rows and decoding decide."""
-    keys = ("rows_hash", "weights_hash", "dtype", "decoding")
+    keys = ("rows_hash", "prompts_hash", "weights_hash", "dtype", "decoding")
     return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
-
-
-def read_json_file(path: Path) -> dict[str, Any]:
-    """The object of a JSON file of ours; DataError if it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    except ValueError:
-        pass
-    raise DataError(f"{path} is damaged", "Make it again.")
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

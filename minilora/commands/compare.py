@@ -1,0 +1,23 @@
+"""minilora compare: runs side by side on one page."""
+
+import argparse
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of minilora predict")
+    parser.add_argument(
+        "--output", default="compare.html", metavar="FILE", help="page to write; a .md stands beside it [compare.html]"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ..errors import UsageError
+    from ..reports.compare import compare
+
+    if Path(args.output).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")
+    compare(args.runs, args.output)
+    print(f"page      {args.output}")
+    print(f"markdown  {Path(args.output).with_suffix('.md')}")

@@ -1,0 +1,42 @@
+"""minilora inspect data: what the model sees of a file of rows."""
+
+import argparse
+
+from .shared_flags import between, definitions, limit_flags, settings_of
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of a checkpoint; its weights are not read"
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
+    )
+    parser.add_argument("--val", metavar="FILE", help="validation rows, which shall not be among the others")
+    limit_flags(parser)
+    parser.add_argument("-n", "--samples", type=between(int, 0, 1000), default=3, metavar="N", help="rows to show [3]")
+    parser.add_argument("--row", type=between(int, 1, 2**63 - 1), metavar="N", help="show this row alone: 1, 2, ...")
+    parser.add_argument("--only-problems", action="store_true", help="show rows that have a problem")
+    parser.add_argument("--check-template", action="store_true", help="compare with the folder's own chat template")
+    parser.add_argument("--html", metavar="FILE", help="write a page as well")
+    parser.add_argument("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of #N and @RATE [42]")
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from ..durable import write_file
+    from ..reports.inspect_data import inspect_data
+    from ..reports.inspect_data_show import show, to_html
+    from ..text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.model)
+    settings = settings_of(args, definitions(args.define))
+    result = inspect_data(args.data, Path(args.model), tokenizer, settings, args.samples, args.row, args.only_problems,
+                          args.val, args.check_template, args.seed)  # fmt: skip
+    show(result, Console())
+    if args.html:
+        write_file(Path(args.html), to_html(result, Path(args.model)))
+        print(f"\npage     {args.html}")

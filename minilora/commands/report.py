@@ -1,0 +1,25 @@
+"""minilora report: one run on one page."""
+
+import argparse
+
+from .shared_flags import between
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder; its report.html is written anew")
+    parser.add_argument(
+        "--samples", type=between(int, 0, 200), default=0, metavar="N",
+        help="answer N rows with the base model and with the adapter first [0]",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..heap import keep_heap
+    from ..reports.record import read_record
+    from ..reports.report import reading, report
+
+    keep_heap()
+    path = report(args.run, args.samples)
+    for line in reading(read_record(args.run)):
+        print(line)
+    print(f"page  {path}")

@@ -1,0 +1,104 @@
+"""The rows of a training run: read, divided into training, validation and test, mixed, repeated; and the division on disk."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import TrainConfig
+from ..durable import staged_folder
+from ..errors import DataError, UsageError
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from . import find_data
+from .load import Report, load_examples
+from .sources import mixed, parse_ratio, parse_sources, repeated
+from .split import count_of, split
+from .token_store import Examples, TokenCache
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run and the reports on them; `taken` are the sides that were split off, by name."""
+
+    tokenizer: Tokenizer
+    train: Examples
+    val: Examples
+    report: Report
+    notes: dict[str, str]  # name of a line in the header -> its text
+    taken: dict[str, Examples]
+    seed: int
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Read, render and count the rows of a run; the validation rows are a file's, or taken out of the training rows."""
+    tokenizer = load_tokenizer(config.model)
+    cache = TokenCache(Path(config.cache), Path(config.model)) if config.cache else None
+
+    def load(path: str | Path) -> tuple[Examples, Report]:
+        return load_examples(
+            path, tokenizer, config.define, config.loss_on, config.max_length, config.max_source_length,
+            config.max_target_length, config.columns, config.truncate, config.skip_bad, config.seed, cache,
+        )  # fmt: skip
+
+    path, val_path = config.data, Path(config.val) if config.val and Path(config.val).exists() else None
+    notes: dict[str, str] = {}
+    if len(parse_sources(path)) == 1 and Path(path).is_dir():
+        path, beside = find_data(path)
+        val_path = val_path or (beside if not config.val else None)
+    train, report = load(path)
+    idle = [key for key in config.define if not report.defined[key]]
+    if idle:
+        raise UsageError(
+            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}",
+            "Correct the name or leave it out.",
+        )
+    wanted = {name: getattr(config, name) for name in ("val", "test") if getattr(config, name)}
+    if val_path is not None:
+        wanted.pop("val", None)
+    train, taken = _divide(train, wanted, config.seed)
+    val = taken.get("val", train[:0])
+    if val_path is not None:
+        val, val_report = load(find_data(val_path)[0])
+        notes["val"] = str(val_report)
+    elif "val" in taken:
+        notes["val"] = f"{len(val):,} of these rows"
+    if "test" in taken:
+        notes["test"] = f"{len(taken['test']):,} of these rows, kept out"
+    both = np.intersect1d(train.column("question"), val.column("question"))
+    if len(both):
+        rows = int(np.isin(val.column("question"), both).sum())
+        notes["note"] = f"{rows:,} validation rows ask what a training row asks: their loss says little"
+    train = repeated(train, config.seed)
+    if config.mix_general:
+        general, general_report = load(config.mix_general)
+        own, train = len(train), mixed(train, general, parse_ratio(config.mix_ratio), config.seed)
+        notes["general"] = f"{len(train) - own:,} rows mixed in, {config.mix_ratio}, from {general_report}"
+    return Data(tokenizer, train, val, report, notes, taken, config.seed)
+
+
+def _divide(examples: Examples, wanted: dict[str, str], seed: int) -> tuple[Examples, dict[str, Examples]]:
+    """The examples that stay, and those of each side that is wanted as a number or a share of them."""
+    if not wanted:
+        return examples, {}
+    counts = [count_of(name, text, len(examples)) for name, text in wanted.items()]
+    if sum(counts) >= len(examples):
+        raise DataError(f"val and test would take {sum(counts):,} of {len(examples):,} rows", "Leave rows to train on.")
+    rest, *sides = split(examples.column("question"), counts, seed)
+    return examples.take(rest), {name: examples.take(side) for name, side in zip(wanted, sides, strict=True)}
+
+
+def write_split(folder: Path, data: Data) -> None:
+    """Write each side that was split off as NAME.jsonl, its rows as their file has them, and split.json with their hashes."""
+    if not data.taken:
+        return
+    with staged_folder(folder) as stage:
+        table = {"seed": data.seed, "rows": {"train": len(data.train)}, "hashes": {}}
+        for name, examples in data.taken.items():
+            values = [examples.value(i) for i in range(len(examples))]
+            lines = [json.dumps(value, ensure_ascii=False) + "\n" for _, value in values]
+            (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            table["rows"][name] = len(lines)
+            hashes = examples.column("content").tolist()
+            table["hashes"][name] = [{"row": w, "hash": f"{h:016x}"} for (w, _), h in zip(values, hashes, strict=True)]
+        (stage / "split.json").write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

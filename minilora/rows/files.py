@@ -1,0 +1,95 @@
+"""A file of rows as a sequence: how many there are, and each one by its number."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import DataError
+from .json_files import JsonArray, JsonLines, TextLines, is_lines
+from .shapes import Row, to_messages
+from .sheets import read_csv, read_xlsx
+
+TRAIN_NAMES = ("train",)
+VAL_NAMES = ("dev", "val", "valid", "validation", "eval")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".txt")
+
+
+class RowFile(Protocol):
+    """The rows of a file by number 0, 1, ...; `sha256` is of its bytes, `note` says how it was read if that was a choice."""
+
+    path: Path
+    sha256: str
+    note: str
+
+    def __len__(self) -> int: ...
+
+    def where(self, number: int) -> str:
+        """The place of a row as a message names it."""
+        ...
+
+    def value(self, number: int) -> Any:
+        """The JSON value of a row; RowError if it is none."""
+        ...
+
+
+def open_rows(path: str | Path, columns: dict[str, str] | None = None) -> RowFile:
+    """The RowFile of a path, by its ending and its first bytes. DataError for what is no such file, or has no row.
+
+    columns (name of ours -> column of the file) helps to find the header of a sheet.
+    """
+    path = Path(path)
+    if not path.is_file():  # a pipe could not be read twice
+        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
+        raise DataError(
+            f"{path} is {what}", "Give a json, jsonl, csv, xlsx or txt file, or a folder with a train file."
+        )
+    try:
+        file = _open(path, columns or {})
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "Check the path and the file's permissions.") from None
+    if not len(file):
+        raise DataError(f"{path}: no rows", "Give a file with at least one conversation.")
+    return file
+
+
+def _open(path: Path, columns: dict[str, str]) -> RowFile:
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return read_csv(path)
+    if kind == ".xlsx":
+        return read_xlsx(path, columns)
+    if kind in (".xls", ".parquet", ".arrow", ".safetensors", ".zip", ".gz", ".docx", ".pdf"):
+        raise DataError(f"{path} is no file of rows that can be read", "Save it as jsonl, csv or xlsx.")
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if kind == ".txt" and start[:1] not in (b"[", b"{"):
+        return TextLines(path)
+    return JsonArray(path) if start.startswith(b"[") and not is_lines(path) else JsonLines(path)
+
+
+def find_data(path: str | Path) -> tuple[Path, Path | None]:
+    """The training file of a path, and the validation file beside it if the path is a folder that has one.
+
+    A folder as ChatGLM3's tools have them holds train.json and dev.json; a path that is no folder is the file itself.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path, None
+    found = [[p for n in names for k in KINDS if (p := path / (n + k)).is_file()] for names in (TRAIN_NAMES, VAL_NAMES)]
+    for files in found:
+        if len(files) > 1:
+            both = ", ".join(p.name for p in files[:3])
+            raise DataError(f"{path} is a folder with {both}", "Give the file that is meant.")
+    train, val = found
+    if not train:
+        raise DataError(
+            f"{path} is a folder without a train file", "Give a file, or name one of its files train.jsonl."
+        )
+    return train[0], val[0] if val else None
+
+
+def read_rows(path: str | Path, columns: dict[str, str] | None = None) -> Iterator[Row]:
+    """The conversations of a file, one after the other; RowError for the first row that is none."""
+    file = open_rows(path, columns)
+    for number in range(len(file)):
+        yield to_messages(file.value(number), file.where(number), columns)

@@ -1,0 +1,141 @@
+"""json, jsonl and plain text, read as bytes: a place that is not UTF-8 or no JSON is told by line and column."""
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .problems import RowError, quote
+
+MAX_LINE = 64 << 20
+BOM = b"\xef\xbb\xbf"
+
+
+class JsonLines:
+    """A jsonl file by the byte offsets of its lines: 12 bytes of memory a row, a row is read when it is asked for."""
+
+    note = ""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._offsets, self._lines = array("q"), array("L")
+        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 rows are read from it as long as this object lives
+        digest, offset, number = hashlib.sha256(), 0, 0
+        # lines end in \n alone: a text may hold other separators
+        while raw := self._file.readline(MAX_LINE + 1):
+            number += 1
+            digest.update(raw)
+            if len(raw) > MAX_LINE:
+                raise RowError("line too long", f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB",
+                               "A row belongs on a line of its own.")  # fmt: skip
+            if (raw.removeprefix(BOM) if number == 1 else raw).strip():
+                self._offsets.append(offset)
+                self._lines.append(number)
+            offset += len(raw)
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def where(self, number: int) -> str:
+        return f"{self.path}, line {self._lines[number]}"
+
+    def value(self, number: int) -> Any:
+        return parse(self.text(number).rstrip("\r\n"), self.where(number))
+
+    def text(self, number: int) -> str:
+        self._file.seek(self._offsets[number])
+        raw = self._file.readline()
+        return decode(raw.removeprefix(BOM) if self._lines[number] == 1 else raw, self.where(number))
+
+
+class TextLines(JsonLines):
+    """A text file: each line that is not blank is a document."""
+
+    def value(self, number: int) -> Any:
+        return {"text": self.text(number).removesuffix("\n").removesuffix("\r")}
+
+
+class JsonArray:
+    """A file that is one JSON array, held in memory."""
+
+    note = ""
+
+    def __init__(self, path: Path):
+        self.path = path
+        raw = path.read_bytes()
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+        self._values = parse(decode(raw.removeprefix(BOM), str(path)), str(path))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def where(self, number: int) -> str:
+        return f"{self.path}, row {number + 1}"
+
+    def value(self, number: int) -> Any:
+        return self._values[number]
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file that starts with [ has an array on each line (a dialogue of turns), and is not one array itself."""
+    with open(path, "rb") as file:
+        first = b""
+        while not first.strip():
+            first = file.readline(MAX_LINE).removeprefix(BOM)
+        if not first.rstrip().endswith(b"]"):
+            return False
+        try:
+            turns = json.loads(first)
+        except (ValueError, RecursionError):
+            return False
+        if any(isinstance(t, dict) and isinstance(t.get("response"), list) for t in turns):
+            return True
+        return any(line.strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
+
+
+def decode(raw: bytes, where: str) -> str:
+    """Bytes as UTF-8 text; RowError with the line and the byte, and a guess what the encoding is."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        try:
+            raw.decode("gb18030")
+            guess = "it looks like GB18030: convert it with `iconv -f gb18030 -t utf-8`"
+        except UnicodeDecodeError:
+            guess = "save it as UTF-8"
+        line = "" if ", line" in where else f", line {raw[: error.start].count(10) + 1}"
+        what = f"{where}{line}: byte 0x{raw[error.start]:02x} is not UTF-8"
+        raise RowError("not UTF-8", what, f"The file must be UTF-8; {guess}.") from None
+
+
+def parse(text: str, where: str) -> Any:
+    """Text as JSON; RowError with line and column."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        line = "" if ", line" in where else f", line {error.lineno}"
+        what = f"{where}{line}, column {error.colno}: {error.msg}: {quote(text[error.pos : error.pos + 40])}"
+        raise RowError("broken JSON", what, "Correct the JSON there.") from None
+    except DuplicateKey as error:
+        raise RowError("a key twice", f"{where}: {error}", "Take one of the two out.") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError("broken JSON", f"{where}: {error}", "Correct the JSON there.") from None
+
+
+class DuplicateKey(ValueError):
+    """A key stands twice in one object."""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
+        raise DuplicateKey(f"key {quote(twice)} stands twice in one object")
+    return result

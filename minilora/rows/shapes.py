@@ -1,0 +1,250 @@
+"""The value of a row to messages: its keys tell its shape.
+
+alpaca (instruction, input, output, system, history), sharegpt (conversations of from and value), OpenAI and ChatGLM3 (messages
+or conversations of role and content), pairs under many names (prompt and completion, question and answer, ADGEN's content and
+summary, text and label, 问题 and 答案 ...), Qianfan's lists of turns, and raw text.
+"""
+
+import json
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+from ..errors import UsageError
+from ..text.template import Message
+from .problems import RowError, quote
+
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+CHATS = ("messages", "conversations", "conversation", "dialog")
+QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem", "问题", "提问", "指令", "输入", "提示")
+ANSWERS = ("completion", "response", "answer", "output", "target", "答案", "回答", "回复", "输出")
+# names that mean a question and an answer only together
+PAIRS = (("content", "summary"), ("text", "label"))
+ARTICLE = {
+    "text",
+    "id",
+    "title",
+    "url",
+    "source",
+    "meta",
+    "timestamp",
+    "date",
+    "lang",
+    "language",
+}  # keys of a raw text
+COLUMNS = ("prompt", "response", "system", "history", "instruction", "input", "output", "messages", "text")
+READ = {*CHATS, *QUESTIONS, *ANSWERS, *sum(PAIRS, ()), *COLUMNS}  # keys that some shape reads
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
+TEXT = "text"  # the shape, and the role of its one message: raw text, all of it trained
+
+
+class Row(NamedTuple):
+    """One conversation, the shape it came in, and where it stands."""
+
+    messages: list[Message]
+    shape: str
+    where: str
+
+
+def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
+    """Replace `{{key}}` in the texts of a row by define[key]; returns how often each key stood there, and keys left over."""
+    used, open_keys = Counter(), set()
+    for message in row.messages:
+        text = message["content"]
+        keys = PLACEHOLDER.findall(text)
+        used.update(k for k in keys if k in define)
+        open_keys |= set(keys) - define.keys()
+        message["content"] = PLACEHOLDER.sub(lambda m: define.get(m[1], m[0]), text)
+    return used, open_keys
+
+
+def check_columns(columns: dict[str, str]) -> None:
+    """UsageError unless columns maps names of ours to columns of a file."""
+    wrong = next((name for name in columns if name not in COLUMNS), None)
+    if wrong is not None:
+        raise UsageError(
+            f"--columns {wrong}=...: {quote(wrong)} is no name of ours", f"Known are {', '.join(COLUMNS)}."
+        )
+
+
+def is_header(names: set[str], columns: dict[str, str]) -> bool:
+    """Whether the names of a sheet's columns make a shape, so that its line is the header."""
+    if columns:
+        return set(columns.values()) <= names
+    return _pair(names) is not None or any(k in names for k in (*CHATS, TEXT))
+
+
+def to_messages(value: Any, where: str, columns: dict[str, str] | None = None) -> Row:
+    """A row's messages; RowError if its keys are of no known shape, a text is missing, or there is nothing to learn.
+
+    columns: name of ours -> key of the row, for keys that do not tell their meaning themselves.
+    """
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        messages, shape = _turns(value, where, columns), "turns"
+    elif isinstance(value, dict):
+        messages, shape = _messages(_rename(value, where, columns) if columns else value, where)
+    else:
+        what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
+        raise RowError("no object", what, "Write each row as {...}.")
+    _check(messages, where)
+    return Row(messages, shape, where)
+
+
+def _rename(row: dict, where: str, columns: dict[str, str]) -> dict:
+    missing = next((c for c in columns.values() if c not in row), None)
+    if missing is not None:
+        has = quote(", ".join(map(str, row)))
+        raise RowError(
+            "a column is missing", f"{where}: no column {quote(missing)} (there are {has})", "Correct --columns."
+        )
+    rest = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
+    return {name: row[column] for name, column in columns.items()} | rest
+
+
+def _pair(names: Any) -> tuple[str, str] | None:
+    """The keys of the question and of the answer."""
+    question = next((k for k in QUESTIONS if k in names), None)
+    answer = next((k for k in ANSWERS if k in names), None)
+    if question is not None and answer is not None:
+        return question, answer
+    return next((pair for pair in PAIRS if pair[0] in names and pair[1] in names), None)
+
+
+def _messages(row: dict, where: str) -> tuple[list[Message], str]:
+    """The messages of one row and the name of its shape."""
+    chat = next((k for k in CHATS if k in row), None)
+    if chat is not None:
+        return _chat(row, chat, where)
+    answer = next((k for k in ANSWERS if k in row), None)
+    if "instruction" in row and answer is not None:
+        return _alpaca(row, "instruction", answer, where), "alpaca"
+    pair = _pair(row)
+    if pair is not None:
+        shape = f"{pair[0]}/{pair[1]}"
+        return _system(row, where) + _history(row, where) + _turn(
+            _text(row, pair[0], where), _answer(row, pair[1], where)
+        ), shape
+    if TEXT in row and row.keys() <= ARTICLE:
+        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT
+    raise RowError("unknown shape", f"{where}: keys {quote(', '.join(map(str, row)))} are of no known shape",
+                   "Known are messages, conversations, instruction/output, prompt/response, question/answer, content/summary, "
+                   "text/label and text; --columns prompt=NAME,response=NAME names others.")  # fmt: skip
+
+
+def _chat(row: dict, key: str, where: str) -> tuple[list[Message], str]:
+    turns = _parsed(row[key])
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+        raise RowError("no messages", f"{where}: {key} is no list of messages", "Write it as [{...}, ...].")
+    sharegpt = "from" in turns[0]
+    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+    messages = _system(row, where)
+    for turn in turns:
+        role = turn.get(role_key)
+        if not isinstance(role, str) or role not in ROLES:
+            what = f"{where}: a message has {role_key} {quote(str(role))}"
+            raise RowError("unknown role", what, f"Known are {', '.join(ROLES)}.")
+        message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
+        if "loss" in turn or "loss_mask" in turn:
+            message["loss"] = bool(turn.get("loss", turn.get("loss_mask")))
+        messages.append(message)
+    return messages, "sharegpt" if sharegpt else "messages"
+
+
+def _turns(turns: list[dict], where: str, columns: dict[str, str] | None) -> list[Message]:
+    """Qianfan: a dialogue is a list of turns, each a prompt and its answers."""
+    messages: list[Message] = []
+    for turn in turns:
+        row = _rename(turn, where, columns) if columns else turn
+        pair = _pair(row)
+        if pair is None:
+            what = f"{where}: a turn has the keys {quote(', '.join(map(str, row)))}"
+            raise RowError("unknown shape", what, "A turn is a prompt and a response.")
+        messages += _system(row, where) if not messages else []
+        messages += _turn(_text(row, pair[0], where), _answer(row, pair[1], where))
+    return messages
+
+
+def _alpaca(row: dict, question: str, answer: str, where: str) -> list[Message]:
+    instruction, more = _text(row, question, where), _text(row, "input", where, "")
+    turn = _turn(f"{instruction}\n{more}" if more else instruction, _answer(row, answer, where))
+    return _system(row, where) + _history(row, where) + turn
+
+
+def _history(row: dict, where: str) -> list[Message]:
+    messages: list[Message] = []
+    history = _parsed(row.get("history") or [])
+    for pair in history if isinstance(history, list) else [None]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+            what = f"{where}: history is no list of [question, answer] pairs"
+            raise RowError("no history", what, "Write it as [[q, a], ...].")
+        messages += _turn(*(_sound(t, "history", where) for t in pair))
+    return messages
+
+
+def _parsed(value: Any) -> Any:
+    """A list that a sheet holds as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def _system(row: dict, where: str) -> list[Message]:
+    system = _text(row, "system", where, "")
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _turn(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _answer(row: dict, key: str, where: str) -> str:
+    """The answer under a key: a text, the number of a class, or the first of a list of ranked answers."""
+    value = row[key]
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        value = value[0]
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if key == "label" and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return _text({key: value}, key, where)
+
+
+def _text(row: dict, key: str, where: str, default: str | None = None) -> str:
+    """The text under a key: a string, or a list of parts of type text."""
+    value = row.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        texts = [p.get("text") for p in value]
+        value = "".join(texts) if all(isinstance(t, str) for t in texts) else value
+    if not isinstance(value, str):
+        raise RowError("no text", f"{where}: {key} is {quote(json.dumps(value))}", "A text belongs there.")
+    return _sound(value, key, where)
+
+
+def _sound(text: str, key: str, where: str) -> str:
+    """The text; RowError if it cannot be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        what = f"{where}: {key} holds half a surrogate pair"
+        raise RowError("half a character", what, "Correct the \\ud... escape there.") from None
+    return text
+
+
+def _check(messages: list[Message], where: str) -> None:
+    """A row must teach something: there is an answer that is trained, and none of these is empty."""
+    answers = [m for m in messages if m["role"] in ("assistant", TEXT)]
+    trained = [m for m in answers if m.get("loss", True)]
+    if not trained:
+        more = "every answer has loss: false" if answers else "no message is the assistant's"
+        what = f"{where}: there is nothing to learn, {more}"
+        raise RowError("no answer", what, "Add the answer, or take the row out.")
+    if not all(m["content"].strip() for m in trained):
+        what = f"{where}: there is nothing to learn, the answer is empty"
+        raise RowError("empty answer", what, "Write the answer, or take the row out.")

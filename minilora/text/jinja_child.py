@@ -1,0 +1,59 @@
+"""A process of its own that renders chats by a stranger's Jinja template: it can open no file, no socket, and not run long.
+
+Run as a script by template_check.py. In: {"template", "chats", "variables"} as JSON on stdin. Out: a list with [text, null] or
+[null, error] for each chat. Nothing of the engine is imported here.
+"""
+
+import json
+import resource
+import sys
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY, SECONDS, TEXT = 512 << 20, 3, 16 << 20
+
+
+def main() -> None:
+    order = json.load(sys.stdin)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda _format: "2024-01-01"
+    environment.filters["tojson"] = lambda value, **more: json.dumps(
+        value, ensure_ascii=False, indent=more.get("indent")
+    )
+    environment.from_string("{% for m in messages %}{{ m['role'] | upper | tojson }}{% endfor %}").render(
+        messages=[{"role": "a"}]
+    )
+    # what is open stays open, nothing else can be opened from here on: no file, no socket, no child
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (TEXT, TEXT))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    json.dump(_render(environment, order), sys.stdout)
+
+
+def _render(environment: Any, order: dict) -> list:
+    try:
+        template = environment.from_string(order["template"])
+    except (TemplateError, RecursionError) as error:
+        return [[None, str(error)[:300]]] * len(order["chats"])
+    results = []
+    for chat in order["chats"]:
+        try:
+            text = template.render(**order["variables"], **chat)
+            results.append([text, None] if len(text) < TEXT else [None, "the text grows too long"])
+        except Exception as error:  # noqa: BLE001 a template can raise anything; it is told to the parent
+            results.append([None, f"{type(error).__name__}: {error}"[:300]])
+    return results
+
+
+def _refuse(message: Any) -> None:
+    raise TemplateError(str(message))
+
+
+if __name__ == "__main__":
+    main()

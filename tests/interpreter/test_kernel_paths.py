@@ -1,0 +1,57 @@
+"""What the header of a run says of the kernels is what the operations do."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import OWN, SOP, tiny
+
+from minilora import add_lora
+from minilora.kernel_paths import kernel_paths
+from minilora.kernels.dispatch import force, use_library_gemm
+from minilora.models.rotary import positions_of
+
+CPU = torch.device("cpu")
+
+
+def nodes(node: Any, seen: set[Any]) -> set[str]:
+    """The names of the autograd nodes that a result hangs on."""
+    if node is None or node in seen:
+        return set()
+    seen.add(node)
+    return {type(node).__module__ + "." + node.name()}.union(*(nodes(n, seen) for n, _ in node.next_functions))
+
+
+def graph(family: str, targets: str) -> tuple[set[str], list[str]]:
+    model = tiny(family)
+    add_lora(model, targets)
+    ids = torch.tensor([3, 1, 4, SOP, 5, 9])
+    prefix = 3 if family == "chatglm" else None
+    out = model(ids, positions_of(0, 6, prefix), [0, 6], prefixes=[3] if prefix else None)
+    return nodes(out.grad_fn, set()), kernel_paths(model, CPU)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_the_lines_name_what_runs(family: str):
+    found, lines = graph(family, "all-linear")
+    assert len(lines) == 2 and lines[0].startswith("layers 0 to 1: Triton ") and lines[1].startswith("loss: Triton")
+    triton = lines[0].partition(";")[0]
+    assert any("_OnTriton" in name for name in found) and ("rms_norm" in triton) == (family != "chatglm")
+    assert "rope" in triton and "attention" in lines[0].partition(";")[2]
+    own = {"qwen": "attn.c_attn", "chatglm": "attention.query_key_value", "chatglm2": "self_attention.query_key_value"}
+    assert own.get(family, "self_attn.q/k/v") in triton
+
+
+def test_linears_without_an_adapter_are_the_librarys():
+    _, lines = graph("qwen2", "q_proj,gate_proj")
+    triton, _, library = lines[0].partition(";")
+    assert "q/k/v" in triton and "gate/up" in triton and "mlp.down" in library and "self_attn.o" in library
+
+
+def test_switches():
+    with force(False):
+        found, lines = graph("qwen2", "all-linear")
+        assert lines == ["PyTorch for every layer (no GPU)"] and not any("_OnTriton" in name for name in found)
+    with use_library_gemm():
+        _, lines = graph("qwen2", "all-linear")
+        assert "q/k/v" in lines[0].partition(";")[2] and "rms_norm" in lines[0].partition(";")[0]

@@ -1,0 +1,181 @@
+"""The operations with a wide product on the shadow memory: in bounds, without races, in any order, each argument moved once."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from oracle import upstream
+from shadow import Launch, backwards, shadow, shuffled
+from torch import Tensor
+
+from bench import traffic
+from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu
+
+Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
+
+
+def gradients(*leaves: Tensor) -> list[Tensor]:
+    found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(found) == len(leaves)
+    return found
+
+
+def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Call:
+    def call() -> list[Tensor]:
+        (x, frozen), _ = lora_linear_group.example(tokens, k, ns, r, torch.bfloat16, "cpu", p)
+        x.requires_grad_()
+        trained = [t.requires_grad_() for q in frozen if q.adapter for t in (q.adapter.a, q.adapter.b)]
+        ys = lora_linear_group.lora_linear_group(x, frozen)
+        torch.autograd.backward(ys, [upstream(y) for y in ys])
+        return [*ys, *gradients(x, *trained)]
+
+    return call
+
+
+def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
+    def call() -> list[Tensor]:
+        logits, targets = cross_entropy.example(rows, vocab, torch.bfloat16)[0]
+        logits.requires_grad_()
+        given = None if scale is None else torch.tensor(scale)
+        loss, _ = cross_entropy.cross_entropy(logits, targets, given)
+        (loss * 3).backward()
+        return [loss, *gradients(logits)]
+
+    return call
+
+
+def of_a_head(rows: int, width: int, vocab: int) -> Call:
+    def call() -> list[Tensor]:
+        x, head, targets = linear_cross_entropy.example(rows, width, vocab, torch.bfloat16)[0]
+        loss = linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets, 20)
+        loss.backward()
+        return [loss, *gradients(x, head)]
+
+    return call
+
+
+def dual() -> list[Tensor]:
+    x, projections = lora_swiglu.example(37, 40, 41, 5, torch.bfloat16)[0]
+    return [lora_swiglu.lora_swiglu(x, projections)]
+
+
+KERNELS = {
+    "lora_narrow._low_kernel", "lora_narrow._gradients_kernel", "lora_narrow._a_gradient_kernel", "lora_narrow._sum_kernel",
+    "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
+    "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
+    "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
+}  # fmt: skip
+CALLS = {  # two tiles of every size, the second ragged
+    "lora_swiglu": dual,
+    "lora_linear_group": group(37, 40, (41, 20), 5),
+    "lora_linear_group dropout": group(37, 40, (41, 20), 5, 0.3),
+    "lora_linear": group(37, 40, (41,), 5),
+    "lora_linear of two parts of a rank": group(37, 40, (33,), 20),
+    "cross_entropy": on_logits(7, 9001),
+    "cross_entropy scaled": on_logits(7, 9001, 0.5),
+    "linear_cross_entropy": of_a_head(37, 70, 555),
+}
+LARGE = {
+    "lora_linear_group": group(70, 100, (90, 41, 60), 5, 0.3),
+    "lora_linear of a wide rank": group(70, 100, (90,), 70),
+    "linear_cross_entropy": of_a_head(70, 90, 1111),
+}
+each = pytest.mark.parametrize("name", CALLS)
+
+
+@cache
+def shadowed(call: Call) -> tuple[list[Launch], list[Tensor]]:
+    torch.manual_seed(0)
+    with shadow() as launches:
+        return launches, call()
+
+
+def prove(call: Call, order: Callable) -> None:
+    launches, expected = shadowed(call)
+    assert max(launch.programs for launch in launches) > 1
+    assert [fault for launch in launches for fault in launch.faults()] == []
+    torch.manual_seed(0)
+    with shadow(order):
+        found = call()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@each
+def test_nothing_outside_no_race_and_the_order_of_the_programs_changes_no_bit(name: str):
+    prove(CALLS[name], shuffled)
+
+
+def test_every_kernel_is_launched():
+    assert {launch.kernel for call in CALLS.values() for launch in shadowed(call)[0]} == KERNELS
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("order", [backwards, shuffled])
+@pytest.mark.parametrize("name", LARGE)
+def test_the_same_of_larger_sizes(name: str, order: Callable):
+    prove(LARGE[name], order)
+
+
+def arguments_once(launch: Launch) -> int:
+    """Bytes of all tensors of a launch, each once, though it may be given twice."""
+    found = {(a.real, tuple(a.shape)): a.numel() * a.size for a in launch.arguments}
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3)], ids=["group", "one"])
+def test_a_launch_moves_each_of_its_arguments_once(call: Call):
+    """So bytes of a launch are those of its arguments, whatever their size, and bench/layer_bytes.py adds them up."""
+    for launch in shadowed(call)[0]:
+        assert launch.total() <= arguments_once(launch) <= 1.05 * launch.total(), launch.kernel
+
+
+def counted(launches: list[Launch], name: str) -> int:
+    """Bytes of one argument over all launches."""
+    return sum(sum(launch.bytes().get(name, (0, 0))) for launch in launches)
+
+
+def test_a_linear_cross_entropy_moves_eight_bytes_a_logit_and_the_head_twice_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    rows, width, vocab, chunk = 64, 96, 1024, 32
+    tile = linear_cross_entropy.TILE_INTERPRETED
+    products = []
+    mm = torch.mm
+
+    def recorded(p: Tensor, head: Tensor, out: Tensor) -> Tensor:
+        products.append((p, head, out))
+        return mm(p, head, out=out)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    x, head, targets = linear_cross_entropy.example(rows, width, vocab, torch.bfloat16)[0]
+    with shadow() as launches:
+        linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head, targets, chunk)
+    p, heads, outs = (sum(t.numel() * t.element_size() for t in ts) for ts in zip(*products, strict=True))
+    assert counted(launches, "logits_ptr") + p == 8 * rows * vocab
+    first = [launch for launch in launches if launch.kernel == "linear_cross_entropy._logits_kernel"]
+    chunks = rows // chunk
+    assert counted(first, "head_ptr") == heads == chunks * head.numel() * head.element_size()
+    assert all(launch.loads()["logits_ptr"] <= 1 for launch in launches)
+    parts = 2 * -(-vocab // tile.columns)
+    formula = traffic.linear_cross_entropy(rows, width, vocab, chunk, parts)["minilora"].bytes
+    assert sum(launch.total() for launch in launches) + p + heads + outs <= formula
+    assert formula <= 1.02 * (sum(launch.total() for launch in launches) + p + heads + outs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_a_cross_entropy_whose_scale_is_known_reads_and_writes_each_logit_once(scale: float):
+    (logits, targets), cost = cross_entropy.example(8, 9001, torch.bfloat16)
+    with shadow() as launches:
+        loss, _ = cross_entropy.cross_entropy(logits.requires_grad_(), targets, torch.tensor(scale))
+        loss.backward()
+    kept, all_rows = cost["bytes"], logits.numel() * logits.element_size()
+    assert sum(launch.total() for launch in launches) == pytest.approx(kept + all_rows, rel=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_a_cross_entropy_moves_what_its_example_says(scale: float):
+    (logits, targets), cost = cross_entropy.example(8, 9001, torch.bfloat16)
+    with shadow() as launches:
+        loss, _ = cross_entropy.cross_entropy(logits.requires_grad_(), targets)
+        (loss * scale).backward()
+    least = cost["bytes"] + cost["backward_bytes"]
+    assert least <= sum(launch.total() for launch in launches) <= 1.002 * least

@@ -1,0 +1,226 @@
+"""Sweeps: which runs a file means, going on after a stop, one test set for all, and the recipes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny import ROWS, make_model, make_rows
+
+from minilora.__main__ import main
+from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
+from minilora.reports import sweep as sweep_module
+from minilora.reports.sweep import RECIPES, combinations, name_of, read_sweep, sweep
+
+QUIET = Console(quiet=True)
+
+
+def test_zip_goes_in_step_and_product_crosses():
+    zipped, crossed = {"a": [1, 2], "b": [10, 20]}, {"c": [5, 6, 7], "d": [0]}
+    found = combinations(zipped, crossed, "")
+    assert len(found) == 6 and {(p["a"], p["b"]) for p in found} == {(1, 10), (2, 20)}
+    assert [p["c"] for p in found] == [5, 6, 7, 5, 6, 7]
+    assert combinations({}, {}, "") == [{}] and combinations({}, {"c": [1, 2]}, "") == [{"c": 1}, {"c": 2}]
+    with pytest.raises(UsageError, match="lists of"):
+        combinations({"a": [1, 2], "b": [1]}, {}, "")
+    with pytest.raises(UsageError, match="a stands in zip and in product"):
+        combinations({"a": [1]}, {"a": [2]}, "")
+
+
+@pytest.mark.parametrize(
+    "value", ["../../etc/passwd", "/", "a\nb", ".", "..", "<img onerror=x>", "好" * 300, "", None, -1e-5]
+)
+def test_names_are_plain(value):
+    name = name_of({"data": value})
+    assert name == Path(name).name and name not in ("", ".", "..") and len(name) <= 100 and name.isascii()
+
+
+def write(path: Path, **sections) -> str:
+    path.write_text(yaml.safe_dump(sections))
+    return str(path)
+
+
+def test_flags_win_and_aliases_are_one_setting(tmp_path):
+    path = write(
+        tmp_path / "s.yaml",
+        base={"model": "m", "learning_rate": 1e-3, "data": "d"},
+        product={"lora_rank": [4, 8], "lr": [1, 2]},
+    )
+    plan = read_sweep(path, tmp_path / "out", {"model": "other"})
+    assert [(p.config.lora_r, p.config.lr, p.config.model) for p in plan.points] == [
+        (4, 1, "other"), (4, 2, "other"), (8, 1, "other"), (8, 2, "other")]  # fmt: skip
+    assert plan.points[0].name == "lora_rank=4,lr=1" and plan.points[0].config.output == str(
+        tmp_path / "out" / "lora_rank=4,lr=1"
+    )
+    with pytest.raises(UsageError, match="varies lora_rank, lr"):
+        read_sweep(path, tmp_path, {"r": 2})
+
+
+WRONG = {
+    "section": ({"bases": {}}, "unknown section 'bases'"),
+    "no list": ({"zip": {"lr": 1}}, "zip has lr: 1"),
+    "empty list": ({"product": {"lr": []}}, "product has lr"),
+    "unknown setting": ({"product": {"lerning_rate": [1]}}, "unknown setting 'lerning_rate'"),
+    "bad value": ({"product": {"lr": [1, "fast"]}}, "lr is 'fast'"),
+    "base of words": ({"base": "x"}, "base is 'x'"),
+    "test of both": ({"test": {"data": "x", "rows": 1}}, "test is"),
+    "test key": ({"test": {"dat": "x"}}, "test is"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_refused_before_anything_runs(tmp_path, name):
+    sections, said = WRONG[name]
+    with pytest.raises(UsageError) as error:
+        sweep(write(tmp_path / "s.yaml", **sections), str(tmp_path / "out"), {}, console=QUIET)
+    assert said in error.value.what and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A sweep file on a tiny model, and the commands that it starts, run in this process."""
+    make_model(tmp_path / "model")
+    rows = make_rows(tmp_path / "rows.json")
+    base = {
+        "model": str(tmp_path / "model"),
+        "data": str(rows),
+        "max_steps": 3,
+        "lora_r": 2,
+        "device": "cpu",
+        "batch_size": 4,
+        "save_every": 1,
+        "keep": 5,
+    }
+    path = write(
+        tmp_path / "s.yaml", base=base, zip={"lr": [1e-3, 2e-3]}, test={"rows": 4, "max_tokens": 5, "before": True}
+    )
+    calls = []
+
+    def child(*words):
+        calls.append([str(w) for w in words])
+        return main(calls[-1])
+
+    monkeypatch.setattr(sweep_module, "_child", child)
+    return path, tmp_path / "out", calls
+
+
+def test_runs_test_set_and_page(here):
+    path, out, calls = here
+    page = sweep(path, str(out), {}, console=QUIET)
+    assert [c[0] for c in calls] == ["train", "predict", "train", "predict", "predict"] and page.is_file()
+    sides = {
+        name: [json.loads(line) for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    }
+    assert len(sides["test"]) == 4 and sorted(map(str, sides["train"] + sides["test"])) == sorted(map(str, ROWS))
+    labels = [
+        [json.loads(line)["label"] for line in (out / run / "generated_predictions.jsonl").read_text().splitlines()]
+        for run in ("lr=0.001/predict", "lr=0.002/predict", "before")
+    ]
+    assert labels[0] == labels[1] == labels[2] and len(labels[0]) == 4
+    assert "| lr | 0.001 | 0.002 |" in (out / "compare.md").read_text()
+    before = (out / "lr=0.001" / "adapter" / "adapter_model.safetensors").read_bytes()
+    calls.clear()
+    sweep(path, str(out), {}, console=QUIET)
+    assert not [c for c in calls if c[0] == "train"]  # predictions are asked for, and found
+    assert (out / "lr=0.001" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(OutputInUse, match="other settings"):
+        sweep(path, str(out), {"lora_r": "4"}, console=QUIET)
+
+
+def test_a_stopped_sweep_goes_on(here):
+    path, out, calls = here
+    sweep(path, str(out), {}, console=QUIET)
+    whole = (out / "lr=0.002" / "adapter" / "adapter_model.safetensors").read_bytes()
+    # as a stop in the second run leaves it: a snapshot of step 1, no adapter, nothing after it
+    run = out / "lr=0.002"
+    for name in ("adapter", "predict", "checkpoints/step-2", "checkpoints/step-3"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(lines[0] + "\n")
+    calls.clear()
+    sweep(path, str(out), {}, console=QUIET)
+    assert [c[0] for c in calls] == ["predict", "train", "predict", "predict"] and "--resume" in calls[1]
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_run_that_diverged_does_not_end_the_sweep_but_an_error_does(here, monkeypatch):
+    path, out, _ = here
+    codes = iter([5, 0, 0, 0])
+
+    def child(*words):
+        return main([str(w) for w in words]) if next(codes, 0) == 0 else 5
+
+    monkeypatch.setattr(sweep_module, "_child", child)
+    sweep(path, str(out), {}, console=QUIET)
+    assert not (out / "lr=0.001").exists() and (out / "lr=0.002" / "predict").is_dir()
+
+
+def test_children_are_commands_of_their_own(tmp_path):
+    assert sweep_module._child("--version") == 0
+    with pytest.raises(MiniloraError, match="minilora train failed") as error:
+        sweep_module._child("train", "--model", tmp_path / "none", "--data", "x", "--output", tmp_path / "out")
+    assert error.value.code in (3, 4)
+
+
+def test_a_stop_is_passed_on_once(monkeypatch):
+    sent = []
+
+    class Child:
+        def wait(self, timeout):
+            if len(sent) < 1:
+                raise sweep_module.subprocess.TimeoutExpired("", timeout)
+            return 75
+
+        def send_signal(self, number):
+            sent.append(number)
+
+    class Asked:
+        requested, name = True, "Ctrl-C"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(sweep_module.subprocess, "Popen", lambda *a, **k: Child())
+    monkeypatch.setattr(sweep_module, "StopSignal", Asked)
+    with pytest.raises(Stopped, match="stopped by Ctrl-C"):
+        sweep_module._child("train")
+    assert sent == [sweep_module.signal.SIGTERM]
+
+
+def test_another_folder_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputInUse, match="holds no sweep"):
+        sweep("identity-qwen", str(tmp_path / "out"), {}, smoke=True, console=QUIET)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    with pytest.raises(
+        UsageError, match="recipes: adgen-chatglm, classification, identity-qwen, length-512-vs-1024-chatglm"
+    ):
+        sweep("nothing", str(tmp_path / "x"), {}, console=QUIET)
+
+
+@pytest.mark.parametrize("name", [p.stem for p in RECIPES.glob("*.yaml")])
+def test_recipes_are_whole(tmp_path, name):
+    full, small = (read_sweep(name, tmp_path, {}, smoke) for smoke in (False, True))
+    assert full.test and small.test and len(full.points) == len(small.points)
+    for point in small.points:
+        assert Path(point.config.model, "config.json").is_file() and Path(point.config.data).is_file()
+        assert point.config.device == "cpu"
+    if name.startswith("length"):
+        assert [(p.config.max_source_length, p.config.max_target_length) for p in full.points] == [
+            (512, 128),
+            (1024, 256),
+        ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [p.stem for p in RECIPES.glob("*.yaml")])
+def test_a_recipe_runs_small(tmp_path, name):
+    page = sweep(name, str(tmp_path / "out"), {}, smoke=True)
+    assert page.is_file() and page.with_suffix(".md").is_file()
