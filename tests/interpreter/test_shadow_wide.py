@@ -70,7 +70,7 @@ CALLS = {  # two tiles of every size, the second ragged
     "lora_swiglu": dual,
     "lora_linear_group": group(37, 40, (41, 20), 5),
     "lora_linear_group dropout": group(37, 40, (41, 20), 5, 0.3),
-    "lora_linear": group(37, 40, (41,), 5, 0.3),
+    "lora_linear": group(37, 40, (41,), 5),
     "lora_linear of two parts of a rank": group(37, 40, (33,), 20),
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
