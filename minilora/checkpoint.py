@@ -100,7 +100,8 @@ def read_config(folder: Path) -> Config:
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(
-            f"{path}: {reason}", "The file is damaged, or the model needs what is not there yet."
+            f"{path}: {reason}",
+            f"The file is damaged, or not of a {family} model, or the model needs what is not there yet.",
         ) from None
 
 
