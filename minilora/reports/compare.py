@@ -221,7 +221,7 @@ def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
     for name in names:
         found = [interval(measured[run.name][name]) for run in answered]
         rows.append([name, *(f"{i.value:.2f}  ({i.low:.2f} to {i.high:.2f})" for i in found)])
-    page.table(["metric", *(r.name for r in answered)], rows)
+    page.table(["metric", *(_letter(r) for r in answered)], rows)
     first, others = answered[0], [r for r in answered[1:] if _same_rows(answered[0], r)]
     if others:
         page.heading(f"Differences from {_letter(first)}, row by row", small=True)
@@ -260,7 +260,7 @@ def _losses(page: Document, runs: list[Record]) -> None:
     if not trained:
         return
     page.heading("Losses, speed and memory")
-    page.table(["", *(run.name for run in trained)], loss_rows(trained))
+    page.table(["", *(_letter(run) for run in trained)], loss_rows(trained))
     for axis, label in AXES.items():
         series = []
         for i, run in enumerate(trained):
