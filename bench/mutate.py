@@ -29,9 +29,8 @@ from minilora.durable import write_file
 ROOT = Path(__file__).parent.parent
 GATE = 0.95
 LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^force$")
-WITH_KERNELS = (
-    r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy"  # operations whose shared tests run on the interpreter too
-)
+# operations whose shared tests run on the interpreter too
+WITH_KERNELS = r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy|lora_linear"
 SECONDS = 900  # for the tests of one fault
 
 
