@@ -31,7 +31,7 @@ GATE = 0.95
 LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^force$")
 # operations whose shared tests run on the interpreter too
 WITH_KERNELS = r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy|lora_linear"
-SECONDS = 900  # for the tests of one fault
+SECONDS = 600  # for the tests of one fault
 
 
 class Fault(NamedTuple):
@@ -229,30 +229,41 @@ NEAR = {
         ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"], r"lora"
     ),
 }
-SLOW = re.compile(r"gradcheck|any_shape|any_mask|real_vocabulary|partial_sums|expanded_and|test_shadow")  # last
+
+
+def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-m", "not long", "-p", "no:cacheprovider", *args]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
 
 
 def collected(folder: Path, interpret: str) -> list[str]:
-    """The tests that the suite runs on Triton's interpreter, or on the torch paths; slow ones last."""
+    """The tests that the suite runs on Triton's interpreter, or on the torch paths."""
     files = ["tests/test_kernels.py", *(["tests/interpreter"] if interpret == "1" else ["tests/test_attention.py"])]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--collect-only",
-        "-q",
-        "-m",
-        "not long",
-        "-p",
-        "no:cacheprovider",
-        *files,
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": interpret}
-    listed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+    listed = _pytest(folder, interpret, "--collect-only", "-q", *files).stdout
     names = [line for line in listed.splitlines() if "::" in line]
     if interpret == "1":
         names = [n for n in names if not n.startswith("tests/test_kernels.py") or re.search(WITH_KERNELS, n)]
-    return sorted(names, key=lambda name: bool(SLOW.search(name)))
+    return names
+
+
+def quickest_first(folder: Path, interpret: str, names: list[str]) -> list[str]:
+    """Tests in the order of the seconds that they take without a fault, so that most faults are noticed in little time."""
+    run = _pytest(folder, interpret, "-q", "-vv", "--durations=0", *names)
+    if run.returncode:
+        sys.exit(f"tests fail without any fault:\n{run.stdout[-3000:]}")
+    seconds = dict.fromkeys(names, 0.0)
+    for taken, name in re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(\S.*)$", run.stdout, re.MULTILINE):
+        if name in seconds:
+            seconds[name] += float(taken)
+    return sorted(names, key=lambda name: seconds[name])
 
 
 def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
@@ -272,17 +283,8 @@ def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[
 
 def survives(folder: Path, fault: Fault, there: dict[str, list[str]]) -> bool:
     for interpret, names in tests_of(fault, there):
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": interpret,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
         try:
-            result = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
-            )
+            result = _pytest(folder, interpret, "-q", "-x", *names, seconds=SECONDS)
         except subprocess.TimeoutExpired:
             return False
         if result.returncode:
@@ -306,17 +308,18 @@ def in_turn(faults: list[Fault], most: int) -> list[Fault]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
-    parser.add_argument("--only", default="", metavar="NAME", help="a file of kernels/, or a part of its name")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="NAME", help="files of kernels/, or parts of their names"
+    )
     parser.add_argument("--per-file", type=int, default=1000, help="faults in every file (all of --each)")
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
-    parser.add_argument("--sound", action="store_true", help="the tests were just seen to pass: begin with the faults")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)
     sources = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").glob("*.py"))}
     planted = [
         f
         for file, source in sources.items()
-        if args.only in file
+        if any(part in file for part in args.only)
         for f in chosen([f for f in faults(file, source) if not equivalent(f, source)], args.each)
     ]
     planted = in_turn(planted, args.per_file)
@@ -331,9 +334,11 @@ def main(argv: list[str] | None = None) -> int:
             ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs")
         )
         there = {mode: collected(folder, mode) for mode in ("1", "0")}
-        for file in {fault.file for fault in planted} if not args.sound else ():
-            if not survives(folder, Fault(file, "none", "", 0, 0, 0, ""), there):
-                sys.exit(f"{file}: its tests fail, or take over {SECONDS} s, without any fault")
+        for mode, names in there.items():
+            needed = {
+                name for fault in planted for other, some in tests_of(fault, there) if other == mode for name in some
+            }
+            there[mode] = quickest_first(folder, mode, [name for name in names if name in needed])
         for fault in planted:
             source, began = sources[fault.file], time.monotonic()
             ast.parse(fault.planted(source))  # loud if a fault is no Python: it would count as killed
