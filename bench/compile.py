@@ -37,7 +37,7 @@ from minilora.kernels import (
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STREAMS = ("lora_narrow.",)  # kernels with tensor cores that read what they multiply from memory, once
-RANKS = (16, 64)  # one part of a rank in a dot, the narrowest and the widest
+RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
 
@@ -160,8 +160,6 @@ def launches() -> dict[str, tuple[Launch, int]]:
     seen = set()
     for name, once in CALLS.items():
         for short, dtype in DTYPES.items():
-            if short == "fp16" and name.startswith("lora_"):
-                continue  # their tiles are those of bf16, and take minutes
             for arch in ARCHITECTURES if name.startswith(ON_86) else (80, 90):
                 with recorded(arch) as made:
                     once(dtype)

@@ -70,3 +70,16 @@ def store(ptrs, x, mask):
     if INTERPRET:
         x = rounded(x, ptrs.dtype.element_ty)
     tl.store(ptrs, x, mask=mask)
+
+
+@jit
+def halves(x):
+    """The left and the right half of the columns of a tile, which stay in their registers."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@jit
+def quarters(x):
+    """The four quarters of the columns of a tile, from left to right."""
+    left, right = halves(x)
+    return halves(left) + halves(right)

@@ -36,9 +36,11 @@ from minilora.kernels.lang import (
     INTERPRETED,
     PINNED,
     cdiv,
+    halves,
     jit,
     load,
     next_power_of_2,
+    quarters,
     rounded,
     store,
     tl,
@@ -64,7 +66,6 @@ TILES = {
     80: Tile(128, 128, 32, 4, 4),
     90: Tile(128, 256, 64, 8, 3),
 }  # sm_80's fits sm_86 and sm_89 too: 64 KiB of operands
-TILE_DHEAD = Tile(128, 128, 64, 8, 3)  # fp32 sums that are read and written leave no registers for more
 TILE_INTERPRETED = Tile(32, 512, 64, 4, 1)
 
 
@@ -113,7 +114,7 @@ def _logits_kernel(
         store(logits_ptr + row[:, None] * V + column[None, :], z, inside[:, None] & within[None, :])
     z = tl.where(within[None, :] & (column[None, :] != place[:, None]), z, -float("inf"))
     # half of the tile at a time: the registers hold all of it once
-    left_half, right_half = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    left_half, right_half = halves(z)
     for half in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
         z = left_half if half == 0 else right_half
         top = tl.maximum(tl.max(z, 1), _LOWEST)
@@ -171,9 +172,7 @@ def _dhead_kernel(
     inside, within = row < V - first, column < D - start
     p_ptrs = p_ptr + first + row[:, None] + inner[None, :] * V
     x_ptrs = x_ptr + start + inner[:, None] * x_stride + column[None, :]
-    out_ptrs = dhead_ptr + first * D + start + row[:, None] * D + column[None, :]
-    both = inside[:, None] & within[None, :]
-    z = tl.load(out_ptrs, mask=both, other=0.0)
+    z = tl.zeros((ROWS, COLUMNS), WIDE)
     for k in range(0, rows, INNER):
         p = tl.load(p_ptrs, mask=inside[:, None] & (inner[None, :] < rows - k), other=0.0)
         x = tl.load(x_ptrs, mask=(inner[:, None] < rows - k) & within[None, :], other=0.0)
@@ -182,7 +181,13 @@ def _dhead_kernel(
         z = tl.dot(p, x, z, input_precision="ieee", out_dtype=WIDE)
         p_ptrs += tl.cast(INNER, tl.int64) * V
         x_ptrs += tl.cast(INNER, tl.int64) * x_stride
-    store(out_ptrs, z, both)
+    # a quarter of the columns at a time: the registers hold all of the tile once
+    parts = quarters(z)
+    dhead_ptr += first * D + start + row[:, None] * D
+    for i in tl.static_range(4):
+        column = i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+        both = inside[:, None] & (column < D - start)
+        store(dhead_ptr + column, parts[i] + load(dhead_ptr + column, both, WIDE), both)
 
 
 def _launch(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
@@ -274,10 +279,9 @@ class _OnTriton(_OnTorch):
                 if dx is not None:
                     torch.mm(logits, head, out=dx[part])
                 if dhead is not None and on_cores:
-                    dtile = TILE_INTERPRETED if INTERPRETED else TILE_DHEAD
-                    column_tiles = cdiv(d, dtile.columns)
-                    _dhead_kernel[(cdiv(v, dtile.rows) * column_tiles,)](
-                        logits, rows, dhead, x.stride(0), n, v, d, column_tiles, **_launch(dtile, x.dtype)
+                    column_tiles = cdiv(d, tile.columns)
+                    _dhead_kernel[(cdiv(v, tile.rows) * column_tiles,)](
+                        logits, rows, dhead, x.stride(0), n, v, d, column_tiles, **_launch(tile, x.dtype)
                     )
                 elif dhead is not None:
                     dhead += logits.T @ rows

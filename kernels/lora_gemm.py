@@ -17,7 +17,20 @@ from torch import Tensor
 
 from minilora.kernels.dispatch import architecture
 from minilora.kernels.dropout import kept, philox_key, threshold
-from minilora.kernels.lang import INTERPRET, INTERPRETED, PINNED, cdiv, jit, load, rounded, rows_of, store, tl, wide
+from minilora.kernels.lang import (
+    INTERPRET,
+    INTERPRETED,
+    PINNED,
+    cdiv,
+    jit,
+    load,
+    quarters,
+    rounded,
+    rows_of,
+    store,
+    tl,
+    wide,
+)
 from minilora.kernels.projection import Adapter, Projection
 
 # by card; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
@@ -26,12 +39,6 @@ GEMM = {
     80: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     86: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     90: {"BM": 128, "BN": 256, "BK": 64, "R": 32, "num_warps": 8, "num_stages": 3},
-}
-MASKED = {  # dX with masks: a narrow product beside the accumulator
-    0: GEMM[0],
-    80: {"BM": 128, "BN": 64, "BK": 64, "R": 16, "num_warps": 8, "num_stages": 3},
-    86: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 8, "num_stages": 3},
-    90: {"BM": 128, "BN": 64, "BK": 64, "R": 16, "num_warps": 8, "num_stages": 3},
 }
 SINGLE = {  # S beside the accumulator
     0: GEMM[0],
@@ -138,6 +145,15 @@ def dot(a, b, acc):
 
 
 @jit
+def member(values, own, COUNT: tl.constexpr):
+    """values[own] of a tuple, for a member that is known only when the kernel runs."""
+    value = values[0]
+    for j in tl.static_range(1, COUNT):
+        value = tl.where(own == j, values[j], value)
+    return value
+
+
+@jit
 def place(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
     """(row tile, column tile) of a program: GROUP row tiles share their columns while these are in the cache."""
     group = tile // (GROUP * col_tiles)
@@ -153,22 +169,14 @@ def _forward_kernel(
     BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
-    w_ptr, bias_ptr, b_ptr, y_ptr, scale, n = w_ptrs[0], bias_ptrs[0], b_ptrs[0], y_ptrs[0], scales[0], ns[0]
-    bias_n, rank, place_of_s, w_stride = bias_ns[0], ranks[0], slots[0], w_strides[0]
-    start, first = 0, 0
+    own, start, first = 0, 0, 0
     for j in tl.static_range(1, COUNT):
         start += tl.cdiv(ns[j - 1], BN)
-        here = col_tile >= start
-        first = tl.where(here, start, first)
-        w_ptr, bias_ptr = tl.where(here, w_ptrs[j], w_ptr), tl.where(here, bias_ptrs[j], bias_ptr)
-        b_ptr, y_ptr = tl.where(here, b_ptrs[j], b_ptr), tl.where(here, y_ptrs[j], y_ptr)
-        scale, n, bias_n = (
-            tl.where(here, scales[j], scale),
-            tl.where(here, ns[j], n),
-            tl.where(here, bias_ns[j], bias_n),
-        )
-        rank, place_of_s = tl.where(here, ranks[j], rank), tl.where(here, slots[j], place_of_s)
-        w_stride = tl.where(here, w_strides[j], w_stride)
+        own, first = tl.where(col_tile >= start, j, own), tl.where(col_tile >= start, start, first)
+    w_ptr, bias_ptr = member(w_ptrs, own, COUNT), member(bias_ptrs, own, COUNT)
+    b_ptr, y_ptr = member(b_ptrs, own, COUNT), member(y_ptrs, own, COUNT)
+    scale, rank, place_of_s = member(scales, own, COUNT), member(ranks, own, COUNT), member(slots, own, COUNT)
+    n, bias_n, w_stride = member(ns, own, COUNT), member(bias_ns, own, COUNT), member(w_strides, own, COUNT)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = (col_tile - first) * BN + tl.arange(0, BN)[None, :]
@@ -193,6 +201,19 @@ def _forward_kernel(
     store(y_ptr + top * n + at * n + col, acc, (at < rows - top) & (col < n))
 
 
+@jit
+def _low_gradient(
+    acc, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, SLOT: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr
+):
+    """acc + dS_j A_j of the rows and columns of acc."""
+    for start_r in tl.range(0, SLOT, R, num_stages=1):
+        r = start_r + tl.arange(0, R)
+        ds = operand(ds_ptr + tl.cast(j, tl.int64) * rows * SLOT + row * SLOT + r[None, :], r[None, :] < rank, WIDE)
+        a = load(a_ptr + r[:, None] * K + col, (r[:, None] < rank) & (col < K), WIDE)
+        acc = dot(ds, narrowed(a, dx_ptr.dtype.element_ty), acc)
+    return acc
+
+
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
 def _input_gradient_kernel(
     dx_ptr, ds_ptr, dy_ptrs, w_ptrs, ns, dy_strides, w_strides, a_ptrs, ranks, seeds, thresholds, inverses, rows, K,
@@ -205,17 +226,9 @@ def _input_gradient_kernel(
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = col_tile * BN + tl.arange(0, BN)[None, :]
     acc = tl.zeros((BM, BN), WIDE)
-    for j in tl.static_range(ADAPTED):
-        low = tl.zeros((BM, BN), WIDE) if DROPS else acc
-        for start_r in tl.range(0, SLOT, R, num_stages=1):
-            r = start_r + tl.arange(0, R)
-            at = ds_ptr + tl.cast(j, tl.int64) * rows * SLOT + row * SLOT + r[None, :]
-            ds = operand(at, r[None, :] < ranks[j], WIDE)
-            a = load(a_ptrs[j] + r[:, None] * K + col, (r[:, None] < ranks[j]) & (col < K), WIDE)
-            low = dot(ds, narrowed(a, dx_ptr.dtype.element_ty), low)
-        if DROPS:
-            low = acc + tl.where(kept(seeds[j], thresholds[j], row, col_tile * BN, BN), low, 0.0) * inverses[j]
-        acc = low
+    if not DROPS:
+        for j in tl.static_range(ADAPTED):
+            acc = _low_gradient(acc, ds_ptr, a_ptrs[j], ranks[j], j, row, col, rows, K, dx_ptr, SLOT, R, WIDE)
     k = tl.arange(0, BK)
     for j in tl.static_range(COUNT):
         dy_tile = dy_ptrs[j] + row * dy_strides[j] + k[None, :]
@@ -227,7 +240,25 @@ def _input_gradient_kernel(
             dy_tile += BK
             w_tile += tl.cast(BK, tl.int64) * w_strides[j]
     at = tl.arange(0, BM)[:, None]
-    store(dx_ptr + top * K + at * K + col, acc, (at < rows - top) & (col < K))
+    dx_ptr += top * K
+    if DROPS:
+        # a quarter of the columns in turn: the narrow product of all, and its mask, would not fit beside the accumulator
+        parts = quarters(acc)
+        width: tl.constexpr = BN // 4
+        for i in tl.static_range(4):
+            first = col_tile * BN + i * width
+            col = first + tl.arange(0, width)[None, :]
+            dx = parts[i]
+            for j in tl.range(0, ADAPTED, num_stages=1, loop_unroll_factor=1):
+                low = tl.zeros((BM, width), WIDE)
+                a_ptr, rank = member(a_ptrs, j, ADAPTED), member(ranks, j, ADAPTED)
+                low = _low_gradient(low, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, SLOT, R, WIDE)
+                seed, threshold = member(seeds, j, ADAPTED), member(thresholds, j, ADAPTED)
+                low = tl.where(kept(seed, threshold, row, first, width), low, 0.0)
+                dx += low * member(inverses, j, ADAPTED)
+            store(dx_ptr + at * K + col, dx, (at < rows - top) & (col < K))
+    else:
+        store(dx_ptr + at * K + col, acc, (at < rows - top) & (col < K))
 
 
 @jit(do_not_specialize=["rows"])
@@ -286,7 +317,7 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Proj
     weights = [rows_of(p.weight) for p in projections]
     rows, k = dys[0].shape[0], weights[0].shape[1]
     masks = drops(adapters)
-    options = of_adapters(MASKED if masks["DROPS"] else GEMM, ds, adapters)
+    options = of_adapters(GEMM, ds, adapters)
     options["COUNT"], options["ADAPTED"] = len(projections), len(adapters)
     dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
     col_tiles = cdiv(k, options["BN"])

@@ -17,13 +17,13 @@ from minilora.kernels import lora_linear_group as group
 from minilora.kernels import lora_narrow
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.lora_gemm import GROUP_ROWS, dot, members, narrowed, of_adapters, operand, place
-from minilora.kernels.projection import Projection, check
+from minilora.kernels.projection import Projection, check, join, joined
 from minilora.kernels.swiglu import _sigmoid, swiglu, swiglu_ref
 
 DUAL = {  # by card, as in lora_gemm: a tile for each of the two
     0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
-    80: {"BM": 128, "BN": 64, "BK": 64, "R": 32, "num_warps": 8, "num_stages": 3},
-    86: {"BM": 128, "BN": 64, "BK": 32, "R": 32, "num_warps": 8, "num_stages": 3},
+    80: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
+    86: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     90: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
 }
 
@@ -36,7 +36,7 @@ def lora_swiglu_ref(x: Tensor, projections: Sequence[Projection]) -> Tensor:
 
 @jit(do_not_specialize=["rows"])
 def _dual_kernel(
-    x_ptr, s_ptr, w_ptrs, bias_ptrs, b_ptrs, h_ptr, scales, bias_ns, ranks, slots, w_strides, x_stride, rows, K, N,
+    x_ptr, s_ptr, w_ptr, bias_ptrs, b_ptrs, h_ptr, scales, bias_ns, ranks, slots, x_stride, rows, K, N,
     SLOT: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     WIDE: tl.constexpr
 ):  # fmt: skip
@@ -55,37 +55,34 @@ def _dual_kernel(
             b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], WIDE)
             acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
         starts = starts + (acc * scales[j],)
-    g, u = starts[0], starts[1]
-    k = tl.arange(0, BK)
-    x_tile = x_ptr + row * x_stride + k[None, :]
-    g_tile, u_tile = w_ptrs[0] + col_in * w_strides[0] + k[:, None], w_ptrs[1] + col_in * w_strides[1] + k[:, None]
+    acc = tl.reshape(tl.join(starts[0], starts[1]), (BM, 2 * BN))
+    k, both = tl.arange(0, BK), tl.arange(0, 2 * BN)[None, :]
+    of_both = tl.minimum(col_tile * BN + both // 2, N - 1) + both % 2 * N
+    x_tile, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + of_both.to(tl.int64) * K + k[:, None]
     for start_k in range(0, K, BK):
         inside = start_k + k < K
-        x = operand(x_tile, inside[None, :], WIDE)
-        g = dot(x, operand(g_tile, inside[:, None], WIDE), g)
-        u = dot(x, operand(u_tile, inside[:, None], WIDE), u)
+        acc = dot(operand(x_tile, inside[None, :], WIDE), operand(w_tile, inside[:, None], WIDE), acc)
         x_tile += BK
-        g_tile += BK
-        u_tile += BK
+        w_tile += BK
+    g, u = tl.split(tl.reshape(acc, (BM, BN, 2)))
     g = rounded(g + load(bias_ptrs[0] + col, col < bias_ns[0], WIDE), x_ptr.dtype.element_ty)
     u = rounded(u + load(bias_ptrs[1] + col, col < bias_ns[1], WIDE), x_ptr.dtype.element_ty)
     at = tl.arange(0, BM)[:, None]
     store(h_ptr + top * N + at * N + col, g * _sigmoid(g) * u, (at < rows - top) & (col < N))
 
 
-def _on_triton(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+def _on_triton(x: Tensor, weight: Tensor, projections: Sequence[Projection]) -> Tensor:
     x = rows_of(x)
     (rows, k), n = x.shape, projections[0].weight.shape[0]
     adapters = [p.adapter for p in projections if p.adapter]
     options = of_adapters(DUAL, x, adapters)
     del options["COUNT"]
     h = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    weights = tuple(rows_of(p.weight) for p in projections)
     with torch.cuda.device_of(x):
         s = lora_narrow.low(x, adapters)
         _dual_kernel[(cdiv(rows, options["BM"]) * cdiv(n, options["BN"]),)](
-            x, s, weights, h_ptr=h, **members(projections), w_strides=tuple(w.stride(0) for w in weights),
-            x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS, **options,
+            x, s, weight, h_ptr=h, **members(projections), x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS,
+            **options,
         )  # fmt: skip
     return h
 
@@ -99,8 +96,9 @@ def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
         raise ValueError(f"gate and up are two weights of one shape, not {[list(p.weight.shape) for p in projections]}")
     check(x, projections)
     with torch.no_grad():
-        if group.runs_on_triton(x, projections):
-            return _on_triton(x, projections)
+        weight = joined([p.weight for p in projections])
+        if weight is not None and group.runs_on_triton(x, projections):
+            return _on_triton(x, weight, projections)
         return swiglu(*group.lora_linear_group(x, projections))
 
 
@@ -108,5 +106,7 @@ def example(
     tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
 ) -> tuple[tuple[Tensor, list[Projection]], dict]:
     """Arguments of one call, and the flops and bytes that a perfect one needs."""
-    args, cost = group.example(tokens, k, (n, n), r, dtype, device, p)
-    return args, {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}
+    (x, projections), cost = group.example(tokens, k, (n, n), r, dtype, device, p)
+    weights = join([p.weight for p in projections])
+    projections = [p._replace(weight=weight) for p, weight in zip(projections, weights, strict=True)]
+    return (x, projections), {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}

@@ -27,11 +27,8 @@ SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes
 # of the binding pipe's cycles those that the tensor cores or the memory need; the rates are published, but not how two pipes
 # stand in each other's way, so 0.9 where the name of a row has none of these
 SHARE = {
-    r"dropout lora_gemm._input_gradient_kernel": 0.5,  # 64 columns a tile, so that masks fit the registers
     r"r=64 lora_narrow._gradients_kernel": 0.6,  # dY is read from shared memory twice
-    r"lora_swiglu._dual_kernel": 0.7,  # two tiles of 64 columns
     r"dropout lora_narrow._a_gradient_kernel .* sm_[89]0": 0.75,  # the draw of the masks
-    r"linear_cross_entropy._dhead_kernel .* sm_90": 0.7,  # the tile of sm_80: its fp32 sums fill the registers
 }
 
 

@@ -160,7 +160,7 @@ def test_tiles_change_rounding_only(name: str, monkeypatch: pytest.MonkeyPatch):
     """Other tiles draw the same masks and give the same sums."""
     op, ref, args, trained = group(*GROUPS[name], torch.float32, 45)
     for table, tile in (
-        (lora_gemm.GEMM, {"BM": 16, "BN": 64, "BK": 16}), (lora_gemm.MASKED, {"BM": 64, "BN": 16, "BK": 64}),
+        (lora_gemm.GEMM, {"BM": 16, "BN": 64, "BK": 16}),
         (lora_narrow.LOW, {"BM": 32, "BK": 16}), (lora_narrow.GRADIENTS, {"ROWS": 64, "BN": 32}),
     ):  # fmt: skip
         monkeypatch.setitem(table, 0, {**table[0], **tile})
@@ -316,11 +316,15 @@ def test_dual_swiglu(name: str, dtype: torch.dtype):
             for rank, bias, s in zip(ranks[:2], biases[:2], SCALES, strict=False)
         ]
 
+    apart = made(flat)
+    weights = join([p.weight for p in apart])
+    together = [p._replace(weight=weight) for p, weight in zip(apart, weights, strict=True)]
     with guarded() as wholes:
-        h = lora_swiglu.lora_swiglu(x, made(flat))
+        h = lora_swiglu.lora_swiglu(x, together)
     assert len(wholes) == 2 or len(wholes) == 3  # S, its partials, h
     plain, truth = (lora_swiglu.lora_swiglu_ref(y, made(list(f))) for y, f in ((x, flat), (x.double(), widen(flat))))
     as_wrong_as(h, plain, truth)
+    as_wrong_as(lora_swiglu.lora_swiglu(x, apart), plain, truth)  # two layers, and their product after them
 
 
 # dropout
