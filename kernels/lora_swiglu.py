@@ -3,7 +3,8 @@
     g = x W_0^T + b_0 + s_0 drop_0(x) A_0^T B_0^T        u likewise with member 1        h [T, F] = silu(g) * u
 
 It is the first pass over a layer whose backward computes the layer again (activation checkpointing), and of evaluation.
-One program keeps the same tile of g and of u in registers; g and u are rounded to the dtype of x as the two layers would.
+The two weights lie one behind the other, and the columns of a tile are taken from both in turn: one product makes g and u side by
+side, in the registers of one thread. They are rounded to the dtype of x as the two layers would round them.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -18,9 +19,9 @@ from minilora.kernels import lora_narrow
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.lora_gemm import GROUP_ROWS, dot, members, narrowed, of_adapters, operand, place
 from minilora.kernels.projection import Projection, check, join, joined
-from minilora.kernels.swiglu import _sigmoid, swiglu, swiglu_ref
+from minilora.kernels.swiglu import _sigmoid, swiglu, swiglu_fused, swiglu_fused_ref, swiglu_ref
 
-DUAL = {  # by card, as in lora_gemm: a tile for each of the two
+DUAL = {  # by card, as in lora_gemm: BN columns of each of the two
     0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
     80: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     86: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
@@ -29,9 +30,9 @@ DUAL = {  # by card, as in lora_gemm: a tile for each of the two
 
 
 def lora_swiglu_ref(x: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """The specification: two projections of x [T, K], gate and up, -> [T, F]."""
-    gate, up = group.lora_linear_group_ref(x, projections)
-    return swiglu_ref(gate, up)
+    """The specification: two projections of x [T, K], gate and up, or one that is both -> [T, F]."""
+    ys = group.lora_linear_group_ref(x, projections)
+    return swiglu_ref(*ys) if len(ys) == 2 else swiglu_fused_ref(*ys)
 
 
 @jit(do_not_specialize=["rows"])
@@ -71,35 +72,48 @@ def _dual_kernel(
     store(h_ptr + top * N + at * N + col, g * _sigmoid(g) * u, (at < rows - top) & (col < N))
 
 
-def _on_triton(x: Tensor, weight: Tensor, projections: Sequence[Projection]) -> Tensor:
-    x = rows_of(x)
-    (rows, k), n = x.shape, projections[0].weight.shape[0]
-    adapters = [p.adapter for p in projections if p.adapter]
+def _on_triton(x: Tensor, weight: Tensor, pair: Sequence[Projection]) -> Tensor:
+    """weight [2 F, K]: the gate's rows, then up's."""
+    x, n = rows_of(x), weight.shape[0] // 2
+    (rows, k), adapters, arguments = x.shape, [p.adapter for p in pair if p.adapter], members(pair)
+    if len(adapters) == 2 and adapters[0].a is adapters[1].a and adapters[0][3:] == adapters[1][3:]:
+        adapters, arguments["slots"] = adapters[:1], (0, 0)  # the same A and mask, so the same S
     options = of_adapters(DUAL, x, adapters)
     del options["COUNT"]
     h = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         s = lora_narrow.low(x, adapters)
         _dual_kernel[(cdiv(rows, options["BM"]) * cdiv(n, options["BN"]),)](
-            x, s, weight, h_ptr=h, **members(projections), x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS,
-            **options,
-        )  # fmt: skip
+            x, s, weight, h_ptr=h, **arguments, x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS, **options
+        )
     return h
 
 
-def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """silu(gate) * up [T, F] for the gate and up projections of x [T, K]; no gradient is recorded.
+def _halves(fused: Projection) -> list[Projection]:
+    """Gate and up of a projection that is both."""
+    (weight, bias, adapter), n = fused, fused.weight.shape[0] // 2
+    return [
+        Projection(weight[half], None if bias is None else bias[half], adapter and adapter._replace(b=adapter.b[half]))
+        for half in (slice(n), slice(n, None))
+    ]
 
-    ValueError if they do not fit together.
+
+def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """silu(gate) * up [T, F] for the projections of x [T, K]: gate and up, or one whose 2 F rows are those of both, the gate's first.
+
+    No gradient is recorded. ValueError if they do not fit together.
     """
-    if len(projections) != 2 or projections[0].weight.shape != projections[1].weight.shape:
-        raise ValueError(f"gate and up are two weights of one shape, not {[list(p.weight.shape) for p in projections]}")
+    shapes = [list(p.weight.shape) for p in projections]
+    if len(shapes) not in (1, 2) or shapes[0] != shapes[-1] or (len(shapes) == 1 and shapes[0][0] % 2):
+        raise ValueError(f"gate and up are two weights of one shape, or one with the rows of both, not {shapes}")
     check(x, projections)
     with torch.no_grad():
-        weight = joined([p.weight for p in projections])
-        if weight is not None and group.runs_on_triton(x, projections):
-            return _on_triton(x, weight, projections)
-        return swiglu(*group.lora_linear_group(x, projections))
+        pair = projections if len(projections) == 2 else _halves(projections[0])
+        weight = joined([p.weight for p in pair])
+        if weight is not None and group.runs_on_triton(x, pair):
+            return _on_triton(x, weight, pair)
+        ys = group.lora_linear_group(x, projections)
+        return swiglu(*ys) if len(ys) == 2 else swiglu_fused(*ys)
 
 
 def example(

@@ -14,12 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.kernels.rope import rope
-from minilora.kernels.swiglu import swiglu_fused
 
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, RMSNorm
+from .layers import BaseBlock, FeedForward, RMSNorm, gated_fused
 from .place import Place
 
 NAMES = Names(
@@ -58,7 +57,7 @@ class MLP(FeedForward):
         self.dense_4h_to_h = nn.Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return swiglu_fused(self.dense_h_to_4h(x))
+        return gated_fused(x, self.dense_h_to_4h)
 
 
 class Block(BaseBlock):

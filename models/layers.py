@@ -57,6 +57,13 @@ def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     return swiglu(*project(x, gate, up))
 
 
+def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
+    """The same of one linear that is both, the gate's rows first."""
+    if joint(gate_up) and not torch.is_grad_enabled():
+        return lora_swiglu(x, [projection(gate_up)])
+    return swiglu_fused(gate_up(x))
+
+
 def joint(*linears: nn.Module) -> bool:
     """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
     return all(
@@ -154,7 +161,7 @@ class GateUpMLP(FeedForward):
         self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return swiglu_fused(self.gate_up_proj(x))
+        return gated_fused(x, self.gate_up_proj)
 
 
 class BaseBlock(nn.Module):

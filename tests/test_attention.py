@@ -217,6 +217,6 @@ def test_which_path_is_taken(monkeypatch: pytest.MonkeyPatch):
     assert takes() and takes(torch.float16) and takes(window=4) and takes(size=256)
     assert not takes(torch.float32) and not takes(size=100) and not takes(prefixes=(3,)) and not takes(size=264)
     cards["capability"] = (8, 9)
-    assert takes() and not takes(size=256)
+    assert takes() and takes(size=192) and not takes(size=256)
     cards["capability"] = (7, 5)
     assert not takes()

@@ -14,6 +14,7 @@ from minilora.kernels.lora_linear_group import (
     lora_linear_group_gradients,
     lora_linear_group_ref,
 )
+from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
 from minilora.kernels.projection import Adapter, Projection, join, joined
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -51,7 +52,7 @@ def of(function: Any, projections: list[Projection]) -> tuple[Any, list[Tensor]]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lie_together", [True, False])
-@pytest.mark.parametrize("ranks, p", [((3, 0, 17), 0.0), ((2, 2), 0.2), ((5,), 0.2)], ids=str)
+@pytest.mark.parametrize("ranks, p", [((3, 0, 17), 0.0), ((2, 3, 1), 0.0), ((2, 2), 0.2), ((5,), 0.2)], ids=str)
 def test_a_group_and_its_gradients(ranks: tuple[int, ...], p: float, lie_together: bool, dtype: torch.dtype):
     x, projections = group(ranks, (11, 5, 8)[: len(ranks)], p, dtype)
     if lie_together:
@@ -101,7 +102,38 @@ def test_weights_that_do_not_lie_one_behind_the_other_are_not_joined():
     for other in others:
         assert joined([first, other]) is None
     assert joined([second, first]) is None
+    assert joined([first, first]) is None
+    three = join([torch.rand(n, 4) for n in (3, 2, 5)])
+    rest = joined(three[1:])
+    assert rest is not None and torch.equal(rest, torch.cat(three[1:]))
     assert joined([first[:2], second]) is None  # a gap
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks, p", [((3, 5), 0.0), ((0, 17), 0.2), ((4,), 0.2), ((0,), 0.0)], ids=str)
+@pytest.mark.parametrize("lie_together", [True, False])
+def test_swiglu_of_two_projections_and_of_one_that_is_both(
+    ranks: tuple[int, ...], p: float, lie_together: bool, dtype: torch.dtype
+):
+    x, projections = group(ranks, (11, 11) if len(ranks) == 2 else (22,), p, dtype)
+    if lie_together:
+        weights = join([projection.weight for projection in projections])
+        projections = [q._replace(weight=w) for q, w in zip(projections, weights, strict=True)]
+    (op, matrices), (ref, _) = of(in_turn(lora_swiglu), projections), of(in_turn(lora_swiglu_ref), projections)
+    check_op(op, ref, (x, *matrices), ())
+    assert not op(x.requires_grad_(), *matrices).requires_grad
+
+
+def in_turn(one: Any) -> Any:
+    """A function with one output as one with several."""
+    return lambda *args: (one(*args),)
+
+
+@pytest.mark.parametrize("ns", [(11, 5), (11,), (4, 4, 4), ()], ids=str)
+def test_what_is_no_gate_and_up_is_named(ns: tuple[int, ...]):
+    x, projections = group((2,) * len(ns), ns, 0.0, torch.float32)
+    with pytest.raises(ValueError, match="two weights of one shape, or one with the rows of both"):
+        lora_swiglu(x, projections)
 
 
 def bad(change: str) -> tuple[Tensor, list[Projection], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Which kernels a linear layer with an adapter takes on which card, by the launches that it makes on tensors without data."""
+"""Which kernels an operation takes on which card, by the launches that it makes on tensors without data."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from bench.launches import recorded
-from minilora.kernels.dispatch import use_library_gemm
+from minilora.kernels import linear_cross_entropy
+from minilora.kernels.dispatch import architecture, compile_for, use_library_gemm
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 
@@ -24,6 +25,17 @@ def plan(card: int, k: int, *ns: int, r: int = 16, p: float = 0.0, dtype: torch.
     with recorded(card) as launches:
         lora_linear_group(empty(8192, k, dtype=dtype), projections)
     return [launch.name.partition(".")[2] for launch in launches]
+
+
+@pytest.mark.parametrize("capability, named", [((8, 0), 80), ((8, 6), 86), ((9, 0), 90), ((10, 3), 103)])
+def test_a_card_is_called_by_its_compute_capability(
+    capability: tuple[int, int], named: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert architecture(torch.device("cuda")) == named
+    with compile_for(80):
+        assert architecture(torch.device("cuda")) == 80
+    assert architecture(torch.device("cuda")) == named
 
 
 @cards
@@ -61,3 +73,20 @@ def test_so_do_32_bits_and_what_is_asked_to(card: int):
     assert plan(card, 3584, 3584, dtype=torch.float32) == []
     with use_library_gemm():
         assert plan(card, 3584, 3584) == []
+
+
+@cards
+@pytest.mark.parametrize(
+    "width, vocab, dtype, own",
+    [
+        (896, 4096, torch.bfloat16, True), (896, 4096, torch.float16, True), (904, 4096, torch.bfloat16, False),
+        (896, 4099, torch.bfloat16, False), (896, 4096, torch.float32, False),
+    ],
+)  # fmt: skip
+def test_linear_cross_entropy_by_its_sizes(card: int, width: int, vocab: int, dtype: torch.dtype, own: bool):
+    """The logits are the library's where rows can't be copied asynchronously, or in 32 bits; a kernel's softmax follows."""
+    (x, head, targets), _ = linear_cross_entropy.example(70, width, vocab, dtype, "meta")
+    with recorded(card) as launches:
+        linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head, targets)
+    expected = ["_logits_kernel", "_softmax_kernel"] if own else ["_fwd_kernel"]
+    assert [launch.name.partition(".")[2] for launch in launches] == expected
