@@ -227,7 +227,8 @@ NEAR = {
     "lang": r"rms_norm|(?<![a-z])rope|(?<!lora_)swiglu",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_plans",
     **dict.fromkeys(
-        ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"], r"lora|test_plans"
+        ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
+        r"lora|test_plans",
     ),
 }
 

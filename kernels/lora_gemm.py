@@ -1,10 +1,11 @@
 """The wide products of linear layers with adapters, each output written once: the kernels of lora_linear_group.
 
-    y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + drop_j(dS_j A_j)
+    y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + kept_j(dS_j A_j)
 
-The accumulator of a tile starts from the narrow product; then comes the loop over the wide one. A tile belongs to one member
-of the group, so that any widths go together; tensors of the members come as tuples. A member without an adapter has rank 0.
-A and B are read in fp32 and rounded to the dtype of x on the way into the tensor cores.
+with S_j, dS_j, kept_j and s_j of lora_narrow. The accumulator of a tile starts from the narrow product; then comes the loop over
+the wide one. Under masks dX gets its narrow products after the loop. A tile belongs to one member of the group, so that any
+widths go together; tensors of the members come as tuples. A member without an adapter has rank 0. A and B are read in fp32 and
+rounded to the dtype of x on the way into the tensor cores.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -84,11 +85,10 @@ def slot(adapters: Sequence[Adapter]) -> int:
 
 
 def drops(adapters: Sequence[Adapter]) -> dict:
-    """The arguments of a kernel that draws masks: keys, thresholds, 1 / (1 - p); and whether there is anything to draw."""
+    """The arguments of a kernel that draws masks: keys and thresholds; and whether there is anything to draw."""
     return {
         "seeds": tuple(philox_key(a.key) for a in adapters),
         "thresholds": tuple(threshold(a.p) for a in adapters),
-        "inverses": tuple(1 / (1 - a.p) for a in adapters),
         "DROPS": any(a.p for a in adapters),
     }
 
@@ -101,7 +101,7 @@ def members(projections: Sequence[Projection]) -> dict:
     return {
         "bias_ptrs": tuple(p.weight if p.bias is None else p.bias.contiguous() for p in projections),
         "b_ptrs": tuple(b),
-        "scales": tuple(p.adapter.scale if p.adapter else 0.0 for p in projections),
+        "scales": tuple(p.adapter.factor if p.adapter else 0.0 for p in projections),
         "bias_ns": tuple(0 if p.bias is None else p.weight.shape[0] for p in projections),
         "ranks": tuple(p.adapter.b.shape[1] if p.adapter else 0 for p in projections),
         "slots": tuple(sum(adapted[:j]) for j in range(len(adapted))),
@@ -169,13 +169,14 @@ def _forward_kernel(
     BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
-    own, start, first = 0, 0, 0
+    own, start, first, scale = 0, 0, 0, scales[0]
     for j in tl.static_range(1, COUNT):
         start += tl.cdiv(ns[j - 1], BN)
         own, first = tl.where(col_tile >= start, j, own), tl.where(col_tile >= start, start, first)
+        scale = tl.where(col_tile >= start, scales[j], scale)
     w_ptr, bias_ptr = member(w_ptrs, own, COUNT), member(bias_ptrs, own, COUNT)
     b_ptr, y_ptr = member(b_ptrs, own, COUNT), member(y_ptrs, own, COUNT)
-    scale, rank, place_of_s = member(scales, own, COUNT), member(ranks, own, COUNT), member(slots, own, COUNT)
+    rank, place_of_s = member(ranks, own, COUNT), member(slots, own, COUNT)
     n, bias_n, w_stride = member(ns, own, COUNT), member(bias_ns, own, COUNT), member(w_strides, own, COUNT)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
@@ -216,7 +217,7 @@ def _low_gradient(
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
 def _input_gradient_kernel(
-    dx_ptr, ds_ptr, dy_ptrs, w_ptrs, ns, dy_strides, w_strides, a_ptrs, ranks, seeds, thresholds, inverses, rows, K,
+    dx_ptr, ds_ptr, dy_ptrs, w_ptrs, ns, dy_strides, w_strides, a_ptrs, ranks, seeds, thresholds, rows, K,
     col_tiles, COUNT: tl.constexpr, ADAPTED: tl.constexpr, DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -254,8 +255,7 @@ def _input_gradient_kernel(
                 a_ptr, rank = member(a_ptrs, j, ADAPTED), member(ranks, j, ADAPTED)
                 low = _low_gradient(low, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, SLOT, R, WIDE)
                 seed, threshold = member(seeds, j, ADAPTED), member(thresholds, j, ADAPTED)
-                low = tl.where(kept(seed, threshold, row, first, width), low, 0.0)
-                dx += low * member(inverses, j, ADAPTED)
+                dx += tl.where(kept(seed, threshold, row, first, width), low, 0.0)
             store(dx_ptr + at * K + col, dx, (at < rows - top) & (col < K))
     else:
         store(dx_ptr + at * K + col, acc, (at < rows - top) & (col < K))
@@ -340,7 +340,7 @@ def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, 
     col_tiles = cdiv(n, options["BN"])
     _single_pass_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
         x, weight, weight if bias is None else bias.contiguous(), a.a.contiguous(), a.b.contiguous(), y, s,
-        scale=a.scale, N=n, bias_n=0 if bias is None else n, rank=a.a.shape[0], w_stride=weight.stride(0),
+        scale=a.factor, N=n, bias_n=0 if bias is None else n, rank=a.a.shape[0], w_stride=weight.stride(0),
         x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **options,
     )  # fmt: skip
     return y, s

@@ -1,7 +1,8 @@
 """The narrow products of linear layers with adapters, each wide tensor read once: the kernels of lora_linear_group.
 
-    S_j = drop_j(x) A_j^T        dS_j = s_j dY_j B_j        dB_j = s_j dY_j^T S_j        dA_j = dS_j^T drop_j(x)
+    S_j = kept_j(x) A_j^T        dS_j = s_j dY_j B_j        dB_j = s_j dY_j^T S_j        dA_j = dS_j^T kept_j(x)
 
+kept_j(x) is x where the mask of a member keeps it and 0 elsewhere; s_j = scale_j / (1 - p_j) makes up for what is dropped.
 x [T, K] is read once for all members of the group, each with its own mask; each dY_j [T, N_j] once for dS_j and dB_j. What
 several programs add to is kept as fp32 partials that a second kernel adds up in a fixed order: no atomics, and their number
 hangs on the shapes alone. S and dS are [members, T, slot] in the dtype of x, their columns from the rank on zero.
@@ -38,7 +39,7 @@ SUM = {card: {"BLOCK": 1024, "num_warps": 4} for card in (0, 80, 86, 90)}
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
 def _low_kernel(
-    x_ptr, out_ptr, a_ptrs, ranks, seeds, thresholds, inverses, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
+    x_ptr, out_ptr, a_ptrs, ranks, seeds, thresholds, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
     DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """A program: BM rows, `span` of the K columns, R of the columns of every S_j; out [K / span, COUNT, rows, SLOT]."""
@@ -67,7 +68,19 @@ def _low_kernel(
         sums = news
     for j in tl.static_range(COUNT):
         at = (part.to(tl.int64) * COUNT + j) * rows * SLOT + row * SLOT + r
-        store(out_ptr + at, sums[j] * inverses[j], row < rows)
+        store(out_ptr + at, sums[j], row < rows)
+
+
+@jit
+def _over_warps(x, WARPS: tl.constexpr):
+    """The sum of x [WARPS, R, BN] over its first axis, in one exchange between the warps; tl.sum makes one for every few values."""
+    shape: tl.constexpr = x.shape
+    x = tl.permute(x, (1, 2, 0))
+    for i in tl.static_range(1, 4):
+        if WARPS >= 2**i:
+            one, other = tl.split(tl.reshape(x, (shape[1], shape[2], WARPS // 2**i, 2)))
+            x = one + other
+    return tl.reshape(x, (shape[1], shape[2]))
 
 
 @jit(do_not_specialize=["rows", "row_tiles", "tiles"])
@@ -107,7 +120,7 @@ def _gradients_kernel(
             b = narrowed(load(b_ptr + at, (col[None, :, None] < n) & (r < rank), WIDE), s_ptr.dtype.element_ty)
             ds = dot(dy, tl.broadcast_to(b, (WARPS, BN, R)), ds)
         if db_ptr is not None:
-            db = tl.sum(dot(tl.trans(s, (0, 2, 1)), dy, tl.zeros((WARPS, R, BN), WIDE)), 0) * scale
+            db = _over_warps(dot(tl.trans(s, (0, 2, 1)), dy, tl.zeros((WARPS, R, BN), WIDE)), WARPS) * scale
             at = (tile.to(tl.int64) * N + before + col[None, :]) * SLOT + tl.trans(tl.reshape(r, (1, R)))
             store(db_ptr + at, db, col[None, :] < n)
     if ds_ptr is not None:
@@ -116,7 +129,7 @@ def _gradients_kernel(
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds", "span"])
 def _a_gradient_kernel(
-    x_ptr, ds_ptr, out_ptr, ranks, seeds, thresholds, inverses, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
+    x_ptr, ds_ptr, out_ptr, ranks, seeds, thresholds, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
     DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """A program: BK of the K columns, `span` rows, R of the rows of every dA_j; out [rows / span, COUNT, SLOT, K]."""
@@ -142,7 +155,7 @@ def _a_gradient_kernel(
         sums = news
     for j in tl.static_range(COUNT):
         at = ((part * COUNT + j) * SLOT + r[:, None]).to(tl.int64) * K + k
-        store(out_ptr + at, sums[j] * inverses[j], k < K)
+        store(out_ptr + at, sums[j], k < K)
 
 
 @jit(do_not_specialize=["parts"])
@@ -195,7 +208,7 @@ def low_gradients(
         db = torch.empty((row_tiles, sum(ns), width), dtype=wider(s), device=s.device)
     _gradients_kernel[(row_tiles * blocks * sum(ranges),)](
         tuple(dys), tuple(dy.stride(0) for dy in dys), tuple(a.b.contiguous() for a in adapters), s, ds, db,
-        tuple(a.scale for a in adapters), tuple(ns), tuple(a.a.shape[0] for a in adapters), rows, row_tiles, tiles,
+        tuple(a.factor for a in adapters), tuple(ns), tuple(a.a.shape[0] for a in adapters), rows, row_tiles, tiles,
         blocks, sum(ns), WARPS=options["num_warps"], **options,
     )  # fmt: skip
     if ds is not None:

@@ -22,6 +22,11 @@ class Adapter(NamedTuple):
     p: float = 0.0
     key: DropoutKey = NO_DROPOUT
 
+    @property
+    def factor(self) -> float:
+        """Of the product with the kept values of x as they are: the scale, and what makes up for those dropped."""
+        return self.scale / (1 - self.p)
+
 
 class Projection(NamedTuple):
     """A linear layer: weight [N, K] and bias [N], frozen, and its adapter if it has one."""

@@ -27,7 +27,6 @@ SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes
 # of the binding pipe's cycles those that the tensor cores or the memory need; the rates are published, but not how two pipes
 # stand in each other's way, so 0.9 where the name of a row has none of these
 SHARE = {
-    r"r=64 lora_narrow._gradients_kernel": 0.6,  # dY is read from shared memory twice
     r"dropout lora_narrow._a_gradient_kernel .* sm_[89]0": 0.75,  # the draw of the masks
 }
 
@@ -135,6 +134,7 @@ LISTING = """
         /*0040*/              @P1  STG.E.U16 [R2.64], R5 ;
         /*0050*/               @P0 BRA `(.L_x_1) ;
         /*0060*/                   LDS.U.64 R4, [R6] ;
+        /*0068*/              @!PT LDS RZ, [RZ] ;
         /*0070*/                   EXIT ;
 .L_x_2:
         /*0080*/                   BRA `(.L_x_2);

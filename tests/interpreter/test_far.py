@@ -106,7 +106,7 @@ def test_the_last_rows_of_a_large_input_gradient(adapter: Adapter, p: float):
     with last_program():
         dx = lora_gemm.input_gradient([dy], ds, [Projection(weight, None, wide)])
     low = ds[0, -1, :3].double() @ adapter.a.double()
-    drawn = [low * 0, low * 2] if p else [low]
+    drawn = [low * 0, low] if p else [low]
     errors = [(dx[-1].double() - dy[-1].double() @ weight.double() - each)[-20:].abs() for each in drawn]
     assert torch.stack(errors).amin(0).max() < 0.05
     assert not p or all((e > 0.05).any() for e in errors), "some are kept and some are not"
