@@ -221,14 +221,14 @@ def chosen(found: list[Fault], each: int) -> list[Fault]:
 # what the names of a file's tests hold, where it is not the name of the file; a longer word is not meant
 NEAR = {
     "swiglu": r"(?<!lora_)swiglu",
-    "linear_cross_entropy": r"(?<![a-z])cross_entropy",
+    "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar",
     "attention": r"attention|window|prefix|packed",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
     "lang": r"rms_norm|(?<![a-z])rope|(?<!lora_)swiglu",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_plans",
     **dict.fromkeys(
         ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
-        r"lora|test_plans",
+        r"lora|test_plans|test_far",
     ),
 }
 

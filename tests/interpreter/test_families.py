@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import OWN, SOP, as_wrong_as, randomise, tiny
+from oracle import OWN, SOP, randomise, tiny
 
 from minilora import add_lora
 from minilora.kernels.dispatch import force, use_triton
@@ -33,10 +33,11 @@ def test_a_model_on_its_kernels(family: str, checkpointing: bool):
         for dtype, triton in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
     )
     assert len(ours) == len(truth) > 10
-    # through two layers the error of a single tensor is chance; that of all of them together is a yardstick
     scales = [exact.abs().max() for exact in truth]
-    found, yard, exact = (together(tensors, scales) for tensors in (ours, plain, truth))
-    as_wrong_as(found, yard, exact, family)
+    found, yard, exact = (together(tensors, scales).double() for tensors in (ours, plain, truth))
+    # through two layers the largest error of thousands is chance, their mean square is none
+    wrong, plain_wrong = ((each - exact).square().mean().sqrt() for each in (found, yard))
+    assert wrong <= 2 * plain_wrong < 1e-5, f"{family}: {wrong:.3g}, in plain torch {plain_wrong:.3g}"
 
 
 def together(tensors: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
