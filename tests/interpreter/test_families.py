@@ -1,5 +1,7 @@
 """Whole models on the Triton kernels: they compute what the torch paths compute, as nearly as rounding allows."""
 
+from statistics import geometric_mean
+
 import pytest
 import torch
 from oracle import OWN, SOP, randomise, tiny
@@ -9,10 +11,12 @@ from minilora.kernels.dispatch import force, use_triton
 from minilora.models.rotary import positions_of
 
 
-def loss_and_gradients(family: str, dtype: torch.dtype, triton: bool, checkpointing: bool) -> list[torch.Tensor]:
+def loss_and_gradients(
+    family: str, dtype: torch.dtype, triton: bool, checkpointing: bool, seed: int = 1
+) -> list[torch.Tensor]:
     model = tiny(family, dtype)
     add_lora(model, r=3, alpha=6)
-    randomise(model)
+    randomise(model, seed)
     model.to(dtype).train()
     model.checkpointing = checkpointing
     ids = torch.tensor([3, 1, 4, SOP, 5, 9, 2, 6, 5, 35, SOP, 57, 8])
@@ -24,23 +28,29 @@ def loss_and_gradients(family: str, dtype: torch.dtype, triton: bool, checkpoint
     return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", OWN)
-def test_a_model_on_its_kernels(family: str, checkpointing: bool):
+def test_a_model_on_its_kernels(family: str):
+    """Twice as wrong as plain torch at the most, in the mean square over all values and on average over models.
+
+    Two layers spread the rounding of a few values over all others: how much is a matter of the weights, and of one model chance.
+    """
     assert use_triton()
-    ours, plain, truth = (
-        loss_and_gradients(family, dtype, triton, checkpointing)
-        for dtype, triton in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
-    )
-    assert len(ours) == len(truth) > 10
-    scales = [exact.abs().max() for exact in truth]
-    found, yard, exact = (together(tensors, scales).double() for tensors in (ours, plain, truth))
-    # through two layers the largest error of thousands is chance, their mean square is none
-    wrong, plain_wrong = ((each - exact).square().mean().sqrt() for each in (found, yard))
-    assert wrong <= 2 * plain_wrong < 1e-5, f"{family}: {wrong:.3g}, in plain torch {plain_wrong:.3g}"
+
+    ratios = []
+    for seed, checkpointing in enumerate([False, True, False, True]):
+        ours, plain, truth = (
+            loss_and_gradients(family, dtype, triton, checkpointing, seed)
+            for dtype, triton in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
+        )
+        assert error(ours, truth) < 1e-4
+        ratios.append(error(ours, truth) / error(plain, truth))
+    assert geometric_mean(ratios) <= 2
 
 
-def together(tensors: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
-    """All values in one vector, each tensor's in units of its scale."""
-    units = [t / scale.clamp_min(1e-30).to(t.dtype) for t, scale in zip(tensors, scales, strict=True)]
-    return torch.cat([u.flatten() for u in units])
+def error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """The root of the mean square of all errors, those of each tensor in units of its largest value."""
+    assert len(found) == len(truth) > 10
+    units = [
+        ((t - exact) / exact.abs().max().clamp_min(1e-30)).flatten() for t, exact in zip(found, truth, strict=True)
+    ]
+    return float(torch.cat(units).square().mean().sqrt())
