@@ -184,7 +184,7 @@ def _dhead_kernel(
     # a quarter of the columns at a time: the registers hold all of the tile once
     parts = quarters(z)
     dhead_ptr += first * D + start + row[:, None] * D
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         column = i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
         both = inside[:, None] & (column < D - start)
         store(dhead_ptr + column, parts[i] + load(dhead_ptr + column, both, WIDE), both)

@@ -17,9 +17,9 @@ from minilora.config import resolve, to_yaml
 from minilora.errors import DataError, UsageError
 from minilora.lora import adapters
 from minilora.reports.charts import Level, Series, heat_map, histogram, line_chart
-from minilora.reports.compare import compare, comparison, disagreement, over_the_limit, warnings
+from minilora.reports.caveats import caveats
+from minilora.reports.compare import compare, comparison, disagreement, over_the_limit
 from minilora.reports.document import Document
-from minilora.reports.metrics import measure
 from minilora.reports.record import Record, read_record
 from minilora.reports.report import adapter_norms, reading, report
 
@@ -85,9 +85,7 @@ def told(*folders) -> str:
     runs = [read_record(f) for f in folders]
     for run, letter in zip(runs, "ABC", strict=False):
         run.name = f"{letter}: {run.name}"
-    return "\n".join(
-        warnings(runs, {r.name: measure([x["predict"] for x in r.rows], ["x"] * len(r.rows)) for r in runs if r.rows})
-    )
+    return "\n".join(caveats(runs))
 
 
 MANY = ["一个答案"] * 60 + ["别的"] * 60

@@ -15,6 +15,7 @@ import numpy as np
 from ..durable import write_file
 from ..errors import UsageError
 from ..monitor import clock
+from .caveats import caveats, said
 from .charts import Level, Series, histogram, line_chart
 from .document import Document
 from .metrics import Measured, interval, measure, paired, rouge_l
@@ -49,7 +50,7 @@ def comparison(runs: list[Record]) -> Document:
     """The document on these runs."""
     page = Document(f"{len(runs)} runs compared")
     measured = {run.name: _measured(run) for run in runs if run.rows}
-    for warning in warnings(runs, measured):
+    for warning in caveats(runs):
         page.text(warning, "warning")
     page.heading("Runs")
     page.table(["run", "folder", "trained", "test rows"], [_about(run) for run in runs])
@@ -59,10 +60,6 @@ def comparison(runs: list[Record]) -> Document:
     _lengths(page, runs)
     _samples(page, runs, measured)
     return page
-
-
-def _letter(run: Record) -> str:
-    return run.name.partition(":")[0]
 
 
 def _about(run: Record) -> list[Any]:
@@ -79,109 +76,6 @@ def _measured(run: Record) -> dict[str, Measured]:
     return measure([row["predict"] for row in run.rows], [row["label"] for row in run.rows])
 
 
-def _same_rows(a: Record, b: Record) -> bool:
-    return [(r.get("question"), r["label"]) for r in a.rows] == [(r.get("question"), r["label"]) for r in b.rows]
-
-
-def warnings(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> list[str]:
-    """What makes the runs hard to compare, the worst first."""
-    found = []
-    answered, trained = [r for r in runs if r.rows], [r for r in runs if r.metrics]
-    for a, b in combinations(answered, 2):
-        if not _same_rows(a, b):
-            found.append(
-                f"{_letter(a)} and {_letter(b)} answered other test rows: their scores are not comparable, and no p is given"
-            )
-        differs = [
-            f"{key} {_said(x)} and {_said(y)}"
-            for key, x, y in _changed(_settings(a).get("decoding") or {}, _settings(b).get("decoding") or {})
-        ]
-        if differs:
-            found.append(
-                f"{_letter(a)} and {_letter(b)} were decoded in another way ({', '.join(differs)}): scores may differ for that alone"
-            )
-        if _settings(a).get("dtype") != _settings(b).get("dtype"):
-            found.append(
-                f"{_letter(a)} answered in {_settings(a).get('dtype')}, {_letter(b)} in {_settings(b).get('dtype')}"
-            )
-        theirs = [m for m in _metrics(a).keys() | _metrics(b).keys() if _definition(a, m) != _definition(b, m)]
-        if theirs:
-            names = ", ".join(sorted(theirs))
-            found.append(f"{_letter(a)} and {_letter(b)} were scored by another metric when they were predicted ({names}); "
-                         "the table below scores both anew, in one way")  # fmt: skip
-    missing = [_letter(r) for r in runs if not r.rows]
-    if missing and answered:
-        found.append(
-            f"{', '.join(missing)} answered no test set: only losses can be compared (minilora predict --output RUN/predict)"
-        )
-    for run in answered:
-        decoding, cut = _settings(run).get("decoding") or {}, sum(bool(row.get("cut")) for row in run.rows)
-        if not decoding.get("greedy", True):
-            found.append(f"the answers of {_letter(run)} are drawn at random: another draw gives another score")
-        if cut and decoding.get("max_tokens") != 1:  # one token is a label, not a text cut short
-            found.append(
-                f"{cut:,} of {len(run.rows):,} answers of {_letter(run)} were cut at {decoding.get('max_tokens')} tokens"
-            )
-        found += _leaked(run)
-    for run in runs:
-        if run.metrics and not run.finished:
-            found.append(
-                f"{_letter(run)} is not finished: {run.metrics[-1]['step']:,} of {run.data.get('steps')} steps"
-            )
-    for a, b in combinations(trained, 2):
-        if a.config.get("model") != b.config.get("model"):
-            found.append(
-                f"{_letter(a)} and {_letter(b)} start from other model folders: losses a token compare only where the tokenizer is one"
-            )
-        if a.val and b.val and a.data.get("val_hash") != b.data.get("val_hash"):
-            found.append(f"{_letter(a)} and {_letter(b)} were validated on other rows, or on rows cut in another way: "
-                         "their validation losses are not comparable")  # fmt: skip
-        if a.data.get("train_hash") != b.data.get("train_hash"):
-            found.append(
-                f"{_letter(a)} and {_letter(b)} were trained on other rows or tokens: their training losses are means over other tokens"
-            )
-    if any(len(r.rows) < 100 for r in answered):
-        found.append("fewer than 100 test rows: intervals are wide, and small differences cannot be seen")
-    return found
-
-
-def _leaked(run: Record) -> list[str]:
-    """What of a run's test set it was trained on: rows with the same question, by their hashes; by the file if there are none."""
-    remembers = "its scores tell what it remembers"
-    known = [row["hashes"] for row in run.rows if row.get("hashes")]
-    if run.trained_rows is not None and known:
-        asked, whole = (np.array([int(pair[i], 16) for pair in known], np.uint64) for i in (0, 1))
-        seen = int(np.isin(asked, run.trained_rows[:, 0]).sum())
-        same = int(np.isin(whole, run.trained_rows[:, 1]).sum())
-        if not seen:
-            return []
-        of = f"{seen:,} of {len(run.rows):,} test rows, {'all' if same == seen else f'{same:,}'} of them with the same answer"
-        return [f"{_letter(run)} was trained on the questions of {of}: {remembers}"]
-    if run.config.get("data") and _settings(run).get("data") == run.config["data"]:
-        return [f"{_letter(run)} was trained on the file that it is tested on: {remembers}"]
-    return []
-
-
-def _settings(run: Record) -> dict[str, Any]:
-    return run.results.get("settings") or {}
-
-
-def _metrics(run: Record) -> dict[str, Any]:
-    return run.results.get("metrics") or {}
-
-
-def _definition(run: Record, name: str) -> Any:
-    return (_metrics(run).get(name) or {}).get("definition")
-
-
-def _changed(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
-
-
-def _said(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
 def _differences(page: Document, runs: list[Record]) -> None:
     """The settings that are not the same everywhere, and no others."""
     page.heading("What differs")
@@ -195,13 +89,11 @@ def _differences(page: Document, runs: list[Record]) -> None:
     differing = [(key, values) for key, values in rows if any(v != values[0] for v in values)]
     for run in trained:
         if run.data.get("train_hash") is None:
-            page.text(f"{_letter(run)} has no data.json: what became of its rows is not known", "note")
+            page.text(f"{run.letter} has no data.json: what became of its rows is not known", "note")
     if not trained:
         page.text("No run was trained here.", "dim")
     elif differing:
-        page.table(
-            ["setting", *(_letter(r) for r in trained)], [[key, *map(_said, values)] for key, values in differing]
-        )
+        page.table(["setting", *(r.letter for r in trained)], [[key, *map(said, values)] for key, values in differing])
     else:
         page.text("The settings are the same." if len(trained) > 1 else "Only one of them was trained.")
     seeds = {run.config.get("seed") for run in trained}
@@ -221,10 +113,10 @@ def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
     for name in names:
         found = [interval(measured[run.name][name]) for run in answered]
         rows.append([name, *(f"{i.value:.2f}  ({i.low:.2f} to {i.high:.2f})" for i in found)])
-    page.table(["metric", *(_letter(r) for r in answered)], rows)
-    first, others = answered[0], [r for r in answered[1:] if _same_rows(answered[0], r)]
+    page.table(["metric", *(r.letter for r in answered)], rows)
+    first, others = answered[0], [r for r in answered[1:] if answered[0].answers_the_rows_of(r)]
     if others:
-        page.heading(f"Differences from {_letter(first)}, row by row", small=True)
+        page.heading(f"Differences from {first.letter}, row by row", small=True)
         lines, told = [], []
         for name in names:
             line: list[Any] = [name]
@@ -234,7 +126,7 @@ def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
                 if name == "rougeL_char":
                     told.append(_verdict(first, run, name, d, len(names) * len(others)))
             lines.append(line)
-        head = [h for run in others for h in (f"{_letter(run)} - {_letter(first)}", "p")]
+        head = [h for run in others for h in (f"{run.letter} - {first.letter}", "p")]
         page.table(["metric", *head], lines)
         for text in told:
             page.text(text)
@@ -247,7 +139,7 @@ def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
 def _verdict(a: Record, b: Record, name: str, d: Any, tests: int) -> str:
     """The difference in words; significant only where it also stands against the number of comparisons (Bonferroni)."""
     which = "above" if d.difference > 0 else "below"
-    size = f"{name}: {_letter(b)} is {abs(d.difference):.2f} {which} {_letter(a)} (p {d.p:.3f})"
+    size = f"{name}: {b.letter} is {abs(d.difference):.2f} {which} {a.letter} (p {d.p:.3f})"
     if d.p < max(0.05 / tests, 1.5 / 1000):
         return f"{size}: chance alone would hardly give that on these rows."
     if d.p < 0.05:
@@ -260,13 +152,13 @@ def _losses(page: Document, runs: list[Record]) -> None:
     if not trained:
         return
     page.heading("Losses, speed and memory")
-    page.table(["", *(_letter(run) for run in trained)], loss_rows(trained))
+    page.table(["", *(run.letter for run in trained)], loss_rows(trained))
     for axis, label in AXES.items():
         series = []
         for i, run in enumerate(trained):
             series.append(Series(run.name, run.along(run.smooth, axis), i, i))
             if run.val:
-                series.append(Series(f"{_letter(run)}, validation", run.along(run.val, axis), i, i, dots=True))
+                series.append(Series(f"{run.letter}, validation", run.along(run.val, axis), i, i, dots=True))
         page.chart(line_chart(series, label, "loss (nats a token)"))
     page.text("Training losses are smoothed over a twentieth of the steps.", "dim")
 
@@ -307,7 +199,7 @@ def _lengths(page: Document, runs: list[Record]) -> None:
                                   ("trained_lengths", "trained tokens (the answers)", "max_target_length")):  # fmt: skip
             counts = [{int(n): c for n, c in (run.data.get(key) or {}).items()} for run in known]
             levels = [
-                Level(run.config[limit], f"{_letter(run)}: {run.config[limit]}", i)
+                Level(run.config[limit], f"{run.letter}: {run.config[limit]}", i)
                 for i, run in enumerate(known)
                 if run.config.get(limit)
             ]
@@ -332,7 +224,7 @@ def over_the_limit(runs: list[Record]) -> list[str]:
         name = "max_target_length" if run.config.get("max_target_length") else "max_length"
         over = sum(n > limit for n in lengths)
         share = 100 * over / len(lengths)
-        lines.append(f"{_letter(run)}: {over:,} of {len(lengths):,} test references ({share:.0f} %) are longer than its {name} of {limit:,} "
+        lines.append(f"{run.letter}: {over:,} of {len(lengths):,} test references ({share:.0f} %) are longer than its {name} of {limit:,} "
                      f"tokens; the longest has {max(lengths):,}. They are scored whole.")  # fmt: skip
     return lines
 
@@ -340,7 +232,7 @@ def over_the_limit(runs: list[Record]) -> list[str]:
 def _samples(page: Document, runs: list[Record], measured: dict[str, dict[str, Measured]]) -> None:
     """Answers side by side, those that differ most first, and the blind rating of the first two runs."""
     answered = [run for run in runs if run.rows]
-    if not answered or not all(_same_rows(answered[0], run) for run in answered):
+    if not answered or not all(answered[0].answers_the_rows_of(run) for run in answered):
         return
     count = len(answered[0].rows)
     apart = [disagreement([run.rows[i]["predict"] for run in answered]) for i in range(count)]
@@ -374,7 +266,7 @@ def _rating(page: Document, a: Record, b: Record, cut: Callable[[str], str]) -> 
     texts = [
         [a.rows[i].get("question", ""), a.rows[i]["label"], a.rows[i]["predict"], b.rows[i]["predict"]] for i in drawn
     ]
-    page.heading(f"Rate {_letter(a)} against {_letter(b)} without knowing which is which")
+    page.heading(f"Rate {a.letter} against {b.letter} without knowing which is which")
     page.text(f"{len(drawn):,} rows drawn at random from the {len(differing):,} in which the two differ, "
               f"of {len(a.rows):,}.")  # fmt: skip
     page.add(rating_block([list(map(cut, row)) for row in texts], a.name, b.name), "(The rating is on the HTML page.)")

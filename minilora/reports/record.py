@@ -38,6 +38,20 @@ class Record:
     )
 
     @property
+    def letter(self) -> str:
+        """What a comparison calls the run: "A" of "A: name"."""
+        return self.name.partition(":")[0]
+
+    @property
+    def decoded(self) -> dict[str, Any]:
+        """The settings that the answers were made with."""
+        return self.results.get("settings") or {}
+
+    def answers_the_rows_of(self, other: "Record") -> bool:
+        mine, theirs = ([(row.get("question"), row["label"]) for row in run.rows] for run in (self, other))
+        return mine == theirs
+
+    @property
     def loss(self) -> Curve:
         return [(m["step"], m["loss"]) for m in self.metrics]
 

@@ -1,0 +1,99 @@
+"""What makes runs hard to compare, in sentences: other rows, another decoding, answers cut short, a test set that was trained on."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from .record import Record
+
+
+def caveats(runs: list[Record]) -> list[str]:
+    """What makes the runs hard to compare, the worst first."""
+    found = []
+    answered, trained = [r for r in runs if r.rows], [r for r in runs if r.metrics]
+    for a, b in combinations(answered, 2):
+        if not a.answers_the_rows_of(b):
+            found.append(
+                f"{a.letter} and {b.letter} answered other test rows: their scores are not comparable, and no p is given"
+            )
+        differs = [
+            f"{key} {said(x)} and {said(y)}"
+            for key, x, y in _changed(a.decoded.get("decoding") or {}, b.decoded.get("decoding") or {})
+        ]
+        if differs:
+            found.append(
+                f"{a.letter} and {b.letter} were decoded in another way ({', '.join(differs)}): scores may differ for that alone"
+            )
+        if a.decoded.get("dtype") != b.decoded.get("dtype"):
+            found.append(f"{a.letter} answered in {a.decoded.get('dtype')}, {b.letter} in {b.decoded.get('dtype')}")
+        theirs = [m for m in _metrics(a).keys() | _metrics(b).keys() if _definition(a, m) != _definition(b, m)]
+        if theirs:
+            names = ", ".join(sorted(theirs))
+            found.append(f"{a.letter} and {b.letter} were scored by another metric when they were predicted ({names}); "
+                         "the table below scores both anew, in one way")  # fmt: skip
+    missing = [r.letter for r in runs if not r.rows]
+    if missing and answered:
+        found.append(
+            f"{', '.join(missing)} answered no test set: only losses can be compared (minilora predict --output RUN/predict)"
+        )
+    for run in answered:
+        decoding, cut = run.decoded.get("decoding") or {}, sum(bool(row.get("cut")) for row in run.rows)
+        if not decoding.get("greedy", True):
+            found.append(f"the answers of {run.letter} are drawn at random: another draw gives another score")
+        if cut and decoding.get("max_tokens") != 1:  # one token is a label, not a text cut short
+            found.append(
+                f"{cut:,} of {len(run.rows):,} answers of {run.letter} were cut at {decoding.get('max_tokens')} tokens"
+            )
+        found += _leaked(run)
+    for run in runs:
+        if run.metrics and not run.finished:
+            found.append(f"{run.letter} is not finished: {run.metrics[-1]['step']:,} of {run.data.get('steps')} steps")
+    for a, b in combinations(trained, 2):
+        if a.config.get("model") != b.config.get("model"):
+            found.append(
+                f"{a.letter} and {b.letter} start from other model folders: losses a token compare only where the tokenizer is one"
+            )
+        if a.val and b.val and a.data.get("val_hash") != b.data.get("val_hash"):
+            found.append(f"{a.letter} and {b.letter} were validated on other rows, or on rows cut in another way: "
+                         "their validation losses are not comparable")  # fmt: skip
+        if a.data.get("train_hash") != b.data.get("train_hash"):
+            found.append(
+                f"{a.letter} and {b.letter} were trained on other rows or tokens: their training losses are means over other tokens"
+            )
+    if any(len(r.rows) < 100 for r in answered):
+        found.append("fewer than 100 test rows: intervals are wide, and small differences cannot be seen")
+    return found
+
+
+def _leaked(run: Record) -> list[str]:
+    """What of a run's test set it was trained on: rows with the same question, by their hashes; by the file if there are none."""
+    remembers = "its scores tell what it remembers"
+    known = [row["hashes"] for row in run.rows if row.get("hashes")]
+    if run.trained_rows is not None and known:
+        asked, whole = (np.array([int(pair[i], 16) for pair in known], np.uint64) for i in (0, 1))
+        seen = int(np.isin(asked, run.trained_rows[:, 0]).sum())
+        same = int(np.isin(whole, run.trained_rows[:, 1]).sum())
+        if not seen:
+            return []
+        of = f"{seen:,} of {len(run.rows):,} test rows, {'all' if same == seen else f'{same:,}'} of them with the same answer"
+        return [f"{run.letter} was trained on the questions of {of}: {remembers}"]
+    if run.config.get("data") and run.decoded.get("data") == run.config["data"]:
+        return [f"{run.letter} was trained on the file that it is tested on: {remembers}"]
+    return []
+
+
+def _metrics(run: Record) -> dict[str, Any]:
+    return run.results.get("metrics") or {}
+
+
+def _definition(run: Record, name: str) -> Any:
+    return (_metrics(run).get(name) or {}).get("definition")
+
+
+def _changed(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
+def said(value: Any) -> str:
+    return "none" if value is None else str(value)
