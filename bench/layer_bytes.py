@@ -52,8 +52,10 @@ def narrow_work(launch: Launch) -> int:
     )
 
 
-def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: int = 80) -> Cost:
-    """Of one group of linears on 16-bit tensors, all its inputs and adapters wanting gradients."""
+def launches(
+    tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: int = 80
+) -> tuple[list[Launch], list[Launch]]:
+    """Of forward and backward of one group of linears on 16-bit tensors, all its inputs and adapters wanting gradients."""
     x = torch.empty(tokens, k, device="meta", dtype=torch.bfloat16, requires_grad=True)
 
     def empty(*shape: int) -> Tensor:
@@ -66,15 +68,27 @@ def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: i
         )
         for j, n in enumerate(ns)
     ]  # fmt: skip
-    with recorded(arch) as launches:
+    with recorded(arch) as made:
         ys = lora_linear_group(x, projections)
-        there = list(launches)
+        there = len(made)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
-    back, wide = launches[len(there) :], 2 * tokens * k * sum(ns)
+    return made[:there], made[there:]
+
+
+def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: int = 80) -> Cost:
+    there, back = launches(tokens, k, ns, rank, p, arch)
+    wide = 2 * tokens * k * sum(ns)
     return Cost(
         wide + sum(map(narrow_work, there)), sum(map(moved, there)),
         wide + sum(map(narrow_work, back)), sum(map(moved, back)),
     )  # fmt: skip
+
+
+def partial_sums(tokens: int, k: int, ns: list[int], rank: int, arch: int = 80) -> int:
+    """Bytes of the partial sums of dS and dB, written once and read once."""
+    _, back = launches(tokens, k, ns, rank, arch=arch)
+    parts = [arguments(launch)["parts_ptr"] for launch in back if launch.name == "lora_narrow._sum_kernel"]
+    return sum(2 * part.numel() * part.element_size() for part in parts)
 
 
 def linears(shape: Shape) -> dict[str, tuple[int, list[int]]]:

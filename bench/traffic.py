@@ -51,6 +51,14 @@ def lora_group(m: int, k: int, outs: list[int], r: int, s: int = 2) -> dict[str,
     }
 
 
+def lorafusion_atomics(m: int, n: int, r: int) -> int:
+    """Bytes that LoRAFusion (c48d7fd) reads and writes to add up dS and dB: tiles of both in fp32 for every 128 x 128 of dY.
+
+    Above such a sum counts once, as if it were written once.
+    """
+    return -(-m // 128) * -(-n // 128) * 2 * (2 * 128 * r * 4)
+
+
 def lora_layer(shape: Shape, m: int, r: int, s: int = 2) -> dict[str, Cost]:
     """All seven linears of one Qwen layer."""
     groups = [

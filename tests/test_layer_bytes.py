@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.layer_bytes import group, layer
+from bench.layer_bytes import group, layer, partial_sums
 from bench.shapes import MODELS, Shape
-from bench.traffic import Cost, linear_cross_entropy, lora_group
+from bench.traffic import Cost, linear_cross_entropy, lora_group, lorafusion_atomics
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA, TILES
 
 M, RANK = 8192, 16
@@ -68,6 +68,17 @@ def adapted(name: str, model: Shape, arch: int) -> tuple[Cost, Cost]:
 def test_ahead_of_every_peer(name: str, which: int, arch: int):
     ours, least = adapted(name, (MODEL_7B, MODEL_05B)[which], arch)
     assert 1 <= ours.total_bytes / least.total_bytes < PEERS[name][which]
+
+
+@on_cards
+@of_both
+@pytest.mark.parametrize("name", ["o", "gate"])
+def test_partial_sums_are_fewer_bytes_than_the_atomics_that_they_replace(
+    name: str, which: int, model: Shape, arch: int
+):
+    """What puts the single layers BEHIND: a sum by atomics counts once there, however often it is added to."""
+    k, n = (model.query, model.width) if name == "o" else (model.width, model.ffn)
+    assert partial_sums(M, k, [n], RANK, arch) < lorafusion_atomics(M, n, RANK)
 
 
 @on_cards

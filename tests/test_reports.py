@@ -16,8 +16,8 @@ from minilora.checkpoint import load_model
 from minilora.config import resolve, to_yaml
 from minilora.errors import DataError, UsageError
 from minilora.lora import adapters
-from minilora.reports.charts import Level, Series, heat_map, histogram, line_chart
 from minilora.reports.caveats import caveats
+from minilora.reports.charts import Level, Series, heat_map, histogram, line_chart
 from minilora.reports.compare import compare, comparison, disagreement, over_the_limit
 from minilora.reports.document import Document
 from minilora.reports.record import Record, read_record
