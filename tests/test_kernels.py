@@ -807,7 +807,7 @@ def test_the_share_of_kept_values(p: float):
     assert near(float(mask.double().mean()), 1 - p, mask.numel())
 
 
-def test_the_highest_share_still_keeps_the_highest_lane():
+def test_the_highest_dropout_keeps_the_highest_lane():
     """One lane in 65536: 16 are expected, and none would come with a probability of 1e-7."""
     kept = int(dropout.dropout_mask((1024, 1024), 65535 / 65536, KEY).sum())
     assert 0 < kept < 60
