@@ -221,7 +221,7 @@ def chosen(found: list[Fault], each: int) -> list[Fault]:
 # what the names of a file's tests hold, where it is not the name of the file; a longer word is not meant
 NEAR = {
     "swiglu": r"(?<!lora_)swiglu",
-    "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar",
+    "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far",
     "attention": r"attention|window|prefix|packed",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
     "lang": r"rms_norm|(?<![a-z])rope|(?<!lora_)swiglu",

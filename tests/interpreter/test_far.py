@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 
 from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear_group, lora_narrow
 from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.lang import wide
 from minilora.kernels.projection import Adapter, Projection
 
 APART = 2**30 + 5  # elements, so that the third row begins beyond 2^31
@@ -142,3 +143,24 @@ def test_rows_of_a_linear_cross_entropy_far_apart():
 
     expected = results(x)
     assert all(torch.equal(a, b) for a, b in zip(results(far(x.detach())), expected, strict=True))
+
+
+def test_the_last_row_of_a_large_chunk_of_logits():
+    torch.manual_seed(0)
+    logits, parts = torch.empty(ROWS, WIDTH, dtype=torch.float16), 2
+    x, head = torch.randn(1, 16).half(), torch.randn(WIDTH, 16).half()
+    row = (x @ head.T)[0]
+    logits[-1], target = row, 77
+    partial = torch.full((ROWS, parts), -float("inf"))
+    partial[-1, 1] = torch.cat((row[:target], row[target + 1 :])).float().logsumexp(0)
+    targets, loss = torch.full((ROWS,), target), torch.empty(ROWS)
+    with last_program():
+        linear_cross_entropy._softmax_kernel[(ROWS,)](
+            logits, partial, x.expand(ROWS, -1), head, targets, loss, 0, 16, WIDTH, 16, parts, PARTS=parts, BLOCK=1024,
+            WIDE=wide(logits.dtype), num_warps=4,
+        )  # fmt: skip
+    truth = row.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(truth, targets[-1])
+    expected.backward()
+    torch.testing.assert_close(loss[-1].double(), expected.detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[-1].double(), truth.grad, rtol=2e-3, atol=1e-4)
