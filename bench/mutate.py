@@ -224,7 +224,7 @@ NEAR = {
     "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far",
     "attention": r"attention|window|prefix|packed",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
-    "lang": r"rms_norm|(?<![a-z])rope|(?<!lora_)swiglu",
+    "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_plans",
     **dict.fromkeys(
         ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
@@ -279,10 +279,10 @@ def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[
     assert any(found.values()), f"no tests for {fault.file}"
     if "_OnTorch" in fault.function:
         modes = ["0"]
-    elif "kernel" in fault.function or "_OnTriton" in fault.function:
+    elif "kernel" in fault.function:
         modes = ["1"]
     else:
-        modes = ["1", "0"]
+        modes = ["0", "1"]
     return [(mode, found[mode]) for mode in modes if found[mode]]
 
 
