@@ -249,11 +249,12 @@ def adapter_of(projection: Projection) -> Adapter:
     return projection.adapter
 
 
-def dual(tokens: int, k: int, f: int, r: int = RANK, p: float = 0.0) -> Entry:
-    """SwiGLU of two linears where no backward follows."""
+def dual(tokens: int, k: int, f: int, r: int = RANK, p: float = 0.0, fused: bool = False) -> Entry:
+    """SwiGLU of two linears where no backward follows, or of one that is both."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
-        (x, projections), cost = lora_swiglu.example(tokens, k, f, r, dtype, str(device), p)
+        example = lora_swiglu.fused_example if fused else lora_swiglu.example
+        (x, projections), cost = example(tokens, k, f, r, dtype, str(device), p)
         args, _, again = flat(x, projections)
 
         def of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,7 +262,8 @@ def dual(tokens: int, k: int, f: int, r: int = RANK, p: float = 0.0) -> Entry:
 
         def pair(peer: Callable[..., Tensor]) -> Callable[..., Any]:
             def h(x: Tensor, *rest: Any) -> Tensor:
-                return others.hf_swiglu(*(peer(x, q.weight, q.bias, *adapter_of(q)[:3]) for q in again(*rest)))
+                ys = [peer(x, q.weight, q.bias, *adapter_of(q)[:3]) for q in again(*rest)]
+                return others.hf_swiglu(*(ys[0].chunk(2, -1) if fused else ys))
 
             return h
 
@@ -269,7 +271,8 @@ def dual(tokens: int, k: int, f: int, r: int = RANK, p: float = 0.0) -> Entry:
         least = Cost(cost["flops"], cost["bytes"], 0, 0)
         return Operation(of(lora_swiglu.lora_swiglu), of(lora_swiglu.lora_swiglu_ref), args, (), least, peers)
 
-    return Entry("lora_swiglu", f"{tokens} x {k} -> 2 x {f}, r={r}" + f", dropout {p}" * bool(p), make)
+    form = ", fused" * fused + f", dropout {p}" * bool(p)
+    return Entry("lora_swiglu", f"{tokens} x {k} -> 2 x {f}, r={r}{form}", make)
 
 
 def attend(
@@ -355,7 +358,7 @@ def of_model(model: str, s: Shape, m: int) -> Iterator[Entry]:
         else:
             yield linear("gate", m, s.width, s.ffn)
             yield group("gate, up", m, s.width, (s.ffn, s.ffn))
-            yield dual(m, s.width, s.ffn)
+        yield dual(m, s.width, s.ffn, fused=glm)
         yield attend(lengths, s.heads, s.kv_heads, s.head_size)
     yield linear("down", m, s.ffn, s.width)
     yield loss(max(1, m // 4), s.vocab)

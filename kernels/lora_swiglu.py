@@ -124,3 +124,11 @@ def example(
     weights = join([p.weight for p in projections])
     projections = [p._replace(weight=weight) for p, weight in zip(projections, weights, strict=True)]
     return (x, projections), {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}
+
+
+def fused_example(
+    tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
+) -> tuple[tuple[Tensor, list[Projection]], dict]:
+    """The same of one projection that is both."""
+    args, cost = group.example(tokens, k, (2 * n,), r, dtype, device, p)
+    return args, {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}
