@@ -233,6 +233,7 @@ NEAR = {
 }
 
 
+# beside the tests that run both ways, by TRITON_INTERPRET
 FILES = {"1": ["tests/interpreter"], "0": ["tests/test_attention.py", "tests/test_plans.py"]}
 
 
@@ -261,7 +262,7 @@ def collected(folder: Path, interpret: str) -> list[str]:
 
 def quickest_first(folder: Path, interpret: str, names: list[str]) -> list[str]:
     """Tests in the order of the seconds that they take without a fault, so that most faults are noticed in little time."""
-    run = _pytest(folder, interpret, "-q", "-vv", "--durations=0", *names)
+    run = _pytest(folder, interpret, "-q", "--durations=0", *names)
     if run.returncode:
         sys.exit(f"tests fail without any fault:\n{run.stdout[-3000:]}")
     seconds = dict.fromkeys(names, 0.0)
