@@ -80,6 +80,20 @@ def test_every_dtype_and_ragged_shapes_within_fences(
     assert wholes
 
 
+def test_rows_of_more_than_a_block():
+    """The true logit is summed in blocks of 1024."""
+    x, head, targets = lce.example(3, 1030, 7, torch.float32)[0]
+    check_op(linear, lce.linear_cross_entropy_ref, (x, head, targets), (0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_chunks_of_several_tiles_of_rows(dtype: torch.dtype):
+    """Three tiles, the last of them short, and rows without a target in each; the fences show a read of other targets."""
+    args = arguments(linear, dtype, rows=37)
+    with guarded():
+        check_op(lambda *a: lce.linear_cross_entropy(*a, chunk_rows=37), lce.linear_cross_entropy_ref, args, (0, 1))
+
+
 @each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_views_inside_nan(op: Callable, ref: Callable, trained: Trained, dtype: torch.dtype):

@@ -325,6 +325,7 @@ def test_dual_swiglu(name: str, dtype: torch.dtype):
     plain, truth = (lora_swiglu.lora_swiglu_ref(y, made(list(f))) for y, f in ((x, flat), (x.double(), widen(flat))))
     as_wrong_as(h, plain, truth)
     as_wrong_as(lora_swiglu.lora_swiglu(x, apart), plain, truth)  # two layers, and their product after them
+    assert torch.equal(lora_swiglu.lora_swiglu(in_nan(x), together), h)
 
 
 # dropout

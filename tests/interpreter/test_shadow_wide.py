@@ -45,10 +45,10 @@ def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
     return call
 
 
-def of_a_head(rows: int, width: int, vocab: int) -> Call:
+def of_a_head(rows: int, width: int, vocab: int, chunk: int = 20) -> Call:
     def call() -> list[Tensor]:
         x, head, targets = linear_cross_entropy.example(rows, width, vocab, torch.bfloat16)[0]
-        loss = linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets, 20)
+        loss = linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets, chunk)
         loss.backward()
         return [loss, *gradients(x, head)]
 
@@ -75,6 +75,7 @@ CALLS = {  # two tiles of every size, the second ragged
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
     "linear_cross_entropy": of_a_head(37, 70, 555),
+    "linear_cross_entropy of two tiles of rows": of_a_head(37, 16, 70, 40),
 }
 LARGE = {
     "lora_linear_group": group(70, 100, (90, 41, 60), 5, 0.3),
