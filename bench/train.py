@@ -1,137 +1,60 @@
-"""A LoRA step on a real model, ours and transformers + peft, in turn in one run.
+"""A LoRA step on a real model, ours and the other tools', in turn in one run.
 
-    python -m bench.train --model DIR --data FILE --peer [--rounds 5] [--steps 4] [--batch 4] [--rank 8]
+    python -m bench.train --model DIR --data FILE --side hf=PYTHON --side unsloth=PYTHON [--rounds 5] [--steps 4] [--batch 4] [--rank 8]
 
-Each side is a process of its own that stays alive; round by round the one and then the other takes the same steps on the same
-rows, from the same adapter. The peer pads a batch to its longest row, as its own trainer does. Tokens are real ones,
-without padding, for both. Memory is the most that a process ever held. Printed: medians over the rounds, their range, and ratios.
+Each side is a process of its own that stays alive, in the interpreter that is named (`hf`: transformers + peft, `unsloth`).
+Round by round each takes the same steps, on ids and targets from one file, from the same adapter. The others pad a batch to its
+longest row, as their own trainers do. Tokens are real ones, without padding, for all. Wall and CPU seconds: a busy neighbour
+disturbs the latter less. Memory is the most that a process ever held. `limit` is the time of the frozen products of these steps
+alone, in the dtype that minilora computes in: no engine with these products can be faster.
 """
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SEED, CLIP, LR = 42, 1.0, 2e-4
+from bench.roof import device_name
+
+SEED = 42
+HERE = Path(__file__).parent
 
 
-def rows_of(args: argparse.Namespace) -> Callable[[int], list]:
-    """The examples of step 0, 1, ...: one batch of rows in the order of seed 42."""
+def steps_of(args: argparse.Namespace) -> list[list[dict[str, list[int]]]]:
+    """The rows of every step, batches in the order of the seed."""
     from minilora.data import load_examples, step_examples
     from minilora.text.tokenizer import load_tokenizer
 
     examples, _ = load_examples(args.data, load_tokenizer(args.model))
-    return lambda step: step_examples(examples, args.batch, SEED, step)
-
-
-def ours(args: argparse.Namespace) -> Callable[[int], float]:
-    """A function that takes one step and returns its loss."""
-    import torch
-
-    import minilora
-    from minilora.config import resolve
-    from minilora.data import make_batch
-    from minilora.heap import keep_heap
-    from minilora.train import train_step
-
-    keep_heap()
-    model = minilora.load_model(args.model, torch.bfloat16, args.device)
-    minilora.load_adapter(model, args.adapter)
-    for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name)
-    model.train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0, fused=True
-    )
-    config, rows = resolve({"clip": CLIP, "seed": SEED}), rows_of(args)
-
-    def step(number: int) -> float:
-        return train_step(model, optimizer, [make_batch(rows(number))], config, number)[0]
-
-    return step
-
-
-def peer(args: argparse.Namespace) -> Callable[[int], float]:
-    """The same with transformers and peft."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
-    model = PeftModel.from_pretrained(base, args.adapter, is_trainable=True).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-    rows = rows_of(args)
-
-    def step(number: int) -> float:
-        examples = rows(number)
-        shape = (len(examples), max(len(e.ids) for e in examples))
-        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for i, e in enumerate(examples):
-            n = len(e.ids)
-            ids[i, :n], mask[i, :n] = torch.from_numpy(e.ids), 1
-            labels[i, 1:n] = torch.from_numpy(e.targets[:-1])
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        loss = model(**{k: v.to(args.device) for k, v in batch.items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def serve(args: argparse.Namespace) -> None:
-    """A side's process: for every line on standard input with a step's number, take it and print what it cost."""
-    import torch
-
-    step, rows = {"ours": ours, "peer": peer}[args.side](args), rows_of(args)
-    for line in sys.stdin:
-        number = int(line)
-        start = time.perf_counter()
-        loss = step(number)
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        card = torch.cuda.max_memory_allocated() if args.device != "cpu" else 0
-        memory = card or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cost = {
-            "loss": loss,
-            "seconds": seconds,
-            "tokens": sum(len(e.ids) for e in rows(number)),
-            "memory": memory,
-        }
-        print("step", json.dumps(cost), flush=True)
+    count = (args.rounds + 1) * args.steps
+    return [
+        [{"ids": e.ids.tolist(), "targets": e.targets.tolist()} for e in step_examples(examples, args.batch, SEED, step)]
+        for step in range(count)
+    ]
 
 
 class Side:
-    """The other end of `serve`."""
+    """The other end of a train_side.py process."""
 
-    def __init__(self, name: str, args: argparse.Namespace, adapter: str):
-        words = ["--side", name, "--adapter", adapter]
-        for key in ("model", "data", "batch", "rank", "device"):
-            words += [f"--{key}", str(getattr(args, key))]
-        command = [sys.executable, "-m", "bench.train", *words]
+    def __init__(self, name: str, python: str, args: argparse.Namespace, work: Path):
+        command = [python, str(HERE / "train_side.py"), name, "--model", args.model, "--adapter", str(work / "adapter")]
+        command += ["--steps", str(work / "steps.json"), "--device", args.device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name = name
 
     def step(self, number: int) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("step "):
-                return json.loads(line[5:])
-        raise RuntimeError(f"the side stopped with exit code {self.process.wait()}")
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"side {self.name} stopped with exit code {self.process.wait()}")
+        return json.loads(line)
 
     def close(self) -> None:
         assert self.process.stdin
@@ -139,8 +62,50 @@ class Side:
         self.process.wait()
 
 
-def start_adapter(args: argparse.Namespace, folder: str) -> None:
-    """The adapter that both sides begin with."""
+class Limit:
+    """The frozen products of a step, forward and back, and nothing else: a loop over weights of the model's shapes."""
+
+    name = "limit"
+
+    def __init__(self, args: argparse.Namespace, steps: list[list[dict[str, list[int]]]]):
+        import torch
+
+        from minilora.checkpoint import find_device, read_config
+        from minilora.compute import choose
+        from minilora.models.config import Config
+
+        c: Config = read_config(Path(args.model))
+        device = find_device(args.device)
+        self.dtype, self.steps, self.layers = choose(c, c.dtype, device).dtype, steps, c.layers
+        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+        self.shapes = [(c.width, queries + 2 * keys), (queries, c.width), (c.width, 2 * c.ffn), (c.ffn, c.width)]
+        self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n in self.shapes]
+        self.head = torch.randn(c.vocab, c.width).to(device, self.dtype)
+
+    def step(self, number: int) -> dict[str, Any]:
+        import torch
+
+        rows = self.steps[number]
+        tokens, trained = sum(len(r["ids"]) for r in rows), sum(t >= 0 for r in rows for t in r["targets"])
+        with torch.no_grad():
+            inputs = [torch.randn(tokens, k, dtype=self.dtype) for k, _ in self.shapes]
+            grads = [torch.randn(tokens, n, dtype=self.dtype) for _, n in self.shapes]
+            hidden = torch.randn(trained, self.head.shape[1], dtype=self.dtype)
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in range(self.layers):
+                for x, dy, w in zip(inputs, grads, self.weights, strict=True):
+                    _, _ = x @ w.T, dy @ w
+            for part in hidden.split(256):
+                (part @ self.head.T) @ self.head
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        return {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, "memory": 0, "loss": 0.0}
+
+    def close(self) -> None:
+        pass
+
+
+def start_adapter(args: argparse.Namespace, folder: Path) -> None:
+    """The adapter that all sides begin with."""
     import minilora
 
     model = minilora.load_model(args.model, device="cpu")
@@ -150,56 +115,67 @@ def start_adapter(args: argparse.Namespace, folder: str) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Rounds of steps, the sides in turn; the first round warms up and is not counted."""
-    names = ["ours", "peer"] if args.peer else ["ours"]
-    with tempfile.TemporaryDirectory() as work:
-        adapter = str(Path(work) / "adapter")
-        start_adapter(args, adapter)
-        sides = {name: Side(name, args, adapter) for name in names}
-        costs: dict[str, list[list[dict]]] = {name: [] for name in names}
+    named = {"minilora": sys.executable} | dict(side.split("=", 1) for side in args.side)
+    steps = steps_of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        start_adapter(args, work / "adapter")
+        (work / "steps.json").write_text(json.dumps(steps))
+        sides: list[Side | Limit] = [Side(name, python, args, work) for name, python in named.items()]
+        if args.device == "cpu":
+            sides.append(Limit(args, steps))
+        costs: dict[str, list[list[dict]]] = {side.name: [] for side in sides}
         for r in range(args.rounds + 1):
-            for name in names if r % 2 else names[::-1]:
-                costs[name].append([sides[name].step(r * args.steps + i) for i in range(args.steps)])
-        for side in sides.values():
+            for side in sides if r % 2 else sides[::-1]:
+                costs[side.name].append([side.step(r * args.steps + i) for i in range(args.steps)])
+        for side in sides:
             side.close()
-    result: dict[str, Any] = {
-        "rounds": args.rounds,
-        "steps": args.steps,
-        "batch": args.batch,
-        "rank": args.rank,
-    }
-    for name, rounds in costs.items():
-        rates = [sum(c["tokens"] for c in r) / sum(c["seconds"] for c in r) for r in rounds[1:]]
-        result[name] = {"tokens_per_second": rates, "memory_gb": max(c["memory"] for r in rounds for c in r) / 1e9,
-                        "losses": [c["loss"] for r in rounds for c in r]}  # fmt: skip
+    result: dict[str, Any] = {key: getattr(args, key) for key in ("rounds", "steps", "batch", "rank")}
+    result["sides"] = {name: _summary(rounds) for name, rounds in costs.items()}
     return result
 
 
+def _summary(rounds: list[list[dict]]) -> dict[str, Any]:
+    def rates(key: str) -> list[float]:
+        return [sum(c["tokens"] for c in r) / sum(c[key] for c in r) for r in rounds[1:]]
+
+    return {
+        "tokens_per_second": rates("seconds"),
+        "tokens_per_cpu_second": rates("cpu_seconds"),
+        "memory_gb": max(c["memory"] for r in rounds for c in r) / 1e9,
+        "losses": [c["loss"] for r in rounds for c in r],
+        "torch": rounds[0][0].get("torch", ""),
+        "threads": rounds[0][0].get("threads", ""),
+    }
+
+
 def report(result: dict[str, Any]) -> str:
-    """A markdown table of the sides and their ratios."""
+    """A markdown table of the sides, and of minilora against each."""
+    sides = result["sides"]
     lines = [
-        "| | tokens/s, median (range) | peak memory, GB | loss, mean of all steps |",
-        "|---|---|---|---|",
+        "| | tokens/s, median (range) | tokens/CPU s | peak memory, GB | loss, mean of all steps |",
+        "|---|---|---|---|---|",
     ]
-    for name in ("ours", "peer"):
-        if name in result:
-            side = result[name]
-            rates = side["tokens_per_second"]
-            lines.append(f"| {name} | {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) "
-                         f"| {side['memory_gb']:.2f} | {statistics.mean(side['losses']):.4f} |")  # fmt: skip
-    if "peer" in result:
-        mine, theirs = result["ours"], result["peer"]
-        ratios = [a / b for a, b in zip(mine["tokens_per_second"], theirs["tokens_per_second"], strict=True)]
-        apart = max(abs(a - b) for a, b in zip(mine["losses"], theirs["losses"], strict=True))
-        lines.append(f"| ratio | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-                     f"| {mine['memory_gb'] / theirs['memory_gb']:.2f} | largest difference of a step {apart:.4f} |")  # fmt: skip
+    for name, side in sides.items():
+        cells = [_spread(side[key], 1) for key in ("tokens_per_second", "tokens_per_cpu_second")]
+        loss, memory = statistics.mean(side["losses"]), side["memory_gb"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{memory:.2f} | {loss:.4f}' if memory else '|'} |")
+    mine = sides["minilora"]
+    for name in [name for name in sides if name != "minilora"]:
+        other = sides[name]
+        cells = [
+            _spread([a / b for a, b in zip(mine[key], other[key], strict=True)], 2)
+            for key in ("tokens_per_second", "tokens_per_cpu_second")
+        ]
+        apart = max(abs(a - b) for a, b in zip(mine["losses"], other["losses"], strict=True))
+        more = f"{mine['memory_gb'] / other['memory_gb']:.2f} | at most {apart:.4f} apart" if other["memory_gb"] else "|"
+        lines.append(f"| minilora / {name} | {' | '.join(cells)} | {more} |")
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """What the system calls its processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _spread(values: list[float], digits: int) -> str:
+    low, middle, high = (f"{v:,.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:
@@ -207,7 +183,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument(
-        "--peer", action="store_true", help="measure transformers + peft too (pip install 'minilora[peers]')"
+        "--side", action="append", default=[], metavar="NAME=PYTHON", help="hf or unsloth, and its interpreter"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
@@ -215,19 +191,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", help="write the figures to this json file")
-    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
-    parser.add_argument("--adapter", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        serve(args)
-        return
     import torch
 
     result = measure(args)
     result["machine"] = {
-        "cpu": cpu_name(),
+        "cpu": device_name(torch.device(args.device)),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
     print(report(result))

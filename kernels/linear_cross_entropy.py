@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels.cross_entropy import IGNORED, Softmax, blocks_of, check_targets
 from minilora.kernels.dispatch import agree, architecture, library_gemm, use_triton
+from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import (
     INTERPRET,
     INTERPRETED,
@@ -205,19 +206,19 @@ class _OnTorch(torch.autograd.Function):
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, chunk_rows: int = CHUNK_ROWS_CUDA) -> Tensor:
         keep = torch.promote_types(x.dtype, torch.float32)
         needs_x, needs_head = ctx.needs_input_grad[:2]
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
         dhead = torch.zeros(head.shape, dtype=keep, device=x.device) if needs_head else None
         loss = torch.zeros((), dtype=torch.float64, device=x.device)
         for start in range(0, x.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = x[rows] @ head.T
+            logits = frozen_linear(x[rows], head)
             for block, target in blocks_of(logits, targets[rows]):
-                softmax = Softmax(block.to(keep, copy=True), target)
+                softmax = Softmax(block.to(keep), target)  # in place where the logits are wide
                 loss += softmax.loss
                 if needs_x or needs_head:
                     block.copy_(softmax.gradient())
             if dx is not None:
-                torch.mm(logits, head, out=dx[rows])
+                add_input_gradient(dx[rows], logits, head)
             if dhead is not None:
                 dhead += logits.T @ x[rows]
         ctx.save_for_backward(dx, dhead)
@@ -293,6 +294,7 @@ class _OnTriton(_OnTorch):
 def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Summed cross-entropy of rows x [M, D] under head [V, D] against targets [M] int64; a scalar, fp32 or wider.
 
+    The head may be stored in another dtype than x; it is then widened a piece at a time, and the products are PyTorch's.
     With no rows, or none with a target, the loss is 0 and still connected to x. The number of rows a chunk (CHUNK_ROWS, on a
     GPU CHUNK_ROWS_CUDA) changes rounding only. A target that is neither a class nor -100 is a ValueError; on a GPU, where it
     cannot be seen in time, the loss becomes NaN.
@@ -301,7 +303,11 @@ def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
         raise ValueError(
             f"linear_cross_entropy: x [M, D], head [V, D] expected, not {list(x.shape)}, {list(head.shape)}"
         )
-    agree("linear_cross_entropy", x=x, head=head)
+    agree("linear_cross_entropy", x=x)
+    if head.device != x.device or not head.is_floating_point():
+        raise ValueError(
+            f"linear_cross_entropy: x is on {x.device}, head {head.dtype} on {head.device}; both on one device"
+        )
     check_targets("linear_cross_entropy", targets, x, head.shape[0])
     if chunk_rows is None:
         chunk_rows = CHUNK_ROWS_CUDA if x.is_cuda else CHUNK_ROWS
@@ -310,7 +316,7 @@ def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
     if not torch.is_grad_enabled():
         # needs_input_grad is set even so, and the forward would make gradients for nobody
         x, head = x.detach(), head.detach()
-    on = _OnTriton if use_triton(x) else _OnTorch
+    on = _OnTriton if use_triton(x) and head.dtype == x.dtype else _OnTorch
     return on.apply(x, head, targets, chunk_rows)  # pyright: ignore[reportReturnType]
 
 

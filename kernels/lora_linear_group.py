@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from minilora.kernels import lora_gemm, lora_narrow
 from minilora.kernels.dispatch import library_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask, dropped
+from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
 from minilora.kernels.projection import Adapter, Projection, check, check_gradients, joined
 
@@ -34,7 +35,7 @@ def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple
 
 
 def _one_ref(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if adapter is None:
         return y
     a, b, scale, p, key = adapter
@@ -124,7 +125,7 @@ def _torch_gradients(
     dx, found, number = None, [], 0
     for dy, p in zip(dys, projections, strict=True):
         if needs_x:
-            dx = dy @ p.weight if dx is None else dx.addmm_(dy, p.weight)
+            dx = add_input_gradient(dx, dy, p.weight)
         if p.adapter is None:
             continue
         a, b, scale, rate, key = p.adapter
@@ -148,12 +149,12 @@ def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """x W_j^T + b_j: column ranges of one product where the weights lie one behind the other."""
     whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
     if whole is None:
-        return [F.linear(x, p.weight, p.bias) for p in projections]
+        return [frozen_linear(x, p.weight, p.bias) for p in projections]
     ns, biases = [p.weight.shape[0] for p in projections], None
     if any(p.bias is not None for p in projections):
-        zeros = x.new_zeros(max(ns))
+        zeros = whole.new_zeros(max(ns))
         biases = torch.cat([zeros[:n] if p.bias is None else p.bias for n, p in zip(ns, projections, strict=True)])
-    return list(F.linear(x, whole, biases).split(ns, dim=1))
+    return list(frozen_linear(x, whole, biases).split(ns, dim=1))
 
 
 def _lows(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
@@ -206,7 +207,9 @@ def lora_linear_group_gradients(
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
     """On a GPU in 16 bits and for widths in sixteens, for which the tiles are made (rows that lie otherwise can't be copied
     asynchronously), with an adapter, unless the library's GEMM is asked for."""
-    there = x.numel() > 0 and any(p.adapter for p in projections)
+    there = (
+        x.numel() > 0 and any(p.adapter for p in projections) and all(p.weight.dtype == x.dtype for p in projections)
+    )
     sizes = (x.shape[1], *(p.weight.shape[0] for p in projections))
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
     return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device

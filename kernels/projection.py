@@ -12,6 +12,9 @@ from torch import Tensor
 
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
 
+# dtypes that a frozen weight may be stored in, whatever x has
+STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class Adapter(NamedTuple):
     """The trained part: a [R, K] and b [N, R], both fp32, scale, dropout rate p and the name of its mask."""
@@ -29,7 +32,10 @@ class Adapter(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A linear layer: weight [N, K] and bias [N], frozen, and its adapter if it has one."""
+    """A linear layer: weight [N, K] and bias [N], frozen, and its adapter if it has one.
+
+    The weight may be stored in another dtype than the one that products are computed in.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -63,9 +69,9 @@ def check(x: Tensor, projections: Sequence[Projection]) -> None:
     _same("x", x, (x.shape[0] if x.dim() == 2 else "T", "K"), x)
     for j, (weight, bias, adapter) in enumerate(projections):
         n = weight.shape[0]
-        _same(f"weight {j}", weight, (n, x.shape[1]), x)
+        _same(f"weight {j}", weight, (n, x.shape[1]), x, STORED)
         if bias is not None:
-            _same(f"bias {j}", bias, (n,), x)
+            _same(f"bias {j}", bias, (n,), x, STORED)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise ValueError(f"projection {j} requires grad: weight and bias of an adapter are frozen")
         if adapter is not None:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
+from .cpu import before_torch, keep_heap
 from .errors import MiniloraError, UsageError
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -83,6 +84,8 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"unknown argument {rest[0]!r}", f"See minilora {args.command} --help.")
     if args.command in SETTINGS:
         args.rest = rest
+    before_torch()
+    keep_heap()
     return _command(args.command).run(args) or 0
 
 

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import fingerprint, read_json
+from .checkpoint import fingerprint
 from .durable import staged_folder
 from .errors import ModelError
 from .lora import LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
+from .model_folder import ADAPTER_CONFIG as CONFIG
+from .model_folder import check_adapter, read_json
 from .safetensors import SafetensorsFile, write_tensors
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 # keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
 REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
@@ -83,10 +85,7 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
     lets it onto another one of the same shape.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
-    if not (folder / CONFIG).exists():
-        raise ModelError(f"{folder / CONFIG} is missing", "Give the folder of an adapter, such as RUN/adapter.")
+    check_adapter(folder)
     j = read_json(folder / CONFIG)
     _refuse_what_is_not_lora(folder, j)
     if not (folder / WEIGHTS).exists():

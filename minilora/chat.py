@@ -12,12 +12,11 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from .adapter import load_adapter
-from .checkpoint import load_model
 from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
+from .open_model import open_model
 from .text.template import Message
-from .text.tokenizer import Tokenizer, check_fits, load_tokenizer
+from .text.tokenizer import Tokenizer, load_tokenizer
 
 HELP = """\
 /base     switch the adapter off, or on again      /new      forget the conversation
@@ -59,18 +58,16 @@ class Session:
 def chat(
     model: str, adapter: str | None = None, system: str | None = None, prompts: list[str] | None = None, greedy: bool = False,
     max_tokens: int = 1024, think: bool = False, seed: int = 0, any_base: bool = False, device: str | None = None,
-    temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
+    compute: str = "auto", temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
 ) -> None:  # fmt: skip
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed."""
     folder = Path(model)
-    decoder = load_model(folder, device=device)
-    if adapter:
-        load_adapter(decoder, adapter, any_base)
-        decoder.eval()
-        if not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
-            print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     tokenizer = load_tokenizer(folder)
-    check_fits(tokenizer, decoder.config.vocab, folder)
+    decoder = open_model(
+        folder, tokenizer, adapter, any_base, device, compute, lambda line: print(line, file=sys.stderr)
+    )
+    if adapter and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
+        print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(sampling, **{k: v for k, v in given.items() if v is not None})

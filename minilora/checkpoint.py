@@ -24,8 +24,10 @@ from minilora.models.config_json import DTYPES
 from minilora.models.decoder import Decoder
 from minilora.models.layers import lay_together
 
+from .compute import choose
 from .durable import staged_folder
 from .errors import ModelError, UsageError
+from .model_folder import check_folder, read_json
 from .safetensors import SafetensorsFile, write_safetensors
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
@@ -45,7 +47,6 @@ TELLTALES = {
 QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map)")
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 SHARD_BYTES = 5_000_000_000
-MAX_JSON = 64 << 20
 INDEX = "model.safetensors.index.json"
 # buffers that old checkpoints carry and that follow from config.json
 IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
@@ -55,33 +56,6 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
     "ice_text.model", "qwen.tiktoken",
 )  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a small file of a model folder; ModelError if it is none."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
-        value = json.loads(path.read_bytes())
-    except IsADirectoryError:
-        raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}", "Download or copy the file again.") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object", "Download or copy the file again.")
-    return value
-
-
-def check_folder(folder: Path) -> None:
-    """ModelError if this is no folder of a checkpoint, with what it is instead."""
-    if not folder.is_dir():
-        raise ModelError(
-            f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
-        )
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
-        raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
 
 
 def read_config(folder: Path) -> Config:
@@ -128,16 +102,20 @@ def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    compute: torch.dtype | str = "auto",
 ) -> Decoder:
     """The Decoder of a checkpoint folder, frozen and in evaluation mode.
 
-    dtype None is the checkpoint's own, device None the GPU if there is one. Beyond the model itself one tensor is in
+    dtype is that of the weights in memory, None the checkpoint's own; compute that of activations and products, auto the
+    fastest one on this machine (compute.py). device None is the GPU if there is one. Beyond the model itself one tensor is in
     memory at a time. Raises ModelError with every mismatch between the folder and the model.
     """
     folder = Path(folder)
     c = read_config(folder)
-    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     try:
         model = empty_model(c, dtype)
     except RuntimeError:
@@ -151,11 +129,13 @@ def load_model(
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)
+    model.compute = choose(c, model.head.dtype, device, compute).dtype if isinstance(compute, str) else compute
     return model
 
 
-def _device(name: str | torch.device) -> torch.device:
-    """The device of that name; UsageError if this machine has none such."""
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, None for the GPU if there is one; UsageError if this machine has none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()

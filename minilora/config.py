@@ -69,6 +69,12 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16"
     )
+    compute: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "dtype of activations and products; auto is the fastest one on this machine", same=False
+    )
+    threads: int | None = setting(
+        None, "CPU threads; default all there are, or one where the products are too small to share", same=False
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1; auto is the GPU if there is one", same=False)
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", same=False
@@ -100,7 +106,7 @@ ALIASES = {
 }  # fmt: skip
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
-    "accumulation", "micro_tokens", "eval_every", "save_every", "keep",
+    "accumulation", "micro_tokens", "eval_every", "save_every", "keep", "threads",
 }  # fmt: skip
 NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import COMPANIONS, INDEX, check_folder, read_config, read_json
+from .checkpoint import COMPANIONS, INDEX, read_config
 from .durable import staged_folder
 from .errors import DiskError, ModelError, OutputInUse, UsageError
+from .model_folder import check_folder, read_json
 from .safetensors import SafetensorsFile
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

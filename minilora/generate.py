@@ -10,8 +10,8 @@ from torch import Tensor
 from minilora.models.decoder import Decoder
 from minilora.models.place import Cache
 
-from .checkpoint import read_json
 from .errors import ModelError
+from .model_folder import read_json
 from .text.tokenizer import Tokenizer
 
 

@@ -173,7 +173,7 @@ def _pass(model: Decoder, cache: Slots, documents: list[list[int]], new: bool) -
     some = [p for p in prefixes if p is not None] or None
     x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache, some)
     cache.finish()
-    return F.linear(x, model.head).to(torch.promote_types(x.dtype, torch.float32))
+    return model.to_logits(x)
 
 
 def _choose(logits: Tensor, answers: list[_Open], sampling: Sampling) -> list[int]:

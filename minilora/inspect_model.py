@@ -12,11 +12,12 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from .checkpoint import COMPANIONS, INDEX, Tensors, check_folder, check_shapes, empty_model, read_config, read_json
+from .checkpoint import COMPANIONS, INDEX, Tensors, check_shapes, empty_model, read_config
 from .errors import ModelError
 from .generate import read_generation
 from .kernel_paths import kernel_paths
 from .lora import add_lora, linears, matching
+from .model_folder import check_folder, read_json
 from .text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}

@@ -18,18 +18,18 @@ from .durable import staged_folder
 from .errors import DiskError, ModelError, OutputInUse
 from .lora import adapters, without_adapters
 from .text.tokenizer import check_fits, load_tokenizer
-from .verify import Proof, logits_of, prompt_ids, prove, wide_logits_of
+from .verify import Proof, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
 def merge_folder(
     model: str | Path, adapter: str | Path, output: str | Path, shard_bytes: int = SHARD_BYTES, any_base: bool = False,
-    device: str | None = None,
+    device: str | None = None, compute: str = "auto",
 ) -> Proof:  # fmt: skip
     """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold."""
     model, output = Path(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
-    decoder = load_model(model, device=device)
+    decoder = load_model(model, device=device, compute=compute)
     load_adapter(decoder, adapter, any_base)
     decoder.eval()
     tokenizer = load_tokenizer(model)
@@ -56,14 +56,15 @@ def merge_folder(
             with written.reading(name) as found:
                 if not torch.equal(found, tensor(name).cpu()):
                     raise _not_proven(f"{name} was not read back as it was written")
-        truth, plain = wide_logits_of(decoder, prompts), logits_of(decoder, prompts)
+        truth, plain = wide_logits_of(decoder, prompts), stored_logits_of(decoder, prompts)
+        adapted = logits_of(decoder, prompts)
         with without_adapters(decoder):
             base = logits_of(decoder, prompts)
         del decoder
         wrapped.clear()
         gc.collect()
-        merged = logits_of(load_model(stage, device=device), prompts)
-        proof = prove(truth, plain, merged, base)
+        merged = logits_of(load_model(stage, device=device, compute=compute), prompts)
+        proof = prove(truth, plain, merged, adapted, base)
         if not proof.holds:
             raise _not_proven(
                 f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"

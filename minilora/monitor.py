@@ -6,6 +6,8 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +27,17 @@ class RunConsole(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[None]:
+    """Show what is being done while it is done: a line that moves on a terminal, one that stays elsewhere."""
+    if console.is_terminal:
+        with console.status(f" {what}"):
+            yield
+    else:
+        console.print(f"({what})", highlight=False, markup=False)
+        yield
 
 
 class Monitor:

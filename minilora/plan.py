@@ -41,8 +41,8 @@ class Plan:
     header: str
 
 
-def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
-    """Steps and streams of a run, and its header. ModelError if the tokenizer has more ids than the model."""
+def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -> Plan:
+    """Steps and streams of a run, and its header; `computing` is the line on dtype and threads. ModelError if the tokenizer has more ids than the model."""
     check_fits(data.tokenizer, model.config.vocab, Path(config.model))
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     plan = Plan(
@@ -59,7 +59,7 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder) -> Plan:
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
         header="",
     )
-    header = _header(config, data, model, plan, epochs)
+    header = _header(config, data, model, plan, epochs, computing)
     return Plan(**{**plan.__dict__, "header": header})
 
 
@@ -97,9 +97,9 @@ def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
     return steps, per_epoch, epochs
 
 
-def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float) -> str:
+def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str) -> str:
     device = model.head.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     total = sum(p.numel() for p in base_parameters(model).values())
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config
@@ -121,6 +121,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
             f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
         )
     indent = "\n        "
+    lines.append(computing)
     lines.append("kernels " + indent.join(kernel_paths(model, device)))
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ import torch
 from rich.console import Console
 
 from minilora.kernels.dispatch import force
+from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 
 from .adapter import save_adapter
-from .checkpoint import load_model, read_config, save_model
+from .checkpoint import find_device, load_model, read_config, save_model
+from .compute import choose, choose_threads, name_of
 from .config import TrainConfig, to_yaml
+from .cpu import usable_cpus
 from .data import Batch, pack, step_examples
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import batch_loss, evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
-from .monitor import Monitor, RunConsole, peak_memory_gb, shell
+from .monitor import Monitor, RunConsole, peak_memory_gb, shell, working
+from .open_model import computing
 from .plan import data_record, make_plan
 from .plot import plot_loss
 from .reports.record import TRAINED_ROWS
@@ -55,9 +60,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         check_before(folder, overwrite)
     with _memory_hint(), locked(folder), _kernels(config):
         check_claim(folder, resume, overwrite)
-        data = load_data(config)
-        model = _load(config)
-        plan = make_plan(config, data, model)
+        with working(console, "reading the rows"):
+            data = load_data(config)
+        with working(console, "loading the weights"):
+            asked = config.compute
+            model, config = _load(config)
+            plan = make_plan(config, data, model, computing(model, asked))
         console.print(plan.header, highlight=False, markup=False, soft_wrap=True)
         run = Run(folder, config, plan, model, _optimizer(model, config), Progress())
         if resume:
@@ -86,17 +94,26 @@ def _kernels(config: TrainConfig) -> AbstractContextManager[None]:
     return force(False) if config.kernels == "off" else nullcontext()
 
 
-def _load(config: TrainConfig) -> Decoder:
-    device = None if config.device == "auto" else config.device
-    return prepare(load_model(config.model, base_dtype(config), device), config)
+def _load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
+    """The model as the run trains it, and the config with the dtype and the threads that it computes with."""
+    c, device = read_config(Path(config.model)), find_device(None if config.device == "auto" else config.device)
+    stored, compute = dtypes(config, c, device)
+    model = prepare(load_model(config.model, stored, device, compute), config)
+    if device.type == "cpu":
+        torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
+    settled = name_of(compute) if compute != torch.float64 else "auto"
+    return model, replace(config, compute=settled, threads=torch.get_num_threads())
 
 
-def base_dtype(config: TrainConfig) -> torch.dtype | None:
-    """What a run loads the model in; None is the checkpoint's own."""
-    dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    if dtype is None and read_config(Path(config.model)).dtype == torch.float16:
-        dtype = torch.bfloat16  # gradients would underflow in fp16
-    return torch.float32 if config.method == "full" else dtype
+def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """What a run keeps the base's weights in, and what it computes in."""
+    if config.method == "full":
+        return torch.float32, torch.float32
+    stored = {"auto": c.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    compute = choose(c, stored, device, config.compute).dtype
+    if compute == torch.float16:  # in which gradients would underflow
+        stored = compute = torch.bfloat16
+    return stored, compute
 
 
 def prepare(model: Decoder, config: TrainConfig) -> Decoder:
@@ -164,7 +181,7 @@ def train_step(
 def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     """Steps from where the run stands to its end, with evaluations and snapshots; every way out leaves the state saved."""
     plan, at, config = run.plan, run.progress, run.config
-    peak = peak_flops(run.model.head.device, run.model.head.dtype)
+    peak = peak_flops(run.model.head.device, run.model.compute or run.model.head.dtype)
     began = time.perf_counter() - at.seconds
     try:
         if plan.val and at.step == 0 and at.best_loss is None:

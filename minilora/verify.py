@@ -1,8 +1,8 @@
 """Proof that a merged checkpoint computes what base and adapter compute together.
 
 Truth is base + adapter evaluated in a wider type, block by block. The merged model is compared with it as it was read back
-from the disk, and may be wrong by no more than twice what base + adapter in its own type is: a tolerance that is measured,
-not chosen.
+from the disk, and may be wrong by no more than twice what base + adapter is when all of it is rounded to the dtype of the
+weights, as the merged ones are: a tolerance that is measured, not chosen.
 """
 
 import copy
@@ -26,10 +26,10 @@ class Proof(NamedTuple):
     """Largest logit differences over the prompts, and how often the likeliest next token is the same."""
 
     merged: float  # merged against truth
-    allowed: float  # twice base + adapter in its own type against truth
-    adapter: float  # what the adapter changes: truth against the base alone, both in their own type
+    allowed: float  # twice base + adapter in the dtype of the weights against truth
+    adapter: float  # what the adapter changes: the same against the base alone
     same: float  # share of tokens whose likeliest successor merged and truth agree on
-    same_plain: float  # the same of base + adapter in its own type
+    same_plain: float  # the same of base + adapter in the dtype of the weights
     tokens: int
 
     @property
@@ -44,8 +44,17 @@ def prompt_ids(tokenizer: Tokenizer) -> list[Tensor]:
 
 @torch.inference_mode()
 def logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
-    """Logits [T, V] of each prompt in the model's own type."""
+    """Logits [T, V] of each prompt as the model computes."""
     return [model.logits(ids.to(model.head.device)).cpu() for ids in prompts]
+
+
+def stored_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
+    """Logits with every activation in the dtype that the weights are stored in, whatever the model computes in."""
+    compute, model.compute = model.compute, None
+    try:
+        return logits_of(model, prompts)
+    finally:
+        model.compute = compute
 
 
 @torch.inference_mode()
@@ -69,15 +78,20 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     return [torch.cat(parts, dim=1).cpu() for parts in zip(*pieces, strict=True)]
 
 
-def prove(truth: list[Tensor], plain: list[Tensor], merged: list[Tensor], base: list[Tensor]) -> Proof:
-    """Compare the merged model's logits with those of base + adapter; all are lists of [T, V]."""
+def prove(
+    truth: list[Tensor], plain: list[Tensor], merged: list[Tensor], adapted: list[Tensor], base: list[Tensor]
+) -> Proof:
+    """Compare the merged model's logits with those of base + adapter; all are lists of [T, V].
+
+    truth, plain and adapted are base + adapter: in a wider dtype, in that of the weights, and as the model computes.
+    """
     scale = max(float(t.abs().max()) for t in truth)
     allowed = 2 * _largest(plain, truth) + 1e-6 * scale
     tokens = sum(len(t) for t in truth)
     return Proof(
         _largest(merged, truth),
         allowed,
-        _largest(plain, base),
+        _largest(adapted, base),
         _same(merged, truth),
         _same(plain, truth),
         tokens,

@@ -25,7 +25,7 @@ from minilora.kernels.rope import rope
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward
+from .layers import BaseBlock, FeedForward, LayerNorm, Linear
 from .place import Cache, Place
 from .rotary import inverse_frequencies
 
@@ -42,8 +42,8 @@ class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.layer, self.heads = layer, c.heads
-        self.query_key_value = nn.Linear(c.width, 3 * c.width)
-        self.dense = nn.Linear(c.width, c.width)
+        self.query_key_value = Linear(c.width, 3 * c.width)
+        self.dense = Linear(c.width, c.width)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)
@@ -56,8 +56,8 @@ class MLP(FeedForward):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(c.width, c.ffn)
-        self.dense_4h_to_h = nn.Linear(c.ffn, c.width)
+        self.dense_h_to_4h = Linear(c.width, c.ffn)
+        self.dense_4h_to_h = Linear(c.ffn, c.width)
 
     def hidden(self, x: Tensor) -> Tensor:
         return F.gelu(self.dense_h_to_4h(x), approximate="tanh")
@@ -68,9 +68,9 @@ class Block(BaseBlock):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(c.width, c.eps)
+        self.input_layernorm = LayerNorm(c.width, c.eps)
         self.attention = Attention(c, layer)
-        self.post_attention_layernorm = nn.LayerNorm(c.width, c.eps)
+        self.post_attention_layernorm = LayerNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
     def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class Block(BaseBlock):
 
 class ChatGLM(Decoder):
     def __init__(self, c: ChatGLMConfig):
-        super().__init__(c, Block, nn.LayerNorm, NAMES)
+        super().__init__(c, Block, LayerNorm, NAMES)
         self.sop = c.sop
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:

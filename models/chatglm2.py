@@ -18,7 +18,7 @@ from minilora.kernels.rope import rope
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, RMSNorm, gated_fused
+from .layers import BaseBlock, FeedForward, Linear, RMSNorm, gated_fused
 from .place import Place
 
 NAMES = Names(
@@ -38,8 +38,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_size = layer, c.head_size
         self.widths = [c.heads * c.head_size, c.kv_heads * c.head_size, c.kv_heads * c.head_size]
-        self.query_key_value = nn.Linear(c.width, sum(self.widths), bias=c.qkv_bias)
-        self.dense = nn.Linear(c.heads * c.head_size, c.width, bias=False)
+        self.query_key_value = Linear(c.width, sum(self.widths), bias=c.qkv_bias)
+        self.dense = Linear(c.heads * c.head_size, c.width, bias=False)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         qkv = self.query_key_value(x).split(self.widths, dim=-1)
@@ -53,8 +53,8 @@ class MLP(FeedForward):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(c.width, 2 * c.ffn, bias=False)
-        self.dense_4h_to_h = nn.Linear(c.ffn, c.width, bias=False)
+        self.dense_h_to_4h = Linear(c.width, 2 * c.ffn, bias=False)
+        self.dense_4h_to_h = Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
         return gated_fused(x, self.dense_h_to_4h)

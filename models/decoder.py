@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.kernels.frozen_linear import frozen_linear
 from minilora.kernels.rope import rope_angles
 
 from .config import Config
-from .layers import RMSNorm
+from .layers import Linear, RMSNorm
 from .place import Cache, Place
 from .recompute import recomputed
 from .rotary import inverse_frequencies, positions_of
@@ -46,11 +46,14 @@ class Decoder(nn.Module):
         self.config, self.names = config, names
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.keep_attention = False  # then keep what attention gave
+        self.compute: torch.dtype | None = (
+            None  # what activations have and products are computed in; None: as weights are stored
+        )
         _plant(self, names.embedding, nn.Embedding(config.vocab, config.width))
         _plant(self, names.layers, nn.ModuleList(block(config, i) for i in range(config.layers)))
         _plant(self, names.norm, norm(config.width, config.eps))
         if not config.tied:
-            _plant(self, names.head, nn.Linear(config.width, config.vocab, bias=False))
+            _plant(self, names.head, Linear(config.width, config.vocab, bias=False))
 
     @property
     def embedding(self) -> nn.Module:
@@ -87,7 +90,7 @@ class Decoder(nn.Module):
         """
         if cache is not None and cache.length == 0:
             cache.prompts, cache.prefixes = [end - start for start, end in pairwise(seams)], prefixes
-        x = self.embedding(ids)
+        x = self.embedding(ids).to(self.compute or self.head.dtype)
         place = self.place(positions, seams, x.dtype, prefixes, cache)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -132,7 +135,11 @@ class Decoder(nn.Module):
         positions = positions_of(start, start + ids.shape[0], prefixes[0] if prefixes else None, ids.device)
         rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
         x = self(ids, positions, [0, ids.shape[0]], rows, cache, prefixes)
-        return F.linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
+        return self.to_logits(x)
+
+    def to_logits(self, x: Tensor) -> Tensor:
+        """Logits [M, V] in fp32 or wider of hidden states [M, D] after the last norm."""
+        return frozen_linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _plant(root: nn.Module, path: str, module: nn.Module) -> None:

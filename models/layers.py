@@ -7,6 +7,7 @@ Letters: T tokens of the flat stream, D width, H query heads, G key/value heads,
 from typing import Protocol, cast, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.kernels.lora_linear_group import lora_linear_group
@@ -27,6 +28,15 @@ class Adapted(Protocol):
     def projection(self) -> Projection: ...
 
 
+class Linear(nn.Linear):
+    """A linear whose weight may be stored in another dtype than x has; x [T, K] -> [T, N] in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == x.dtype:
+            return super().forward(x)
+        return lora_linear_group(x, [projection(self)])[0]
+
+
 class RMSNorm(nn.Module):
     once = False  # round the product with the weight alone, not the normalised row before it as well
 
@@ -36,11 +46,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, once=self.once)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps, once=self.once)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum."""
-        return add_rms_norm(x, residual, self.weight, self.eps, once=self.once)
+        return add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps, once=self.once)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, for x in another dtype than the weight's too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
@@ -67,7 +84,8 @@ def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
 def joint(*linears: nn.Module) -> bool:
     """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
     return all(
-        isinstance(each, Adapted) or (type(each) is nn.Linear and not any(p.requires_grad for p in each.parameters()))
+        isinstance(each, Adapted)
+        or (type(each) in (nn.Linear, Linear) and not any(p.requires_grad for p in each.parameters()))
         for each in linears
     )
 
@@ -102,10 +120,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_size, self.window = layer, c.head_size, c.windows[layer]
         self.interleaved = c.interleaved
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_size, c.width, bias=False)
+        self.q_proj = Linear(c.width, c.heads * c.head_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_size, c.width, bias=False)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_size, c.eps)
             self.k_norm = RMSNorm(c.head_size, c.eps)
@@ -142,9 +160,9 @@ class MLP(FeedForward):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.ffn, bias=False)
-        self.up_proj = nn.Linear(c.width, c.ffn, bias=False)
-        self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
+        self.gate_proj = Linear(c.width, c.ffn, bias=False)
+        self.up_proj = Linear(c.width, c.ffn, bias=False)
+        self.down_proj = Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
         return gated(x, self.gate_proj, self.up_proj)
@@ -157,8 +175,8 @@ class GateUpMLP(FeedForward):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(c.width, 2 * c.ffn, bias=False)
-        self.down_proj = nn.Linear(c.ffn, c.width, bias=False)
+        self.gate_up_proj = Linear(c.width, 2 * c.ffn, bias=False)
+        self.down_proj = Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
         return gated_fused(x, self.gate_up_proj)

@@ -18,7 +18,7 @@ from minilora.kernels.rope import rope, rope_angles
 from .config import Config
 from .config_json import DTYPES, dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, RMSNorm, gated
+from .layers import BaseBlock, FeedForward, Linear, RMSNorm, gated
 from .place import Cache, Place
 from .rotary import inverse_frequencies
 
@@ -41,8 +41,8 @@ class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.layer, self.heads = layer, c.heads
-        self.c_attn = nn.Linear(c.width, 3 * c.heads * c.head_size)
-        self.c_proj = nn.Linear(c.heads * c.head_size, c.width, bias=False)
+        self.c_attn = Linear(c.width, 3 * c.heads * c.head_size)
+        self.c_proj = Linear(c.heads * c.head_size, c.width, bias=False)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -58,9 +58,9 @@ class MLP(FeedForward):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.w1 = nn.Linear(c.width, c.ffn, bias=False)
-        self.w2 = nn.Linear(c.width, c.ffn, bias=False)
-        self.c_proj = nn.Linear(c.ffn, c.width, bias=False)
+        self.w1 = Linear(c.width, c.ffn, bias=False)
+        self.w2 = Linear(c.width, c.ffn, bias=False)
+        self.c_proj = Linear(c.ffn, c.width, bias=False)
 
     def hidden(self, x: Tensor) -> Tensor:
         return gated(x, self.w2, self.w1)

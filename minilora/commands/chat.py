@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import check_paths, say
 from .shared_flags import between, model_flags
 
 
@@ -23,9 +24,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_paths(args.model, args.adapter)
+    say(f"loading {args.model}", quiet=True)
     from ..chat import chat
-    from ..heap import keep_heap
 
-    keep_heap()
     chat(args.model, args.adapter, args.system, args.prompt, args.greedy, args.max_tokens, args.think, args.seed,
-         args.any_base, args.device, args.temperature, args.top_p, args.top_k)  # fmt: skip
+         args.any_base, args.device, args.compute, args.temperature, args.top_p, args.top_k)  # fmt: skip

@@ -3,6 +3,7 @@
 import argparse
 
 from ..errors import UsageError
+from .before import check_paths, say
 from .shared_flags import between, definitions, limit_flags, model_flags, settings_of
 
 
@@ -24,34 +25,31 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if (args.keep_below is None and args.keep_above is None) != (args.output is None):
+        raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
+    check_paths(args.model, args.adapter, args.data)
+    say(f"score       {args.data} by {args.model}")
     from dataclasses import astuple
     from pathlib import Path
 
     from rich.console import Console
 
-    from ..adapter import load_adapter
-    from ..checkpoint import load_model
     from ..data import load_examples
     from ..durable import write_file
-    from ..heap import keep_heap
+    from ..open_model import open_model
     from ..reports.score_data import kept, score_lines, score_rows, write_kept
     from ..reports.score_data_show import shown_progress, to_html, to_text
     from ..rows.token_store import TokenCache
-    from ..text.tokenizer import check_fits, load_tokenizer
+    from ..text.tokenizer import load_tokenizer
 
-    if (args.keep_below is None and args.keep_above is None) != (args.output is None):
-        raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
-    keep_heap()
     console = Console()
     tokenizer = load_tokenizer(args.model)
     settings = settings_of(args, definitions(args.define), args.skip_bad)
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
     examples, report = load_examples(args.data, tokenizer, *astuple(settings), seed=args.seed, cache=cache)
     console.print(f"data        {report}", highlight=False, markup=False, soft_wrap=True)
-    model = load_model(args.model, device=args.device)
-    check_fits(tokenizer, model.config.vocab, Path(args.model))
-    if args.adapter:
-        load_adapter(model, args.adapter, args.any_base)
+    model = open_model(args.model, tokenizer, args.adapter, args.any_base, args.device, args.compute,
+                       lambda line: say(f"compute     {line[8:]}"))  # fmt: skip
     scores = list(shown_progress(score_rows(model, examples, args.max_length), len(examples), console))
     if args.scores:
         write_file(Path(args.scores), "".join(score_lines(scores, examples)))

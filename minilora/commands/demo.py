@@ -16,7 +16,5 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..demo.show import demo
-    from ..heap import keep_heap
 
-    keep_heap()
     demo(args.output, args.name, args.author)

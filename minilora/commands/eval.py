@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import check_paths, say
 from .shared_flags import definitions, limit_flags, model_flags, settings_of
 
 
@@ -17,24 +18,19 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
     from dataclasses import astuple
-    from pathlib import Path
 
-    from ..adapter import load_adapter
-    from ..checkpoint import load_model
+    check_paths(args.model, args.adapter, args.data)
+    say(f"eval        {args.model} on {args.data}", quiet=args.json)
     from ..data import load_examples
     from ..evaluate import evaluate
-    from ..heap import keep_heap
-    from ..text.tokenizer import check_fits, load_tokenizer
+    from ..open_model import open_model
+    from ..text.tokenizer import load_tokenizer
 
-    keep_heap()
     tokenizer = load_tokenizer(args.model)
     settings = settings_of(args, definitions(args.define))
     examples, report = load_examples(args.data, tokenizer, *astuple(settings))
-    model = load_model(args.model, device=args.device)
-    check_fits(tokenizer, model.config.vocab, Path(args.model))
-    if args.adapter:
-        load_adapter(model, args.adapter, args.any_base)
-        model.eval()
+    model = open_model(args.model, tokenizer, args.adapter, args.any_base, args.device, args.compute,
+                       lambda line: say(f"compute     {line[8:]}", quiet=args.json))  # fmt: skip
     score = evaluate(model, examples, args.max_length)
     if args.json:
         print(

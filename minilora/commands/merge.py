@@ -3,6 +3,7 @@
 import argparse
 
 from ..errors import UsageError
+from .before import check_paths, say
 from .shared_flags import model_flags
 
 
@@ -13,13 +14,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..heap import keep_heap
-    from ..merge_folder import merge_folder
-
-    keep_heap()
     if args.shard_size <= 0:
         raise UsageError(f"--shard-size is {args.shard_size:g}", "A number of gigabytes belongs there.")
-    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device)
+    check_paths(args.model, args.adapter)
+    say(f"merging {args.adapter} into {args.model}")
+    from ..merge_folder import merge_folder
+
+    proof = merge_folder(
+        args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device, args.compute
+    )
     print(f"merged  {args.output}")
     print(
         f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"

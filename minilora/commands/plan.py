@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import check_paths
 from .shared_flags import definitions
 from .train import foreign_flags, setting_flags
 
@@ -20,12 +21,14 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..config import read_yaml, resolve
-    from ..forecast import forecast, text_of
 
     own = ("command", "config", "device_memory", "json", "rest")
     given = {k: v for k, v in vars(args).items() if k not in own} | foreign_flags(args.rest)
     if "define" in given:
         given["define"] = definitions(given["define"])
     config = resolve(*([read_yaml(Path(args.config))] if args.config else []), given)
+    check_paths(config.model, None, config.data)
+    from ..forecast import forecast, text_of
+
     found = forecast(config, args.device_memory)
     print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))

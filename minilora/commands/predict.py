@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import check_paths, say
 from .shared_flags import between, columns_of, definitions, model_flags
 
 
@@ -26,19 +27,19 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    define, columns = definitions(args.define), columns_of(args.columns)
+    check_paths(args.model, args.adapter, args.data)
+    say(f"predict {args.model} on {args.data}", quiet=args.json)
     import json
 
     from rich.console import Console
 
-    from ..heap import keep_heap
     from ..reports.predict import predict, show_results
 
-    keep_heap()
     console = Console(stderr=args.json)
     results = predict(
-        args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, definitions(args.define),
-        args.sample, args.seed, args.overwrite, args.any_base, args.device, console,
-        columns_of(args.columns),
+        args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, define,
+        args.sample, args.seed, args.overwrite, args.any_base, args.device, console, columns, args.compute,
     )  # fmt: skip
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=1))

@@ -14,11 +14,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..heap import keep_heap
     from ..reports.record import read_record
     from ..reports.report import reading, report
 
-    keep_heap()
     path = report(args.run, args.samples)
     for line in reading(read_record(args.run)):
         print(line)

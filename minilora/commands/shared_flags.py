@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import UsageError
 
+COMPUTE = ("auto", "float32", "bfloat16")
+
 
 def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face checkpoint")
@@ -14,6 +16,12 @@ def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     )
     parser.add_argument("--any-base", action="store_true", help="take an adapter that was trained on another base")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
+    parser.add_argument(
+        "--compute",
+        choices=COMPUTE,
+        default="auto",
+        help="dtype to compute in; auto is the fastest one on this machine",
+    )
 
 
 def between(kind: type, low: float, high: float) -> Callable[[str], Any]:

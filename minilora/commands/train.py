@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ..errors import UsageError
+from .before import check_paths, say
 from .shared_flags import definitions
 
 
@@ -49,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{saved} is not there", "Give the --output of the run to go on with.")
         sources.insert(0, read_yaml(saved))
     config = resolve(*sources, flags)
-
-    from ..heap import keep_heap
+    check_paths(config.model, None, config.data)
+    say(f"train   {config.model} on {config.data}" if config.model and config.data else "train")
     from ..train import train
 
-    keep_heap()
     train(config, args.resume, args.overwrite)
     return 0
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from minilora.checkpoint import read_config
 from minilora.config import resolve
-from minilora.heap import keep_heap
+from minilora.cpu import keep_heap
 from minilora.models.decoder import Decoder
 from minilora.models.qwen import Block
 from minilora.safetensors import write_tensors

@@ -18,18 +18,19 @@ from rich.table import Table
 
 from minilora.models.decoder import Decoder
 
-from ..adapter import WEIGHTS, load_adapter
-from ..checkpoint import fingerprint, load_model
+from ..adapter import WEIGHTS
+from ..checkpoint import fingerprint
 from ..durable import locked, write_file
 from ..errors import DataError, OutputInUse, Stopped
 from ..generate import GREEDY, Sampling, read_generation
 from ..generate_many import generate_many
 from ..lora import base_parameters
 from ..monitor import PLAIN_EVERY, clock
+from ..open_model import open_model
 from ..rows import fill, read_rows
 from ..rows.load import hashes
 from ..signals import StopSignal
-from ..text.tokenizer import Tokenizer, check_fits, load_tokenizer
+from ..text.tokenizer import Tokenizer, load_tokenizer
 from .metrics import Measured, interval, measure, word_cutter
 from .record import RESULTS, ROWS, read_json_file
 
@@ -75,7 +76,7 @@ def predict(
     model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
     batch: int = 16, define: dict[str, str] | None = None, sample: bool = False, seed: int = 0, overwrite: bool = False,
     any_base: bool = False, device: str | None = None, console: Console | None = None,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str] | None = None, compute: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
 
@@ -84,11 +85,8 @@ def predict(
     console, folder = console or Console(), Path(output)
     tokenizer = load_tokenizer(model)
     questions = read_questions(data, tokenizer, define, columns)
-    decoder = load_model(model, device=device)
-    check_fits(tokenizer, decoder.config.vocab, Path(model))
-    if adapter:
-        load_adapter(decoder, adapter, any_base)
-        decoder.eval()
+    decoder = open_model(model, tokenizer, adapter, any_base, device, compute,
+                         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))  # fmt: skip
     sampling, stop = read_generation(Path(model))
     sampling = sampling if sample else GREEDY
     settings = {
@@ -96,7 +94,7 @@ def predict(
         "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
         "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
         "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / WEIGHTS) if adapter else ""),
-        "dtype": str(decoder.head.dtype).removeprefix("torch."),
+        "dtype": str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
     }  # fmt: skip
     _check_output(folder)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..adapter import CONFIG, WEIGHTS
-from ..checkpoint import read_json
 from ..durable import write_file
 from ..errors import MiniloraError, UsageError
+from ..model_folder import read_json
 from ..plot import smoothed
 from ..safetensors import SafetensorsFile
 from .charts import Level, Series, heat_map, histogram, line_chart
@@ -191,11 +191,10 @@ def adapter_norms(folder: Path) -> dict[str, float]:
 
 def make_samples(run: Record, count: int) -> None:
     """Write RUN/samples.jsonl: the answers of the base model and of the run's adapter to rows of its validation file or data."""
-    from ..adapter import load_adapter
-    from ..checkpoint import load_model
     from ..generate import read_generation
     from ..generate_many import generate_many
     from ..lora import without_adapters
+    from ..open_model import open_model
     from ..text.tokenizer import load_tokenizer
     from .predict import read_questions
 
@@ -208,9 +207,8 @@ def make_samples(run: Record, count: int) -> None:
     tokenizer = load_tokenizer(config["model"])
     questions = read_questions(rows, tokenizer, config.get("define"))
     chosen = sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())
-    model = load_model(config["model"], device=None if config.get("device", "auto") == "auto" else config["device"])
-    load_adapter(model, run.folder / "adapter")
-    model.eval()
+    device = None if config.get("device", "auto") == "auto" else config["device"]
+    model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device)
     stop = read_generation(Path(config["model"]))[1] | tokenizer.stop_ids
 
     def answers() -> dict[int, str]:

@@ -38,11 +38,7 @@ def open_rows(path: str | Path, columns: dict[str, str] | None = None) -> RowFil
     columns (name of ours -> column of the file) helps to find the header of a sheet.
     """
     path = Path(path)
-    if not path.is_file():  # a pipe could not be read twice
-        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
-        raise DataError(
-            f"{path} is {what}", "Give a json, jsonl, csv, xlsx or txt file, or a folder with a train file."
-        )
+    check_file(path)
     try:
         file = _open(path, columns or {})
     except OSError as error:
@@ -50,6 +46,15 @@ def open_rows(path: str | Path, columns: dict[str, str] | None = None) -> RowFil
     if not len(file):
         raise DataError(f"{path}: no rows", "Give a file with at least one conversation.")
     return file
+
+
+def check_file(path: Path) -> None:
+    """DataError for a path that is no file; a pipe is none, it could not be read twice."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
+        raise DataError(
+            f"{path} is {what}", "Give a json, jsonl, csv, xlsx or txt file, or a folder with a train file."
+        )
 
 
 def _open(path: Path, columns: dict[str, str]) -> RowFile:

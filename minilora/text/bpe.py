@@ -18,8 +18,8 @@ from typing import NamedTuple, Self
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from ..checkpoint import MAX_JSON, read_json
 from ..errors import ModelError
+from ..model_folder import MAX_JSON, read_json
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -15,8 +15,8 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from ..checkpoint import read_json
 from ..errors import ModelError
+from ..model_folder import read_json
 from .bpe import no_panic, read_text
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint import read_json
+from ..model_folder import read_json
 
 NEWLINE = r"(?:\n|\\n)"  # in the text of a Jinja template: as it is, or escaped
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint import read_json
 from ..errors import ModelError
+from ..model_folder import read_json
 from .template import Message, jinja_text
 from .tokenizer import Tokenizer
 

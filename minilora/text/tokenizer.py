@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..checkpoint import check_folder, read_json
 from ..errors import ModelError
+from ..model_folder import check_folder, read_json
 from . import bpe, pieces
 from .template import Message, Template
 from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_template

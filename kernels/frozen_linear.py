@@ -1,0 +1,51 @@
+"""Products with a frozen weight that may be stored in another dtype than the one they are computed in.
+
+    y = x W^T + b        dX = dY W        x [T, K], dY [T, N] in the compute dtype; W [N, K], b [N] as stored
+
+A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32. W is widened for one product at a time, so that the
+model is never there twice. With a handful of rows the bytes of W bind the product, not arithmetic: there x goes into W's dtype.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_ROWS = 4  # rows up to which reading W as it is beats widening it
+WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
+BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b [T, N] in the dtype of x; weight [N, K] and bias [N] of any floating-point dtype. It records no gradient of its own."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    if x.shape[0] <= FEW_ROWS and not torch.is_grad_enabled() and weight.itemsize < x.itemsize:
+        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+    if weight.numel() <= WHOLE:
+        return F.linear(x, weight.to(x.dtype), bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, piece in pieces(weight, x.dtype):
+        torch.mm(x, piece.T, out=y[:, rows])
+    return y if bias is None else y.add_(bias)
+
+
+def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    """dx + dY W [T, K], in place; without a dx, dY W alone."""
+    for rows, piece in pieces(weight, dy.dtype):
+        part = dy[:, rows]
+        dx = part @ piece if dx is None else dx.addmm_(part, piece)
+    assert dx is not None, weight.shape
+    return dx
+
+
+def pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight [N, K] in a dtype: all of them at once, or so many that the copy stays small."""
+    whole = weight.dtype == dtype or weight.numel() <= WHOLE
+    height = weight.shape[0] if whole else BLOCK_ROWS
+    for start in range(0, weight.shape[0], height):
+        rows = slice(start, start + height)
+        yield rows, weight[rows].to(dtype)

@@ -1,0 +1,27 @@
+"""What every command that computes does before torch is imported, which takes seconds: look at its paths, and say what it does."""
+
+import sys
+from pathlib import Path
+
+from ..model_folder import check_adapter, check_folder, read_json
+
+
+def check_paths(model: str | None = None, adapter: str | None = None, data: str | None = None) -> None:
+    """ModelError or DataError for a path of a command that is not what it should be; None is not looked at."""
+    if model:
+        check_folder(Path(model))
+        read_json(Path(model) / "config.json")
+    if adapter:
+        check_adapter(Path(adapter))
+    if data:
+        from ..rows import find_data
+        from ..rows.files import check_file
+        from ..rows.sources import parse_sources
+
+        for source in parse_sources(data):
+            check_file(find_data(source.path)[0])
+
+
+def say(line: str, quiet: bool = False) -> None:
+    """A first line at once; on standard error where standard output is for a program."""
+    print(line, file=sys.stderr if quiet else sys.stdout, flush=True)

@@ -1,0 +1,111 @@
+"""In which dtype, and on how many threads, a CPU computes fastest: measured in milliseconds, on a model's own shapes.
+
+Weights stay in memory as the checkpoint has them. Where 16-bit products are not native (most laptops, many servers) they run
+at a fraction of the speed of fp32, so there each weight is widened for its product (kernels/frozen_linear.py) and all else is
+fp32. On a GPU, and for weights in fp32, the weights' own dtype it is, and nothing is measured.
+"""
+
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from minilora.kernels.frozen_linear import frozen_linear
+from minilora.models.config import Config
+
+from .cpu import usable_cpus
+
+ROWS = (1, 16, 512)  # a token, a short prompt, a stream of training
+SHORT = 64  # rows of the product that threads have to share well
+LARGEST = 1024  # rows and columns of a weight that is measured: larger ones run at the same rate
+WORTH = 1.2  # how much faster 16-bit products have to be: fp32 rounds less, and all other operations like it better
+
+
+class Compute(NamedTuple):
+    """A dtype to compute in, and a sentence that says why."""
+
+    dtype: torch.dtype
+    why: str
+
+
+class Rates(NamedTuple):
+    """FLOP/s of products of ROWS rows with a weight stored in 16 bits: multiplied as it is, and widened to fp32 first."""
+
+    narrow: tuple[float, ...]
+    widened: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Speed of 16-bit products against fp32 at the rows of training."""
+        return self.narrow[-1] / self.widened[-1]
+
+
+def choose(c: Config, stored: torch.dtype, device: torch.device, asked: str = "auto") -> Compute:
+    """The dtype that a model is computed in: what was asked for, else what is fastest here."""
+    if asked != "auto":
+        dtype, best = getattr(torch, asked), choose(c, stored, device)
+        other = f"; this machine would take {name_of(best.dtype)} ({best.why})"
+        return Compute(dtype, "as set for this run" + (other if best.dtype != dtype else ""))
+    if device.type != "cpu" or stored.itemsize != 2:
+        return Compute(stored, "as the weights are stored")
+    rates = measured_rates(min(c.width, LARGEST), min(c.ffn, LARGEST), stored)
+    name = short_name(stored)
+    if rates.ratio >= WORTH:
+        return Compute(stored, f"{name} products run at {rates.ratio:.1f} times fp32's speed on this CPU")
+    return Compute(
+        torch.float32, f"{name} products run at {rates.ratio:.2g} of fp32's speed on this CPU; weights stay in {name}"
+    )
+
+
+@lru_cache
+def measured_rates(k: int, n: int, stored: torch.dtype) -> Rates:
+    """Rates for a weight [n, k]; the better one of two timings each, after one that warms up."""
+    weight = torch.randn(n, k).to(stored)
+
+    def rate(rows: int, dtype: torch.dtype) -> float:
+        x = torch.randn(rows, k).to(dtype)
+        return 2 * rows * k * n / min(_seconds(x, weight) for _ in range(2))
+
+    with torch.enable_grad():  # the products of training: few rows are widened too
+        for dtype in (stored, torch.float32):
+            rate(ROWS[1], dtype)
+        narrow, widened = (tuple(rate(rows, dtype) for rows in ROWS) for dtype in (stored, torch.float32))
+    return Rates(narrow, widened)
+
+
+def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
+    start = time.perf_counter()
+    frozen_linear(x, weight)
+    return time.perf_counter() - start
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """bf16 for torch.bfloat16."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, name_of(dtype))
+
+
+def choose_threads(c: Config) -> int:
+    """Threads for a model: as many as torch takes and this process may use, or one where its products are too small to share."""
+    most = min(torch.get_num_threads(), usable_cpus())
+    if most == 1:
+        return 1
+    alone, together = (_with_threads(n, min(c.width, LARGEST), min(c.ffn, LARGEST)) for n in (1, most))
+    return most if alone > WORTH * together else 1
+
+
+@lru_cache
+def _with_threads(threads: int, k: int, n: int) -> float:
+    """Seconds of a product of a short stream on so many threads; the best of a few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight = torch.randn(SHORT, k), torch.randn(n, k)
+        return min(_seconds(x, weight) for _ in range(8))
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,53 @@
+"""What a process sets up once on a CPU: how its threads wait, how many there are, and how it keeps memory.
+
+Threads of OpenMP spin for a while when they have nothing to do. Beside another busy process that is ruinous: each short
+parallel region waits for a thread that does not run. So they go to sleep at once, unless the user said otherwise.
+
+glibc hands large blocks back to the system at every free and takes page faults at every allocation. A training step allocates
+the same blocks again and again, so the thresholds are raised once, at the start of a command. oneDNN keeps the machine code of
+its last 1024 matrix products; streams of tokens have a new length every step, so most of it is never used again.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def before_torch() -> None:
+    """Settings that libraries read when they are loaded; what the user set stays."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def keep_heap() -> None:
+    """Raise glibc's mmap and trim thresholds where there is glibc."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def usable_cpus(cgroup: Path = CGROUP) -> int:
+    """CPUs that this process may run on: its affinity, and the quota of its control group, rounded up."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, _quota(cgroup) or allowed))
+
+
+def _quota(cgroup: Path) -> int | None:
+    """Whole CPUs of a control group's quota (version 2, then 1); None where there is no limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text().strip() for name in names).split()
+            return None if quota in ("max", "-1") else -(-int(quota) // int(period))
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,45 @@
+"""What can be said of the folder of a model or an adapter without torch: whether it is one, and its small JSON files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+
+MAX_JSON = 64 << 20
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a small file of a model folder; ModelError if it is none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
+        value = json.loads(path.read_bytes())
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}", "Download or copy the file again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", "Download or copy the file again.")
+    return value
+
+
+def check_folder(folder: Path) -> None:
+    """ModelError if this is no folder of a checkpoint, with what it is instead."""
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
+        )
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
+
+
+def check_adapter(folder: Path) -> None:
+    """ModelError if this is no folder of an adapter."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is missing", "Give the folder of an adapter, such as RUN/adapter.")

@@ -1,0 +1,38 @@
+"""A model ready to answer: weights loaded, adapter on, threads and dtype as this machine likes them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minilora.models.decoder import Decoder
+
+from .adapter import load_adapter
+from .checkpoint import load_model
+from .compute import choose, choose_threads, name_of
+from .text.tokenizer import Tokenizer, check_fits
+
+
+def open_model(
+    folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None, any_base: bool = False,
+    device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None,
+) -> Decoder:  # fmt: skip
+    """The Decoder of a folder with its adapter, in evaluation mode; `say` gets a line of how it computes. Raises ModelError."""
+    model = load_model(folder, device=device, compute=compute)
+    check_fits(tokenizer, model.config.vocab, Path(folder))
+    if adapter:
+        load_adapter(model, adapter, any_base)
+        model.eval()
+    if model.head.device.type == "cpu":
+        torch.set_num_threads(choose_threads(model.config))
+    say(computing(model, compute))
+    return model
+
+
+def computing(model: Decoder, asked: str = "auto") -> str:
+    """How a model computes and why, in a line."""
+    device, stored = model.head.device, model.head.dtype
+    dtype = name_of(model.compute or stored)
+    threads = torch.get_num_threads()
+    where = f" on {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+    return f"compute {dtype}{where}: {choose(model.config, stored, device, asked).why}"
