@@ -33,7 +33,10 @@ def steps_of(args: argparse.Namespace) -> list[list[dict[str, list[int]]]]:
     examples, _ = load_examples(args.data, load_tokenizer(args.model))
     count = (args.rounds + 1) * args.steps
     return [
-        [{"ids": e.ids.tolist(), "targets": e.targets.tolist()} for e in step_examples(examples, args.batch, SEED, step)]
+        [
+            {"ids": e.ids.tolist(), "targets": e.targets.tolist()}
+            for e in step_examples(examples, args.batch, SEED, step)
+        ]
         for step in range(count)
     ]
 
@@ -168,7 +171,9 @@ def report(result: dict[str, Any]) -> str:
             for key in ("tokens_per_second", "tokens_per_cpu_second")
         ]
         apart = max(abs(a - b) for a, b in zip(mine["losses"], other["losses"], strict=True))
-        more = f"{mine['memory_gb'] / other['memory_gb']:.2f} | at most {apart:.4f} apart" if other["memory_gb"] else "|"
+        more = (
+            f"{mine['memory_gb'] / other['memory_gb']:.2f} | at most {apart:.4f} apart" if other["memory_gb"] else "|"
+        )
         lines.append(f"| minilora / {name} | {' | '.join(cells)} | {more} |")
     return "\n".join(lines)
 

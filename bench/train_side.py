@@ -65,8 +65,8 @@ def hf(args: argparse.Namespace) -> Step:
 
 def unsloth(args: argparse.Namespace) -> Step:
     """Unsloth's own loader, which takes its CPU path where there is no GPU; 16-bit base, no checkpointing: its fastest."""
+    from peft import PeftModel
     from unsloth import FastLanguageModel  # first: it patches the others
-    from peft import PeftModel  # noqa: I001
 
     base, _ = FastLanguageModel.from_pretrained(
         args.model, load_in_4bit=False, load_in_16bit=True, use_gradient_checkpointing=False

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ _target: int | None = None
 def use_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton kernels: all on a GPU, or under Triton's interpreter."""
     return _on and HAVE_TRITON and (INTERPRETED or all(t.is_cuda for t in tensors))
+
+
+class _NoContext:
+    """Stands in for autograd's context where no gradient is recorded: nothing is saved, nothing needs a gradient."""
+
+    needs_input_grad = (False,) * 64
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, on: bool) -> None:
+        pass
+
+
+def run(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), or its forward alone where no gradient is recorded: a token's worth of work is less than autograd's."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_NoContext(), *args)
 
 
 def agree(op: str, **tensors: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NARROW = (torch.bfloat16, torch.float16)
 FEW_ROWS = 4  # rows up to which reading W as it is beats widening it
 WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
 BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
@@ -19,18 +20,29 @@ BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b [T, N] in the dtype of x; weight [N, K] and bias [N] of any floating-point dtype. It records no gradient of its own."""
+    if x.shape[0] <= FEW_ROWS and weight.dtype in NARROW and not torch.is_grad_enabled():
+        return _few_rows(x.to(weight.dtype), weight, bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
-    if x.shape[0] <= FEW_ROWS and not torch.is_grad_enabled() and weight.itemsize < x.itemsize:
-        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-        return y if bias is None else y.add_(bias)
     if weight.numel() <= WHOLE:
         return F.linear(x, weight.to(x.dtype), bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows, piece in pieces(weight, x.dtype):
         torch.mm(x, piece.T, out=y[:, rows])
     return y if bias is None else y.add_(bias)
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[0] > 1 or x.is_cuda:
+        return F.linear(x, weight, bias)
+    # oneDNN packs the weight at every call, twice the bytes of the product itself: ATen's own reads it once
+    onednn = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        torch.backends.mkldnn.enabled = onednn
 
 
 def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:

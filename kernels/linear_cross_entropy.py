@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels.cross_entropy import IGNORED, Softmax, blocks_of, check_targets
-from minilora.kernels.dispatch import agree, architecture, library_gemm, use_triton
+from minilora.kernels.dispatch import agree, architecture, library_gemm, run, use_triton
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import (
     INTERPRET,
@@ -313,11 +313,8 @@ def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
         chunk_rows = CHUNK_ROWS_CUDA if x.is_cuda else CHUNK_ROWS
     if chunk_rows < 1:
         raise ValueError(f"linear_cross_entropy: chunks of {chunk_rows} rows")
-    if not torch.is_grad_enabled():
-        # needs_input_grad is set even so, and the forward would make gradients for nobody
-        x, head = x.detach(), head.detach()
     on = _OnTriton if use_triton(x) and head.dtype == x.dtype else _OnTorch
-    return on.apply(x, head, targets, chunk_rows)  # pyright: ignore[reportReturnType]
+    return run(on, x, head, targets, chunk_rows)
 
 
 def example(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:

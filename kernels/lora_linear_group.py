@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.kernels import lora_gemm, lora_narrow
-from minilora.kernels.dispatch import library_gemm, use_triton
+from minilora.kernels.dispatch import library_gemm, run, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask, dropped
-from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
+from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
 from minilora.kernels.projection import Adapter, Projection, check, check_gradients, joined
 
@@ -176,10 +176,13 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Ten
 
     Outputs may be column ranges of one matrix.
     """
-    check(x, projections)
+    if (
+        torch.is_grad_enabled() or x.shape[0] > FEW_ROWS
+    ):  # a model's own token by token has been checked with its prompt
+        check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
     on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
-    return on.apply(projections, x, *trained)  # pyright: ignore[reportReturnType]
+    return run(on, projections, x, *trained)
 
 
 @torch.no_grad()

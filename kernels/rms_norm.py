@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree, use_triton
+from minilora.kernels.dispatch import agree, run, use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl, wide
 
 MAX_WIDTH = 8192  # of a row that a program can hold without spilling
@@ -164,7 +164,7 @@ class _OnTorch(torch.autograd.Function):
         ctx.offset = offset
         n = torch.mul(s, rstd)
         n = n if once else n.to(x.dtype)
-        y = n.mul_(w.to(n.dtype) + offset).to(x.dtype)
+        y = n.mul_(w.to(n.dtype) + offset if offset else w).to(x.dtype)
         return y if residual is None else (y, s)
 
     @staticmethod
@@ -198,7 +198,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool =
     """
     agree("rms_norm", x=x, w=w)
     _check_width("rms_norm", x, w)
-    return _on(x, w).apply(x, w, eps, offset, once, None)  # pyright: ignore[reportReturnType]
+    return run(_on(x, w), x, w, eps, offset, once, None)
 
 
 def add_rms_norm(
@@ -209,7 +209,7 @@ def add_rms_norm(
     _check_width("add_rms_norm", x, w)
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} must have one shape")
-    return _on(x, w).apply(x, w, eps, offset, once, residual)  # pyright: ignore[reportReturnType]
+    return run(_on(x, w), x, w, eps, offset, once, residual)
 
 
 def _check_width(op: str, x: Tensor, w: Tensor) -> None:

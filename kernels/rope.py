@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree, use_triton
+from minilora.kernels.dispatch import agree, run, use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, store, tl, wide
 
 
@@ -162,7 +162,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
             "it takes [T, H, E] and twice [T, P/2] or [T, R, P/2], P <= E / R"
         )
     on = _OnTriton if use_triton(x, cos, sin) else _OnTorch
-    return on.apply(x, cos, sin, interleaved)  # pyright: ignore[reportReturnType]
+    return run(on, x, cos, sin, interleaved)
 
 
 def example(

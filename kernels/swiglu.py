@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree, use_triton
+from minilora.kernels.dispatch import agree, run, use_triton
 from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rows_of, store, tl, wide
 
 
@@ -145,7 +145,7 @@ def swiglu(g: Tensor, u: Tensor) -> Tensor:
     agree("swiglu", g=g, u=u)
     if g.shape != u.shape:
         raise ValueError(f"swiglu: g {list(g.shape)} and u {list(u.shape)} must have one shape")
-    return (_OnTriton if use_triton(g, u) else _OnTorch).apply(g, u)  # pyright: ignore[reportReturnType]
+    return run(_OnTriton if use_triton(g, u) else _OnTorch, g, u)
 
 
 def swiglu_fused(gu: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def swiglu_fused(gu: Tensor) -> Tensor:
     agree("swiglu_fused", gu=gu)
     if gu.dim() == 0 or gu.shape[-1] % 2:
         raise ValueError(f"swiglu_fused: gu {list(gu.shape)}; it takes [..., 2F]")
-    return (_OnTriton if use_triton(gu) else _OnTorch).apply(gu, None)  # pyright: ignore[reportReturnType]
+    return run(_OnTriton if use_triton(gu) else _OnTorch, gu, None)
 
 
 def example(rows: int, f: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, Tensor], dict]:

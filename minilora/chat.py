@@ -59,14 +59,13 @@ def chat(
     model: str, adapter: str | None = None, system: str | None = None, prompts: list[str] | None = None, greedy: bool = False,
     max_tokens: int = 1024, think: bool = False, seed: int = 0, any_base: bool = False, device: str | None = None,
     compute: str = "auto", temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
+    int8: bool = False,
 ) -> None:  # fmt: skip
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed."""
     folder = Path(model)
     tokenizer = load_tokenizer(folder)
-    decoder = open_model(
-        folder, tokenizer, adapter, any_base, device, compute, lambda line: print(line, file=sys.stderr)
-    )
-    if adapter and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
+    decoder = open_model(folder, tokenizer, adapter, any_base, device, compute, _aside, int8)
+    if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
         print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -87,10 +86,14 @@ def chat(
     while (line := _read(interactive)) is not None:
         line = line.strip()
         if line.startswith("/"):
-            if not _command(session, line, bool(adapter)):
+            if not _command(session, line, bool(adapter) and not int8):
                 return
         elif line:
             _show(session, line)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _read(interactive: bool) -> str | None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from minilora.kernels.linear_cross_entropy import linear_cross_entropy
+from minilora.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from minilora.models.decoder import Decoder
 
 from .data import Batch, Example, pack
@@ -30,6 +31,9 @@ class Score(NamedTuple):
 def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy of a batch, a scalar that gradients flow from."""
     hidden = model(batch.ids, batch.positions, batch.seams, batch.rows, prefixes=batch.prefixes)
+    if model.int8_head is not None:
+        parts = zip(hidden.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True)
+        return sum((F.cross_entropy(model.to_logits(x), t, reduction="sum") for x, t in parts), torch.zeros(()))
     return linear_cross_entropy(hidden, model.head, batch.targets)
 
 

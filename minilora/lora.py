@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
+from minilora.models.layers import Adapted
 
 from .errors import UsageError
 
@@ -23,7 +24,7 @@ HEADS = ("lm_head", "output_layer")
 GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",)}
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapted):
     """A frozen linear layer and its adapter: x [T, in] -> [T, out]."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):

@@ -6,18 +6,24 @@ from pathlib import Path
 import torch
 
 from minilora.models.decoder import Decoder
+from minilora.models.int8 import to_int8
 
 from .adapter import load_adapter
 from .checkpoint import load_model
 from .compute import choose, choose_threads, name_of
+from .errors import UsageError
+from .lora import merge
 from .text.tokenizer import Tokenizer, check_fits
 
 
 def open_model(
     folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None, any_base: bool = False,
-    device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None,
+    device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None, int8: bool = False,
 ) -> Decoder:  # fmt: skip
-    """The Decoder of a folder with its adapter, in evaluation mode; `say` gets a line of how it computes. Raises ModelError."""
+    """The Decoder of a folder with its adapter, in evaluation mode; `say` gets a line of how it computes.
+
+    int8 merges the adapter into the weights and rounds them (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
+    """
     model = load_model(folder, device=device, compute=compute)
     check_fits(tokenizer, model.config.vocab, Path(folder))
     if adapter:
@@ -26,6 +32,14 @@ def open_model(
     if model.head.device.type == "cpu":
         torch.set_num_threads(choose_threads(model.config))
     say(computing(model, compute))
+    if int8:
+        if model.head.device.type != "cpu":
+            raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
+        merge(model)
+        to_int8(model)
+        say(
+            "int8    weights rounded by rows, activations by tokens" + (", the adapter merged first" if adapter else "")
+        )
     return model
 
 

@@ -14,6 +14,7 @@ from minilora.kernels.frozen_linear import frozen_linear
 from minilora.kernels.rope import rope_angles
 
 from .config import Config
+from .int8 import int8_product
 from .layers import Linear, RMSNorm
 from .place import Cache, Place
 from .recompute import recomputed
@@ -46,9 +47,9 @@ class Decoder(nn.Module):
         self.config, self.names = config, names
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.keep_attention = False  # then keep what attention gave
-        self.compute: torch.dtype | None = (
-            None  # what activations have and products are computed in; None: as weights are stored
-        )
+        # what activations have and products are computed in; None: as weights are stored
+        self.compute: torch.dtype | None = None
+        self.int8_head: torch.ScriptObject | None = None  # int8.py
         _plant(self, names.embedding, nn.Embedding(config.vocab, config.width))
         _plant(self, names.layers, nn.ModuleList(block(config, i) for i in range(config.layers)))
         _plant(self, names.norm, norm(config.width, config.eps))
@@ -139,6 +140,8 @@ class Decoder(nn.Module):
 
     def to_logits(self, x: Tensor) -> Tensor:
         """Logits [M, V] in fp32 or wider of hidden states [M, D] after the last norm."""
+        if self.int8_head is not None:
+            return int8_product(x, self.int8_head)
         return frozen_linear(x, self.head).to(torch.promote_types(x.dtype, torch.float32))
 
 

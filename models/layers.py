@@ -4,12 +4,13 @@ keys are PEFT's.
 Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
 """
 
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.kernels.frozen_linear import frozen_linear
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.lora_swiglu import lora_swiglu
 from minilora.kernels.projection import Projection
@@ -18,20 +19,23 @@ from minilora.kernels.rope import rope
 from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 from .config import Config
+from .int8 import Int8Part
 from .place import Place
 
 
-@runtime_checkable
-class Adapted(Protocol):
+class Adapted(nn.Module):
     """A linear that comes with an adapter."""
 
-    def projection(self) -> Projection: ...
+    def projection(self) -> Projection:
+        raise NotImplementedError
 
 
 class Linear(nn.Linear):
     """A linear whose weight may be stored in another dtype than x has; x [T, K] -> [T, N] in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return frozen_linear(x, self.weight, self.bias)
         if self.weight.dtype == x.dtype:
             return super().forward(x)
         return lora_linear_group(x, [projection(self)])[0]
@@ -64,6 +68,9 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `joint`."""
     if joint(*linears):
         return lora_linear_group(x, [projection(linear) for linear in linears])
+    first = linears[0]
+    if isinstance(first, Int8Part):
+        return first.whole(x).split(first.whole.sizes, dim=-1)
     return tuple(linear(x) for linear in linears)
 
 
@@ -83,11 +90,11 @@ def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
 
 def joint(*linears: nn.Module) -> bool:
     """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
-    return all(
-        isinstance(each, Adapted)
-        or (type(each) in (nn.Linear, Linear) and not any(p.requires_grad for p in each.parameters()))
-        for each in linears
-    )
+    for linear in linears:
+        frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
+        if not frozen and not isinstance(linear, Adapted):
+            return False
+    return True
 
 
 def lay_together(model: nn.Module) -> None:

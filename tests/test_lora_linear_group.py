@@ -150,7 +150,7 @@ def bad(change: str) -> tuple[Tensor, list[Projection], list[Tensor]]:
         case "weight":
             return x, [one._replace(weight=one.weight[:, 1:]), two], dys
         case "dtype":
-            return x, [one, two._replace(weight=two.weight.bfloat16())], dys
+            return x, [one, two._replace(weight=two.weight.to(torch.int8))], dys
         case "device":
             return x, [one, two._replace(weight=two.weight.to("meta"))], dys
         case "bias":
@@ -176,7 +176,7 @@ def bad(change: str) -> tuple[Tensor, list[Projection], list[Tensor]]:
     [
         ("none", "one to three projections, not 0"), ("x", "x is [19], not ['T', 'K']"),
         ("integers", "x is torch.int64; it takes floating-point numbers"), ("weight", "weight 0 is [11, 18], not [11, 19]"),
-        ("dtype", "weight 1 is torch.bfloat16 on cpu, x torch.float32 on cpu"),
+        ("dtype", "weight 1 is torch.int8; it takes floating-point numbers"),
         ("device", "weight 1 is torch.float32 on meta, x torch.float32 on cpu"), ("bias", "bias 0 is [3], not [11]"),
         ("trained", "projection 1 requires grad"), ("a", "b 0 is [11, 3], not [11, 2]"),
         ("b", "b 0 is torch.float16 on cpu"), ("rank", "adapter 0 has rank 0"), ("p", "dropout 1.0"),

@@ -3,11 +3,12 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import between, model_flags
+from .shared_flags import between, int8_flag, model_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
+    int8_flag(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt [the template's]")
     parser.add_argument(
         "--prompt", metavar="TEXT", action="append", help="say this and leave; may be given several times"
@@ -29,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
     from ..chat import chat
 
     chat(args.model, args.adapter, args.system, args.prompt, args.greedy, args.max_tokens, args.think, args.seed,
-         args.any_base, args.device, args.compute, args.temperature, args.top_p, args.top_k)  # fmt: skip
+         args.any_base, args.device, args.compute, args.temperature, args.top_p, args.top_k, args.int8)  # fmt: skip

@@ -3,11 +3,12 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import between, columns_of, definitions, model_flags
+from .shared_flags import between, columns_of, definitions, int8_flag, model_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
+    int8_flag(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="rows; the last answer of each is the reference")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for answers and scores; one that was stopped goes on"
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     console = Console(stderr=args.json)
     results = predict(
         args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, define,
-        args.sample, args.seed, args.overwrite, args.any_base, args.device, console, columns, args.compute,
+        args.sample, args.seed, args.overwrite, args.any_base, args.device, console, columns, args.compute, args.int8,
     )  # fmt: skip
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=1))

@@ -24,6 +24,12 @@ def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     )
 
 
+def int8_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--int8", action="store_true", help="weights in 8 bits, for speed on a CPU; eval --int8 tells what it costs"
+    )
+
+
 def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number within bounds, both allowed."""
 

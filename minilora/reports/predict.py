@@ -76,7 +76,7 @@ def predict(
     model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
     batch: int = 16, define: dict[str, str] | None = None, sample: bool = False, seed: int = 0, overwrite: bool = False,
     any_base: bool = False, device: str | None = None, console: Console | None = None,
-    columns: dict[str, str] | None = None, compute: str = "auto",
+    columns: dict[str, str] | None = None, compute: str = "auto", int8: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
 
@@ -86,7 +86,7 @@ def predict(
     tokenizer = load_tokenizer(model)
     questions = read_questions(data, tokenizer, define, columns)
     decoder = open_model(model, tokenizer, adapter, any_base, device, compute,
-                         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))  # fmt: skip
+                         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True), int8)  # fmt: skip
     sampling, stop = read_generation(Path(model))
     sampling = sampling if sample else GREEDY
     settings = {
@@ -94,7 +94,7 @@ def predict(
         "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
         "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
         "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / WEIGHTS) if adapter else ""),
-        "dtype": str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
+        "dtype": "int8" if int8 else str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
     }  # fmt: skip
     _check_output(folder)
