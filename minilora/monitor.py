@@ -6,6 +6,7 @@ import resource
 import shlex
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from rich.text import Text
 from .durable import write_file
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+PATIENCE = 2.0  # seconds after which a step that goes on is shown as such
+RECENT = 20  # steps whose durations make the estimate of what is left
 
 
 class RunConsole(Console):
@@ -45,14 +48,18 @@ class Monitor:
 
     def __init__(self, path: Path, total: int, start: int, console: Console):
         self.total, self.start, self.console = total, start, console
+        self._durations: deque[float] = deque(maxlen=RECENT)
+        self._line_of_step, self._doing, self._since = Text(), "", time.monotonic()
         self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]
         if path.exists():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._began = self._printed = time.monotonic()
+        self._live = None
+        if console.is_terminal:
+            self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._now)
+        self._printed = time.monotonic()
         for line in kept:
             if "loss" in line:
                 self._average(line["loss"])
@@ -73,16 +80,41 @@ class Monitor:
         self._weight = 0.9 * self._weight + 0.1
         self.average += (loss - self.average) * 0.1 / self._weight
 
+    def begin(self, step: int, tokens: int) -> None:
+        """An optimizer step of so many tokens begins."""
+        self._since, self._step = time.monotonic(), (step, tokens)
+        self.reached(0)
+        if step == self.start + 1 and not self._live:
+            self.say(f" step {step}: {tokens:,} tokens")
+
+    def reached(self, tokens: int) -> None:
+        """So many tokens of the step have gone through forward and backward."""
+        step, of = self._step
+        self._doing = f"step {step}: {tokens:,} of {of:,} tokens"
+        if tokens < of and not self._live and time.monotonic() - self._printed > PLAIN_EVERY:
+            self._printed = time.monotonic()
+            self.say(f" {self._doing}")
+
+    def _now(self) -> Text:
+        """What the terminal shows: the last step, and how far the next one is if it takes long."""
+        waited = time.monotonic() - self._since
+        if waited < PATIENCE and self._line_of_step:
+            return self._line_of_step
+        doing = Text(f" {self._doing}, {clock(waited)}", no_wrap=True, overflow="ellipsis")
+        return Text("\n").join([self._line_of_step, doing]) if self._line_of_step else doing
+
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step is done."""
         self._file.write(json.dumps(metrics) + "\n")
         if "loss" not in metrics:
             return
         self._average(metrics["loss"])
-        line = self._line(metrics)
+        self._durations.append(time.monotonic() - self._since)
+        line = self._line_of_step = self._line(metrics)
+        self._since = time.monotonic()
         if self._live:
-            self._live.update(line)
-        elif metrics["step"] in (self.start + 1, self.total) or time.monotonic() - self._printed > PLAIN_EVERY:
+            return
+        if metrics["step"] in (self.start + 1, self.total) or time.monotonic() - self._printed > PLAIN_EVERY:
             self._printed = time.monotonic()
             self.console.print(line, soft_wrap=True)
 
@@ -91,8 +123,9 @@ class Monitor:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, m: dict[str, Any]) -> Text:
-        done = m["step"] - self.start
-        left = (time.monotonic() - self._began) / done * (self.total - m["step"])
+        # the first step warms up, and of the others only the recent ones tell how fast it goes now
+        recent = list(self._durations)[1 if len(self._durations) > 1 and m["step"] - self.start <= RECENT else 0 :]
+        left = sum(recent) / len(recent) * (self.total - m["step"])
         filled = round(20 * m["step"] / self.total)
         return Text(
             # what matters most comes first: a narrow terminal cuts the rest

@@ -10,7 +10,7 @@ the same bits as one that was never stopped.
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -145,11 +145,11 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 def train_step(
     model: Decoder, optimizer: torch.optim.Optimizer, batches: list[Batch], config: TrainConfig, step: int,
-    stop: StopSignal | None = None,
+    stop: StopSignal | None = None, reached: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[float, float]:  # fmt: skip
     """One optimizer step on the batches of a step; returns (loss, gradient norm before clipping).
 
-    The learning rate is the one the optimizer has. Raises Diverged before anything is changed if either is not finite,
+    The learning rate is the one the optimizer has; `reached` hears how many tokens are through. Raises Diverged before anything is changed if either is not finite,
     and Stopped between two micro-batches if a signal came; the parameters are then those of the step before.
     """
     trained = trained_parameters(model)
@@ -163,6 +163,7 @@ def train_step(
         loss = batch_loss(model, batch.to(model.head.device)) / targets
         loss.backward()
         losses.append(loss.detach())
+        reached(sum(len(b.ids) for b in batches[: micro + 1]))
     gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
@@ -192,10 +193,13 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
                 group["lr"] = learning_rate(config, step, plan.steps)
             examples = step_examples(plan.train, plan.rows_per_step, config.seed, step)
             batches = pack(examples, plan.micro_tokens)
-            loss, grad_norm = train_step(run.model, run.optimizer, batches, config, step, stop)
+            monitor.begin(step + 1, sum(len(b.ids) for b in batches))
+            loss, grad_norm = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached)
             now = time.perf_counter()
             at.step, at.seconds = step + 1, now - began
-            metrics = _metrics(run, batches, loss, grad_norm, now - start, peak)
+            flops = step_flops(run.model, batches, run.plan.full) / (now - start)
+            peak = max(peak, flops)  # a roof that was measured beside other work may have been too low
+            metrics = _metrics(run, batches, loss, grad_norm, now - start, flops / peak)
             last, best = at.step == plan.steps, at.best_step
             if plan.val and (at.step % plan.eval_every == 0 or last):
                 metrics["val_loss"] = _validate(run, monitor)
@@ -222,7 +226,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
 
 
 def _metrics(
-    run: Run, batches: list[Batch], loss: float, grad_norm: float, seconds: float, peak: float
+    run: Run, batches: list[Batch], loss: float, grad_norm: float, seconds: float, mfu: float
 ) -> dict[str, Any]:
     """The line of metrics.jsonl for the step just taken."""
     tokens = sum(len(b.ids) for b in batches)
@@ -235,7 +239,7 @@ def _metrics(
         "tokens": tokens,
         "target_tokens": sum(len(b.rows) for b in batches),
         "tokens_per_second": round(tokens / seconds, 1),
-        "mfu": round(step_flops(run.model, batches, run.plan.full) / seconds / peak, 4),
+        "mfu": round(mfu, 4),
         "memory_gb": round(peak_memory_gb(run.model.head.device), 3),
         "time": round(run.progress.seconds, 3),
     }
