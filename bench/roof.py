@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from minilora.cpu import device_name
 from minilora.flops import PEAKS, measured_flops, peak_flops
 
 # bytes per second of the memory, data sheets; the longer names first
@@ -70,15 +71,6 @@ def copy_rate(device: torch.device) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    """What the system calls the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.roof import device_name
+from minilora.cpu import device_name
 
 SEED = 42
 HERE = Path(__file__).parent

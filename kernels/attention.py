@@ -163,7 +163,7 @@ def _side_by_side(*stream: Tensor) -> tuple[Tensor, ...]:
 
 def _flash(q: Tensor, k: Tensor, sight: _Sight) -> bool:
     """Whether torch's flash attention takes this."""
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # tensors without data are counted on the CPU's path
         return GROUPED_ON_CPU or q.shape[1] == k.shape[1]
     if not q.is_cuda or torch.version.cuda is None or q.dtype not in (torch.float16, torch.bfloat16):
         return False

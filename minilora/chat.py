@@ -64,7 +64,7 @@ def chat(
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed."""
     folder = Path(model)
     tokenizer = load_tokenizer(folder)
-    decoder = open_model(folder, tokenizer, adapter, any_base, device, compute, _aside, int8)
+    decoder = open_model(folder, tokenizer, adapter, any_base, device, compute, print, int8)
     if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
         print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)
@@ -90,10 +90,6 @@ def chat(
                 return
         elif line:
             _show(session, line)
-
-
-def _aside(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _read(interactive: bool) -> str | None:

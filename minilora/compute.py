@@ -74,6 +74,16 @@ def measured_rates(k: int, n: int, stored: torch.dtype) -> Rates:
     return Rates(narrow, widened)
 
 
+def products_rate(c: Config, stored: torch.dtype, compute: torch.dtype) -> float:
+    """FLOP/s of this CPU's products with rows of training."""
+    k, n = min(c.width, LARGEST), min(c.ffn, LARGEST)
+    if stored.itemsize == 2:
+        rates = measured_rates(k, n, stored)
+        return rates.narrow[-1] if compute == stored else rates.widened[-1]
+    x, weight = torch.randn(ROWS[-1], k).to(compute), torch.randn(n, k).to(stored)
+    return 2 * ROWS[-1] * k * n / min(_seconds(x, weight) for _ in range(3))
+
+
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
     start = time.perf_counter()
     frozen_linear(x, weight)

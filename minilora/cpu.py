@@ -10,8 +10,13 @@ its last 1024 matrix products; streams of tokens have a new length every step, s
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 SPINS = 10_000
@@ -53,3 +58,23 @@ def _quota(cgroup: Path) -> int | None:
         except (OSError, ValueError):
             continue
     return None
+
+
+def memory_gb(device: "torch.device") -> float:
+    """10^9 bytes of a card, or of this machine's memory."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def device_name(device: "torch.device") -> str:
+    """What the system calls a card, or its processor."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

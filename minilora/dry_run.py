@@ -1,8 +1,10 @@
 """The memory of a training step by a dry run: the engine's own forward and backward on tensors that have no bytes.
 
-torch's fake tensors have a shape, a dtype and a storage of known size that is never allocated. Every storage that an operation
+Tensors on the meta device have a shape, a dtype and a storage of known size that is never allocated. Every storage that an operation
 makes is counted when it appears and when its last tensor goes, so the peak is the one that the step itself has, with
 whatever its kernels save and recompute: there are no formulas of our own that could fall behind the code.
+
+The layers of a model are alike, so that a deep one is run with its first three and the rest is counted as the third.
 
 Counted are tensors. What the allocator loses between them, and what CUDA and Python take for themselves, comes on top. The
 operations are those of the CPU path.
@@ -13,8 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ from .evaluate import batch_loss
 from .snapshot import trained_parameters
 
 aten = torch.ops.aten
+ALIKE = 3  # layers that are run
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,12 @@ class _Live(TorchDispatchMode):
         self.now = self.peak = 0
         self._sizes = {t.untyped_storage()._cdata: 0 for t in known}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's compiler would be imported to hear it: a second
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(args[0] if args else None, FakeTensor):
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
             # questions about values, which are not there: is a target masked, which ones are wrong. No, and none
             if func is aten._local_scalar_dense.default:
                 return False
@@ -82,18 +88,20 @@ class _Live(TorchDispatchMode):
 def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     """The memory of one micro-batch and the optimizer's step. The model lies on the meta device, as prepared for training.
 
-    Its parameters are fake afterwards. The optimizer is AdamW: two numbers in fp32 for each trained one.
+    The optimizer is AdamW: two numbers in fp32 for each trained one.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _fake_parameters(model)
-        parts = {name: mode.from_tensor(getattr(batch, name)) for name in ("ids", "positions", "rows", "targets")}
-        live = _Live([*model.parameters(), *parts.values()])
-        with live:
-            loss = batch_loss(model, replace(batch, **parts))
-            activations = live.now
-            loss.backward()
     trained = sum(p.nbytes for p in trained_parameters(model).values())
     base = sum(p.nbytes for p in model.parameters()) - trained
+    blocks, count = list(model.blocks), len(model.blocks)
+    del model.blocks[ALIKE:]
+    activations, peak, layer = _kept_and_peak(model, batch)
+    model.blocks.extend(blocks[ALIKE:])
+    if layer < trained / count:
+        # going down the stack, gradients take more than activations free: the peak is where all layers have been
+        activations, peak, _ = _kept_and_peak(model, batch)
+    else:
+        rest = max(0, count - ALIKE) * layer
+        activations, peak = activations + rest, peak + rest
     full = base == 0
     # the gradients of a stream may all be there at its peak, or none: they are counted once, as the part that stays
     return StepMemory(
@@ -102,17 +110,22 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
         gradients=trained,
         optimizer=2 * trained,
         activations=activations,
-        temporaries=max(0, live.peak - activations - trained),
+        temporaries=max(0, peak - activations - trained),
     )
 
 
-def _fake_parameters(model: nn.Module) -> None:
-    """Replace every parameter by one without bytes on the CPU, under the fake mode that is on; views of one storage stay so."""
-    storages: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                whole, count = p.untyped_storage(), p.untyped_storage().nbytes() // p.element_size()
-                flat = storages.setdefault(whole._cdata, torch.empty(count, dtype=p.dtype, device="cpu"))
-                fake = flat.as_strided(p.shape, p.stride(), p.storage_offset())
-                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int]:
+    """Bytes that the forward pass keeps, the most at any time, and what the last layer keeps."""
+    marks: list[int] = []
+    parts = {name: getattr(batch, name).to("meta") for name in ("ids", "positions", "rows", "targets")}
+    live = _Live([*model.parameters(), *parts.values()])
+    hooks = [block.register_forward_hook(lambda *_: marks.append(live.now)) for block in model.blocks]
+    with live:
+        loss = batch_loss(model, replace(batch, **parts))
+        activations = live.now
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    layers = len(model.blocks)
+    return activations, live.peak, marks[layers - 1] - marks[layers - 2] if layers > 1 else activations

@@ -9,34 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .checkpoint import empty_model, read_config
+from .checkpoint import empty_model, find_device, read_config
+from .compute import name_of, products_rate
 from .config import TrainConfig
-from .data import IGNORE, Batch, Example, make_batch, pack, step_examples
+from .cpu import device_name, memory_gb
+from .data import IGNORE, Batch, Example, pack, step_examples
 from .dry_run import StepMemory, step_memory
 from .errors import UsageError
 from .flops import step_flops
 from .lora import adapters
+from .monitor import clock
 from .plan import count_steps
 from .rows.dataset import load_data
 from .snapshot import trained_parameters
 from .text.tokenizer import check_fits
-from .train import base_dtype, prepare
+from .train import dtypes, prepare
 
 
-def forecast(config: TrainConfig, device_gb: float) -> dict[str, Any]:
-    """What a training would need, as plain values for JSON; device_gb is the card's memory in 10^9 bytes."""
+def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
+    """What a training would need, as plain values for JSON: on a card with so many 10^9 bytes, or on this machine."""
     if not config.model:
         raise UsageError("--model is missing", "minilora plan --model DIR [--data FILE] [settings of train]")
     c = read_config(Path(config.model))
-    model = prepare(empty_model(c, base_dtype(config)), config)
+    device = find_device(None if config.device == "auto" else config.device)
+    stored, compute = dtypes(config, c, device if card_gb is None else torch.device("cuda"))
+    model = prepare(empty_model(c, stored), config)
+    model.compute = compute
     parameters = sum(p.numel() for p in empty_model(c).parameters())
     trained = sum(p.numel() for p in trained_parameters(model).values())
     found: dict[str, Any] = {
         "model": config.model,
         "family": c.family,
         "parameters": parameters,
-        "dtype": str(model.head.dtype).removeprefix("torch."),
+        "dtype": name_of(stored),
+        "compute": name_of(compute),
         "method": config.method,
         "lora_r": config.lora_r,
         "linears": sum(1 for _ in adapters(model)),
@@ -60,6 +68,7 @@ def forecast(config: TrainConfig, device_gb: float) -> dict[str, Any]:
         streams = _streams(config, [row] * (config.batch_size * config.accumulation), 1)
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
     largest = max(streams, key=lambda batch: len(batch.ids))
+    flops = step_flops(model, [largest], config.method == "full")
     memory = step_memory(model, largest)
     found["step"] = {
         "rows": config.batch_size * config.accumulation,
@@ -67,11 +76,13 @@ def forecast(config: TrainConfig, device_gb: float) -> dict[str, Any]:
         "streams": None if config.data else len(streams),
         "stream_tokens": len(largest.ids),
         "stream_trained": len(largest.rows),
-        "flops": step_flops(model, [largest], config.method == "full"),
+        "flops": flops,
+        "seconds": flops / products_rate(c, stored, compute) if card_gb is None and device.type == "cpu" else None,
     }
     found["memory"] = vars(memory) | {"total": memory.total}
-    found["device_gb"] = device_gb
-    found["most_tokens"] = _most_tokens(config, memory, largest, device_gb)
+    found["device"] = device_name(device) if card_gb is None else "a card"
+    found["device_gb"] = memory_gb(device) if card_gb is None else card_gb
+    found["most_tokens"] = _most_tokens(memory, largest, found["device_gb"])
     return found
 
 
@@ -92,22 +103,10 @@ def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> li
     return [b for step in range(steps) for b in pack(step_examples(examples, rows, config.seed, step), room)]
 
 
-def _most_tokens(config: TrainConfig, memory: StepMemory, stream: Batch, device_gb: float) -> int:
-    """About how long a stream may be on this card: memory grows along the line of this stream and one twice as long."""
-    model = prepare(empty_model(read_config(Path(config.model)), base_dtype(config)), config)
-    twice = step_memory(model, _twice(stream))
-    slope = (twice.total - memory.total) / len(stream.ids)
-    return max(0, int(len(stream.ids) + (device_gb * 1e9 - memory.total) / slope))
-
-
-def _twice(stream: Batch) -> Batch:
-    """A stream with all its documents two times."""
-    starts = stream.seams[:-1]
-    targets = np.full(len(stream.ids), IGNORE, dtype=np.int64)
-    targets[stream.rows.numpy()] = stream.targets.numpy()
-    bounds = list(zip(starts, stream.seams[1:], stream.prefixes or [None] * len(starts), strict=True))
-    examples = [Example(stream.ids[a:b].numpy(), targets[a:b], "twice", prefix) for a, b, prefix in bounds]
-    return make_batch(examples * 2)
+def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
+    """About how long a stream may be in so much memory, if all that a step makes grows with its tokens."""
+    made = memory.activations + memory.temporaries
+    return max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
 
 
 def text_of(found: dict[str, Any]) -> str:
@@ -116,7 +115,7 @@ def text_of(found: dict[str, Any]) -> str:
     share = 100 * found["trained"] / found["parameters"]
     how = f"r={found['lora_r']}, {found['linears']} linears, " if found["method"] == "lora" else ""
     lines = [
-        f"model   {found['model']}   {found['family']}, {found['parameters']:,} parameters, {found['dtype']}",
+        f"model   {found['model']}   {found['family']}, {found['parameters']:,} parameters, {found['dtype']}, computed in {found['compute']}",
         f"{found['method']:<7} {how}{found['trained']:,} trained ({share:.2f} %), fp32",
     ]
     if "rows" in found:
@@ -138,11 +137,16 @@ def text_of(found: dict[str, Any]) -> str:
     for name, size in memory.items():
         lines.append(f"        {name:<12} {size / 1e9:>8.3f}   {notes.get(name, '')}".rstrip())
     left = found["device_gb"] - memory["total"] / 1e9
-    verdict = (
-        f"fits in {found['device_gb']:g} GB, {left:,.1f} free"
-        if left > 0
-        else f"needs {-left:,.1f} GB more than {found['device_gb']:g}"
-    )
-    lines.append(f"        {verdict}; what CUDA and the allocator take comes on top")
+    room = f"the {found['device_gb']:,.4g} GB of {found['device']}"
+    verdict = f"fits in {room}, {left:,.1f} free" if left > 0 else f"needs {-left:,.1f} GB more than {room}"
+    lines.append(f"        {verdict}; what the system and the allocator take comes on top")
     lines.append(f"room    for streams of about {found['most_tokens']:,} tokens (--micro-tokens)")
+    if step["seconds"] is not None:
+        lines.append(f"time    {_duration(step['seconds'])} a stream at least, at the speed of this machine's products")
+    if found["device"] != "a card":
+        lines.append("        (--device-memory 80: the same on a card of 80 GB)")
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.2g} s" if seconds < 100 else clock(seconds)

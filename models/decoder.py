@@ -50,7 +50,9 @@ class Decoder(nn.Module):
         # what activations have and products are computed in; None: as weights are stored
         self.compute: torch.dtype | None = None
         self.int8_head: torch.ScriptObject | None = None  # int8.py
-        _plant(self, names.embedding, nn.Embedding(config.vocab, config.width))
+        # with a weight of our own torch does not draw one: on the meta device that alone would import its compiler, a second
+        weight = torch.empty(config.vocab, config.width)
+        _plant(self, names.embedding, nn.Embedding(config.vocab, config.width, _weight=weight))
         _plant(self, names.layers, nn.ModuleList(block(config, i) for i in range(config.layers)))
         _plant(self, names.norm, norm(config.width, config.eps))
         if not config.tied:

@@ -1,9 +1,22 @@
-"""One thread for every test: tiny matrices gain nothing from two, and the last bits of a sum depend on their number."""
+"""What all tests have: one thread, and a CPU whose 16-bit products are slow, so that all compute in fp32 unless they say otherwise.
+
+Tiny matrices gain nothing from two threads, and the last bits of a sum depend on their number. Measured rates of tiny products are
+chance; here they are given.
+"""
 
 import os
 
+import pytest
 import torch
+
+from minilora import compute
 
 torch.set_num_threads(1)
 # run by test_interpreter.py, in a process of their own
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
+@pytest.fixture(autouse=True)
+def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = compute.Rates((1e9,) * 3, (1e10,) * 3)
+    monkeypatch.setattr(compute, "measured_rates", lambda k, n, stored: rates)

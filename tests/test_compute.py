@@ -54,7 +54,8 @@ def test_nothing_is_measured_for_wide_weights_or_a_gpu(monkeypatch: pytest.Monke
     assert choose(c, FP32, CPU).dtype == FP32 and choose(c, BF16, torch.device("cuda")).dtype == BF16
 
 
-def test_the_measurement_measures():
+def test_the_measurement_measures(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
     rates = compute.measured_rates(48, 40, BF16)
     assert len(rates.narrow) == len(rates.widened) == len(ROWS) and min(*rates.narrow, *rates.widened) > 0
 

@@ -26,7 +26,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_paths(args.model, args.adapter)
-    say(f"loading {args.model}", quiet=True)
+    say(f"loading {args.model}")
     from ..chat import chat
 
     chat(args.model, args.adapter, args.system, args.prompt, args.greedy, args.max_tokens, args.think, args.seed,

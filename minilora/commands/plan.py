@@ -10,7 +10,7 @@ from .train import foreign_flags, setting_flags
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
     parser.add_argument(
-        "--device-memory", type=float, default=80.0, metavar="GB", help="of the card, in 10^9 bytes [80]"
+        "--device-memory", type=float, metavar="GB", help="plan for a card with so many 10^9 bytes [this machine]"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     setting_flags(parser)
