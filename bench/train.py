@@ -12,13 +12,13 @@ alone, in the dtype that minilora computes in: no engine with these products can
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from bench.sides import Side, interpreters, spread
 from minilora.cpu import device_name
 
 SEED = 42
@@ -41,28 +41,10 @@ def steps_of(args: argparse.Namespace) -> list[list[dict[str, list[int]]]]:
     ]
 
 
-class Side:
-    """The other end of a train_side.py process."""
-
-    def __init__(self, name: str, python: str, args: argparse.Namespace, work: Path):
-        command = [python, str(HERE / "train_side.py"), name, "--model", args.model, "--adapter", str(work / "adapter")]
-        command += ["--steps", str(work / "steps.json"), "--device", args.device]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.name = name
-
-    def step(self, number: int) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"side {self.name} stopped with exit code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def side(name: str, python: str, args: argparse.Namespace, work: Path) -> Side:
+    """A train_side.py process."""
+    command = [python, str(HERE / "train_side.py"), name, "--model", args.model, "--adapter", str(work / "adapter")]
+    return Side(name, [*command, "--steps", str(work / "steps.json"), "--device", args.device])
 
 
 class Limit:
@@ -85,7 +67,7 @@ class Limit:
         self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n in self.shapes]
         self.head = torch.randn(c.vocab, c.width).to(device, self.dtype)
 
-    def step(self, number: int) -> dict[str, Any]:
+    def ask(self, number: int) -> dict[str, Any]:
         import torch
 
         rows = self.steps[number]
@@ -99,7 +81,7 @@ class Limit:
                 for x, dy, w in zip(inputs, grads, self.weights, strict=True):
                     _, _ = x @ w.T, dy @ w
             for part in hidden.split(256):
-                (part @ self.head.T) @ self.head
+                _ = (part @ self.head.T) @ self.head
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, "memory": 0, "loss": 0.0}
 
@@ -118,21 +100,21 @@ def start_adapter(args: argparse.Namespace, folder: Path) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Rounds of steps, the sides in turn; the first round warms up and is not counted."""
-    named = {"minilora": sys.executable} | dict(side.split("=", 1) for side in args.side)
+    named = {"minilora": sys.executable} | interpreters(args.side)
     steps = steps_of(args)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         start_adapter(args, work / "adapter")
         (work / "steps.json").write_text(json.dumps(steps))
-        sides: list[Side | Limit] = [Side(name, python, args, work) for name, python in named.items()]
+        sides: list[Side | Limit] = [side(name, python, args, work) for name, python in named.items()]
         if args.device == "cpu":
             sides.append(Limit(args, steps))
-        costs: dict[str, list[list[dict]]] = {side.name: [] for side in sides}
+        costs: dict[str, list[list[dict]]] = {each.name: [] for each in sides}
         for r in range(args.rounds + 1):
-            for side in sides if r % 2 else sides[::-1]:
-                costs[side.name].append([side.step(r * args.steps + i) for i in range(args.steps)])
-        for side in sides:
-            side.close()
+            for each in sides if r % 2 else sides[::-1]:
+                costs[each.name].append([each.ask(r * args.steps + i) for i in range(args.steps)])
+        for each in sides:
+            each.close()
     result: dict[str, Any] = {key: getattr(args, key) for key in ("rounds", "steps", "batch", "rank")}
     result["sides"] = {name: _summary(rounds) for name, rounds in costs.items()}
     return result
@@ -159,15 +141,15 @@ def report(result: dict[str, Any]) -> str:
         "| | tokens/s, median (range) | tokens/CPU s | peak memory, GB | loss, mean of all steps |",
         "|---|---|---|---|---|",
     ]
-    for name, side in sides.items():
-        cells = [_spread(side[key], 1) for key in ("tokens_per_second", "tokens_per_cpu_second")]
-        loss, memory = statistics.mean(side["losses"]), side["memory_gb"]
+    for name, found in sides.items():
+        cells = [spread(found[key], 1) for key in ("tokens_per_second", "tokens_per_cpu_second")]
+        loss, memory = statistics.mean(found["losses"]), found["memory_gb"]
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{memory:.2f} | {loss:.4f}' if memory else '|'} |")
     mine = sides["minilora"]
     for name in [name for name in sides if name != "minilora"]:
         other = sides[name]
         cells = [
-            _spread([a / b for a, b in zip(mine[key], other[key], strict=True)], 2)
+            spread([a / b for a, b in zip(mine[key], other[key], strict=True)], 2)
             for key in ("tokens_per_second", "tokens_per_cpu_second")
         ]
         apart = max(abs(a - b) for a, b in zip(mine["losses"], other["losses"], strict=True))
@@ -176,11 +158,6 @@ def report(result: dict[str, Any]) -> str:
         )
         lines.append(f"| minilora / {name} | {' | '.join(cells)} | {more} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    low, middle, high = (f"{v:,.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ from .durable import staged_folder
 from .errors import ModelError
 from .lora import LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
 from .model_folder import ADAPTER_CONFIG as CONFIG
+from .model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from .model_folder import check_adapter, read_json
 from .safetensors import SafetensorsFile, write_tensors
 
 PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 # keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
 REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",

@@ -7,7 +7,7 @@ from typing import Any
 from .errors import ModelError
 
 MAX_JSON = 64 << 20
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def read_json(path: Path) -> dict[str, Any]:

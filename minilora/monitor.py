@@ -10,14 +10,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from .durable import write_file
+
+if TYPE_CHECKING:
+    import torch
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 PATIENCE = 2.0  # seconds after which a step that goes on is shown as such
@@ -167,9 +169,11 @@ def shell(*words: object) -> str:
     return shlex.join(["minilora", *map(str, words)])
 
 
-def peak_memory_gb(device: torch.device) -> float:
+def peak_memory_gb(device: "torch.device") -> float:
     """The most memory so far in GB (10^9 bytes): of the card, or of the process where there is none."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

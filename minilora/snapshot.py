@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import WEIGHTS as ADAPTER_WEIGHTS
 from .adapter import fill_adapter_folder
 from .checkpoint import write_checkpoint
 from .durable import problem_of, staged_folder, write_link
 from .errors import CheckpointMismatch
+from .model_folder import ADAPTER_WEIGHTS
 from .safetensors import SafetensorsFile, write_tensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"

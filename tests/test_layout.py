@@ -75,7 +75,7 @@ def test_the_folders_are_links_without_a_package_of_their_own():
 def modules_after(*arguments: str) -> set[str]:
     """What a fresh interpreter has imported, by its own log."""
     command = [sys.executable, "-X", "importtime", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
     return {line.rpartition("|")[2].strip() for line in lines}
@@ -93,6 +93,31 @@ def test_import_minilora_is_cheap():
 def test_help_does_not_wait_for_torch():
     found = modules_after("-m", "minilora", "--help")
     assert "minilora.errors" in found and not found & HEAVY
+
+
+def test_what_is_wrong_with_flags_and_paths_is_told_without_torch(tmp_path: Path):
+    """By every command that has any; seconds of import would pass before a word otherwise."""
+    model = ROOT / "minilora" / "demo" / "mini"
+    wrong = {
+        2: ["plan --lr abc", "train --no-such-flag 1", f"report {tmp_path}", f"compare {tmp_path}", "sweep none --output x",
+            "chat --model m --top-p 7", "nonsense"],
+        3: [f"{command} --model {model} --data none" for command in ("eval", "train --output x", "plan", "inspect data", "data score")]
+           + [f"predict --model {model} --data none --output x", "data split --data none --val 1 --output x"],
+        4: ["chat --model none", "eval --model none --data x", "plan --model none", "inspect model none", "convert none x",
+            "inspect data --model none --data x", "merge --model none --adapter x --output y",
+            f"chat --model {model} --adapter none", "predict --model none --data x --output y"],
+    }  # fmt: skip
+    code = f"""
+import sys
+from minilora.__main__ import main
+for code, lines in {wrong!r}.items():
+    for line in lines:
+        assert main(line.split()) == code, (line, code)
+        assert "torch" not in sys.modules, line
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == sum(map(len, wrong.values()))
 
 
 def test_a_kernel_loads_nothing_of_the_engine():

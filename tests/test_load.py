@@ -239,7 +239,7 @@ def test_a_large_file_needs_little_memory(tmp_path, model):
     small.write_text(line * 150)
     large.write_text(line * 3000)
     code = CHILD.format(tests=str(ROOT / "tests"), root=str(ROOT), model=str(model), small=str(small), large=str(large))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     grown, tokens = map(int, done.stdout.split())
     assert tokens > 6e6 and grown < 8 << 20

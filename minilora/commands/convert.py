@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import check_paths, say
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder with pytorch_model.bin, or its shards and their index")
@@ -9,6 +11,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_paths(args.folder)
+    say(f"reading {args.folder}")
     from ..convert import convert
 
     done = convert(args.folder, args.output, say=print)

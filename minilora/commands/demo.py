@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import say
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -15,6 +17,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    say("A tiny bilingual chat model ships with minilora. This is what it says:\n")
     from ..demo.show import demo
 
     demo(args.output, args.name, args.author)

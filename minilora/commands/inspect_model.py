@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import check_paths
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -14,6 +16,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_paths(args.folder)
     import json
     from pathlib import Path
 

@@ -49,7 +49,6 @@ def demo(output: str, name: str, author: str) -> None:
     def say(text: str = "") -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    say("A tiny bilingual chat model ships with minilora. This is what it says:\n")
     _ask(say)
     say(f"\nIt shall be called {name}, made by {author}. Training a LoRA adapter on {ROWS.name}:\n")
     train(config, overwrite=True, console=console)

@@ -18,13 +18,13 @@ from rich.table import Table
 
 from minilora.models.decoder import Decoder
 
-from ..adapter import WEIGHTS
 from ..checkpoint import fingerprint
 from ..durable import locked, write_file
 from ..errors import DataError, OutputInUse, Stopped
 from ..generate import GREEDY, Sampling, read_generation
 from ..generate_many import generate_many
 from ..lora import base_parameters
+from ..model_folder import ADAPTER_WEIGHTS
 from ..monitor import PLAIN_EVERY, clock
 from ..open_model import open_model
 from ..rows import fill, read_rows
@@ -93,7 +93,7 @@ def predict(
         "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
         "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
         "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
-        "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / WEIGHTS) if adapter else ""),
+        "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
         "dtype": "int8" if int8 else str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
     }  # fmt: skip

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import CONFIG, WEIGHTS
 from ..durable import write_file
 from ..errors import MiniloraError, UsageError
-from ..model_folder import read_json
+from ..model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ..plot import smoothed
-from ..safetensors import SafetensorsFile
 from .charts import Level, Series, heat_map, histogram, line_chart
 from .compare import loss_rows, over_the_limit, reasons
 from .document import Document
@@ -152,7 +150,7 @@ def _data(page: Document, run: Record) -> None:
 def _adapter(page: Document, run: Record) -> None:
     """How far each adapter moves its linear."""
     folder = run.folder / "adapter"
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         return
     norms = adapter_norms(folder)
     page.heading("Adapter")
@@ -174,8 +172,10 @@ def _adapter(page: Document, run: Record) -> None:
 
 def adapter_norms(folder: Path) -> dict[str, float]:
     """||scale B A||_F of every adapter of a PEFT folder, by path; from the r x r products, B A is never formed."""
-    config = read_json(folder / CONFIG)
-    file = SafetensorsFile(folder / WEIGHTS)
+    config = read_json(folder / ADAPTER_CONFIG)
+    from ..safetensors import SafetensorsFile
+
+    file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
     norms = {}
     for name in file.entries:
         if not name.endswith(".lora_A.weight"):
@@ -199,7 +199,7 @@ def make_samples(run: Record, count: int) -> None:
     from .predict import read_questions
 
     config = run.config
-    if not (run.folder / "adapter" / WEIGHTS).is_file():
+    if not (run.folder / "adapter" / ADAPTER_WEIGHTS).is_file():
         raise UsageError(
             f"{run.folder} has no adapter", "Samples before and after are of a finished run with adapters."
         )
