@@ -7,23 +7,25 @@ trained biases, whole modules) is refused, not ignored.
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import fingerprint
+from .checkpoint import check_finite, fingerprint, fold
 from .durable import staged_folder
 from .errors import ModelError
-from .lora import LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
+from .lora import HEADS, LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
 from .model_folder import ADAPTER_CONFIG as CONFIG
 from .model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from .model_folder import check_adapter, read_json
+from .rows import quote
 from .safetensors import SafetensorsFile, write_tensors
 
 PREFIX = "base_model.model."
+KINDS = 3  # of mismatches that are shown
 # keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
 REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
@@ -78,11 +80,12 @@ def _number(x: float) -> float | int:
     return int(x) if x == int(x) else x
 
 
-def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -> None:
+def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, allow_partial: bool = False) -> None:
     """Wrap the linears that a PEFT folder names and copy its tensors in.
 
-    Raises ModelError with every key that does not fit. An adapter that minilora saved also knows its base: any_base
-    lets it onto another one of the same shape.
+    Raises ModelError with every key that does not fit, and with every linear that its config names and its file lacks,
+    unless allow_partial. An adapter that minilora saved also knows its base: any_base lets it onto another one of the
+    same shape.
     """
     folder = Path(folder)
     check_adapter(folder)
@@ -99,6 +102,16 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
     refuse_second(model)
     file = SafetensorsFile(folder / WEIGHTS)
     plan = _plan(model, folder, j, file)
+    lacking = [path for path in _named_by(j, linears(model)) if path not in plan]
+    if lacking and not allow_partial:
+        raise ModelError(
+            f"{folder}: its config names {len(lacking) + len(plan)} linears of this model, its file holds {len(plan)} (missing: "
+            f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''})",
+            "The adapter is cut short: make it again, or take it as it is with --allow-partial.",
+        )
+    tensors = {_path_and_half(key): file.tensor(key) for key in file.entries}
+    for key in file.entries:
+        check_finite(file.tensor(key), f"{folder / WEIGHTS}: {key}")
     base = file.metadata.get("minilora_base")
     if base is not None and not any_base and base != fingerprint(base_parameters(model)):
         raise ModelError(f"{folder} was trained on another base model than this one (same shapes, other weights)",
@@ -107,8 +120,8 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False) -
     for path, (r, alpha) in plan.items():
         wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
         with torch.no_grad():
-            wrapper.lora_A.copy_(file.tensor(f"{PREFIX}{path}.lora_A.weight"))
-            wrapper.lora_B.copy_(file.tensor(f"{PREFIX}{path}.lora_B.weight"))
+            wrapper.lora_A.copy_(tensors[path, "A"])
+            wrapper.lora_B.copy_(tensors[path, "B"])
 
 
 def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
@@ -116,7 +129,7 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
     if kind != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
     start = j.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "eva")):
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ModelError(f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
                          "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.")  # fmt: skip
     used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
@@ -144,41 +157,86 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
 def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:
     """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
     targets = linears(model)
-    problems, halves = [], {}
+    problems: defaultdict[str, list[str]] = defaultdict(list)  # what is wrong -> paths
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    beyond: list[str] = []
     for key, entry in file.entries.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            problems.append(f"{key}: no LoRA matrix")
-        elif match[1] not in targets:
-            problems.append(f"{key}: the model has no such linear")
+        found = _path_and_half(key)
+        if found is None or found[0].split(".")[-1] in HEADS:
+            beyond.append(key)
+        elif found[0] not in targets:
+            problems["the model has no such linear"].append(found[0])
         else:
-            halves.setdefault(match[1], {})[match[2]] = entry.shape
+            halves.setdefault(found[0], {})[found[1]] = entry.shape
+    if beyond:
+        raise ModelError(
+            f"{folder} holds more than adapters on the linears of blocks: {', '.join(beyond[:3])}{' ...' if beyond[3:] else ''} "
+            "(an adapter on the head or the embedding, or a vocabulary that was trained or resized)",
+            "Merge it into its base with PEFT, and use the result as --model.",
+        )
     plan = {}
     for path, shapes in halves.items():
         linear = targets[path]
         r = _by_pattern(folder, j, "rank_pattern", path, j["r"])
         wanted = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
-        problems += [f"{path}: lora_{h} is missing" for h in "AB" if h not in shapes]
-        problems += [
-            f"{path}: lora_{h} is {list(s)}, {list(wanted[h])} fits" for h, s in shapes.items() if s != wanted[h]
-        ]
+        for h in "AB":
+            if h not in shapes:
+                problems[f"lora_{h} is missing"].append(path)
+            elif shapes[h] != wanted[h]:
+                problems[f"lora_{h} is {list(shapes[h])}, {list(wanted[h])} fits"].append(path)
         plan[path] = (r, _by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
     if problems or not plan:
-        shown = "\n  ".join(problems[:20] or ["it holds no adapter"])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ModelError(f"{folder} does not fit this model:\n  {shown}{more}", "It belongs to another base model.")
+        kinds = [f"{what}: {fold(dict.fromkeys(paths))}" for what, paths in problems.items()]
+        shown = "\n  ".join(kinds[:KINDS] or ["it holds no adapter"])
+        more = f"\n  and {len(kinds) - KINDS} more kinds of mismatch" if len(kinds) > KINDS else ""
+        base = str(j.get("base_model_name_or_path") or "")[:120]
+        hint = f"It was made for {quote(base)}." if base else "It belongs to another base model."
+        raise ModelError(f"{folder} does not fit this model:\n  {shown}{more}", hint)
     return plan
+
+
+def _path_and_half(key: str) -> tuple[str, str] | None:
+    """(path of the linear, "A" or "B") of a key, with PEFT's prefix or without, with an adapter's name in it or without."""
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+    return (match[1], match[2]) if match else None
+
+
+def _named_by(j: dict[str, Any], targets: dict[str, nn.Linear]) -> list[str]:
+    """The paths of the linears that a config's target_modules and layers_to_transform mean, as PEFT reads them."""
+    wanted, layers, left_out = j.get("target_modules"), j.get("layers_to_transform"), j.get("exclude_modules")
+    if wanted == "all-linear":
+        found = list(targets)
+    elif isinstance(wanted, str):
+        if not is_plain(wanted):
+            return []
+        found = [path for path in targets if re.fullmatch(wanted, path)]
+    elif isinstance(wanted, list):
+        found = [path for path in targets if any(path == name or path.endswith(f".{name}") for name in wanted)]
+    else:
+        return []
+    if layers is not None:
+        layers = {layers} if isinstance(layers, int) else set(layers)
+        found = [path for path in found if {int(part) for part in path.split(".") if part.isdigit()} & layers]
+    if isinstance(left_out, list):
+        found = [path for path in found if not any(path == name or path.endswith(f".{name}") for name in left_out)]
+    return found
+
+
+def is_plain(pattern: str) -> bool:
+    """Whether a stranger's pattern is short and simple enough that matching cannot take for ever: no repeated group, few repetitions."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return len(pattern) <= 200 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+?{]", pattern)) <= 2
 
 
 def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
-        # a stranger's pattern: short, no repeated group, few repetitions, so that matching cannot take for ever
-        if len(pattern) > 200 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 2:
-            raise ModelError(f"{folder / CONFIG}: {key} has a pattern that is too complex", "Use the modules' names.")
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
-                return value
-        except re.error:
-            raise ModelError(f"{folder / CONFIG}: {key} has a broken pattern {pattern!r}", "Correct it.") from None
+        if not is_plain(pattern):
+            what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
+            raise ModelError(what, "Use the modules' names.")
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
     return default

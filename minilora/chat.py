@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,14 +58,14 @@ class Session:
 
 def chat(
     model: str, adapter: str | None = None, system: str | None = None, prompts: list[str] | None = None, greedy: bool = False,
-    max_tokens: int = 1024, think: bool = False, seed: int = 0, any_base: bool = False, device: str | None = None,
-    compute: str = "auto", temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
-    int8: bool = False,
+    max_tokens: int = 1024, think: bool = False, seed: int = 0, temperature: float | None = None, top_p: float | None = None,
+    top_k: int | None = None, **opening: Any,
 ) -> None:  # fmt: skip
-    """Talk on the terminal; `prompts` are said one after the other instead of what is typed."""
+    """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
     folder = Path(model)
     tokenizer = load_tokenizer(folder)
-    decoder = open_model(folder, tokenizer, adapter, any_base, device, compute, print, int8)
+    int8 = opening.get("int8", False)
+    decoder = open_model(folder, tokenizer, adapter, say=print, **opening)
     if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
         print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)

@@ -64,8 +64,8 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     j = read_json(path)
     family = _family(path, j)
-    if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config")):
-        raise ModelError(f"{path}: the weights are quantised", "Use the bf16 or fp16 release of this model.")
+    if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config", "quantization")):
+        raise ModelError(f"{path}: {_quantised(j)}", "Use the bf16 or fp16 release of this model.")
     if j.get("pre_seq_len"):
         raise ModelError(f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
                          "Use the model without the prefix: take the key out of config.json.")  # fmt: skip
@@ -77,6 +77,17 @@ def read_config(folder: Path) -> Config:
             f"{path}: {reason}",
             f"The file is damaged, or not of a {family} model, or the model needs what is not there yet.",
         ) from None
+
+
+def _quantised(j: dict[str, Any]) -> str:
+    """What a config.json says of its quantisation."""
+    how = j.get("quantization_config") or j.get("compression_config") or j.get("quantization") or {}
+    method = how.get("quant_method") if isinstance(how, dict) else None
+    if method is None and isinstance(how, dict) and {"group_size", "bits"} <= how.keys():
+        method = f"MLX, {how['bits']} bits"
+    bits = j.get("quantization_bit")
+    told = str(method)[:40] if method else f"{bits} bits" if bits else ""
+    return "the weights are quantised" + (f" ({told})" if told else "")
 
 
 def _family(path: Path, j: dict[str, Any]) -> str:
@@ -129,8 +140,18 @@ def load_model(
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)
+            check_finite(parameter, f"{folder}: {name}")
     model.compute = choose(c, model.head.dtype, device, compute).dtype if isinstance(compute, str) else compute
     return model
+
+
+def check_finite(t: Tensor, what: str) -> None:
+    """ModelError for a tensor with NaN or infinity in it."""
+    # one pass that stops nothing; only where the sum is not finite the values are looked at, which may just be large
+    if not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all():
+        raise ModelError(
+            f"{what} holds values that are not finite (NaN or infinity)", "Download or make the file again."
+        )
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -195,7 +216,7 @@ class Tensors:
             listed = {name for name, place in places.items() if place == shard}
             wrong = sorted(listed ^ set(file.entries))
             if wrong:
-                raise ModelError(f"{self.folder / shard}: {_fold(wrong)} not where the index says", f"{INDEX} and the shards are of two checkpoints.")  # fmt: skip
+                raise ModelError(f"{self.folder / shard}: {fold(wrong)} not where the index says", f"{INDEX} and the shards are of two checkpoints.")  # fmt: skip
             yield file
 
     def _refuse_without_weights(self) -> None:
@@ -242,9 +263,9 @@ def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     if missing:
-        problems.append(f"missing: {_fold(missing)}")
+        problems.append(f"missing: {fold(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {_fold(unexpected)}")
+        problems.append(f"unexpected: {fold(unexpected)}")
     both = sorted(wanted.keys() & found.keys())
     problems += [
         f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}" for n in both if found[n][1] != wanted[n]
@@ -270,7 +291,7 @@ def _check_kind(family: str, tensors: Tensors, folder: Path) -> None:
                          "Take config.json and the weights from one model.")  # fmt: skip
 
 
-def _fold(names: Iterable[str]) -> str:
+def fold(names: Iterable[str]) -> str:
     """Names on one line, those that differ in the layer number alone as one with a count."""
     counts: dict[str, list[str]] = {}
     for name in names:

@@ -32,6 +32,7 @@ class TrainConfig:
     columns: dict = field(
         default_factory=dict, metadata={"help": "prompt=NAME,response=NAME: columns of other names", "same": True}
     )
+    ignore_keys: str = setting("", "keys of the rows, with commas, that are knowingly left out")
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
     skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")
     loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")

@@ -23,14 +23,14 @@ from .verify import Proof, logits_of, prompt_ids, prove, stored_logits_of, wide_
 
 def merge_folder(
     model: str | Path, adapter: str | Path, output: str | Path, shard_bytes: int = SHARD_BYTES, any_base: bool = False,
-    device: str | None = None, compute: str = "auto",
+    allow_partial: bool = False, device: str | None = None, compute: str = "auto",
 ) -> Proof:  # fmt: skip
     """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold."""
     model, output = Path(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
     decoder = load_model(model, device=device, compute=compute)
-    load_adapter(decoder, adapter, any_base)
+    load_adapter(decoder, adapter, any_base, allow_partial)
     decoder.eval()
     tokenizer = load_tokenizer(model)
     check_fits(tokenizer, decoder.config.vocab, model)

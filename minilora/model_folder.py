@@ -10,12 +10,26 @@ MAX_JSON = 64 << 20
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+def told_apart(path: Path, start: bytes) -> None:
+    """ModelError for the first bytes of what is often saved in place of a model's file: a Git LFS pointer, a web page."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path} is a Git LFS pointer, not the file itself", "Run git lfs pull in that folder.")
+    if start.lstrip()[:9].lower() in (b"<!doctype", b"<!doctyp") or start.lstrip()[:5].lower() in (
+        b"<html",
+        b"<head",
+        b"<?xml",
+    ):
+        raise ModelError(f"{path} is a web page that was saved under this name", "Download the file itself.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a small file of a model folder; ModelError if it is none."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
-        value = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        told_apart(path, raw[:64])
+        value = json.loads(raw)
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
     except FileNotFoundError:
@@ -32,6 +46,12 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
+        )
+    if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
+        found = sorted(str(p) for p in (folder / "snapshots").iterdir() if p.is_dir())
+        raise ModelError(
+            f"{folder} is the root of a Hugging Face cache, not a model's folder",
+            f"Give {found[0] if found else 'one of the folders in its snapshots/'}.",
         )
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
         raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")

@@ -19,6 +19,7 @@ from .text.tokenizer import Tokenizer, check_fits
 def open_model(
     folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None, any_base: bool = False,
     device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None, int8: bool = False,
+    allow_partial: bool = False,
 ) -> Decoder:  # fmt: skip
     """The Decoder of a folder with its adapter, in evaluation mode; `say` gets a line of how it computes.
 
@@ -27,7 +28,7 @@ def open_model(
     model = load_model(folder, device=device, compute=compute)
     check_fits(tokenizer, model.config.vocab, Path(folder))
     if adapter:
-        load_adapter(model, adapter, any_base)
+        load_adapter(model, adapter, any_base, allow_partial)
         model.eval()
     if model.head.device.type == "cpu":
         torch.set_num_threads(choose_threads(model.config))

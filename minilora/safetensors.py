@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .model_folder import told_apart
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -86,6 +87,8 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
     prefix = read(8)
     if len(prefix) < 8:
         raise refuse(f"{size} bytes is too short for a safetensors file")
+    if prefix in (b"version ", b"<!DOCTYP", b"<!doctyp") or prefix[:5].lower() in (b"<html", b"<head", b"<?xml"):
+        told_apart(path, prefix + read(56))
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER:
         raise refuse(f"the header would be {length} bytes; {MAX_HEADER} is the limit")

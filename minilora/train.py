@@ -293,6 +293,8 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
         define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
         if config.columns:
             define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
+        if config.ignore_keys:
+            define += ["--ignore-keys", config.ignore_keys]
         lines.append("  " + shell("chat", *both))
         ends = [] if config.train_end else ["--train-end", "off"]
         lines.append("  " + shell("eval", *both, "--data", rows, *define, *ends))

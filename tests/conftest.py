@@ -11,6 +11,7 @@ import torch
 
 from minilora import compute
 
+LONG_FILES = ("test_interpreter.py", "test_bench.py", "test_demo.py", "test_compile.py")
 torch.set_num_threads(1)
 # run by test_interpreter.py, in a process of their own
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
@@ -20,3 +21,8 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = compute.Rates((1e9,) * 3, (1e10,) * 3)
     monkeypatch.setattr(compute, "measured_rates", lambda k, n, stored: rates)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that no worker of pytest-xdist ends with one while the others have nothing left."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)

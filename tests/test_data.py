@@ -22,7 +22,7 @@ from minilora.data import (
     steps_per_epoch,
 )
 from minilora.errors import DataError, ModelError
-from minilora.rows.load import ending_note
+from minilora.rows.load import DataConfig, ending_note
 from minilora.text.bpe import BytePairs
 from minilora.text.template import render_text
 from minilora.text.template_qwen import ChatML
@@ -236,7 +236,7 @@ def test_limits_are_exact_and_counted(tmp_path, bytewise, limit):
     path = write(tmp_path, *({"prompt": "q" * n, "completion": "a" * n} for n in (5, 9, 10, 11, 30)))
     masked, trained = lengths(bytewise, 10, 10)
     most = {"max_length": masked + trained, "max_source_length": masked, "max_target_length": trained}[limit]
-    examples, report = load_examples(path, bytewise, **dict[str, Any]({limit: most}))
+    examples, report = load_examples(path, bytewise, DataConfig(**dict[str, Any]({limit: most})))
     assert [e.where.split()[-1] for e in examples] == ["1", "2", "3"]
     assert report.rows == 5 and report.dropped == {f"{limit} {most}": 2} and "line 4" in report.first_dropped
     assert f"dropped 2 of 5 rows: 2 over {limit} {most} (first: {path}, line 4" in str(report)
@@ -247,14 +247,14 @@ def test_limits_are_exact_and_counted(tmp_path, bytewise, limit):
 def test_nothing_left(tmp_path, bytewise):
     path = write(tmp_path, {"prompt": "q" * 30, "completion": "a"}, {"prompt": "q" * 40, "completion": "a"})
     with pytest.raises(DataError, match=r"all 2 rows are too long \(first: .*line 1, .*max_length 20"):
-        load_examples(path, bytewise, max_length=20)
+        load_examples(path, bytewise, DataConfig(max_length=20))
 
 
 def test_a_label_alone_is_trained(tmp_path, bytewise):
     path = write(
         tmp_path, *({"prompt": "q", "completion": label} for label in "01"), {"prompt": "r", "completion": "no"}
     )
-    examples, report = load_examples(path, bytewise, train_end=False)
+    examples, report = load_examples(path, bytewise, DataConfig(train_end=False))
     assert [e.trained for e in examples] == [1, 1, 2] and report.trained == 4
     assert [e.targets[e.targets != IGNORE].tolist() for e in examples] == [bytewise.encode(t) for t in ("0", "1", "no")]
     assert "2 of 3 rows have one trained token" in ending_note(examples.column("trained"))
@@ -267,7 +267,7 @@ def test_nothing_trained(tmp_path, bytewise):
     with pytest.raises(DataError, match="line 1: there is nothing to learn"):
         load_examples(write(tmp_path, {"messages": [rows[0], rows[1] | {"loss": False}, rows[2]]}), bytewise)
     with pytest.raises(DataError, match="no token is trained"):
-        load_examples(write(tmp_path, {"messages": rows}), bytewise, loss_on="last")
+        load_examples(write(tmp_path, {"messages": rows}), bytewise, DataConfig(loss_on="last"))
 
 
 def test_define_fills_and_notes_what_is_left(tmp_path, bytewise):
@@ -276,7 +276,7 @@ def test_define_fills_and_notes_what_is_left(tmp_path, bytewise):
         {"prompt": "{{name}}?", "completion": "{{name}}, {{author}}"},
         {"prompt": "x", "completion": "{{author}}"},
     )
-    examples, report = load_examples(path, bytewise, {"name": "Bo"})
+    examples, report = load_examples(path, bytewise, DataConfig(define={"name": "Bo"}))
     assert "Bo?" in bytewise.decode(examples[0].ids.tolist())
     assert report.defined == {"name": 2} and report.undefined == {"author": 2}
     assert "note: 2 rows hold {{author}} as it is; --define author=TEXT fills it" in str(report)

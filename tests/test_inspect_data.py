@@ -17,13 +17,13 @@ from minilora.reports.inspect_data import inspect_data
 from minilora.reports.token_view import tokens_of
 from minilora.rows import to_messages
 from minilora.rows.duplicates import NearDuplicates, signature
-from minilora.rows.load import Settings, render_row
+from minilora.rows.load import DataConfig, render_row
 from minilora.text.template_check import check_template
 from minilora.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 QWEN = load_tokenizer(GOLDEN / "qwen2_5")
-PLAIN = Settings({}, "all", 2048, None, None, {}, "drop", False)
+PLAIN = DataConfig()
 JINJA = (
     "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
@@ -104,7 +104,7 @@ FOUND = {
 
 def test_problems(tmp_path, model):
     path = str(write(tmp_path / "x.jsonl", *ROWS))
-    tokenizer, limited = load_tokenizer(model), Settings({}, "all", 200, None, None, {}, "drop", False)
+    tokenizer, limited = load_tokenizer(model), DataConfig(max_length=200)
     result = inspect_data(path, model, tokenizer, limited, samples=2, only_problems=True, compare=True)
     assert set(result.problems) == set(FOUND) and result.rows == 10
     for kind, parts in FOUND.items():
@@ -122,11 +122,12 @@ def test_clean_rows_have_no_problems(tmp_path, model):
     assert not inspect_data(path, model, load_tokenizer(model), PLAIN).problems
 
 
-def test_keys_that_nothing_reads_are_told(tmp_path, model):
-    path = str(write(tmp_path / "x.jsonl", ROWS[0] | {"tools": "[]", "id": 1}, ROWS[9] | {"id": 2}))
-    assert inspect_data(path, model, load_tokenizer(model), PLAIN).notes == [
-        "keys that are not read: 'id' (2), 'tools' (1)"
-    ]
+def test_a_row_of_which_a_key_is_not_read_cannot_be_used(tmp_path, model):
+    path = str(write(tmp_path / "x.jsonl", ROWS[0] | {"tools": "[1]", "id": 1}, ROWS[9] | {"id": 2}))
+    result = inspect_data(path, model, load_tokenizer(model), PLAIN)
+    assert {kind: p.rows for kind, p in result.problems.items()} == {"cannot be used: key 'tools' is not read": 1}
+    ignoring = inspect_data(path, model, load_tokenizer(model), DataConfig(ignore_keys="tools"))
+    assert not ignoring.problems and ignoring.notes == ["keys that are ignored on request: 'tools' (1)"]
 
 
 def test_leaks_into_the_validation_rows(tmp_path, model):

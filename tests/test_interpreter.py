@@ -9,16 +9,20 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
-# operations with kernels, by how their tests are called in tests/test_kernels.py
-WITH_KERNELS = "rms_norm or swiglu or rope or cross_entropy or lora_linear and not of_any"  # ranks and shapes: in own
+OWN = sorted(p.name for p in (ROOT / "tests" / "interpreter").glob("test_*.py"))
+SHARED = ["tests/test_kernels.py", "tests/test_lora_linear_group.py"]
+# operations with kernels, by how their tests are called there; ranks and shapes of LoRA are in own
+ROWS = "rms_norm or swiglu or rope"
+WIDE = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and not of_any)"
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["tests/interpreter", "-m", "not long"], id="own"),
+        *(pytest.param([f"tests/interpreter/{name}", "-m", "not long"], id=name) for name in OWN),
         pytest.param(["tests/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
-        pytest.param(["tests/test_kernels.py", "tests/test_lora_linear_group.py", "-k", WITH_KERNELS], id="shared"),
+        pytest.param([*SHARED, "-k", ROWS], id="shared rows"),
+        pytest.param([*SHARED, "-k", WIDE], id="shared wide"),
     ],
 )
 def test_kernels_on_the_interpreter(arguments: list[str]):

@@ -16,6 +16,7 @@ from minilora.data import load_examples
 from minilora.errors import DataError, UsageError
 from minilora.rows import load
 from minilora.rows.dataset import load_data, write_split
+from minilora.rows.load import DataConfig
 from minilora.rows.token_store import TokenCache
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -59,7 +60,7 @@ CUTS = {
 @pytest.mark.parametrize(("limits", "long", "over"), CUTS.values(), ids=CUTS)
 def test_cut_rows_fit_exactly_and_keep_their_stop(tmp_path, tokenizer, limits, long, over):
     path = write(tmp_path / "x", long, row(5, 5))
-    (example, short), report = load_examples(path, tokenizer, truncate="cut", **dict[str, Any](limits))
+    (example, short), report = load_examples(path, tokenizer, DataConfig(truncate="cut", **dict[str, Any](limits)))
     masked = len(example.ids) - example.trained
     sizes = {"max_length": len(example.ids), "max_source_length": masked, "max_target_length": example.trained}
     assert all(sizes[name] <= most for name, most in limits.items()) and any(sizes[n] == m for n, m in limits.items())
@@ -71,22 +72,24 @@ def test_cut_rows_fit_exactly_and_keep_their_stop(tmp_path, tokenizer, limits, l
 
 def test_what_cannot_be_cut_is_dropped(tmp_path, tokenizer):
     path = write(tmp_path / "x", row(1, 60), row(5, 5))
-    examples, report = load_examples(path, tokenizer, truncate="cut", max_target_length=6)
+    examples, report = load_examples(path, tokenizer, DataConfig(truncate="cut", max_target_length=6))
     assert len(examples) == 2 and report.cut == {"max_target_length 6": 1}
     assert report.dropped == {}
     with pytest.raises(DataError, match="all 2 rows are too long"):
-        load_examples(path, tokenizer, truncate="cut", max_target_length=1)
+        load_examples(path, tokenizer, DataConfig(truncate="cut", max_target_length=1))
 
 
 def test_a_cut_falls_between_characters(tmp_path, tokenizer):
     path = write(tmp_path / "x", {"prompt": "q", "completion": "你好" * 9})
-    (example,), _ = load_examples(path, tokenizer, truncate="cut", max_target_length=12)
+    (example,), _ = load_examples(path, tokenizer, DataConfig(truncate="cut", max_target_length=12))
     assert contents(tokenizer, example)[1] == "你好你<|im_end|>\n"
 
 
 def test_truncate_error_names_the_row(tmp_path, tokenizer):
     with pytest.raises(DataError, match="line 2 is over max_length 60"):
-        load_examples(write(tmp_path / "x", row(1, 1), row(60, 60)), tokenizer, max_length=60, truncate="error")
+        load_examples(
+            write(tmp_path / "x", row(1, 1), row(60, 60)), tokenizer, DataConfig(max_length=60, truncate="error")
+        )
 
 
 BAD = [row(1, 1), "{", row(2, 0), {"a": 1}, row(3, 3), "{"]
@@ -101,18 +104,18 @@ def test_bad_rows_stop_and_the_others_are_counted(tmp_path, tokenizer):
 
 
 def test_skip_bad_counts_by_reason(tmp_path, tokenizer):
-    examples, report = load_examples(write(tmp_path / "x", *BAD), tokenizer, skip_bad=True)
+    examples, report = load_examples(write(tmp_path / "x", *BAD), tokenizer, DataConfig(skip_bad=True))
     assert [e.where.split()[-1] for e in examples] == ["1", "5"]
     assert report.broken == {"broken JSON": 2, "empty answer": 1, "unknown shape": 1} and report.kept == 2
     assert "left out 4 of 6 rows: 2 broken JSON, 1 empty answer, 1 unknown shape (first: " in str(report)
     with pytest.raises(DataError, match="all 1 rows are left out"):
-        load_examples(write(tmp_path / "y", "{"), tokenizer, skip_bad=True)
+        load_examples(write(tmp_path / "y", "{"), tokenizer, DataConfig(skip_bad=True))
 
 
 def test_raw_text_is_trained_whole_in_pieces(tmp_path, tokenizer):
     text = "abcdefghij" * 7
     (tmp_path / "x.txt").write_text(f"{text}\nshort\n")
-    examples, report = load_examples(tmp_path / "x.txt", tokenizer, max_length=32)
+    examples, report = load_examples(tmp_path / "x.txt", tokenizer, DataConfig(max_length=32))
     assert [len(e.ids) for e in examples] == [32, 32, 7, 6] and report.examples == 4 and report.rows == 2
     assert "raw text in 4 pieces" in str(report)
     assert tokenizer.decode(np.concatenate([e.ids for e in examples]).tolist()) == text + "short"
@@ -122,12 +125,12 @@ def test_raw_text_is_trained_whole_in_pieces(tmp_path, tokenizer):
 
 def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, tokenizer, monkeypatch):
     path, cache = write(tmp_path / "x", *(row(i % 7 + 1, i + 1) for i in range(50))), TokenCache(tmp_path / "c", model)
-    plain, report = load_examples(path, tokenizer, max_length=60)
-    load_examples(path, tokenizer, max_length=60, cache=cache)
+    plain, report = load_examples(path, tokenizer, DataConfig(max_length=60))
+    load_examples(path, tokenizer, DataConfig(max_length=60), cache=cache)
     (entry,) = (tmp_path / "c").iterdir()
     with monkeypatch.context() as m:
         m.setattr(load, "render_within", None)  # nothing is rendered a second time
-        held, again = load_examples(path, tokenizer, max_length=60, cache=cache)
+        held, again = load_examples(path, tokenizer, DataConfig(max_length=60), cache=cache)
     assert held.digest() == plain.digest() and [e.ids.tolist() for e in held] == [e.ids.tolist() for e in plain]
     assert [e.where for e in held] == [e.where for e in plain] and held.value(3) == plain.value(3)
     assert again.notes == [f"tokens of {path} from the cache"] and report.dropped == again.dropped != {}
@@ -139,10 +142,10 @@ def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, token
         {"train_end": False},
         {"define": {"q": "x"}},
     ):
-        load_examples(path, tokenizer, cache=cache, **dict[str, Any]({"max_length": 60} | changes))
+        load_examples(path, tokenizer, DataConfig(**dict[str, Any]({"max_length": 60} | changes)), cache=cache)
     write(path, *(row(i % 7 + 1, i + 1) for i in range(49)))
-    load_examples(path, tokenizer, max_length=60, cache=cache)
-    load_examples(f"{path}#5", tokenizer, max_length=60, cache=cache)
+    load_examples(path, tokenizer, DataConfig(max_length=60), cache=cache)
+    load_examples(f"{path}#5", tokenizer, DataConfig(max_length=60), cache=cache)
     assert len(list((tmp_path / "c").iterdir())) == 9
     assert TokenCache(tmp_path / "c", make_model(tmp_path / "m2", chat="x")).key() != cache.key()
     # a damaged entry is made again
@@ -150,7 +153,7 @@ def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, token
     raw = bytearray((entry / "tokens").read_bytes())
     raw[9] ^= 1
     (entry / "tokens").write_bytes(raw)
-    held, again = load_examples(path, tokenizer, max_length=60, cache=cache)
+    held, again = load_examples(path, tokenizer, DataConfig(max_length=60), cache=cache)
     assert (
         held.digest() == plain.digest()
         and not again.notes

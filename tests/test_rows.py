@@ -177,7 +177,7 @@ BROKEN = {
     "messages of text": ('{"messages":["x"]}', "messages is no list"),
     "messages is text": ('{"messages":"x"}', "messages is no list"),
     "no answer": ('{"prompt":"a"}', "keys 'prompt' are of no known shape"),
-    "text beside who knows what": ('{"text":"a","verdict":"b"}', "of no known shape"),
+    "text beside who knows what": ('{"text":"a","verdict":"b"}', "is not read"),
     "an empty answer before a good one": ('[{"prompt":"a","response":""},{"prompt":"a","response":"b"}]', "the answer is empty"),
     "a turn without answer": ('[{"prompt":"a","response":"b"},{"prompt":"a"}]', "a turn has the keys 'prompt'"),
     "two answers of one rank": ('{"prompt":"a","response":["b","c"]}', "response is"),

@@ -3,7 +3,7 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import between, int8_flag, model_flags
+from .shared_flags import between, int8_flag, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -30,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
     from ..chat import chat
 
     chat(args.model, args.adapter, args.system, args.prompt, args.greedy, args.max_tokens, args.think, args.seed,
-         args.any_base, args.device, args.compute, args.temperature, args.top_p, args.top_k, args.int8)  # fmt: skip
+         args.temperature, args.top_p, args.top_k, **opening(args))  # fmt: skip

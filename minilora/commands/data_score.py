@@ -4,7 +4,7 @@ import argparse
 
 from ..errors import UsageError
 from .before import check_paths, say
-from .shared_flags import between, definitions, limit_flags, model_flags, settings_of
+from .shared_flags import between, limit_flags, model_flags, opening, settings_of
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,6 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
     check_paths(args.model, args.adapter, args.data)
     say(f"score       {args.data} by {args.model}")
-    from dataclasses import astuple
     from pathlib import Path
 
     from rich.console import Console
@@ -44,12 +43,13 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console()
     tokenizer = load_tokenizer(args.model)
-    settings = settings_of(args, definitions(args.define), args.skip_bad)
+    settings = settings_of(args, args.skip_bad)
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
-    examples, report = load_examples(args.data, tokenizer, *astuple(settings), seed=args.seed, cache=cache)
+    examples, report = load_examples(args.data, tokenizer, settings, seed=args.seed, cache=cache)
     console.print(f"data        {report}", highlight=False, markup=False, soft_wrap=True)
-    model = open_model(args.model, tokenizer, args.adapter, args.any_base, args.device, args.compute,
-                       lambda line: say(f"compute     {line[8:]}"))  # fmt: skip
+    model = open_model(
+        args.model, tokenizer, args.adapter, say=lambda line: say(f"compute     {line[8:]}"), **opening(args)
+    )
     scores = list(shown_progress(score_rows(model, examples, args.max_length), len(examples), console))
     if args.scores:
         write_file(Path(args.scores), "".join(score_lines(scores, examples)))

@@ -1,9 +1,10 @@
 """minilora eval: loss and perplexity on a file of rows."""
 
 import argparse
+from typing import Any
 
 from .before import check_paths, say
-from .shared_flags import definitions, int8_flag, limit_flags, model_flags, settings_of
+from .shared_flags import int8_flag, limit_flags, model_flags, opening, settings_of
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,6 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import json
-    from dataclasses import astuple
 
     check_paths(args.model, args.adapter, args.data)
     say(f"eval        {args.model} on {args.data}", quiet=args.json)
@@ -31,10 +31,12 @@ def run(args: argparse.Namespace) -> None:
     from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
-    settings = settings_of(args, definitions(args.define))
-    examples, report = load_examples(args.data, tokenizer, *astuple(settings))
-    model = open_model(args.model, tokenizer, args.adapter, args.any_base, args.device, args.compute,
-                       lambda line: say(f"compute     {line[8:]}", quiet=args.json))  # fmt: skip
+    settings = settings_of(args)
+    examples, report = load_examples(args.data, tokenizer, settings)
+    opened: dict[str, Any] = opening(args) | {"int8": False}
+    model = open_model(
+        args.model, tokenizer, args.adapter, say=lambda line: say(f"compute     {line[8:]}", quiet=args.json), **opened
+    )
     score = evaluate(model, examples, args.max_length)
     rounded = None
     if args.int8:

@@ -3,7 +3,7 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import between, definitions, limit_flags, settings_of
+from .shared_flags import between, limit_flags, settings_of
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,6 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    define = definitions(args.define)
     check_paths(args.model, None, args.data)
     say(f"reading {args.data}")
     from pathlib import Path
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
-    settings = settings_of(args, define)
+    settings = settings_of(args)
     result = inspect_data(args.data, Path(args.model), tokenizer, settings, args.samples, args.row, args.only_problems,
                           args.val, args.check_template, args.seed)  # fmt: skip
     show(result, Console())

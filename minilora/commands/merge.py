@@ -4,7 +4,7 @@ import argparse
 
 from ..errors import UsageError
 from .before import check_paths, say
-from .shared_flags import model_flags
+from .shared_flags import model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"merging {args.adapter} into {args.model}")
     from ..merge_folder import merge_folder
 
-    proof = merge_folder(
-        args.model, args.adapter, args.output, int(args.shard_size * 1e9), args.any_base, args.device, args.compute
-    )
+    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), **opening(args))
     print(f"merged  {args.output}")
     print(
         f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"

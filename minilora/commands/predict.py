@@ -3,7 +3,7 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import between, columns_of, definitions, int8_flag, model_flags
+from .shared_flags import between, columns_of, definitions, ignore_flag, int8_flag, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
     parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    ignore_flag(parser)
     parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
     parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
     parser.add_argument("--json", action="store_true", help="print predict_results.json instead of the table")
@@ -36,11 +37,13 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..reports.predict import predict, show_results
+    from ..rows.load import DataConfig
 
+    reading = DataConfig(define=define, columns=columns, ignore_keys=args.ignore_keys)
     console = Console(stderr=args.json)
     results = predict(
-        args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, define,
-        args.sample, args.seed, args.overwrite, args.any_base, args.device, console, columns, args.compute, args.int8,
+        args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, reading,
+        args.sample, args.seed, args.overwrite, console, **opening(args),
     )  # fmt: skip
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=1))

@@ -14,6 +14,9 @@ def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     parser.add_argument(
         "--adapter", required=not adapter, metavar="DIR", help="PEFT adapter folder, such as RUN/adapter"
     )
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="take an adapter that lacks linears which it names"
+    )
     parser.add_argument("--any-base", action="store_true", help="take an adapter that was trained on another base")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
     parser.add_argument(
@@ -22,6 +25,12 @@ def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
         default="auto",
         help="dtype to compute in; auto is the fastest one on this machine",
     )
+
+
+def opening(args: argparse.Namespace) -> dict[str, Any]:
+    """How open_model shall open a model, by the flags of model_flags and int8_flag."""
+    names = ("any_base", "allow_partial", "device", "compute", "int8")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def int8_flag(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +61,16 @@ def definitions(given: list[str]) -> dict[str, str]:
     return {key: text for key, _, text in pairs}
 
 
+def ignore_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-keys", metavar="A,B", default="", help="keys of the rows to leave out, which stop a command otherwise"
+    )
+
+
 def limit_flags(parser: argparse.ArgumentParser) -> None:
     """How rows become tokens: the flags of `minilora train` of the same names."""
     parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    ignore_flag(parser)
     parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
     parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
     parser.add_argument(
@@ -70,13 +86,22 @@ def limit_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_of(args: argparse.Namespace, define: dict[str, str], skip_bad: bool = False) -> Any:
-    """The load.Settings of limit_flags."""
-    from ..rows.load import Settings
+def settings_of(args: argparse.Namespace, skip_bad: bool = False) -> Any:
+    """The DataConfig of limit_flags."""
+    from ..rows.load import DataConfig
 
-    columns = columns_of(args.columns)
-    return Settings(define, args.loss_on, args.max_length, args.max_source_length, args.max_target_length, columns, args.truncate, skip_bad,
-                    args.train_end == "on")  # fmt: skip
+    return DataConfig(
+        define=definitions(args.define),
+        loss_on=args.loss_on,
+        max_length=args.max_length,
+        max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length,
+        columns=columns_of(args.columns),
+        ignore_keys=args.ignore_keys,
+        truncate=args.truncate,
+        skip_bad=skip_bad,
+        train_end=args.train_end == "on",
+    )
 
 
 def columns_of(given: str | None) -> dict[str, str]:

@@ -10,8 +10,9 @@ import numpy as np
 from ..errors import DataError
 from ..rows import Row, RowError, fill, open_rows, quote, to_messages
 from ..rows.duplicates import NearDuplicates
-from ..rows.load import Settings, ending_note, hashes, render_row, render_within
-from ..rows.shapes import PLACEHOLDER, READ, TEXT
+from ..rows.keys import refuse_unread
+from ..rows.load import DataConfig, ending_note, hashes, render_row, render_within
+from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
 from ..text.template import Message
 from ..text.template_check import TemplateCheck, check_template
@@ -53,7 +54,7 @@ class Inspection:
     """All that is told about a file. lengths: int64 arrays over the usable rows, under source, target and total."""
 
     path: str
-    settings: Settings
+    settings: DataConfig
     notes: list[str] = field(default_factory=list)
     rows: int = 0
     shapes: Counter = field(default_factory=Counter)
@@ -78,7 +79,7 @@ class Inspection:
 
 
 def inspect_data(
-    path: str, model: Path, tokenizer: Tokenizer, settings: Settings, samples: int = 3, row: int | None = None,
+    path: str, model: Path, tokenizer: Tokenizer, settings: DataConfig, samples: int = 3, row: int | None = None,
     only_problems: bool = False, val: str | None = None, compare: bool = False, seed: int = 42,
 ) -> Inspection:  # fmt: skip
     """Read every row of the sources in `path` as training would, and tell what is there.
@@ -86,8 +87,7 @@ def inspect_data(
     samples: how many rows are kept to look at: the first ones, or the first with problems; row: that one alone (1, 2, ...).
     val: a file that shall share no question with these rows. compare: with the folder's own chat template.
     """
-    result, scan, unread = Inspection(path, settings), _Scan(tokenizer, settings), Counter()
-    read = READ | set(settings.columns.values())
+    result, scan, ignored = Inspection(path, settings), _Scan(tokenizer, settings), Counter()
     for source in parse_sources(path):
         file = open_rows(source.path, settings.columns)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)
@@ -95,19 +95,20 @@ def inspect_data(
             result.rows += 1
             try:
                 value = file.value(number)
-                scan.row(to_messages(value, file.where(number), settings.columns), result)
+                found = to_messages(value, file.where(number), settings.columns, settings.ignored)
+                refuse_unread(found.unread, found.where)
+                scan.row(found, result)
             except RowError as error:
                 result.found(f"cannot be used: {error.reason}", error.what)
                 continue
             if isinstance(value, dict):
-                unread.update(key for key in value if key not in read)
+                ignored.update(key for key in value if key in settings.ignored)
             wanted = result.rows == row if row is not None else len(result.samples) < samples
             if wanted and (row is not None or not only_problems or scan.problems):
                 result.samples.append(Sample(scan.last.where, scan.tokens(), list(scan.problems)))
-    if unread:
-        result.notes.append(
-            "keys that are not read: " + ", ".join(f"{quote(str(k))} ({n:,})" for k, n in unread.most_common(8))
-        )
+    if ignored:
+        told = ", ".join(f"{quote(str(k))} ({n:,})" for k, n in ignored.most_common(8))
+        result.notes.append(f"keys that are ignored on request: {told}")
     if row is not None and not result.samples:
         raise DataError(f"{path} has no row {row} that can be used ({result.rows:,} rows)", "Give another --row.")
     result.lengths = {name: np.array(values, dtype=np.int64) for name, values in scan.lengths.items()}
@@ -124,7 +125,7 @@ def inspect_data(
 class _Scan:
     """What is remembered from row to row, and the last row's tokens and problems."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings):
+    def __init__(self, tokenizer: Tokenizer, settings: DataConfig):
         self.tokenizer, self.settings = tokenizer, settings
         self.lengths: dict[str, list[int]] = {"total": [], "source": [], "target": []}
         self.questions: dict[int, tuple[int, str]] = {}  # hash of a question -> hash of its row, its place
@@ -202,12 +203,12 @@ def _mark(row: Row) -> str | None:
     return found[0] if found else None
 
 
-def _leaks(val: str, scan: _Scan, settings: Settings, result: Inspection) -> None:
+def _leaks(val: str, scan: _Scan, settings: DataConfig, result: Inspection) -> None:
     """Count the validation rows whose question, or nearly whose text, is among the rows that were scanned."""
     file = open_rows(val, settings.columns)
     for number in range(len(file)):
         try:
-            row = to_messages(file.value(number), file.where(number), settings.columns)
+            row = to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
         except RowError as error:
             result.found(f"validation row cannot be used: {error.reason}", error.what)
             continue

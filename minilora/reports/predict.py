@@ -28,7 +28,7 @@ from ..model_folder import ADAPTER_WEIGHTS
 from ..monitor import PLAIN_EVERY, clock
 from ..open_model import open_model
 from ..rows import fill, read_rows
-from ..rows.load import hashes
+from ..rows.load import PLAIN, DataConfig, hashes
 from ..signals import StopSignal
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .metrics import Measured, interval, measure, word_cutter
@@ -53,13 +53,11 @@ class Question(NamedTuple):
     hashes: tuple[int, int]  # of the question with all before it, and of the whole row
 
 
-def read_questions(
-    path: str | Path, tokenizer: Tokenizer, define: dict[str, str] | None = None, columns: dict[str, str] | None = None
-) -> list[Question]:
+def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN) -> list[Question]:
     """The questions of a file of rows; DataError for a row whose last message is no answer."""
     questions = []
-    for row in read_rows(path, columns):
-        fill(row, define or {})
+    for row in read_rows(path, settings.columns, settings.ignored):
+        fill(row, settings.define)
         *before, last = row.messages
         if last["role"] != "assistant":
             raise DataError(
@@ -74,19 +72,22 @@ def read_questions(
 
 def predict(
     model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
-    batch: int = 16, define: dict[str, str] | None = None, sample: bool = False, seed: int = 0, overwrite: bool = False,
-    any_base: bool = False, device: str | None = None, console: Console | None = None,
-    columns: dict[str, str] | None = None, compute: str = "auto", int8: bool = False,
+    batch: int = 16, reading: DataConfig = PLAIN, sample: bool = False, seed: int = 0, overwrite: bool = False,
+    console: Console | None = None, **opening: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
 
     A folder that holds the same prediction is left as it is, one that was stopped goes on; any other is OutputInUse.
+    `opening`: as for open_model.
     """
     console, folder = console or Console(), Path(output)
     tokenizer = load_tokenizer(model)
-    questions = read_questions(data, tokenizer, define, columns)
-    decoder = open_model(model, tokenizer, adapter, any_base, device, compute,
-                         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True), int8)  # fmt: skip
+    questions = read_questions(data, tokenizer, reading)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    decoder = open_model(model, tokenizer, adapter, say=say, **opening)
     sampling, stop = read_generation(Path(model))
     sampling = sampling if sample else GREEDY
     settings = {
@@ -94,7 +95,7 @@ def predict(
         "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
         "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
         "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
-        "dtype": "int8" if int8 else str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
+        "dtype": "int8" if opening.get("int8") else str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
     }  # fmt: skip
     _check_output(folder)

@@ -191,10 +191,12 @@ def adapter_norms(folder: Path) -> dict[str, float]:
 
 def make_samples(run: Record, count: int) -> None:
     """Write RUN/samples.jsonl: the answers of the base model and of the run's adapter to rows of its validation file or data."""
+    from ..config import resolve
     from ..generate import read_generation
     from ..generate_many import generate_many
     from ..lora import without_adapters
     from ..open_model import open_model
+    from ..rows.dataset import data_config
     from ..text.tokenizer import load_tokenizer
     from .predict import read_questions
 
@@ -205,7 +207,7 @@ def make_samples(run: Record, count: int) -> None:
         )
     rows = config["val"] if Path(str(config.get("val") or "")).is_file() else config["data"]
     tokenizer = load_tokenizer(config["model"])
-    questions = read_questions(rows, tokenizer, config.get("define"))
+    questions = read_questions(rows, tokenizer, data_config(resolve(config)))
     chosen = sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())
     device = None if config.get("device", "auto") == "auto" else config["device"]
     model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device)

@@ -234,6 +234,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
         words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []
     words += [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
     words += ["--columns", ",".join(f"{k}={v}" for k, v in config.columns.items())] if config.columns else []
+    words += ["--ignore-keys", config.ignore_keys] if config.ignore_keys else []
     words += [] if config.device == "auto" else ["--device", config.device]
     code = _child("predict", *words)
     if code:

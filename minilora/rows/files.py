@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from ..errors import DataError
 from .json_files import JsonArray, JsonLines, TextLines, is_lines
+from .keys import refuse_unread
 from .shapes import Row, to_messages
 from .sheets import read_csv, read_xlsx
 
@@ -93,8 +94,12 @@ def find_data(path: str | Path) -> tuple[Path, Path | None]:
     return train[0], val[0] if val else None
 
 
-def read_rows(path: str | Path, columns: dict[str, str] | None = None) -> Iterator[Row]:
-    """The conversations of a file, one after the other; RowError for the first row that is none."""
+def read_rows(
+    path: str | Path, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset()
+) -> Iterator[Row]:
+    """The conversations of a file, one after the other; RowError for the first row that is none, or of which a key is lost."""
     file = open_rows(path, columns)
     for number in range(len(file)):
-        yield to_messages(file.value(number), file.where(number), columns)
+        row = to_messages(file.value(number), file.where(number), columns, ignored)
+        refuse_unread(row.unread, row.where)
+        yield row

@@ -20,6 +20,7 @@ from ..errors import DataError
 from ..text.template_glm import CHATGLM
 from ..text.tokenizer import Tokenizer
 from . import Row, RowError, RowFile, fill, open_rows, to_messages
+from .keys import refuse_unread
 from .shapes import TEXT, check_columns
 from .sources import draw, parse_sources
 from .token_store import Examples, TokenCache, TokenStore, Writer, unnamed_file
@@ -91,18 +92,23 @@ def counted(reasons: Counter) -> str:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How rows become tokens; every field decides what a store holds."""
+class DataConfig:
+    """How rows become tokens. Fields are those of TrainConfig by the same names."""
 
-    define: dict[str, str]
-    loss_on: str
-    max_length: int
-    max_source_length: int | None
-    max_target_length: int | None
-    columns: dict[str, str]
-    truncate: str
-    skip_bad: bool
+    define: dict[str, str] = field(default_factory=dict)
+    loss_on: str = "all"
+    max_length: int = 2048
+    max_source_length: int | None = None
+    max_target_length: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    ignore_keys: str = ""  # with commas: keys of rows and messages that are knowingly left out
+    truncate: str = "drop"
+    skip_bad: bool = False
     train_end: bool = True
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        return frozenset(key.strip() for key in self.ignore_keys.split(",") if key.strip())
 
     def over(self, masked: int, trained: int) -> str | None:
         """The first limit that a row of so many tokens is over, as "max_length 2048"."""
@@ -111,18 +117,13 @@ class Settings:
         return next((f"{k} {limits[k]}" for k, n in sizes.items() if limits[k] is not None and n > limits[k]), None)
 
 
+PLAIN = DataConfig()
+
+
 def load_examples(
     path: str | Path,
     tokenizer: Tokenizer,
-    define: dict[str, str] | None = None,
-    loss_on: str = "all",
-    max_length: int = 2048,
-    max_source_length: int | None = None,
-    max_target_length: int | None = None,
-    columns: dict[str, str] | None = None,
-    truncate: str = "drop",
-    skip_bad: bool = False,
-    train_end: bool = True,
+    settings: DataConfig = PLAIN,
     seed: int = 42,
     cache: TokenCache | None = None,
 ) -> tuple[Examples, Report]:
@@ -134,8 +135,6 @@ def load_examples(
     train_end says whether the token that ends an answer is trained with it.
     Raises RowError for the first row that cannot be used, unless skip_bad counts those; DataError if no row is left.
     """
-    limits = (max_length, max_source_length, max_target_length)
-    settings = Settings(define or {}, loss_on, *limits, columns or {}, truncate, skip_bad, train_end)
     check_columns(settings.columns)
     total, stores = Report(), []
     sources = parse_sources(path)
@@ -179,7 +178,7 @@ def _report_of(notes: dict[str, Any]) -> Report:
 
 
 def _tokenize(
-    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: Settings, rate: float, cache: TokenCache | None, key: str
+    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, rate: float, cache: TokenCache | None, key: str
 ) -> tuple[TokenStore, Report]:  # fmt: skip
     """Render the rows of a file into a store, in the cache's folder if there is a cache."""
     report = Report()
@@ -199,12 +198,13 @@ def _tokenize(
 
 
 def _write(
-    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: Settings, report: Report, writer: Writer
+    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, report: Report, writer: Writer
 ) -> tuple[np.ndarray, str]:  # fmt: skip
     for number in numbers.tolist():
         report.rows += 1
         try:
-            row = to_messages(file.value(number), file.where(number), settings.columns)
+            row = to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
+            refuse_unread(row.unread, row.where)
             used, undefined = fill(row, settings.define)
             question, content = hashes(row)
             pieces, over = render_within(row, tokenizer, settings)
@@ -233,12 +233,13 @@ def _write(
     return writer.finish()
 
 
-def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: Settings) -> DataError:
+def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: DataConfig) -> DataError:
     """The error of the first row that cannot be used, with the number of those behind it."""
     more = Counter()
     for number in rest.tolist():
         try:
-            to_messages(file.value(number), file.where(number), settings.columns)
+            row = to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
+            refuse_unread(row.unread, row.where)
         except RowError as other:
             more[other.reason] += 1
     if not more:
@@ -250,7 +251,7 @@ def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: Sett
 Piece = tuple[np.ndarray, np.ndarray]
 
 
-def render_within(row: Row, tokenizer: Tokenizer, settings: Settings) -> tuple[list[Piece], str | None]:
+def render_within(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> tuple[list[Piece], str | None]:
     """The (ids int64 [n], trained bool [n]) of a row within the limits, and the limit that it was over, if any.
 
     No piece if the row is over and may not be cut. RowError if the chat format does not take it or nothing of it is trained.
@@ -269,7 +270,13 @@ def render_within(row: Row, tokenizer: Tokenizer, settings: Settings) -> tuple[l
     return ([] if over else [(ids, trained)]), first
 
 
-def render_row(row: Row, tokenizer: Tokenizer, settings: Settings) -> Piece:
+def render_row(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> Piece:
+    if any(m.get("thought") for m in row.messages) and not tokenizer.template.thinks:
+        what = (
+            f"{row.where}: a message has a thought, and the chat format {tokenizer.template.name} has no place for one"
+        )
+        hint = "Take a model that thinks, or leave the thoughts out: --ignore-keys reasoning_content (or as the key is called)."
+        raise RowError("a thought without a place", what, hint)
     with _placed(row.where):
         rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on, train_end=settings.train_end)
     ids, trained = np.array(rendered, dtype=np.int64), np.array(mask, dtype=bool)
@@ -288,7 +295,7 @@ def _placed(where: str) -> Iterator[None]:
         raise RowError("not for this chat format", f"{where}: {error.what}", error.hint) from None
 
 
-def _length(row: Row, tokenizer: Tokenizer, settings: Settings) -> int:
+def _length(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> int:
     return len(render_row(row, tokenizer, settings)[0])
 
 
@@ -307,7 +314,7 @@ def _text_pieces(row: Row, tokenizer: Tokenizer, longest: int) -> list[Piece]:
     return [(piece, np.arange(len(piece)) >= least) for piece in pieces if len(piece) > least]
 
 
-def _shorten(row: Row, tokenizer: Tokenizer, settings: Settings, ids: np.ndarray, trained: np.ndarray) -> Row | None:
+def _shorten(row: Row, tokenizer: Tokenizer, settings: DataConfig, ids: np.ndarray, trained: np.ndarray) -> Row | None:
     """The row with one text shortened at its end by what is too much: the last answer, or the question before it.
 
     The template around the texts stays whole, the stop token too. None if there is not enough to cut.

@@ -12,28 +12,17 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from ..text.template import Message
+from .keys import LOSSES, NOTES_OF_MESSAGES, THOUGHTS, is_trained, refuse_unread, unread
 from .problems import RowError, quote
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 CHATS = ("messages", "conversations", "conversation", "dialog")
-QUESTIONS = ("prompt", "question", "query", "instruction", "input", "problem", "问题", "提问", "指令", "输入", "提示")
+# in the order in which several of them are joined
+QUESTIONS = ("instruction", "指令", "prompt", "提示", "query", "question", "problem", "问题", "提问", "input", "输入")
 ANSWERS = ("completion", "response", "answer", "output", "target", "答案", "回答", "回复", "输出")
 # names that mean a question and an answer only together
 PAIRS = (("content", "summary"), ("text", "label"))
-ARTICLE = {
-    "text",
-    "id",
-    "title",
-    "url",
-    "source",
-    "meta",
-    "timestamp",
-    "date",
-    "lang",
-    "language",
-}  # keys of a raw text
 COLUMNS = ("prompt", "response", "system", "history", "instruction", "input", "output", "messages", "text")
-READ = {*CHATS, *QUESTIONS, *ANSWERS, *sum(PAIRS, ()), *COLUMNS}  # keys that some shape reads
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
@@ -41,11 +30,12 @@ TEXT = "text"  # the shape, and the role of its one message: raw text, all of it
 
 
 class Row(NamedTuple):
-    """One conversation, the shape it came in, and where it stands."""
+    """One conversation, the shape it came in, where it stands, and its keys that hold something and were not read."""
 
     messages: list[Message]
     shape: str
     where: str
+    unread: tuple[str, ...] = ()
 
 
 def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
@@ -76,20 +66,24 @@ def is_header(names: set[str], columns: dict[str, str]) -> bool:
     return _pair(names) is not None or any(k in names for k in (*CHATS, TEXT))
 
 
-def to_messages(value: Any, where: str, columns: dict[str, str] | None = None) -> Row:
+def to_messages(
+    value: Any, where: str, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset()
+) -> Row:
     """A row's messages; RowError if its keys are of no known shape, a text is missing, or there is nothing to learn.
 
-    columns: name of ours -> key of the row, for keys that do not tell their meaning themselves.
+    columns: name of ours -> key of the row, for keys that do not tell their meaning themselves; ignored: keys to leave out.
     """
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        messages, shape = _turns(value, where, columns), "turns"
+        messages, lost = _turns(value, where, columns, ignored)
+        shape = "turns"
     elif isinstance(value, dict):
-        messages, shape = _messages(_rename(value, where, columns) if columns else value, where)
+        row = _rename(value, where, columns) if columns else value
+        messages, shape, lost = _messages({k: v for k, v in row.items() if k not in ignored}, where, ignored)
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
     _check(messages, where)
-    return Row(messages, shape, where)
+    return Row(messages, shape, where, tuple(dict.fromkeys(lost)))
 
 
 def _rename(row: dict, where: str, columns: dict[str, str]) -> dict:
@@ -112,64 +106,88 @@ def _pair(names: Any) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if pair[0] in names and pair[1] in names), None)
 
 
-def _messages(row: dict, where: str) -> tuple[list[Message], str]:
-    """The messages of one row and the name of its shape."""
+def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Message], str, list[str]]:
+    """The messages of one row, the name of its shape, and the keys that were not read."""
     chat = next((k for k in CHATS if k in row), None)
     if chat is not None:
-        return _chat(row, chat, where)
-    answer = next((k for k in ANSWERS if k in row), None)
-    if "instruction" in row and answer is not None:
-        return _alpaca(row, "instruction", answer, where), "alpaca"
+        messages, shape, lost = _chat(row, chat, where, ignored)
+        return messages, shape, lost + unread(row, {chat, "system"}, ignored)
     pair = _pair(row)
     if pair is not None:
-        shape = f"{pair[0]}/{pair[1]}"
-        return _system(row, where) + _history(row, where) + _turn(
-            _text(row, pair[0], where), _answer(row, pair[1], where)
-        ), shape
-    if TEXT in row and row.keys() <= ARTICLE:
-        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT
+        shape = "alpaca" if "instruction" in row and pair[1] in ANSWERS else f"{pair[0]}/{pair[1]}"
+        turn, read = _question_and_answer(row, pair, where)
+        lost = unread(row, {*read, "system", "history"}, ignored)
+        return _system(row, where) + _history(row, where) + turn, shape, lost
+    if TEXT in row:
+        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT}, ignored)
     raise RowError("unknown shape", f"{where}: keys {quote(', '.join(map(str, row)))} are of no known shape",
                    "Known are messages, conversations, instruction/output, prompt/response, question/answer, content/summary, "
                    "text/label and text; --columns prompt=NAME,response=NAME names others.")  # fmt: skip
 
 
-def _chat(row: dict, key: str, where: str) -> tuple[list[Message], str]:
+def _question_and_answer(row: dict, pair: tuple[str, str], where: str) -> tuple[list[Message], set[str]]:
+    """One turn, its question of all keys that are one, and the keys that were read."""
+    asks = [k for k in QUESTIONS if k in row] if pair[0] in QUESTIONS else [pair[0]]
+    texts = [_text(row, k, where, "" if k != pair[0] else None) for k in asks]
+    question = "\n".join([texts[0], *(t for t in texts[1:] if t)])
+    return _turn(question, _answer(row, pair[1], where)), {*asks, pair[1]}
+
+
+def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[list[Message], str, list[str]]:
     turns = _parsed(row[key])
     if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
         raise RowError("no messages", f"{where}: {key} is no list of messages", "Write it as [{...}, ...].")
     sharegpt = "from" in turns[0]
     role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
-    messages = _system(row, where)
+    messages, lost = _system(row, where), []
     for turn in turns:
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in ROLES:
             what = f"{where}: a message has {role_key} {quote(str(role))}"
             raise RowError("unknown role", what, f"Known are {', '.join(ROLES)}.")
+        thought = next((k for k in THOUGHTS if k not in ignored and turn.get(k)), None)
+        calls = text_key not in turn or turn[text_key] is None  # OpenAI's messages that only call a tool
+        if calls and (turn.get("tool_calls") or turn.get("function_call")):
+            refuse_unread((f"message {'tool_calls' if turn.get('tool_calls') else 'function_call'}",), where)
         message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
-        if "loss" in turn or "loss_mask" in turn:
-            message["loss"] = bool(turn.get("loss", turn.get("loss_mask")))
+        if thought is not None:
+            message |= _with_thought(message, _text(turn, thought, where), where)
+        trained = is_trained(turn, where, ignored)
+        if trained is not None:
+            message["loss"] = trained
+        read = {role_key, text_key, *LOSSES, *({thought} if thought else ())}
+        lost += [f"message {k}" for k in unread(turn, read, ignored, NOTES_OF_MESSAGES)]
         messages.append(message)
-    return messages, "sharegpt" if sharegpt else "messages"
+    return messages, "sharegpt" if sharegpt else "messages", lost
 
 
-def _turns(turns: list[dict], where: str, columns: dict[str, str] | None) -> list[Message]:
-    """Qianfan: a dialogue is a list of turns, each a prompt and its answers."""
+def _with_thought(message: Message, thought: str, where: str) -> Message:
+    """A message with its thought in front, as the templates of models that think read it."""
+    if message["role"] != "assistant":
+        raise RowError("a thought of another role", f"{where}: the {message['role']} has a thought", "Take it out.")
+    if "</think>" in message["content"]:
+        what = f"{where}: a thought stands in its own key and in the content"
+        raise RowError("two thoughts", what, "Keep one of them.")
+    thought = thought.strip("\n")
+    return {"content": f"<think>\n{thought}\n</think>\n\n{message['content']}", "thought": True}
+
+
+def _turns(
+    turns: list[dict], where: str, columns: dict[str, str] | None, ignored: frozenset[str]
+) -> tuple[list[Message], list[str]]:
+    """Qianfan: a dialogue is a list of turns, each a prompt and its answers; and the keys that were not read."""
     messages: list[Message] = []
+    lost: list[str] = []
     for turn in turns:
         row = _rename(turn, where, columns) if columns else turn
         pair = _pair(row)
         if pair is None:
             what = f"{where}: a turn has the keys {quote(', '.join(map(str, row)))}"
             raise RowError("unknown shape", what, "A turn is a prompt and a response.")
+        lost += unread(row, {*pair, *QUESTIONS, *(() if messages else ("system",))}, ignored)
         messages += _system(row, where) if not messages else []
-        messages += _turn(_text(row, pair[0], where), _answer(row, pair[1], where))
-    return messages
-
-
-def _alpaca(row: dict, question: str, answer: str, where: str) -> list[Message]:
-    instruction, more = _text(row, question, where), _text(row, "input", where, "")
-    turn = _turn(f"{instruction}\n{more}" if more else instruction, _answer(row, answer, where))
-    return _system(row, where) + _history(row, where) + turn
+        messages += _question_and_answer(row, pair, where)[0]
+    return messages, lost
 
 
 def _history(row: dict, where: str) -> list[Message]:

@@ -23,7 +23,7 @@ class Segment(NamedTuple):
     answer: int | None = None
 
 
-Message = dict  # {"role": "system" | "user" | "assistant", "content": str, and perhaps "loss": bool}
+Message = dict  # {"role": "system" | "user" | "assistant", "content": str, and perhaps "loss": bool, "thought": True where it begins with one}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Template:
     @property
     def apart(self) -> bool:
         """Whether each segment is cut into tokens by itself, and not together with its neighbours as one text."""
+        return False
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the format has a place for an assistant's thought."""
         return False
 
     @property

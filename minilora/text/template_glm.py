@@ -76,15 +76,19 @@ class RoleTokens(Template):
     """ChatGLM3, GLM-4, GLM-4-0414, GLM-Z1, GLM-Edge.
 
     start: the tokens before the first role; header: what stands between a role token and its content; end: the token that
-    closes the last turn; thinks: the prompt opens the assistant's thoughts (GLM-Z1); own_code: the format of the original
+    closes the last turn; opens_thought: the prompt opens the assistant's thoughts (GLM-Z1); own_code: the format of the original
     code, which cuts header and content into tokens by themselves.
     """
 
     start: tuple[str, ...] = ("[gMASK]", "<sop>")
     header: str = "\n"
     end: str = "<|user|>"
-    thinks: bool = False
+    opens_thought: bool = False
     own_code: bool = False
+
+    @property
+    def thinks(self) -> bool:
+        return self.opens_thought
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -108,13 +112,13 @@ class RoleTokens(Template):
             result += self._content(content, before, i > last_user)
         if prompt:
             result.append(Segment("<|assistant|>", special=True))
-            result += [Segment(f"{self.header}<think>")] if self.thinks else []
+            result += [Segment(f"{self.header}<think>")] if self.opens_thought else []
         elif before is not None:
             result.append(Segment(self.end, special=True, answer=before))
         return result
 
     def _content(self, content: str, answer: int | None, current: bool) -> list[Segment]:
-        if answer is not None and self.thinks:
+        if answer is not None and self.opens_thought:
             thought, mark, said = content.rpartition("</think>")
             if not current:  # thoughts of turns before the last question are dropped
                 content = said.lstrip("\n") if mark else content
@@ -141,6 +145,6 @@ def glm_template(folder: Path) -> RoleTokens:
         return RoleTokens("glm4")
     start = ("[gMASK]", "<sop>") if "[gMASK]" in jinja else ()
     header = "\n" if re.search(rf"\|>{NEWLINE}", jinja) else ""
-    thinks = re.search(rf"<\|assistant\|>{NEWLINE}<think>", jinja) is not None
-    name = "glm-z1" if thinks else "glm4" if start else "glm-edge"
-    return RoleTokens(name, start=start, header=header, thinks=thinks)
+    opens = re.search(rf"<\|assistant\|>{NEWLINE}<think>", jinja) is not None
+    name = "glm-z1" if opens else "glm4" if start else "glm-edge"
+    return RoleTokens(name, start=start, header=header, opens_thought=opens)

@@ -34,6 +34,10 @@ class ChatML(Template):
         return (self.stop, "<|endoftext|>", *opens)
 
     @property
+    def thinks(self) -> bool:
+        return self.thinking != "never" or self.deepseek
+
+    @property
     def apart(self) -> bool:
         return self.name == "qwen"  # Qwen-1's own code cuts role and content by themselves
 

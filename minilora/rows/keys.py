@@ -1,0 +1,66 @@
+"""The keys of rows and messages, and what becomes of each: it is read, it is a note about the row, or it must be named.
+
+A key that is neither read nor a note and holds something is content that would be lost: training stops with its name. What
+holds nothing (null, "", [], {}) is no loss. Every name is compared without case.
+"""
+
+from .problems import RowError, quote
+
+# notes about a row that teach nothing
+NOTES = frozenset((
+    "id", "_id", "idx", "index", "no", "number", "uid", "uuid", "guid", "row_id", "sample_id", "conversation_id", "conv_id", "dialogue_id",
+    "dialog_id", "session_id", "thread_id", "parent_id", "message_id", "user_id", "__index_level_0__", "source", "data_source", "origin",
+    "dataset", "dataset_name", "subset", "split", "file", "filename", "path", "line", "category", "categories", "subcategory", "class_name", "topic",
+    "topics", "domain", "subject", "field", "tag", "tags", "keywords", "task", "task_id", "task_type", "task_name", "type", "kind", "level",
+    "difficulty", "title", "url", "link", "lang", "language", "locale", "timestamp", "time", "date", "datetime", "created", "created_at", "updated_at",
+    "author", "annotator", "license", "version", "meta", "metadata", "model", "model_name", "generator", "length", "num_turns", "n_turns", "num_tokens",
+    "token_count", "tokens", "hash", "md5", "sha1", "sha256", "编号", "序号", "来源", "出处", "类别", "分类", "领域", "主题", "语言", "日期", "时间", "作者",
+))  # fmt: skip
+NOTES_OF_MESSAGES = NOTES | {"name", "finish_reason", "stop_reason", "usage", "logprobs"}
+LOSSES = ("loss", "loss_mask", "weight", "train", "trainable")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+
+
+def unread(value: dict, read: set[str], ignored: frozenset[str], notes: frozenset[str] = NOTES) -> list[str]:
+    """The keys that hold something and are neither read, nor notes, nor ignored on request."""
+    return [
+        str(key) for key, held in value.items()
+        if key not in read and str(key).lower() not in notes and key not in ignored and held not in (None, "", [], {})
+    ]  # fmt: skip
+
+
+def refuse_unread(keys: tuple[str, ...], where: str) -> None:
+    """RowError if keys that hold content would be lost."""
+    if keys:
+        key = quote(keys[0])
+        more = f" (and {quote(', '.join(keys[1:]))})" if keys[1:] else ""
+        name = keys[0].rpartition(" ")[2]
+        raise RowError(
+            f"key {key} is not read",
+            f"{where}: {key} holds something and is not read{more}",
+            _hint(name, nested=" " in keys[0]),
+        )
+
+
+def _hint(name: str, nested: bool) -> str:
+    leave = f"--ignore-keys {name} leaves it out."
+    if name in ("tools", "tool_calls", "function_call", "functions", "tool_call_id"):
+        return f"Tool calls cannot be trained yet; {leave}"
+    if name in ("chosen", "rejected", "label", "score", "reward", "preference"):
+        return f"Preferences cannot be trained, only answers as they are; {leave}"
+    if name in ("images", "image", "audio", "audios", "video", "videos"):
+        return f"Only text can be trained; {leave}"
+    return leave if nested else f"--columns input={name} adds it to the question; {leave}"
+
+
+def is_trained(turn: dict, where: str, ignored: frozenset[str]) -> bool | None:
+    """What a message says of its own training: None where it says nothing. RowError for weights between 0 and 1, and contradictions."""
+    said = {key: turn[key] for key in LOSSES if key not in ignored and turn.get(key) is not None}
+    for key, value in said.items():
+        if value not in (0, 1):  # True and False are these
+            what = f"{where}: a message has {key} {quote(str(value))}"
+            raise RowError("a weight that is not 0 or 1", what, "An answer is trained (1, true) or masked (0, false).")
+    if len({bool(value) for value in said.values()}) > 1:
+        what = f"{where}: a message has {' and '.join(f'{k} {v}' for k, v in said.items())}"
+        raise RowError("contradiction", what, "Keep one of them.")
+    return bool(next(iter(said.values()))) if said else None
