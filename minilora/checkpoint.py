@@ -148,7 +148,7 @@ def load_model(
 def check_finite(t: Tensor, what: str) -> None:
     """ModelError for a tensor with NaN or infinity in it."""
     # one pass that stops nothing; only where the sum is not finite the values are looked at, which may just be large
-    if not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all():
+    if not t.sum().isfinite() and not t.isfinite().all():
         raise ModelError(
             f"{what} holds values that are not finite (NaN or infinity)", "Download or make the file again."
         )

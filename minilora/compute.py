@@ -18,6 +18,7 @@ from .cpu import usable_cpus
 
 ROWS = (1, 16, 512)  # a token, a short prompt, a stream of training
 SHORT = 64  # rows of the product that threads have to share well
+TINY = 1e-3  # seconds of such a product on one thread, above which it is shared whatever else the machine does now
 LARGEST = 1024  # rows and columns of a weight that is measured: larger ones run at the same rate
 WORTH = 1.2  # how much faster 16-bit products have to be: fp32 rounds less, and all other operations like it better
 
@@ -106,7 +107,7 @@ def choose_threads(c: Config) -> int:
     if most == 1:
         return 1
     alone, together = (_with_threads(n, min(c.width, LARGEST), min(c.ffn, LARGEST)) for n in (1, most))
-    return most if alone > WORTH * together else 1
+    return most if alone > TINY or alone > WORTH * together else 1
 
 
 @lru_cache

@@ -57,7 +57,7 @@ def levels() -> int:
 def packed(weight: Tensor) -> torch.ScriptObject:
     """A weight [N, K] rounded to int8 by rows, in the order that torch's int8 product reads."""
     wide = weight.detach().float()
-    scale = wide.abs().amax(1).clamp(min=1e-30) / levels()
+    scale = torch.maximum(wide.amax(1), -wide.amin(1)).clamp(min=1e-30) / levels()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.quantize_per")  # its tensors will go, its products stay
         q = torch.quantize_per_channel(wide, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
