@@ -39,6 +39,13 @@ class Session:
     base: bool = False
     thinking: bool = False
     greedy: bool = False
+    cut: bool = False  # the last answer had max_tokens, and no end
+
+    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
+        count = 0
+        for count, token in enumerate(tokens, 1):  # noqa: B007
+            yield token
+        self.cut = count == self.max_tokens
 
     def reply(self, text: str) -> Iterator[str]:
         """Say something; the answer comes piece by piece and joins the conversation when it is whole."""
@@ -46,8 +53,11 @@ class Session:
         ids, _ = self.tokenizer.render(self.messages, prompt=True, thinking=self.thinking)
         sampling = replace(self.sampling, temperature=0.0) if self.greedy else self.sampling
         with without_adapters(self.model) if self.base else nullcontext():
-            tokens = generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator)
+            tokens = self._counted(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator))
             pieces = []
+            most = self.model.config.max_positions
+            if len(ids) > most:
+                yield f"[{len(ids):,} tokens are more than the {most:,} positions of the model: expect noise]\n"
             try:
                 for piece in stream_text(self.tokenizer, tokens):
                     pieces.append(piece)
@@ -77,7 +87,7 @@ def chat(
                       thinking=think, greedy=greedy or sampling.temperature == 0)  # fmt: skip
     if prompts:
         for prompt in prompts:
-            print(f"> {prompt}")
+            print(f"> {printable(prompt)}")
             _show(session, prompt)
         return
     interactive = sys.stdin.isatty()
@@ -97,6 +107,8 @@ def _read(interactive: bool) -> str | None:
     try:
         return _whole_characters(input("> " if interactive else ""))
     except (EOFError, KeyboardInterrupt):
+        if interactive:
+            print()
         return None
 
 
@@ -115,6 +127,8 @@ def _show(session: Session, text: str) -> None:
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print()
+    if session.cut:
+        print(f"[the answer was cut at {session.max_tokens:,} tokens: --max-tokens]")
     if sys.stdout.isatty():
         print(f"\033[2m{count / max(time.perf_counter() - start, 1e-9):.1f} tokens/s\033[0m")
 

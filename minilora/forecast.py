@@ -20,6 +20,7 @@ from .dry_run import StepMemory, step_memory
 from .errors import UsageError
 from .flops import step_flops
 from .lora import adapters
+from .model_folder import positions_note
 from .monitor import clock
 from .plan import count_steps
 from .rows.dataset import load_data
@@ -58,7 +59,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         streams = _streams(config, data.train, per_epoch)
         found |= {
             "rows": len(data.train),
-            "report": str(data.report),
+            "report": "\n".join([str(data.report), *data.notes.values()]),
             "steps": steps,
             "epochs": epochs,
             "tokens": data.report.tokens,
@@ -67,6 +68,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         row = _assumed_row(config, prefix)
         streams = _streams(config, [row] * (config.batch_size * config.accumulation), 1)
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
+        found["note"] = positions_note(Path(config.model), len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
     flops = step_flops(model, [largest], config.method == "full")
     memory = step_memory(model, largest)
@@ -125,6 +127,8 @@ def text_of(found: dict[str, Any]) -> str:
         lines.append(
             f"rows    of {found['row_tokens']:,} tokens, {found['row_trained']:,} of them trained (assumed: there is no --data)"
         )
+        if found["note"]:
+            lines.append(f"note    {found['note']}")
         lines.append(f"plan    a step has {step['rows']} rows, {step['tokens']:,} tokens, in {step['streams']} streams")
     lines += [
         f"stream  {step['stream_tokens']:,} tokens in one pass, {step['stream_trained']:,} trained: {step['flops'] / 1e12:,.3g} TFLOP",

@@ -7,6 +7,7 @@ from typing import Any
 from .errors import ModelError
 
 MAX_JSON = 64 << 20
+POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -55,6 +56,15 @@ def check_folder(folder: Path) -> None:
         )
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
         raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
+
+
+def positions_note(folder: Path, longest: int) -> str | None:
+    """A sentence where a row or a prompt is longer than the positions that the folder's model was made for."""
+    j = read_json(folder / "config.json")
+    most = next((j[k] for k in POSITIONS if isinstance(j.get(k), int)), None)
+    if most is None or longest <= most:
+        return None
+    return f"{longest:,} tokens are more than the {most:,} positions of the model: what it reads beyond them is noise to it"
 
 
 def check_adapter(folder: Path) -> None:

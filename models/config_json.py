@@ -41,6 +41,7 @@ def dtype_of(j: dict[str, Any]) -> torch.dtype:
 def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     """Rotary base and YaRN settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
+    _one_rope(j)
     if type(scaling) is not dict:
         raise ValueError(f"rope_parameters or rope_scaling is {str(scaling)[:40]}; an object belongs there")
     theta = positive(scaling, "rope_theta", positive(j, "rope_theta", 10000.0))
@@ -67,6 +68,22 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
         attention_factor=positive(scaling, "attention_factor", share),
         truncate=bool(scaling.get("truncate", True)),
     )
+
+
+def _one_rope(j: dict[str, Any]) -> None:
+    """ValueError where rope_parameters and rope_scaling both stand and say different things; transformers' versions differ in which they take."""
+    new, old = j.get("rope_parameters"), j.get("rope_scaling")
+    if not (isinstance(new, dict) and isinstance(old, dict) and new and old):
+        return
+    said = [
+        {"type" if k == "rope_type" else k: v for k, v in each.items() if k != "rope_theta" and v is not None}
+        for each in (new, old)
+    ]
+    if said[0] != said[1] and "type" in said[1]:
+        types = [str(each.get("type", "default"))[:20] for each in said]
+        raise ValueError(
+            f"rope_parameters ({types[0]}) and rope_scaling ({types[1]}) contradict each other: keep one of them"
+        )
 
 
 def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..errors import DataError
 from .before import check_paths, say
 from .shared_flags import between, limit_flags, settings_of
 
@@ -23,7 +24,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of #N and @RATE [42]")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     check_paths(args.model, None, args.data)
     say(f"reading {args.data}")
     from pathlib import Path
@@ -43,3 +44,4 @@ def run(args: argparse.Namespace) -> None:
     if args.html:
         write_file(Path(args.html), to_html(result, Path(args.model)))
         print(f"\npage     {args.html}")
+    return 0 if len(result.lengths["total"]) else DataError.code  # nothing can be used

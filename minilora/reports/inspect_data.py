@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..model_folder import positions_note
 from ..rows import Row, RowError, fill, open_rows, quote, to_messages
 from ..rows.duplicates import NearDuplicates
 from ..rows.keys import refuse_unread
@@ -111,6 +112,8 @@ def inspect_data(
         result.notes.append(f"keys that are ignored on request: {told}")
     if row is not None and not result.samples:
         raise DataError(f"{path} has no row {row} that can be used ({result.rows:,} rows)", "Give another --row.")
+    beyond = positions_note(model, max(scan.lengths["total"], default=0))
+    result.notes += [beyond] if beyond else []
     result.lengths = {name: np.array(values, dtype=np.int64) for name, values in scan.lengths.items()}
     if not settings.train_end:
         result.notes.append(ending_note(result.lengths["target"]))

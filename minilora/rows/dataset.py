@@ -9,6 +9,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..durable import staged_folder
 from ..errors import DataError, UsageError
+from ..model_folder import positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
 from .load import DataConfig, Report, ending_note, load_examples
@@ -72,6 +73,9 @@ def load_data(config: TrainConfig) -> Data:
     if len(both):
         rows = int(np.isin(val.column("question"), both).sum())
         notes["note"] = f"{rows:,} validation rows ask what a training row asks: their loss says little"
+    beyond = positions_note(Path(config.model), max(train.longest, val.longest))
+    if beyond:
+        notes["long"] = beyond
     if not config.train_end:
         notes["end"] = ending_note(train.column("trained"))
     train = repeated(train, config.seed)

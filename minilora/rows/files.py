@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import DataError
-from .json_files import JsonArray, JsonLines, TextLines, is_lines
+from .json_files import JsonArray, JsonLines, JsonObjects, TextLines, is_lines, is_spread
 from .keys import refuse_unread
 from .shapes import Row, to_messages
 from .sheets import read_csv, read_xlsx
@@ -70,6 +70,8 @@ def _open(path: Path, columns: dict[str, str]) -> RowFile:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if kind == ".txt" and start[:1] not in (b"[", b"{"):
         return TextLines(path)
+    if start.startswith(b"{") and is_spread(path):
+        return JsonObjects(path)
     return JsonArray(path) if start.startswith(b"[") and not is_lines(path) else JsonLines(path)
 
 

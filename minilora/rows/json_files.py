@@ -90,6 +90,47 @@ class JsonArray:
         return self._values[number]
 
 
+class JsonObjects(JsonArray):
+    """A file of JSON objects one after the other, each over several lines, held in memory."""
+
+    note = "objects over several lines"
+
+    def __init__(self, path: Path):
+        self.path = path
+        raw = path.read_bytes()
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+        text = decode(raw.removeprefix(BOM), str(path))
+        decoder, at, self._values, self._lines = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0, [], []
+        while at < len(text):
+            at = BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if at == len(text):
+                break
+            self._lines.append(text.count("\n", 0, at) + 1)
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                what = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: {quote(text[error.pos : error.pos + 40])}"
+                raise RowError("broken JSON", what, "Correct the JSON there.") from None
+            except DuplicateKey as error:
+                what = f"{path}, object that begins in line {self._lines[-1]}: {error}"
+                raise RowError("a key twice", what, "Take one of the two out.") from None
+            self._values.append(value)
+
+    def where(self, number: int) -> str:
+        return f"{self.path}, line {self._lines[number]}"
+
+
+def is_spread(path: Path) -> bool:
+    """Whether the first object of a file goes over several lines: its first line is the beginning of one."""
+    with open(path, "rb") as file:
+        first = b""
+        while not first.strip():
+            first = file.readline(MAX_LINE).removeprefix(BOM)
+            if not first:
+                return False
+    return first.strip() == b"{" or (first.startswith(b"{") and first.rstrip().endswith((b",", b"[", b"{")))
+
+
 def is_lines(path: Path) -> bool:
     """Whether a file that starts with [ has an array on each line (a dialogue of turns), and is not one array itself."""
     with open(path, "rb") as file:

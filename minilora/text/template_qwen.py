@@ -15,6 +15,9 @@ from typing import Literal
 from ..errors import DataError, ModelError
 from .template import NEWLINE, Message, Segment, Template, jinja_text
 
+STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)  # of a Jinja expression, escapes as Python's
+BLOCK = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class ChatML(Template):
@@ -115,6 +118,14 @@ def _close_thought(said: str, number: int) -> list[Segment]:
     return [Segment("</think>", special=True, answer=number), Segment(f"\n\n{said}", answer=number)]
 
 
+def default_system(jinja: str) -> str | None:
+    """The system prompt that a template writes where a chat has none: it stands there verbatim, in a string or as plain text."""
+    texts = [m[0][1:-1].encode("ascii", "backslashreplace").decode("unicode-escape") for m in STRING.finditer(jinja)]
+    texts.append(BLOCK.sub("\0", jinja.replace("\r\n", "\n")))
+    found = (re.search(r"<\|im_start\|>system\n([^\0]+?)<\|im_end\|>", text) for text in texts)
+    return next((m[1] for m in found if m), None)
+
+
 def qwen_template(folder: Path, special_tokens: set[str], model_type: str | None) -> ChatML:
     """The template of a folder, told from its Jinja text, or else from its tokens and its model_type."""
     jinja = jinja_text(folder)
@@ -132,8 +143,7 @@ def qwen_template(folder: Path, special_tokens: set[str], model_type: str | None
         if model_type == "qwen3":
             return ChatML("qwen3", None, "optional")
         return ChatML("qwen2", "You are a helpful assistant.")
-    default = re.search(rf"<\|im_start\|>system{NEWLINE}((?:(?!{{{{|{{%)[^<>'\"])+?)<\|im_end\|>", jinja)
-    system = default[1].replace("\\\\", "\\") if default else None
+    system = default_system(jinja)
     if "enable_thinking" in jinja:
         return ChatML("qwen3", system, "optional")
     if re.search(rf"<\|im_start\|>assistant{NEWLINE}<think>", jinja):

@@ -1,0 +1,259 @@
+"""Small inputs of real users that were once dropped, misread or refused for a wrong reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model, make_rows
+
+import minilora
+from minilora.__main__ import main
+from minilora.checkpoint import read_config
+from minilora.demo.show import MODEL
+from minilora.errors import DataError, ModelError
+from minilora.models.config_json import rope_of
+from minilora.rows import open_rows, read_rows
+from minilora.safetensors import SafetensorsFile, write_tensors
+from minilora.text.template_qwen import default_system
+
+CASES = Path(__file__).parent / "cases"
+ROWS = json.dumps({"prompt": "q", "response": "a"}) + "\n"
+
+
+# adapters
+
+
+def test_an_adapter_that_holds_nan_is_refused_by_every_command(tmp_path: Path, capsys):
+    rows, adapter = make_rows(tmp_path / "rows.json"), CASES / "adapter-nan" / "nan"
+    both = ["--model", str(MODEL), "--adapter", str(adapter)]
+    for words in (
+        ["chat", "--prompt", "hi"], ["eval", "--data", str(rows)], ["predict", "--data", str(rows), "--output", str(tmp_path / "p")],
+        ["merge", "--output", str(tmp_path / "m")], ["data", "score", "--data", str(rows)],
+    ):  # fmt: skip
+        command = words[:2] if words[0] == "data" else words[:1]
+        assert main([*command, *both, *words[len(command) :]]) == 4
+        assert "lora_" in (err := capsys.readouterr().err) and "not finite" in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_weights_that_hold_nan_are_refused(tmp_path: Path):
+    folder = make_model(tmp_path / "m")
+    file = SafetensorsFile(folder / "model.safetensors")
+    tensors = {name: file.tensor(name).clone() for name in file.entries}
+    tensors["model.norm.weight"][3] = float("nan")
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(ModelError, match="model.norm.weight holds values that are not finite"):
+        minilora.load_model(folder)
+
+
+def test_values_whose_sum_overflows_are_finite(tmp_path: Path):
+    folder = make_model(tmp_path / "m", torch.float16)
+    file = SafetensorsFile(folder / "model.safetensors")
+    tensors = {name: file.tensor(name).clone() for name in file.entries}
+    tensors["model.norm.weight"].fill_(60000.0)
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder / "model.safetensors", tensors)
+    minilora.load_model(folder)
+
+
+def test_eva_and_keys_with_the_adapters_name_load():
+    for case in ("adapter-eva/eva", "adapter-head-and-embedding/default_key"):
+        model = minilora.load_model(MODEL)
+        minilora.load_adapter(model, CASES / case)
+        assert any(name.endswith("lora_A") for name, _ in model.named_parameters())
+
+
+def damaged(tmp_path: Path, change: Any) -> Path:
+    """An adapter of a tiny model whose tensors were changed."""
+    model = minilora.load_model(make_model(tmp_path / "m"))
+    minilora.add_lora(model, "q_proj,v_proj", r=2, alpha=4)
+    minilora.save_adapter(model, tmp_path / "a")
+    file = SafetensorsFile(tmp_path / "a" / "adapter_model.safetensors")
+    tensors = {name: file.tensor(name).clone() for name in file.entries}
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    write_tensors(tmp_path / "a" / "adapter_model.safetensors", change(tensors))
+    return tmp_path / "a"
+
+
+def test_an_adapter_that_lacks_a_layer_is_taken_on_request_alone(tmp_path: Path, capsys):
+    adapter = damaged(tmp_path, lambda t: {k: v for k, v in t.items() if "layers.1." not in k})
+    model = minilora.load_model(tmp_path / "m")
+    with pytest.raises(ModelError, match=r"names 4 linears of this model, its file holds 2 \(missing: model.layers.1"):
+        minilora.load_adapter(model, adapter)
+    minilora.load_adapter(model, adapter, allow_partial=True)
+    words = [
+        "eval",
+        "--model",
+        str(tmp_path / "m"),
+        "--adapter",
+        str(adapter),
+        "--data",
+        str(make_rows(tmp_path / "r.json")),
+    ]
+    assert main(words) == 4 and "--allow-partial" in capsys.readouterr().err
+    assert main([*words, "--allow-partial"]) == 0
+
+
+def test_keys_without_a_prefix_load(tmp_path: Path):
+    adapter = damaged(tmp_path, lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()})
+    minilora.load_adapter(minilora.load_model(tmp_path / "m"), adapter)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base_model.model.lm_head.lora_A.weight", "base_model.model.model.embed_tokens.lora_embedding_A",
+     "base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"],
+)  # fmt: skip
+def test_an_adapter_on_the_head_or_the_embedding_is_refused_for_that(tmp_path: Path, key: str):
+    adapter = damaged(tmp_path, lambda t: t | {key: torch.zeros(2, 32)})
+    with pytest.raises(ModelError, match="head or the embedding, or a vocabulary"):
+        minilora.load_adapter(minilora.load_model(tmp_path / "m"), adapter)
+
+
+# what is saved in place of a model
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 988097824\n", "Git LFS pointer"),
+        ("<!DOCTYPE html><html><body>Sign in</body></html>" + " " * 100, "web page"),
+        ("<html><head><title>404</title></head></html>" + " " * 100, "web page"),
+    ],
+)
+def test_what_was_saved_in_place_of_a_file_is_told(tmp_path: Path, name: str, content: str, told: str):
+    folder = make_model(tmp_path / "m")
+    (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=told):
+        minilora.load_model(folder)
+
+
+def test_the_root_of_a_cache_names_its_snapshot(tmp_path: Path):
+    for name in ("refs", "blobs", "snapshots/0123abc"):
+        (tmp_path / "models--X--Y" / name).mkdir(parents=True)
+    with pytest.raises(ModelError) as error:
+        minilora.load_model(tmp_path / "models--X--Y")
+    assert "cache" in error.value.what and error.value.hint.endswith("snapshots/0123abc.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("quantization", {"group_size": 64, "bits": 4}, "MLX, 4 bits"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, r"quantised \(fp8\)"),
+        ("quantization_bit", 4, "4 bits"),
+    ],
+)
+def test_a_quantised_folder_is_told_for_what_it_is(tmp_path: Path, key: str, value: Any, told: str):
+    with pytest.raises(ModelError, match=told):
+        read_config(make_model(tmp_path / "m", **{key: value}))
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def test_two_keys_of_rope_that_contradict_each_other_are_refused():
+    plain = {"rope_type": "default", "rope_theta": 1e6}
+    with pytest.raises(ValueError, match=r"rope_parameters \(default\) and rope_scaling \(yarn\) contradict"):
+        rope_of({"rope_parameters": plain, "rope_scaling": YARN}, 256)
+    same = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+    theta, yarn = rope_of({"rope_parameters": same, "rope_scaling": YARN}, 256)
+    assert theta == 1e6 and yarn is not None and yarn.factor == 4
+
+
+# rows
+
+
+def test_a_csv_in_another_encoding_is_not_taken_for_chinese():
+    with pytest.raises(DataError, match="neither UTF-8 nor plausible Chinese in GB18030; it could be big5") as error:
+        open_rows(CASES / "big5.csv")
+    assert "iconv -f big5" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("こんにちは、元気ですか", "shift_jis"), ("안녕하세요 반갑습니다", "euc_kr"), ("café, très élégant", "cp1252")],
+)
+def test_other_alphabets_are_refused_with_what_fits(tmp_path: Path, text: str, encoding: str):
+    (tmp_path / "x.csv").write_bytes(f"prompt,response\n{text},{text}\n".encode(encoding))
+    with pytest.raises(DataError, match=encoding):
+        open_rows(tmp_path / "x.csv")
+
+
+def test_chinese_in_gb18030_is_read(tmp_path: Path):
+    (tmp_path / "x.csv").write_bytes("问题,答案\n天空是什么颜色？,天空是蓝色的。\n".encode("gb18030"))
+    (row,) = read_rows(tmp_path / "x.csv")
+    assert row.messages[1]["content"] == "天空是蓝色的。"
+
+
+def test_cells_of_a_sheet():
+    pytest.importorskip("openpyxl")
+    texts = [m["content"] for row in read_rows(CASES / "x000d.xlsx") for m in row.messages]
+    assert (
+        texts and not any("_x000D_" in text or "\r" in text for text in texts) and any("\n" in text for text in texts)
+    )
+    assert list(read_rows(CASES / "spaces.xlsx"))
+
+
+def test_objects_over_several_lines_are_rows(tmp_path: Path):
+    rows = list(read_rows(CASES / "pretty.jsonl"))
+    assert len(rows) == 4 and rows[1].where.endswith("line 5")
+    (tmp_path / "x.jsonl").write_text('{\n "prompt": "q",\n "response": "a"\n}\n{\n "prompt": oops\n}\n')
+    with pytest.raises(DataError, match="line 6, column 12"):
+        open_rows(tmp_path / "x.jsonl")
+
+
+def test_rows_beyond_the_positions_of_the_model_are_told(tmp_path: Path, capsys):
+    model = make_model(tmp_path / "m", max_position_embeddings=64)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "long " * 40, "response": "a"}) + "\n" + ROWS)
+    data = ["--model", str(model), "--data", str(tmp_path / "x.jsonl")]
+    told = "tokens are more than the 64 positions of the model"
+    assert (
+        main(["train", *data, "--output", str(tmp_path / "run"), "--max-steps", "1"]) == 0
+        and told in capsys.readouterr().out
+    )
+    assert main(["plan", *data]) == 0 and told in capsys.readouterr().out
+    assert main(["inspect", "data", *data]) == 0 and told in capsys.readouterr().out
+    assert main(["chat", *data[:2], "--prompt", "long " * 40, "--max-tokens", "2"]) == 0
+    assert "tokens are more than the 64 positions" in capsys.readouterr().out
+
+
+def test_chat_shows_nothing_raw_and_says_that_an_answer_was_cut(tmp_path: Path, capsys):
+    words = ["chat", "--model", str(MODEL), "--greedy", "--prompt", "who \x1b[31mare you?", "--max-tokens", "3"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\\x1b" in out and "[the answer was cut at 3 tokens: --max-tokens]" in out
+
+
+def test_inspect_data_ends_with_3_where_nothing_can_be_used(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "q", "response": ""}\n')
+    assert (
+        main(["inspect", "data", "--model", str(make_model(tmp_path / "m")), "--data", str(tmp_path / "x.jsonl")]) == 3
+    )
+
+
+# chat templates
+
+HEAD = "{% if messages[0]['role'] != 'system' %}"
+
+
+@pytest.mark.parametrize(
+    ("jinja", "prompt"),
+    [
+        (HEAD + "{{ '<|im_start|>system\\nOne line.<|im_end|>\\n' }}", "One line."),
+        (HEAD + "{{ '<|im_start|>system\\nTwo\\nlines.<|im_end|>\\n' }}", "Two\nlines."),
+        (HEAD + '{{ "<|im_start|>system\\nIt\'s <b>you</b>.<|im_end|>" }}', "It's <b>you</b>."),
+        (HEAD + "{{ '<|im_start|>system\\nIt\\'s \"you\".<|im_end|>' }}", 'It\'s "you".'),
+        (HEAD + "<|im_start|>system\r\nPlain text.<|im_end|>\r\n{% endif %}", "Plain text."),
+        (HEAD + "<|im_start|>system\nWith 'quotes' <here>.<|im_end|>{% endif %}", "With 'quotes' <here>."),
+        (HEAD + "{{ '<|im_start|>system\\n你是助手。<|im_end|>' }}", "你是助手。"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}", None),
+        ("{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>' }}", None),
+    ],
+)
+def test_the_default_system_prompt_is_what_jinja_would_write(jinja: str, prompt: str | None):
+    assert default_system(jinja) == prompt
