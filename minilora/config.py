@@ -105,12 +105,35 @@ ALIASES = {
     "tokenized_path": "cache", "test_size": "test",
     "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps",
 }  # fmt: skip
+# settings of LLaMA-Factory, Hugging Face and axolotl that have no meaning here, and why none is needed
+NOT_NEEDED = {
+    "stage": "supervised rows are what is trained", "do_train": "the command says it", "do_eval": "--val says it",
+    "template": "the chat format is read from the model's folder", "chat_template": "the chat format is read from the model's folder",
+    "bf16": "the compute dtype is measured, --compute sets it", "fp16": "the compute dtype is measured, --compute sets it",
+    "tf32": "the compute dtype is measured, --compute sets it", "flash_attn": "attention takes the fastest path there is",
+    "flash_attention": "attention takes the fastest path there is", "packing": "rows are always packed, and never see each other",
+    "sample_packing": "rows are always packed, and never see each other", "pad_to_sequence_len": "nothing is padded",
+    "group_by_length": "nothing is padded", "remove_unused_columns": "keys that are not read stop the run", "optim": "AdamW is the optimizer",
+    "optimizer": "AdamW is the optimizer", "logging_steps": "every step is logged", "plot_loss": "loss.png is always drawn",
+    "report_to": "metrics.jsonl and report.html are always written", "overwrite_cache": "a cache follows what it was made of",
+    "preprocessing_num_workers": "rows are read as a stream", "dataloader_num_workers": "rows are read as a stream",
+    "trust_remote_code": "no code of a folder is ever run", "use_fast_tokenizer": "there is one tokenizer",
+    "ddp_timeout": "one process trains", "dataset_dir": "--data takes a path", "save_strategy": "--save-every says it",
+    "eval_strategy": "--eval-every says it", "evaluation_strategy": "--eval-every says it", "save_safetensors": "always",
+}  # fmt: skip
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
     "accumulation", "micro_tokens", "eval_every", "save_every", "keep", "threads",
 }  # fmt: skip
 NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
+
+
+def without_not_needed(settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The settings without those that have no meaning here, and a line that names them and says why; "" where there are none."""
+    found = {k: NOT_NEEDED[k] for k in settings if k in NOT_NEEDED}
+    told = "; ".join(f"{k} ({why})" for k, why in found.items())
+    return {k: v for k, v in settings.items() if k not in found}, f"not needed here: {told}" if found else ""
 
 
 def resolve(*sources: dict[str, Any]) -> TrainConfig:
@@ -134,6 +157,13 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
 def canonical(given: str) -> str:
     """The field that a name or an alias means; UsageError with the nearest one otherwise."""
     name = _field_of(given)
+    if name is None and given.replace("-", "_") in NOT_NEEDED:
+        why = NOT_NEEDED[given.replace("-", "_")]
+        raise UsageError(f"{given} is not needed here", f"{why[0].upper()}{why[1:]}: leave it out.")
+    if name is None and given.replace("-", "_") in ("quantization_bit", "load_in_4bit", "load_in_8bit"):
+        raise UsageError(
+            f"{given}: a quantised base cannot be trained on yet", "Leave it out; --checkpointing on saves memory."
+        )
     if name is None:
         names = [f.name for f in fields(TrainConfig)]
         near = difflib.get_close_matches(given.replace("-", "_"), [*names, *ALIASES], n=1, cutoff=0.7)

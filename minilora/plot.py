@@ -3,19 +3,34 @@
 import io
 import math
 import os
+import re
+import warnings
 from pathlib import Path
 
 from .durable import write_file
 from .monitor import read_metrics
+
+CJK = re.compile(r"CJK|WenQuanYi|SimHei|SimSun|YaHei|PingFang|Heiti|Hiragino|Source Han|AR PL", re.IGNORECASE)
 
 
 def plot_loss(run: Path) -> str:
     """Draw RUN/loss.png from RUN/metrics.jsonl; returns the path, or what is missing to draw it."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import rc_context, rcParams
+        from matplotlib.font_manager import fontManager
     except ImportError:
         return "no loss.png: matplotlib is not there (pip install 'minilora[report]')"
+    # a name in Chinese is drawn where a font for it is there, and warns nobody where there is none
+    families = [*rcParams["font.sans-serif"][:1], *sorted({f.name for f in fontManager.ttflist if CJK.search(f.name)})]
+    with rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        return _draw(run)
+
+
+def _draw(run: Path) -> str:
+    from matplotlib.figure import Figure
+
     metrics = read_metrics(run / "metrics.jsonl")
     train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]

@@ -257,3 +257,48 @@ HEAD = "{% if messages[0]['role'] != 'system' %}"
 )
 def test_the_default_system_prompt_is_what_jinja_would_write(jinja: str, prompt: str | None):
     assert default_system(jinja) == prompt
+
+
+def test_a_run_folder_with_a_chinese_name_draws_its_picture(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    model, rows = make_model(tmp_path / "m"), make_rows(tmp_path / "rows.json")
+    words = [
+        "train",
+        "--model",
+        str(model),
+        "--data",
+        str(rows),
+        "--output",
+        str(tmp_path / "实验一"),
+        "--max-steps",
+        "1",
+    ]
+    assert main(words) == 0  # warnings are errors here
+    assert (tmp_path / "实验一" / "loss.png").stat().st_size > 1000
+
+
+# settings of other tools
+
+
+def test_settings_of_other_tools_that_mean_nothing_here_are_one_line(tmp_path: Path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "stage: sft\ndo_train: true\ntemplate: qwen\nbf16: true\nreport_to: none\nlearning_rate: 1.0e-4\n"
+    )
+    assert main(["plan", "-c", str(config), "--model", str(make_model(tmp_path / "m"))]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not needed" in line)
+    assert all(key in line for key in ("stage", "do_train", "template", "bf16", "report_to")) and "learning" not in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--bf16", "--compute sets it"),
+        ("--fp16", "--compute sets it"),
+        ("--quantization_bit", "cannot be trained on yet"),
+    ],
+)
+def test_a_flag_of_another_tool_gets_a_hint(flag: str, told: str, capsys):
+    for words in ([flag], [flag, "4"], [f"{flag}=true"]):
+        assert main(["train", "--model", "m", "--data", "d", *words]) == 2
+        assert told in capsys.readouterr().err

@@ -4,7 +4,7 @@ import argparse
 
 from .before import check_paths
 from .shared_flags import definitions
-from .train import foreign_flags, setting_flags
+from .train import foreign_flags, setting_flags, settings_file
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +18,14 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import json
-    from pathlib import Path
 
-    from ..config import read_yaml, resolve
+    from ..config import resolve
 
     own = ("command", "config", "device_memory", "json", "rest")
     given = {k: v for k, v in vars(args).items() if k not in own} | foreign_flags(args.rest)
     if "define" in given:
         given["define"] = definitions(given["define"])
-    config = resolve(*([read_yaml(Path(args.config))] if args.config else []), given)
+    config = resolve(*([settings_file(args.config)] if args.config else []), given)
     check_paths(config.model, None, config.data)
     from ..forecast import forecast, text_of
 

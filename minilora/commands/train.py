@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         flags["define"] = definitions(flags["define"])
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude each other", "Give one of them.")
-    sources = [read_yaml(Path(args.config))] if args.config else []
+    sources = [settings_file(args.config)] if args.config else []
     if args.resume:
         if "output" not in flags:
             raise UsageError("--output is missing", "minilora train --output RUN --resume")
@@ -58,6 +58,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def settings_file(path: str) -> dict[str, Any]:
+    """The settings of a yaml file; those that have no meaning here are told and left out."""
+    from pathlib import Path
+
+    from ..config import read_yaml, without_not_needed
+
+    settings, told = without_not_needed(read_yaml(Path(path)))
+    if told:
+        say(told)
+    return settings
+
+
 def foreign_flags(rest: list[str]) -> dict[str, Any]:
     """Flags under names known from other tools; UsageError with the nearest name for an unknown one."""
     from ..config import canonical
@@ -65,6 +77,8 @@ def foreign_flags(rest: list[str]) -> dict[str, Any]:
     flags, words = {}, list(rest)
     while words:
         word = words.pop(0)
+        if word.startswith("--"):
+            canonical(word[2:].partition("=")[0])
         if not word.startswith("--"):
             raise UsageError(f"unknown argument {word!r}", "See minilora train --help.")
         name, mark, value = word[2:].partition("=")
