@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NARROW = (torch.bfloat16, torch.float16)
-FEW_ROWS = 4  # rows up to which reading W as it is beats widening it
+FEW_ROWS = 4  # rows up to which, in inference, reading W as it is beats widening it
 WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
 BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b [T, N] in the dtype of x; weight [N, K] and bias [N] of any floating-point dtype. It records no gradient of its own."""
-    if x.shape[0] <= FEW_ROWS and weight.dtype in NARROW and not torch.is_grad_enabled():
+    if x.shape[0] <= FEW_ROWS and weight.dtype in NARROW and torch.is_inference_mode_enabled():
         return _few_rows(x.to(weight.dtype), weight, bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype:

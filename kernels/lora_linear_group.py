@@ -176,9 +176,8 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Ten
 
     Outputs may be column ranges of one matrix.
     """
-    if (
-        torch.is_grad_enabled() or x.shape[0] > FEW_ROWS
-    ):  # a model's own token by token has been checked with its prompt
+    # token by token in inference, the model's linears have been checked with the prompt
+    if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
     on = _OnTriton if runs_on_triton(x, projections) else _OnTorch

@@ -219,8 +219,8 @@ def add_rms_norm(
 
 
 def _one_call_does(x: Tensor, offset: float) -> bool:
-    """Whether torch's own norm is this one: no gradient is recorded, nothing is rounded on the way, and it is not Triton's turn."""
-    return not torch.is_grad_enabled() and x.dtype == torch.float32 and not offset and not use_triton(x)
+    """Whether torch's own norm serves: in inference (a recomputed block needs the same bits), where nothing is rounded on the way."""
+    return torch.is_inference_mode_enabled() and x.dtype == torch.float32 and not offset and not use_triton(x)
 
 
 def _check_width(op: str, x: Tensor, w: Tensor) -> None:

@@ -121,14 +121,17 @@ class JsonObjects(JsonArray):
 
 
 def is_spread(path: Path) -> bool:
-    """Whether the first object of a file goes over several lines: its first line is the beginning of one."""
+    """Whether the first object of a file goes over several lines: its first line alone is none, and with the next ones it is."""
     with open(path, "rb") as file:
-        first = b""
-        while not first.strip():
-            first = file.readline(MAX_LINE).removeprefix(BOM)
-            if not first:
-                return False
-    return first.strip() == b"{" or (first.startswith(b"{") and first.rstrip().endswith((b",", b"[", b"{")))
+        start = file.read(MAX_LINE).removeprefix(BOM).lstrip()
+    first, _, _ = start.partition(b"\n")
+    if first.strip() != b"{" and not first.rstrip().endswith((b",", b"[", b"{")):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(start.decode("utf-8", "ignore"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def is_lines(path: Path) -> bool:
