@@ -302,3 +302,19 @@ def test_a_flag_of_another_tool_gets_a_hint(flag: str, told: str, capsys):
     for words in ([flag], [flag, "4"], [f"{flag}=true"]):
         assert main(["train", "--model", "m", "--data", "d", *words]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_added_tokens_are_themselves_in_an_answer_and_text_in_a_question(tmp_path: Path):
+    folder = make_model(tmp_path / "m", vocab_size=300)
+    j = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    j["added_tokens"] += [{"id": 259 + n, "content": t, "special": False, **flags} for n, t in enumerate(("<tool_call>", "<tool_call>x"))]
+    (folder / "tokenizer.json").write_text(json.dumps(j))
+    tokenizer = minilora.load_tokenizer(folder)
+    text = "<tool_call>{}<tool_call>x <|im_end|>"
+    ids, trained = tokenizer.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+    asked, said = ([i for i, t in zip(ids, trained, strict=True) if t == of] for of in (False, True))
+    assert 259 not in asked and 260 not in asked and said.count(259) == said.count(260) == 1
+    assert said.count(258) == 1  # <|im_end|> of an answer's text stays text
+    assert tokenizer.decode(said, specials=True) == text + "<|im_end|>"
+    assert tokenizer.encode(text) == tokenizer.encode(text, specials=False) and 259 not in tokenizer.encode(text)

@@ -307,7 +307,7 @@ def _text_pieces(row: Row, tokenizer: Tokenizer, longest: int) -> list[Piece]:
     if tokenizer.template == CHATGLM:
         what = f"{row.where}: ChatGLM-6B's format has no place for raw text"
         raise RowError("not for this chat format", what, "Write it as prompt and response.")
-    ids = tokenizer.encode(row.messages[0]["content"]) + ending
+    ids = tokenizer.encode_answer(row.messages[0]["content"]) + ending
     step = max(longest - len(opening), 2)
     pieces = [np.array(opening + ids[i : i + step], dtype=np.int64) for i in range(0, len(ids), step)]
     least = max(len(opening), 1)

@@ -47,11 +47,13 @@ class Added(NamedTuple):
 class BytePairs:
     """Text to ids and back by two encoders of one vocabulary: `full` knows the added tokens, `plain` does not."""
 
-    def __init__(self, full: tokenizers.Tokenizer, plain: tokenizers.Tokenizer, specials: dict[str, int]):
+    def __init__(
+        self, full: tokenizers.Tokenizer, plain: tokenizers.Tokenizer, specials: dict[str, int], words: dict[str, int]
+    ):
         for encoder in (full, plain):
             encoder.no_truncation()
             encoder.no_padding()
-        self._full, self._plain, self.specials = full, plain, specials
+        self._full, self._plain, self.specials, self.words = full, plain, specials, words
         self.size = max(full.get_vocab(with_added_tokens=True).values()) + 1  # one more than the largest id
 
     @classmethod
@@ -59,13 +61,14 @@ class BytePairs:
         """description: the text of a tokenizer.json."""
         j = json.loads(description)
         specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
+        words = {t["content"]: t["id"] for t in j.get("added_tokens", []) if not t.get("special")}
         full = tokenizers.Tokenizer.from_str(description)
         if any(full.token_to_id(text) != i for text, i in specials.items()):
             # the library numbers added tokens one after the other, whatever the file says, unless the vocabulary has them
             j["model"]["vocab"] |= specials
             full = tokenizers.Tokenizer.from_str(json.dumps(j))
         plain = tokenizers.Tokenizer.from_str(json.dumps(j | {"added_tokens": [], "post_processor": None}))
-        return cls(full, plain, specials)
+        return cls(full, plain, specials, words)
 
     @classmethod
     def of_merges(
@@ -77,7 +80,8 @@ class BytePairs:
         for t in added:
             token = tokenizers.AddedToken(t.content, special=t.special, normalized=False)
             full.add_special_tokens([token]) if t.special else full.add_tokens([token])
-        return cls(full, plain, {t.content: t.id for t in added})
+        words = {t.content: t.id for t in added if not t.special}
+        return cls(full, plain, {t.content: t.id for t in added}, words)
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""

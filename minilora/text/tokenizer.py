@@ -35,10 +35,22 @@ class Tokenizer:
     def __init__(self, coder: Coder, template: Template):
         self._coder, self.template = coder, template
         self.specials, self.size = coder.specials, coder.size
+        self._words: dict[str, int] = getattr(coder, "words", {})
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""
         return self._coder.encode(text, specials)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The ids of what an assistant says: added tokens that are no special ones (<tool_call>, <think>, a user's own) are themselves.
+
+        They are the model's to write; in anybody else's text they stay text, as special tokens do everywhere.
+        """
+        if not self._words:
+            return self.encode(text)
+        longest_first = sorted(self._words, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        return [i for n, piece in enumerate(pieces) for i in ([self._words[piece]] if n % 2 else self.encode(piece))]
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
         """The text of ids; special tokens are left out unless `specials` is set."""
@@ -66,16 +78,16 @@ class Tokenizer:
             numbered, key=lambda n: (n[1].special, n[1].answer, n[0] if self.template.apart else 0)
         ):
             texts = [s.text for _, s in group]
-            new = self._encode_group(special, texts)
+            new = self._encode_group(special, texts, answer is not None)
             ids += new
             wanted = answer is not None and messages[answer].get("loss", loss_on == "all" or answer == last)
             ends = [text in self.template.stops for text in texts] if special else [False] * len(new)
             trained += [wanted and (train_end or not end) for end in ends]
         return ids, trained
 
-    def _encode_group(self, special: bool, texts: list[str]) -> list[int]:
+    def _encode_group(self, special: bool, texts: list[str], answer: bool) -> list[int]:
         if not special:
-            return self.encode("".join(texts))
+            return (self.encode_answer if answer else self.encode)("".join(texts))
         missing = [t for t in texts if t not in self.specials]
         if missing:
             raise ModelError(
