@@ -16,7 +16,8 @@ from minilora.errors import DataError, ModelError
 from minilora.models.config_json import rope_of
 from minilora.rows import open_rows, read_rows
 from minilora.safetensors import SafetensorsFile, write_tensors
-from minilora.text.template_qwen import default_system
+from minilora.text.template import render_text
+from minilora.text.template_qwen import ChatML, default_system
 
 CASES = Path(__file__).parent / "cases"
 ROWS = json.dumps({"prompt": "q", "response": "a"}) + "\n"
@@ -308,7 +309,9 @@ def test_added_tokens_are_themselves_in_an_answer_and_text_in_a_question(tmp_pat
     folder = make_model(tmp_path / "m", vocab_size=300)
     j = json.loads((folder / "tokenizer.json").read_text())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    j["added_tokens"] += [{"id": 259 + n, "content": t, "special": False, **flags} for n, t in enumerate(("<tool_call>", "<tool_call>x"))]
+    j["added_tokens"] += [
+        {"id": 259 + n, "content": t, "special": False, **flags} for n, t in enumerate(("<tool_call>", "<tool_call>x"))
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(j))
     tokenizer = minilora.load_tokenizer(folder)
     text = "<tool_call>{}<tool_call>x <|im_end|>"
@@ -318,3 +321,19 @@ def test_added_tokens_are_themselves_in_an_answer_and_text_in_a_question(tmp_pat
     assert said.count(258) == 1  # <|im_end|> of an answer's text stays text
     assert tokenizer.decode(said, specials=True) == text + "<|im_end|>"
     assert tokenizer.encode(text) == tokenizer.encode(text, specials=False) and 259 not in tokenizer.encode(text)
+
+
+def test_edges_of_qwen3s_template():
+    """As its Jinja: newlines before a last answer go, and of two answers in a row the last alone has the empty think block."""
+    qwen3 = ChatML("qwen3", None, "optional")
+    ask, block = {"role": "user", "content": "2+2?"}, "<think>\n\n</think>\n\n"
+
+    def said(*texts: str) -> str:
+        return render_text(qwen3.segments([ask, *({"role": "assistant", "content": t} for t in texts)])).partition(
+            "<|im_end|>\n"
+        )[2]
+
+    assert said("\n\n4") == f"<|im_start|>assistant\n{block}4<|im_end|>\n"
+    assert said("Let me see.", "4") == (
+        f"<|im_start|>assistant\nLet me see.<|im_end|>\n<|im_start|>assistant\n{block}4<|im_end|>\n"
+    )

@@ -56,7 +56,7 @@ class ChatML(Template):
             role, content = message["role"], message["content"]
             if role == "assistant":
                 result += self._open("assistant")
-                result += self._answer(content, i - shift, current=i > last_user)
+                result += self._answer(content, i - shift, i > last_user, i == len(messages) - 1)
             elif role in ("system", "user"):
                 result += self._open(role)
                 result.append(Segment(content))
@@ -77,7 +77,7 @@ class ChatML(Template):
         mark = {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
         return [Segment(mark[role], special=True)] if role in mark else []
 
-    def _answer(self, content: str, number: int, current: bool) -> list[Segment]:
+    def _answer(self, content: str, number: int, current: bool, final: bool) -> list[Segment]:
         """An assistant's message: what the prompt would already hold is masked, the rest and the stop token are trained.
 
         Thoughts of turns before the last question are dropped, as the templates do.
@@ -99,8 +99,8 @@ class ChatML(Template):
             elif self.thinking == "always":
                 masked = [Segment("<think>", special=True), Segment("\n")]
                 trained = [Segment("\n", answer=number), *_close_thought(said, number)]
-            else:
-                masked = _empty_thought()
+            elif final:  # of several messages in a row the last one alone gets the empty block
+                masked, trained = _empty_thought(), [Segment(said.lstrip("\n"), answer=number)]
         end = [Segment(self.stop, special=True, answer=number)]
         return masked + trained + end + ([] if self.deepseek else [Segment("\n")])
 
