@@ -3,7 +3,8 @@
     y = x W^T + b        dX = dY W        x [T, K], dY [T, N] in the compute dtype; W [N, K], b [N] as stored
 
 A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32. W is widened for one product at a time, so that the
-model is never there twice. With a handful of rows the bytes of W bind the product, not arithmetic: there x goes into W's dtype.
+model is never there twice. With a handful of rows the bytes of W bind the product, not arithmetic: in inference x goes into bf16
+beside a W in bf16, which has the range of fp32 (in fp16 x could overflow).
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NARROW = (torch.bfloat16, torch.float16)
 FEW_ROWS = 4  # rows up to which, in inference, reading W as it is beats widening it
 WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
 BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
@@ -20,7 +20,7 @@ BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b [T, N] in the dtype of x; weight [N, K] and bias [N] of any floating-point dtype. It records no gradient of its own."""
-    if x.shape[0] <= FEW_ROWS and weight.dtype in NARROW and torch.is_inference_mode_enabled():
+    if x.shape[0] <= FEW_ROWS and weight.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
         return _few_rows(x.to(weight.dtype), weight, bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype:

@@ -8,6 +8,7 @@ trained biases, whole modules) is refused, not ignored.
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
     refuse_second(model)
     file = SafetensorsFile(folder / WEIGHTS)
     plan = _plan(model, folder, j, file)
-    lacking = [path for path in _named_by(j, linears(model)) if path not in plan]
+    lacking = [path for path in _named_by(folder, j, linears(model), plan) if path not in plan]
     if lacking and not allow_partial:
         raise ModelError(
             f"{folder}: its config names {len(lacking) + len(plan)} linears of this model, its file holds {len(plan)} (missing: "
@@ -111,6 +112,10 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
         )
     tensors = {_path_and_half(key): file.tensor(key) for key in file.entries}
     for key in file.entries:
+        if not file.entries[key].dtype.is_floating_point:
+            raise ModelError(
+                f"{folder / WEIGHTS}: {key} is {file.entries[key].dtype}", "Floating-point numbers belong there."
+            )
         check_finite(file.tensor(key), f"{folder / WEIGHTS}: {key}")
     base = file.metadata.get("minilora_base")
     if base is not None and not any_base and base != fingerprint(base_parameters(model)):
@@ -138,6 +143,8 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
             f"{folder / CONFIG} uses {', '.join(used)}",
             "Only plain LoRA can be read: merge it with PEFT first.",
         )
+    if j.get("use_rslora") not in (None, True, False):
+        raise ModelError(f"{folder / CONFIG}: use_rslora is {j['use_rslora']!r}", "true or false belongs there.")
     dropout = j.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ModelError(f"{folder / CONFIG}: lora_dropout is {dropout!r}", "A number from 0 to below 1 belongs there.")
@@ -166,6 +173,10 @@ def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFi
             beyond.append(key)
         elif found[0] not in targets:
             problems["the model has no such linear"].append(found[0])
+        elif found[1] in halves.get(found[0], {}):
+            raise ModelError(
+                f"{folder / WEIGHTS}: {key} stands there a second time", "Keep the tensors of one adapter."
+            )
         else:
             halves.setdefault(found[0], {})[found[1]] = entry.shape
     if beyond:
@@ -197,26 +208,33 @@ def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFi
 
 def _path_and_half(key: str) -> tuple[str, str] | None:
     """(path of the linear, "A" or "B") of a key, with PEFT's prefix or without, with an adapter's name in it or without."""
-    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key)
     return (match[1], match[2]) if match else None
 
 
-def _named_by(j: dict[str, Any], targets: dict[str, nn.Linear]) -> list[str]:
-    """The paths of the linears that a config's target_modules and layers_to_transform mean, as PEFT reads them."""
+def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], held: Iterable[str]) -> list[str]:
+    """The paths of the linears that a config's target_modules and layers_to_transform mean, as PEFT reads them.
+
+    A pattern that is not simple enough to be tried is taken to mean every layer's linears of the names that the file holds.
+    """
     wanted, layers, left_out = j.get("target_modules"), j.get("layers_to_transform"), j.get("exclude_modules")
     if wanted == "all-linear":
         found = list(targets)
     elif isinstance(wanted, str):
-        if not is_plain(wanted):
-            return []
-        found = [path for path in targets if re.fullmatch(wanted, path)]
+        leaves = {path.split(".")[-1] for path in held}
+        plain = is_plain(wanted)
+        found = [p for p in targets if (re.fullmatch(wanted, p) if plain else p.split(".")[-1] in leaves)]
     elif isinstance(wanted, list):
         found = [path for path in targets if any(path == name or path.endswith(f".{name}") for name in wanted)]
     else:
         return []
     if layers is not None:
-        layers = {layers} if isinstance(layers, int) else set(layers)
-        found = [path for path in found if {int(part) for part in path.split(".") if part.isdigit()} & layers]
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(layers, list) or not all(type(n) is int for n in layers):
+            raise ModelError(
+                f"{folder / CONFIG}: layers_to_transform is {quote(str(layers))}", "Numbers of layers belong there."
+            )
+        found = [path for path in found if {int(part) for part in path.split(".") if part.isdigit()} & set(layers)]
     if isinstance(left_out, list):
         found = [path for path in found if not any(path == name or path.endswith(f".{name}") for name in left_out)]
     return found

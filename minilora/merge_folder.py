@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilora.models.decoder import Decoder
+
 from .adapter import load_adapter
 from .checkpoint import SHARD_BYTES, Tensors, load_model, write_checkpoint
 from .durable import staged_folder
@@ -30,6 +32,7 @@ def merge_folder(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
     decoder = load_model(model, device=device, compute=compute)
+    _no_narrower(decoder)
     load_adapter(decoder, adapter, any_base, allow_partial)
     decoder.eval()
     tokenizer = load_tokenizer(model)
@@ -63,13 +66,21 @@ def merge_folder(
         del decoder
         wrapped.clear()
         gc.collect()
-        merged = logits_of(load_model(stage, device=device, compute=compute), prompts)
+        written_model = load_model(stage, device=device, compute=compute)
+        _no_narrower(written_model)
+        merged = logits_of(written_model, prompts)
         proof = prove(truth, plain, merged, adapted, base)
         if not proof.holds:
             raise _not_proven(
                 f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"
             )
     return proof
+
+
+def _no_narrower(model: Decoder) -> None:
+    """Compute in no narrower dtype than the weights': the proof's tolerance is their rounding alone."""
+    if model.compute is not None and model.compute.itemsize <= model.head.dtype.itemsize:
+        model.compute = None
 
 
 def _not_proven(what: str) -> ModelError:

@@ -32,15 +32,15 @@ def open_model(
         model.eval()
     if model.head.device.type == "cpu":
         torch.set_num_threads(choose_threads(model.config))
-    say(computing(model, compute))
-    if int8:
+    if not int8:
+        say(computing(model, compute))
+    else:
         if model.head.device.type != "cpu":
             raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
         merge(model)
         to_int8(model)
-        say(
-            "int8    weights rounded by rows, activations by tokens" + (", the adapter merged first" if adapter else "")
-        )
+        merged = ", the adapter merged first" if adapter else ""
+        say(f"compute int8 products, float32 beside them: weights rounded by rows, activations by tokens{merged}")
     return model
 
 

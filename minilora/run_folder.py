@@ -130,7 +130,7 @@ def restore(run: Run, console: Console) -> None:
         raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")
     load_snapshot(folder, run.model, run.optimizer, run.plan.full)
     was, is_ = state["machine"], _machine(run)
-    differs = [f"{k} was {was.get(k)}, is {v}" for k, v in is_.items() if was.get(k) != v]
+    differs = [f"{k} was {was[k]}, is {v}" for k, v in is_.items() if k in was and was[k] != v]
     note = f" (not bit for bit: {', '.join(differs)})" if differs else ""
     console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
     step = step_of(folder)
@@ -149,4 +149,12 @@ def _machine(run: Run) -> dict[str, str | int]:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     cpu = torch.backends.cpu.get_cpu_capability()
     threads, micro = torch.get_num_threads(), run.plan.micro_tokens
-    return {"torch": torch.__version__, "threads": threads, "cpu": cpu, "card": card, "micro_tokens": micro}
+    compute = str(run.model.compute or run.model.head.dtype).removeprefix("torch.")
+    return {
+        "torch": torch.__version__,
+        "compute": compute,
+        "threads": threads,
+        "cpu": cpu,
+        "card": card,
+        "micro_tokens": micro,
+    }

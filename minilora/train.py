@@ -108,6 +108,8 @@ def _load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
 def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     """What a run keeps the base's weights in, and what it computes in."""
     if config.method == "full":
+        if config.compute == "bfloat16":
+            raise UsageError("--method full computes in float32", "Leave --compute out.")
         return torch.float32, torch.float32
     stored = {"auto": c.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     compute = choose(c, stored, device, config.compute).dtype

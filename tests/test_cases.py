@@ -13,7 +13,9 @@ from minilora.__main__ import main
 from minilora.checkpoint import read_config
 from minilora.demo.show import MODEL
 from minilora.errors import DataError, ModelError
+from minilora.kernels.frozen_linear import frozen_linear
 from minilora.models.config_json import rope_of
+from minilora.models.int8 import int8_product, packed
 from minilora.rows import open_rows, read_rows
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.text.template import render_text
@@ -337,3 +339,31 @@ def test_edges_of_qwen3s_template():
     assert said("Let me see.", "4") == (
         f"<|im_start|>assistant\nLet me see.<|im_end|>\n<|im_start|>assistant\n{block}4<|im_end|>\n"
     )
+
+
+def test_small_activations_of_one_row_keep_their_digits_in_int8():
+    x, weight = 1e-5 * torch.randn(1, 64), torch.randn(48, 64)
+    y, truth = int8_product(x, packed(weight)), x.double() @ weight.double().T
+    assert (y - truth).norm() < 0.05 * truth.norm()
+
+
+def test_fp16_weights_never_take_fp32_activations_into_their_range():
+    with torch.inference_mode():
+        y = frozen_linear(torch.full((1, 4), 1e6), torch.ones(2, 4, dtype=torch.float16))
+    assert torch.equal(y, torch.full((1, 2), 4e6))
+
+
+@pytest.mark.parametrize("bad", [{"layers_to_transform": [[0]]}, {"use_rslora": "false"}], ids=str)
+def test_values_of_a_wrong_kind_in_an_adapters_config(tmp_path: Path, bad: dict):
+    adapter = damaged(tmp_path, lambda t: t)
+    j = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").unlink()
+    (adapter / "adapter_config.json").write_text(json.dumps(j | bad))
+    with pytest.raises(ModelError, match=next(iter(bad))):
+        minilora.load_adapter(minilora.load_model(tmp_path / "m"), adapter)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path):
+    adapter = damaged(tmp_path, lambda t: t | {k.removeprefix("base_model.model."): 5 * v for k, v in t.items()})
+    with pytest.raises(ModelError, match="a second time"):
+        minilora.load_adapter(minilora.load_model(tmp_path / "m"), adapter)

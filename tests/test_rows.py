@@ -391,7 +391,9 @@ def test_raw_text(tmp_path):
 
 def test_columns(tmp_path):
     path = write(tmp_path / "x.jsonl", {"q": "a", "a": "b", "prompt": "other"})
-    (row,) = read_rows(path, {"prompt": "q", "response": "a"})
+    with pytest.raises(DataError, match="a key 'prompt' of its own beside --columns prompt=q"):
+        list(read_rows(path, {"prompt": "q", "response": "a"}))
+    (row,) = read_rows(path, {"prompt": "q", "response": "a"}, frozenset(["prompt"]))
     assert [m["content"] for m in row.messages] == ["a", "b"]
     with pytest.raises(DataError, match="no column 'x' .there are 'q, a, prompt'"):
         list(read_rows(path, {"prompt": "x", "response": "a"}))

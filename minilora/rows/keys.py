@@ -1,7 +1,7 @@
 """The keys of rows and messages, and what becomes of each: it is read, it is a note about the row, or it must be named.
 
 A key that is neither read nor a note and holds something is content that would be lost: training stops with its name. What
-holds nothing (null, "", [], {}) is no loss. Every name is compared without case.
+holds nothing (null, "", [], {}) is no loss. Notes are told without case.
 """
 
 from .problems import RowError, quote
@@ -43,6 +43,8 @@ def refuse_unread(keys: tuple[str, ...], where: str) -> None:
 
 
 def _hint(name: str, nested: bool) -> str:
+    if not name.strip():
+        return "Give its column a name, or empty it."
     leave = f"--ignore-keys {name} leaves it out."
     if name in ("tools", "tool_calls", "function_call", "functions", "tool_call_id"):
         return f"Tool calls cannot be trained yet; {leave}"

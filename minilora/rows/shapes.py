@@ -77,8 +77,8 @@ def to_messages(
         messages, lost = _turns(value, where, columns, ignored)
         shape = "turns"
     elif isinstance(value, dict):
-        row = _rename(value, where, columns) if columns else value
-        messages, shape, lost = _messages({k: v for k, v in row.items() if k not in ignored}, where, ignored)
+        value = {k: v for k, v in value.items() if k not in ignored}
+        messages, shape, lost = _messages(_rename(value, where, columns) if columns else value, where, ignored)
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
@@ -93,6 +93,12 @@ def _rename(row: dict, where: str, columns: dict[str, str]) -> dict:
         raise RowError(
             "a column is missing", f"{where}: no column {quote(missing)} (there are {has})", "Correct --columns."
         )
+    own = next(
+        (name for name, c in columns.items() if name != c and name in row and name not in columns.values()), None
+    )
+    if own is not None and row[own] not in (None, "", [], {}):
+        what = f"{where}: the row has a key {quote(own)} of its own beside --columns {own}={columns[own]}"
+        raise RowError("two of a name", what, f"Map that one too, or leave it out: --ignore-keys {own}.")
     rest = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
     return {name: row[column] for name, column in columns.items()} | rest
 
@@ -129,7 +135,7 @@ def _question_and_answer(row: dict, pair: tuple[str, str], where: str) -> tuple[
     """One turn, its question of all keys that are one, and the keys that were read."""
     asks = [k for k in QUESTIONS if k in row] if pair[0] in QUESTIONS else [pair[0]]
     texts = [_text(row, k, where, "" if k != pair[0] else None) for k in asks]
-    question = "\n".join([texts[0], *(t for t in texts[1:] if t)])
+    question = "\n".join(text for text in texts if text)
     return _turn(question, _answer(row, pair[1], where)), {*asks, pair[1]}
 
 
@@ -179,6 +185,7 @@ def _turns(
     messages: list[Message] = []
     lost: list[str] = []
     for turn in turns:
+        turn = {k: v for k, v in turn.items() if k not in ignored}
         row = _rename(turn, where, columns) if columns else turn
         pair = _pair(row)
         if pair is None:
