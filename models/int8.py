@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .decoder import Decoder
 
 
+# torch has a floor of 6e-5 under the scale of x: x is multiplied by this, and the scales of weights are divided by it
+LIFT = 4096.0
+
+
 class Int8Linear(nn.Module):
     """Linears of one input, in int8: x [T, K] in fp32 -> y_j [T, N_j] each; weights are rounded to -levels .. levels."""
 
@@ -56,8 +60,8 @@ def levels() -> int:
 
 def packed(weight: Tensor) -> torch.ScriptObject:
     """A weight [N, K] rounded to int8 by rows, in the order that torch's int8 product reads."""
-    wide = weight.detach().float()
-    scale = torch.maximum(wide.amax(1), -wide.amin(1)).clamp(min=1e-30) / levels()
+    wide = weight.detach().float() / LIFT
+    scale = torch.maximum(wide.amax(1), -wide.amin(1)).clamp(min=1e-34) / levels()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.quantize_per")  # its tensors will go, its products stay
         q = torch.quantize_per_channel(wide, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
@@ -66,9 +70,11 @@ def packed(weight: Tensor) -> torch.ScriptObject:
 
 def int8_product(x: Tensor, packed: torch.ScriptObject) -> Tensor:
     """x W^T [T, N] in fp32 for x [T, K] of any dtype."""
-    x = x.float()  # torch has one scale a call, and a floor under it: each row is brought to 1 before
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-    return torch.ops.quantized.linear_dynamic(x / scale, packed, False).mul_(scale)
+    x = x.float()
+    if x.shape[0] == 1:
+        return torch.ops.quantized.linear_dynamic(x * LIFT, packed, False)
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30)  # torch has one scale a call
+    return torch.ops.quantized.linear_dynamic(x / scale, packed, False).mul_(scale * LIFT)
 
 
 def to_int8(model: Decoder) -> None:
