@@ -110,13 +110,12 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
             f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''})",
             "The adapter is cut short: make it again, or take it as it is with --allow-partial.",
         )
-    tensors = {_path_and_half(key): file.tensor(key) for key in file.entries}
+    tensors = {}
     for key in file.entries:
-        if not file.entries[key].dtype.is_floating_point:
-            raise ModelError(
-                f"{folder / WEIGHTS}: {key} is {file.entries[key].dtype}", "Floating-point numbers belong there."
-            )
-        check_finite(file.tensor(key), f"{folder / WEIGHTS}: {key}")
+        t = tensors[_path_and_half(key)] = file.tensor(key)
+        if not t.is_floating_point():
+            raise ModelError(f"{folder / WEIGHTS}: {key} is {t.dtype}", "Floating-point numbers belong there.")
+        check_finite(t, f"{folder / WEIGHTS}: {key}")
     base = file.metadata.get("minilora_base")
     if base is not None and not any_base and base != fingerprint(base_parameters(model)):
         raise ModelError(f"{folder} was trained on another base model than this one (same shapes, other weights)",
@@ -222,7 +221,7 @@ def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], he
         found = list(targets)
     elif isinstance(wanted, str):
         leaves = {path.split(".")[-1] for path in held}
-        plain = is_plain(wanted)
+        plain = _is_plain(wanted)
         found = [p for p in targets if (re.fullmatch(wanted, p) if plain else p.split(".")[-1] in leaves)]
     elif isinstance(wanted, list):
         found = [path for path in targets if any(path == name or path.endswith(f".{name}") for name in wanted)]
@@ -240,7 +239,7 @@ def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], he
     return found
 
 
-def is_plain(pattern: str) -> bool:
+def _is_plain(pattern: str) -> bool:
     """Whether a stranger's pattern is short and simple enough that matching cannot take for ever: no repeated group, few repetitions."""
     try:
         re.compile(pattern)
@@ -252,7 +251,7 @@ def is_plain(pattern: str) -> bool:
 def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
-        if not is_plain(pattern):
+        if not _is_plain(pattern):
             what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
             raise ModelError(what, "Use the modules' names.")
         if re.fullmatch(rf"(.*\.)?({pattern})", path):

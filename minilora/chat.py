@@ -15,6 +15,7 @@ from minilora.models.decoder import Decoder
 
 from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
+from .model_folder import beyond
 from .open_model import open_model
 from .text.template import Message
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +58,7 @@ class Session:
             pieces = []
             most = self.model.config.max_positions
             if len(ids) > most:
-                yield f"[{len(ids):,} tokens are more than the {most:,} positions of the model: expect noise]\n"
+                yield f"[{beyond(len(ids), most)}]\n"
             try:
                 for piece in stream_text(self.tokenizer, tokens):
                     pieces.append(piece)
@@ -75,7 +76,7 @@ def chat(
     folder = Path(model)
     tokenizer = load_tokenizer(folder)
     int8 = opening.get("int8", False)
-    decoder = open_model(folder, tokenizer, adapter, say=print, **opening)
+    decoder = open_model(folder, tokenizer, adapter, say=lambda how: print(f"compute {how}"), **opening)
     if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
         print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)

@@ -116,11 +116,11 @@ def load_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    compute: torch.dtype | str = "auto",
+    compute: str = "auto",
 ) -> Decoder:
     """The Decoder of a checkpoint folder, frozen and in evaluation mode.
 
-    dtype is that of the weights in memory, None the checkpoint's own; compute that of activations and products, auto the
+    dtype is that of the weights in memory, None the checkpoint's own; compute names that of activations and products, auto the
     fastest one on this machine (compute.py). device None is the GPU if there is one. Beyond the model itself one tensor is in
     memory at a time. Raises ModelError with every mismatch between the folder and the model.
     """
@@ -141,7 +141,7 @@ def load_model(
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)
             check_finite(parameter, f"{folder}: {name}")
-    model.compute = choose(c, model.head.dtype, device, compute).dtype if isinstance(compute, str) else compute
+    model.compute = choose(c, model.head.dtype, device, compute).dtype
     return model
 
 

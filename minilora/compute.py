@@ -16,7 +16,7 @@ from minilora.models.config import Config
 
 from .cpu import usable_cpus
 
-ROWS = (1, 16, 512)  # a token, a short prompt, a stream of training
+ROWS = 512  # of a stream of training
 SHORT = 64  # rows of the product that threads have to share well
 TINY = 1e-3  # seconds of such a product on one thread, above which it is shared whatever else the machine does now
 LARGEST = 1024  # rows and columns of a weight that is measured: larger ones run at the same rate
@@ -31,15 +31,10 @@ class Compute(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """FLOP/s of products of ROWS rows with a weight stored in 16 bits: multiplied as it is, and widened to fp32 first."""
+    """FLOP/s of products with a weight stored in 16 bits: multiplied as it is, and widened to fp32 first."""
 
-    narrow: tuple[float, ...]
-    widened: tuple[float, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Speed of 16-bit products against fp32 at the rows of training."""
-        return self.narrow[-1] / self.widened[-1]
+    narrow: float
+    widened: float
 
 
 def choose(c: Config, stored: torch.dtype, device: torch.device, asked: str = "auto") -> Compute:
@@ -51,38 +46,29 @@ def choose(c: Config, stored: torch.dtype, device: torch.device, asked: str = "a
     if device.type != "cpu" or stored.itemsize != 2:
         return Compute(stored, "as the weights are stored")
     rates = measured_rates(min(c.width, LARGEST), min(c.ffn, LARGEST), stored)
-    name = short_name(stored)
-    if rates.ratio >= WORTH:
-        return Compute(stored, f"{name} products run at {rates.ratio:.1f} times fp32's speed on this CPU")
-    return Compute(
-        torch.float32, f"{name} products run at {rates.ratio:.2g} of fp32's speed on this CPU; weights stay in {name}"
-    )
+    name, ratio = short_name(stored), rates.narrow / rates.widened
+    if ratio >= WORTH:
+        return Compute(stored, f"{name} products run at {ratio:.1f} times fp32's speed on this CPU")
+    why = f"{name} products run at {ratio:.2g} of fp32's speed on this CPU; weights stay in {name}"
+    return Compute(torch.float32, why)
 
 
-@lru_cache
 def measured_rates(k: int, n: int, stored: torch.dtype) -> Rates:
-    """Rates for a weight [n, k]; the better one of two timings each, after one that warms up."""
-    weight = torch.randn(n, k).to(stored)
-
-    def rate(rows: int, dtype: torch.dtype) -> float:
-        x = torch.randn(rows, k).to(dtype)
-        return 2 * rows * k * n / min(_seconds(x, weight) for _ in range(2))
-
-    with torch.enable_grad():  # the products of training: few rows are widened too
-        for dtype in (stored, torch.float32):
-            rate(ROWS[1], dtype)
-        narrow, widened = (tuple(rate(rows, dtype) for rows in ROWS) for dtype in (stored, torch.float32))
-    return Rates(narrow, widened)
+    """Rates for a weight [n, k] stored in 16 bits."""
+    return Rates(_rate(k, n, stored, stored), _rate(k, n, stored, torch.float32))
 
 
 def products_rate(c: Config, stored: torch.dtype, compute: torch.dtype) -> float:
     """FLOP/s of this CPU's products with rows of training."""
-    k, n = min(c.width, LARGEST), min(c.ffn, LARGEST)
-    if stored.itemsize == 2:
-        rates = measured_rates(k, n, stored)
-        return rates.narrow[-1] if compute == stored else rates.widened[-1]
-    x, weight = torch.randn(ROWS[-1], k).to(compute), torch.randn(n, k).to(stored)
-    return 2 * ROWS[-1] * k * n / min(_seconds(x, weight) for _ in range(3))
+    return _rate(min(c.width, LARGEST), min(c.ffn, LARGEST), stored, compute)
+
+
+@lru_cache
+def _rate(k: int, n: int, stored: torch.dtype, compute: torch.dtype) -> float:
+    """FLOP/s of a product of ROWS rows; the better one of two timings, after one of fewer rows that warms up."""
+    x, weight = torch.randn(ROWS, k).to(compute), torch.randn(n, k).to(stored)
+    _seconds(x[:SHORT], weight)
+    return 2 * ROWS * k * n / min(_seconds(x, weight) for _ in range(2))
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:

@@ -121,6 +121,7 @@ NOT_NEEDED = {
     "ddp_timeout": "one process trains", "dataset_dir": "--data takes a path", "save_strategy": "--save-every says it",
     "eval_strategy": "--eval-every says it", "evaluation_strategy": "--eval-every says it", "save_safetensors": "always",
 }  # fmt: skip
+QUANTISED = ("quantization_bit", "load_in_4bit", "load_in_8bit")
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
     "accumulation", "micro_tokens", "eval_every", "save_every", "keep", "threads",
@@ -157,19 +158,19 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
 def canonical(given: str) -> str:
     """The field that a name or an alias means; UsageError with the nearest one otherwise."""
     name = _field_of(given)
-    if name is None and given.replace("-", "_") in NOT_NEEDED:
-        why = NOT_NEEDED[given.replace("-", "_")]
+    if name is not None:
+        return name
+    plain = given.replace("-", "_")
+    if plain in NOT_NEEDED:
+        why = NOT_NEEDED[plain]
         raise UsageError(f"{given} is not needed here", f"{why[0].upper()}{why[1:]}: leave it out.")
-    if name is None and given.replace("-", "_") in ("quantization_bit", "load_in_4bit", "load_in_8bit"):
-        raise UsageError(
-            f"{given}: a quantised base cannot be trained on yet", "Leave it out; --checkpointing on saves memory."
-        )
-    if name is None:
-        names = [f.name for f in fields(TrainConfig)]
-        near = difflib.get_close_matches(given.replace("-", "_"), [*names, *ALIASES], n=1, cutoff=0.7)
-        hint = f"Did you mean {near[0]!r}?" if near else "See minilora train --help."
-        raise UsageError(f"unknown setting {given!r}", hint)
-    return name
+    if plain in QUANTISED:
+        what = f"{given}: a quantised base cannot be trained on yet"
+        raise UsageError(what, "Leave it out; --checkpointing on saves memory.")
+    names = [f.name for f in fields(TrainConfig)]
+    near = difflib.get_close_matches(plain, [*names, *ALIASES], n=1, cutoff=0.7)
+    hint = f"Did you mean {near[0]!r}?" if near else "See minilora train --help."
+    raise UsageError(f"unknown setting {given!r}", hint)
 
 
 def _field_of(given: str) -> str | None:

@@ -1,7 +1,8 @@
 """What a process sets up once on a CPU: how its threads wait, how many there are, and how it keeps memory.
 
-Threads of OpenMP spin for a while when they have nothing to do. Beside another busy process that is ruinous: each short
-parallel region waits for a thread that does not run. So they go to sleep at once, unless the user said otherwise.
+Threads of OpenMP spin while they have nothing to do, by default for long. Beside another busy process that is ruinous: each
+short parallel region waits for a thread that does not run. Asleep at once they are slow to wake between the products of one token.
+So they spin for a short while, unless the user said otherwise.
 
 glibc hands large blocks back to the system at every free and takes page faults at every allocation. A training step allocates
 the same blocks again and again, so the thresholds are raised once, at the start of a command. oneDNN keeps the machine code of
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-SPINS = 10_000
+SPINS = 10_000  # turns of libgomp's waiting loop before a thread sleeps; its own are 300,000
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def before_torch() -> None:
     """Settings that libraries read when they are loaded; what the user set stays."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights on huge pages, where the system lends them
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 

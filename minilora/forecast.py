@@ -70,8 +70,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
         found["note"] = positions_note(Path(config.model), len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
-    flops = step_flops(model, [largest], config.method == "full")
-    memory = step_memory(model, largest)
+    memory, flops = step_memory(model, largest), step_flops(model, [largest], config.method == "full")
     found["step"] = {
         "rows": config.batch_size * config.accumulation,
         "tokens": None if config.data else sum(len(batch.ids) for batch in streams),

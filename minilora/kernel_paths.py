@@ -17,7 +17,7 @@ from .lora import LoRALinear
 
 def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     """Lines for people: what of each layer runs where; layers that agree stand on one line. The model may be without data."""
-    probe = torch.empty(1, 1, dtype=model.compute or model.head.dtype, device=device)
+    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
     if not use_triton(probe):
         why = "no GPU" if not probe.is_cuda else "the kernels are off" if HAVE_TRITON else "triton is not installed"
         return [f"PyTorch for every layer ({why})"]

@@ -11,15 +11,11 @@ POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def told_apart(path: Path, start: bytes) -> None:
+def check_is_itself(path: Path, start: bytes) -> None:
     """ModelError for the first bytes of what is often saved in place of a model's file: a Git LFS pointer, a web page."""
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path} is a Git LFS pointer, not the file itself", "Run git lfs pull in that folder.")
-    if start.lstrip()[:9].lower() in (b"<!doctype", b"<!doctyp") or start.lstrip()[:5].lower() in (
-        b"<html",
-        b"<head",
-        b"<?xml",
-    ):
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         raise ModelError(f"{path} is a web page that was saved under this name", "Download the file itself.")
 
 
@@ -29,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON:
             raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
         raw = path.read_bytes()
-        told_apart(path, raw[:64])
+        check_is_itself(path, raw[:64])
         value = json.loads(raw)
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
@@ -64,7 +60,11 @@ def positions_note(folder: Path, longest: int) -> str | None:
     most = next((j[k] for k in POSITIONS if isinstance(j.get(k), int)), None)
     if most is None or longest <= most:
         return None
-    return f"{longest:,} tokens are more than the {most:,} positions of the model: what it reads beyond them is noise to it"
+    return beyond(longest, most)
+
+
+def beyond(tokens: int, positions: int) -> str:
+    return f"{tokens:,} tokens are more than the {positions:,} positions of the model: what it reads beyond them is noise to it"
 
 
 def check_adapter(folder: Path) -> None:

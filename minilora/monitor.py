@@ -111,6 +111,8 @@ class Monitor:
         if "loss" not in metrics:
             return
         self._average(metrics["loss"])
+        if metrics["step"] == self.start + 2:
+            self._durations.clear()  # the first step warmed up
         self._durations.append(time.monotonic() - self._since)
         line = self._line_of_step = self._line(metrics)
         self._since = time.monotonic()
@@ -125,9 +127,7 @@ class Monitor:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, m: dict[str, Any]) -> Text:
-        # the first step warms up, and of the others only the recent ones tell how fast it goes now
-        recent = list(self._durations)[1 if len(self._durations) > 1 and m["step"] - self.start <= RECENT else 0 :]
-        left = sum(recent) / len(recent) * (self.total - m["step"])
+        left = sum(self._durations) / len(self._durations) * (self.total - m["step"])
         filled = round(20 * m["step"] / self.total)
         return Text(
             # what matters most comes first: a narrow terminal cuts the rest

@@ -21,7 +21,7 @@ def open_model(
     device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None, int8: bool = False,
     allow_partial: bool = False,
 ) -> Decoder:  # fmt: skip
-    """The Decoder of a folder with its adapter, in evaluation mode; `say` gets a line of how it computes.
+    """The Decoder of a folder with its adapter, in evaluation mode; `say` hears how it computes.
 
     int8 merges the adapter into the weights and rounds them (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
     """
@@ -32,22 +32,25 @@ def open_model(
         model.eval()
     if model.head.device.type == "cpu":
         torch.set_num_threads(choose_threads(model.config))
-    if not int8:
-        say(computing(model, compute))
-    else:
-        if model.head.device.type != "cpu":
-            raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
-        merge(model)
-        to_int8(model)
-        merged = ", the adapter merged first" if adapter else ""
-        say(f"compute int8 products, float32 beside them: weights rounded by rows, activations by tokens{merged}")
+    if int8:
+        round_to_int8(model)
+    say(computing(model, compute) + (", the adapter merged first" if int8 and adapter else ""))
     return model
 
 
+def round_to_int8(model: Decoder) -> None:
+    """Merge a model's adapters and put its linears into int8, in place; UsageError on a GPU."""
+    if model.head.device.type != "cpu":
+        raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
+    merge(model)
+    to_int8(model)
+
+
 def computing(model: Decoder, asked: str = "auto") -> str:
-    """How a model computes and why, in a line."""
+    """How a model computes and why."""
     device, stored = model.head.device, model.head.dtype
-    dtype = name_of(model.compute or stored)
     threads = torch.get_num_threads()
     where = f" on {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
-    return f"compute {dtype}{where}: {choose(model.config, stored, device, asked).why}"
+    if model.int8_head is not None:
+        return f"int8 products{where}, float32 beside them: weights rounded by rows, activations by tokens"
+    return f"{name_of(model.compute_dtype)}{where}: {choose(model.config, stored, device, asked).why}"

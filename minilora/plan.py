@@ -12,6 +12,7 @@ from minilora.models.decoder import Decoder
 
 from . import __version__
 from .checkpoint import fingerprint
+from .compute import name_of
 from .config import TrainConfig
 from .data import Examples, steps_per_epoch
 from .kernel_paths import kernel_paths
@@ -42,7 +43,10 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -> Plan:
-    """Steps and streams of a run, and its header; `computing` is the line on dtype and threads. ModelError if the tokenizer has more ids than the model."""
+    """Steps and streams of a run, and its header; `computing` is what stands there on dtype and threads.
+
+    ModelError if the tokenizer has more ids than the model.
+    """
     check_fits(data.tokenizer, model.config.vocab, Path(config.model))
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     plan = Plan(
@@ -103,7 +107,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
     total = sum(p.numel() for p in base_parameters(model).values())
     trained = sum(p.numel() for p in trained_parameters(model).values())
     c = model.config
-    dtype = str(model.head.dtype).removeprefix("torch.")
+    dtype = name_of(model.head.dtype)
     template = data.tokenizer.template
     model_name = Path(config.model).name
     chat = template.name + (" (the last answer of a row is trained)" if template.last_only else "")
@@ -121,7 +125,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
             f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
         )
     indent = "\n        "
-    lines.append(computing)
+    lines.append("compute " + computing)
     lines.append("kernels " + indent.join(kernel_paths(model, device)))
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from minilora.models.decoder import Decoder
 
+from .compute import name_of
 from .config import TrainConfig, must_match
 from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan
@@ -149,10 +150,9 @@ def _machine(run: Run) -> dict[str, str | int]:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     cpu = torch.backends.cpu.get_cpu_capability()
     threads, micro = torch.get_num_threads(), run.plan.micro_tokens
-    compute = str(run.model.compute or run.model.head.dtype).removeprefix("torch.")
     return {
         "torch": torch.__version__,
-        "compute": compute,
+        "compute": name_of(run.model.compute_dtype),
         "threads": threads,
         "cpu": cpu,
         "card": card,

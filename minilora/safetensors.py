@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .model_folder import told_apart
+from .model_folder import check_is_itself
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -51,6 +51,8 @@ class SafetensorsFile:
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
+                check_is_itself(path, file.read(64))
+                file.seek(0)
                 self.entries, self.metadata, self._data_start = _read_header(path, file.read, size)
                 # private copy-on-write pages: torch wants a writable buffer, the file stays as it is
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -87,8 +89,6 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
     prefix = read(8)
     if len(prefix) < 8:
         raise refuse(f"{size} bytes is too short for a safetensors file")
-    if prefix in (b"version ", b"<!DOCTYP", b"<!doctyp") or prefix[:5].lower() in (b"<html", b"<head", b"<?xml"):
-        told_apart(path, prefix + read(56))
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER:
         raise refuse(f"the header would be {length} bytes; {MAX_HEADER} is the limit")

@@ -98,7 +98,7 @@ def _load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
     """The model as the run trains it, and the config with the dtype and the threads that it computes with."""
     c, device = read_config(Path(config.model)), find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device)
-    model = prepare(load_model(config.model, stored, device, compute), config)
+    model = prepare(load_model(config.model, stored, device, name_of(compute)), config)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     settled = name_of(compute) if compute != torch.float64 else "auto"
@@ -184,7 +184,7 @@ def train_step(
 def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     """Steps from where the run stands to its end, with evaluations and snapshots; every way out leaves the state saved."""
     plan, at, config = run.plan, run.progress, run.config
-    peak = peak_flops(run.model.head.device, run.model.compute or run.model.head.dtype)
+    peak = peak_flops(run.model.head.device, run.model.compute_dtype)
     began = time.perf_counter() - at.seconds
     try:
         if plan.val and at.step == 0 and at.best_loss is None:

@@ -47,8 +47,7 @@ class Decoder(nn.Module):
         self.config, self.names = config, names
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.keep_attention = False  # then keep what attention gave
-        # what activations have and products are computed in; None: as weights are stored
-        self.compute: torch.dtype | None = None
+        self.compute: torch.dtype | None = None  # None: in the dtype that weights are stored in
         self.int8_head: torch.ScriptObject | None = None  # int8.py
         # with a weight of our own torch does not draw one: on the meta device that alone would import its compiler, a second
         weight = torch.empty(config.vocab, config.width)
@@ -57,6 +56,11 @@ class Decoder(nn.Module):
         _plant(self, names.norm, norm(config.width, config.eps))
         if not config.tied:
             _plant(self, names.head, Linear(config.width, config.vocab, bias=False))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What activations have and products are computed in."""
+        return self.compute or self.head.dtype
 
     @property
     def embedding(self) -> nn.Module:
@@ -93,7 +97,7 @@ class Decoder(nn.Module):
         """
         if cache is not None and cache.length == 0:
             cache.prompts, cache.prefixes = [end - start for start, end in pairwise(seams)], prefixes
-        x = self.embedding(ids).to(self.compute or self.head.dtype)
+        x = self.embedding(ids).to(self.compute_dtype)
         place = self.place(positions, seams, x.dtype, prefixes, cache)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():

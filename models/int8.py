@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .decoder import Decoder
 
 
-# torch has a floor of 6e-5 under the scale of x: x is multiplied by this, and the scales of weights are divided by it
+# torch has a floor under the scale of x (QuantUtils.h, SMALL_SCALE_THRESHOLD): x is multiplied by this, weights are divided by it
 LIFT = 4096.0
 
 

@@ -40,7 +40,7 @@ def test_the_dry_run_counts_what_a_step_allocates(depth, request, tmp_path, sett
     full = config.method == "full"
     dtype = torch.float32 if full else torch.bfloat16
     found = step_memory(prepare(empty_model(read_config(folder), dtype), config), batch)
-    model = prepare(minilora.load_model(folder, dtype, "cpu", dtype), config)
+    model = prepare(minilora.load_model(folder, dtype, "cpu", str(dtype).removeprefix("torch.")), config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     base = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     live = _Live([*model.parameters(), *(getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name in PARTS)])

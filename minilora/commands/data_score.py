@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> None:
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
     examples, report = load_examples(args.data, tokenizer, settings, seed=args.seed, cache=cache)
     console.print(f"data        {report}", highlight=False, markup=False, soft_wrap=True)
-    model = open_model(
-        args.model, tokenizer, args.adapter, say=lambda line: say(f"compute     {line[8:]}"), **opening(args)
-    )
+    model = open_model(args.model, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}"), **opening(args))
     scores = list(shown_progress(score_rows(model, examples, args.max_length), len(examples), console))
     if args.scores:
         write_file(Path(args.scores), "".join(score_lines(scores, examples)))

@@ -22,12 +22,9 @@ def run(args: argparse.Namespace) -> None:
 
     check_paths(args.model, args.adapter, args.data)
     say(f"eval        {args.model} on {args.data}", quiet=args.json)
-    from minilora.models.int8 import to_int8
-
     from ..data import load_examples
     from ..evaluate import evaluate
-    from ..lora import merge
-    from ..open_model import open_model
+    from ..open_model import open_model, round_to_int8
     from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
@@ -35,13 +32,12 @@ def run(args: argparse.Namespace) -> None:
     examples, report = load_examples(args.data, tokenizer, settings)
     opened: dict[str, Any] = opening(args) | {"int8": False}
     model = open_model(
-        args.model, tokenizer, args.adapter, say=lambda line: say(f"compute     {line[8:]}", quiet=args.json), **opened
+        args.model, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}", quiet=args.json), **opened
     )
     score = evaluate(model, examples, args.max_length)
     rounded = None
     if args.int8:
-        merge(model)
-        to_int8(model)
+        round_to_int8(model)
         rounded = evaluate(model, examples, args.max_length)
     if args.json:
         print(

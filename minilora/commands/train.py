@@ -77,8 +77,6 @@ def foreign_flags(rest: list[str]) -> dict[str, Any]:
     flags, words = {}, list(rest)
     while words:
         word = words.pop(0)
-        if word.startswith("--"):
-            canonical(word[2:].partition("=")[0])
         if not word.startswith("--"):
             raise UsageError(f"unknown argument {word!r}", "See minilora train --help.")
         name, mark, value = word[2:].partition("=")

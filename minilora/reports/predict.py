@@ -19,6 +19,7 @@ from rich.table import Table
 from minilora.models.decoder import Decoder
 
 from ..checkpoint import fingerprint
+from ..compute import name_of
 from ..durable import locked, write_file
 from ..errors import DataError, OutputInUse, Stopped
 from ..generate import GREEDY, Sampling, read_generation
@@ -84,8 +85,8 @@ def predict(
     tokenizer = load_tokenizer(model)
     questions = read_questions(data, tokenizer, reading)
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def say(how: str) -> None:
+        console.print(f"compute {how}", highlight=False, markup=False, soft_wrap=True)
 
     decoder = open_model(model, tokenizer, adapter, say=say, **opening)
     sampling, stop = read_generation(Path(model))
@@ -95,7 +96,7 @@ def predict(
         "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
         "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
         "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
-        "dtype": "int8" if opening.get("int8") else str(decoder.compute or decoder.head.dtype).removeprefix("torch."),
+        "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype),
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
     }  # fmt: skip
     _check_output(folder)
