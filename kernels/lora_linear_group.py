@@ -150,11 +150,11 @@ def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
     if whole is None:
         return [frozen_linear(x, p.weight, p.bias) for p in projections]
-    ns, biases = [p.weight.shape[0] for p in projections], None
-    if any(p.bias is not None for p in projections):
-        zeros = whole.new_zeros(max(ns))
-        biases = torch.cat([zeros[:n] if p.bias is None else p.bias for n, p in zip(ns, projections, strict=True)])
-    return list(frozen_linear(x, whole, biases).split(ns, dim=1))
+    ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([whole.new_zeros(n) if b is None else b for n, b in zip(ns, biases, strict=True)])
+    return list(torch.split_with_sizes(frozen_linear(x, whole, bias), ns, 1))
 
 
 def _lows(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:

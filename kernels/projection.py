@@ -4,7 +4,6 @@ Weights lie one behind the other in one storage as views, so that the module tre
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,16 +49,17 @@ def join(weights: Sequence[Tensor]) -> list[Tensor]:
 def joined(weights: Sequence[Tensor]) -> Tensor | None:
     """[sum of N_j, K] where the weights [N_j, K] lie one behind the other in one storage, else None. Nothing is copied."""
     first = weights[0]
-    k = first.shape[1]
-    if any(w.dtype != first.dtype or w.shape[1] != k or not w.is_contiguous() for w in weights):
-        return None
+    (height, k), dtype, start = first.shape, first.dtype, first.storage_offset()
     storage = first.untyped_storage()._cdata  # which storage it is; a fake one has no address
-    for w, following in pairwise(weights):
-        if following.untyped_storage()._cdata != storage:
+    if not first.is_contiguous():
+        return None
+    for w in weights[1:]:
+        if w.storage_offset() != start + height * k or w.untyped_storage()._cdata != storage:
             return None
-        if following.storage_offset() != w.storage_offset() + w.numel():
+        if w.dtype != dtype or w.shape[1] != k or not w.is_contiguous():
             return None
-    return first.as_strided((sum(w.shape[0] for w in weights), k), (k, 1))
+        height += w.shape[0]
+    return first.as_strided((height, k), (k, 1))
 
 
 def check(x: Tensor, projections: Sequence[Projection]) -> None:

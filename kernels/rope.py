@@ -116,23 +116,26 @@ class _OnTriton(torch.autograd.Function):
         return _turn(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def _parts(x: Tensor, sections: int, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of x [T, H, E]: the first and the second of every pair, and what passes through; [T, H, R, ...]."""
-    x = x.unflatten(-1, (sections, -1))
-    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
-    if interleaved:
-        return turning[..., ::2], turning[..., 1::2], rest
-    return turning[..., :half], turning[..., half:], rest
+def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of x [..., E]: the first and the second of every pair that turns, [..., P/2]."""
+    x = x if 2 * half == x.shape[-1] else x[..., : 2 * half]
+    return (x[..., ::2], x[..., 1::2]) if interleaved else torch.split_with_sizes(x, (half, half), -1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
-    cos, sin = (a[:, None] if a.dim() == 3 else a[:, None, None] for a in (cos, sin))  # [T, 1, R, P/2]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    form = cos.shape[2], cos.shape[3], interleaved
-    (first, second, rest), (to_first, to_second, to_rest) = _parts(x, *form), _parts(y, *form)
+    if cos.dim() == 3:  # sections: [T, H, R, E/R] beside [T, 1, R, P/2]
+        return _rotate_pairs(x.unflatten(-1, (cos.shape[1], -1)), cos[:, None], sin[:, None], sign, interleaved).flatten(-2)
+    return _rotate_pairs(x, cos[:, None], sin[:, None], sign, interleaved)
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = cos.shape[-1]
+    (first, second), (to_first, to_second) = _pairs(x, half, interleaved), _pairs(y, half, interleaved)
     torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=sign)
-    to_rest.copy_(rest)
+    if 2 * half < x.shape[-1]:
+        y[..., 2 * half :] = x[..., 2 * half :]
     return y
 
 

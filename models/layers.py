@@ -70,7 +70,7 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         return lora_linear_group(x, [projection(linear) for linear in linears])
     first = linears[0]
     if isinstance(first, Int8Part):
-        return first.whole(x).split(first.whole.sizes, dim=-1)
+        return torch.split_with_sizes(first.whole(x), first.whole.sizes, -1)
     return tuple(linear(x) for linear in linears)
 
 

@@ -60,9 +60,10 @@ class Cache:
                 for new, old in zip(bigger, store, strict=True):
                     new[: self.length] = old[: self.length]
             store = self._store[layer] = bigger
-        for kept, new in zip(store, (k, v), strict=True):
-            kept[self.length : end] = new
-        return store[0][:end], store[1][:end]
+        keys, values = store
+        keys[self.length : end] = k
+        values[self.length : end] = v
+        return keys[:end], values[:end]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attention of new tokens q [T, H, E] to what `extend` gave -> [T, H, E]."""
