@@ -12,7 +12,10 @@ from minilora.__main__ import main
 from minilora.errors import DataError, OutputInUse, Stopped
 from minilora.generate import answer
 from minilora.reports import predict as predict_module
+from minilora.reports.compare import compare
 from minilora.reports.predict import PART, RESULTS, ROWS, predict, read_questions
+from minilora.reports.record import read_json_file
+from minilora.rows.shapes import QUESTIONS
 
 QUIET = Console(quiet=True)
 
@@ -127,16 +130,54 @@ def test_a_finished_prediction_is_not_made_twice(work, made, monkeypatch):
         predict(work / "model", work / "rows.json", work / "out", max_tokens=13, console=QUIET)
 
 
-def test_it_refuses_what_it_could_not_score(work, tmp_path):
-    tokenizer = minilora.load_tokenizer(work / "model")
-    path = tmp_path / "rows.jsonl"
-    messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    path.write_text(json.dumps({"messages": messages}) + "\n")
-    with pytest.raises(DataError, match="line 1: the last message is the user's"):
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+WITHOUT_ANSWER = [
+    {"messages": [USER]}, {"messages": [USER, {"role": "assistant", "content": " "}]}, {"conversations": [{"from": "human", "value": "q"}]},
+    *({question: "q"} for question in QUESTIONS), {"instruction": "q", "input": "", "output": None}, {"question": "q", "answer": ""},
+    {"content": "q", "summary": ""}, {"text": "q", "label": None}, [{"prompt": "q"}],
+]  # fmt: skip
+
+
+def test_rows_of_every_shape_are_answered_without_a_reference(work, tmp_path):
+    tokenizer, path = minilora.load_tokenizer(work / "model"), tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": "q", "response": "a"}, *WITHOUT_ANSWER]))
+    first, *others = read_questions(path, tokenizer)
+    assert first.label == "a" and {(q.label, q.label_tokens) for q in others} == {("", 0)}
+    assert {(tuple(q.ids), q.text) for q in others} == {(tuple(first.ids), "q")}
+    talk = {"messages": [USER, ASSISTANT, USER], "system": "s"}
+    path.write_text(json.dumps(talk) + "\n")
+    ids, _ = tokenizer.render([{"role": "system", "content": "s"}, *talk["messages"]], prompt=True)
+    assert read_questions(path, tokenizer)[0].ids == ids
+
+
+def test_a_test_set_without_answers_is_answered_and_not_scored(work, tmp_path, capsys):
+    (tmp_path / "some.jsonl").write_text(
+        "".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in ["qa", ("r", "")])
+    )
+    (tmp_path / "none.csv").write_text("question,id\nq,1\nr,2\n")
+    words = ["predict", "--model", str(work / "model"), "--max-tokens", "2", "--data"]
+    assert main([*words, str(tmp_path / "none.csv"), "--output", str(tmp_path / "none")]) == 0
+    out = capsys.readouterr().out
+    assert "2 rows without a reference answer" in out and "bleu" not in out
+    assert main([*words, str(tmp_path / "some.jsonl"), "--output", str(tmp_path / "some")]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2 rows are scored, the others have no reference answer" in out and "bleu4_char" in out
+    one = json.loads((tmp_path / "some.jsonl").read_text().splitlines()[0])
+    (tmp_path / "one.jsonl").write_text(json.dumps(one) + "\n")
+    alone = predict(work / "model", tmp_path / "one.jsonl", tmp_path / "one", max_tokens=2, console=QUIET)
+    assert read_json_file(tmp_path / "some" / RESULTS)["metrics"] == alone["metrics"]
+    for name, told in (("none", "2 of 2 of A, 2 of 2 of B"), ("some", "1 of 2 of A, 1 of 2 of B")):
+        text = compare([tmp_path / name] * 2, tmp_path / "page.html")
+        assert told in text and "no reference" in text and ("rougeL" in text) == (name == "some")
+
+
+def test_it_refuses_what_it_could_not_answer(work, tmp_path):
+    tokenizer, path = minilora.load_tokenizer(work / "model"), tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "raw"}) + "\n")
+    with pytest.raises(DataError, match="line 1: the last message is the text's"):
+        read_questions(path, tokenizer)
+    path.write_text(json.dumps({"question": "q", "context": "c"}) + "\n")
+    with pytest.raises(DataError, match="line 1: 'context' holds something and is not read"):
         read_questions(path, tokenizer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")

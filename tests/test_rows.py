@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import DataError
-from minilora.rows import fill, find_data, json_files, open_rows, read_rows
+from minilora.rows import fill, find_data, json_files, open_rows, read_rows, trainable
 
 FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = {"prompt": "a", "completion": "b"}
@@ -34,7 +34,7 @@ def only(path: Path) -> tuple[list, str]:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as error:
-        list(read_rows(path))
+        list(map(trainable, read_rows(path)))
     assert str(path) in error.value.what and error.value.hint
     assert len(str(error.value)) < 600 and str(error.value).count("\n") == 1
     return str(error.value)
@@ -176,14 +176,14 @@ BROKEN = {
     "no messages": ('{"messages":[]}', "messages is no list"),
     "messages of text": ('{"messages":["x"]}', "messages is no list"),
     "messages is text": ('{"messages":"x"}', "messages is no list"),
-    "no answer": ('{"prompt":"a"}', "keys 'prompt' are of no known shape"),
+    "no answer": ('{"prompt":"a"}', "no message is the assistant"),
     "text beside who knows what": ('{"text":"a","verdict":"b"}', "is not read"),
     "an empty answer before a good one": ('[{"prompt":"a","response":""},{"prompt":"a","response":"b"}]', "the answer is empty"),
-    "a turn without answer": ('[{"prompt":"a","response":"b"},{"prompt":"a"}]', "a turn has the keys 'prompt'"),
+    "a turn without answer": ('[{"prompt":"a"},{"prompt":"a","response":"b"}]', "a turn has the keys 'prompt'"),
     "two answers of one rank": ('{"prompt":"a","response":["b","c"]}', "response is"),
     "a class that is none": ('{"text":"a","label":true}', "label is 'true'"),
     "no keys": ("{}", "of no known shape"),
-    "answer is null": ('{"prompt":"a","completion":null}', "completion is 'null'"),
+    "answer is null": ('{"prompt":"a","completion":null}', "the answer is empty"),
     "answer is a number": ('{"prompt":"a","completion":4}', "completion is '4'"),
     "question is a list": ('{"prompt":["a"],"completion":"b"}', "prompt is"),
     "a picture": ('{"messages":[{"role":"user","content":[{"type":"image","url":"x"}]}]}', "content is"),

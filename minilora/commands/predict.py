@@ -9,7 +9,7 @@ from .shared_flags import between, columns_of, definitions, ignore_flag, int8_fl
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     int8_flag(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="rows; the last answer of each is the reference")
+    parser.add_argument("--data", required=True, metavar="FILE", help="rows; the last answer of each is the reference, one without is answered alone")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for answers and scores; one that was stopped goes on"
     )

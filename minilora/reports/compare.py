@@ -18,7 +18,7 @@ from ..monitor import clock
 from .caveats import caveats, said
 from .charts import Level, Series, histogram, line_chart
 from .document import Document
-from .metrics import Measured, interval, measure, paired, rouge_l
+from .metrics import Measured, interval, measured_rows, paired, rouge_l
 from .rating import RATE_SCRIPT, RATE_STYLE, rating_block
 from .record import Record, read_record
 
@@ -49,7 +49,7 @@ def compare(folders: list[str], output: str | Path) -> str:
 def comparison(runs: list[Record]) -> Document:
     """The document on these runs."""
     page = Document(f"{len(runs)} runs compared")
-    measured = {run.name: _measured(run) for run in runs if run.rows}
+    measured = {run.name: measured_rows(run.scored) for run in runs if run.scored}
     for warning in caveats(runs):
         page.text(warning, "warning")
     page.heading("Runs")
@@ -70,10 +70,6 @@ def _about(run: Record) -> list[Any]:
         steps + ("" if run.finished or not run.metrics else " (not finished)"),
         len(run.rows),
     ]
-
-
-def _measured(run: Record) -> dict[str, Measured]:
-    return measure([row["predict"] for row in run.rows], [row["label"] for row in run.rows])
 
 
 def _differences(page: Document, runs: list[Record]) -> None:
@@ -104,7 +100,14 @@ def _differences(page: Document, runs: list[Record]) -> None:
 
 def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Measured]]) -> None:
     """Every metric of every run with its interval, and the differences from the first."""
-    answered = [run for run in runs if run.rows]
+    answered = [run for run in runs if run.scored]
+    bare = [
+        f"{len(run.rows) - len(run.scored):,} of {len(run.rows):,} of {run.letter}"
+        for run in runs
+        if len(run.scored) < len(run.rows)
+    ]
+    if bare:
+        page.text(f"Test rows without a reference answer, which are answered and not scored: {', '.join(bare)}.")
     if not answered:
         return
     page.heading("Scores on the test set")
@@ -217,7 +220,7 @@ def over_the_limit(runs: list[Record]) -> list[str]:
     """How many references of the test set are longer than a run's limits let it learn."""
     lines = []
     for run in runs:
-        lengths = [row["label_tokens"] for row in run.rows if isinstance(row.get("label_tokens"), int)]
+        lengths = [row["label_tokens"] for row in run.scored if isinstance(row.get("label_tokens"), int)]
         limit = run.config.get("max_target_length") or run.config.get("max_length")
         if not lengths or not limit:
             continue
@@ -244,16 +247,18 @@ def _samples(page: Document, runs: list[Record], measured: dict[str, dict[str, M
     same = sum(len({run.rows[i]["predict"] for run in answered}) == 1 for i in range(count))
     page.text(f"The {len(shown):,} of {count:,} rows in which the answers differ most (by ROUGE-L of characters between answers); "
               f"in {same:,} rows all answers are the same.")  # fmt: skip
+    scored = {i: n for n, i in enumerate(i for i, row in enumerate(answered[0].rows) if row["label"])}
     for i in shown:
         row = answered[0].rows[i]
         page.heading(str(row.get("where", f"row {i + 1}")), small=True)
         page.verbatim(cut(row.get("question", row.get("prompt", ""))))
-        page.text("reference", "dim")
-        page.verbatim(cut(row["label"]))
+        page.text("reference" if row["label"] else "no reference", "dim")
+        if row["label"]:
+            page.verbatim(cut(row["label"]))
         for run in answered:
-            score = float(measured[run.name]["rougeL_char"].counts[i, 0])
-            ended = ", cut by the limit" if run.rows[i].get("cut") else ""
-            page.text(f"{run.name} (rougeL_char {score:.0f}{ended})", "dim")
+            told = [f"rougeL_char {measured[run.name]['rougeL_char'].counts[scored[i], 0]:.0f}"] if i in scored else []
+            told += ["cut by the limit"] if run.rows[i].get("cut") else []
+            page.text(f"{run.name} ({', '.join(told)})" if told else run.name, "dim")
             page.verbatim(cut(run.rows[i]["predict"]))
 
 

@@ -9,9 +9,8 @@ import numpy as np
 
 from ..errors import DataError
 from ..model_folder import positions_note
-from ..rows import Row, RowError, fill, open_rows, quote, to_messages
+from ..rows import Row, RowError, fill, open_rows, quote, to_messages, trainable
 from ..rows.duplicates import NearDuplicates
-from ..rows.keys import refuse_unread
 from ..rows.load import DataConfig, ending_note, hashes, render_row, render_within
 from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
@@ -96,8 +95,7 @@ def inspect_data(
             result.rows += 1
             try:
                 value = file.value(number)
-                found = to_messages(value, file.where(number), settings.columns, settings.ignored)
-                refuse_unread(found.unread, found.where)
+                found = trainable(to_messages(value, file.where(number), settings.columns, settings.ignored))
                 scan.row(found, result)
             except RowError as error:
                 result.found(f"cannot be used: {error.reason}", error.what)
@@ -211,7 +209,7 @@ def _leaks(val: str, scan: _Scan, settings: DataConfig, result: Inspection) -> N
     file = open_rows(val, settings.columns)
     for number in range(len(file)):
         try:
-            row = to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
+            row = trainable(to_messages(file.value(number), file.where(number), settings.columns, settings.ignored))
         except RowError as error:
             result.found(f"validation row cannot be used: {error.reason}", error.what)
             continue

@@ -136,6 +136,11 @@ def measure(answers: Sequence[str], references: Sequence[str]) -> dict[str, Meas
     return result | {name: _corpus(name, m, answers, references) for name, m in _sacrebleu(references).items()}
 
 
+def measured_rows(rows: list[dict[str, Any]]) -> dict[str, Measured]:
+    """Every metric of rows of a generated_predictions.jsonl that have a reference; of no row there is none."""
+    return measure([row["predict"] for row in rows], [row["label"] for row in rows]) if rows else {}
+
+
 def _row(answer: str, reference: str, cut: Callable[[str], list[str]] | None) -> dict[str, float]:
     scores = {"exact": 100.0 * (answer.strip() == reference.strip()), "bleu4_char": bleu4(answer, reference)}
     scores |= _rouge("char", "".join(answer.split()), "".join(reference.split()))

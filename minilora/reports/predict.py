@@ -1,6 +1,7 @@
 """`minilora predict`: the model's own answers to the questions of a test set, and their scores.
 
-The last answer of each row is the reference; what stands before it is the prompt. Nothing is cut: neither a prompt nor a
+The last answer of each row is the reference; what stands before it is the prompt. A row that ends with a question, or whose
+last answer is empty, has no reference: it is answered and not scored. Nothing is cut: neither a prompt nor a
 reference, whatever the limits of training were; an answer that max_tokens ends is counted. Answers are kept as they come, in
 part.jsonl, so that a stopped prediction goes on. The files are those that LLaMA-Factory writes, with more in them.
 """
@@ -29,10 +30,11 @@ from ..model_folder import ADAPTER_WEIGHTS
 from ..monitor import PLAIN_EVERY, clock
 from ..open_model import open_model
 from ..rows import fill, read_rows
-from ..rows.load import PLAIN, DataConfig, hashes
+from ..rows.load import PLAIN, DataConfig, check_thoughts, hashes
+from ..rows.shapes import TEXT
 from ..signals import StopSignal
 from ..text.tokenizer import Tokenizer, load_tokenizer
-from .metrics import Measured, interval, measure, word_cutter
+from .metrics import interval, measured_rows, word_cutter
 from .record import RESULTS, ROWS, read_json_file
 
 PART = "part.jsonl"
@@ -48,26 +50,30 @@ class Question(NamedTuple):
 
     ids: list[int]
     text: str
-    label: str
+    label: str  # "" where there is none
     label_tokens: int  # with the token that ends it, as training counts them
     where: str
     hashes: tuple[int, int]  # of the question with all before it, and of the whole row
 
 
 def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN) -> list[Question]:
-    """The questions of a file of rows; DataError for a row whose last message is no answer."""
+    """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer."""
     questions = []
     for row in read_rows(path, settings.columns, settings.ignored):
         fill(row, settings.define)
+        check_thoughts(row, tokenizer)
+        if row.messages[-1]["role"] == "user":
+            row.messages.append({"role": "assistant", "content": ""})
         *before, last = row.messages
         if last["role"] != "assistant":
-            raise DataError(
-                f"{row.where}: the last message is the {last['role']}'s", "A reference answer belongs there."
-            )
-        _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
+            hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
+            raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
+        trained, label = [], last["content"] if last["content"].strip() else ""
+        if label:
+            _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
         ids, _ = tokenizer.render(before, prompt=True)
-        questions.append(Question(ids, text, last["content"], sum(trained), row.where, hashes(row)))
+        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
     return questions
 
 
@@ -220,9 +226,9 @@ def _answer(
 
 def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]:
     """What predict_results.json holds."""
-    measured = measured_rows(rows)
+    scored = [row for row in rows if row["label"]]
     metrics = {}
-    for name, metric in measured.items():
+    for name, metric in measured_rows(scored).items():
         metrics[name] = {
             **{k: round(v, 4) for k, v in interval(metric)._asdict().items()},
             "definition": metric.definition,
@@ -233,6 +239,7 @@ def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]
         **foreign,
         "predict_runtime": round(seconds, 2),
         "rows": len(rows),
+        "references": len(scored),
         "cut": sum(row["cut"] for row in rows),
         "answer_tokens": sum(lengths),
         "label_tokens": sum(row["label_tokens"] for row in rows),
@@ -241,27 +248,35 @@ def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]
     }
 
 
-def measured_rows(rows: list[dict]) -> dict[str, Measured]:
-    """Every metric of the rows of a generated_predictions.jsonl."""
-    return measure([row["predict"] for row in rows], [row["label"] for row in rows])
-
-
 def show_results(results: dict[str, Any], console: Console) -> None:
     """The table of scores, what each name means, and what to beware of."""
+    rows, cut, scored = results["rows"], results["cut"], results["references"]
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
     for name in ("score", "95 % interval"):
         table.add_column(name, justify="right")
     for name, m in results["metrics"].items():
         table.add_row(name, f"{m['value']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}")
-    console.print(table)
+    if scored:
+        console.print(table)
     lines = [f"{name}: {m['definition']}" for name, m in results["metrics"].items()]
-    if word_cutter() is None:
+    if scored and word_cutter() is None:
         lines.append("note: no metric on words, jieba is not there (pip install 'minilora[report]')")
-    rows, cut = results["rows"], results["cut"]
     limit = results["settings"]["decoding"]["max_tokens"]
-    lines.append(f"{rows:,} rows; intervals are a bootstrap over them. {results['answer_tokens']:,} tokens were answered, "
-                 f"the references have {results['label_tokens']:,}.")  # fmt: skip
+    answered = f"{results['answer_tokens']:,} tokens were answered"
+    if not scored:
+        lines.append(
+            f"{rows:,} rows without a reference answer: they are answered, and there is nothing to score. {answered}."
+        )
+    else:
+        of = (
+            f"{rows:,} rows"
+            if scored == rows
+            else f"{scored:,} of {rows:,} rows are scored, the others have no reference answer"
+        )
+        lines.append(
+            f"{of}; intervals are a bootstrap over them. {answered}, the references have {results['label_tokens']:,}."
+        )
     if cut and limit > 1:  # one token is a label, not a text cut short
         lines.append(
             f"note: {cut:,} of {rows:,} answers were cut at {limit:,} tokens; a larger --max-tokens lets them end"

@@ -47,6 +47,11 @@ class Record:
         """The settings that the answers were made with."""
         return self.results.get("settings") or {}
 
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """The answers that have a reference."""
+        return [row for row in self.rows if row["label"]]
+
     def answers_the_rows_of(self, other: "Record") -> bool:
         mine, theirs = ([(row.get("question"), row["label"]) for row in run.rows] for run in (self, other))
         return mine == theirs

@@ -8,6 +8,17 @@ to be learnt is refused, never guessed.
 
 from .files import RowFile, find_data, open_rows, read_rows
 from .problems import RowError, quote
-from .shapes import Row, fill, to_messages
+from .shapes import Row, fill, to_messages, trainable
 
-__all__ = ["Row", "RowError", "RowFile", "fill", "find_data", "open_rows", "quote", "read_rows", "to_messages"]
+__all__ = [
+    "Row",
+    "RowError",
+    "RowFile",
+    "fill",
+    "find_data",
+    "open_rows",
+    "quote",
+    "read_rows",
+    "to_messages",
+    "trainable",
+]

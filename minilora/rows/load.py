@@ -19,8 +19,7 @@ import numpy as np
 from ..errors import DataError
 from ..text.template_glm import CHATGLM
 from ..text.tokenizer import Tokenizer
-from . import Row, RowError, RowFile, fill, open_rows, to_messages
-from .keys import refuse_unread
+from . import Row, RowError, RowFile, fill, open_rows, to_messages, trainable
 from .shapes import TEXT, check_columns
 from .sources import draw, parse_sources
 from .token_store import Examples, TokenCache, TokenStore, Writer, unnamed_file
@@ -203,8 +202,7 @@ def _write(
     for number in numbers.tolist():
         report.rows += 1
         try:
-            row = to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
-            refuse_unread(row.unread, row.where)
+            row = trainable(to_messages(file.value(number), file.where(number), settings.columns, settings.ignored))
             used, undefined = fill(row, settings.define)
             question, content = hashes(row)
             pieces, over = render_within(row, tokenizer, settings)
@@ -238,8 +236,7 @@ def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: Data
     more = Counter()
     for number in rest.tolist():
         try:
-            row = to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
-            refuse_unread(row.unread, row.where)
+            trainable(to_messages(file.value(number), file.where(number), settings.columns, settings.ignored))
         except RowError as other:
             more[other.reason] += 1
     if not more:
@@ -270,13 +267,18 @@ def render_within(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> tuple
     return ([] if over else [(ids, trained)]), first
 
 
-def render_row(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> Piece:
+def check_thoughts(row: Row, tokenizer: Tokenizer) -> None:
+    """RowError if a message has a thought and the chat format has no place for one."""
     if any(m.get("thought") for m in row.messages) and not tokenizer.template.thinks:
         what = (
             f"{row.where}: a message has a thought, and the chat format {tokenizer.template.name} has no place for one"
         )
         hint = "Take a model that thinks, or leave the thoughts out: --ignore-keys reasoning_content (or as the key is called)."
         raise RowError("a thought without a place", what, hint)
+
+
+def render_row(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> Piece:
+    check_thoughts(row, tokenizer)
     with _placed(row.where):
         rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on, train_end=settings.train_end)
     ids, trained = np.array(rendered, dtype=np.int64), np.array(mask, dtype=bool)

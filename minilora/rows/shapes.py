@@ -63,13 +63,14 @@ def is_header(names: set[str], columns: dict[str, str]) -> bool:
     """Whether the names of a sheet's columns make a shape, so that its line is the header."""
     if columns:
         return set(columns.values()) <= names
-    return _pair(names) is not None or any(k in names for k in (*CHATS, TEXT))
+    pair = _pair(names)
+    return (pair is not None and pair[1] is not None) or any(k in names for k in (*CHATS, TEXT))
 
 
 def to_messages(
     value: Any, where: str, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset()
 ) -> Row:
-    """A row's messages; RowError if its keys are of no known shape, a text is missing, or there is nothing to learn.
+    """A row's messages; RowError if its keys are of no known shape, or a text is missing. It may end with a question.
 
     columns: name of ours -> key of the row, for keys that do not tell their meaning themselves; ignored: keys to leave out.
     """
@@ -82,8 +83,24 @@ def to_messages(
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
-    _check(messages, where)
     return Row(messages, shape, where, tuple(dict.fromkeys(lost)))
+
+
+def trainable(row: Row) -> Row:
+    """The row; RowError if nothing of it can be learnt, one of its answers is empty, or a key that holds something is not read."""
+    answers = [m for m in row.messages if m["role"] in ("assistant", TEXT)]
+    trained = [m for m in answers if m.get("loss", True)]
+    if not trained:
+        more = "every answer has loss: false" if answers else "no message is the assistant's"
+        unread = f" (not read: {quote(', '.join(row.unread))})" if row.unread else ""
+        what = f"{row.where}: there is nothing to learn, {more}{unread}"
+        name = "" if answers else " --columns response=NAME names its column."
+        raise RowError("no answer", what, f"Add the answer, or take the row out.{name}")
+    if not all(m["content"].strip() for m in trained):
+        what = f"{row.where}: there is nothing to learn, the answer is empty"
+        raise RowError("empty answer", what, "Write the answer, or take the row out.")
+    refuse_unread(row.unread, row.where)
+    return row
 
 
 def _rename(row: dict, where: str, columns: dict[str, str]) -> dict:
@@ -103,13 +120,14 @@ def _rename(row: dict, where: str, columns: dict[str, str]) -> dict:
     return {name: row[column] for name, column in columns.items()} | rest
 
 
-def _pair(names: Any) -> tuple[str, str] | None:
-    """The keys of the question and of the answer."""
+def _pair(names: Any) -> tuple[str, str | None] | None:
+    """The keys of the question and of the answer, which a row of a test set may lack."""
     question = next((k for k in QUESTIONS if k in names), None)
     answer = next((k for k in ANSWERS if k in names), None)
     if question is not None and answer is not None:
         return question, answer
-    return next((pair for pair in PAIRS if pair[0] in names and pair[1] in names), None)
+    both = next((pair for pair in PAIRS if pair[0] in names and pair[1] in names), None)
+    return both or (None if question is None else (question, None))
 
 
 def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Message], str, list[str]]:
@@ -120,7 +138,7 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
         return messages, shape, lost + unread(row, {chat, "system"}, ignored)
     pair = _pair(row)
     if pair is not None:
-        shape = "alpaca" if "instruction" in row and pair[1] in ANSWERS else f"{pair[0]}/{pair[1]}"
+        shape = "alpaca" if "instruction" in row and pair[0] in QUESTIONS else "/".join(filter(None, pair))
         turn, read = _question_and_answer(row, pair, where)
         lost = unread(row, {*read, "system", "history"}, ignored)
         return _system(row, where) + _history(row, where) + turn, shape, lost
@@ -131,11 +149,13 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
                    "text/label and text; --columns prompt=NAME,response=NAME names others.")  # fmt: skip
 
 
-def _question_and_answer(row: dict, pair: tuple[str, str], where: str) -> tuple[list[Message], set[str]]:
-    """One turn, its question of all keys that are one, and the keys that were read."""
+def _question_and_answer(row: dict, pair: tuple[str, str | None], where: str) -> tuple[list[Message], set[str]]:
+    """One turn, its question of all keys that are one, its answer if it has one, and the keys that were read."""
     asks = [k for k in QUESTIONS if k in row] if pair[0] in QUESTIONS else [pair[0]]
     texts = [_text(row, k, where, "" if k != pair[0] else None) for k in asks]
     question = "\n".join(text for text in texts if text)
+    if pair[1] is None:
+        return [{"role": "user", "content": question}], set(asks)
     return _turn(question, _answer(row, pair[1], where)), {*asks, pair[1]}
 
 
@@ -185,13 +205,13 @@ def _turns(
     messages: list[Message] = []
     lost: list[str] = []
     for turn in turns:
-        turn = {k: v for k, v in turn.items() if k not in ignored}
-        row = _rename(turn, where, columns) if columns else turn
+        row = {k: v for k, v in turn.items() if k not in ignored}
+        row = _rename(row, where, columns) if columns else row
         pair = _pair(row)
-        if pair is None:
+        if pair is None or (pair[1] is None and turn is not turns[-1]):
             what = f"{where}: a turn has the keys {quote(', '.join(map(str, row)))}"
             raise RowError("unknown shape", what, "A turn is a prompt and a response.")
-        lost += unread(row, {*pair, *QUESTIONS, *(() if messages else ("system",))}, ignored)
+        lost += unread(row, {*filter(None, pair), *QUESTIONS, *(() if messages else ("system",))}, ignored)
         messages += _system(row, where) if not messages else []
         messages += _question_and_answer(row, pair, where)[0]
     return messages, lost
@@ -236,7 +256,7 @@ def _answer(row: dict, key: str, where: str) -> str:
         value = value[0]
     if key == "label" and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    return _text({key: value}, key, where)
+    return _text({key: value}, key, where, "")
 
 
 def _text(row: dict, key: str, where: str, default: str | None = None) -> str:
@@ -260,16 +280,3 @@ def _sound(text: str, key: str, where: str) -> str:
         what = f"{where}: {key} holds half a surrogate pair"
         raise RowError("half a character", what, "Correct the \\ud... escape there.") from None
     return text
-
-
-def _check(messages: list[Message], where: str) -> None:
-    """A row must teach something: there is an answer that is trained, and none of these is empty."""
-    answers = [m for m in messages if m["role"] in ("assistant", TEXT)]
-    trained = [m for m in answers if m.get("loss", True)]
-    if not trained:
-        more = "every answer has loss: false" if answers else "no message is the assistant's"
-        what = f"{where}: there is nothing to learn, {more}"
-        raise RowError("no answer", what, "Add the answer, or take the row out.")
-    if not all(m["content"].strip() for m in trained):
-        what = f"{where}: there is nothing to learn, the answer is empty"
-        raise RowError("empty answer", what, "Write the answer, or take the row out.")
