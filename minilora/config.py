@@ -32,6 +32,11 @@ class TrainConfig:
     columns: dict = field(
         default_factory=dict, metadata={"help": "prompt=NAME,response=NAME: columns of other names", "same": True}
     )
+    encoding: str = setting(
+        "",
+        "of the text of the rows, such as big5; default utf-8, and gb18030 for a csv that is plausibly Chinese",
+        same=False,
+    )
     ignore_keys: str = setting("", "keys of the rows, with commas, that are knowingly left out")
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
     skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")

@@ -295,6 +295,8 @@ def _say_done(run: Run, result: Path, console: Console) -> None:
         define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
         if config.columns:
             define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
+        if config.encoding and rows != split_off:  # what was split off is UTF-8
+            define += ["--encoding", config.encoding]
         if config.ignore_keys:
             define += ["--ignore-keys", config.ignore_keys]
         lines.append("  " + shell("chat", *both))

@@ -27,7 +27,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.keep_below is None and args.keep_above is None) != (args.output is None):
         raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
-    check_paths(args.model, args.adapter, args.data)
+    check_paths(args.model, args.adapter, args.data, args.encoding)
     say(f"score       {args.data} by {args.model}")
     from pathlib import Path
 

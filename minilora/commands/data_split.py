@@ -2,7 +2,7 @@
 
 import argparse
 
-from .shared_flags import between
+from .shared_flags import between, reading_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="new folder for train.jsonl, val.jsonl, test.jsonl"
     )
-    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    reading_flags(parser)
     parser.add_argument("--skip-bad", action="store_true", help="leave rows out that cannot be used, and count them")
     parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of rows that are the same")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="chooses the rows [42]")
@@ -27,6 +27,6 @@ def run(args: argparse.Namespace) -> None:
     from .shared_flags import columns_of
 
     wanted = {name: text for name in ("val", "test") if (text := getattr(args, name)) is not None}
-    lines = split_files(args.data, wanted, Path(args.output), columns_of(args.columns), args.skip_bad,
-                        args.drop_duplicates, args.seed)  # fmt: skip
+    lines = split_files(args.data, wanted, Path(args.output), columns_of(args.columns), args.encoding,
+                        args.skip_bad, args.drop_duplicates, args.seed)  # fmt: skip
     print("\n".join(lines))

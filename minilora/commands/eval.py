@@ -20,7 +20,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
 
-    check_paths(args.model, args.adapter, args.data)
+    check_paths(args.model, args.adapter, args.data, args.encoding)
     say(f"eval        {args.model} on {args.data}", quiet=args.json)
     from ..data import load_examples
     from ..evaluate import evaluate

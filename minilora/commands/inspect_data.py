@@ -25,7 +25,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_paths(args.model, None, args.data)
+    check_paths(args.model, None, args.data, args.encoding)
     say(f"reading {args.data}")
     from pathlib import Path
 

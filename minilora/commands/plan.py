@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     if "define" in given:
         given["define"] = definitions(given["define"])
     config = resolve(*([settings_file(args.config)] if args.config else []), given)
-    check_paths(config.model, None, config.data)
+    check_paths(config.model, None, config.data, config.encoding)
     from ..forecast import forecast, text_of
 
     found = forecast(config, args.device_memory)

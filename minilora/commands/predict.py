@@ -3,13 +3,18 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import between, columns_of, definitions, ignore_flag, int8_flag, model_flags, opening
+from .shared_flags import between, columns_of, definitions, ignore_flag, int8_flag, model_flags, opening, reading_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     int8_flag(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="rows; the last answer of each is the reference, one without is answered alone")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="rows; the last answer of each is the reference, one without is answered alone",
+    )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for answers and scores; one that was stopped goes on"
     )
@@ -22,15 +27,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
     parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    reading_flags(parser)
     ignore_flag(parser)
-    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
     parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
     parser.add_argument("--json", action="store_true", help="print predict_results.json instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:
     define, columns = definitions(args.define), columns_of(args.columns)
-    check_paths(args.model, args.adapter, args.data)
+    check_paths(args.model, args.adapter, args.data, args.encoding)
     say(f"predict {args.model} on {args.data}", quiet=args.json)
     import json
 
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from ..reports.predict import predict, show_results
     from ..rows.load import DataConfig
 
-    reading = DataConfig(define=define, columns=columns, ignore_keys=args.ignore_keys)
+    reading = DataConfig(define=define, columns=columns, encoding=args.encoding, ignore_keys=args.ignore_keys)
     console = Console(stderr=args.json)
     results = predict(
         args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, reading,

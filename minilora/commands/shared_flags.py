@@ -61,6 +61,17 @@ def definitions(given: list[str]) -> dict[str, str]:
     return {key: text for key, _, text in pairs}
 
 
+def reading_flags(parser: argparse.ArgumentParser) -> None:
+    """How files are read: the flags of `minilora train` of the same names."""
+    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        default="",
+        help="of the text of the rows, such as big5 [utf-8, and gb18030 for a csv that is plausibly Chinese]",
+    )
+
+
 def ignore_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-keys", metavar="A,B", default="", help="keys of the rows to leave out, which stop a command otherwise"
@@ -69,7 +80,7 @@ def ignore_flag(parser: argparse.ArgumentParser) -> None:
 
 def limit_flags(parser: argparse.ArgumentParser) -> None:
     """How rows become tokens: the flags of `minilora train` of the same names."""
-    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    reading_flags(parser)
     ignore_flag(parser)
     parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
     parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
@@ -97,6 +108,7 @@ def settings_of(args: argparse.Namespace, skip_bad: bool = False) -> Any:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
         columns=columns_of(args.columns),
+        encoding=args.encoding,
         ignore_keys=args.ignore_keys,
         truncate=args.truncate,
         skip_bad=skip_bad,

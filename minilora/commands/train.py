@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{saved} is not there", "Give the --output of the run to go on with.")
         sources.insert(0, read_yaml(saved))
     config = resolve(*sources, flags)
-    check_paths(config.model, None, config.data)
+    check_paths(config.model, None, config.data, config.encoding)
     say(f"train   {config.model} on {config.data}" if config.model and config.data else "train")
     from ..train import train
 

@@ -89,7 +89,7 @@ def inspect_data(
     """
     result, scan, ignored = Inspection(path, settings), _Scan(tokenizer, settings), Counter()
     for source in parse_sources(path):
-        file = open_rows(source.path, settings.columns)
+        file = open_rows(source.path, settings.columns, settings.encoding)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             result.rows += 1
@@ -206,7 +206,7 @@ def _mark(row: Row) -> str | None:
 
 def _leaks(val: str, scan: _Scan, settings: DataConfig, result: Inspection) -> None:
     """Count the validation rows whose question, or nearly whose text, is among the rows that were scanned."""
-    file = open_rows(val, settings.columns)
+    file = open_rows(val, settings.columns, settings.encoding)
     for number in range(len(file)):
         try:
             row = trainable(to_messages(file.value(number), file.where(number), settings.columns, settings.ignored))

@@ -59,7 +59,7 @@ class Question(NamedTuple):
 def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN) -> list[Question]:
     """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer."""
     questions = []
-    for row in read_rows(path, settings.columns, settings.ignored):
+    for row in read_rows(path, settings.columns, settings.ignored, settings.encoding):
         fill(row, settings.define)
         check_thoughts(row, tokenizer)
         if row.messages[-1]["role"] == "user":

@@ -29,6 +29,7 @@ from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_
 from ..durable import locked, staged_folder, write_file
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..rows import open_rows, to_messages
+from ..rows.dataset import data_config
 from ..rows.load import hashes
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
@@ -190,9 +191,9 @@ def _with_test(plan: Sweep, folder: Path) -> tuple[list[Point], dict[str, Any]]:
             raise UsageError(
                 f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
             )
-        file = open_rows(source.path, config.columns)
-        numbers = draw(source, len(file), config.seed)
-        rows = [to_messages(file.value(i), file.where(i), config.columns) for i in numbers.tolist()]
+        file = open_rows(source.path, config.columns, config.encoding)
+        numbers, ignored = draw(source, len(file), config.seed), data_config(config).ignored
+        rows = [to_messages(file.value(i), file.where(i), config.columns, ignored) for i in numbers.tolist()]
         questions = np.array([hashes(row)[0] for row in rows], np.uint64)
         count = count_of("test", str(plan.test["rows"]), len(rows))
         rest, side = (numbers[places] for places in split(questions, [count], config.seed))
@@ -200,7 +201,9 @@ def _with_test(plan: Sweep, folder: Path) -> tuple[list[Point], dict[str, Any]]:
             for name, chosen in (("train", rest), ("test", side)):
                 lines = [json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(chosen.tolist())]
                 (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    points = [Point(p.name, resolve(p.config.__dict__, {"data": target / "train.jsonl"})) for p in plan.points]
+    points = [
+        Point(p.name, resolve(p.config.__dict__, {"data": target / "train.jsonl", "encoding": ""})) for p in plan.points
+    ]
     return points, plan.test | {"data": str(target / "test.jsonl")}
 
 
@@ -234,6 +237,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
         words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []
     words += [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
     words += ["--columns", ",".join(f"{k}={v}" for k, v in config.columns.items())] if config.columns else []
+    words += ["--encoding", config.encoding] if config.encoding else []
     words += ["--ignore-keys", config.ignore_keys] if config.ignore_keys else []
     words += [] if config.device == "auto" else ["--device", config.device]
     code = _child("predict", *words)

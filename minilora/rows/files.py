@@ -1,10 +1,11 @@
 """A file of rows as a sequence: how many there are, and each one by its number."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import DataError
+from .encodings import BOM, open_text
 from .json_files import JsonArray, JsonLines, JsonObjects, TextLines, is_lines, is_spread
 from .keys import refuse_unread
 from .shapes import Row, to_messages
@@ -33,15 +34,15 @@ class RowFile(Protocol):
         ...
 
 
-def open_rows(path: str | Path, columns: dict[str, str] | None = None) -> RowFile:
+def open_rows(path: str | Path, columns: dict[str, str] | None = None, encoding: str = "") -> RowFile:
     """The RowFile of a path, by its ending and its first bytes. DataError for what is no such file, or has no row.
 
-    columns (name of ours -> column of the file) helps to find the header of a sheet.
+    columns (name of ours -> column of the file) helps to find the header of a sheet; encoding is of the text, "" is UTF-8.
     """
     path = Path(path)
     check_file(path)
     try:
-        file = _open(path, columns or {})
+        file = _open(path, columns or {}, encoding)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", "Check the path and the file's permissions.") from None
     if not len(file):
@@ -58,21 +59,30 @@ def check_file(path: Path) -> None:
         )
 
 
-def _open(path: Path, columns: dict[str, str]) -> RowFile:
+def _open(path: Path, columns: dict[str, str], encoding: str) -> RowFile:
     kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return read_csv(path)
     if kind == ".xlsx":
-        return read_xlsx(path, columns)
+        book = read_xlsx(path, columns)
+        book.note = ", ".join(filter(None, [book.note, "a workbook has no --encoding" if encoding else ""]))
+        return book
     if kind in (".xls", ".parquet", ".arrow", ".safetensors", ".zip", ".gz", ".docx", ".pdf"):
         raise DataError(f"{path} is no file of rows that can be read", "Save it as jsonl, csv or xlsx.")
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if kind == ".txt" and start[:1] not in (b"[", b"{"):
-        return TextLines(path)
-    if start.startswith(b"{") and is_spread(path):
-        return JsonObjects(path)
-    return JsonArray(path) if start.startswith(b"[") and not is_lines(path) else JsonLines(path)
+    rows = _reader(path, encoding)(path, encoding)
+    rows.note = ", ".join(filter(None, [encoding, rows.note]))
+    return rows
+
+
+def _reader(path: Path, encoding: str) -> Callable[[Path, str], RowFile]:
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return read_csv
+    with open_text(path, encoding) as text:
+        start = text.read(4096).removeprefix(BOM).lstrip()
+        if kind == ".txt" and start[:1] not in (b"[", b"{"):
+            return TextLines
+        if start.startswith(b"{") and is_spread(text):
+            return JsonObjects
+        return JsonArray if start.startswith(b"[") and not is_lines(text) else JsonLines
 
 
 def find_data(path: str | Path) -> tuple[Path, Path | None]:
@@ -97,10 +107,10 @@ def find_data(path: str | Path) -> tuple[Path, Path | None]:
 
 
 def read_rows(
-    path: str | Path, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset()
+    path: str | Path, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset(), encoding: str = ""
 ) -> Iterator[Row]:
     """The conversations of a file, one after the other; RowError for the first row that is none, or of which a key is lost."""
-    file = open_rows(path, columns)
+    file = open_rows(path, columns, encoding)
     for number in range(len(file)):
         row = to_messages(file.value(number), file.where(number), columns, ignored)
         refuse_unread(row.unread, row.where)

@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .encodings import BOM, decode, open_text, read_text
 from .problems import RowError, quote
 
 MAX_LINE = 64 << 20
 BETWEEN = re.compile(r"[\s,]*")  # of two rows of an array
-BOM = b"\xef\xbb\xbf"
 
 
 class JsonLines:
@@ -20,10 +20,10 @@ class JsonLines:
 
     note = ""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, encoding: str = ""):
         self.path = path
         self._offsets, self._lines = array("q"), array("L")
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 rows are read from it as long as this object lives
+        self._file = open_text(path, encoding)  # rows are read from it as long as this object lives
         digest, offset, number = hashlib.sha256(), 0, 0
         # lines end in \n alone: a text may hold other separators
         while raw := self._file.readline(MAX_LINE + 1):
@@ -69,9 +69,9 @@ class JsonArray:
 
     note = ""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, encoding: str = ""):
         self.path = path
-        raw = path.read_bytes()
+        raw = read_text(path, encoding)
         self.sha256 = hashlib.sha256(raw).hexdigest()
         self._values = parse(decode(raw.removeprefix(BOM), str(path)), str(path))
         if len(raw) > MAX_LINE:
@@ -95,9 +95,9 @@ class JsonObjects(JsonArray):
 
     note = "objects over several lines"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, encoding: str = ""):
         self.path = path
-        raw = path.read_bytes()
+        raw = read_text(path, encoding)
         self.sha256 = hashlib.sha256(raw).hexdigest()
         text = decode(raw.removeprefix(BOM), str(path))
         decoder, at, self._values, self._lines = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0, [], []
@@ -120,10 +120,10 @@ class JsonObjects(JsonArray):
         return f"{self.path}, line {self._lines[number]}"
 
 
-def is_spread(path: Path) -> bool:
+def is_spread(file: BinaryIO) -> bool:
     """Whether the first object of a file goes over several lines: its first line alone is none, and with the next ones it is."""
-    with open(path, "rb") as file:
-        start = file.read(MAX_LINE).removeprefix(BOM).lstrip()
+    file.seek(0)
+    start = file.read(MAX_LINE).removeprefix(BOM).lstrip()
     first, _, _ = start.partition(b"\n")
     if first.strip() != b"{" and not first.rstrip().endswith((b",", b"[", b"{")):
         return False
@@ -134,36 +134,21 @@ def is_spread(path: Path) -> bool:
     return True
 
 
-def is_lines(path: Path) -> bool:
+def is_lines(file: BinaryIO) -> bool:
     """Whether a file that starts with [ has an array on each line (a dialogue of turns), and is not one array itself."""
-    with open(path, "rb") as file:
-        first = b""
-        while not first.strip():
-            first = file.readline(MAX_LINE).removeprefix(BOM)
-        if not first.rstrip().endswith(b"]"):
-            return False
-        try:
-            turns = json.loads(first)
-        except (ValueError, RecursionError):
-            return False
-        if any(isinstance(t, dict) and isinstance(t.get("response"), list) for t in turns):
-            return True
-        return any(line.strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
-
-
-def decode(raw: bytes, where: str) -> str:
-    """Bytes as UTF-8 text; RowError with the line and the byte, and a guess what the encoding is."""
+    file.seek(0)
+    first = b""
+    while not first.strip():
+        first = file.readline(MAX_LINE).removeprefix(BOM)
+    if not first.rstrip().endswith(b"]"):
+        return False
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        try:
-            raw.decode("gb18030")
-            guess = "it looks like GB18030: convert it with `iconv -f gb18030 -t utf-8`"
-        except UnicodeDecodeError:
-            guess = "save it as UTF-8"
-        line = "" if ", line" in where else f", line {raw[: error.start].count(10) + 1}"
-        what = f"{where}{line}: byte 0x{raw[error.start]:02x} is not UTF-8"
-        raise RowError("not UTF-8", what, f"The file must be UTF-8; {guess}.") from None
+        turns = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    if any(isinstance(t, dict) and isinstance(t.get("response"), list) for t in turns):
+        return True
+    return any(line.strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
 
 
 def parse(text: str, where: str) -> Any:

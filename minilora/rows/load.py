@@ -100,6 +100,7 @@ class DataConfig:
     max_source_length: int | None = None
     max_target_length: int | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    encoding: str = ""  # of text files; "" is UTF-8, and GB18030 where a csv is plausibly Chinese
     ignore_keys: str = ""  # with commas: keys of rows and messages that are knowingly left out
     truncate: str = "drop"
     skip_bad: bool = False
@@ -138,7 +139,7 @@ def load_examples(
     total, stores = Report(), []
     sources = parse_sources(path)
     for source in sources:
-        file = open_rows(source.path, settings.columns)
+        file = open_rows(source.path, settings.columns, settings.encoding)
         numbers = draw(source, len(file), seed)
         key = "" if cache is None else cache.key(
             file=file.sha256, rows=hashlib.sha256(numbers.tobytes()).hexdigest(), **asdict(settings)

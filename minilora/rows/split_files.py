@@ -19,7 +19,8 @@ from .split import count_of, split
 
 
 def split_files(
-    data: str, wanted: dict[str, str], output: Path, columns: dict[str, str], skip_bad: bool, drop_duplicates: bool, seed: int
+    data: str, wanted: dict[str, str], output: Path, columns: dict[str, str], encoding: str, skip_bad: bool,
+    drop_duplicates: bool, seed: int,
 ) -> list[str]:  # fmt: skip
     """Write output/train.jsonl and a file for each side wanted, rows as they are; returns the lines that tell of it.
 
@@ -30,7 +31,7 @@ def split_files(
     if not wanted:
         raise UsageError("neither --val nor --test is given", "For example --val 0.05 --test 200.")
     check_columns(columns)
-    rows, values, bad, sums = _read(data, columns, skip_bad, seed)
+    rows, values, bad, sums = _read(data, columns, encoding, skip_bad, seed)
     keys = np.array([hashes(row) for row in rows], dtype=np.uint64)
     keep = np.arange(len(rows))
     lines = [f"data     {data}   {len(rows):,} rows"]
@@ -62,11 +63,11 @@ def split_files(
 
 
 def _read(
-    data: str, columns: dict[str, str], skip_bad: bool, seed: int
+    data: str, columns: dict[str, str], encoding: str, skip_bad: bool, seed: int
 ) -> tuple[list[Row], list[Any], Counter, dict[str, str]]:
     rows, values, bad, sums = [], [], Counter(), {}
     for source in parse_sources(data):
-        file = open_rows(source.path, columns)
+        file = open_rows(source.path, columns, encoding)
         sums[source.path] = file.sha256
         for number in draw(source, len(file), seed).tolist():
             try:
