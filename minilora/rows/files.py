@@ -9,7 +9,8 @@ from .encodings import BOM, open_text
 from .json_files import JsonArray, JsonLines, JsonObjects, TextLines, is_lines, is_spread
 from .keys import refuse_unread
 from .shapes import Row, to_messages
-from .sheets import read_csv, read_xlsx
+from .sheets import read_csv
+from .workbook import read_xlsx
 
 TRAIN_NAMES = ("train",)
 VAL_NAMES = ("dev", "val", "valid", "validation", "eval")
@@ -63,7 +64,7 @@ def _open(path: Path, columns: dict[str, str], encoding: str) -> RowFile:
     kind = path.suffix.lower()
     if kind == ".xlsx":
         book = read_xlsx(path, columns)
-        book.note = ", ".join(filter(None, [book.note, "a workbook has no --encoding" if encoding else ""]))
+        book.note = "; ".join(filter(None, [book.note, "a workbook needs no --encoding" if encoding else ""]))
         return book
     if kind in (".xls", ".parquet", ".arrow", ".safetensors", ".zip", ".gz", ".docx", ".pdf"):
         raise DataError(f"{path} is no file of rows that can be read", "Save it as jsonl, csv or xlsx.")

@@ -4,6 +4,8 @@ A key that is neither read nor a note and holds something is content that would 
 holds nothing (null, "", [], {}) is no loss. Notes are told without case.
 """
 
+import shlex
+
 from .problems import RowError, quote
 
 # notes about a row that teach nothing
@@ -18,6 +20,7 @@ NOTES = frozenset((
 ))  # fmt: skip
 NOTES_OF_MESSAGES = NOTES | {"name", "finish_reason", "stop_reason", "usage", "logprobs"}
 LOSSES = ("loss", "loss_mask", "weight", "train", "trainable")
+OF_MESSAGE = "message "  # stands before a message's key where both kinds are named
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 
 
@@ -34,25 +37,24 @@ def refuse_unread(keys: tuple[str, ...], where: str) -> None:
     if keys:
         key = quote(keys[0])
         more = f" (and {quote(', '.join(keys[1:]))})" if keys[1:] else ""
-        name = keys[0].rpartition(" ")[2]
         raise RowError(
-            f"key {key} is not read",
-            f"{where}: {key} holds something and is not read{more}",
-            _hint(name, nested=" " in keys[0]),
+            f"key {key} is not read", f"{where}: {key} holds something and is not read{more}", _hint(keys[0])
         )
 
 
-def _hint(name: str, nested: bool) -> str:
-    if not name.strip():
-        return "Give its column a name, or empty it."
-    leave = f"--ignore-keys {name} leaves it out."
+def _hint(key: str) -> str:
+    name = key.removeprefix(OF_MESSAGE)
+    shown = shlex.quote(name) if name.isprintable() else quote(name)
+    leave = f"--ignore-keys {shown} leaves it out."
     if name in ("tools", "tool_calls", "function_call", "functions", "tool_call_id"):
         return f"Tool calls cannot be trained yet; {leave}"
     if name in ("chosen", "rejected", "label", "score", "reward", "preference"):
         return f"Preferences cannot be trained, only answers as they are; {leave}"
     if name in ("images", "image", "audio", "audios", "video", "videos"):
         return f"Only text can be trained; {leave}"
-    return leave if nested else f"--columns input={name} adds it to the question; {leave}"
+    if key.startswith(OF_MESSAGE) or name in LOSSES:
+        return leave
+    return f"--columns input={shown} adds it to the question; {leave}"
 
 
 def is_trained(turn: dict, where: str, ignored: frozenset[str]) -> bool | None:

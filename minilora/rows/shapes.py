@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from ..text.template import Message
-from .keys import LOSSES, NOTES_OF_MESSAGES, THOUGHTS, is_trained, refuse_unread, unread
+from .keys import LOSSES, NOTES_OF_MESSAGES, OF_MESSAGE, THOUGHTS, is_trained, refuse_unread, unread
 from .problems import RowError, quote
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
@@ -174,7 +174,7 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
         thought = next((k for k in THOUGHTS if k not in ignored and turn.get(k)), None)
         calls = text_key not in turn or turn[text_key] is None  # OpenAI's messages that only call a tool
         if calls and (turn.get("tool_calls") or turn.get("function_call")):
-            refuse_unread((f"message {'tool_calls' if turn.get('tool_calls') else 'function_call'}",), where)
+            refuse_unread((f"{OF_MESSAGE}{'tool_calls' if turn.get('tool_calls') else 'function_call'}",), where)
         message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
         if thought is not None:
             message |= _with_thought(message, _text(turn, thought, where), where)
@@ -182,7 +182,7 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
         if trained is not None:
             message["loss"] = trained
         read = {role_key, text_key, *LOSSES, *({thought} if thought else ())}
-        lost += [f"message {k}" for k in unread(turn, read, ignored, NOTES_OF_MESSAGES)]
+        lost += [f"{OF_MESSAGE}{k}" for k in unread(turn, read, ignored, NOTES_OF_MESSAGES)]
         messages.append(message)
     return messages, "sharegpt" if sharegpt else "messages", lost
 

@@ -1,0 +1,186 @@
+"""xlsx: the rows of every visible sheet that has a header; what else a workbook holds is told or refused.
+
+openpyxl reads the cells. Excel keeps the value of a formula beside it; a program that wrote a formula may have left none.
+"""
+
+import hashlib
+import io
+import re
+import zipfile
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DataError
+from .problems import RowError, quote
+from .shapes import QUESTIONS, is_header
+from .sheets import Record, Sheet, header_of
+
+HEADER_WITHIN = 10  # lines of a sheet that may stand above its header
+MAX_BOOK = 2 << 30  # bytes of an unpacked workbook
+ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
+FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
+CELL_ERRORS = {"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"}
+AS_STORED = ("General", "0", "@")  # formats in which Excel shows a number as it is stored
+
+
+class Area(NamedTuple):
+    """Cells that are merged into one: their name as A1:C1, and the rows and columns, from 1."""
+
+    name: str
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def holds(self, row: int, column: int) -> bool:
+        return self.top <= row <= self.bottom and self.left <= column <= self.right
+
+
+class Page(NamedTuple):
+    """A sheet of a workbook: its cells as texts, and what of it the texts do not show."""
+
+    title: str
+    hidden: bool
+    lines: list[list[str]]
+    merged: list[Area]
+    uncomputed: dict[int, str]  # row -> its first cell with a formula that has no value
+    notes: list[str]
+
+    def header_at(self, columns: dict[str, str]) -> int | None:
+        return next((i for i, cells in enumerate(self._top()) if is_header(cells, columns)), None)
+
+    def questions_at(self) -> int | None:
+        """The header of a test set without answers."""
+        return next((i for i, cells in enumerate(self._top()) if cells & set(QUESTIONS)), None)
+
+    def _top(self) -> list[set[str]]:
+        return [{c.strip() for c in cells} for cells in self.lines[:HEADER_WITHIN]]
+
+
+def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
+    """The rows of a workbook's visible sheets. Lines above a header (a title over merged cells) are skipped and told."""
+    raw = path.read_bytes()
+    pages = [page for page in _pages(path, raw) if any(any(cells) for cells in page.lines)]
+    shown = [page for page in pages if not page.hidden]
+    headers = {page.title: page.header_at(columns) for page in shown}
+    if all(at is None for at in headers.values()):
+        headers = {page.title: page.questions_at() for page in shown}
+    read = [page for page in shown if headers[page.title] is not None]
+    if pages and not shown:
+        raise DataError(f"{path}: every sheet that holds something is hidden", "Show the sheet that is meant.")
+    if shown and not read:
+        over = next((area.name for page in shown for area in page.merged if area.top <= HEADER_WITHIN), None)
+        more = f" ({over} is one merged cell)" if over else ""
+        what = f"{path}: no header with a question and an answer{more}"
+        raise DataError(what, "Name the columns prompt and response, or say --columns prompt=NAME,response=NAME.")
+    records: list[Record] = []
+    notes = []
+    for page in pages:
+        sheet = f"sheet {quote(page.title)}"
+        at = headers.get(page.title)
+        if at is None:
+            notes.append(f"{sheet} is {'hidden' if page.hidden else 'without a header'} and not read")
+            continue
+        name = f"{sheet}, " if len(read) > 1 else ""
+        rows = _records(page, at, path, name)
+        told = [f"rows: {len(rows):,}"] * (len(read) > 1) + [f"header in row {at + 1}"] * bool(at) + page.notes
+        notes += [f"{name}{note}" for note in told]
+        records += rows
+    return Sheet(path, hashlib.sha256(raw).hexdigest(), "; ".join(notes), records)
+
+
+def _records(page: Page, at: int, path: Path, sheet: str) -> list[Record]:
+    """The rows under the header in line `at`."""
+    header = header_of(page.lines[at], f"{path}, {sheet}row {at + 1}")
+    used = [column for column, name in enumerate(page.lines[at], 1) if name.strip()]
+    records: list[Record] = []
+    for number, cells in enumerate(page.lines[at + 1 :], at + 2):
+        if not any(cells) and number not in page.uncomputed:
+            continue
+        place = f"{sheet}row {number}"
+        part = next((area.name for area in page.merged if any(area.holds(number, column) for column in used)), None)
+        bad = next((text for text in cells if text in CELL_ERRORS), None)
+        if part is not None:
+            error = RowError(
+                "merged cells", f"{path}, {place}: the cells {part} are merged", "Unmerge them and fill each one."
+            )
+        elif number in page.uncomputed:
+            what = f"{path}, {place}: the formula in {page.uncomputed[number]} has no value"
+            error = RowError(
+                "a formula without a value", what, "Open the file in Excel or LibreOffice and save it there."
+            )
+        elif bad is not None:
+            error = RowError("a cell with an error", f"{path}, {place} holds {bad}", "Correct its formula.")
+        else:
+            error = None
+        records.append((place, error or dict(zip(header, cells, strict=False))))
+    return records
+
+
+def _pages(path: Path, raw: bytes) -> list[Page]:
+    """The sheets of a workbook."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise DataError(
+            f"{path}: openpyxl is not there", "pip install 'minilora[report]', or save it as csv."
+        ) from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as book:
+            size = sum(part.file_size for part in book.infolist())
+            if size > MAX_BOOK:
+                raise ValueError(f"it unpacks to {size >> 20:,} MiB")
+            parts = [book.read(name) for name in book.namelist() if name.startswith("xl/worksheets/")]
+        values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
+        computed = any(FORMULA.search(part) for part in parts)
+        formulas: Any = openpyxl.load_workbook(io.BytesIO(raw)) if computed else values
+        return [_page(sheet, formulas[sheet.title]) for sheet in values.worksheets]
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 a broken workbook makes the libraries raise almost anything
+        what = f"{path} is no workbook: {' '.join(str(error).split())[:80]}"
+        raise DataError(what, "Save it as xlsx again, or as csv.") from None
+
+
+def _page(sheet: Any, formulas: Any) -> Page:
+    cells = [cell for row in sheet.iter_rows() for cell in row]
+    # a formula whose value is the empty text has the type str
+    without = [c for c in cells if c.value is None and c.data_type != "str" and formulas[c.coordinate].data_type == "f"]
+    uncomputed = {cell.row: cell.coordinate for cell in reversed(without)}
+    comments = [cell.coordinate for cell in cells if cell.comment]
+    other = [c.coordinate for c in cells if _is_number(c.value) and c.number_format not in AS_STORED]
+    hidden = [n for n, row in sheet.row_dimensions.items() if row.hidden and n <= sheet.max_row]
+    notes = [f"hidden rows, which are read: {len(hidden):,} (first: row {min(hidden)})"] if hidden else []
+    notes += [f"comments, which are not read: {len(comments):,} (first: {comments[0]})"] if comments else []
+    notes += (
+        [f"numbers read as they are stored, not as they are shown: {len(other):,} (first: {other[0]})"] if other else []
+    )
+    merged = [Area(str(r), *r.bounds) for r in sheet.merged_cells.ranges]
+    lines = [[_text(cell) for cell in row] for row in sheet.iter_rows()]
+    return Page(sheet.title, sheet.sheet_state != "visible", lines, merged, uncomputed, notes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _text(cell: Any) -> str:
+    """A cell as text, as Excel writes it to a csv: TRUE, whole numbers without a point, 15 digits, dates as ISO, empty as ""."""
+    value = cell.value
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.15g}"
+    if isinstance(value, datetime):
+        is_day = value.time() == time() and "h" not in cell.number_format.lower()
+        return value.date().isoformat() if is_day else value.isoformat(" ")
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        minutes, seconds = divmod(round(value.total_seconds()), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    text = ESCAPED.sub(lambda m: chr(int(m[1], 16)), str(value))  # Excel writes control characters so, as _x000D_
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,112 @@
+"""Workbooks as people keep them: several sheets, hidden ones, formulas, dates: each is read, told, or refused."""
+
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+from openpyxl.comments import Comment
+
+from minilora.errors import DataError
+from minilora.rows import open_rows, read_rows, trainable
+
+HEAD = ("question", "answer")
+
+
+def sheets(path: Path, **pages: list) -> tuple[Path, Any]:
+    """A workbook with a sheet for each list of lines; to be saved to the path when it was changed."""
+    book: Any = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, lines in pages.items():
+        sheet = book.create_sheet(title)
+        for line in lines:
+            sheet.append(line)
+    return path, book
+
+
+def texts(path: Path) -> list[list[str]]:
+    return [[m["content"] for m in trainable(row).messages] for row in read_rows(path)]
+
+
+def test_every_sheet_with_a_header_is_read_and_the_others_are_told(tmp_path: Path):
+    path, book = sheets(
+        tmp_path / "x.xlsx", 说明=[["made by Li"]], 一月=[HEAD, ["a", "b"]], 二月=[["title"], HEAD, ["c", "d"]],
+        old=[HEAD, ["e", "f"]], empty=[],
+    )  # fmt: skip
+    book["old"].sheet_state = "hidden"
+    book.save(path)
+    assert texts(path) == [["a", "b"], ["c", "d"]]
+    assert [row.where for row in read_rows(path)] == [f"{path}, sheet '一月', row 2", f"{path}, sheet '二月', row 3"]
+    note = open_rows(path).note
+    assert "sheet '说明' is without a header and not read" in note and "sheet 'old' is hidden and not read" in note
+    assert "sheet '二月', header in row 2" in note and "empty" not in note
+    for sheet in book.worksheets[1:]:
+        sheet.sheet_state = "hidden"
+    book.save(path)
+    with pytest.raises(DataError, match="no header with a question and an answer"):
+        open_rows(path)
+
+
+def test_a_workbook_of_hidden_sheets(tmp_path: Path):
+    path, book = sheets(tmp_path / "x.xlsx", empty=[], old=[HEAD, ["a", "b"]])
+    book["old"].sheet_state = "veryHidden"
+    book.save(path)
+    with pytest.raises(DataError, match="every sheet that holds something is hidden"):
+        open_rows(path)
+
+
+def test_hidden_rows_and_comments_are_told(tmp_path: Path):
+    path, book = sheets(tmp_path / "x.xlsx", s=[HEAD, ["a", "b"], ["c", "d"]])
+    book["s"].row_dimensions[3].hidden = True
+    book["s"]["B2"].comment = Comment("wrong", "me")
+    book.save(path)
+    assert texts(path) == [["a", "b"], ["c", "d"]]
+    assert (
+        open_rows(path).note
+        == "hidden rows, which are read: 1 (first: row 3); comments, which are not read: 1 (first: B2)"
+    )
+
+
+@pytest.mark.parametrize("cell", ["A2", "B2"])
+def test_a_formula_without_a_value_is_refused(tmp_path: Path, cell: str):
+    path, book = sheets(tmp_path / "x.xlsx", s=[("question", "input", "answer"), ["a", "i", "b"]])
+    book["s"][cell] = '=C1&"x"'
+    book.save(path)
+    with pytest.raises(DataError, match=f"row 2: the formula in {cell} has no value"):
+        texts(path)
+
+
+def test_a_column_without_a_name_is_not_lost(tmp_path: Path):
+    path, book = sheets(tmp_path / "x.xlsx", s=[(*HEAD, None, None), ["a", "b", "more", None]])
+    book["s"].merge_cells("B1:C1")
+    book.save(path)
+    with pytest.raises(DataError, match="row 2: 'column 3' holds something and is not read"):
+        texts(path)
+    (tmp_path / "x.csv").write_text("question,answer,,\na,b,more,\n")
+    with pytest.raises(DataError, match="line 2: 'column 3' holds something and is not read") as error:
+        texts(tmp_path / "x.csv")
+    assert "--ignore-keys 'column 3'" in error.value.hint
+
+
+def test_cells_are_the_texts_that_excel_writes_to_a_csv(tmp_path: Path):
+    cells = {
+        date(2024, 5, 1): "2024-05-01", datetime(2024, 5, 1, 12, 30): "2024-05-01 12:30:00", time(8, 5): "08:05:00", timedelta(hours=30): "30:00:00",
+        True: "TRUE", False: "FALSE", 7: "7", 8.0: "8", 0.1 + 0.2: "0.3",
+    }  # fmt: skip
+    path, book = sheets(tmp_path / "x.xlsx", s=[HEAD, *(["q", value] for value in cells)])
+    book.save(path)
+    assert [answer for _, answer in texts(path)] == list(cells.values()) and not open_rows(path).note
+    book["s"]["B8"].number_format = "00000"
+    book["s"]["B10"].number_format = "0%"
+    book.save(path)
+    assert open_rows(path).note == "numbers read as they are stored, not as they are shown: 2 (first: B8)"
+
+
+def test_a_test_set_without_answers(tmp_path: Path):
+    path, book = sheets(tmp_path / "x.xlsx", s=[["test set"], ["id", "question"], [1, "a"]])
+    book.save(path)
+    (row,) = read_rows(path)
+    assert [m["content"] for m in row.messages] == ["a"]
+    with pytest.raises(DataError, match="no message is the assistant's"):
+        texts(path)
