@@ -140,5 +140,19 @@ def test_ways_out_through_the_command_line(tmp_path: Path, capsys):
     assert main(words) == 3 and "'context' holds something and is not read (and 'label')" in capsys.readouterr().err
     assert main([*words, "--columns", "input=context", "--ignore-keys", "label"]) == 0
     assert main([*words, "--ignore-keys", "label,context"]) == 0
-    assert main(["inspect", "data", *words[1:], "--ignore-keys", "label,context"]) == 0
-    assert "keys that are ignored on request: 'context' (3), 'label' (3)" in capsys.readouterr().out
+    told = "keys that are ignored on request: 'context' (3), 'label' (3)", "no row has a key 'lable', which --ignore-keys names"
+    given = [*words[1:], "--ignore-keys", "label,context,lable"]
+    for command in (
+        ["inspect", "data"], ["eval"], ["data", "score"], ["train", "--max-steps", "1", "--output", str(tmp_path / "run")],
+        ["predict", "--max-tokens", "1", "--output", str(tmp_path / "out")],
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert main([*command, *given]) == 0
+        out = capsys.readouterr().out
+        assert all(line in out for line in told)
+
+
+def test_a_key_of_a_message_that_is_left_out_is_counted():
+    row = {"messages": [USER, ASSISTANT | {"extra": "x"}]}
+    for value in (row, {"messages": json.dumps(row["messages"])}, [{"prompt": "q", "response": "a", "extra": "x"}]):
+        assert to_messages(value, "here", ignored=frozenset(["extra", "extar"])).ignored == ("extra",)

@@ -11,6 +11,7 @@ from ..errors import DataError
 from ..model_folder import positions_note
 from ..rows import Row, RowError, fill, open_rows, quote, to_messages, trainable
 from ..rows.duplicates import NearDuplicates
+from ..rows.keys import ignored_notes
 from ..rows.load import DataConfig, ending_note, hashes, render_row, render_within
 from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
@@ -87,27 +88,25 @@ def inspect_data(
     samples: how many rows are kept to look at: the first ones, or the first with problems; row: that one alone (1, 2, ...).
     val: a file that shall share no question with these rows. compare: with the folder's own chat template.
     """
-    result, scan, ignored = Inspection(path, settings), _Scan(tokenizer, settings), Counter()
+    result, scan, ignored = Inspection(path, settings), _Scan(tokenizer, settings), Counter(dict.fromkeys(settings.ignored, 0))
     for source in parse_sources(path):
         file = open_rows(source.path, settings.columns, settings.encoding)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             result.rows += 1
             try:
-                value = file.value(number)
-                found = trainable(to_messages(value, file.where(number), settings.columns, settings.ignored))
+                found = trainable(
+                    to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
+                )
                 scan.row(found, result)
             except RowError as error:
                 result.found(f"cannot be used: {error.reason}", error.what)
                 continue
-            if isinstance(value, dict):
-                ignored.update(key for key in value if key in settings.ignored)
+            ignored.update(found.ignored)
             wanted = result.rows == row if row is not None else len(result.samples) < samples
             if wanted and (row is not None or not only_problems or scan.problems):
                 result.samples.append(Sample(scan.last.where, scan.tokens(), list(scan.problems)))
-    if ignored:
-        told = ", ".join(f"{quote(str(k))} ({n:,})" for k, n in ignored.most_common(8))
-        result.notes.append(f"keys that are ignored on request: {told}")
+    result.notes += ignored_notes(ignored)
     if row is not None and not result.samples:
         raise DataError(f"{path} has no row {row} that can be used ({result.rows:,} rows)", "Give another --row.")
     beyond = positions_note(model, max(scan.lengths["total"], default=0))

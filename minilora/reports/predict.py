@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from ..model_folder import ADAPTER_WEIGHTS
 from ..monitor import PLAIN_EVERY, clock
 from ..open_model import open_model
 from ..rows import fill, read_rows
+from ..rows.keys import ignored_notes
 from ..rows.load import PLAIN, DataConfig, check_thoughts, hashes
 from ..rows.shapes import TEXT
 from ..signals import StopSignal
@@ -54,6 +56,7 @@ class Question(NamedTuple):
     label_tokens: int  # with the token that ends it, as training counts them
     where: str
     hashes: tuple[int, int]  # of the question with all before it, and of the whole row
+    ignored: tuple[str, ...] = ()  # keys of the row that are left out on request
 
 
 def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN) -> list[Question]:
@@ -73,7 +76,7 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig 
             _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
         ids, _ = tokenizer.render(before, prompt=True)
-        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
+        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row), row.ignored))
     return questions
 
 
@@ -90,6 +93,10 @@ def predict(
     console, folder = console or Console(), Path(output)
     tokenizer = load_tokenizer(model)
     questions = read_questions(data, tokenizer, reading)
+    ignored = Counter(dict.fromkeys(reading.ignored, 0))
+    ignored.update(key for question in questions for key in question.ignored)
+    for note in ignored_notes(ignored):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
     def say(how: str) -> None:
         console.print(f"compute {how}", highlight=False, markup=False, soft_wrap=True)

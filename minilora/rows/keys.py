@@ -5,6 +5,7 @@ holds nothing (null, "", [], {}) is no loss. Notes are told without case.
 """
 
 import shlex
+from collections import Counter
 
 from .problems import RowError, quote
 
@@ -55,6 +56,14 @@ def _hint(key: str) -> str:
     if key.startswith(OF_MESSAGE) or name in LOSSES:
         return leave
     return f"--columns input={shown} adds it to the question; {leave}"
+
+
+def ignored_notes(rows: Counter) -> list[str]:
+    """What to say of the keys that --ignore-keys names: in how many rows each stands, or that none has it."""
+    found = ", ".join(f"{quote(key)} ({n:,})" for key, n in sorted(rows.items()) if n)
+    return [f"keys that are ignored on request: {found}"] * bool(found) + [
+        f"note: no row has a key {quote(key)}, which --ignore-keys names" for key, n in sorted(rows.items()) if not n
+    ]
 
 
 def is_trained(turn: dict, where: str, ignored: frozenset[str]) -> bool | None:

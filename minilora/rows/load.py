@@ -20,6 +20,7 @@ from ..errors import DataError
 from ..text.template_glm import CHATGLM
 from ..text.tokenizer import Tokenizer
 from . import Row, RowError, RowFile, fill, open_rows, to_messages, trainable
+from .keys import ignored_notes
 from .shapes import TEXT, check_columns
 from .sources import draw, parse_sources
 from .token_store import Examples, TokenCache, TokenStore, Writer, unnamed_file
@@ -42,6 +43,7 @@ class Report:
     longest: int = 0
     defined: Counter = field(default_factory=Counter)  # {{key}} -> times it was filled
     undefined: Counter = field(default_factory=Counter)  # {{key}} -> rows that hold it unfilled
+    ignored: Counter = field(default_factory=Counter)  # key -> rows that hold it and leave it out on request
     notes: list[str] = field(default_factory=list)  # how a file was read
 
     def add(self, other: "Report") -> None:
@@ -54,7 +56,7 @@ class Report:
         self.first_dropped = self.first_dropped or other.first_dropped
         self.first_broken = self.first_broken or other.first_broken
         self.notes += other.notes
-        for name in ("shapes", "dropped", "broken", "cut", "defined", "undefined"):
+        for name in ("shapes", "dropped", "broken", "cut", "defined", "undefined", "ignored"):
             getattr(self, name).update(getattr(other, name))
 
     @property
@@ -68,7 +70,7 @@ class Report:
         text = f"{self.kept:,} rows ({shapes})  {self.tokens:,} tokens, {self.trained:,} trained ({share:.0f} %)  longest {self.longest:,}"
         if self.examples > self.kept:
             text += f"\nraw text in {self.examples:,} pieces"
-        for note in self.notes:
+        for note in self.notes + ignored_notes(self.ignored):
             text += f"\n{note}"
         if self.dropped:
             text += f"\ndropped {sum(self.dropped.values()):,} of {self.rows:,} rows: {_over(self.dropped)} (first: {self.first_dropped})"
@@ -181,7 +183,7 @@ def _tokenize(
     file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, rate: float, cache: TokenCache | None, key: str
 ) -> tuple[TokenStore, Report]:  # fmt: skip
     """Render the rows of a file into a store, in the cache's folder if there is a cache."""
-    report = Report()
+    report = Report(ignored=Counter(dict.fromkeys(settings.ignored, 0)))
     if cache is None:
         with contextlib.ExitStack() as undo:
             out = undo.enter_context(unnamed_file())
@@ -214,6 +216,7 @@ def _write(
             report.first_broken = report.first_broken or error.what
             continue
         report.defined.update(used)
+        report.ignored.update(row.ignored)
         report.undefined.update(undefined)
         report.shapes[row.shape] += 1
         if over and settings.truncate == "error":

@@ -30,12 +30,13 @@ TEXT = "text"  # the shape, and the role of its one message: raw text, all of it
 
 
 class Row(NamedTuple):
-    """One conversation, the shape it came in, where it stands, and its keys that hold something and were not read."""
+    """One conversation, the shape it came in, where it stands, its keys that hold something and were not read, and those to ignore."""
 
     messages: list[Message]
     shape: str
     where: str
     unread: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
@@ -74,6 +75,7 @@ def to_messages(
 
     columns: name of ours -> key of the row, for keys that do not tell their meaning themselves; ignored: keys to leave out.
     """
+    held = tuple(sorted(ignored & _all_keys(value))) if ignored else ()
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         messages, lost = _turns(value, where, columns, ignored)
         shape = "turns"
@@ -83,7 +85,14 @@ def to_messages(
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
-    return Row(messages, shape, where, tuple(dict.fromkeys(lost)))
+    return Row(messages, shape, where, tuple(dict.fromkeys(lost)), held)
+
+
+def _all_keys(value: Any) -> set[str]:
+    """The keys of a row and of its messages."""
+    row = value if isinstance(value, dict) else {"": value}
+    lists = [turns for held in row.values() if isinstance(turns := _parsed(held), list)]
+    return {*row, *(key for turns in lists for turn in turns if isinstance(turn, dict) for key in turn)}
 
 
 def trainable(row: Row) -> Row:
