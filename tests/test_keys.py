@@ -13,15 +13,18 @@ from minilora import load_tokenizer
 from minilora.__main__ import main
 from minilora.data import load_examples
 from minilora.errors import DataError
-from minilora.rows import RowError, to_messages
+from minilora.rows import RowError, quote, to_messages, trainable
 from minilora.rows.keys import LOSSES, NOTES, NOTES_OF_MESSAGES, THOUGHTS
 from minilora.rows.load import DataConfig
-from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS
+from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS, TOOL_ROLES
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-SHAPES: list[dict[str, Any]] = [
+TALKS: list[dict[str, Any]] = [
     *({chat: [USER, ASSISTANT]} for chat in CHATS),
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+]
+SHAPES: list[dict[str, Any]] = [
+    *TALKS,
     *({question: "q", answer: "a"} for question in QUESTIONS for answer in ANSWERS),
     *({question: "q", answer: "a"} for question, answer in PAIRS),
     {"text": "raw"},
@@ -44,25 +47,106 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(make_model(tmp_path_factory.mktemp("model") / "m"))
 
 
+WHERE = "rows.jsonl, line 3"
+
+
+def refused(row: Any, key: str) -> str:
+    """The hint of the error, which names the key, the file and the line."""
+    with pytest.raises(RowError) as error:
+        trainable(to_messages(row, WHERE))
+    assert error.value.what.startswith(WHERE) and quote(key) in error.value.what and "--ignore-keys" in error.value.hint
+    return error.value.hint
+
+
 @given(shape=st.sampled_from(SHAPES), key=KEYS, value=CONTENT)
-def test_an_unknown_key_of_a_row_is_named(shape: dict, key: str, value: Any):
-    assert to_messages(shape | {key: value}, "here").unread == (key,)
-    assert to_messages(shape | {key: value}, "here", ignored=frozenset([key])).unread == ()
+def test_an_unknown_key_of_a_row_is_refused(shape: dict, key: str, value: Any):
+    refused(shape | {key: value}, key)
+    plain = trainable(to_messages(shape, WHERE))
+    assert trainable(to_messages(shape | {key: value}, WHERE, ignored=frozenset([key]))) == plain._replace(
+        ignored=(key,)
+    )
+    for nothing in (None, "", [], {}):
+        assert trainable(to_messages(shape | {key: nothing}, WHERE)) == plain
 
 
-@given(key=KEYS.filter(lambda k: k not in {*LOSSES, *THOUGHTS, "role", "content", "from", "value"}), value=CONTENT)
-def test_an_unknown_key_of_a_message_is_named(key: str, value: Any):
-    row = {"messages": [USER, ASSISTANT | {key: value}]}
-    assert to_messages(row, "here").unread == (f"message {key}",)
-    assert to_messages(row, "here", ignored=frozenset([key])).unread == ()
+@given(
+    key=KEYS.filter(lambda k: k not in {*LOSSES, *THOUGHTS, "role", "content", "from", "value"}), value=CONTENT,
+    shape=st.sampled_from(TALKS), place=st.sampled_from([0, 1]),
+)  # fmt: skip
+def test_an_unknown_key_of_a_message_is_refused(shape: dict, key: str, value: Any, place: int):
+    def of(more: dict) -> dict:
+        return {chat: [m | more if i == place else m for i, m in enumerate(turns)] for chat, turns in shape.items()}
+
+    refused(of({key: value}), f"message {key}")
+    plain = trainable(to_messages(shape, WHERE))
+    assert trainable(to_messages(of({key: value}), WHERE, ignored=frozenset([key]))) == plain._replace(ignored=(key,))
+    for nothing in (None, "", [], {}):
+        assert trainable(to_messages(of({key: nothing}), WHERE)) == plain
+
+
+@given(key=KEYS.filter(lambda k: k not in LOSSES), value=CONTENT)
+def test_an_unknown_key_of_a_dialogue_of_turns_is_refused(key: str, value: Any):
+    refused([{"prompt": "q", "response": "a", key: value}, {"prompt": "q", "response": "a"}], key)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "/".join(s))
-def test_notes_and_empty_keys_are_no_loss(shape: dict):
-    plain = to_messages(shape, "here")
+def test_notes_change_no_token(shape: dict, tokenizer):
+    plain = to_messages(shape, WHERE)
     notes = {k: v for k, v in dict.fromkeys(NOTES, "x").items() if k not in shape}
-    empty = {"tools": [], "images": None, "extra": "", "meta-extra": {}}
-    assert to_messages(shape | notes | empty, "here") == plain._replace(shape=plain.shape)
+    assert trainable(to_messages(shape | notes, WHERE)) == plain
+    for chat in (k for k in shape if k in CHATS):
+        turns = [turn | dict.fromkeys(NOTES_OF_MESSAGES, "x") for turn in shape[chat]]
+        assert trainable(to_messages(shape | {chat: turns}, WHERE)) == plain
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if "text" not in s or "label" in s], ids=lambda s: "/".join(s))
+def test_every_key_that_is_read_changes_the_tokens(shape: dict, tokenizer):
+    """Questions, answers, system and history change the ids; a loss changes what is trained; each by itself."""
+
+    def rendered(row: dict) -> tuple:
+        ids, trained = tokenizer.render(trainable(to_messages(row, WHERE)).messages)
+        return tuple(ids), tuple(trained)
+
+    plain, chat = rendered(shape), next((k for k in shape if k in CHATS), None)
+    more: list[dict] = [{"system": "s"}, *({k: v + "!"} for k, v in shape.items() if isinstance(v, str))]
+    if chat is None:
+        more.append({"history": [["q", "a"]]})
+        asked = [k for k in shape if k in QUESTIONS]
+        more += [{k: "more"} for k in QUESTIONS if asked and k not in shape]
+    else:
+        first, last = shape[chat]
+        more += [{chat: [turn | {k: v + "!"} if turn is changed else turn for turn in shape[chat]]}
+                 for changed in shape[chat] for k, v in changed.items() if k in ("content", "value")]  # fmt: skip
+        twice = {chat: [first, last, first, last]}
+        plain_twice = rendered(twice)
+        for key in LOSSES:
+            ids, trained = rendered({chat: [first, last | {key: 0}, first, last]})
+            assert ids == plain_twice[0] and sum(trained) < sum(plain_twice[1])
+    found = [rendered(shape | change)[0] for change in more]
+    assert plain[0] not in found and len(set(found)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "q", "response": "a", "label": False}, "Preferences"), ({"prompt": "q", "response": "a", "label": 0}, "Preferences"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "--columns response=NAME"),
+        ({"instruction": "q", "output": "a", "chosen": "a"}, "Preferences"), ({"question": "q", "answer": "a", "rejected": "b"}, "Preferences"),
+        *(({"prompt": "q", "response": "a", key: 0}, f"--ignore-keys {key}") for key in LOSSES),
+        *(({"messages": [USER, ASSISTANT], key: False}, f"--ignore-keys {key}") for key in LOSSES),
+        ({"messages": [USER, ASSISTANT], "label": False}, "Preferences"), ({"messages": [USER, ASSISTANT], "images": ["x"]}, "Only text"),
+        ({"messages": [USER | {"images": ["x"]}, ASSISTANT]}, "Only text"), ({"messages": [USER, ASSISTANT], "tools": "[{}]"}, "Tool calls"),
+        ({"messages": [USER, ASSISTANT | {"tool_call_id": "1"}]}, "Tool calls"), ({"messages": [USER | {"name": "Bo"}, ASSISTANT]}, "--ignore-keys name"),
+        ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, "Tool calls"),
+        *(({"messages": [USER, {"role": role, "content": "x"}, ASSISTANT]}, "Tool calls") for role in TOOL_ROLES),
+        *(({"conversations": [{"from": "human", "value": "q"}, {"from": role, "value": "x"}]}, "Tool calls") for role in TOOL_ROLES),
+    ],
+    ids=lambda v: json.dumps(v)[:90],
+)  # fmt: skip
+def test_columns_that_are_not_understood_yet_are_refused(row: dict, told: str):
+    with pytest.raises(RowError) as error:
+        trainable(to_messages(row, WHERE))
+    assert error.value.what.startswith(WHERE) and told in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -140,7 +224,10 @@ def test_ways_out_through_the_command_line(tmp_path: Path, capsys):
     assert main(words) == 3 and "'context' holds something and is not read (and 'label')" in capsys.readouterr().err
     assert main([*words, "--columns", "input=context", "--ignore-keys", "label"]) == 0
     assert main([*words, "--ignore-keys", "label,context"]) == 0
-    told = "keys that are ignored on request: 'context' (3), 'label' (3)", "no row has a key 'lable', which --ignore-keys names"
+    told = (
+        "keys that are ignored on request: 'context' (3), 'label' (3)",
+        "no row has a key 'lable', which --ignore-keys names",
+    )
     given = [*words[1:], "--ignore-keys", "label,context,lable"]
     for command in (
         ["inspect", "data"], ["eval"], ["data", "score"], ["train", "--max-steps", "1", "--output", str(tmp_path / "run")],

@@ -14,12 +14,12 @@ NOTES = frozenset((
     "id", "_id", "idx", "index", "no", "number", "uid", "uuid", "guid", "row_id", "sample_id", "conversation_id", "conv_id", "dialogue_id",
     "dialog_id", "session_id", "thread_id", "parent_id", "message_id", "user_id", "__index_level_0__", "source", "data_source", "origin",
     "dataset", "dataset_name", "subset", "split", "file", "filename", "path", "line", "category", "categories", "subcategory", "class_name", "topic",
-    "topics", "domain", "subject", "field", "tag", "tags", "keywords", "task", "task_id", "task_type", "task_name", "type", "kind", "level",
-    "difficulty", "title", "url", "link", "lang", "language", "locale", "timestamp", "time", "date", "datetime", "created", "created_at", "updated_at",
+    "topics", "domain", "subject", "field", "tag", "tags", "task", "task_id", "task_type", "task_name", "type", "kind", "level",
+    "difficulty", "url", "link", "lang", "language", "locale", "timestamp", "time", "date", "datetime", "created", "created_at", "updated_at",
     "author", "annotator", "license", "version", "meta", "metadata", "model", "model_name", "generator", "length", "num_turns", "n_turns", "num_tokens",
     "token_count", "tokens", "hash", "md5", "sha1", "sha256", "编号", "序号", "来源", "出处", "类别", "分类", "领域", "主题", "语言", "日期", "时间", "作者",
 ))  # fmt: skip
-NOTES_OF_MESSAGES = NOTES | {"name", "finish_reason", "stop_reason", "usage", "logprobs"}
+NOTES_OF_MESSAGES = NOTES | {"finish_reason", "stop_reason", "usage", "logprobs"}
 LOSSES = ("loss", "loss_mask", "weight", "train", "trainable")
 OF_MESSAGE = "message "  # stands before a message's key where both kinds are named
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
@@ -66,8 +66,11 @@ def ignored_notes(rows: Counter) -> list[str]:
     ]
 
 
-def is_trained(turn: dict, where: str, ignored: frozenset[str]) -> bool | None:
-    """What a message says of its own training: None where it says nothing. RowError for weights between 0 and 1, and contradictions."""
+def is_trained(turn: dict, of_assistant: bool, where: str, ignored: frozenset[str]) -> bool | None:
+    """What a message says of its own training: None where it says nothing.
+
+    RowError for weights between 0 and 1, for contradictions, and for a question that shall be trained.
+    """
     said = {key: turn[key] for key in LOSSES if key not in ignored and turn.get(key) is not None}
     for key, value in said.items():
         if value not in (0, 1):  # True and False are these
@@ -76,4 +79,10 @@ def is_trained(turn: dict, where: str, ignored: frozenset[str]) -> bool | None:
     if len({bool(value) for value in said.values()}) > 1:
         what = f"{where}: a message has {' and '.join(f'{k} {v}' for k, v in said.items())}"
         raise RowError("contradiction", what, "Keep one of them.")
-    return bool(next(iter(said.values()))) if said else None
+    trained = bool(next(iter(said.values()))) if said else None
+    if trained and not of_assistant:
+        what = f"{where}: a message that is not the assistant's has {' and '.join(f'{k} {v}' for k, v in said.items())}"
+        raise RowError(
+            "a question to train", what, f"Only answers can be trained; --ignore-keys {','.join(said)} leaves it out."
+        )
+    return trained

@@ -26,6 +26,7 @@ COLUMNS = ("prompt", "response", "system", "history", "instruction", "input", "o
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
+TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
 TEXT = "text"  # the shape, and the role of its one message: raw text, all of it trained
 
 
@@ -152,7 +153,7 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
         lost = unread(row, {*read, "system", "history"}, ignored)
         return _system(row, where) + _history(row, where) + turn, shape, lost
     if TEXT in row:
-        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT}, ignored)
+        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT, "title"}, ignored)
     raise RowError("unknown shape", f"{where}: keys {quote(', '.join(map(str, row)))} are of no known shape",
                    "Known are messages, conversations, instruction/output, prompt/response, question/answer, content/summary, "
                    "text/label and text; --columns prompt=NAME,response=NAME names others.")  # fmt: skip
@@ -179,7 +180,8 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in ROLES:
             what = f"{where}: a message has {role_key} {quote(str(role))}"
-            raise RowError("unknown role", what, f"Known are {', '.join(ROLES)}.")
+            tool = "Tool calls cannot be trained yet. " if role in TOOL_ROLES else ""
+            raise RowError("unknown role", what, f"{tool}Known are {', '.join(ROLES)}.")
         thought = next((k for k in THOUGHTS if k not in ignored and turn.get(k)), None)
         calls = text_key not in turn or turn[text_key] is None  # OpenAI's messages that only call a tool
         if calls and (turn.get("tool_calls") or turn.get("function_call")):
@@ -187,7 +189,7 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
         message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
         if thought is not None:
             message |= _with_thought(message, _text(turn, thought, where), where)
-        trained = is_trained(turn, where, ignored)
+        trained = is_trained(turn, ROLES[role] == "assistant", where, ignored)
         if trained is not None:
             message["loss"] = trained
         read = {role_key, text_key, *LOSSES, *({thought} if thought else ())}
@@ -257,12 +259,14 @@ def _turn(question: str, answer: str) -> list[Message]:
 
 
 def _answer(row: dict, key: str, where: str) -> str:
-    """The answer under a key: a text, the number of a class, or the first of a list of ranked answers."""
+    """The answer under a key: a text, the number of a class, or a list of one answer (Qianfan's in a list of one list)."""
     value = row[key]
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        value = value[0]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        value = value[0]
+    for _ in range(2):
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+            value = value[0]
+    if isinstance(value, list) and len(value) > 1:
+        what = f"{where}: {key} is a list of {len(value):,} answers"
+        raise RowError("several answers", what, "Keep the one that shall be learnt, or make a row of each.")
     if key == "label" and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     return _text({key: value}, key, where, "")
@@ -273,12 +277,16 @@ def _text(row: dict, key: str, where: str, default: str | None = None) -> str:
     value = row.get(key)
     if value is None and default is not None:
         return default
-    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+    if isinstance(value, list) and all(_is_text_part(p) for p in value):
         texts = [p.get("text") for p in value]
         value = "".join(texts) if all(isinstance(t, str) for t in texts) else value
     if not isinstance(value, str):
         raise RowError("no text", f"{where}: {key} is {quote(json.dumps(value))}", "A text belongs there.")
     return _sound(value, key, where)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and not unread(part, {"type", "text"}, frozenset())
 
 
 def _sound(text: str, key: str, where: str) -> str:
