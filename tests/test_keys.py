@@ -185,6 +185,8 @@ def test_a_thought_stands_where_the_template_of_a_thinker_reads_it(key: str):
     row = {"messages": [USER, ASSISTANT | {key: "because"}]}
     assert to_messages(row, "here").messages[1]["content"] == "<think>\nbecause\n</think>\n\na"
     assert to_messages(row, "here", ignored=frozenset([key])).messages[1]["content"] == "a"
+    pair = {"question": "q", "answer": "a", key: "because"}
+    assert to_messages(pair, "here") == to_messages(row, "here")._replace(shape="question/answer")
     with pytest.raises(RowError, match="its own key and in the content"):
         to_messages({"messages": [USER, {"role": "assistant", "content": "<think>x</think>a", key: "because"}]}, "here")
 

@@ -174,7 +174,7 @@ BROKEN = {
     "no trained answer": ('{"messages":[{"role":"assistant","content":"x","loss":false}]}', "nothing to learn"),
     "no assistant": ('{"messages":[{"role":"user","content":"x"}]}', "no message is the assistant's"),
     "wrong role": ('{"messages":[{"role":"bot","content":"x"}]}', "a message has role 'bot'"),
-    "no role": ('{"messages":[{"content":"x"}]}', "a message has role 'None'"),
+    "no role": ('{"messages":[{"content":"x"}]}', "a message has the keys 'content'"),
     "role is a list": ('{"messages":[{"role":["user"],"content":"x"}]}', "a message has role"),
     "wrong from": ('{"conversations":[{"from":"bot","value":"x"}]}', "a message has from 'bot'"),
     "no messages": ('{"messages":[]}', "messages is no list"),

@@ -1,5 +1,6 @@
 """Workbooks as people keep them: several sheets, hidden ones, formulas, dates: each is read, told, or refused."""
 
+import zipfile
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,12 @@ def test_hidden_rows_and_comments_are_told(tmp_path: Path):
     book["s"].row_dimensions[3].hidden = True
     book["s"]["B2"].comment = Comment("wrong", "me")
     book.save(path)
+    with zipfile.ZipFile(path, "a") as parts:
+        parts.writestr("xl/media/image1.png", b"")
     assert texts(path) == [["a", "b"], ["c", "d"]]
     assert (
         open_rows(path).note
-        == "hidden rows, which are read: 1 (first: row 3); comments, which are not read: 1 (first: B2)"
+        == "hidden rows, which are read: 1 (first: row 3); comments, which are not read: 1 (first: B2); pictures, which are not read: 1"
     )
 
 

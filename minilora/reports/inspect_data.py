@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..model_folder import positions_note
-from ..rows import Row, RowError, fill, open_rows, quote, to_messages, trainable
+from ..rows import Row, RowError, fill, open_rows, to_messages, trainable
 from ..rows.duplicates import NearDuplicates
 from ..rows.keys import ignored_notes
 from ..rows.load import DataConfig, ending_note, hashes, render_row, render_within

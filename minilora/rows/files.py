@@ -62,11 +62,11 @@ def check_file(path: Path) -> None:
 
 def _open(path: Path, columns: dict[str, str], encoding: str) -> RowFile:
     kind = path.suffix.lower()
-    if kind == ".xlsx":
+    if kind in (".xlsx", ".xlsm"):
         book = read_xlsx(path, columns)
         book.note = "; ".join(filter(None, [book.note, "a workbook needs no --encoding" if encoding else ""]))
         return book
-    if kind in (".xls", ".parquet", ".arrow", ".safetensors", ".zip", ".gz", ".docx", ".pdf"):
+    if kind in (".xls", ".ods", ".parquet", ".arrow", ".safetensors", ".zip", ".gz", ".docx", ".pdf"):
         raise DataError(f"{path} is no file of rows that can be read", "Save it as jsonl, csv or xlsx.")
     rows = _reader(path, encoding)(path, encoding)
     rows.note = ", ".join(filter(None, [encoding, rows.note]))

@@ -53,7 +53,7 @@ def _hint(key: str) -> str:
         return f"Preferences cannot be trained, only answers as they are; {leave}"
     if name in ("images", "image", "audio", "audios", "video", "videos"):
         return f"Only text can be trained; {leave}"
-    if key.startswith(OF_MESSAGE) or name in LOSSES:
+    if key.startswith(OF_MESSAGE) or name in (*LOSSES, *THOUGHTS):
         return leave
     return f"--columns input={shown} adds it to the question; {leave}"
 

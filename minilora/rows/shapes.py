@@ -150,6 +150,10 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
     if pair is not None:
         shape = "alpaca" if "instruction" in row and pair[0] in QUESTIONS else "/".join(filter(None, pair))
         turn, read = _question_and_answer(row, pair, where)
+        thought = next((k for k in THOUGHTS if row.get(k)), None)
+        if thought is not None and pair[1] is not None:
+            turn[-1] |= _with_thought(turn[-1], _text(row, thought, where), where)
+            read.add(thought)
         lost = unread(row, {*read, "system", "history"}, ignored)
         return _system(row, where) + _history(row, where) + turn, shape, lost
     if TEXT in row:
@@ -178,6 +182,9 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
     messages, lost = _system(row, where), []
     for turn in turns:
         role = turn.get(role_key)
+        if role is None:
+            what = f"{where}: a message has the keys {quote(', '.join(map(str, turn)))}"
+            raise RowError("unknown role", what, "A message is a role and a content, or from and value.")
         if not isinstance(role, str) or role not in ROLES:
             what = f"{where}: a message has {role_key} {quote(str(role))}"
             tool = "Tool calls cannot be trained yet. " if role in TOOL_ROLES else ""

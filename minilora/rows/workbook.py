@@ -61,7 +61,8 @@ class Page(NamedTuple):
 def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
     """The rows of a workbook's visible sheets. Lines above a header (a title over merged cells) are skipped and told."""
     raw = path.read_bytes()
-    pages = [page for page in _pages(path, raw) if any(any(cells) for cells in page.lines)]
+    pages, pictures = _pages(path, raw)
+    pages = [page for page in pages if any(any(cells) for cells in page.lines)]
     shown = [page for page in pages if not page.hidden]
     headers = {page.title: page.header_at(columns) for page in shown}
     if all(at is None for at in headers.values()):
@@ -87,6 +88,7 @@ def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
         told = [f"rows: {len(rows):,}"] * (len(read) > 1) + [f"header in row {at + 1}"] * bool(at) + page.notes
         notes += [f"{name}{note}" for note in told]
         records += rows
+    notes += [f"pictures, which are not read: {pictures:,}"] * bool(pictures)
     return Sheet(path, hashlib.sha256(raw).hexdigest(), "; ".join(notes), records)
 
 
@@ -118,8 +120,8 @@ def _records(page: Page, at: int, path: Path, sheet: str) -> list[Record]:
     return records
 
 
-def _pages(path: Path, raw: bytes) -> list[Page]:
-    """The sheets of a workbook."""
+def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
+    """The sheets of a workbook, and how many pictures it holds."""
     try:
         import openpyxl
     except ImportError:
@@ -131,11 +133,12 @@ def _pages(path: Path, raw: bytes) -> list[Page]:
             size = sum(part.file_size for part in book.infolist())
             if size > MAX_BOOK:
                 raise ValueError(f"it unpacks to {size >> 20:,} MiB")
+            pictures = sum(name.startswith("xl/media/") for name in book.namelist())
             parts = [book.read(name) for name in book.namelist() if name.startswith("xl/worksheets/")]
         values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
         computed = any(FORMULA.search(part) for part in parts)
         formulas: Any = openpyxl.load_workbook(io.BytesIO(raw)) if computed else values
-        return [_page(sheet, formulas[sheet.title]) for sheet in values.worksheets]
+        return [_page(sheet, formulas[sheet.title]) for sheet in values.worksheets], pictures
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 a broken workbook makes the libraries raise almost anything
