@@ -62,6 +62,16 @@ def test_a_file_that_the_name_does_not_fit_is_refused(tmp_path: Path):
     assert [row.messages[1]["content"] for row in read_rows(path, encoding="UTF8")] == ["Schön"]
 
 
+def test_a_file_of_two_encodings_is_refused(tmp_path: Path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(
+        "question,answer\n你好,很好\n".encode() + "再见,慢走不送，请慢走，我们明天再见\n".encode("gb18030") * 9
+    )
+    for encoding in ("", "gb18030"):
+        with pytest.raises(DataError, match="line 2 is UTF-8, and other lines are not"):
+            open_rows(path, encoding=encoding)
+
+
 @pytest.mark.parametrize("name", ["klingon", "hex", "base64", "rot13", "undefined", "../x", "big5\0", "é"])
 def test_what_is_no_encoding_of_text(name: str):
     with pytest.raises(UsageError, match="is no encoding of text"):
@@ -83,8 +93,9 @@ def test_every_command_that_reads_rows_takes_an_encoding(tmp_path: Path, capsys)
         assert main([*words, "--encoding", "hex"]) == 2 and "'hex' is no encoding" in capsys.readouterr().err
         assert main(words) == 3 and "it could be big5" in "".join(capsys.readouterr())
         assert main([*words, "--encoding", "big5"]) == 0
+        told = capsys.readouterr().out
+        assert f"{data}: big5" in told
     assert read_yaml(run / "config.yaml")["encoding"] == "big5"
-    told = capsys.readouterr().out
     assert f"--data {run}/data/val.jsonl" in told and "--encoding" not in told.partition("minilora eval")[2]
     split_off = [row.messages for row in read_rows(run / "data" / "val.jsonl")]
     assert len(split_off) == 2 and all("臺灣" in messages[0]["content"] for messages in split_off)

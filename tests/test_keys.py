@@ -14,7 +14,7 @@ from minilora.__main__ import main
 from minilora.data import load_examples
 from minilora.errors import DataError
 from minilora.rows import RowError, quote, to_messages, trainable
-from minilora.rows.keys import LOSSES, NOTES, NOTES_OF_MESSAGES, THOUGHTS
+from minilora.rows.keys import CONTENT_OF_MESSAGES, LOSSES, NOTES, NOTES_OF_MESSAGES, THOUGHTS
 from minilora.rows.load import DataConfig
 from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS, TOOL_ROLES
 
@@ -137,6 +137,7 @@ def test_every_key_that_is_read_changes_the_tokens(shape: dict, tokenizer):
         ({"messages": [USER, ASSISTANT], "label": False}, "Preferences"), ({"messages": [USER, ASSISTANT], "images": ["x"]}, "Only text"),
         ({"messages": [USER | {"images": ["x"]}, ASSISTANT]}, "Only text"), ({"messages": [USER, ASSISTANT], "tools": "[{}]"}, "Tool calls"),
         ({"messages": [USER, ASSISTANT | {"tool_call_id": "1"}]}, "Tool calls"), ({"messages": [USER | {"name": "Bo"}, ASSISTANT]}, "--ignore-keys name"),
+        *(({"messages": [USER, ASSISTANT | {key: "get_weather"}]}, f"--ignore-keys {key}") for key in sorted(CONTENT_OF_MESSAGES)),
         ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, "Tool calls"),
         *(({"messages": [USER, {"role": role, "content": "x"}, ASSISTANT]}, "Tool calls") for role in TOOL_ROLES),
         *(({"conversations": [{"from": "human", "value": "q"}, {"from": role, "value": "x"}]}, "Tool calls") for role in TOOL_ROLES),
@@ -187,6 +188,8 @@ def test_a_thought_stands_where_the_template_of_a_thinker_reads_it(key: str):
     assert to_messages(row, "here", ignored=frozenset([key])).messages[1]["content"] == "a"
     pair = {"question": "q", "answer": "a", key: "because"}
     assert to_messages(pair, "here") == to_messages(row, "here")._replace(shape="question/answer")
+    with pytest.raises(RowError, match="a thought, and its answer is empty"):
+        to_messages({"messages": [USER, {"role": "assistant", "content": " ", key: "because"}]}, "here")
     with pytest.raises(RowError, match="its own key and in the content"):
         to_messages({"messages": [USER, {"role": "assistant", "content": "<think>x</think>a", key: "because"}]}, "here")
 

@@ -88,7 +88,11 @@ def inspect_data(
     samples: how many rows are kept to look at: the first ones, or the first with problems; row: that one alone (1, 2, ...).
     val: a file that shall share no question with these rows. compare: with the folder's own chat template.
     """
-    result, scan, ignored = Inspection(path, settings), _Scan(tokenizer, settings), Counter(dict.fromkeys(settings.ignored, 0))
+    result, scan, ignored = (
+        Inspection(path, settings),
+        _Scan(tokenizer, settings),
+        Counter(dict.fromkeys(settings.ignored, 0)),
+    )
     for source in parse_sources(path):
         file = open_rows(source.path, settings.columns, settings.encoding)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)
@@ -169,6 +173,8 @@ class _Scan:
         mark = _mark(row)
         if mark:
             found.append(("the words of a chat format in a text", mark))
+        if any(m["role"] == "user" and not m["content"].strip() for m in row.messages):
+            found.append(("an empty question", ""))
         texts = [m["content"] for m in row.messages]
         if any("\ufffd" in text for text in texts):
             found.append(("a character was lost (U+FFFD) before the file was written", ""))

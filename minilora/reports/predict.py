@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,13 +57,18 @@ class Question(NamedTuple):
     label_tokens: int  # with the token that ends it, as training counts them
     where: str
     hashes: tuple[int, int]  # of the question with all before it, and of the whole row
-    ignored: tuple[str, ...] = ()  # keys of the row that are left out on request
 
 
-def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN) -> list[Question]:
-    """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer."""
-    questions = []
-    for row in read_rows(path, settings.columns, settings.ignored, settings.encoding):
+def read_questions(
+    path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN, say: Callable[[str], None] = lambda note: None
+) -> list[Question]:
+    """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer.
+
+    `say` is called with what is to be told of the file and of the keys that are ignored on request.
+    """
+    questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
+    for row in read_rows(path, settings.columns, settings.ignored, settings.encoding, say):
+        ignored.update(row.ignored)
         fill(row, settings.define)
         check_thoughts(row, tokenizer)
         if row.messages[-1]["role"] == "user":
@@ -76,7 +82,9 @@ def read_questions(path: str | Path, tokenizer: Tokenizer, settings: DataConfig 
             _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
         ids, _ = tokenizer.render(before, prompt=True)
-        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row), row.ignored))
+        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
+    for note in ignored_notes(ignored):
+        say(note)
     return questions
 
 
@@ -92,16 +100,12 @@ def predict(
     """
     console, folder = console or Console(), Path(output)
     tokenizer = load_tokenizer(model)
-    questions = read_questions(data, tokenizer, reading)
-    ignored = Counter(dict.fromkeys(reading.ignored, 0))
-    ignored.update(key for question in questions for key in question.ignored)
-    for note in ignored_notes(ignored):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
-    def say(how: str) -> None:
-        console.print(f"compute {how}", highlight=False, markup=False, soft_wrap=True)
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    decoder = open_model(model, tokenizer, adapter, say=say, **opening)
+    questions = read_questions(data, tokenizer, reading, say)
+    decoder = open_model(model, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     sampling, stop = read_generation(Path(model))
     sampling = sampling if sample else GREEDY
     settings = {

@@ -61,6 +61,8 @@ def _recoded(raw: bytes, encoding: str, path: Path) -> bytes:
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig") and not raw.isascii() and _decodes(raw, "utf-8"):
         what = f"{path} is UTF-8, and --encoding says {encoding}"
         raise DataError(what, "Leave --encoding out; files of several encodings must be converted to one.")
+    if "a\n".encode(encoding) == b"a\n":
+        _check_one_encoding(raw, path)
     try:
         return raw.decode(encoding).removeprefix("\ufeff").encode("utf-8")
     except UnicodeDecodeError as error:
@@ -95,9 +97,21 @@ def decode_csv(raw: bytes, path: Path) -> tuple[str, str]:
                 raise DataError(f"{path}, line {line}: a byte there is not {name}", "Save the file again.") from None
     if not _decodes(raw, "utf-8") and _is_not_utf8(raw):
         if _is_chinese(raw):
+            _check_one_encoding(raw, path)
             return raw.decode("gb18030"), "gb18030"
         raise DataError(f"{path} is neither UTF-8 nor plausible Chinese in GB18030{_could_be(raw)}", _hint(raw))
     return decode(raw, str(path)), "utf-8"
+
+
+def _check_one_encoding(raw: bytes, path: Path) -> None:
+    """DataError for a file of which lines are UTF-8 and others are not, as of two files that were joined."""
+    if _decodes(raw, "utf-8"):
+        return
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        # two bytes may be a character of UTF-8 by chance, three hardly
+        if not line.isascii() and _decodes(line, "utf-8") and max(line.decode("utf-8")) >= "\u0800":
+            what = f"{path}: line {number} is UTF-8, and other lines are not"
+            raise DataError(what, "Convert its parts to one encoding before they are joined.")
 
 
 def fitting(raw: bytes) -> list[str]:

@@ -108,10 +108,16 @@ def find_data(path: str | Path) -> tuple[Path, Path | None]:
 
 
 def read_rows(
-    path: str | Path, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset(), encoding: str = ""
-) -> Iterator[Row]:
-    """The conversations of a file, one after the other; RowError for the first row that is none, or of which a key is lost."""
+    path: str | Path, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset(), encoding: str = "",
+    say: Callable[[str], None] = lambda note: None,
+) -> Iterator[Row]:  # fmt: skip
+    """The conversations of a file, one after the other; RowError for the first row that is none, or of which a key is lost.
+
+    `say` is called with how the file was read if that was a choice.
+    """
     file = open_rows(path, columns, encoding)
+    if file.note:
+        say(f"{path}: {file.note}")
     for number in range(len(file)):
         row = to_messages(file.value(number), file.where(number), columns, ignored)
         refuse_unread(row.unread, row.where)

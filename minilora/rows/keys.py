@@ -12,14 +12,16 @@ from .problems import RowError, quote
 # notes about a row that teach nothing
 NOTES = frozenset((
     "id", "_id", "idx", "index", "no", "number", "uid", "uuid", "guid", "row_id", "sample_id", "conversation_id", "conv_id", "dialogue_id",
-    "dialog_id", "session_id", "thread_id", "parent_id", "message_id", "user_id", "__index_level_0__", "source", "data_source", "origin",
+    "dialog_id", "session_id", "thread_id", "parent_id", "message_id", "user_id", "__index_level_0__", "unnamed: 0", "source", "data_source", "origin",
     "dataset", "dataset_name", "subset", "split", "file", "filename", "path", "line", "category", "categories", "subcategory", "class_name", "topic",
     "topics", "domain", "subject", "field", "tag", "tags", "task", "task_id", "task_type", "task_name", "type", "kind", "level",
     "difficulty", "url", "link", "lang", "language", "locale", "timestamp", "time", "date", "datetime", "created", "created_at", "updated_at",
     "author", "annotator", "license", "version", "meta", "metadata", "model", "model_name", "generator", "length", "num_turns", "n_turns", "num_tokens",
     "token_count", "tokens", "hash", "md5", "sha1", "sha256", "编号", "序号", "来源", "出处", "类别", "分类", "领域", "主题", "语言", "日期", "时间", "作者",
 ))  # fmt: skip
-NOTES_OF_MESSAGES = NOTES | {"finish_reason", "stop_reason", "usage", "logprobs"}
+# in a message these are what it is about: an attachment, or the tool that ChatGLM3 calls
+CONTENT_OF_MESSAGES = {"meta", "metadata", "file", "filename", "path", "url", "link", "task"}
+NOTES_OF_MESSAGES = (NOTES - CONTENT_OF_MESSAGES) | {"finish_reason", "stop_reason", "usage", "logprobs"}
 LOSSES = ("loss", "loss_mask", "weight", "train", "trainable")
 OF_MESSAGE = "message "  # stands before a message's key where both kinds are named
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")

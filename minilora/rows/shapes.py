@@ -98,6 +98,13 @@ def _all_keys(value: Any) -> set[str]:
 
 def trainable(row: Row) -> Row:
     """The row; RowError if nothing of it can be learnt, one of its answers is empty, or a key that holds something is not read."""
+    check_answers(row)
+    refuse_unread(row.unread, row.where)
+    return row
+
+
+def check_answers(row: Row) -> None:
+    """RowError if nothing of a row can be learnt, or one of its answers is empty."""
     answers = [m for m in row.messages if m["role"] in ("assistant", TEXT)]
     trained = [m for m in answers if m.get("loss", True)]
     if not trained:
@@ -109,8 +116,6 @@ def trainable(row: Row) -> Row:
     if not all(m["content"].strip() for m in trained):
         what = f"{row.where}: there is nothing to learn, the answer is empty"
         raise RowError("empty answer", what, "Write the answer, or take the row out.")
-    refuse_unread(row.unread, row.where)
-    return row
 
 
 def _rename(row: dict, where: str, columns: dict[str, str]) -> dict:
@@ -212,6 +217,9 @@ def _with_thought(message: Message, thought: str, where: str) -> Message:
     if "</think>" in message["content"]:
         what = f"{where}: a thought stands in its own key and in the content"
         raise RowError("two thoughts", what, "Keep one of them.")
+    if not message["content"].strip():
+        what = f"{where}: a message has a thought, and its answer is empty"
+        raise RowError("empty answer", what, "Write the answer, or take the row out.")
     thought = thought.strip("\n")
     return {"content": f"<think>\n{thought}\n</think>\n\n{message['content']}", "thought": True}
 

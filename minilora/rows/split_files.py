@@ -13,7 +13,7 @@ from ..errors import DataError, OutputInUse, UsageError
 from . import Row, RowError, open_rows, to_messages
 from .duplicates import NearDuplicates
 from .load import counted, hashes
-from .shapes import check_columns
+from .shapes import check_answers, check_columns
 from .sources import draw, parse_sources
 from .split import count_of, split
 
@@ -31,10 +31,10 @@ def split_files(
     if not wanted:
         raise UsageError("neither --val nor --test is given", "For example --val 0.05 --test 200.")
     check_columns(columns)
-    rows, values, bad, sums = _read(data, columns, encoding, skip_bad, seed)
+    rows, values, bad, sums, notes = _read(data, columns, encoding, skip_bad, seed)
     keys = np.array([hashes(row) for row in rows], dtype=np.uint64)
     keep = np.arange(len(rows))
-    lines = [f"data     {data}   {len(rows):,} rows"]
+    lines = [f"data     {data}   {len(rows):,} rows", *(f"         {note}" for note in notes)]
     if bad:
         lines.append(f"         left out {sum(bad.values()):,} rows: {counted(bad)}")
     same = len(rows) - len(np.unique(keys[:, 1]))
@@ -64,21 +64,24 @@ def split_files(
 
 def _read(
     data: str, columns: dict[str, str], encoding: str, skip_bad: bool, seed: int
-) -> tuple[list[Row], list[Any], Counter, dict[str, str]]:
-    rows, values, bad, sums = [], [], Counter(), {}
+) -> tuple[list[Row], list[Any], Counter, dict[str, str], list[str]]:
+    rows, values, bad, sums, notes = [], [], Counter(), {}, []
     for source in parse_sources(data):
         file = open_rows(source.path, columns, encoding)
         sums[source.path] = file.sha256
+        notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             try:
                 value = file.value(number)
-                rows.append(to_messages(value, file.where(number), columns))
+                row = to_messages(value, file.where(number), columns)
+                check_answers(row)
+                rows.append(row)
                 values.append(value)
             except RowError as error:
                 if not skip_bad:
                     raise
                 bad[error.reason] += 1
-    return rows, values, bad, sums
+    return rows, values, bad, sums, notes
 
 
 def _near(sides: dict[str, np.ndarray], rows: list[Row]) -> tuple[list[dict[str, Any]], list[str]]:
