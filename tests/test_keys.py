@@ -244,6 +244,12 @@ def test_ways_out_through_the_command_line(tmp_path: Path, capsys):
         assert all(line in out for line in told)
 
 
+def test_a_message_that_only_calls_a_tool_says_nothing_without_the_call():
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}
+    with pytest.raises(RowError, match="content is 'null'"):
+        to_messages(row, "here", ignored=frozenset(["tool_calls"]))
+
+
 def test_a_key_of_a_message_that_is_left_out_is_counted():
     row = {"messages": [USER, ASSISTANT | {"extra": "x"}]}
     for value in (row, {"messages": json.dumps(row["messages"])}, [{"prompt": "q", "response": "a", "extra": "x"}]):

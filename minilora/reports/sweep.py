@@ -153,7 +153,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
             folder / "sweep.json",
             json.dumps({"file": given, "smoke": smoke, "runs": [p.name for p in plan.points]}) + "\n",
         )
-        points, test = _with_test(plan, folder)
+        points, test = _with_test(plan, folder, console)
         failed = []
         for number, point in enumerate(points, 1):
             console.rule(f"{number} of {len(points)}: {point.name}", characters="-")
@@ -177,7 +177,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     return page
 
 
-def _with_test(plan: Sweep, folder: Path) -> tuple[list[Point], dict[str, Any]]:
+def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point], dict[str, Any]]:
     """The points, and the test set: rows set aside of the data file before any limit, the same for every run."""
     if "rows" not in plan.test:
         return plan.points, plan.test
@@ -192,6 +192,8 @@ def _with_test(plan: Sweep, folder: Path) -> tuple[list[Point], dict[str, Any]]:
                 f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
             )
         file = open_rows(source.path, config.columns, config.encoding)
+        if file.note:
+            console.print(f"{source.path}: {file.note}", highlight=False, markup=False, soft_wrap=True)
         numbers, ignored = draw(source, len(file), config.seed), data_config(config).ignored
         rows = [to_messages(file.value(i), file.where(i), config.columns, ignored) for i in numbers.tolist()]
         questions = np.array([hashes(row)[0] for row in rows], np.uint64)

@@ -195,9 +195,9 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
             tool = "Tool calls cannot be trained yet. " if role in TOOL_ROLES else ""
             raise RowError("unknown role", what, f"{tool}Known are {', '.join(ROLES)}.")
         thought = next((k for k in THOUGHTS if k not in ignored and turn.get(k)), None)
-        calls = text_key not in turn or turn[text_key] is None  # OpenAI's messages that only call a tool
-        if calls and (turn.get("tool_calls") or turn.get("function_call")):
-            refuse_unread((f"{OF_MESSAGE}{'tool_calls' if turn.get('tool_calls') else 'function_call'}",), where)
+        calls = next((k for k in ("tool_calls", "function_call") if turn.get(k) and k not in ignored), None)
+        if calls is not None and turn.get(text_key) is None:  # OpenAI's messages that only call a tool
+            refuse_unread((f"{OF_MESSAGE}{calls}",), where)
         message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
         if thought is not None:
             message |= _with_thought(message, _text(turn, thought, where), where)
