@@ -26,7 +26,7 @@ from minilora.kernels.dispatch import library_gemm, run, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
-from minilora.kernels.projection import Adapter, Projection, check, check_gradients, joined
+from minilora.kernels.projection import Adapter, Projection, check, joined
 
 
 def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -52,11 +52,15 @@ def _with_adapters(frozen: Sequence[Projection], trained: Sequence[Tensor]) -> l
 
 class _OnTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, frozen: Sequence[Projection], x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
         projections, rows = _with_adapters(frozen, trained), rows_of(x)
         adapters = [p.adapter for p in projections if p.adapter]
         with torch.cuda.device_of(x):
-            if len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
+            if not output_needed:
+                s, ys = lora_narrow.low(rows, adapters), _unmade(x, projections)
+            elif len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
                 y, s = lora_gemm.single_pass(rows, projections[0], adapters[0])
                 ys = [y]
             else:
@@ -70,7 +74,11 @@ class _OnTriton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        return None, *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[1:])
+        return (
+            None,
+            None,
+            *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
+        )
 
 
 def _triton_gradients(
@@ -98,11 +106,15 @@ def _triton_gradients(
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, frozen: Sequence[Projection], x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
         projections = _with_adapters(frozen, trained)
         lows = _lows(x, [p.adapter for p in projections if p.adapter])
         ctx.save_for_backward(x, *lows, *trained)
         ctx.frozen, rest = frozen, iter(lows)
+        if not output_needed:
+            return tuple(_unmade(x, projections))
         ys = _wide(x, projections)
         for y, p in zip(ys, projections, strict=True):
             if p.adapter:
@@ -114,7 +126,11 @@ class _OnTorch(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
         lows, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
-        return None, *_torch_gradients(x, lows, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[1:])
+        return (
+            None,
+            None,
+            *_torch_gradients(x, lows, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
+        )
 
 
 def _torch_gradients(
@@ -145,6 +161,11 @@ def _torch_gradients(
     return dx, *found
 
 
+def _unmade(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """Memory as it comes, in the shape of the outputs."""
+    return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
+
+
 def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """x W_j^T + b_j: column ranges of one product where the weights lie one behind the other."""
     whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
@@ -171,39 +192,18 @@ def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     return (adapter.b.to(torch.promote_types(adapter.b.dtype, dtype)) * adapter.scale).to(dtype)
 
 
-def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_needed: bool = True) -> tuple[Tensor, ...]:
     """y_j [T, N_j] of every projection of x [T, K], in the dtype of x; ValueError if they do not fit together.
 
-    Outputs may be column ranges of one matrix.
+    Outputs may be column ranges of one matrix. Where only the gradients are wanted, of a layer that is computed again and whose
+    output nobody reads (models/recompute.py), no output is made: what comes back is memory as it comes.
     """
     # token by token in inference, the model's linears have been checked with the prompt
     if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
     on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
-    return run(on, projections, x, *trained)
-
-
-@torch.no_grad()
-def lora_linear_group_gradients(
-    x: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs_x: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dX, if it is wanted, and [dA_0, dB_0, dA_1, ...] of lora_linear_group for dY_j [T, N_j], without making its outputs.
-
-    It is for a layer whose output nobody needs when a block is computed again (activation checkpointing). Adapters that do
-    not require grad get None.
-    """
-    check(x, projections)
-    check_gradients(x, projections, dys)
-    adapters = [p.adapter for p in projections if p.adapter]
-    needs = [needs_x, *(t.requires_grad for adapter in adapters for t in (adapter.a, adapter.b))]
-    if runs_on_triton(x, projections):
-        with torch.cuda.device_of(x):
-            s = lora_narrow.low(rows_of(x), adapters)
-        dx, *found = _triton_gradients(x, s, projections, dys, needs)
-    else:
-        dx, *found = _torch_gradients(x, _lows(x, adapters), projections, dys, needs)
-    return dx, found
+    return run(on, projections, output_needed, x, *trained)
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:

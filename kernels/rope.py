@@ -124,7 +124,9 @@ def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
     if cos.dim() == 3:  # sections: [T, H, R, E/R] beside [T, 1, R, P/2]
-        return _rotate_pairs(x.unflatten(-1, (cos.shape[1], -1)), cos[:, None], sin[:, None], sign, interleaved).flatten(-2)
+        return _rotate_pairs(
+            x.unflatten(-1, (cos.shape[1], -1)), cos[:, None], sin[:, None], sign, interleaved
+        ).flatten(-2)
     return _rotate_pairs(x, cos[:, None], sin[:, None], sign, interleaved)
 
 

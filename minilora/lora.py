@@ -50,7 +50,7 @@ class LoRALinear(Adapted):
         return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, self.key))
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear_group(x, [self.projection()])[0]
+        return lora_linear_group(x, [self.projection()], self.output_needed)[0]
 
     def merged_weight(self, stored: Tensor | None = None) -> Tensor:
         """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.

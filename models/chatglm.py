@@ -25,7 +25,7 @@ from minilora.kernels.rope import rope
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, LayerNorm, Linear
+from .layers import LayerNorm, Linear
 from .place import Cache, Place
 from .rotary import inverse_frequencies
 
@@ -51,20 +51,18 @@ class Attention(nn.Module):
         return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(FeedForward):
-    last = "dense_4h_to_h"
-
+class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = Linear(c.width, c.ffn)
         self.dense_4h_to_h = Linear(c.ffn, c.width)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense_h_to_4h(x), approximate="tanh")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
 
 
-class Block(BaseBlock):
-    alpha = ALPHA
+class Block(nn.Module):
+    last_linear = "mlp.dense_4h_to_h"
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -73,10 +71,10 @@ class Block(BaseBlock):
         self.post_attention_layernorm = LayerNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         a = self.input_layernorm(x)
         b = self.post_attention_layernorm(torch.add(self.attention(a, place), a, alpha=ALPHA))
-        return b, b
+        return torch.add(self.mlp(b), b, alpha=ALPHA)
 
 
 class ChatGLM(Decoder):

@@ -18,7 +18,7 @@ from minilora.kernels.rope import rope
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, Linear, RMSNorm, gated_fused
+from .layers import Linear, RMSNorm, gated_fused
 from .place import Place
 
 NAMES = Names(
@@ -48,19 +48,19 @@ class Attention(nn.Module):
         return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(FeedForward):
-    last = "dense_4h_to_h"
-
+class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = Linear(c.width, 2 * c.ffn, bias=False)
         self.dense_4h_to_h = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated_fused(x, self.dense_h_to_4h)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(gated_fused(x, self.dense_h_to_4h))
 
 
-class Block(BaseBlock):
+class Block(nn.Module):
+    last_linear = "mlp.dense_4h_to_h"
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = Norm(c.width, c.eps)
@@ -68,8 +68,9 @@ class Block(BaseBlock):
         self.post_attention_layernorm = Norm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        return self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), place), x)
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        h, x = self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), place), x)
+        return x + self.mlp(h)
 
 
 def decoder(c: Config) -> Decoder:

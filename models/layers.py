@@ -26,6 +26,8 @@ from .place import Place
 class Adapted(nn.Module):
     """A linear that comes with an adapter."""
 
+    output_needed = True  # see recompute.py
+
     def projection(self) -> Projection:
         raise NotImplementedError
 
@@ -33,12 +35,31 @@ class Adapted(nn.Module):
 class Linear(nn.Linear):
     """A linear whose weight may be stored in another dtype than x has; x [T, K] -> [T, N] in the dtype of x."""
 
+    output_needed = True  # see recompute.py
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return frozen_linear(x, self.weight, self.bias)
-        if self.weight.dtype == x.dtype:
+        if self.output_needed and self.weight.dtype == x.dtype:
             return super().forward(x)
-        return lora_linear_group(x, [projection(self)])[0]
+        if self.weight.requires_grad:
+            return _WithoutOutput.apply(x, self.weight, self.bias)  # pyright: ignore[reportReturnType]
+        return lora_linear_group(x, [projection(self)], self.output_needed)[0]
+
+
+class _WithoutOutput(torch.autograd.Function):
+    """A trained linear whose product is not made: memory as it comes, and the gradients of the real one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        return dy @ weight if needs_x else None, dy.T @ x, dy.sum(0) if needs_bias else None
 
 
 class RMSNorm(nn.Module):
@@ -153,24 +174,9 @@ class Attention(nn.Module):
         return self.o_proj(place.attend(self.layer, q, k, v, self.window).flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """The MLP of a block: `hidden` makes [T, F] of x [T, D], one linear makes [T, D] of that; `last` is that linear's name."""
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): x [T, D] -> [T, D]."""
 
-    last: str
-
-    def hidden(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @property
-    def output(self) -> nn.Module:
-        return self.get_submodule(self.last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.hidden(x))
-
-
-class MLP(FeedForward):
-    last = "down_proj"
     together = ("gate_proj", "up_proj")
 
     def __init__(self, c: Config):
@@ -179,36 +185,37 @@ class MLP(FeedForward):
         self.up_proj = Linear(c.width, c.ffn, bias=False)
         self.down_proj = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated(x, self.gate_proj, self.up_proj)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
 
 
-class GateUpMLP(FeedForward):
+class GateUpMLP(nn.Module):
     """SwiGLU whose gate and up projections are one matrix, the gate's rows first."""
-
-    last = "down_proj"
 
     def __init__(self, c: Config):
         super().__init__()
         self.gate_up_proj = Linear(c.width, 2 * c.ffn, bias=False)
         self.down_proj = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated_fused(x, self.gate_up_proj)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated_fused(x, self.gate_up_proj))
 
 
-class BaseBlock(nn.Module):
-    """A transformer block that ends in y = mlp(x) + alpha * residual, so that its last linear is a block's last step.
+class Block(nn.Module):
+    """A pre-norm transformer block (Qwen2, Qwen3, GLM): x [T, D] -> [T, D].
 
-    `middle` makes x and residual, both [T, D], of the block's input.
+    a = x + Attention(RMSNorm(x))        y = a + MLP(RMSNorm(a))
     """
 
-    mlp: FeedForward
-    alpha = 1.0
+    last_linear = "mlp.down_proj"  # what the block ends in, beside the residual: recompute.py does not compute it again
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def __init__(self, c: Config, layer: int, mlp: type[nn.Module]):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = mlp(c)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
-        x, residual = self.middle(x, place)
-        return torch.add(self.mlp(x), residual, alpha=self.alpha)
+        h, x = self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), place), x)
+        return x + self.mlp(h)

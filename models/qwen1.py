@@ -18,7 +18,7 @@ from minilora.kernels.rope import rope, rope_angles
 from .config import Config
 from .config_json import DTYPES, dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, Linear, RMSNorm, gated
+from .layers import Linear, RMSNorm, gated
 from .place import Cache, Place
 from .rotary import inverse_frequencies
 
@@ -52,8 +52,7 @@ class Attention(nn.Module):
         return self.c_proj(place.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(FeedForward):
-    last = "c_proj"
+class MLP(nn.Module):
     together = ("w2", "w1")
 
     def __init__(self, c: Config):
@@ -62,11 +61,13 @@ class MLP(FeedForward):
         self.w2 = Linear(c.width, c.ffn, bias=False)
         self.c_proj = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated(x, self.w2, self.w1)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(gated(x, self.w2, self.w1))
 
 
-class Block(BaseBlock):
+class Block(nn.Module):
+    last_linear = "mlp.c_proj"
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.ln_1 = RMSNorm(c.width, c.eps)
@@ -74,8 +75,9 @@ class Block(BaseBlock):
         self.ln_2 = RMSNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        return self.ln_2.of_sum(self.attn(self.ln_1(x), place), x)
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        h, x = self.ln_2.of_sum(self.attn(self.ln_1(x), place), x)
+        return x + self.mlp(h)
 
 
 class Qwen1(Decoder):

@@ -16,7 +16,6 @@ from minilora.data import make_batch
 from minilora.evaluate import batch_loss
 from minilora.models import place
 from minilora.models.decoder import Decoder
-from minilora.models.layers import BaseBlock
 
 families = pytest.mark.parametrize("family", OWN)
 
@@ -59,9 +58,8 @@ def test_no_bit_changes(family: str, dtype: torch.dtype, keep_attention: bool):
 def test_adapters_on_some_linears(family: str, targets: str):
     """Blocks of which parts, or the input, need no gradient."""
     model = tiny(family)
-    blocks = [m for m in model.modules() if isinstance(m, BaseBlock)]
-    name = blocks[0].mlp.last if blocks else "down_proj"
-    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("mlp." + name)]
+    name = getattr(model.blocks[0], "last_linear", "mlp.down_proj")
+    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(name)]
     chosen = {"last": paths[-1:], "first": paths[:1]}.get(targets, targets)
     model = adapted(family, chosen)
     kept = loss_and_gradients(model)
