@@ -119,7 +119,10 @@ class _OnTriton(torch.autograd.Function):
 def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views of x [..., E]: the first and the second of every pair that turns, [..., P/2]."""
     x = x if 2 * half == x.shape[-1] else x[..., : 2 * half]
-    return (x[..., ::2], x[..., 1::2]) if interleaved else torch.split_with_sizes(x, (half, half), -1)
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    first, second = torch.split_with_sizes(x, (half, half), -1)
+    return first, second
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
