@@ -31,7 +31,7 @@ from .cpu import usable_cpus
 from .data import Batch, pack, step_examples
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
-from .evaluate import batch_loss, evaluate
+from .evaluate import evaluate
 from .flops import peak_flops, step_flops
 from .lora import add_lora, key_dropout
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell, working
@@ -155,14 +155,14 @@ def train_step(
     and Stopped between two micro-batches if a signal came; the parameters are then those of the step before.
     """
     trained = trained_parameters(model)
-    targets = sum(len(b.rows) for b in batches)
+    targets = sum(len(b.targets) for b in batches)
     losses = []
     for micro, batch in enumerate(batches):
         if stop is not None and stop.requested:
             optimizer.zero_grad(set_to_none=True)
             raise Stopped("")
         key_dropout(model, config.seed, step, micro)
-        loss = batch_loss(model, batch.to(model.head.device)) / targets
+        loss = model.loss(batch.to(model.head.device)) / targets
         loss.backward()
         losses.append(loss.detach())
         reached(sum(len(b.ids) for b in batches[: micro + 1]))
@@ -239,7 +239,7 @@ def _metrics(
         "lr": run.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm,
         "tokens": tokens,
-        "target_tokens": sum(len(b.rows) for b in batches),
+        "target_tokens": sum(len(b.targets) for b in batches),
         "tokens_per_second": round(tokens / seconds, 1),
         "mfu": round(mfu, 4),
         "memory_gb": round(peak_memory_gb(run.model.head.device), 3),

@@ -19,7 +19,7 @@ from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import Linear, RMSNorm, gated_fused
-from .place import Place
+from .stream import Context
 
 NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -41,11 +41,11 @@ class Attention(nn.Module):
         self.query_key_value = Linear(c.width, sum(self.widths), bias=c.qkv_bias)
         self.dense = Linear(c.heads * c.head_size, c.width, bias=False)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.query_key_value(x).split(self.widths, dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
-        q, k = (rope(y, place.cos, place.sin, interleaved=True) for y in (q, k))
-        return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
+        q, k = (rope(y, context.cos, context.sin, interleaved=True) for y in (q, k))
+        return self.dense(context.attend(self.layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -68,8 +68,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        h, x = self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), place), x)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h, x = self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), context), x)
         return x + self.mlp(h)
 
 

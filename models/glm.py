@@ -13,7 +13,7 @@ from .config import Config
 from .config_json import dtype_of, only, positive, rope_of, rotary_of, whole
 from .decoder import Decoder
 from .layers import Attention, Block, GateUpMLP, RMSNorm
-from .place import Place
+from .stream import Context
 
 
 class SandwichBlock(nn.Module):
@@ -28,8 +28,8 @@ class SandwichBlock(nn.Module):
         self.mlp = GateUpMLP(c)
         self.post_mlp_layernorm = RMSNorm(c.width, c.eps)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        attended = self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), place))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attended = self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), context))
         h, x = self.post_attention_layernorm.of_sum(attended, x)
         return x + self.post_mlp_layernorm(self.mlp(h))
 

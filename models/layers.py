@@ -20,7 +20,7 @@ from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 from .config import Config
 from .int8 import Int8Part
-from .place import Place
+from .stream import Context
 
 
 class Adapted(nn.Module):
@@ -139,11 +139,11 @@ def projection(linear: nn.Module) -> Projection:
     )
 
 
-def rotated(q: Tensor, k: Tensor, place: Place, interleaved: bool) -> tuple[Tensor, ...]:
+def rotated(q: Tensor, k: Tensor, context: Context, interleaved: bool) -> tuple[Tensor, ...]:
     """q [T, H, E] and k [T, G, E] turned to their places; in one call where a copy costs less than a second one."""
     if q.shape[0] > FEW_ROWS:
-        return rope(q, place.cos, place.sin, interleaved), rope(k, place.cos, place.sin, interleaved)
-    both = rope(torch.cat((q, k), dim=1), place.cos, place.sin, interleaved)
+        return rope(q, context.cos, context.sin, interleaved), rope(k, context.cos, context.sin, interleaved)
+    both = rope(torch.cat((q, k), dim=1), context.cos, context.sin, interleaved)
     return both.split((q.shape[1], k.shape[1]), dim=1)
 
 
@@ -165,13 +165,13 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.head_size, c.eps)
         self.qk_norm = c.qk_norm
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotated(q, k, place, self.interleaved)
-        return self.o_proj(place.attend(self.layer, q, k, v, self.window).flatten(-2))
+        q, k = rotated(q, k, context, self.interleaved)
+        return self.o_proj(context.attend(self.layer, q, k, v, self.window).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -216,6 +216,6 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = mlp(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        h, x = self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), place), x)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h, x = self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), context), x)
         return x + self.mlp(h)

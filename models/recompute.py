@@ -13,42 +13,46 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .layers import Adapted, Linear
-from .place import Place
+from .stream import Context
 
 
-def recomputed(block: nn.Module, x: Tensor, place: Place, keep_attention: bool) -> Tensor:
-    """block(x, place) for x [T, D], keeping x alone (and what attention gave) for the backward."""
+def recomputed(block: nn.Module, x: Tensor, context: Context, keep_attention: bool) -> Tensor:
+    """block(x, context) for x [T, D], keeping x alone (and what attention gave) for the backward."""
     name = getattr(block, "last_linear", None)
     last = block.get_submodule(name) if name else None
-    if not isinstance(
-        last, (Linear, Adapted)
-    ):  # it ends otherwise, or in a layer that is not ours: all is computed again
-        return checkpoint(block, x, place, use_reentrant=False, preserve_rng_state=False)
+    if not isinstance(last, (Linear, Adapted)):  # no such linear, or one that is not ours: all is computed again
+        return checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
     trained = [p for p in block.parameters() if p.requires_grad]
-    return _Recomputed.apply(block, last, place, keep_attention, x, *trained)  # pyright: ignore[reportReturnType]
+    return _Recomputed.apply(block, last, context, keep_attention, x, *trained)  # pyright: ignore[reportReturnType]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, block: nn.Module, last: Linear | Adapted, place: Place, keep_attention: bool, x: Tensor, *trained: Tensor
+        ctx,
+        block: nn.Module,
+        last: Linear | Adapted,
+        context: Context,
+        keep_attention: bool,
+        x: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
-        kept: list[tuple[Tensor, Tensor | None]] = []
-        y = block(x, replace(place, kept=kept) if keep_attention else place)
-        ctx.save_for_backward(x, *trained, *(t for pair in kept for t in pair))
-        ctx.block, ctx.last, ctx.place, ctx.count = block, last, place, len(trained)
+        saved: list[tuple[Tensor, Tensor | None]] = []
+        y = block(x, replace(context, saved_attention=saved) if keep_attention else context)
+        ctx.save_for_backward(x, *trained, *(t for pair in saved for t in pair))
+        ctx.block, ctx.last, ctx.context, ctx.count = block, last, context, len(trained)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
-        trained, kept = saved[: ctx.count], tuple(saved[ctx.count :])
+        trained, attended = saved[: ctx.count], tuple(saved[ctx.count :])
         x = x.detach().requires_grad_(ctx.needs_input_grad[4])
         ctx.last.output_needed = False
         try:
             with torch.enable_grad():
-                y = ctx.block(x, replace(ctx.place, kept=[kept]) if kept else ctx.place)
+                y = ctx.block(x, replace(ctx.context, saved_attention=[attended]) if attended else ctx.context)
         finally:
             ctx.last.output_needed = True
         inputs = [t for t in (x, *trained) if t.requires_grad]

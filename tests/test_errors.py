@@ -21,6 +21,7 @@ from minilora.checkpoint import INDEX
 from minilora.config import TrainConfig, read_yaml, resolve, to_yaml
 from minilora.durable import problem_of
 from minilora.errors import MiniloraError, UsageError
+from minilora.models.decoder import Decoder
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.snapshot import rotate, snapshots, step_of
 
@@ -681,7 +682,7 @@ def test_a_prompt_that_is_no_utf8(cli, model):
 
 def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, model, rows, monkeypatch):
     """The fourth backward pass fails; the three steps before it are saved."""
-    step = minilora.train.batch_loss
+    step = Decoder.loss
     calls = []
 
     def failing(*args):
@@ -690,7 +691,7 @@ def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, mo
             raise torch.OutOfMemoryError("no more")
         return step(*args)
 
-    monkeypatch.setattr(minilora.train, "batch_loss", failing)
+    monkeypatch.setattr(Decoder, "loss", failing)
     more = ("--save-every", "100", "--batch-size", "1", "--max-steps", "6")
     check(train(cli, tmp_path / "out", model, rows, *more), 7, "out of memory")
     assert intact(tmp_path / "out") == [3]

@@ -9,7 +9,7 @@ from oracle import OWN, SOP, tiny
 from minilora import add_lora
 from minilora.kernel_paths import kernel_paths
 from minilora.kernels.dispatch import force, use_library_gemm
-from minilora.models.rotary import positions_of
+from minilora.models.stream import Documents
 
 CPU = torch.device("cpu")
 
@@ -26,8 +26,7 @@ def graph(family: str, targets: str) -> tuple[set[str], list[str]]:
     model = tiny(family)
     add_lora(model, targets)
     ids = torch.tensor([3, 1, 4, SOP, 5, 9])
-    prefix = 3 if family == "chatglm" else None
-    out = model(ids, positions_of(0, 6, prefix), [0, 6], prefixes=[3] if prefix else None)
+    out = model(ids, Documents.of([6], [3] if family == "chatglm" else None))
     return nodes(out.grad_fn, set()), kernel_paths(model, CPU)
 
 
