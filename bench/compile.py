@@ -36,7 +36,7 @@ from minilora.kernels import (
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STREAMS = ("lora_narrow.",)  # kernels with tensor cores that read what they multiply from memory, once
+STREAMS = ("lora_shrink.",)  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 

@@ -26,7 +26,7 @@ from bench.rule import distance
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
-from minilora.kernels.dispatch import force, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 
 SHAPES = {**MODELS, "toy": TOY}
 OURS = "minilora"
@@ -45,7 +45,7 @@ def sides(operation: Operation, name: str, compile_too: bool, device: torch.devi
     """What computes the operation: ours first."""
     found: dict[str, Callable[..., Any]] = {OURS: operation.op}
     if use_triton(torch.empty(0, device=device)):
-        found[f"{OURS}, kernels off"] = inside(lambda: force(False), operation.op)
+        found[f"{OURS}, kernels off"] = inside(lambda: kernels_enabled(False), operation.op)
         if name.startswith(("lora_", "linear_cross")):
             found[f"{OURS}, library GEMM"] = inside(use_library_gemm, operation.op)
     if compile_too:

@@ -41,10 +41,10 @@ def narrow_work(launch: Launch) -> int:
         * rows
         * slot
         * {
-            "lora_narrow._low_kernel": lambda: a["COUNT"] * a["K"],
-            "lora_narrow._gradients_kernel": lambda: 2 * sum(a["ns"]),
-            "lora_narrow._a_gradient_kernel": lambda: a["COUNT"] * a["K"],
-            "lora_narrow._sum_kernel": lambda: 0,
+            "lora_shrink._shrink_kernel": lambda: a["COUNT"] * a["K"],
+            "lora_shrink._expand_backward_kernel": lambda: 2 * sum(a["ns"]),
+            "lora_shrink._shrink_backward_kernel": lambda: a["COUNT"] * a["K"],
+            "lora_shrink._sum_kernel": lambda: 0,
             "lora_gemm._forward_kernel": lambda: sum(a["ns"]),
             "lora_gemm._input_gradient_kernel": lambda: a["ADAPTED"] * a["K"],
             "lora_gemm._single_pass_kernel": lambda: a["N"] + a["K"] * a["col_tiles"],
@@ -87,7 +87,7 @@ def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: i
 def partial_sums(tokens: int, k: int, ns: list[int], rank: int, arch: int = 80) -> int:
     """Bytes of the partial sums of dS and dB, written once and read once."""
     _, back = launches(tokens, k, ns, rank, arch=arch)
-    parts = [arguments(launch)["parts_ptr"] for launch in back if launch.name == "lora_narrow._sum_kernel"]
+    parts = [arguments(launch)["parts_ptr"] for launch in back if launch.name == "lora_shrink._sum_kernel"]
     return sum(2 * part.numel() * part.element_size() for part in parts)
 
 

@@ -115,7 +115,7 @@ def norm(rows: int, n: int, trained: tuple[int, ...] = (0,), once: bool = False,
 
 def add_norm(rows: int, n: int, trained: tuple[int, ...] = (0, 1), once: bool = False) -> Entry:
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
-        args, _ = rms_norm.add_example(rows, n, dtype, str(device), once=once)
+        args, _ = rms_norm.add_example(rows, n, dtype, str(device), round_once=once)
         cost = passes(rows * n, dtype, 4, 4)
         peers = {} if once else {"hf": lambda x, r, w, eps, *_: others.hf_add_rms_norm(x, r, w, eps)}
         return Operation(rms_norm.add_rms_norm, rms_norm.add_rms_norm_ref, args, trained, cost, peers)

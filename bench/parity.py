@@ -30,7 +30,7 @@ from bench.rule import allowed, distance
 from bench.shapes import MODELS
 from bench.workers import Row, in_workers, lost, work
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_gemm
-from minilora.kernels.dispatch import force, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref
 from minilora.kernels.lora_linear import lora_linear
 
@@ -53,7 +53,7 @@ PATHS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "one pass": one_pass,
     "two passes": two_passes,
     "library": use_library_gemm,
-    "kernels off": partial(force, False),
+    "kernels off": partial(kernels_enabled, False),
 }
 
 

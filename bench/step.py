@@ -29,7 +29,7 @@ from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
 from minilora.flops import peak_flops, step_flops
-from minilora.kernels.dispatch import force, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.lora import LoRALinear, add_lora
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
@@ -48,7 +48,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: i
     with torch.device("meta"):
         model = qwen.decoder(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False)
-    layers.lay_together(model)
+    layers.pack_weights(model)
     for name, p in model.named_parameters():
         p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
     add_lora(model, r=rank, alpha=2 * rank)
@@ -76,12 +76,12 @@ def formulated_by_others() -> Iterator[None]:
     def linear(self: LoRALinear, x: Tensor) -> Tensor:
         return others.peft_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
 
-    def add_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, once: bool = False) -> tuple[Tensor, Tensor]:
+    def add_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, round_once: bool = False) -> tuple[Tensor, Tensor]:
         return others.hf_add_rms_norm(x, residual, w, eps)
 
     plain: dict[str, Any] = {
         "project": lambda x, *linears: tuple(each(x) for each in linears),
-        "rms_norm": lambda x, w, eps, once=False: others.hf_rms_norm(x, w, eps),
+        "rms_norm": lambda x, w, eps, round_once=False: others.hf_rms_norm(x, w, eps),
         "add_rms_norm": add_norm,
         "rope": lambda x, cos, sin, interleaved=False: others.hf_rope(x, cos, sin),
         "swiglu": others.hf_swiglu,
@@ -118,7 +118,7 @@ def sides(model: Decoder, batch: Batch, compile_too: bool) -> dict[str, Callable
         hidden = run(batch.ids, batch.documents, batch.target_index)
         return others.hf_linear_cross_entropy(hidden, model.head, batch.targets)
 
-    off, recomputing = partial(force, False), partial(patch.object, model, "checkpointing", True)
+    off, recomputing = partial(kernels_enabled, False), partial(patch.object, model, "checkpointing", True)
     found = {"minilora": step(ours), "minilora, recomputing": step(ours, recomputing)}
     if use_triton(model.head):
         found["minilora, library GEMM"] = step(ours, use_library_gemm)

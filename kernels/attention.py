@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree
+from minilora.kernels.dispatch import check_same
 
 WIDE_BACKWARD = 256  # tokens of the longest document whose backward is computed in fp32 on a CPU
 GROUPED_ON_CPU = torch.__version__ >= "2.9"  # flash attention there with fewer heads in k and v than in q
@@ -239,7 +239,7 @@ def attention_forward(
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | None, prefix_lens: list[int] | None
 ) -> MaskSpec:
-    agree("attention", q=q, k=k, v=v)
+    check_same("attention", q=q, k=k, v=v)
     if q.dim() != 3 or k.shape != v.shape or k.shape != (q.shape[0], k.shape[1], q.shape[2]) or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; "

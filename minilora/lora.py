@@ -173,7 +173,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             _replace(model, path, wrapper)
 
 
-def key_dropout(model: nn.Module, seed: int, step: int, micro: int) -> None:
+def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:
     """Name the dropout masks of the pass that follows: a function of seed, step, micro-batch and module alone."""
     for number, (_, wrapper) in enumerate(adapters(model)):
         wrapper.key = DropoutKey(seed, step, micro, number)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from minilora.kernels.dispatch import force
+from minilora.kernels.dispatch import kernels_enabled
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 
@@ -33,7 +33,7 @@ from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import evaluate
 from .flops import peak_flops, step_flops
-from .lora import add_lora, key_dropout
+from .lora import add_lora, set_dropout_keys
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell, working
 from .open_model import computing
 from .plan import data_record, make_plan
@@ -91,7 +91,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 
 def _kernels(config: TrainConfig) -> AbstractContextManager[None]:
     """The kernels that the config asks for, while the run lasts."""
-    return force(False) if config.kernels == "off" else nullcontext()
+    return kernels_enabled(False) if config.kernels == "off" else nullcontext()
 
 
 def _load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
@@ -161,7 +161,7 @@ def train_step(
         if stop is not None and stop.requested:
             optimizer.zero_grad(set_to_none=True)
             raise Stopped("")
-        key_dropout(model, config.seed, step, micro)
+        set_dropout_keys(model, config.seed, step, micro)
         loss = model.loss(batch.to(model.head.device)) / targets
         loss.backward()
         losses.append(loss.detach())

@@ -30,7 +30,7 @@ NAMES = Names(
 
 
 class Norm(RMSNorm):
-    once = True
+    round_once = True
 
 
 class Attention(nn.Module):

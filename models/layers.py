@@ -63,7 +63,7 @@ class _WithoutOutput(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    once = False  # round the product with the weight alone, not the normalised row before it as well
+    round_once = False  # round the product with the weight alone, not the normalised row before it as well
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -71,11 +71,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(x.dtype), self.eps, once=self.once)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps, round_once=self.round_once)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum."""
-        return add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps, once=self.once)
+        return add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps, round_once=self.round_once)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -86,8 +86,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `joint`."""
-    if joint(*linears):
+    """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `can_fuse`."""
+    if can_fuse(*linears):
         return lora_linear_group(x, [projection(linear) for linear in linears])
     first = linears[0]
     if isinstance(first, Int8Part):
@@ -97,19 +97,19 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
-    if joint(gate, up) and not torch.is_grad_enabled():
+    if can_fuse(gate, up) and not torch.is_grad_enabled():
         return lora_swiglu(x, [projection(gate), projection(up)])
     return swiglu(*project(x, gate, up))
 
 
 def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
     """The same of one linear that is both, the gate's rows first."""
-    if joint(gate_up) and not torch.is_grad_enabled():
+    if can_fuse(gate_up) and not torch.is_grad_enabled():
         return lora_swiglu(x, [projection(gate_up)])
     return swiglu_fused(gate_up(x))
 
 
-def joint(*linears: nn.Module) -> bool:
+def can_fuse(*linears: nn.Module) -> bool:
     """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
     for linear in linears:
         frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
@@ -118,13 +118,13 @@ def joint(*linears: nn.Module) -> bool:
     return True
 
 
-def lay_together(model: nn.Module) -> None:
+def pack_weights(model: nn.Module) -> None:
     """Give linears of one input one storage, their weights one behind the other, before a model is filled: what they hold is lost.
 
-    Modules name them in `together`; parameters keep their names and shapes, and one GEMM can read them all.
+    Modules name them in `packed_modules`; parameters keep their names and shapes, and one GEMM can read them all.
     """
     for module in model.modules():
-        linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "together", ())]
+        linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "packed_modules", ())]
         if linears:
             heights = [linear.out_features for linear in linears]
             whole = linears[0].weight.detach().new_empty(sum(heights), linears[0].in_features)
@@ -150,7 +150,7 @@ def rotated(q: Tensor, k: Tensor, context: Context, interleaved: bool) -> tuple[
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; qkv bias and qk norm as the family has them."""
 
-    together = ("q_proj", "k_proj", "v_proj")
+    packed_modules = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -177,7 +177,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer, 2020): x [T, D] -> [T, D]."""
 
-    together = ("gate_proj", "up_proj")
+    packed_modules = ("gate_proj", "up_proj")
 
     def __init__(self, c: Config):
         super().__init__()

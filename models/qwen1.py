@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    together = ("w2", "w1")
+    packed_modules = ("w2", "w1")
 
     def __init__(self, c: Config):
         super().__init__()

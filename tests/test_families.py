@@ -294,7 +294,7 @@ def test_norms_round_in_the_familys_order(family: str, once: bool):
     norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
     assert len(norms) == (9 if family == "glm4" else 5)
     for norm in norms:
-        right, wrong = (rms_norm_ref(x, norm.weight, norm.eps, once=order) for order in (once, not once))
+        right, wrong = (rms_norm_ref(x, norm.weight, norm.eps, round_once=order) for order in (once, not once))
         assert torch.equal(norm(x), right) and not torch.equal(right, wrong)
 
 

@@ -25,7 +25,7 @@ from minilora.kernels import (
     rope,
     swiglu,
 )
-from minilora.kernels.dispatch import force
+from minilora.kernels.dispatch import kernels_enabled
 from minilora.kernels.dropout import DropoutKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -765,7 +765,7 @@ def test_the_upstream_scale_is_not_rounded_to_the_dtype_of_x():
 def test_no_gradient_is_made_where_none_is_recorded():
     """Evaluation of a model that is trained in full: its head requires grad, only the loss is wanted."""
     x, head, targets = example(linear_cross_entropy, 37, 29, 101, torch.float32)
-    with torch.no_grad(), force(False), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), kernels_enabled(False), FlopCounterMode(display=False) as counter:
         linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets)
     assert counter.get_total_flops() == 2 * 37 * 29 * 101
 

@@ -7,7 +7,7 @@ import torch
 from oracle import OWN, SOP, randomise, tiny
 
 from minilora import add_lora
-from minilora.kernels.dispatch import force, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_triton
 from minilora.models.stream import Documents
 
 
@@ -21,7 +21,7 @@ def loss_and_gradients(
     model.checkpointing = checkpointing
     ids = torch.tensor([3, 1, 4, SOP, 5, 9, 2, 6, 5, 35, SOP, 57, 8])
     documents = Documents.of([6, 7], [3, 4] if family == "chatglm" else None)
-    with force(triton):
+    with kernels_enabled(triton):
         hidden = model(ids, documents)
         hidden.square().sum().backward()
     return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]

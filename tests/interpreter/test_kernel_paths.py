@@ -8,7 +8,7 @@ from oracle import OWN, SOP, tiny
 
 from minilora import add_lora
 from minilora.kernel_paths import kernel_paths
-from minilora.kernels.dispatch import force, use_library_gemm
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
 from minilora.models.stream import Documents
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_linears_without_an_adapter_are_the_librarys():
 
 
 def test_switches():
-    with force(False):
+    with kernels_enabled(False):
         found, lines = graph("qwen2", "all-linear")
         assert lines == ["PyTorch for every layer (no GPU)"] and not any("_OnTriton" in name for name in found)
     with use_library_gemm():

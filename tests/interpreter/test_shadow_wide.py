@@ -61,7 +61,7 @@ def dual() -> list[Tensor]:
 
 
 KERNELS = {
-    "lora_narrow._low_kernel", "lora_narrow._gradients_kernel", "lora_narrow._a_gradient_kernel", "lora_narrow._sum_kernel",
+    "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
     "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
