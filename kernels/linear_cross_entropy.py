@@ -100,6 +100,7 @@ def _logits_kernel(
     b_ptr = head_ptr + (tile * COLUMNS).to(tl.int64) * head_stride
     a_offsets = row[:, None] * x_stride + inner[None, :]
     b_offsets = column[None, :] * head_stride + inner[:, None]
+    # logits of the tile: z = x head^T                            [ROWS, INNER] x [INNER, COLUMNS]
     z = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, D, INNER):
         a = tl.load(a_ptr + k + a_offsets, mask=inside[:, None] & (inner[None, :] < D - k), other=0.0)
@@ -107,12 +108,14 @@ def _logits_kernel(
         if INTERPRET:
             a, b = a.to(ACC), b.to(ACC)
         z = tl.dot(a, b, z, input_precision="ieee", out_dtype=ACC)
+    # rounded as the reference has them, and stored where a gradient will be made of them
     target = tl.load(targets_ptr + first + row, mask=inside, other=_IGNORED)
     place = (target - tile * COLUMNS).to(tl.int32)
     z = rounded(z, x_ptr.dtype.element_ty)
     if logits_ptr is not None:
         logits_ptr += first * V + tile * COLUMNS
         store(logits_ptr + row[:, None] * V + column[None, :], z, inside[:, None] & within[None, :])
+    # the true class is left out of the log-sum-exp: _softmax_kernel adds it in fp32
     z = tl.where(within[None, :] & (column[None, :] != place[:, None]), z, -float("inf"))
     # half of the tile at a time: the registers hold all of it once
     left_half, right_half = halves(z)
@@ -151,12 +154,14 @@ def _softmax_kernel(
         if logits_ptr is not None:
             ce.store_zeros(logits_ptr, V, 0, V, BLOCK, ACC)
     else:
+        # log-sum-exp of the row: of its tiles, and of the true class
         part = tl.arange(0, PARTS)
         partial = tl.load(partial_ptr + row * parts + part, mask=part < parts, other=-float("inf"))
         true = _true_logit(x_ptr + row * x_stride, head_ptr, target, head_stride, V, D, ACC)
         top = tl.maximum(tl.maximum(tl.max(partial, 0), _LOWEST), true)
         others = tl.sum(tl.exp(partial - top), 0)
         store(loss_ptr + row, ce.loss_of(others, true - top), True)
+        # softmax - onehot, over the logits
         if logits_ptr is not None:
             ce.store_gradient(logits_ptr, logits_ptr, target, V, top, others, true, 1.0, 0, V, BLOCK, ACC)
 
@@ -173,6 +178,7 @@ def _dhead_kernel(
     inside, within = row < V - first, column < D - start
     p_ptrs = p_ptr + first + row[:, None] + inner[None, :] * V
     x_ptrs = x_ptr + start + inner[:, None] * x_stride + column[None, :]
+    # dhead += P^T x                                              [ROWS, INNER] x [INNER, COLUMNS]
     z = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, rows, INNER):
         p = tl.load(p_ptrs, mask=inside[:, None] & (inner[None, :] < rows - k), other=0.0)

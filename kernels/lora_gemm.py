@@ -156,6 +156,7 @@ def _forward_kernel(
     BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    # which projection the column tile belongs to, and what is its own: tiles of all projections lie in a row
     index, start, first, scale = 0, 0, 0, scales[0]
     for j in tl.static_range(1, COUNT):
         start += tl.cdiv(ns[j - 1], BN)
@@ -165,10 +166,12 @@ def _forward_kernel(
     b_ptr, y_ptr = select(b_ptrs, index, COUNT), select(y_ptrs, index, COUNT)
     rank, which_s = select(ranks, index, COUNT), select(s_index, index, COUNT)
     n, bias_n, w_stride = select(ns, index, COUNT), select(bias_ns, index, COUNT), select(w_strides, index, COUNT)
+    # rows beyond the end read the last row, columns the last column: no mask in the loops, only at the store
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = (col_tile - first) * BN + tl.arange(0, BN)[None, :]
     col_in = tl.minimum(col, n - 1).to(tl.int64)
+    # expand: acc = s_j S_j B_j^T, R ranks at a time                              [BM, R] x [R, BN]
     acc = tl.zeros((BM, BN), ACC)
     s_ptr += which_s.to(tl.int64) * rows * PADDED_R
     for start_r in tl.range(0, PADDED_R, R, num_stages=1):
@@ -177,6 +180,7 @@ def _forward_kernel(
         b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, ACC)
         acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
     acc *= scale
+    # the base GEMM goes on from there: acc += x W_j^T                           [BM, BK] x [BK, BN]
     k = tl.arange(0, BK)
     x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
     for start_k in range(0, K, BK):
@@ -184,6 +188,7 @@ def _forward_kernel(
         acc = dot(operand(x_ptrs, inside[None, :], ACC), operand(w_tile, inside[:, None], ACC), acc)
         x_ptrs += BK
         w_tile += BK
+    # bias, and the one rounding
     acc += load(bias_ptr + col, col < bias_n, ACC)
     at = tl.arange(0, BM)[:, None]
     store(y_ptr + top * n + at * n + col, acc, (at < rows - top) & (col < n))
@@ -215,10 +220,12 @@ def _input_gradient_kernel(
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = col_tile * BN + tl.arange(0, BN)[None, :]
+    # dS_j A_j of every adapter first, where no mask stands between it and dX
     acc = tl.zeros((BM, BN), ACC)
     if not DROPOUT:
         for j in tl.static_range(ADAPTED):
             acc = _add_ds_a(acc, ds_ptr, a_ptrs[j], ranks[j], j, row, col, rows, K, dx_ptr, PADDED_R, R, ACC)
+    # dX += dY_j W_j, one projection after the other                              [BM, BK] x [BK, BN]
     k = tl.arange(0, BK)
     for j in tl.static_range(COUNT):
         dy_tile = dy_ptrs[j] + row * dy_strides[j] + k[None, :]
@@ -264,6 +271,7 @@ def _single_pass_kernel(
     r, k = tl.arange(0, PADDED_R), tl.arange(0, BK)
     x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
     a_tile = a_ptr + r[None, :] * K + k[:, None]
+    # one read of x for both products: acc = x W^T, product = x A^T
     acc, product = tl.zeros((BM, BN), ACC), tl.zeros((BM, PADDED_R), ACC)
     for start_k in range(0, K, BK):
         inside = start_k + k < K
@@ -274,6 +282,7 @@ def _single_pass_kernel(
         x_ptrs += BK
         w_tile += BK
         a_tile += BK
+    # S is rounded as the two-pass plan rounds it, then expanded: acc += s S B^T
     s = narrowed(product, x_ptr.dtype.element_ty)
     at = tl.arange(0, BM)[:, None]
     if col_tile == 0:

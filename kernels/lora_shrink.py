@@ -60,6 +60,7 @@ def _shrink_kernel(
     row_in = tl.minimum(row, rows - 1)
     first = part * span
     x_tile = x_ptr + row_in * x_stride + (first + tl.arange(0, BK))[None, :]
+    # S_j += mask_j(x) A_j^T of a tile of x, for every adapter                    [BM, BK] x [BK, R]
     sums = (tl.zeros((BM, R), ACC),) * COUNT
     for start in range(first, min(first + span, K), BK):
         k = start + tl.arange(0, BK)
@@ -75,6 +76,7 @@ def _shrink_kernel(
                 x_j = x
             news = news + (dot(x_j, a, sums[j]),)
         sums = news
+    # partial sums of this range of K, added up by _sum_kernel in a fixed order
     for j in tl.static_range(COUNT):
         at = (part.to(tl.int64) * COUNT + j) * rows * PADDED_R + row * PADDED_R + r
         store(out_ptr + at, sums[j], row < rows)
@@ -104,6 +106,7 @@ def _expand_backward_kernel(
     """
     r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
     tile, part = rest % row_tiles, rest // row_tiles
+    # which projection the range of columns belongs to; `before` counts the columns of those before it
     dy_ptr, dy_stride, b_ptr, scale, n, rank = dy_ptrs[0], dy_strides[0], b_ptrs[0], scales[0], ns[0], ranks[0]
     index, first, before, start, columns = 0, 0, 0, 0, 0
     span = tiles * BN
@@ -124,10 +127,12 @@ def _expand_backward_kernel(
     for start_n in range((part - first) * span, min((part - first) * span + span, n), BN):
         col = start_n + tl.arange(0, BN)
         dy = operand(dy_ptr + row * dy_stride + col[None, None, :], inside & (col[None, None, :] < n), ACC)
+        # dS_j += dY_j B_j                                             [own, BN] x [BN, R], a warp its own rows
         if ds_ptr is not None:
             at = col[None, :, None].to(tl.int64) * rank + r
             b = narrowed(load(b_ptr + at, (col[None, :, None] < n) & (r < rank), ACC), s_ptr.dtype.element_ty)
             ds = dot(dy, tl.broadcast_to(b, (WARPS, BN, R)), ds)
+        # dB_j^T = S_j^T dY_j of these rows, its columns stored at once             [R, own] x [own, BN]
         if db_ptr is not None:
             db = _over_warps(dot(tl.trans(s, (0, 2, 1)), dy, tl.zeros((WARPS, R, BN), ACC)), WARPS) * scale
             at = (tile.to(tl.int64) * N + before + col[None, :]) * PADDED_R + tl.trans(tl.reshape(r, (1, R)))
@@ -146,6 +151,7 @@ def _shrink_backward_kernel(
     r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
     tile, part = rest % tiles, rest // tiles
     k = tile * BK + tl.arange(0, BK)[None, :]
+    # dA_j += dS_j^T mask_j(x) of a tile of x, for every adapter                  [R, BM] x [BM, BK]
     sums = (tl.zeros((R, BK), ACC),) * COUNT
     first = part.to(tl.int64) * span
     for start in range(0, span, BM):

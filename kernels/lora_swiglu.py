@@ -54,6 +54,7 @@ def _dual_kernel(
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = col_tile * BN + tl.arange(0, BN)[None, :]
     col_in = tl.minimum(col, N - 1).to(tl.int64)
+    # expand, gate and up apart: s_j S_j B_j^T                                    [BM, R] x [R, BN]
     starts = ()
     for j in tl.static_range(2):
         acc = tl.zeros((BM, BN), ACC)
@@ -64,10 +65,12 @@ def _dual_kernel(
             b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], ACC)
             acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
         starts = starts + (acc * scales[j],)
+    # their columns in turn: g_0 u_0 g_1 u_1 ..., so that each thread holds both of a pair
     acc = tl.reshape(tl.join(starts[0], starts[1]), (BM, 2 * BN))
     k, both = tl.arange(0, BK), tl.arange(0, 2 * BN)[None, :]
     of_both = tl.minimum(col_tile * BN + both // 2, N - 1) + both % 2 * N
     x_tile, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + of_both.to(tl.int64) * K + k[:, None]
+    # the base GEMM of both: acc += x [W_0, W_1]^T                                [BM, BK] x [BK, 2 BN]
     for start_k in range(0, K, BK):
         inside = start_k + k < K
         acc = dot(operand(x_tile, inside[None, :], ACC), operand(w_tile, inside[:, None], ACC), acc)

@@ -1,7 +1,25 @@
 """The layers that the families share. Names of modules and parameters are the checkpoint's: loading needs no map, and adapter
 keys are PEFT's.
 
-Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
+Letters, here and in the kernels:
+    T  tokens of a flat stream          D  width (hidden_size)          H  query heads
+    S  documents in it                  F  width of the MLP             G  key/value heads
+    M  tokens that have a target        V  vocabulary                   E  head size
+    K, N  inputs and outputs of a linear, whose weight W is [N, K]      R  rank of an adapter
+    P  elements of a head that rotate
+
+Words:
+    stream        documents laid end to end, without padding (varlen, packing)
+    cu_seqlens    their bounds [S + 1], cumulative sequence lengths
+    prefix_lens   of a prefix LM, how many first tokens of a document see each other
+    target_index  where in the stream a token is to be predicted
+    adapter       A [R, K] and B [N, R] beside a frozen W
+    shrink        S = x A^T, K numbers a token to R        (vLLM's lora_shrink; Punica)
+    expand        S B^T, R numbers a token to N            (lora_expand)
+    fused         several linears of one input in one operation, their weights packed in one storage
+    stored dtype  what a weight has in memory              compute dtype  what products are made in
+    accum dtype   what sums are kept in: fp32, fp64 for fp64
+    recompute     activation checkpointing: the forward of a block again, in the backward
 """
 
 from typing import cast
@@ -24,9 +42,14 @@ from .stream import Context
 
 
 class Adapted(nn.Module):
-    """A linear that comes with an adapter."""
+    """A linear that comes with an adapter; the kernels take what its class says it is, fused with others."""
 
     output_needed = True  # see recompute.py
+
+    def __init_subclass__(cls) -> None:
+        # a DoRALinear(LoRALinear) would inherit a projection that leaves out what it adds
+        if cls.__base__ is not Adapted:
+            raise TypeError(f"{cls.__name__} must derive from Adapted itself and say its own projection()")
 
     def projection(self) -> Projection:
         raise NotImplementedError
