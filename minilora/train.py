@@ -41,7 +41,7 @@ from .plot import plot_loss
 from .reports.record import TRAINED_ROWS
 from .reports.report import report_quietly
 from .rows.dataset import load_data, trained_rows, write_split
-from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
+from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, take_kept
 from .signals import StopSignal
 from .snapshot import trained_parameters
 
@@ -72,7 +72,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             restore(run, console)
         elif overwrite:
             clear(folder)
-        check_disk(folder, model, config.keep)
+        check_disk(folder, model, config.keep_checkpoints)
         write_file(folder / "config.yaml", to_yaml(config))
         write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
         write_file(folder / TRAINED_ROWS, trained_rows(plan.train).astype("<u8").tobytes())
@@ -80,12 +80,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, monitor, stop)
-        result = folder / ("model" if plan.full else "adapter")
+        result, kept = folder / ("model" if plan.full else "adapter"), take_kept(run)
         if plan.full:
             save_model(model, result, config.model)
         else:
             save_adapter(model, result, config.model)
-        _say_done(run, result, console)
+        _say_done(run, result, kept, console)
         return result
 
 
@@ -269,36 +269,19 @@ def _memory_hint() -> Iterator[None]:
         if not told and "can't allocate memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0][:200] or "the system gives no more"
-        hint = "Try --checkpointing on, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r."
+        hint = "Try --checkpointing, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r."
         raise OutOfMemory(f"out of memory: {reason}", hint) from None
 
 
-def _say_done(run: Run, result: Path, console: Console) -> None:
-    """The last lines: how long it took, where things are, what to do next."""
-    config, at = run.config, run.progress
-    lines = ["", f"done    {at.step} steps in {at.seconds:,.0f} s"]
-    if at.best_step is not None:
-        where = run.checkpoints / "best" if at.best_step else "before training"
-        lines.append(f"best    validation loss {at.best_loss:.4f} at step {at.best_step}: {where}")
-    lines += [
+def _say_done(run: Run, result: Path, kept: str, console: Console) -> None:
+    """The last lines: how long it took, where things are, and which step they are of."""
+    at = run.progress
+    lines = [
+        "",
+        f"done    {at.step} steps in {at.seconds:,.0f} s",
         f"{result.name:<7} {result}",
+        f"        is {kept}",
         f"loss    {plot_loss(run.folder)}",
         f"report  {report_quietly(run.folder)}",
-        "",
     ]
-    if run.plan.full:
-        lines.append("  " + shell("chat", "--model", result))
-    else:
-        both = ("--model", config.model, "--adapter", result)
-        split_off = run.folder / "data" / "val.jsonl"
-        rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
-        define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
-        if config.columns:
-            define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
-        if config.ignore_keys:
-            define += ["--ignore-keys", config.ignore_keys]
-        lines.append("  " + shell("chat", *both))
-        ends = [] if config.train_end else ["--train-end", "off"]
-        lines.append("  " + shell("eval", *both, "--data", rows, *define, *ends))
-        lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

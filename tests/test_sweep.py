@@ -94,7 +94,7 @@ def here(tmp_path, monkeypatch):
         "device": "cpu",
         "batch_size": 4,
         "save_every": 1,
-        "keep": 5,
+        "keep_checkpoints": 5,
     }
     path = write(
         tmp_path / "s.yaml", base=base, zip={"lr": [1e-3, 2e-3]}, test={"rows": 4, "max_tokens": 5, "before": True}
