@@ -188,7 +188,9 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     began = time.perf_counter() - at.seconds
     try:
         if plan.val and at.step == 0 and at.best_loss is None:
-            monitor.step({"step": 0, "val_loss": _validate(run, monitor)})
+            loss, line = _validate(run, monitor)
+            monitor.step({"step": 0, "val_loss": loss})
+            monitor.say(line)
         for step in range(at.step, plan.steps):
             start = time.perf_counter()
             for group in run.optimizer.param_groups:
@@ -202,10 +204,12 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
             flops = step_flops(run.model, batches, run.plan.full) / (now - start)
             peak = max(peak, flops)  # a roof that was measured beside other work may have been too low
             metrics = _metrics(run, batches, loss, grad_norm, now - start, flops / peak)
-            last, best = at.step == plan.steps, at.best_step
+            last, best, line = at.step == plan.steps, at.best_step, ""
             if plan.val and (at.step % plan.eval_every == 0 or last):
-                metrics["val_loss"] = _validate(run, monitor)
+                metrics["val_loss"], line = _validate(run, monitor)
             monitor.step(metrics)
+            if line:
+                monitor.say(line)
             if at.step % plan.save_every == 0 or last or at.best_step != best:
                 save(run)
     except Stopped:
@@ -247,16 +251,16 @@ def _metrics(
     }
 
 
-def _validate(run: Run, monitor: Monitor) -> float:
-    """Evaluate, say so, and remember the best."""
+def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
+    """Evaluate and remember the best; returns the loss, and a line that says so."""
     at = run.progress
+    monitor.validating()
     score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
     better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
     note = "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss else ""
     if better:
         at.best_loss, at.best_step = score.loss, at.step
-    monitor.say(f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}")
-    return score.loss
+    return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"
 
 
 @contextmanager

@@ -126,8 +126,12 @@ class Decoder(nn.Module):
     def logits(self, ids: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
         """Logits [T, V] in fp32 or wider for one document ids [T], which continues `cache` if there is one.
 
-        `last` makes those of the last token alone, [1, V].
+        `last` makes those of the last token alone, [1, V]. ValueError for ids that are no one document, such as a batch of them.
         """
+        if ids.dim() != 1:
+            raise ValueError(
+                f"logits takes the ids of one document, [T], not {list(ids.shape)}: give ids[0], ids[1], ... each by itself"
+            )
         start = 0 if cache is None else cache.length
         prefix_lens = cache.prefix_lens if cache is not None and start else self.prefix_lens(ids)
         documents = Documents.of([ids.shape[0]], prefix_lens, [start], ids.device)

@@ -102,7 +102,10 @@ def _interrupt_when(metrics):
 def test_rotation_keeps_the_newest_and_the_best(finished, tmp_path):
     _, config = finished
     run = tmp_path / "run"
-    train(resolve(config.__dict__, {"output": run, "keep_checkpoints": 2, "lr": 0.5, "schedule": "constant"}), console=QUIET)
+    train(
+        resolve(config.__dict__, {"output": run, "keep_checkpoints": 2, "lr": 0.5, "schedule": "constant"}),
+        console=QUIET,
+    )
     steps = sorted(map(step_of, snapshots(run / "checkpoints")))
     assert steps[-2:] == [STEPS - 1, STEPS] and len(steps) <= 3
     assert (run / "checkpoints" / "last").resolve().name == f"step-{STEPS}"

@@ -19,17 +19,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse, but that nothing may be left over; True, False, on, off, ... may stand after a switch."""
-        words = self._plain_switches(args or [])
-        if (
-            self._subparsers is None
-        ):  # before argparse says that something is missing which stands there under another name
-            for word in words[: words.index("--") if "--" in words else None]:
-                if (
-                    word.startswith("--")
-                    and " " not in word
-                    and word.partition("=")[0] not in self._option_string_actions
-                ):
-                    raise self._unknown(word)
+        words, known = self._plain_switches(args or []), self._option_string_actions
+        if self._subparsers is None:
+            # before argparse says that something is missing which stands there under another name
+            flags = [w for w in words[: words.index("--") if "--" in words else None] if w[:2] == "--" and " " not in w]
+            unknown = next((w for w in flags if w.partition("=")[0] not in known), None)
+            if unknown is not None:
+                raise self._unknown(unknown)
         found, rest = super().parse_known_args(words, namespace)
         if rest:
             raise self._unknown(rest[0])
