@@ -115,7 +115,7 @@ TYPED = {
         "unknown argument '--lerning-rate'",
         "Did you mean --learning-rate (--lr here)?",
     ),
-    "flag without value": (["train", "--learning-rate"], "--learning-rate: expected one argument"),
+    "flag without value": (["train", "--learning-rate"], "expected one argument"),
     "own flag without value": (["train", "--lr"], "--lr"),
     "shortened flag": (["train", "--max-len", "5"], "Did you mean --max-length?"),
     "stray word": (["train", "now"], "unknown argument 'now'"),

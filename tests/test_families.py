@@ -249,6 +249,11 @@ def test_ids_without_sop_are_an_error():
         tiny("chatglm").logits(torch.tensor([1, 2, 3]))
 
 
+def test_a_batch_of_documents_is_told_what_to_give():
+    with pytest.raises(ValueError, match=r"not \[1, 3\]: give ids\[0\]"):
+        tiny("qwen2").logits(torch.tensor([[1, 2, 3]]))
+
+
 def test_attention_flops_count_the_prefix():
     c = tiny("chatglm").config
     one = 3 * 4 * c.heads * c.head_size * c.layers
