@@ -155,7 +155,7 @@ TYPED = {
     "chat seed": (["chat", "--model", "{model}", "--seed", "9" * 30], "--seed"),
     "shard size": (
         ["merge", "--model", "x", "--adapter", "y", "--output", "{out}", "--shard-size", "0"],
-        "--shard-size is 0",
+        "--shard-size: '0' is not a number from 0.001 to 100,000",
     ),
 }
 

@@ -3,6 +3,7 @@
 import argparse
 
 from .before import check_paths
+from .shared_flags import between
 from .train import file_flags, given_settings, setting_flags, settings_files
 
 
@@ -10,7 +11,10 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.usage = "minilora plan [RUN.yaml] --model DIR [--data FILE] [--SETTING VALUE ...]"
     file_flags(parser)
     parser.add_argument(
-        "--device-memory", type=float, metavar="GB", help="plan for a card with so many 10^9 bytes [this machine]"
+        "--device-memory",
+        type=between(float, 1e-6, 100_000),
+        metavar="GB",
+        help="plan for a card with so many 10^9 bytes [this machine]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     setting_flags(parser)
