@@ -34,7 +34,7 @@ class TrainConfig:
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
     skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")
     loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
-    train_end: bool = setting(True, "train the token that ends an answer, too; without it a label of one token is all")
+    train_end: bool = setting(True, "train the token that ends an answer, too; not where a label of one token is all of it")
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
@@ -123,10 +123,12 @@ NOT_NEEDED = {
     "group_by_length": "nothing is padded", "remove_unused_columns": "keys that are not read stop the run", "optim": "AdamW is the optimizer",
     "optimizer": "AdamW is the optimizer", "logging_steps": "every step is logged", "plot_loss": "loss.png is always drawn",
     "report_to": "metrics.jsonl and report.html are always written", "overwrite_cache": "a cache follows what it was made of",
-    "overwrite_output_dir": "nothing is overwritten unless the command says so", "preprocessing_num_workers": "rows are read as a stream", "dataloader_num_workers": "rows are read as a stream",
+    "overwrite_output_dir": "nothing is overwritten unless the command says so",
+    "preprocessing_num_workers": "rows are read as a stream", "dataloader_num_workers": "rows are read as a stream",
     "trust_remote_code": "no code of a folder is ever run", "use_fast_tokenizer": "there is one tokenizer",
     "ddp_timeout": "one process trains", "dataset_dir": "--data takes a path", "save_strategy": "--save-every says it",
-    "eval_strategy": "--eval-every says it", "load_best_model_at_end": "--keep says it", "evaluation_strategy": "--eval-every says it", "save_safetensors": "always",
+    "eval_strategy": "--eval-every says it", "evaluation_strategy": "--eval-every says it", "save_safetensors": "always",
+    "load_best_model_at_end": "--keep says it",
 }  # fmt: skip
 # settings of the same tools that cannot be had here: why, and what to do instead
 QUANTISED = ("a quantised base cannot be trained on yet", "Leave it out; --checkpointing saves memory.")

@@ -53,7 +53,7 @@ class Monitor:
         self.total, self.start, self.console = total, start, console
         self._durations: deque[float] = deque(maxlen=RECENT)
         self._last: dict[str, Any] = {}
-        self._doing, self._since = "", time.monotonic()
+        self._doing, self._since = "measuring the speed of this machine", time.monotonic()
         self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]

@@ -66,7 +66,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             asked = config.compute
             model, config = _load(config)
             plan = make_plan(config, data, model, computing(model, asked))
-        console.print(plan.header, highlight=False, markup=False, soft_wrap=True)
+        console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
         run = Run(folder, config, plan, model, _optimizer(model, config), Progress())
         if resume:
             restore(run, console)
