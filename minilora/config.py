@@ -34,7 +34,9 @@ class TrainConfig:
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
     skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")
     loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
-    train_end: bool = setting(True, "train the token that ends an answer, too; not where a label of one token is all of it")
+    train_end: bool = setting(
+        True, "train the token that ends an answer, too; not where a label of one token is all of it"
+    )
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
