@@ -170,6 +170,8 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
                 both = ", ".join(g for n, g in zip(names, source, strict=True) if n == name)
                 raise UsageError(f"{both} are one setting", "Give one of them.")
         for name, value in zip(names, source.values(), strict=True):
+            if name == "keep" and str(value).isdigit():
+                name = "keep_checkpoints"  # what older runs called so
             values[name] = convert(known[name], value)
     return TrainConfig(**values)
 

@@ -168,3 +168,7 @@ def test_the_help_has_every_setting_once_and_in_groups(capsys):
 def test_the_examples_of_the_help_are_right():
     for line in re.findall(r"^  minilora train (.*)$", train.EXAMPLES, re.MULTILINE):
         resolve(settings(*line.split()))
+
+
+def test_an_older_run_s_keep_is_a_number_of_checkpoints():
+    assert (resolve({"keep": 3}).keep, resolve({"keep": 3}).keep_checkpoints) == ("best", 3)
