@@ -1,6 +1,6 @@
 """Every operation as a function of plain arguments, with its reference, the formulations of others and what it needs at least.
 
-The table of times (bench/kernels.py) and the check of results (bench/parity.py) go over the same list: `of_model` has the
+The table of times (bench/kernels.py) and the check of results (bench/proof/parity.py) go over the same list: `of_model` has the
 operations of one layer and the loss at a model's sizes.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import formulations as others
+from bench.proof.traffic import Cost
 from bench.shapes import Shape
-from bench.traffic import Cost
 from minilora.kernels import (
     attention,
     cross_entropy,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rule import allowed, distance
+from bench.proof.rule import allowed, distance
 from minilora import save_model
 from minilora.checkpoint import FAMILIES
 from minilora.models.decoder import Decoder

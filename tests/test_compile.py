@@ -1,4 +1,4 @@
-"""Every kernel compiles for A100 and H100 as committed in bench/compiled.json: nothing spills, everything fits, and memory or
+"""Every kernel compiles for A100 and H100 as committed in bench/proof/compiled.json: nothing spills, everything fits, and memory or
 the tensor cores bind it; and the reader of machine code counts what arithmetic says."""
 
 import json
@@ -15,12 +15,12 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
-from bench import sass
-from bench.launches import Launch
+from bench.proof import sass
+from bench.proof.launches import Launch
 from minilora.kernels.lang import PINNED, jit, tl
 
 ROOT = Path(__file__).parent.parent
-COMMITTED = json.loads((ROOT / "bench/compiled.json").read_text())
+COMMITTED = json.loads((ROOT / "bench/proof/compiled.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program may have
 
 
@@ -44,8 +44,8 @@ SHARE = {
     ],
 )
 def test_what_the_kernels_need_is_what_is_committed(only: str, one: bool, tmp_path: Path):
-    """After a change: python -m bench.compile > bench/compiled.json"""
-    command = [sys.executable, "-W", "error", "-m", "bench.compile", "--only", only, "--cache", str(tmp_path)]
+    """After a change: python -m bench.proof.compile > bench/proof/compiled.json"""
+    command = [sys.executable, "-W", "error", "-m", "bench.proof.compile", "--only", only, "--cache", str(tmp_path)]
     command += ["--one"] * one
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=3600,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import mutate
+from bench.proof import mutate
 
 FILES = {f"kernels/{path.name}": path.read_text() for path in sorted((mutate.ROOT / "kernels").glob("*.py"))}
 FAULTS = {file: mutate.faults(file, source) for file, source in FILES.items()}

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.launches import recorded
+from bench.proof.launches import recorded
 from minilora.kernels import linear_cross_entropy
 from minilora.kernels.dispatch import architecture, compile_for, use_library_gemm
 from minilora.kernels.lora_linear_group import lora_linear_group

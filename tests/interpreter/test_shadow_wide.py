@@ -9,7 +9,7 @@ from oracle import upstream
 from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
-from bench import traffic
+from bench.proof import traffic
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
@@ -126,7 +126,7 @@ def arguments_once(launch: Launch) -> int:
 
 @pytest.mark.parametrize("call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3)], ids=["group", "one"])
 def test_a_launch_moves_each_of_its_arguments_once(call: Call):
-    """So bytes of a launch are those of its arguments, whatever their size, and bench/layer_bytes.py adds them up."""
+    """So bytes of a launch are those of its arguments, whatever their size, and bench/proof/layer_bytes.py adds them up."""
     for launch in shadowed(call)[0]:
         assert launch.total() <= arguments_once(launch) <= 1.05 * launch.total(), launch.kernel
 

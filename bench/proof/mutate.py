@@ -1,6 +1,6 @@
 """Plant faults in the kernels, one at a time in a copy of the repository, and see which of them the tests notice.
 
-    python -m bench.mutate [--each 2] [--only rms_norm] [--list]
+    python -m bench.proof.mutate [--each 2] [--only rms_norm] [--list]
 
 A fault is a change of the syntax tree (a mask dropped, a stride swapped, a sign turned, a rounding forgotten ...), so the faults follow the
 code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples and the choice of tiles
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from minilora.durable import write_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 GATE = 0.95
 LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^kernels_enabled$")
 # operations whose shared tests run on the interpreter too
@@ -313,7 +313,7 @@ def in_turn(faults: list[Fault], most: int) -> list[Fault]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.mutate", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.proof.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="NAME", help="files of kernels/, or parts of their names"
