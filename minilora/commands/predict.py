@@ -3,13 +3,14 @@
 import argparse
 
 from .before import check_paths, say
+from .parser import group
 from .shared_flags import between, columns_of, definitions, ignore_flag, int8_flag, model_flags, opening, reading_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     int8_flag(parser)
-    parser.add_argument(
+    group(parser, "data").add_argument(
         "--data",
         required=True,
         metavar="FILE",
@@ -26,7 +27,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "--sample", action="store_true", help="draw as generation_config.json says, instead of the likeliest token"
     )
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
-    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    group(parser, "data").add_argument(
+        "--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows"
+    )
     reading_flags(parser)
     ignore_flag(parser)
     parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
