@@ -89,6 +89,7 @@ def test_every_command_that_reads_rows_takes_an_encoding(tmp_path: Path, capsys)
         ["data", "split", *given[2:], "--val", "2", "--output", str(tmp_path / "split")],
         ["train", *given, "--max-steps", "1", "--val", "2", "--output", str(run)],
     ]  # fmt: skip
+    told = ""
     for words in commands:
         assert main([*words, "--encoding", "hex"]) == 2 and "'hex' is no encoding" in capsys.readouterr().err
         assert main(words) == 3 and "it could be big5" in "".join(capsys.readouterr())

@@ -59,7 +59,7 @@ def test_a_workbook_of_hidden_sheets(tmp_path: Path):
 
 def test_hidden_rows_and_comments_are_told(tmp_path: Path):
     path, book = sheets(tmp_path / "x.xlsx", s=[HEAD, ["a", "b"], ["c", "d"]])
-    book["s"].row_dimensions[3].hidden = True
+    book["s"].row_dimensions[3].hidden = book["s"].column_dimensions["B"].hidden = True
     book["s"]["B2"].comment = Comment("wrong", "me")
     book.save(path)
     with zipfile.ZipFile(path, "a") as parts:
@@ -67,7 +67,7 @@ def test_hidden_rows_and_comments_are_told(tmp_path: Path):
     assert texts(path) == [["a", "b"], ["c", "d"]]
     assert (
         open_rows(path).note
-        == "hidden rows, which are read: 1 (first: row 3); comments, which are not read: 1 (first: B2); pictures, which are not read: 1"
+        == "hidden rows, which are read: 1 (first: row 3); hidden columns, which are read: B; comments, which are not read: 1 (first: B2); pictures, which are not read: 1"
     )
 
 

@@ -261,7 +261,8 @@ def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]
 
 def show_results(results: dict[str, Any], console: Console) -> None:
     """The table of scores, what each name means, and what to beware of."""
-    rows, cut, scored = results["rows"], results["cut"], results["references"]
+    rows, cut = results["rows"], results["cut"]
+    scored = results.get("references", rows)  # older predictions have one in every row
     table = Table(box=None, pad_edge=False)
     table.add_column("metric")
     for name in ("score", "95 % interval"):

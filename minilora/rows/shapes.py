@@ -16,6 +16,7 @@ from .keys import LOSSES, NOTES_OF_MESSAGES, OF_MESSAGE, THOUGHTS, is_trained, r
 from .problems import RowError, quote
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # nothing that is seen
 CHATS = ("messages", "conversations", "conversation", "dialog")
 # in the order in which several of them are joined
 QUESTIONS = ("instruction", "指令", "prompt", "提示", "query", "question", "problem", "问题", "提问", "input", "输入")
@@ -113,7 +114,7 @@ def check_answers(row: Row) -> None:
         what = f"{row.where}: there is nothing to learn, {more}{unread}"
         name = "" if answers else " --columns response=NAME names its column."
         raise RowError("no answer", what, f"Add the answer, or take the row out.{name}")
-    if not all(m["content"].strip() for m in trained):
+    if any(BLANK.fullmatch(m["content"]) for m in trained):
         what = f"{row.where}: there is nothing to learn, the answer is empty"
         raise RowError("empty answer", what, "Write the answer, or take the row out.")
 

@@ -155,6 +155,8 @@ def _page(sheet: Any, formulas: Any) -> Page:
     other = [c.coordinate for c in cells if _is_number(c.value) and c.number_format not in AS_STORED]
     hidden = [n for n, row in sheet.row_dimensions.items() if row.hidden and n <= sheet.max_row]
     notes = [f"hidden rows, which are read: {len(hidden):,} (first: row {min(hidden)})"] if hidden else []
+    columns = sorted(letter for letter, column in sheet.column_dimensions.items() if column.hidden)
+    notes += [f"hidden columns, which are read: {', '.join(columns)}"] if columns else []
     notes += [f"comments, which are not read: {len(comments):,} (first: {comments[0]})"] if comments else []
     notes += (
         [f"numbers read as they are stored, not as they are shown: {len(other):,} (first: {other[0]})"] if other else []
