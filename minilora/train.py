@@ -67,7 +67,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             model, config = _load(config)
             plan = make_plan(config, data, model, computing(model, asked))
         console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-        run = Run(folder, config, plan, model, _optimizer(model, config), Progress())
+        run = Run(folder, config, plan, model, optimizer_of(model, config), Progress())
         if resume:
             restore(run, console)
         elif overwrite:
@@ -129,7 +129,8 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     return model.train()
 
 
-def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on what is trained."""
     parameters = list(trained_parameters(model).values())
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
