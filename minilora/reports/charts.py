@@ -118,9 +118,10 @@ def line_chart(
         place = across.share(best[0])
         anchor = "start" if place < 0.15 else "end" if place > 0.85 else "middle"
         at = f'x="{_percent(place)}" y="{_percent(1 - up.share(best[1]))}"'
+        above = up.share(best[1]) < 0.85
         ring = at.replace("x=", "cx=").replace(" y=", " cy=")
         parts.append(f'<circle {ring} r="7" fill="none" stroke="var(--good)" stroke-width="2"/>'
-                     f'<text {at} dy="-12" text-anchor="{anchor}">best {best[1]:.4g}</text>')  # fmt: skip
+                     f'<text {at} dy="{-12 if above else 22}" text-anchor="{anchor}">best {best[1]:.4g}</text>')  # fmt: skip
     named = [s for s, _ in kept] if any(s.name for s, _ in kept) else []
     return _figure(parts, x, y, named, _values(x, across, [points for _, points in kept]))
 

@@ -117,12 +117,12 @@ def verdicts(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> li
         for run in answered[1:]:
             d = paired(measured[answered[0].name][CHOSEN], measured[run.name][CHOSEN])
             told.append(_significance(answered[0], run, CHOSEN, d, tests))
-    for group in _validated_alike(runs):
-        best, *others = sorted(group, key=_best_loss)
+    for group in _validated_alike([run for run in runs if not run.going_on]):
+        best, *others = sorted(group, key=_best)
         if others and not made_worse(best):
-            rest = ", ".join(f"{run.letter} {_best_loss(run):.4g}" for run in others)
+            rest = ", ".join(f"{run.letter} {_best(run)[0]:.4g}" for run in others)
             told.append(
-                f"{best.letter} has the lowest validation loss: {_best_loss(best):.4g} at step {best.best[0]:,} ({rest})."
+                f"{best.letter} has the lowest validation loss: {_best(best)[0]:.4g} at step {_best(best)[1]:,} ({rest})."
             )
     told += [f"{run.letter}: {verdict(run)}" for run in runs if made_worse(run)]
     return told or [f"{run.letter}: {verdict(run)}" for run in runs if run.metrics]
@@ -134,8 +134,9 @@ def _answered_alike(runs: list[Record]) -> list[Record]:
     return [run for run in answered if answered[0].answers_the_rows_of(run)]
 
 
-def _best_loss(run: Record) -> float:
-    return run.best[1] if run.best else math.nan
+def _best(run: Record) -> tuple[float, float]:
+    """(loss, step) of the lowest validation loss."""
+    return (run.best[1], run.best[0]) if run.best else (math.nan, 0)
 
 
 def _validated_alike(runs: list[Record]) -> list[list[Record]]:
@@ -223,7 +224,7 @@ def _losses(page: Document, runs: list[Record]) -> None:
 def loss_rows(runs: list[Record]) -> list[list[str]]:
     """Losses, size, speed and memory of runs, a quantity a row; the best is marked where the runs can be compared in it."""
     at_end = [run.val[-1][1] if run.val else math.nan for run in runs]
-    smooth, best = [run.smooth[-1][1] for run in runs], [_best_loss(run) for run in runs]
+    smooth, best = [run.smooth[-1][1] for run in runs], [_best(run)[0] for run in runs]
     trained_alike = len({(run.data.get("train_hash"), run.config.get("model")) for run in runs}) == 1
     alike = len(_validated_alike(runs)) == 1
     told = [f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else "none" for run in runs]

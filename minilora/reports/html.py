@@ -36,6 +36,7 @@ table { border-collapse: collapse; margin: .4rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: break-word; white-space: pre-line }
 th { color: var(--dim); font-weight: 600 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+@media (max-width: 30rem) { body { padding: 1rem .9rem 4rem } th, td { padding-right: .45rem; font-size: .93em } }
 td.best { font-weight: 700; color: var(--good) }
 h1, h2, h3, p, dd { overflow-wrap: anywhere } details { margin: .6rem 0 } summary { cursor: pointer; padding: .3rem 0 }
 """

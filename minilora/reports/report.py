@@ -87,20 +87,22 @@ def headline(run: Record) -> list[tuple[str, str, str]]:
 
 
 def _curves(page: Document, run: Record) -> None:
-    page.heading("What the curve says")
-    for line in reading(run):
-        page.text(line)
-    page.text("Read from the losses alone; answers to a test set (minilora predict) tell more.", "dim")
+    lines = [line for line in reading(run) if line != verdict(run)]
+    if lines:
+        page.heading("What the curve says")
+        for line in lines:
+            page.text(line)
+        page.text("Read from the losses alone; answers to a test set (minilora predict) tell more.", "dim")
     page.heading("Loss")
     series = [Series("training loss", run.loss, 0, faint=True), Series("training loss, smoothed", run.smooth, 0)]
     if run.val:
         series.append(Series("validation loss", run.val, 1, dots=True))
     page.charts(line_chart(series, "step", "loss (nats a token)", best=run.best))
     page.text("Smoothed is a mean over about a twentieth of the steps. Point at a chart for its values.", "dim")
-    if run.best:
+    if len(run.val) > 1:
         smooth = dict(run.smooth)
         with page.fold(f"The {len(run.val):,} validation losses"):
-            rows = [[f"{s:,}", Best(f"{y:.4f} (best)") if s == run.best[0] else f"{y:.4f}", f"{smooth[s]:.4f}" if s in smooth else "none"]
+            rows = [[f"{s:,}", Best(f"{y:.4f} (best)") if run.best and s == run.best[0] else f"{y:.4f}", f"{smooth[s]:.4f}" if s in smooth else "none"]
                     for s, y in run.val]  # fmt: skip
             page.table(["step", "validation loss", "training loss, smoothed"], rows)
     page.heading("Optimizer and speed")

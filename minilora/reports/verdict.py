@@ -36,8 +36,8 @@ def verdict(run: Record) -> str:
 
 
 def made_worse(run: Record) -> bool:
-    """Whether every validation of the run was worse than the one before training."""
-    return run.best is not None and run.best[0] == 0 and len(run.val) > 1
+    """Whether every validation of a finished run was worse than the one before training."""
+    return run.finished and run.best is not None and run.best[0] == 0 and len(run.val) > 1
 
 
 def over_fitted(run: Record) -> bool:
