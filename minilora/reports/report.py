@@ -68,7 +68,8 @@ def headline(run: Record) -> list[tuple[str, str, str]]:
     read, trained = (sum(m[key] for m in run.metrics) for key in ("tokens", "target_tokens"))
     so_far = " so far" if not run.finished else ""
     if run.best:
-        first = (f"best validation loss{so_far}", f"{run.best[1]:.4f}", f"at step {run.best[0]:,} of {run.steps:,}")
+        where = f"at step {run.best[0]:,} of {run.steps:,}" if run.best[0] else "before training"
+        first = (f"best validation loss{so_far}", f"{run.best[1]:.4f}", where)
     else:
         first = (f"training loss{so_far}", f"{run.smooth[-1][1]:.4f}", "smoothed; no validation rows")
     items = [
