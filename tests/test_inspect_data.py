@@ -284,10 +284,7 @@ def test_a_logarithmic_histogram_shows_its_outliers():
     assert numbers.sum() == len(values) and len(numbers) <= 16 and numbers[0] == 902 and numbers[-1] == 1
     assert edges[0] <= 1.0 and edges[-2] <= 7e5 < edges[-1] and all(np.diff(edges) > 0)
     lines = text_histogram(values, {"keep_below": 20.0}, log=True)
-    assert (
-        lines[-1].split() == [f"{edges[-2]:.4g}", "▏", "1"]
-        and sum("keep_below 20 (2 over, 0.2 %)" in x for x in lines) == 1
-    )
+    assert lines[-1].split() == ["320k", "▏", "1"] and sum("keep_below 20 (2 over, 0.2 %)" in x for x in lines) == 1
     picture = svg_histogram(values, {"keep_below": 20.0}, "perplexity", log=True)
     assert picture.count("<circle") == sum(0 < n < 15 for n in bins(values, {"keep_below": 20.0}, 48, log=True)[1])
     for odd in ([math.exp(700.0), 1.0], [1.0], [1.0, 1.0], [3.19], [1e-9, 1.0]):

@@ -91,6 +91,6 @@ def svg_histogram(
     near = _near(values, marks, log)
     said = {name: f"{name} {mark:g}: {over(values, mark)}" for name, mark in marks.items()}
     levels = [Level(mark, said[name], 1) for name, mark in near.items()]
-    notes = [said[name] for name in marks if name not in near]
+    notes = ["the scale is logarithmic"] * log + [said[name] for name in marks if name not in near]
     notes += [f"the last bin: {names[-1]}"] if values.max(initial=0) > edges[-1] else []
     return outlines(edges.tolist(), [numbers.tolist()], names, [""], label, levels, log, "; ".join(notes))
