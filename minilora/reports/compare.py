@@ -25,6 +25,7 @@ from .record import Record, read_record
 from .verdict import made_worse, verdict
 
 CHOSEN = "rougeL_char"  # the metric of the verdict
+MOST_TOLD = 5  # runs, all of which are told against the first; of more, the best alone
 NOT_SETTINGS = ("output", "model", "data", "val")  # told by what they hold, where that is known
 AXES = {"step": "step", "tokens": "tokens read", "time": "seconds"}
 
@@ -115,7 +116,7 @@ def verdicts(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> li
         values = {run.letter: interval(measured[run.name][CHOSEN]) for run in answered}
         best = max(values, key=lambda letter: values[letter].value)
         told.append(f"{best} answers the test set best: {CHOSEN} {values[best].value:.2f} of 100.")
-        for run in answered[1:]:
+        for run in answered[1:] if len(answered) <= MOST_TOLD else [r for r in answered[1:] if r.letter == best]:
             d = paired(measured[answered[0].name][CHOSEN], measured[run.name][CHOSEN])
             told.append(_significance(answered[0], run, CHOSEN, d, tests))
     for group in _validated_alike([run for run in runs if not run.going_on]):
