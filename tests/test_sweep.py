@@ -94,7 +94,7 @@ def here(tmp_path, monkeypatch):
         "device": "cpu",
         "batch_size": 4,
         "save_every": 1,
-        "keep": 5,
+        "keep_checkpoints": 5,
     }
     path = write(
         tmp_path / "s.yaml", base=base, zip={"lr": [1e-3, 2e-3]}, test={"rows": 4, "max_tokens": 5, "before": True}
@@ -136,8 +136,9 @@ def test_runs_test_set_and_page(here):
     sweep(path, str(out), {}, console=QUIET)
     assert not [c for c in calls if c[0] == "train"]  # predictions are asked for, and found
     assert (out / "lr=0.001" / "adapter" / "adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(OutputInUse, match="other settings"):
-        sweep(path, str(out), {"lora_r": "4"}, console=QUIET)
+    for other in ({"lora_r": "4"}, {"keep": "last"}):
+        with pytest.raises(OutputInUse, match="other settings"):
+            sweep(path, str(out), other, console=QUIET)
 
 
 def test_a_stopped_sweep_goes_on(here):
