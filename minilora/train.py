@@ -39,7 +39,7 @@ from .open_model import computing
 from .plan import data_record, make_plan
 from .plot import plot_loss
 from .reports.record import TRAINED_ROWS
-from .reports.report import report_quietly
+from .reports.report import REFRESH, report_quietly
 from .rows.dataset import load_data, trained_rows, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, take_kept
 from .signals import StopSignal
@@ -58,7 +58,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     folder = Path(config.output)
     if not resume:
         check_before(folder, overwrite)
-    with _memory_hint(), locked(folder), _kernels(config):
+    with _page_of_the_end(folder), _memory_hint(), locked(folder), _kernels(config):
         check_claim(folder, resume, overwrite)
         with working(console, "reading the rows"):
             data = load_data(config)
@@ -187,6 +187,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     plan, at, config = run.plan, run.progress, run.config
     peak = peak_flops(run.model.head.device, run.model.compute_dtype)
     began = time.perf_counter() - at.seconds
+    told = time.perf_counter()
     try:
         if plan.val and at.step == 0 and at.best_loss is None:
             loss, line = _validate(run, monitor)
@@ -213,6 +214,9 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
                 monitor.say(line)
             if at.step % plan.save_every == 0 or last or at.best_step != best:
                 save(run)
+                if not last and now - told > REFRESH:
+                    told = now
+                    report_quietly(run.folder)
     except Stopped:
         if at.saved != at.step:
             save(run)
@@ -262,6 +266,17 @@ def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
     if better:
         at.best_loss, at.best_step = score.loss, at.step
     return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"
+
+
+@contextmanager
+def _page_of_the_end(folder: Path) -> Iterator[None]:
+    """Write a page anew that says that the run goes on, when the run has ended early and left its folder."""
+    try:
+        yield
+    except (Stopped, Diverged, OutOfMemory):
+        if (folder / "report.html").is_file():
+            report_quietly(folder)
+        raise
 
 
 @contextmanager

@@ -167,6 +167,7 @@ def test_a_run_that_diverged_does_not_end_the_sweep_but_an_error_does(here, monk
     monkeypatch.setattr(sweep_module, "_child", child)
     sweep(path, str(out), {}, console=QUIET)
     assert not (out / "lr=0.001").exists() and (out / "lr=0.002" / "predict").is_dir()
+    assert "lr=0.001 failed with exit code 5" in (out / "compare.html").read_text()
 
 
 def test_children_are_commands_of_their_own(tmp_path):

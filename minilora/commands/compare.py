@@ -12,12 +12,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
+    from string import ascii_uppercase
 
     from ..errors import UsageError
     from ..reports.compare import compare
 
     if Path(args.output).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")
-    compare(args.runs, args.output)
+    told = compare(args.runs, args.output)
+    names = ", ".join(f"{letter} is {Path(run).name}" for letter, run in zip(ascii_uppercase, args.runs, strict=False))
+    print("\n".join([*told, "".join(c if c.isprintable() else "?" for c in names)]))
     print(f"page      {args.output}")
     print(f"markdown  {Path(args.output).with_suffix('.md')}")

@@ -172,7 +172,9 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
             console.print(f"{name} failed with exit code {code}; the same command tries it again", markup=False)
         page = folder / "compare.html"
         if len(compared) > 1:
-            compare([str(run) for run in compared], page)
+            compare(
+                [str(run) for run in compared], page, [f"{name} failed with exit code {code}" for name, code in failed]
+            )
     return page
 
 
