@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import say
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="yaml of base, zip, product and test, or the name of a recipe")
@@ -22,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
         settings["define"] = definitions([settings["define"]])
     page = sweep(args.file, args.output, settings, args.smoke)
     if page.is_file():
-        print(f"page  {page}")
+        say(f"page  {page}")

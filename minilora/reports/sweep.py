@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
+from ..console import Console
 from ..durable import locked, staged_folder, write_file
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..rows import open_rows, to_messages
