@@ -27,8 +27,8 @@ HELP = """\
 /think         let the model think, or stop it
 /system TEXT   begin a new conversation with this system prompt
 /new           begin a new conversation
-/quit          leave, as Ctrl-D and Ctrl-C do; Ctrl-C during an answer ends the answer alone
-A text that is pasted is one message. The arrow keys bring back what was said before."""
+/quit          leave, as Ctrl-D and Ctrl-C do; during an answer Ctrl-C stops it
+A pasted text is one message. The up arrow brings back what was said before."""
 INT8 = "The adapter is merged into the 8-bit weights and cannot be switched off."
 NO_THOUGHTS = "The model's chat format has no place for thoughts: it answers as before."
 COMMANDS = ("/base", "/greedy", "/think", "/system", "/new", "/quit", "/exit", "/help")

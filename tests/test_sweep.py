@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 from tiny import ROWS, make_model, make_rows
 
 from minilora.__main__ import main
+from minilora.console import Console
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
 from minilora.reports import sweep as sweep_module
 from minilora.reports.record import read_record

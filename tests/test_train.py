@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import make_model, make_rows
 
 import minilora
 from minilora.config import resolve
+from minilora.console import Console
 from minilora.data import load_examples
 from minilora.errors import OutputInUse
 from minilora.evaluate import evaluate

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import say
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of minilora predict")
@@ -19,5 +21,5 @@ def run(args: argparse.Namespace) -> None:
     if Path(args.output).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")
     compare(args.runs, args.output)
-    print(f"page      {args.output}")
-    print(f"markdown  {Path(args.output).with_suffix('.md')}")
+    say(f"page      {args.output}")
+    say(f"markdown  {Path(args.output).with_suffix('.md')}")

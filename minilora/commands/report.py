@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import say
 from .shared_flags import between
 
 
@@ -19,5 +20,5 @@ def run(args: argparse.Namespace) -> None:
 
     path = report(args.run, args.samples)
     for line in reading(read_record(args.run)):
-        print(line)
-    print(f"page  {path}")
+        say(line)
+    say(f"page  {path}")
