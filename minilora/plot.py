@@ -43,7 +43,9 @@ def _draw(run: Path) -> str:
     if val:
         steps, losses = zip(*val, strict=True)
         best = min(val, key=lambda point: point[1])
-        axes.plot(steps, losses, color="#d95f02", marker="o", markersize=4, linewidth=1.5, label="validation")
+        axes.plot(
+            steps, losses, color="#d95f02", linestyle="--", marker="o", markersize=4, linewidth=1.5, label="validation"
+        )
         axes.annotate(f"best {best[1]:.3f}", best, xytext=(0, 10), textcoords="offset points", ha="center")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
     axes.grid(alpha=0.3)

@@ -39,7 +39,7 @@ from .open_model import computing
 from .plan import data_record, make_plan
 from .plot import plot_loss
 from .reports.record import TRAINED_ROWS
-from .reports.report import report_quietly
+from .reports.report import REFRESH, report_quietly
 from .rows.dataset import load_data, trained_rows, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
 from .signals import StopSignal
@@ -186,6 +186,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     plan, at, config = run.plan, run.progress, run.config
     peak = peak_flops(run.model.head.device, run.model.compute_dtype)
     began = time.perf_counter() - at.seconds
+    told = time.perf_counter()
     try:
         if plan.val and at.step == 0 and at.best_loss is None:
             monitor.step({"step": 0, "val_loss": _validate(run, monitor)})
@@ -208,6 +209,9 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
             monitor.step(metrics)
             if at.step % plan.save_every == 0 or last or at.best_step != best:
                 save(run)
+                if not last and now - told > REFRESH:
+                    told = now
+                    report_quietly(run.folder)
     except Stopped:
         if at.saved != at.step:
             save(run)

@@ -16,7 +16,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..reports.record import read_record
-    from ..reports.report import reading, report
+    from ..reports.report import report
+    from ..reports.verdict import reading
 
     path = report(args.run, args.samples)
     for line in reading(read_record(args.run)):

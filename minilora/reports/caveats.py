@@ -48,7 +48,8 @@ def caveats(runs: list[Record]) -> list[str]:
         found += _leaked(run)
     for run in runs:
         if run.metrics and not run.finished:
-            found.append(f"{run.letter} is not finished: {run.metrics[-1]['step']:,} of {run.data.get('steps')} steps")
+            how = "is going on" if run.going_on else "is not finished"
+            found.append(f"{run.letter} {how}: {run.step:,} of {run.steps:,} steps")
     for a, b in combinations(trained, 2):
         if a.config.get("model") != b.config.get("model"):
             found.append(

@@ -15,6 +15,8 @@ from rich.text import Text
 from ..console import Console
 from ..rows import quote
 from ..rows.sources import parse_sources
+from .charts import READOUT
+from .charts import STYLE as CHARTS
 from .histogram import svg_histogram, text_histogram
 from .html import UNSEEN, escape, page, table
 from .inspect_data import Inspection
@@ -138,16 +140,17 @@ def to_html(result: Inspection, model: Path) -> str:
         )
     else:
         problems = '<p class="good">None was found.</p>'
-    charts = "".join(
-        f'<h3>{NAMES[name].capitalize()}</h3><p class="dim">{middle(values)}</p>{svg_histogram(values, result.limits(name), "tokens")}'
+    pictures = "".join(
+        f'<div><h3>{NAMES[name].capitalize()}</h3><p class="dim">{middle(values)}</p>{svg_histogram(values, result.limits(name), "tokens")}</div>'
         for name, values in result.lengths.items()
         if len(values)
     )
     legend = "".join(f'<span class="{role}">{role}</span>   ' for role in COLOURS)
     legend += '<span class="t">trained</span>   masked   <span class="s">special token</span>'
-    body = f"{head}<h2>Problems</h2>{problems}<h2>Lengths</h2>{charts}<h2>What the model sees</h2>"
+    body = f'{head}<h2>Problems</h2>{problems}<h2>Lengths</h2><div class="charts">{pictures}</div><h2>What the model sees</h2>'
     body += f'<p class="tokens">{legend}</p><p class="dim">Point at a token for its id.</p>'
-    return page(f"Rows of {Path(result.path).name}", body + "".join(map(_sample, result.samples)), STYLE)
+    body += "".join(map(_sample, result.samples))
+    return page(f"Rows of {Path(result.path).name}", body, CHARTS + STYLE, READOUT)
 
 
 def _sample(sample: Any) -> str:

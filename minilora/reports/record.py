@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import read_yaml
+from ..durable import in_use
 from ..errors import DataError, UsageError
 from ..monitor import read_metrics
 from ..plot import smoothed
@@ -36,6 +37,7 @@ class Record:
     trained_rows: np.ndarray | None = (
         None  # uint64 [n, 2]: hashes of the question and of the whole of each training row
     )
+    in_use: bool = False  # a process owns the folder
 
     @property
     def letter(self) -> str:
@@ -79,8 +81,23 @@ class Record:
         return min(finite, key=lambda p: p[1]) if finite else None
 
     @property
+    def step(self) -> int:
+        """The last step that was taken."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def steps(self) -> int:
+        """The steps that the run is to take."""
+        return self.data.get("steps", self.step)
+
+    @property
     def finished(self) -> bool:
-        return bool(self.metrics) and self.metrics[-1]["step"] == self.data.get("steps", self.metrics[-1]["step"])
+        return bool(self.metrics) and self.step == self.steps
+
+    @property
+    def going_on(self) -> bool:
+        """Whether a process is training it: one owns the folder, and steps are left."""
+        return self.in_use and not self.finished
 
     @property
     def speed(self) -> float:
@@ -103,6 +120,7 @@ def read_record(folder: str | Path) -> Record:
         raise UsageError(f"{folder} {what}", "Give the --output of minilora train or of minilora predict.")
     record = Record(folder.resolve().name, folder)
     if is_run:
+        record.in_use = in_use(folder)
         record.config = read_yaml(folder / "config.yaml")
         lines = read_metrics(folder / "metrics.jsonl")
         record.metrics = [m for m in lines if "loss" in m]
