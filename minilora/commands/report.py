@@ -17,9 +17,10 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..reports.record import read_record
     from ..reports.report import report
-    from ..reports.verdict import reading
+    from ..reports.verdict import reading, verdict
 
     path = report(args.run, args.samples)
-    for line in reading(read_record(args.run)):
+    run = read_record(args.run)
+    for line in dict.fromkeys([verdict(run), *reading(run)]):
         say(line)
     say(f"page  {path}")

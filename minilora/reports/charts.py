@@ -17,7 +17,7 @@ from .html import escape
 
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
-MOST_POINTS = 500
+MOST_POINTS, MOST_DOTS = 500, 60
 
 STYLE = """
 .chart { margin: .8rem 0 1.4rem; min-width: 0 } .chart figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .9em }
@@ -74,7 +74,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. look counts from 0 and gives colour and dash; faint for raw values under a smoothed line; dots mark the points."""
+    """One line of a chart. look counts from 0 and gives colour and dash; faint for raw values under a smoothed line; dots mark the points, if they are few."""
 
     name: str
     points: Sequence[Point]
@@ -87,7 +87,7 @@ class Series:
         """Colour and dash, which tell 16 series apart; the first four differ in both."""
         dash = DASHES[(self.look + self.look // 4) % 4]
         look = f'stroke="{COLOURS[self.look % 4]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
-        return look + (' stroke-width="1" stroke-opacity="0.5"' if self.faint else ' stroke-width="2"')
+        return look + (' stroke-width="1" stroke-opacity="0.65"' if self.faint else ' stroke-width="2"')
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def line_chart(
     up = axis_around([p[1] for p in everything] + [level.value for level in levels], log)
     parts = [_grid(across, up), *(_across(up, level) for level in levels)]
     parts.append(_stretched(_line(s, across, up, points) for s, points in kept))
-    parts += [_dots(s, across, up, points) for s, points in kept if s.dots]
+    parts += [_dots(s, across, up, points) for s, points in kept if s.dots and len(points) <= MOST_DOTS]
     if best is not None:
         place = across.share(best[0])
         anchor = "start" if place < 0.15 else "end" if place > 0.85 else "middle"
@@ -133,7 +133,7 @@ def histogram(counts: Sequence[dict[int, int]], names: Sequence[str], x: str, le
     values = [v for c in counts for v in c]
     # a limit that is far above all rows would only press them together
     near = [level for level in levels if level.value <= 1.5 * max(values)]
-    far = [f"{level.name} is far above the longest row" for level in levels if level not in near]
+    far = [f"{level.name}: no row is over it" for level in levels if level not in near]
     values += [int(level.value) for level in near]
     step = max(1, round(round_up((max(values) + 1) / 40)))
     edges = [float(i * step) for i in range(max(values) // step + 2)]

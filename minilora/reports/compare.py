@@ -28,8 +28,8 @@ NOT_SETTINGS = ("output", "model", "data", "val")  # told by what they hold, whe
 AXES = {"step": "step", "tokens": "tokens read", "time": "seconds"}
 
 
-def compare(folders: list[str], output: str | Path) -> str:
-    """Write OUTPUT (html) and its twin in markdown; returns the markdown."""
+def compare(folders: list[str], output: str | Path) -> list[str]:
+    """Write OUTPUT (html) and its twin in markdown; returns what they say first, in sentences."""
     runs = [read_record(folder) for folder in folders]
     if len(runs) < 2:
         raise UsageError("one run cannot be compared", "Give two or more; minilora report RUN is for one.")
@@ -43,7 +43,7 @@ def compare(folders: list[str], output: str | Path) -> str:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, page.html(RATE_STYLE, RATE_SCRIPT))
     write_file(output.with_suffix(".md"), page.markdown())
-    return page.markdown()
+    return page.verdicts
 
 
 def comparison(runs: list[Record]) -> Document:

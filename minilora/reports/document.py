@@ -25,6 +25,7 @@ class Document:
 
     def __init__(self, title: str, refresh: int = 0):
         self.title, self.refresh = title, refresh
+        self.verdicts: list[str] = []
         self._html: list[str] = []
         self._markdown: list[str] = [f"# {_line(title)}"]
 
@@ -40,6 +41,7 @@ class Document:
 
     def verdict(self, text: str) -> None:
         """What the page comes to, in a sentence."""
+        self.verdicts.append(text)
         self.add(f'<p class="verdict">{escape(text)}</p>', f"**{_line(text)}**")
 
     def numbers(self, items: Iterable[tuple[str, str, str]]) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .axis import round_up
+from .axis import round_up, short
 from .charts import Level, bin_name, outlines
 
 PER_DECADE = (20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02)  # bins of a logarithmic histogram, finest first
@@ -64,7 +64,7 @@ def text_histogram(
     for low, high, number in zip(edges, edges[1:], numbers, strict=False):
         bar = "█" * round(number * unit) or ("▏" if number else "")
         inside = [f"◂ {name} {mark:g} ({over(values, mark)})" for name, mark in marks.items() if low <= mark < high]
-        lines.append(f"{low:>8.4g} {bar}{f' {number:,}' if number else ''}  {'  '.join(inside)}".rstrip())
+        lines.append(f"{short(low):>8} {bar}{f' {number:,}' if number else ''}  {'  '.join(inside)}".rstrip())
     if values.max(initial=0) > edges[-1]:
         lines[-1] += f"  and more, the largest is {values.max():,.6g}"
     near = _near(values, marks, log)

@@ -14,6 +14,7 @@ from typing import Any
 
 # what a browser would not show, or would use to turn the text around it: told by its code point
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+BREAKS = re.compile(r"(?<=[/,+])(?=[^\W\d])")  # where a path or a run's name may be broken over lines
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --dim: #5b6570; --back: #ffffff; --card: #f5f7f9; --line: #d5dbe1;
@@ -82,8 +83,7 @@ def _cell(value: Any) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     shown = f"{value:,}" if isinstance(value, int) and number else f"{value:,.4g}" if number else value
     kind = ' class="number"' if number else ' class="best"' if isinstance(value, Best) else ""
-    # a path may be broken after its slashes
-    return f"<td{kind}>{escape(shown).replace('/', '/<wbr>')}</td>"
+    return f"<td{kind}>{BREAKS.sub('<wbr>', escape(shown))}</td>"
 
 
 def embed(name: str, value: Any) -> str:
