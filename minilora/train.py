@@ -58,7 +58,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     folder = Path(config.output)
     if not resume:
         check_before(folder, overwrite)
-    with _memory_hint(), locked(folder), _kernels(config):
+    with _page_of_the_end(folder), _memory_hint(), locked(folder), _kernels(config):
         check_claim(folder, resume, overwrite)
         with working(console, "reading the rows"):
             data = load_data(config)
@@ -261,6 +261,17 @@ def _validate(run: Run, monitor: Monitor) -> float:
         at.best_loss, at.best_step = score.loss, at.step
     monitor.say(f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}")
     return score.loss
+
+
+@contextmanager
+def _page_of_the_end(folder: Path) -> Iterator[None]:
+    """Write a page anew that says that the run goes on, when the run has ended early and left its folder."""
+    try:
+        yield
+    except (Stopped, Diverged, OutOfMemory):
+        if (folder / "report.html").is_file():
+            report_quietly(folder)
+        raise
 
 
 @contextmanager

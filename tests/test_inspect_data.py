@@ -157,6 +157,10 @@ def test_the_command_and_its_page(tmp_path, model, capsys):
     assert main(["inspect", "data", "--model", str(model), "--data", str(path), "--html", str(page), "-n", "20", "--check-template"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "\x1b[2J" not in out and "⟨U+001B⟩[2J" in out and "[bold]x[/] ⟨U+202E⟩" in out
+    assert (
+        "\nmasked   <|im_start|>user↵\nmasked   fine<|im_end|>↵\n" in out
+        and "\ntrained  fine<|im_end|>\nmasked   ↵" in out
+    )
     assert "8 of 8 compared rows have the ids of the folder's own chat template" in " ".join(out.split())
     text = page.read_text()
     assert (
@@ -271,6 +275,8 @@ def test_histograms_count_every_value():
         and "far 99999: none over" in lines[-1]
     )
     assert [line.split()[0] for line in text_histogram(np.array([1, 1, 2]), {})] == ["0", "1", "2"]  # no half tokens
+    wide = text_histogram(np.array([500] * 100 + [2050] * 90), {"max_source_length": 512, "keep_below": 2000})
+    assert max(map(len, wide)) == 80 and sum("◂" in line for line in wide) == 2
     picture = svg_histogram(values, marks, "<b>")
     assert "<b>" not in picture and "<polyline" in picture and "limit 50: 2 over" in picture
     assert "far 99999: none over" in picture  # under the picture, which it would only press together
@@ -284,10 +290,7 @@ def test_a_logarithmic_histogram_shows_its_outliers():
     assert numbers.sum() == len(values) and len(numbers) <= 16 and numbers[0] == 902 and numbers[-1] == 1
     assert edges[0] <= 1.0 and edges[-2] <= 7e5 < edges[-1] and all(np.diff(edges) > 0)
     lines = text_histogram(values, {"keep_below": 20.0}, log=True)
-    assert (
-        lines[-1].split() == [f"{edges[-2]:.4g}", "▏", "1"]
-        and sum("keep_below 20 (2 over, 0.2 %)" in x for x in lines) == 1
-    )
+    assert lines[-1].split() == ["320k", "▏", "1"] and sum("keep_below 20 (2 over, 0.2 %)" in x for x in lines) == 1
     picture = svg_histogram(values, {"keep_below": 20.0}, "perplexity", log=True)
     assert picture.count("<circle") == sum(0 < n < 15 for n in bins(values, {"keep_below": 20.0}, 48, log=True)[1])
     for odd in ([math.exp(700.0), 1.0], [1.0], [1.0, 1.0], [3.19], [1e-9, 1.0]):

@@ -15,7 +15,7 @@ from minilora.adapter import load_adapter
 from minilora.checkpoint import load_model
 from minilora.config import resolve, to_yaml
 from minilora.durable import locked
-from minilora.errors import DataError, UsageError
+from minilora.errors import DataError, Diverged, UsageError
 from minilora.lora import adapters
 from minilora.reports.answers import disagreement
 from minilora.reports.axis import Axis
@@ -297,6 +297,29 @@ def test_adapter_norms_are_those_of_the_product(tmp_path, monkeypatch):
     )
 
 
+def test_a_run_that_ends_early_leaves_no_page_that_says_it_goes_on(tmp_path, monkeypatch):
+    from tiny import make_model, make_rows
+
+    from minilora import train
+
+    model, rows, run = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json"), tmp_path / "run"
+    monkeypatch.setattr(train, "REFRESH", -1)
+    step, seen = train.train_step, []
+
+    def breaks(*args):
+        if args[4] == 3:
+            seen.append((run / "report.html").read_text())
+            raise Diverged("the loss is not finite", "lower --lr")
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    words = ["--model", model, "--data", rows, "--output", run, "--max-steps", 9, "--save-every", 1, "--device", "cpu"]
+    assert main(["train", *map(str, words)]) == Diverged.code
+    page = (run / "report.html").read_text()
+    assert "going on: step 3 of 9" in seen[0] and "was stopped: step 3 of 9" in page
+    assert 'http-equiv="refresh"' in seen[0] and 'http-equiv="refresh"' not in page
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         read_record(tmp_path / "none")
@@ -354,7 +377,7 @@ def test_a_run_that_goes_on_draws_no_conclusion_from_its_end(tmp_path, capsys):
     run = make_run(tmp_path / "run", losses=[2.0] * 40, val=[(0, 1.0), (20, 1.5), (40, 1.8)])
     data = json.loads((run / "data.json").read_text())
     (run / "data.json").write_text(json.dumps(data | {"steps": 200}))
-    conclusions = re.compile("change little|converged|over-fit|at the end|made it worse|before training")
+    conclusions = re.compile("change little|converged|over-fit|at the end|made it worse|best before training")
     with locked(run):
         assert main(["report", str(run)]) == 0
         told, page = capsys.readouterr().out, (run / "report.html").read_text()
@@ -377,6 +400,7 @@ def test_made_worse_stands_in_compare_as_in_report(tmp_path, capsys):
     better = make_run(tmp_path / "better", val=[(0, 1.0), (20, 0.5), (40, 0.4)])
     assert "Training made it worse" in report(worse).read_text() and "made it worse" not in report(better).read_text()
     assert main(["compare", str(worse), str(better), "--output", str(tmp_path / "page.html")]) == 0
+    assert "before training</dd>" in (worse / "report.html").read_text()
     assert "A: Training made it worse" in capsys.readouterr().out
     page, text = (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text()
     for said in ("B has the lowest validation loss: 0.4 at step 40 (A 1)", "A: Training made it worse"):

@@ -7,6 +7,7 @@ a randomisation test over rows: both tell how sure the rows are, not how another
 import json
 import math
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ NOT_SETTINGS = ("output", "model", "data", "val")  # told by what they hold, whe
 AXES = {"step": "step", "tokens": "tokens read", "time": "seconds"}
 
 
-def compare(folders: list[str], output: str | Path) -> list[str]:
-    """Write OUTPUT (html) and its twin in markdown; returns what they say first, in sentences."""
+def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) -> list[str]:
+    """Write OUTPUT (html) and its twin in markdown; returns what they say first, in sentences. failed: what of runs that are not there."""
     runs = [read_record(folder) for folder in folders]
     if len(runs) < 2:
         raise UsageError("one run cannot be compared", "Give two or more; minilora report RUN is for one.")
@@ -38,7 +39,7 @@ def compare(folders: list[str], output: str | Path) -> list[str]:
         raise UsageError(f"{len(runs)} runs are too many", f"Give at most {len(letters)}.")
     for run, letter in zip(runs, letters, strict=False):
         run.name = f"{letter}: {run.name}"
-    page = comparison(runs)
+    page = comparison(runs, failed)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, page.html(RATE_STYLE, RATE_SCRIPT))
@@ -46,14 +47,14 @@ def compare(folders: list[str], output: str | Path) -> list[str]:
     return page.verdicts
 
 
-def comparison(runs: list[Record]) -> Document:
+def comparison(runs: list[Record], failed: Sequence[str] = ()) -> Document:
     """The document on these runs."""
     page = Document(f"{len(runs)} runs compared")
     measured = {run.name: _measured(run) for run in runs if run.rows}
     for text in verdicts(runs, measured):
         page.verdict(text)
     page.text(", ".join(f"{run.letter} is {run.name.partition(': ')[2]}" for run in runs) + ".", "dim")
-    for warning in caveats(runs):
+    for warning in [*failed, *caveats(runs)]:
         page.text(warning, "warning")
     _differences(page, runs)
     page.heading("Runs")

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,11 @@ class Record:
         mine, theirs = ([(row.get("question"), row["label"]) for row in run.rows] for run in (self, other))
         return mine == theirs
 
-    @property
+    @cached_property
     def loss(self) -> Curve:
         return [(m["step"], m["loss"]) for m in self.metrics]
 
-    @property
+    @cached_property
     def smooth(self) -> Curve:
         return list(zip((s for s, _ in self.loss), smoothed([y for _, y in self.loss]), strict=True))
 

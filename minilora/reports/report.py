@@ -17,6 +17,7 @@ from ..durable import write_file
 from ..errors import MiniloraError, UsageError
 from ..model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ..monitor import clock, shell
+from ..plot import smoothed
 from .charts import Level, Series, heat_map, histogram, line_chart
 from .compare import over_the_limit, reasons, with_interval
 from .document import Document
@@ -25,6 +26,7 @@ from .record import Record, read_record
 from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
+MANY = 200  # steps, from which on a line of single steps is a block
 REFRESH = 20  # seconds after which the page of a run that goes on loads itself anew
 
 
@@ -68,7 +70,8 @@ def headline(run: Record) -> list[tuple[str, str, str]]:
     read, trained = (sum(m[key] for m in run.metrics) for key in ("tokens", "target_tokens"))
     so_far = " so far" if not run.finished else ""
     if run.best:
-        first = (f"best validation loss{so_far}", f"{run.best[1]:.4f}", f"at step {run.best[0]:,} of {run.steps:,}")
+        where = f"at step {run.best[0]:,} of {run.steps:,}" if run.best[0] else "before training"
+        first = (f"best validation loss{so_far}", f"{run.best[1]:.4f}", where)
     else:
         first = (f"training loss{so_far}", f"{run.smooth[-1][1]:.4f}", "smoothed; no validation rows")
     items = [
@@ -110,8 +113,8 @@ def _curves(page: Document, run: Record) -> None:
     levels = [Level(clip, f"clipped above {clip:g}")] if isinstance(clip, (int, float)) and clip > 0 else []
     page.charts(
         line_chart([Series("", _column(run, "lr"))], "step", "learning rate"),
-        line_chart([Series("", _column(run, "grad_norm"))], "step", "gradient norm", log=True, levels=levels),
-        line_chart([Series("", _column(run, "tokens_per_second"))], "step", "tokens a second"),
+        line_chart(_smoothed(run, "grad_norm"), "step", "gradient norm", log=True, levels=levels),
+        line_chart(_smoothed(run, "tokens_per_second"), "step", "tokens a second"),
     )
     if levels:
         over = sum(m["grad_norm"] > clip for m in run.metrics)
@@ -120,6 +123,15 @@ def _curves(page: Document, run: Record) -> None:
 
 def _column(run: Record, key: str) -> list[tuple[float, float]]:
     return [(m["step"], m[key]) for m in run.metrics if isinstance(m.get(key), (int, float))]
+
+
+def _smoothed(run: Record, key: str) -> list[Series]:
+    """A quantity of the steps, with its smoothed line where there are too many steps to follow."""
+    points = _column(run, key)
+    if len(points) < MANY:
+        return [Series("", points)]
+    smooth = zip((step for step, _ in points), smoothed([y for _, y in points]), strict=True)
+    return [Series("a step", points, faint=True), Series("smoothed", list(smooth))]
 
 
 def _data(page: Document, run: Record) -> None:

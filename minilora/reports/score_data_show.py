@@ -82,7 +82,7 @@ def to_html(
         rows.append(f'<h3>{score.perplexity:.2f} <span class="dim">{escape(where)}, {score.tokens:,} tokens</span></h3><pre>{text}</pre>')  # fmt: skip
     body = f'<p class="dim">{escape(f"{len(scores):,} rows of {data} under {model}")}</p><p>{NOTE}</p><h2>Perplexity of a row</h2>'
     body += (
-        svg_histogram(values, marks, "perplexity of a row, logarithmic", log=True)
+        svg_histogram(values, marks, "perplexity of a row", log=True)
         + cuts
         + f"<h2>The {len(rows)} strangest rows</h2>"
         + "".join(rows)

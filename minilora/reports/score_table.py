@@ -1,6 +1,6 @@
 """The losses and scores of runs on a terminal, a line each, in the columns that it has."""
 
-import os
+import re
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -17,7 +17,7 @@ def show_scores(runs: list[Record], console: Console) -> None:
     """Print the lowest validation loss and the test scores of runs under the letters of their comparison."""
     scores = [{name: m["value"] for name, m in (run.results.get("metrics") or {}).items()} for run in runs]
     columns = {name.replace("_", "\n"): [found.get(name) for found in scores] for name in SHOWN}
-    columns = {"lowest\nval loss": [run.best[1] if run.best else None for run in runs]} | columns
+    columns = {"lowest\nval\nloss": [run.best[1] if run.best else None for run in runs]} | columns
     cells = {
         head: [("" if v is None else f"{v:.4f}" if "loss" in head else f"{v:.2f}") for v in values]
         for head, values in columns.items()
@@ -37,16 +37,19 @@ def show_scores(runs: list[Record], console: Console) -> None:
 
 
 def shortened(names: list[str], width: int) -> list[str]:
-    """The names, cut in the middle to `width` columns; those that differ still do."""
-    wide = [name for name in names if cell_len(name) > width]
-    shared = os.path.commonprefix(wide) if len(wide) > 1 else ""
-    start = 1 + max(shared.rfind(c) for c in ",=/_")  # of the first value that differs
-    apart = [f"{name[:4]}…{name[start:]}" if name in wide and start > 5 else name for name in names]
+    """The names, cut in the middle to `width` columns, and not inside a number if that can be; those that differ still do."""
+    wide = [name.split(",") for name in names if cell_len(name) > width]
+    shared = set.intersection(*map(set, wide)) if len(wide) > 1 else set()  # settings, in the names of a sweep
+    apart = [
+        ",".join(part for part in name.split(",") if part not in shared) if cell_len(name) > width else name
+        for name in names
+    ]
+    heads = sorted(range(1, width - 1), key=lambda n: abs(n - width // 2))
     for texts in (apart, names):
-        for head in sorted(range(1, width - 1), key=lambda n: abs(n - width // 2)):
-            cut = [_cut(text, head, "…", width) for text in texts]
-            if len(set(cut)) == len(set(names)):
-                return cut
+        cuts = [[_cut(text, head, "…", width) for text in texts] for head in heads]
+        found = [cut for cut in cuts if len(set(cut)) == len(set(names))]
+        if found:
+            return min(found, key=lambda cut: bool(re.search(r"[\d.]…|…[\d.]", " ".join(cut))))
     # what tells them apart is too long: their number stands there
     return [_cut(name, width // 3, f"…{number}…", width) for number, name in enumerate(names, 1)]
 

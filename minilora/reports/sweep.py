@@ -172,11 +172,15 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         runs = [folder / p.name for p in points if p.name not in dict(failed)]
         compared = [*before, *runs] if len(runs) == 1 else [*runs, *before]
         page = folder / "compare.html"
-        for line in compare([str(run) for run in compared], page) if len(compared) > 1 else []:
+        told = [f"{name} failed with exit code {code}" for name, code in failed]
+        for line in compare([str(run) for run in compared], page, told) if len(compared) > 1 else []:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        show_scores([read_record(run) for run in compared], console)
-        for name, code in failed:
-            console.print(f"{name} failed with exit code {code}; the same command tries it again", markup=False)
+        if compared:
+            console.print()
+            show_scores([read_record(run) for run in compared], console)
+            console.print()
+        for line in told:
+            console.print(f"{line}; the same command tries it again", highlight=False, markup=False, soft_wrap=True)
     return page
 
 
