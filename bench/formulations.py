@@ -87,25 +87,25 @@ def hf_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None, prefixes: list[int] | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | None, prefix_lens: list[int] | None
 ) -> Tensor:
     """One document, products in the dtype of q and the softmax in fp32."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    place = torch.arange(seams[-1], device=q.device)
+    place = torch.arange(cu_seqlens[-1], device=q.device)
     seen = place[:, None] >= place
     if window is not None:
         seen &= place[:, None] - place < window
-    if prefixes is not None:
-        seen |= place < prefixes[0]
+    if prefix_lens is not None:
+        seen |= place < prefix_lens[0]
     scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.einsum("hqk,khe->qhe", weights.to(q.dtype), v)
 
 
-def sdpa_by_document(q: Tensor, k: Tensor, v: Tensor, seams: list[int], *_: Any) -> Tensor:
+def sdpa_by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], *_: Any) -> Tensor:
     """torch's causal attention, a call a document."""
     outs = []
-    for start, end in pairwise(seams):
+    for start, end in pairwise(cu_seqlens):
         one, two, three = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(one, two, three, is_causal=True, enable_gqa=grouped)

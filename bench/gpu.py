@@ -45,7 +45,7 @@ def stages(out: Path, toy: bool) -> list[Stage]:
     if toy:
         return [
             machine,
-            bench("Parity", "parity.json", 0.35, "parity", "--toy", "--dtypes", "bfloat16"),
+            bench("Parity", "parity.json", 0.35, "proof.parity", "--toy", "--dtypes", "bfloat16"),
             *sanitized(0.1),
             bench("Kernels", "kernels.json", 0.25, "kernels", "--models", "toy", "--tokens", "16", "--rounds", "1"),
             bench("Training steps", "steps.json", 0.15, "step", "--models", "toy", "--tokens", "16", "--document", "8", "--rounds", "1"),
@@ -53,7 +53,7 @@ def stages(out: Path, toy: bool) -> list[Stage]:
     rest = ("qwen2.5-0.5b", "qwen3-8b", "glm-4-9b", "chatglm-6b")
     return [
         machine,
-        bench("Parity", "parity.json", 0.25, "parity"),
+        bench("Parity", "parity.json", 0.25, "proof.parity"),
         *sanitized(0.08),
         bench("Kernels at the sizes of Qwen2.5-7B", "kernels.json", 0.22, "kernels", "--models", "qwen2.5-7b", "--compile"),
         bench("Training steps", "steps.json", 0.2, "step", "--models", "qwen2.5-0.5b", "qwen2.5-7b", "qwen2.5-1.5b", "--compile", "qwen2.5-0.5b"),
@@ -64,7 +64,17 @@ def stages(out: Path, toy: bool) -> list[Stage]:
 def sanitized(share: float) -> list[Stage]:
     """memcheck and racecheck, where compute-sanitizer is; everything in one process, that it sees."""
     found = next((path for name in SANITIZERS if (path := shutil.which(name))), None)
-    run = [sys.executable, "-m", "bench.parity", "--toy", "--alone", "--dtypes", "bfloat16", "--lines", os.devnull]
+    run = [
+        sys.executable,
+        "-m",
+        "bench.proof.parity",
+        "--toy",
+        "--alone",
+        "--dtypes",
+        "bfloat16",
+        "--lines",
+        os.devnull,
+    ]
     return [
         Stage(
             f"compute-sanitizer {tool}", f"{tool}.txt", share / 2,

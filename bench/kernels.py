@@ -6,7 +6,7 @@ All sides of a row are timed in turn, forward alone and forward with backward: m
 and GB/s are of what the operation needs at least, so a side that moves more shows less; the share is of the roof that binds. The
 error is the largest difference from fp64, relative to the largest value; memory is the peak beyond the arguments. On a GPU times
 are those of the GPU's work, launches queued beforehand. Without one the CPU paths run, and for cards only arithmetic is printed:
-bytes and operations of ours, of others and the least (bench/counted.py), and the bound of the data sheet.
+bytes and operations of ours, of others and the least (bench/proof/counted.py), and the bound of the data sheet.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from bench import formulations as others
-from bench.counted import arithmetic
 from bench.operations import Entry, Operation, both_ways, leaves, of_model, present, upstream
+from bench.proof.counted import arithmetic
+from bench.proof.rule import distance
 from bench.roof import Roof, machine, roof
-from bench.rule import distance
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
-from minilora.kernels.dispatch import force, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 
 SHAPES = {**MODELS, "toy": TOY}
 OURS = "minilora"
@@ -45,7 +45,7 @@ def sides(operation: Operation, name: str, compile_too: bool, device: torch.devi
     """What computes the operation: ours first."""
     found: dict[str, Callable[..., Any]] = {OURS: operation.op}
     if use_triton(torch.empty(0, device=device)):
-        found[f"{OURS}, kernels off"] = inside(lambda: force(False), operation.op)
+        found[f"{OURS}, kernels off"] = inside(lambda: kernels_enabled(False), operation.op)
         if name.startswith(("lora_", "linear_cross")):
             found[f"{OURS}, library GEMM"] = inside(use_library_gemm, operation.op)
     if compile_too:

@@ -1,6 +1,6 @@
 """Every operation as a function of plain arguments, with its reference, the formulations of others and what it needs at least.
 
-The table of times (bench/kernels.py) and the check of results (bench/parity.py) go over the same list: `of_model` has the
+The table of times (bench/kernels.py) and the check of results (bench/proof/parity.py) go over the same list: `of_model` has the
 operations of one layer and the loss at a model's sizes.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import formulations as others
+from bench.proof.traffic import Cost
 from bench.shapes import Shape
-from bench.traffic import Cost
 from minilora.kernels import (
     attention,
     cross_entropy,
@@ -115,7 +115,7 @@ def norm(rows: int, n: int, trained: tuple[int, ...] = (0,), once: bool = False,
 
 def add_norm(rows: int, n: int, trained: tuple[int, ...] = (0, 1), once: bool = False) -> Entry:
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
-        args, _ = rms_norm.add_example(rows, n, dtype, str(device), once=once)
+        args, _ = rms_norm.add_example(rows, n, dtype, str(device), round_once=once)
         cost = passes(rows * n, dtype, 4, 4)
         peers = {} if once else {"hf": lambda x, r, w, eps, *_: others.hf_add_rms_norm(x, r, w, eps)}
         return Operation(rms_norm.add_rms_norm, rms_norm.add_rms_norm_ref, args, trained, cost, peers)
@@ -281,14 +281,14 @@ def attend(
     """The reference goes document by document: its scores of the whole stream would not fit."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
-        (q, k, v, seams), cost = attention.example(list(lengths), heads, groups, size, dtype, str(device))
-        prefixes = None if prefix is None else [min(prefix, n) for n in lengths]
+        (q, k, v, cu_seqlens), cost = attention.example(list(lengths), heads, groups, size, dtype, str(device))
+        prefix_lens = None if prefix is None else [min(prefix, n) for n in lengths]
 
         def by_document(one: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def alone(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
                 parts = []
-                for i, (start, end) in enumerate(pairwise(seams)):
-                    own = None if prefixes is None else [prefixes[i]]
+                for i, (start, end) in enumerate(pairwise(cu_seqlens)):
+                    own = None if prefix_lens is None else [prefix_lens[i]]
                     span = slice(start, end)
                     parts.append(one(q[span], k[span], v[span], [0, end - start], window, own))
                 return torch.cat(parts)
@@ -300,7 +300,7 @@ def attend(
         least = Cost(cost["flops"], size_of, 2.5 * cost["flops"], 2 * size_of)
         plain = window is None and prefix is None
         peers = {"sdpa, by document": others.sdpa_by_document} if plain else {}
-        args, ref = (q, k, v, seams, window, prefixes), by_document(attention.attention_ref)
+        args, ref = (q, k, v, cu_seqlens, window, prefix_lens), by_document(attention.attention_ref)
         return Operation(attention.attention, ref, args, (0, 1, 2), least, peers, by_document(others.eager_attention))
 
     form = "" if window is None else f", window {window}"

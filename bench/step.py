@@ -28,13 +28,12 @@ from bench.roof import machine
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
-from minilora.data import Batch
-from minilora.evaluate import batch_loss
 from minilora.flops import peak_flops, step_flops
-from minilora.kernels.dispatch import force, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.lora import LoRALinear, add_lora
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
+from minilora.models.stream import Batch, Documents
 
 SHAPES = {**MODELS, "toy": TOY}
 
@@ -49,7 +48,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: i
     with torch.device("meta"):
         model = qwen.decoder(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False)
-    layers.lay_together(model)
+    layers.pack_weights(model)
     for name, p in model.named_parameters():
         p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
     add_lora(model, r=rank, alpha=2 * rank)
@@ -62,13 +61,12 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: i
 def stream(shape: Shape, tokens: int, document: int, device: torch.device) -> Batch:
     """Documents end to end, the second half of each trained."""
     ids = torch.randint(shape.vocab, (tokens,), device=device)
-    place = torch.arange(tokens, device=device) % document
-    rows = (
-        (place >= document // 2) & (place < document - 1) & (torch.arange(tokens, device=device) < tokens - 1)
-    ).nonzero()
-    rows = rows.squeeze(1)
-    seams = [*range(0, tokens, document), tokens]
-    return Batch(ids, place, seams, rows, ids[rows + 1], [])
+    lengths = [min(document, tokens - start) for start in range(0, tokens, document)]
+    documents = Documents.of(lengths, device=device)
+    position = documents.positions
+    trained = (position >= document // 2) & (position < document - 1)
+    index = trained[:-1].nonzero().squeeze(1)
+    return Batch(ids, documents, index, ids[index + 1], [])
 
 
 @contextmanager
@@ -78,12 +76,12 @@ def formulated_by_others() -> Iterator[None]:
     def linear(self: LoRALinear, x: Tensor) -> Tensor:
         return others.peft_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
 
-    def add_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, once: bool = False) -> tuple[Tensor, Tensor]:
+    def add_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, round_once: bool = False) -> tuple[Tensor, Tensor]:
         return others.hf_add_rms_norm(x, residual, w, eps)
 
     plain: dict[str, Any] = {
         "project": lambda x, *linears: tuple(each(x) for each in linears),
-        "rms_norm": lambda x, w, eps, once=False: others.hf_rms_norm(x, w, eps),
+        "rms_norm": lambda x, w, eps, round_once=False: others.hf_rms_norm(x, w, eps),
         "add_rms_norm": add_norm,
         "rope": lambda x, cos, sin, interleaved=False: others.hf_rope(x, cos, sin),
         "swiglu": others.hf_swiglu,
@@ -105,7 +103,7 @@ def sides(model: Decoder, batch: Batch, compile_too: bool) -> dict[str, Callable
                 with ExitStack() as stack:
                     for context in contexts:
                         stack.enter_context(context())
-                    loss = loss_of() / len(batch.rows)
+                    loss = loss_of() / len(batch.targets)
                     loss.backward()
                 return float(loss.detach())
             finally:
@@ -114,13 +112,13 @@ def sides(model: Decoder, batch: Batch, compile_too: bool) -> dict[str, Callable
         return call
 
     def ours() -> Tensor:
-        return batch_loss(model, batch)
+        return model.loss(batch)
 
     def theirs(run: Callable[..., Tensor] = model) -> Tensor:
-        hidden = run(batch.ids, batch.positions, batch.seams, batch.rows)
+        hidden = run(batch.ids, batch.documents, batch.target_index)
         return others.hf_linear_cross_entropy(hidden, model.head, batch.targets)
 
-    off, recomputing = partial(force, False), partial(patch.object, model, "checkpointing", True)
+    off, recomputing = partial(kernels_enabled, False), partial(patch.object, model, "checkpointing", True)
     found = {"minilora": step(ours), "minilora, recomputing": step(ours, recomputing)}
     if use_triton(model.head):
         found["minilora, library GEMM"] = step(ours, use_library_gemm)

@@ -2,19 +2,19 @@
 
     out[t] = softmax(q[t] K^T / sqrt(E)) V    over the keys of t's own document at or before t
 
-q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), seams [S + 1] the documents' bounds in the stream
-(cu_seqlens). `window` limits a query to the last `window` keys, itself included. `prefixes` [S] is a prefix-LM
+q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), cu_seqlens [S + 1] the documents' bounds in the stream
+(cu_seqlens). `window` limits a query to the last `window` keys, itself included. `prefix_lens` [S] is a prefix-LM
 (ChatGLM-6B): the first n tokens of a document all see each other.
 
 The work is torch's own flash attention (Dao, 2023): on the CPU one call a document, on CUDA one call for the whole stream.
 What goes from the forward to the backward is out and lse, the log-sum-exp of each query's scores. They are explicit here, so
 that a block under activation checkpointing may keep them and not attend again when it is recomputed:
 
-    kept = attention_forward(q, k, v, seams)          first pass, nothing recorded
-    out = attention(q, k, v, seams, kept=kept)        recomputation: kept's out, and the gradients of q, k and v
+    saved = attention_forward(q, k, v, cu_seqlens)          first pass, nothing recorded
+    out = attention(q, k, v, cu_seqlens, saved=saved)        recomputation: saved's out, and the gradients of q, k and v
 
 A block mask over the whole stream would cost T^2; where a document needs a mask (window or prefix, on the CPU) it is that
-document's own. CUDA flash attention takes fp16 and bf16 and no prefixes; for the rest F.scaled_dot_product_attention does
+document's own. CUDA flash attention takes fp16 and bf16 and no prefix_lens; for the rest F.scaled_dot_product_attention does
 one document at a time, which gives no lse: attention_forward then has None for it, and attention attends again.
 
 Proven on the CPU. The CUDA call follows torch's varlen_attn; its arguments were tested on a stand-in, it has not run on a GPU.
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree
+from minilora.kernels.dispatch import check_same
 
 WIDE_BACKWARD = 256  # tokens of the longest document whose backward is computed in fp32 on a CPU
 GROUPED_ON_CPU = torch.__version__ >= "2.9"  # flash attention there with fewer heads in k and v than in q
@@ -39,19 +39,24 @@ aten = torch.ops.aten
 
 
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: list[int],
+    window: int | None = None,
+    prefix_lens: list[int] | None = None,
 ) -> Tensor:
     """The specification: one [T, T] mask, softmax in fp32 or wider."""
     tokens, heads, size = q.shape
     k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
-    place = torch.arange(tokens, device=q.device)
-    document = torch.bucketize(place, torch.tensor(seams[1:], device=q.device), right=True)
-    seen = place[:, None] >= place
+    position = torch.arange(tokens, device=q.device)
+    document = torch.bucketize(position, torch.tensor(cu_seqlens[1:], device=q.device), right=True)
+    seen = position[:, None] >= position
     if window is not None:
-        seen &= place[:, None] - place < window
-    if prefixes is not None:
-        end = torch.tensor(seams[:-1], device=q.device) + torch.tensor(prefixes, device=q.device)
-        seen |= place < end[document]
+        seen &= position[:, None] - position < window
+    if prefix_lens is not None:
+        end = torch.tensor(cu_seqlens[:-1], device=q.device) + torch.tensor(prefix_lens, device=q.device)
+        seen |= position < end[document]
     seen &= document[:, None] == document
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhe,khe->hqk", q.to(wide), k.to(wide)) * size**-0.5
@@ -59,17 +64,17 @@ def attention_ref(
     return torch.einsum("hqk,khe->qhe", weights, v.to(wide)).to(q.dtype)
 
 
-class _Sight(NamedTuple):
+class MaskSpec(NamedTuple):
     """Which keys a query sees."""
 
-    seams: tuple[int, ...]
+    cu_seqlens: tuple[int, ...]
     window: int | None
-    prefixes: tuple[int, ...] | None
+    prefix_lens: tuple[int, ...] | None
 
     def documents(self, device: torch.device) -> Iterator[tuple[slice, Tensor | None]]:
-        """The place of each document in the stream, and its mask; None is causal."""
-        lengths = [end - start for start, end in pairwise(self.seams)]
-        for start, n, prefix in zip(self.seams, lengths, self.prefixes or [0] * len(lengths), strict=False):
+        """Where each document lies in the stream, and its mask; None is causal."""
+        lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
+        for start, n, prefix in zip(self.cu_seqlens, lengths, self.prefix_lens or [0] * len(lengths), strict=False):
             if n:
                 yield slice(start, start + n), _mask(n, n, self.window, prefix, device)
 
@@ -78,11 +83,11 @@ def _mask(queries: int, keys: int, window: int | None, prefix: int, device: torc
     """[queries, keys], true where a query may look; the queries are the last of the keys. None where that is causal."""
     if queries == keys and (window is None or window >= keys) and prefix < 2:
         return None
-    place = torch.arange(keys - queries, keys, device=device)[:, None]
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)
-    seen = key <= place
+    seen = key <= position
     if window is not None:
-        seen &= place - key < window
+        seen &= position - key < window
     return seen | (key < prefix) if prefix else seen
 
 
@@ -99,10 +104,10 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, sight: _Sight) -> tuple[Tensor, Tensor]:
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> tuple[Tensor, Tensor]:
     """out [T, H, E] and lse [T, H], one document at a time."""
     outs, sums = [], []
-    for span, mask in sight.documents(q.device):
+    for span, mask in spec.documents(q.device):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             *_heads_first(q[span], k[span], v[span]), 0.0, mask is None, attn_mask=_additive(mask, q.dtype)
         )
@@ -112,10 +117,10 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, sight: _Sight) -> tuple[Tensor
 
 
 def _cpu_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sight: _Sight
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: MaskSpec
 ) -> tuple[Tensor, ...]:
     grads = []
-    for span, mask in sight.documents(q.device):
+    for span, mask in spec.documents(q.device):
         # torch's 16-bit backward is up to eight times slower than its fp32 one on short documents
         wide = q.element_size() == 2 and span.stop - span.start <= WIDE_BACKWARD
         dtype = torch.float32 if wide else q.dtype
@@ -129,30 +134,30 @@ def _cpu_backward(
 
 
 @lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _cu_seqlens(seams: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(seams, dtype=torch.int32, device=device)
+def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
 
 
-def _stream_form(q: Tensor, sight: _Sight) -> tuple[tuple, dict]:
+def _stream_form(q: Tensor, spec: MaskSpec) -> tuple[tuple, dict]:
     """What CUDA flash attention takes beside its tensors: bounds and longest, of queries and of keys; no dropout; the window."""
-    bounds = _cu_seqlens(sight.seams, q.device)
-    longest = max(end - start for start, end in pairwise(sight.seams))
-    causal = sight.window is None
-    window = {"window_size_left": -1 if sight.window is None else sight.window - 1, "window_size_right": 0}
+    bounds = _on_device(spec.cu_seqlens, q.device)
+    longest = max(end - start for start, end in pairwise(spec.cu_seqlens))
+    causal = spec.window is None
+    window = {"window_size_left": -1 if spec.window is None else spec.window - 1, "window_size_right": 0}
     return (bounds, bounds, longest, longest, 0.0, causal), window
 
 
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, sight: _Sight) -> tuple[Tensor, Tensor]:
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> tuple[Tensor, Tensor]:
     """out [T, H, E] and lse [H, T], the whole stream at once."""
-    form, window = _stream_form(q, sight)
+    form, window = _stream_form(q, spec)
     out, lse, *_ = aten._flash_attention_forward(*_side_by_side(q, k, v), *form, False, **window)
     return out, lse
 
 
 def _cuda_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sight: _Sight
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: MaskSpec
 ) -> tuple[Tensor, ...]:
-    form, window = _stream_form(q, sight)
+    form, window = _stream_form(q, spec)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     return aten._flash_attention_backward(*_side_by_side(dout, q, k, v, out), lse, *form, *no_dropout, **window)
 
@@ -161,7 +166,7 @@ def _side_by_side(*stream: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in stream)
 
 
-def _flash(q: Tensor, k: Tensor, sight: _Sight) -> bool:
+def _flash(q: Tensor, k: Tensor, spec: MaskSpec) -> bool:
     """Whether torch's flash attention takes this."""
     if q.device.type in ("cpu", "meta"):  # tensors without data are counted on the CPU's path
         return GROUPED_ON_CPU or q.shape[1] == k.shape[1]
@@ -170,26 +175,26 @@ def _flash(q: Tensor, k: Tensor, sight: _Sight) -> bool:
     capability, size = torch.cuda.get_device_capability(q.device), q.shape[2]
     wide = size <= 192 or (size <= 256 and capability in ((8, 0), (9, 0)))  # other cards lack the room for the backward
     there = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
-    return there and capability >= (8, 0) and wide and size % 8 == 0 and sight.prefixes is None
+    return there and capability >= (8, 0) and wide and size % 8 == 0 and spec.prefix_lens is None
 
 
 class _Flash(torch.autograd.Function):
     """out and lse are what an earlier forward of the same q, k and v left, or None."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sight: _Sight, out: Tensor | None, lse: Tensor | None) -> Tensor:
-        kept = out is not None
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, out: Tensor | None, lse: Tensor | None) -> Tensor:
+        saved = out is not None
         if out is None:
-            out, lse = (_cuda_forward if q.is_cuda else _cpu_forward)(q, k, v, sight)
+            out, lse = (_cuda_forward if q.is_cuda else _cpu_forward)(q, k, v, spec)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.sight = sight
-        return out.detach() if kept else out
+        ctx.spec = spec
+        return out.detach() if saved else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
-        all_three = (_cuda_backward if q.is_cuda else _cpu_backward)(grads[0], q, k, v, out, lse, ctx.sight)
+        all_three = (_cuda_backward if q.is_cuda else _cpu_backward)(grads[0], q, k, v, out, lse, ctx.spec)
         wanted = (g if needed else None for g, needed in zip(all_three, ctx.needs_input_grad, strict=False))
         return *wanted, None, None, None
 
@@ -198,55 +203,60 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seams: list[int],
+    cu_seqlens: list[int],
     window: int | None = None,
-    prefixes: list[int] | None = None,
-    kept: tuple[Tensor, Tensor | None] | None = None,
+    prefix_lens: list[int] | None = None,
+    saved: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Attend within each document of the stream: q [T, H, E], k, v [T, G, E] -> [T, H, E].
 
-    `kept` is what attention_forward gave for the same arguments: its out is returned and nothing is computed, the backward is
-    that of the plain call to the bit. ValueError for shapes, seams, window or prefixes that do not fit.
+    `saved` is what attention_forward gave for the same arguments: its out is returned and nothing is computed, the backward is
+    that of the plain call to the bit. ValueError for shapes, cu_seqlens, window or prefix_lens that do not fit.
     """
-    sight = _checked(q, k, v, seams, window, prefixes)
-    if not _flash(q, k, sight):
-        return _whole([_sdpa(q[span], k[span], v[span], mask) for span, mask in sight.documents(q.device)])
-    out, lse = (None, None) if kept is None else kept
-    return _Flash.apply(q, k, v, sight, out, lse)  # pyright: ignore[reportReturnType]
+    spec = _checked(q, k, v, cu_seqlens, window, prefix_lens)
+    if not _flash(q, k, spec):
+        return _whole([_sdpa(q[span], k[span], v[span], mask) for span, mask in spec.documents(q.device)])
+    out, lse = (None, None) if saved is None else saved
+    return _Flash.apply(q, k, v, spec, out, lse)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: list[int],
+    window: int | None = None,
+    prefix_lens: list[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out [T, H, E] of attention, without a gradient, and the log-sum-exp to keep with it, or None where torch gives none."""
-    sight = _checked(q, k, v, seams, window, prefixes)
-    if not _flash(q, k, sight):
-        return attention(q, k, v, seams, window, prefixes), None
-    return (_cuda_forward if q.is_cuda else _cpu_forward)(q, k, v, sight)
+    spec = _checked(q, k, v, cu_seqlens, window, prefix_lens)
+    if not _flash(q, k, spec):
+        return attention(q, k, v, cu_seqlens, window, prefix_lens), None
+    return (_cuda_forward if q.is_cuda else _cpu_forward)(q, k, v, spec)
 
 
 def _checked(
-    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None, prefixes: list[int] | None
-) -> _Sight:
-    agree("attention", q=q, k=k, v=v)
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], window: int | None, prefix_lens: list[int] | None
+) -> MaskSpec:
+    check_same("attention", q=q, k=k, v=v)
     if q.dim() != 3 or k.shape != v.shape or k.shape != (q.shape[0], k.shape[1], q.shape[2]) or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; "
             "it takes [T, H, E] and twice [T, G, E], H a multiple of G"
         )
-    lengths = [end - start for start, end in pairwise(seams)]
-    if not lengths or seams[0] != 0 or seams[-1] != q.shape[0] or min(lengths) < 0 or q.shape[0] == 0:
-        raise ValueError(f"attention: seams {seams} must go up from 0 to the {q.shape[0]} tokens")
-    if window is not None and (window < 1 or prefixes is not None):
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    if not lengths or cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[0] or min(lengths) < 0 or q.shape[0] == 0:
+        raise ValueError(f"attention: cu_seqlens {cu_seqlens} must go up from 0 to the {q.shape[0]} tokens")
+    if window is not None and (window < 1 or prefix_lens is not None):
         raise ValueError(
-            f"attention: window is {window}; it must be positive, and there are no prefixes beside a window"
+            f"attention: window is {window}; it must be positive, and there are no prefix_lens beside a window"
         )
-    if prefixes is not None and (
-        len(prefixes) != len(lengths) or not all(0 <= p <= n for p, n in zip(prefixes, lengths, strict=True))
+    if prefix_lens is not None and (
+        len(prefix_lens) != len(lengths) or not all(0 <= p <= n for p, n in zip(prefix_lens, lengths, strict=True))
     ):
-        raise ValueError(f"attention: prefixes {prefixes} must lie within documents of {lengths} tokens")
-    return _Sight(tuple(seams), window, None if prefixes is None else tuple(prefixes))
+        raise ValueError(f"attention: prefix_lens {prefix_lens} must lie within documents of {lengths} tokens")
+    return MaskSpec(tuple(cu_seqlens), window, None if prefix_lens is None else tuple(prefix_lens))
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -277,5 +287,5 @@ def example(
     tokens = sum(lengths)
     q = torch.randn(tokens, heads, size, device=device, dtype=dtype)
     k, v = (torch.randn(tokens, groups, size, device=device, dtype=dtype) for _ in range(2))
-    seams = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    return (q, k, v, seams), {"flops": sum(2 * heads * size * n * (n + 1) for n in lengths)}
+    cu_seqlens = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    return (q, k, v, cu_seqlens), {"flops": sum(2 * heads * size * n * (n + 1) for n in lengths)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.kernels.dispatch import use_triton
-from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rows_of, store, tl, wide
+from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rows_of, store, tl
 
 IGNORED = -100  # the target of a row that has none
 BLOCK = (
@@ -41,10 +41,10 @@ def cross_entropy_ref(logits: Tensor, targets: Tensor, scale: Tensor | None = No
 
 
 @jit
-def true_logit(row_ptr, target, V, WIDE: tl.constexpr):
+def true_logit(row_ptr, target, V, ACC: tl.constexpr):
     """NaN for a class that does not exist: a loss that is seen to be wrong."""
     exists = (target >= 0) & (target < V)
-    return tl.where(exists, load(row_ptr + target, exists, WIDE), float("nan"))
+    return tl.where(exists, load(row_ptr + target, exists, ACC), float("nan"))
 
 
 @jit
@@ -59,26 +59,26 @@ def loss_of(others, true):
 
 @jit
 def store_gradient(
-    out_ptr, logits_ptr, target, V, top, others, true, scale, first, last, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    out_ptr, logits_ptr, target, V, top, others, true, scale, first, last, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
     """scale * (softmax - onehot) of the columns first to last of one row; out_ptr may be logits_ptr."""
     factor = scale / (others + tl.exp(true - top))
     for start in range(first, last, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        e = tl.exp(load(logits_ptr + col, col < V, WIDE) - top)
+        e = tl.exp(load(logits_ptr + col, col < V, ACC) - top)
         store(out_ptr + col, tl.where(col == target, -others, e) * factor, col < V)
 
 
 @jit
-def store_zeros(out_ptr, V, first, last, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def store_zeros(out_ptr, V, first, last, BLOCK: tl.constexpr, ACC: tl.constexpr):
     for start in range(first, last, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        store(out_ptr + col, tl.zeros((BLOCK,), WIDE), col < V)
+        store(out_ptr + col, tl.zeros((BLOCK,), ACC), col < V)
 
 
 @jit
 def _fwd_kernel(
-    logits_ptr, targets_ptr, loss_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    logits_ptr, targets_ptr, loss_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """One row a program. stats_ptr is None where no backward follows, dlogits_ptr where the gradient is not made here."""
     row = tl.program_id(0).to(tl.int64)
@@ -88,25 +88,25 @@ def _fwd_kernel(
         dlogits_ptr += row * V
     scale = 1.0
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(WIDE)
+        scale = tl.load(scale_ptr).to(ACC)
     if target == _IGNORED:
-        store(loss_ptr + row, tl.zeros((), WIDE), True)
+        store(loss_ptr + row, tl.zeros((), ACC), True)
         if stats_ptr is not None:
-            store(stats_ptr + 2 * row, tl.zeros((), WIDE), True)
-            store(stats_ptr + 2 * row + 1, tl.zeros((), WIDE), True)
+            store(stats_ptr + 2 * row, tl.zeros((), ACC), True)
+            store(stats_ptr + 2 * row + 1, tl.zeros((), ACC), True)
         if dlogits_ptr is not None:
-            store_zeros(dlogits_ptr, V, 0, V, BLOCK, WIDE)
+            store_zeros(dlogits_ptr, V, 0, V, BLOCK, ACC)
     else:
         # every lane keeps its own maximum and the sum of exponentials under it
-        top, others = tl.full((BLOCK,), _LOWEST, WIDE), tl.zeros((BLOCK,), WIDE)
+        top, others = tl.full((BLOCK,), _LOWEST, ACC), tl.zeros((BLOCK,), ACC)
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            z = load(logits_ptr + col, col < V, WIDE)
+            z = load(logits_ptr + col, col < V, ACC)
             z = tl.where((col < V) & (col != target), z, -float("inf"))
             e = tl.exp(-tl.abs(z - top))
             others = tl.where(z > top, others * e + 1, others + e)
             top = tl.where(z > top, z, top)
-        true = true_logit(logits_ptr, target, V, WIDE)
+        true = true_logit(logits_ptr, target, V, ACC)
         peak = tl.maximum(tl.max(top, 0), true)
         others = tl.sum(others * tl.exp(top - peak), 0)
         store(loss_ptr + row, scale * loss_of(others, true - peak), True)
@@ -114,12 +114,12 @@ def _fwd_kernel(
             store(stats_ptr + 2 * row, peak, True)
             store(stats_ptr + 2 * row + 1, others, True)
         if dlogits_ptr is not None:
-            store_gradient(dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, 0, V, BLOCK, WIDE)
+            store_gradient(dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, 0, V, BLOCK, ACC)
 
 
 @jit
 def _bwd_kernel(
-    logits_ptr, targets_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, blocks, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    logits_ptr, targets_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, blocks, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """One stretch of one row a program."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -128,25 +128,25 @@ def _bwd_kernel(
     logits_ptr += row * stride
     dlogits_ptr += row * V
     if target == _IGNORED:
-        store_zeros(dlogits_ptr, V, first, first + BLOCK, BLOCK, WIDE)
+        store_zeros(dlogits_ptr, V, first, first + BLOCK, BLOCK, ACC)
     else:
         peak, others = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
-        true = true_logit(logits_ptr, target, V, WIDE)
-        scale = tl.load(scale_ptr).to(WIDE)
+        true = true_logit(logits_ptr, target, V, ACC)
+        scale = tl.load(scale_ptr).to(ACC)
         store_gradient(
-            dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, first, first + BLOCK, BLOCK, WIDE
+            dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, first, first + BLOCK, BLOCK, ACC
         )  # fmt: skip
 
 
 @jit
-def _rescale_kernel(x_ptr, scale_ptr, V, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _rescale_kernel(x_ptr, scale_ptr, V, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """x *= scale, one row a program; nothing is read or written where scale is 1."""
-    scale = tl.load(scale_ptr).to(WIDE)
+    scale = tl.load(scale_ptr).to(ACC)
     x_ptr += tl.program_id(0).to(tl.int64) * V
     if scale != 1:
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            store(x_ptr + col, load(x_ptr + col, col < V, WIDE) * scale, col < V)
+            store(x_ptr + col, load(x_ptr + col, col < V, ACC) * scale, col < V)
 
 
 def row_tile(v: int, most: int) -> dict[str, int]:
@@ -170,7 +170,7 @@ class _OnTriton(torch.autograd.Function):
         if m:
             with torch.cuda.device_of(logits):
                 _fwd_kernel[(m,)](
-                    rows, targets, losses, stats, dlogits, scale, rows.stride(0), v, WIDE=wide(logits.dtype), **row_tile(v, BLOCK)
+                    rows, targets, losses, stats, dlogits, scale, rows.stride(0), v, ACC=accum_dtype(logits.dtype), **row_tile(v, BLOCK)
                 )  # fmt: skip
         ctx.early, ctx.dlogits = scale is not None, dlogits
         if not ctx.early:
@@ -191,7 +191,7 @@ class _OnTriton(torch.autograd.Function):
             if dlogits.numel():
                 m, v = dlogits.shape
                 with torch.cuda.device_of(dlogits):
-                    _rescale_kernel[(m,)](dlogits, scale, v, WIDE=wide(dlogits.dtype), **row_tile(v, BLOCK))
+                    _rescale_kernel[(m,)](dlogits, scale, v, ACC=accum_dtype(dlogits.dtype), **row_tile(v, BLOCK))
             return dlogits, None, None
         logits, targets, stats = ctx.saved_tensors
         rows = rows_of(logits)
@@ -202,7 +202,16 @@ class _OnTriton(torch.autograd.Function):
         if m:
             with torch.cuda.device_of(logits):
                 _bwd_kernel[(m * blocks,)](
-                    rows, targets, stats, dlogits, scale, rows.stride(0), v, blocks, WIDE=wide(logits.dtype), **tile
+                    rows,
+                    targets,
+                    stats,
+                    dlogits,
+                    scale,
+                    rows.stride(0),
+                    v,
+                    blocks,
+                    ACC=accum_dtype(logits.dtype),
+                    **tile,
                 )
         return dlogits, None, None
 

@@ -36,7 +36,7 @@ def run(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(_NoContext(), *args)
 
 
-def agree(op: str, **tensors: Tensor) -> None:
+def check_same(op: str, **tensors: Tensor) -> None:
     """ValueError if the tensors of an operation have not one floating-point dtype and one device."""
     (first, x), *others = tensors.items()
     if not x.is_floating_point():
@@ -49,7 +49,7 @@ def agree(op: str, **tensors: Tensor) -> None:
 
 
 @contextmanager
-def force(on: bool) -> Iterator[None]:
+def kernels_enabled(on: bool) -> Iterator[None]:
     """Turn the kernels off, or on again, for the calls inside; a backward follows its own forward."""
     global _on
     before, _on = _on, on

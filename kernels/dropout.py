@@ -76,7 +76,7 @@ def threshold(p: float) -> int:
 
 
 @jit
-def kept(seed, threshold, row, first, COLUMNS: tl.constexpr):
+def keep_mask(seed, threshold, row, first, COLUMNS: tl.constexpr):
     """Bool [ROWS, COLUMNS], true where a value is kept: rows `row` [ROWS, 1], columns from `first`, a multiple of 8."""
     group = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     c0, c1, c2, c3 = tl.philox(seed, row.to(tl.int32), group, group * 0, group * 0, _ROUNDS)

@@ -37,7 +37,7 @@ INTERPRET = tl.constexpr(INTERPRETED)
 PINNED = {"enable_fp_fusion": True}  # options of every launch; the default differs between 3.9 and 3.10
 
 
-def wide(dtype: torch.dtype) -> "tl.dtype":
+def accum_dtype(dtype: torch.dtype) -> "tl.dtype":
     """What a kernel computes in: fp32, and fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -49,8 +49,8 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def load(ptrs, mask, WIDE: tl.constexpr):
-    return tl.load(ptrs, mask=mask, other=0.0).to(WIDE)
+def load(ptrs, mask, ACC: tl.constexpr):
+    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
 
 
 @jit

@@ -30,12 +30,13 @@ from torch.autograd.function import once_differentiable
 
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels.cross_entropy import IGNORED, Softmax, blocks_of, check_targets
-from minilora.kernels.dispatch import agree, architecture, library_gemm, run, use_triton
+from minilora.kernels.dispatch import architecture, check_same, library_gemm, run, use_triton
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import (
     INTERPRET,
     INTERPRETED,
     PINNED,
+    accum_dtype,
     cdiv,
     halves,
     jit,
@@ -45,7 +46,6 @@ from minilora.kernels.lang import (
     rounded,
     store,
     tl,
-    wide,
 )
 
 CHUNK_ROWS = 256  # rows whose logits exist at a time, on the CPU
@@ -83,7 +83,7 @@ def linear_cross_entropy_ref(x: Tensor, head: Tensor, targets: Tensor) -> Tensor
 @jit(do_not_specialize=["rows", "row_tiles"], do_not_specialize_on_alignment=["parts"])
 def _logits_kernel(
     x_ptr, head_ptr, targets_ptr, logits_ptr, partial_ptr, x_stride, head_stride, rows, V, D, row_tiles, parts,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, WIDE: tl.constexpr
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """One tile of logits a program; the tiles that read the same rows of the head run one after the other.
 
@@ -100,19 +100,22 @@ def _logits_kernel(
     b_ptr = head_ptr + (tile * COLUMNS).to(tl.int64) * head_stride
     a_offsets = row[:, None] * x_stride + inner[None, :]
     b_offsets = column[None, :] * head_stride + inner[:, None]
-    z = tl.zeros((ROWS, COLUMNS), WIDE)
+    # logits of the tile: z = x head^T                            [ROWS, INNER] x [INNER, COLUMNS]
+    z = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, D, INNER):
         a = tl.load(a_ptr + k + a_offsets, mask=inside[:, None] & (inner[None, :] < D - k), other=0.0)
         b = tl.load(b_ptr + k + b_offsets, mask=within[None, :] & (inner[:, None] < D - k), other=0.0)
         if INTERPRET:
-            a, b = a.to(WIDE), b.to(WIDE)
-        z = tl.dot(a, b, z, input_precision="ieee", out_dtype=WIDE)
+            a, b = a.to(ACC), b.to(ACC)
+        z = tl.dot(a, b, z, input_precision="ieee", out_dtype=ACC)
+    # rounded as the reference has them, and stored where a gradient will be made of them
     target = tl.load(targets_ptr + first + row, mask=inside, other=_IGNORED)
     place = (target - tile * COLUMNS).to(tl.int32)
     z = rounded(z, x_ptr.dtype.element_ty)
     if logits_ptr is not None:
         logits_ptr += first * V + tile * COLUMNS
         store(logits_ptr + row[:, None] * V + column[None, :], z, inside[:, None] & within[None, :])
+    # the true class is left out of the log-sum-exp: _softmax_kernel adds it in fp32
     z = tl.where(within[None, :] & (column[None, :] != place[:, None]), z, -float("inf"))
     # half of the tile at a time: the registers hold all of it once
     left_half, right_half = halves(z)
@@ -125,21 +128,21 @@ def _logits_kernel(
 
 
 @jit
-def _true_logit(row_ptr, head_ptr, target, head_stride, V, D, WIDE: tl.constexpr):
+def _true_logit(row_ptr, head_ptr, target, head_stride, V, D, ACC: tl.constexpr):
     """One row of x times the head's row of its target; NaN for a class that does not exist."""
     exists = (target >= 0) & (target < V)
     head_ptr += tl.where(exists, target, 0) * head_stride
-    z = tl.zeros((1024,), WIDE)
+    z = tl.zeros((1024,), ACC)
     for start in range(0, D, 1024):
         col = start + tl.arange(0, 1024)
-        z += load(row_ptr + col, col < D, WIDE) * load(head_ptr + col, col < D, WIDE)
+        z += load(row_ptr + col, col < D, ACC) * load(head_ptr + col, col < D, ACC)
     return tl.where(exists, tl.sum(z, 0), float("nan"))
 
 
 @jit(do_not_specialize_on_alignment=["parts"])
 def _softmax_kernel(
     logits_ptr, partial_ptr, x_ptr, head_ptr, targets_ptr, loss_ptr, x_stride, head_stride, V, D, parts,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """One row a program; logits_ptr, overwritten with the gradient, is None where none is wanted."""
     row = tl.program_id(0).to(tl.int64)
@@ -147,24 +150,26 @@ def _softmax_kernel(
     if logits_ptr is not None:
         logits_ptr += row * V
     if target == _IGNORED:
-        store(loss_ptr + row, tl.zeros((), WIDE), True)
+        store(loss_ptr + row, tl.zeros((), ACC), True)
         if logits_ptr is not None:
-            ce.store_zeros(logits_ptr, V, 0, V, BLOCK, WIDE)
+            ce.store_zeros(logits_ptr, V, 0, V, BLOCK, ACC)
     else:
+        # log-sum-exp of the row: of its tiles, and of the true class
         part = tl.arange(0, PARTS)
         partial = tl.load(partial_ptr + row * parts + part, mask=part < parts, other=-float("inf"))
-        true = _true_logit(x_ptr + row * x_stride, head_ptr, target, head_stride, V, D, WIDE)
+        true = _true_logit(x_ptr + row * x_stride, head_ptr, target, head_stride, V, D, ACC)
         top = tl.maximum(tl.maximum(tl.max(partial, 0), _LOWEST), true)
         others = tl.sum(tl.exp(partial - top), 0)
         store(loss_ptr + row, ce.loss_of(others, true - top), True)
+        # softmax - onehot, over the logits
         if logits_ptr is not None:
-            ce.store_gradient(logits_ptr, logits_ptr, target, V, top, others, true, 1.0, 0, V, BLOCK, WIDE)
+            ce.store_gradient(logits_ptr, logits_ptr, target, V, top, others, true, 1.0, 0, V, BLOCK, ACC)
 
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["column_tiles"])
 def _dhead_kernel(
     p_ptr, x_ptr, dhead_ptr, x_stride, rows, V, D, column_tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, WIDE: tl.constexpr
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """dhead [V, D] += P^T x, one tile a program."""
     first = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS
@@ -173,13 +178,14 @@ def _dhead_kernel(
     inside, within = row < V - first, column < D - start
     p_ptrs = p_ptr + first + row[:, None] + inner[None, :] * V
     x_ptrs = x_ptr + start + inner[:, None] * x_stride + column[None, :]
-    z = tl.zeros((ROWS, COLUMNS), WIDE)
+    # dhead += P^T x                                              [ROWS, INNER] x [INNER, COLUMNS]
+    z = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, rows, INNER):
         p = tl.load(p_ptrs, mask=inside[:, None] & (inner[None, :] < rows - k), other=0.0)
         x = tl.load(x_ptrs, mask=(inner[:, None] < rows - k) & within[None, :], other=0.0)
         if INTERPRET:
-            p, x = p.to(WIDE), x.to(WIDE)
-        z = tl.dot(p, x, z, input_precision="ieee", out_dtype=WIDE)
+            p, x = p.to(ACC), x.to(ACC)
+        z = tl.dot(p, x, z, input_precision="ieee", out_dtype=ACC)
         p_ptrs += tl.cast(INNER, tl.int64) * V
         x_ptrs += tl.cast(INNER, tl.int64) * x_stride
     # a quarter of the columns at a time: the registers hold all of the tile once
@@ -188,11 +194,11 @@ def _dhead_kernel(
     for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         column = i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
         both = inside[:, None] & (column < D - start)
-        store(dhead_ptr + column, parts[i] + load(dhead_ptr + column, both, WIDE), both)
+        store(dhead_ptr + column, parts[i] + load(dhead_ptr + column, both, ACC), both)
 
 
 def _launch(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
-    shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner, "WIDE": wide(dtype)}
+    shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner, "ACC": accum_dtype(dtype)}
     return {**shape, "num_warps": tile.warps, "num_stages": tile.stages, **PINNED}
 
 
@@ -255,7 +261,7 @@ class _OnTriton(_OnTorch):
         buffer = torch.empty((size if written else 0, v), dtype=x.dtype, device=device)
         partial = torch.empty((size, parts), dtype=keep, device=device) if fused else None
         losses = torch.empty((m,), dtype=keep, device=device)
-        options = {"WIDE": wide(x.dtype), **ce.row_tile(v, ce.BLOCK)}
+        options = {"ACC": accum_dtype(x.dtype), **ce.row_tile(v, ce.BLOCK)}
         for start in range(0, m, chunk_rows):
             part = slice(start, start + chunk_rows)
             rows, target, loss = x[part], targets[part], losses[part]
@@ -303,7 +309,7 @@ def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
         raise ValueError(
             f"linear_cross_entropy: x [M, D], head [V, D] expected, not {list(x.shape)}, {list(head.shape)}"
         )
-    agree("linear_cross_entropy", x=x)
+    check_same("linear_cross_entropy", x=x)
     if head.device != x.device or not head.is_floating_point():
         raise ValueError(
             f"linear_cross_entropy: x is on {x.device}, head {head.dtype} on {head.device}; both on one device"

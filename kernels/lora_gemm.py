@@ -1,10 +1,10 @@
 """The wide products of linear layers with adapters, each output written once: the kernels of lora_linear_group.
 
-    y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + kept_j(dS_j A_j)
+    y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + mask_j(dS_j A_j)
 
-with S_j, dS_j, kept_j and s_j of lora_narrow. The accumulator of a tile starts from the narrow product; then comes the loop over
-the wide one. Under masks dX gets its narrow products after the loop. A tile belongs to one member of the group, so that any
-widths go together; tensors of the members come as tuples. A member without an adapter has rank 0. A and B are read in fp32 and
+with S_j, dS_j, mask_j and s_j of lora_shrink. The accumulator of a tile starts from the narrow product; then comes the loop over
+the wide one. Under masks dX gets its narrow products after the loop. A tile belongs to one projection of the group, so that any
+widths go together; tensors of the projections come as tuples. A projection without an adapter has rank 0. A and B are read in fp32 and
 rounded to the dtype of x on the way into the tensor cores.
 """
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.dispatch import architecture
-from minilora.kernels.dropout import kept, philox_key, threshold
+from minilora.kernels.dropout import keep_mask, philox_key, threshold
 from minilora.kernels.lang import (
     INTERPRET,
     INTERPRETED,
     PINNED,
+    accum_dtype,
     cdiv,
     jit,
     load,
@@ -29,7 +30,6 @@ from minilora.kernels.lang import (
     rows_of,
     store,
     tl,
-    wide,
 )
 from minilora.kernels.projection import Adapter, Projection
 
@@ -50,7 +50,7 @@ REPEATS = 2  # of S in the single pass, at the most
 GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cache
 
 
-def card(x: Tensor) -> int:
+def arch(x: Tensor) -> int:
     """0 for the interpreter, 80 or 90 for a card with their shared memory, 86 for any other."""
     found = 0 if INTERPRETED else architecture(x.device)
     return 90 if found in (90, 100, 103) else found if found in (0, 80) else 86
@@ -58,32 +58,32 @@ def card(x: Tensor) -> int:
 
 def configuration(table: dict, x: Tensor) -> dict:
     """The launch options of a table for the card that x is on."""
-    return {**table[card(x)], "WIDE": wide(x.dtype), **PINNED}
+    return {**table[arch(x)], "ACC": accum_dtype(x.dtype), **PINNED}
 
 
-def of_adapters(table: dict, x: Tensor, adapters: Sequence[Adapter]) -> dict:
+def launch_options(table: dict, x: Tensor, adapters: Sequence[Adapter]) -> dict:
     """The same for a kernel with the adapters' narrow products."""
-    options, width = configuration(table, x), slot(adapters)
-    return {**options, "COUNT": len(adapters), "SLOT": width, "R": min(options["R"], width)}
+    options, width = configuration(table, x), padded_rank(adapters)
+    return {**options, "COUNT": len(adapters), "PADDED_R": width, "R": min(options["R"], width)}
 
 
-def slot(adapters: Sequence[Adapter]) -> int:
+def padded_rank(adapters: Sequence[Adapter]) -> int:
     """Columns that every adapter of a group has in S: 16, 32 or a multiple of 64."""
     rank = max(a.a.shape[0] for a in adapters)
     return 16 if rank <= 16 else 32 if rank <= 32 else cdiv(rank, 64) * 64
 
 
-def drops(adapters: Sequence[Adapter]) -> dict:
+def dropout_args(adapters: Sequence[Adapter]) -> dict:
     """The arguments of a kernel that draws masks: keys and thresholds; and whether there is anything to draw."""
     return {
         "seeds": tuple(philox_key(a.key) for a in adapters),
         "thresholds": tuple(threshold(a.p) for a in adapters),
-        "DROPS": any(a.p for a in adapters),
+        "DROPOUT": any(a.p for a in adapters),
     }
 
 
-def members(projections: Sequence[Projection]) -> dict:
-    """What a kernel adds to x W^T, by member; one without bias or adapter has none of its columns or ranks."""
+def per_projection_args(projections: Sequence[Projection]) -> dict:
+    """What a kernel adds to x W^T, by projection; one without bias or adapter has none of its columns or ranks."""
     some = next(p.adapter.b for p in projections if p.adapter)
     b = [p.adapter.b.contiguous() if p.adapter else some for p in projections]
     adapted = [p.adapter is not None for p in projections]
@@ -93,26 +93,26 @@ def members(projections: Sequence[Projection]) -> dict:
         "scales": tuple(p.adapter.factor if p.adapter else 0.0 for p in projections),
         "bias_ns": tuple(0 if p.bias is None else p.weight.shape[0] for p in projections),
         "ranks": tuple(p.adapter.b.shape[1] if p.adapter else 0 for p in projections),
-        "slots": tuple(sum(adapted[:j]) for j in range(len(adapted))),
+        "s_index": tuple(sum(adapted[:j]) for j in range(len(adapted))),
     }
 
 
 def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
     """Whether x A^T inside the loop of x W^T, once a tile of columns, beats a pass over x of its own.
 
-    The pass costs the time to read x; in the loop it is 2 slot operations more for each value of x and every tile of columns. These
+    The pass costs the time to read x; in the loop it is 2 operations more, for each column of S, for each value of x and every tile of columns. These
     products are bound by operations, so that bytes are not to be bought with them: at most REPEATS tiles make S again, of at most
     32 columns, which takes less than half of the time to read x on an A100 (128 operations at 312 TFLOP/s, 2 bytes at 2.0 TB/s).
     Masks and wider S ask for more of shared memory than the tensor cores wait for.
     """
-    return adapter.p == 0 and cdiv(n, SINGLE[card(x)]["BN"]) <= REPEATS and slot([adapter]) <= 32
+    return adapter.p == 0 and cdiv(n, SINGLE[arch(x)]["BN"]) <= REPEATS and padded_rank([adapter]) <= 32
 
 
 @jit
-def operand(ptrs, mask, WIDE: tl.constexpr):
+def operand(ptrs, mask, ACC: tl.constexpr):
     """What tl.dot takes: 16 bits as they lie in memory, so that the copy is asynchronous; widened where bits lie (lang)."""
     if INTERPRET:
-        return load(ptrs, mask, WIDE)
+        return load(ptrs, mask, ACC)
     else:
         return tl.load(ptrs, mask=mask, other=0.0)
 
@@ -132,16 +132,16 @@ def dot(a, b, acc):
 
 
 @jit
-def member(values, own, COUNT: tl.constexpr):
-    """values[own] of a tuple, for a member that is known only when the kernel runs."""
+def select(values, index, COUNT: tl.constexpr):
+    """values[index] of a tuple, for a projection that is known only when the kernel runs."""
     value = values[0]
     for j in tl.static_range(1, COUNT):
-        value = tl.where(own == j, values[j], value)
+        value = tl.where(index == j, values[j], value)
     return value
 
 
 @jit
-def place(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
+def swizzle_tile(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
     """(row tile, column tile) of a program: GROUP row tiles share their columns while these are in the cache."""
     group = tile // (GROUP * col_tiles)
     height = min(row_tiles - group * GROUP, GROUP)
@@ -151,53 +151,60 @@ def place(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
 
 @jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x_ptr, s_ptr, w_ptrs, bias_ptrs, b_ptrs, y_ptrs, scales, ns, bias_ns, ranks, slots, w_strides, x_stride, rows, K,
-    col_tiles, COUNT: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+    x_ptr, s_ptr, w_ptrs, bias_ptrs, b_ptrs, y_ptrs, scales, ns, bias_ns, ranks, s_index, w_strides, x_stride, rows, K,
+    col_tiles, COUNT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
-    own, start, first, scale = 0, 0, 0, scales[0]
+    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    # which projection the column tile belongs to, and what is its own: tiles of all projections lie in a row
+    index, start, first, scale = 0, 0, 0, scales[0]
     for j in tl.static_range(1, COUNT):
         start += tl.cdiv(ns[j - 1], BN)
-        own, first = tl.where(col_tile >= start, j, own), tl.where(col_tile >= start, start, first)
+        index, first = tl.where(col_tile >= start, j, index), tl.where(col_tile >= start, start, first)
         scale = tl.where(col_tile >= start, scales[j], scale)
-    w_ptr, bias_ptr = member(w_ptrs, own, COUNT), member(bias_ptrs, own, COUNT)
-    b_ptr, y_ptr = member(b_ptrs, own, COUNT), member(y_ptrs, own, COUNT)
-    rank, place_of_s = member(ranks, own, COUNT), member(slots, own, COUNT)
-    n, bias_n, w_stride = member(ns, own, COUNT), member(bias_ns, own, COUNT), member(w_strides, own, COUNT)
+    w_ptr, bias_ptr = select(w_ptrs, index, COUNT), select(bias_ptrs, index, COUNT)
+    b_ptr, y_ptr = select(b_ptrs, index, COUNT), select(y_ptrs, index, COUNT)
+    rank, which_s = select(ranks, index, COUNT), select(s_index, index, COUNT)
+    n, bias_n, w_stride = select(ns, index, COUNT), select(bias_ns, index, COUNT), select(w_strides, index, COUNT)
+    # rows beyond the end read the last row, columns the last column: no mask in the loops, only at the store
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = (col_tile - first) * BN + tl.arange(0, BN)[None, :]
     col_in = tl.minimum(col, n - 1).to(tl.int64)
-    acc = tl.zeros((BM, BN), WIDE)
-    s_ptr += place_of_s.to(tl.int64) * rows * SLOT
-    for start_r in tl.range(0, SLOT, R, num_stages=1):
+    # expand: acc = s_j S_j B_j^T, R ranks at a time                              [BM, R] x [R, BN]
+    acc = tl.zeros((BM, BN), ACC)
+    s_ptr += which_s.to(tl.int64) * rows * PADDED_R
+    for start_r in tl.range(0, PADDED_R, R, num_stages=1):
         r = start_r + tl.arange(0, R)
-        s = operand(s_ptr + row * SLOT + r[None, :], r[None, :] < rank, WIDE)
-        b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, WIDE)
+        s = operand(s_ptr + row * PADDED_R + r[None, :], r[None, :] < rank, ACC)
+        b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, ACC)
         acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
     acc *= scale
+    # the base GEMM goes on from there: acc += x W_j^T                           [BM, BK] x [BK, BN]
     k = tl.arange(0, BK)
     x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
     for start_k in range(0, K, BK):
         inside = start_k + k < K
-        acc = dot(operand(x_ptrs, inside[None, :], WIDE), operand(w_tile, inside[:, None], WIDE), acc)
+        acc = dot(operand(x_ptrs, inside[None, :], ACC), operand(w_tile, inside[:, None], ACC), acc)
         x_ptrs += BK
         w_tile += BK
-    acc += load(bias_ptr + col, col < bias_n, WIDE)
+    # bias, and the one rounding
+    acc += load(bias_ptr + col, col < bias_n, ACC)
     at = tl.arange(0, BM)[:, None]
     store(y_ptr + top * n + at * n + col, acc, (at < rows - top) & (col < n))
 
 
 @jit
-def _low_gradient(
-    acc, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, SLOT: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr
+def _add_ds_a(
+    acc, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, PADDED_R: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
 ):
     """acc + dS_j A_j of the rows and columns of acc."""
-    for start_r in tl.range(0, SLOT, R, num_stages=1):
+    for start_r in tl.range(0, PADDED_R, R, num_stages=1):
         r = start_r + tl.arange(0, R)
-        ds = operand(ds_ptr + tl.cast(j, tl.int64) * rows * SLOT + row * SLOT + r[None, :], r[None, :] < rank, WIDE)
-        a = load(a_ptr + r[:, None] * K + col, (r[:, None] < rank) & (col < K), WIDE)
+        ds = operand(
+            ds_ptr + tl.cast(j, tl.int64) * rows * PADDED_R + row * PADDED_R + r[None, :], r[None, :] < rank, ACC
+        )
+        a = load(a_ptr + r[:, None] * K + col, (r[:, None] < rank) & (col < K), ACC)
         acc = dot(ds, narrowed(a, dx_ptr.dtype.element_ty), acc)
     return acc
 
@@ -205,31 +212,33 @@ def _low_gradient(
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
 def _input_gradient_kernel(
     dx_ptr, ds_ptr, dy_ptrs, w_ptrs, ns, dy_strides, w_strides, a_ptrs, ranks, seeds, thresholds, rows, K,
-    col_tiles, COUNT: tl.constexpr, ADAPTED: tl.constexpr, DROPS: tl.constexpr, SLOT: tl.constexpr, R: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+    col_tiles, COUNT: tl.constexpr, ADAPTED: tl.constexpr, DROPOUT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """A tile of dX is BM rows by BN of the K columns; the loop runs over the N of every member, BK at a time."""
-    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    """A tile of dX is BM rows by BN of the K columns; the loop runs over the N of every projection, BK at a time."""
+    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = col_tile * BN + tl.arange(0, BN)[None, :]
-    acc = tl.zeros((BM, BN), WIDE)
-    if not DROPS:
+    # dS_j A_j of every adapter first, where no mask stands between it and dX
+    acc = tl.zeros((BM, BN), ACC)
+    if not DROPOUT:
         for j in tl.static_range(ADAPTED):
-            acc = _low_gradient(acc, ds_ptr, a_ptrs[j], ranks[j], j, row, col, rows, K, dx_ptr, SLOT, R, WIDE)
+            acc = _add_ds_a(acc, ds_ptr, a_ptrs[j], ranks[j], j, row, col, rows, K, dx_ptr, PADDED_R, R, ACC)
+    # dX += dY_j W_j, one projection after the other                              [BM, BK] x [BK, BN]
     k = tl.arange(0, BK)
     for j in tl.static_range(COUNT):
         dy_tile = dy_ptrs[j] + row * dy_strides[j] + k[None, :]
         w_tile = w_ptrs[j] + k[:, None].to(tl.int64) * w_strides[j] + col
         for start_k in range(0, ns[j], BK):
             inside = start_k + k < ns[j]
-            dy = operand(dy_tile, inside[None, :], WIDE)
-            acc = dot(dy, operand(w_tile, inside[:, None] & (col < K), WIDE), acc)
+            dy = operand(dy_tile, inside[None, :], ACC)
+            acc = dot(dy, operand(w_tile, inside[:, None] & (col < K), ACC), acc)
             dy_tile += BK
             w_tile += tl.cast(BK, tl.int64) * w_strides[j]
     at = tl.arange(0, BM)[:, None]
     dx_ptr += top * K
-    if DROPS:
+    if DROPOUT:
         # a quarter of the columns in turn: the narrow product of all, and its mask, would not fit beside the accumulator
         parts = quarters(acc)
         width: tl.constexpr = BN // 4
@@ -238,11 +247,11 @@ def _input_gradient_kernel(
             col = first + tl.arange(0, width)[None, :]
             dx = parts[i]
             for j in tl.range(0, ADAPTED, num_stages=1, loop_unroll_factor=1):
-                low = tl.zeros((BM, width), WIDE)
-                a_ptr, rank = member(a_ptrs, j, ADAPTED), member(ranks, j, ADAPTED)
-                low = _low_gradient(low, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, SLOT, R, WIDE)
-                seed, threshold = member(seeds, j, ADAPTED), member(thresholds, j, ADAPTED)
-                dx += tl.where(kept(seed, threshold, row, first, width), low, 0.0)
+                product = tl.zeros((BM, width), ACC)
+                a_ptr, rank = select(a_ptrs, j, ADAPTED), select(ranks, j, ADAPTED)
+                product = _add_ds_a(product, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, PADDED_R, R, ACC)
+                seed, threshold = select(seeds, j, ADAPTED), select(thresholds, j, ADAPTED)
+                dx += tl.where(keep_mask(seed, threshold, row, first, width), product, 0.0)
             store(dx_ptr + at * K + col, dx, (at < rows - top) & (col < K))
     else:
         store(dx_ptr + at * K + col, acc, (at < rows - top) & (col < K))
@@ -251,47 +260,49 @@ def _input_gradient_kernel(
 @jit(do_not_specialize=["rows"])
 def _single_pass_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, scale, N, bias_n, rank, w_stride, x_stride, rows, K, col_tiles,
-    SLOT: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
+    PADDED_R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """One member that drops nothing; every tile of columns makes S for itself, the first one stores it."""
-    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    """One projection without dropout; every tile of columns makes S for itself, the first one stores it."""
+    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = col_tile * BN + tl.arange(0, BN)[None, :]
     col_in = tl.minimum(col, N - 1).to(tl.int64)
-    r, k = tl.arange(0, SLOT), tl.arange(0, BK)
+    r, k = tl.arange(0, PADDED_R), tl.arange(0, BK)
     x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
     a_tile = a_ptr + r[None, :] * K + k[:, None]
-    acc, low = tl.zeros((BM, BN), WIDE), tl.zeros((BM, SLOT), WIDE)
+    # one read of x for both products: acc = x W^T, product = x A^T
+    acc, product = tl.zeros((BM, BN), ACC), tl.zeros((BM, PADDED_R), ACC)
     for start_k in range(0, K, BK):
         inside = start_k + k < K
-        x = operand(x_ptrs, inside[None, :], WIDE)
-        acc = dot(x, operand(w_tile, inside[:, None], WIDE), acc)
-        a = load(a_tile, inside[:, None] & (r[None, :] < rank), WIDE)
-        low = dot(x, narrowed(a, x_ptr.dtype.element_ty), low)
+        x = operand(x_ptrs, inside[None, :], ACC)
+        acc = dot(x, operand(w_tile, inside[:, None], ACC), acc)
+        a = load(a_tile, inside[:, None] & (r[None, :] < rank), ACC)
+        product = dot(x, narrowed(a, x_ptr.dtype.element_ty), product)
         x_ptrs += BK
         w_tile += BK
         a_tile += BK
-    s = narrowed(low, x_ptr.dtype.element_ty)
+    # S is rounded as the two-pass plan rounds it, then expanded: acc += s S B^T
+    s = narrowed(product, x_ptr.dtype.element_ty)
     at = tl.arange(0, BM)[:, None]
     if col_tile == 0:
-        store(s_ptr + top * SLOT + at * SLOT + r[None, :], s, at < rows - top)
-    b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, WIDE)
-    acc += dot(s, narrowed(b, x_ptr.dtype.element_ty), tl.zeros((BM, BN), WIDE)) * scale
-    acc += load(bias_ptr + col, col < bias_n, WIDE)
+        store(s_ptr + top * PADDED_R + at * PADDED_R + r[None, :], s, at < rows - top)
+    b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, ACC)
+    acc += dot(s, narrowed(b, x_ptr.dtype.element_ty), tl.zeros((BM, BN), ACC)) * scale
+    acc += load(bias_ptr + col, col < bias_n, ACC)
     store(y_ptr + top * N + at * N + col, acc, (at < rows - top) & (col < N))
 
 
 def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_narrow.low."""
+    """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_shrink.shrink."""
     adapters = [p.adapter for p in projections if p.adapter is not None]
-    (rows, k), options = x.shape, of_adapters(GEMM, x, adapters)
+    (rows, k), options = x.shape, launch_options(GEMM, x, adapters)
     options["COUNT"] = len(projections)
     ys = [torch.empty((rows, p.weight.shape[0]), dtype=x.dtype, device=x.device) for p in projections]
     weights = [rows_of(p.weight) for p in projections]
     col_tiles = sum(cdiv(w.shape[0], options["BN"]) for w in weights)
     _forward_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        x, s, tuple(weights), y_ptrs=tuple(ys), ns=tuple(w.shape[0] for w in weights), **members(projections),
+        x, s, tuple(weights), y_ptrs=tuple(ys), ns=tuple(w.shape[0] for w in weights), **per_projection_args(projections),
         w_strides=tuple(w.stride(0) for w in weights), x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles,
         GROUP=GROUP_ROWS, **options,
     )  # fmt: skip
@@ -299,12 +310,12 @@ def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Ten
 
 
 def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """dX [T, K]; ds from lora_narrow.low_gradients."""
+    """dX [T, K]; ds from lora_shrink.expand_backward."""
     adapters = [p.adapter for p in projections if p.adapter is not None]
     weights = [rows_of(p.weight) for p in projections]
     rows, k = dys[0].shape[0], weights[0].shape[1]
-    masks = drops(adapters)
-    options = of_adapters(GEMM, ds, adapters)
+    masks = dropout_args(adapters)
+    options = launch_options(GEMM, ds, adapters)
     options["COUNT"], options["ADAPTED"] = len(projections), len(adapters)
     dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
     col_tiles = cdiv(k, options["BN"])
@@ -317,13 +328,13 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Proj
 
 
 def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, Tensor]:
-    """y [T, N] and S [1, T, slot] of one projection with the adapter a, which drops nothing; x read once."""
+    """y [T, N] and S [1, T, padded rank] of one projection with the adapter a, which drops nothing; x read once."""
     weight, bias = rows_of(projection.weight), projection.bias
     (rows, k), n = x.shape, weight.shape[0]
-    options = of_adapters(SINGLE, x, [a])
+    options = launch_options(SINGLE, x, [a])
     del options["R"], options["COUNT"]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    s = torch.empty((1, rows, options["SLOT"]), dtype=x.dtype, device=x.device)
+    s = torch.empty((1, rows, options["PADDED_R"]), dtype=x.dtype, device=x.device)
     col_tiles = cdiv(n, options["BN"])
     _single_pass_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
         x, weight, weight if bias is None else bias.contiguous(), a.a.contiguous(), a.b.contiguous(), y, s,

@@ -2,13 +2,13 @@
 
     y_j = x W_j^T + b_j + s_j drop_j(x) A_j^T B_j^T      x [T, K], W_j [N_j, K], A_j [R_j, K], B_j [N_j, R_j] -> y_j [T, N_j]
 
-Widths and ranks may differ, and members may have no adapter or no bias. Each member drops x by its own mask, as PEFT does.
+Widths and ranks may differ, and a projection may have no adapter or no bias. Each one drops x by its own mask, as PEFT does.
 x is read once for all S_j = drop_j(x) A_j^T. Saved for backward: x and S [T, sum of R_j]; masks are drawn again. With
 dS_j = s_j dY_j B_j:
 
     dX = sum over j of dY_j W_j + drop_j(dS_j A_j)      dA_j = dS_j^T drop_j(x)      dB_j = s_j dY_j^T S_j
 
-dX is written once and x read once for all dA_j. On Triton the plan is: S (lora_narrow), then all y_j in one launch of
+dX is written once and x read once for all dA_j. On Triton the plan is: S (lora_shrink), then all y_j in one launch of
 a GEMM whose accumulators start from s_j S_j B_j^T (lora_gemm), or for a narrow single layer both at once; backward dS and dB
 from one read of each dY_j, then dX and dA. The torch path, which widths that are no multiple of 16 take on a GPU too, is the library's GEMM, into which the narrow product is added by
 the accumulate of a second call; weights that lie one behind the other (projection.joined) are one GEMM there.
@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels import lora_gemm, lora_narrow
+from minilora.kernels import lora_gemm, lora_shrink
 from minilora.kernels.dispatch import library_gemm, run, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
-from minilora.kernels.projection import Adapter, Projection, check, check_gradients, joined
+from minilora.kernels.projection import Adapter, Projection, check, joined
 
 
 def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -52,15 +52,19 @@ def _with_adapters(frozen: Sequence[Projection], trained: Sequence[Tensor]) -> l
 
 class _OnTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, frozen: Sequence[Projection], x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
         projections, rows = _with_adapters(frozen, trained), rows_of(x)
         adapters = [p.adapter for p in projections if p.adapter]
         with torch.cuda.device_of(x):
-            if len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
+            if not output_needed:
+                s, ys = lora_shrink.shrink(rows, adapters), _unmade(x, projections)
+            elif len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
                 y, s = lora_gemm.single_pass(rows, projections[0], adapters[0])
                 ys = [y]
             else:
-                s = lora_narrow.low(rows, adapters)
+                s = lora_shrink.shrink(rows, adapters)
                 ys = lora_gemm.forward(rows, s, projections)
         ctx.save_for_backward(x, s, *trained)
         ctx.frozen = frozen
@@ -70,7 +74,11 @@ class _OnTriton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        return None, *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[1:])
+        return (
+            None,
+            None,
+            *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
+        )
 
 
 def _triton_gradients(
@@ -83,11 +91,11 @@ def _triton_gradients(
     dx, das = None, [None] * len(adapters)
     with torch.cuda.device_of(x):
         adapted = [dy for dy, p in zip(dys, projections, strict=True) if p.adapter]
-        ds, dbs = lora_narrow.low_gradients(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
+        ds, dbs = lora_shrink.expand_backward(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
         if needs_x and ds is not None:
             dx = lora_gemm.input_gradient(dys, ds, projections)
         if any(needs_a) and ds is not None:
-            das = lora_narrow.a_gradients(rows, ds, adapters)
+            das = lora_shrink.shrink_backward(rows, ds, adapters)
     found = [d for pair in zip(das, dbs, strict=True) for d in pair]
     trained = [t for a in adapters for t in (a.a, a.b)]
     return dx, *(
@@ -98,11 +106,15 @@ def _triton_gradients(
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, frozen: Sequence[Projection], x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
         projections = _with_adapters(frozen, trained)
-        lows = _lows(x, [p.adapter for p in projections if p.adapter])
-        ctx.save_for_backward(x, *lows, *trained)
-        ctx.frozen, rest = frozen, iter(lows)
+        shrunk = _shrink(x, [p.adapter for p in projections if p.adapter])
+        ctx.save_for_backward(x, *shrunk, *trained)
+        ctx.frozen, rest = frozen, iter(shrunk)
+        if not output_needed:
+            return tuple(_unmade(x, projections))
         ys = _wide(x, projections)
         for y, p in zip(ys, projections, strict=True):
             if p.adapter:
@@ -113,12 +125,16 @@ class _OnTorch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
-        lows, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
-        return None, *_torch_gradients(x, lows, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[1:])
+        shrunk, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
+        return (
+            None,
+            None,
+            *_torch_gradients(x, shrunk, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
+        )
 
 
 def _torch_gradients(
-    x: Tensor, lows: Sequence[Tensor], projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+    x: Tensor, shrunk: Sequence[Tensor], projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
     needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
@@ -131,7 +147,7 @@ def _torch_gradients(
         a, b, scale, rate, key = p.adapter
         da = db = None
         if needs_b[number]:
-            db = (dy.T @ lows[number]).to(b.dtype).mul_(scale)
+            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(scale)
         if needs_x or needs_a[number]:
             ds = dy @ _scaled(p.adapter, dy.dtype)
             mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
@@ -143,6 +159,11 @@ def _torch_gradients(
         found += [da, db]
         number += 1
     return dx, *found
+
+
+def _unmade(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """Memory as it comes, in the shape of the outputs."""
+    return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
 
 
 def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
@@ -157,7 +178,7 @@ def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     return list(torch.split_with_sizes(frozen_linear(x, whole, bias), ns, 1))
 
 
-def _lows(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
+def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
     """S_j of every adapter; one product for all where nothing is dropped."""
     if len(adapters) > 1 and not any(a.p for a in adapters):
         ranks = [a.a.shape[0] for a in adapters]
@@ -171,39 +192,18 @@ def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     return (adapter.b.to(torch.promote_types(adapter.b.dtype, dtype)) * adapter.scale).to(dtype)
 
 
-def lora_linear_group(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_needed: bool = True) -> tuple[Tensor, ...]:
     """y_j [T, N_j] of every projection of x [T, K], in the dtype of x; ValueError if they do not fit together.
 
-    Outputs may be column ranges of one matrix.
+    Outputs may be column ranges of one matrix. Where only the gradients are wanted, of a layer that is computed again and whose
+    output nobody reads (models/recompute.py), no output is made: what comes back is memory as it comes.
     """
     # token by token in inference, the model's linears have been checked with the prompt
     if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
     on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
-    return run(on, projections, x, *trained)
-
-
-@torch.no_grad()
-def lora_linear_group_gradients(
-    x: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs_x: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dX, if it is wanted, and [dA_0, dB_0, dA_1, ...] of lora_linear_group for dY_j [T, N_j], without making its outputs.
-
-    It is for a layer whose output nobody needs when a block is computed again (activation checkpointing). Adapters that do
-    not require grad get None.
-    """
-    check(x, projections)
-    check_gradients(x, projections, dys)
-    adapters = [p.adapter for p in projections if p.adapter]
-    needs = [needs_x, *(t.requires_grad for adapter in adapters for t in (adapter.a, adapter.b))]
-    if runs_on_triton(x, projections):
-        with torch.cuda.device_of(x):
-            s = lora_narrow.low(rows_of(x), adapters)
-        dx, *found = _triton_gradients(x, s, projections, dys, needs)
-    else:
-        dx, *found = _torch_gradients(x, _lows(x, adapters), projections, dys, needs)
-    return dx, found
+    return run(on, projections, output_needed, x, *trained)
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:

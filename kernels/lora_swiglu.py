@@ -1,6 +1,6 @@
 """h = silu(g) * u with g and u two linear layers of x with adapters, where no backward follows: g and u are never stored.
 
-    g = x W_0^T + b_0 + s_0 drop_0(x) A_0^T B_0^T        u likewise with member 1        h [T, F] = silu(g) * u
+    g = x W_0^T + b_0 + s_0 drop_0(x) A_0^T B_0^T        u likewise with projection 1        h [T, F] = silu(g) * u
 
 It is the first pass over a layer whose backward computes the layer again (activation checkpointing), and of evaluation.
 The two weights lie one behind the other, and the columns of a tile are taken from both in turn: one product makes g and u side by
@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from minilora.kernels import lora_linear_group as group
-from minilora.kernels import lora_narrow
+from minilora.kernels import lora_shrink
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
-from minilora.kernels.lora_gemm import GROUP_ROWS, dot, members, narrowed, of_adapters, operand, place
+from minilora.kernels.lora_gemm import (
+    GROUP_ROWS,
+    dot,
+    launch_options,
+    narrowed,
+    operand,
+    per_projection_args,
+    swizzle_tile,
+)
 from minilora.kernels.projection import Projection, check, join, joined
 from minilora.kernels.swiglu import _sigmoid, swiglu, swiglu_fused, swiglu_fused_ref, swiglu_ref
 
@@ -37,37 +45,40 @@ def lora_swiglu_ref(x: Tensor, projections: Sequence[Projection]) -> Tensor:
 
 @jit(do_not_specialize=["rows"])
 def _dual_kernel(
-    x_ptr, s_ptr, w_ptr, bias_ptrs, b_ptrs, h_ptr, scales, bias_ns, ranks, slots, x_stride, rows, K, N,
-    SLOT: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    WIDE: tl.constexpr
+    x_ptr, s_ptr, w_ptr, bias_ptrs, b_ptrs, h_ptr, scales, bias_ns, ranks, s_index, x_stride, rows, K, N,
+    PADDED_R: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACC: tl.constexpr
 ):  # fmt: skip
-    row_tile, col_tile = place(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
+    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     col = col_tile * BN + tl.arange(0, BN)[None, :]
     col_in = tl.minimum(col, N - 1).to(tl.int64)
+    # expand, gate and up apart: s_j S_j B_j^T                                    [BM, R] x [R, BN]
     starts = ()
     for j in tl.static_range(2):
-        acc = tl.zeros((BM, BN), WIDE)
-        for start_r in tl.range(0, SLOT, R, num_stages=1):
+        acc = tl.zeros((BM, BN), ACC)
+        for start_r in tl.range(0, PADDED_R, R, num_stages=1):
             r = start_r + tl.arange(0, R)
-            at = s_ptr + tl.cast(slots[j], tl.int64) * rows * SLOT + row * SLOT + r[None, :]
-            s = operand(at, r[None, :] < ranks[j], WIDE)
-            b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], WIDE)
+            at = s_ptr + tl.cast(s_index[j], tl.int64) * rows * PADDED_R + row * PADDED_R + r[None, :]
+            s = operand(at, r[None, :] < ranks[j], ACC)
+            b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], ACC)
             acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
         starts = starts + (acc * scales[j],)
+    # their columns in turn: g_0 u_0 g_1 u_1 ..., so that each thread holds both of a pair
     acc = tl.reshape(tl.join(starts[0], starts[1]), (BM, 2 * BN))
     k, both = tl.arange(0, BK), tl.arange(0, 2 * BN)[None, :]
     of_both = tl.minimum(col_tile * BN + both // 2, N - 1) + both % 2 * N
     x_tile, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + of_both.to(tl.int64) * K + k[:, None]
+    # the base GEMM of both: acc += x [W_0, W_1]^T                                [BM, BK] x [BK, 2 BN]
     for start_k in range(0, K, BK):
         inside = start_k + k < K
-        acc = dot(operand(x_tile, inside[None, :], WIDE), operand(w_tile, inside[:, None], WIDE), acc)
+        acc = dot(operand(x_tile, inside[None, :], ACC), operand(w_tile, inside[:, None], ACC), acc)
         x_tile += BK
         w_tile += BK
     g, u = tl.split(tl.reshape(acc, (BM, BN, 2)))
-    g = rounded(g + load(bias_ptrs[0] + col, col < bias_ns[0], WIDE), x_ptr.dtype.element_ty)
-    u = rounded(u + load(bias_ptrs[1] + col, col < bias_ns[1], WIDE), x_ptr.dtype.element_ty)
+    g = rounded(g + load(bias_ptrs[0] + col, col < bias_ns[0], ACC), x_ptr.dtype.element_ty)
+    u = rounded(u + load(bias_ptrs[1] + col, col < bias_ns[1], ACC), x_ptr.dtype.element_ty)
     at = tl.arange(0, BM)[:, None]
     store(h_ptr + top * N + at * N + col, g * _sigmoid(g) * u, (at < rows - top) & (col < N))
 
@@ -75,14 +86,14 @@ def _dual_kernel(
 def _on_triton(x: Tensor, weight: Tensor, pair: Sequence[Projection]) -> Tensor:
     """weight [2 F, K]: the gate's rows, then up's."""
     x, n = rows_of(x), weight.shape[0] // 2
-    (rows, k), adapters, arguments = x.shape, [p.adapter for p in pair if p.adapter], members(pair)
+    (rows, k), adapters, arguments = x.shape, [p.adapter for p in pair if p.adapter], per_projection_args(pair)
     if len(adapters) == 2 and adapters[0].a is adapters[1].a and adapters[0][3:] == adapters[1][3:]:
-        adapters, arguments["slots"] = adapters[:1], (0, 0)  # the same A and mask, so the same S
-    options = of_adapters(DUAL, x, adapters)
+        adapters, arguments["s_index"] = adapters[:1], (0, 0)  # the same A and mask, so the same S
+    options = launch_options(DUAL, x, adapters)
     del options["COUNT"]
     h = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        s = lora_narrow.low(x, adapters)
+        s = lora_shrink.shrink(x, adapters)
         _dual_kernel[(cdiv(rows, options["BM"]) * cdiv(n, options["BN"]),)](
             x, s, weight, h_ptr=h, **arguments, x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS, **options
         )

@@ -82,14 +82,6 @@ def check(x: Tensor, projections: Sequence[Projection]) -> None:
                 raise ValueError(f"adapter {j} has rank {r} and dropout {adapter.p}: at least 1, and from 0 to below 1")
 
 
-def check_gradients(x: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor]) -> None:
-    """ValueError, with the name and both sizes, if dys are no gradients of the outputs of the projections."""
-    if len(dys) != len(projections):
-        raise ValueError(f"{len(projections)} projections have as many gradients, not {len(dys)}")
-    for j, (dy, p) in enumerate(zip(dys, projections, strict=True)):
-        _same(f"dy {j}", dy, (x.shape[0], p.weight.shape[0]), x)
-
-
 def _same(name: str, t: Tensor, shape: tuple, x: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> None:
     if len(t.shape) != len(shape) or any(a != b for a, b in zip(t.shape, shape, strict=True) if isinstance(b, int)):
         raise ValueError(f"{name} is {list(t.shape)}, not {list(shape)}")

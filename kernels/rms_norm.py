@@ -2,8 +2,8 @@
 
 The statistics and the normalised row n are fp32 (fp64 for fp64 input). The families round in two orders:
 
-    once=False    y = (offset + w) * cast(n)      n is rounded, then the product: Qwen, GLM in transformers
-    once=True     y = cast((offset + w) * n)      only the product is rounded: ChatGLM2/3, GLM-4-9B; with offset 1 Qwen3.5
+    round_once=False    y = (offset + w) * cast(n)      n is rounded, then the product: Qwen, GLM in transformers
+    round_once=True     y = cast((offset + w) * n)      only the product is rounded: ChatGLM2/3, GLM-4-9B; with offset 1 Qwen3.5
 
 `add_rms_norm` norms the sum s = x + residual, rounded to their dtype, and returns it too: what a pre-norm block does between
 its halves. Saved for backward: x (or s) and 1/rms, one number a row; n is recomputed. With g = (offset + w) * dy:
@@ -14,7 +14,7 @@ ds is the gradient that comes back through s; x and residual share one dx. A per
 with the sum: x, residual, s, y), a perfect backward three times (four: dy, ds, s, dx).
 
 The kernels hold whole rows, a few short ones or one long one at a time. For dw each program adds up its own run of rows in
-fp32, and torch adds up the programs: no atomics, and the number of programs hangs on the shape alone.
+fp32, and torch adds up the programs: no atomics, and the number of programs depends only on the shape.
 """
 
 import torch
@@ -22,47 +22,47 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree, run, use_triton
-from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl, wide
+from minilora.kernels.dispatch import check_same, run, use_triton
+from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl
 
 MAX_WIDTH = 8192  # of a row that a program can hold without spilling
 MAX_PARTIALS = 264  # of dw: two programs for each multiprocessor of an H100
 
 
-def rms_norm_ref(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False) -> Tensor:
+def rms_norm_ref(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> Tensor:
     """The specification: x [..., N], w [N] -> [..., N] in the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    n = n if once else n.to(x.dtype)
+    n = n if round_once else n.to(x.dtype)
     return ((offset + w.to(n.dtype)) * n).to(x.dtype)
 
 
 def add_rms_norm_ref(
-    x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False
+    x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The specification: x, residual [..., N], w [N] -> the norm of their sum, and the sum."""
     s = x + residual
-    return rms_norm_ref(s, w, eps, offset, once), s
+    return rms_norm_ref(s, w, eps, offset, round_once), s
 
 
 @jit(do_not_specialize=["rows"])
 def _fwd_kernel(
     x_ptr, residual_ptr, w_ptr, s_ptr, y_ptr, rstd_ptr, x_stride, residual_stride, rows, N, eps, offset,
-    ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    ROUND_ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """residual_ptr and s_ptr are None where nothing is added."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (col < N)
-    x = load(x_ptr + row * x_stride + col, inside, WIDE)
+    x = load(x_ptr + row * x_stride + col, inside, ACC)
     if residual_ptr is not None:
-        x = rounded(x + load(residual_ptr + row * residual_stride + col, inside, WIDE), s_ptr.dtype.element_ty)
+        x = rounded(x + load(residual_ptr + row * residual_stride + col, inside, ACC), s_ptr.dtype.element_ty)
         store(s_ptr + row * N + col, x, inside)
-    w = load(w_ptr + col, col < N, WIDE) + offset
+    w = load(w_ptr + col, col < N, ACC) + offset
     rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / N + eps)
     store(rstd_ptr + row, rstd, row < rows)
     n = x * rstd
-    if not ONCE:
+    if not ROUND_ONCE:
         n, w = rounded(n, y_ptr.dtype.element_ty), rounded(w, y_ptr.dtype.element_ty)
     store(y_ptr + row * N + col, n * w, inside)
 
@@ -70,26 +70,26 @@ def _fwd_kernel(
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["tiles"])
 def _bwd_kernel(
     dy_ptr, ds_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, ds_stride, x_stride, rows, N, offset, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """`tiles` times ROWS rows a program; dx_ptr, partial_ptr: None where that gradient is not wanted; ds_ptr: where none is."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
-    dw = tl.zeros((ROWS, BLOCK), WIDE)
+    dw = tl.zeros((ROWS, BLOCK), ACC)
     for tile in range(tiles):
         row = (program * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (col < N)
-        dy = load(dy_ptr + row * dy_stride + col, inside, WIDE)
-        rstd = load(rstd_ptr + row, row < rows, WIDE)
-        n = load(x_ptr + row * x_stride + col, inside, WIDE) * rstd
+        dy = load(dy_ptr + row * dy_stride + col, inside, ACC)
+        rstd = load(rstd_ptr + row, row < rows, ACC)
+        n = load(x_ptr + row * x_stride + col, inside, ACC) * rstd
         if partial_ptr is not None:
             dw += dy * n
         if dx_ptr is not None:
-            g = dy * (load(w_ptr + col, col < N, WIDE) + offset)
+            g = dy * (load(w_ptr + col, col < N, ACC) + offset)
             mean = tl.sum(g * n, 1, keep_dims=True) / N
             dx = (g - n * mean) * rstd
             if ds_ptr is not None:
-                dx += load(ds_ptr + row * ds_stride + col, inside, WIDE)
+                dx += load(ds_ptr + row * ds_stride + col, inside, ACC)
             store(dx_ptr + row * N + col, dx, inside)
     if partial_ptr is not None:
         store(partial_ptr + program * N + col, tl.sum(dw, 0, keep_dims=True), col < N)
@@ -106,7 +106,7 @@ class _OnTriton(torch.autograd.Function):
     """residual is None for rms_norm; with one the sum is a second output."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, eps: float, offset: float, once: bool, residual: Tensor | None):
+    def forward(ctx, x: Tensor, w: Tensor, eps: float, offset: float, round_once: bool, residual: Tensor | None):
         ctx.set_materialize_grads(False)
         rows, w = rows_of(x), w.contiguous()
         added = None if residual is None else rows_of(residual)
@@ -118,7 +118,7 @@ class _OnTriton(torch.autograd.Function):
             with torch.cuda.device_of(x):
                 _fwd_kernel[(cdiv(count, tile["ROWS"]),)](
                     rows, added, w, s, y, rstd, rows.stride(0), 0 if added is None else added.stride(0), count, n, eps,
-                    offset, ONCE=once, WIDE=wide(x.dtype), **tile
+                    offset, ROUND_ONCE=round_once, ACC=accum_dtype(x.dtype), **tile
                 )  # fmt: skip
         ctx.save_for_backward(x if s is None else s, w, rstd)
         ctx.offset = offset
@@ -146,7 +146,7 @@ class _OnTriton(torch.autograd.Function):
             with torch.cuda.device_of(x):
                 _bwd_kernel[(programs,)](
                     dy, ds, rows, w, rstd, dx, partial, dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0),
-                    count, n, ctx.offset, each, WIDE=wide(x.dtype), **tile
+                    count, n, ctx.offset, each, ACC=accum_dtype(x.dtype), **tile
                 )  # fmt: skip
         dw = None if partial is None else partial.sum(0).to(w.dtype)
         return _to_both(ctx, dx, dw)
@@ -154,7 +154,7 @@ class _OnTriton(torch.autograd.Function):
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, eps: float, offset: float, once: bool, residual: Tensor | None):
+    def forward(ctx, x: Tensor, w: Tensor, eps: float, offset: float, round_once: bool, residual: Tensor | None):
         ctx.set_materialize_grads(False)
         s = x if residual is None else x + residual
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -164,7 +164,7 @@ class _OnTorch(torch.autograd.Function):
         ctx.save_for_backward(s, w, rstd)
         ctx.offset = offset
         n = torch.mul(s, rstd)
-        n = n if once else n.to(x.dtype)
+        n = n if round_once else n.to(x.dtype)
         y = n.mul_(w.to(n.dtype) + offset if offset else w).to(x.dtype)
         return y if residual is None else (y, s)
 
@@ -192,30 +192,30 @@ def _to_both(ctx, dx: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, 
     return dx if x_wants else None, dw, None, None, None, dx if residual_wants else None
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False) -> Tensor:
+def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> Tensor:
     """Normalise each row of x [..., N] to unit mean square and scale it by offset + w [N]; result in the dtype of x.
 
-    `once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and one N.
+    `round_once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and one N.
     """
-    agree("rms_norm", x=x, w=w)
+    check_same("rms_norm", x=x, w=w)
     _check_width("rms_norm", x, w)
     if _one_call_does(x, offset):
         return F.rms_norm(x, w.shape, w, eps)
-    return run(_on(x, w), x, w, eps, offset, once, None)
+    return run(_on(x, w), x, w, eps, offset, round_once, None)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, once: bool = False
+    x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual (both [..., N]) as rms_norm gives it, and the sum, in one pass."""
-    agree("add_rms_norm", x=x, residual=residual, w=w)
+    check_same("add_rms_norm", x=x, residual=residual, w=w)
     _check_width("add_rms_norm", x, w)
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} must have one shape")
     if _one_call_does(x, offset):
         s = x + residual
         return F.rms_norm(s, w.shape, w, eps), s
-    return run(_on(x, w), x, w, eps, offset, once, residual)
+    return run(_on(x, w), x, w, eps, offset, round_once, residual)
 
 
 def _one_call_does(x: Tensor, offset: float) -> bool:
@@ -233,18 +233,18 @@ def _on(x: Tensor, w: Tensor) -> type[torch.autograd.Function]:
 
 
 def example(
-    rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, once: bool = False
+    rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, round_once: bool = False
 ) -> tuple[tuple[Tensor, Tensor, float, float, bool], dict]:
     """Arguments of one call, and the bytes that a perfect forward moves."""
     x = torch.randn(rows, n, device=device, dtype=dtype)
     w = 1 - offset + 0.1 * torch.randn(n, device=device, dtype=dtype)
-    return (x, w, 1e-6, offset, once), {"bytes": (2 * rows * n + n) * x.element_size()}
+    return (x, w, 1e-6, offset, round_once), {"bytes": (2 * rows * n + n) * x.element_size()}
 
 
 def add_example(
-    rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, once: bool = False
+    rows: int, n: int, dtype: torch.dtype, device: str = "cpu", offset: float = 0.0, round_once: bool = False
 ) -> tuple[tuple[Tensor, Tensor, Tensor, float, float, bool], dict]:
     """Arguments of one add_rms_norm, and the bytes that a perfect forward moves."""
-    (x, w, eps, *_), _ = example(rows, n, dtype, device, offset, once)
+    (x, w, eps, *_), _ = example(rows, n, dtype, device, offset, round_once)
     residual = torch.randn(rows, n, device=device, dtype=dtype)
-    return (x, residual, w, eps, offset, once), {"bytes": (4 * rows * n + n) * x.element_size()}
+    return (x, residual, w, eps, offset, round_once), {"bytes": (4 * rows * n + n) * x.element_size()}

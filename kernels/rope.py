@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree, run, use_triton
-from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, store, tl, wide
+from minilora.kernels.dispatch import check_same, run, use_triton
+from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, store, tl
 
 
 def rope_angles(
@@ -45,10 +45,10 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
 
 
 @jit
-def _turn_kernel(
+def _rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, token_stride, head_stride, H, R, SIZE, HALF, groups,
     SIGN: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF turn."""
     angle = (tl.program_id(0) // groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
@@ -57,17 +57,17 @@ def _turn_kernel(
     x = x_ptr + token * token_stride + section * SIZE + head * head_stride
     y = y_ptr + (token * H + head) * (R * SIZE) + section * SIZE
     col = tl.arange(0, BLOCK)[None, :]
-    cos = load(cos_ptr + angle * HALF + col, col < HALF, WIDE)
-    sin = load(sin_ptr + angle * HALF + col, col < HALF, WIDE) * SIGN
+    cos = load(cos_ptr + angle * HALF + col, col < HALF, ACC)
+    sin = load(sin_ptr + angle * HALF + col, col < HALF, ACC) * SIGN
     if INTERLEAVED:  # neighbours are loaded side by side and parted in registers
         both = tl.arange(0, 2 * BLOCK)[None, :]
         inside = (head < H) & (both < 2 * HALF)
-        first, second = tl.split(tl.reshape(load(x + both, inside, WIDE), (HEADS, BLOCK, 2)))
+        first, second = tl.split(tl.reshape(load(x + both, inside, ACC), (HEADS, BLOCK, 2)))
         turned = tl.join(first * cos - second * sin, second * cos + first * sin)
         store(y + both, tl.reshape(turned, (HEADS, 2 * BLOCK)), inside)
     else:
         inside = (head < H) & (col < HALF)
-        first, second = load(x + col, inside, WIDE), load(x + HALF + col, inside, WIDE)
+        first, second = load(x + col, inside, ACC), load(x + HALF + col, inside, ACC)
         store(y + col, first * cos - second * sin, inside)
         store(y + HALF + col, second * cos + first * sin, inside)
     if REST:
@@ -84,7 +84,7 @@ def _tile(heads: int, half: int, rest: int) -> dict[str, int]:
     return {"HEADS": some, "BLOCK": block, "REST": next_power_of_2(rest) if rest else 0, "num_warps": warps, **PINNED}
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
+def _rotate_on_triton(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     (tokens, heads, size), half = x.shape, cos.shape[-1]
     sections = cos.shape[1] if cos.dim() == 3 else 1
@@ -94,9 +94,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> 
     groups = cdiv(heads, tile["HEADS"])
     if tokens:
         with torch.cuda.device_of(x):
-            _turn_kernel[(tokens * sections * groups,)](
+            _rotate_kernel[(tokens * sections * groups,)](
                 x, cos, sin, y, x.stride(0), x.stride(1), heads, sections, size, half, groups,
-                SIGN=sign, INTERLEAVED=interleaved, WIDE=wide(x.dtype), **tile
+                SIGN=sign, INTERLEAVED=interleaved, ACC=accum_dtype(x.dtype), **tile
             )  # fmt: skip
     return y
 
@@ -107,24 +107,29 @@ class _OnTriton(torch.autograd.Function):
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _turn(x, cos, sin, 1, interleaved)
+        return _rotate_on_triton(x, cos, sin, 1, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
+        return _rotate_on_triton(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
 
 
 def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views of x [..., E]: the first and the second of every pair that turns, [..., P/2]."""
     x = x if 2 * half == x.shape[-1] else x[..., : 2 * half]
-    return (x[..., ::2], x[..., 1::2]) if interleaved else torch.split_with_sizes(x, (half, half), -1)
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    first, second = torch.split_with_sizes(x, (half, half), -1)
+    return first, second
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
+def _rotate_on_torch(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
     if cos.dim() == 3:  # sections: [T, H, R, E/R] beside [T, 1, R, P/2]
-        return _rotate_pairs(x.unflatten(-1, (cos.shape[1], -1)), cos[:, None], sin[:, None], sign, interleaved).flatten(-2)
+        return _rotate_pairs(
+            x.unflatten(-1, (cos.shape[1], -1)), cos[:, None], sin[:, None], sign, interleaved
+        ).flatten(-2)
     return _rotate_pairs(x, cos[:, None], sin[:, None], sign, interleaved)
 
 
@@ -144,12 +149,12 @@ class _OnTorch(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _rotate(x, cos, sin, 1, interleaved)
+        return _rotate_on_torch(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
+        return _rotate_on_torch(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -157,7 +162,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
     cos, sin [T, P/2], or [T, R, P/2] for heads of R sections, get no gradient. ValueError for other shapes.
     """
-    agree("rope", x=x, cos=cos, sin=sin)
+    check_same("rope", x=x, cos=cos, sin=sin)
     heads = x.dim() == 3 and cos.dim() in (2, 3) and cos.shape == sin.shape and cos.shape[0] == x.shape[0]
     if not heads or not 0 < 2 * cos.shape[1:].numel() <= x.shape[2] or x.shape[2] % cos.shape[1:-1].numel():
         raise ValueError(

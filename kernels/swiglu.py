@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import agree, run, use_triton
-from minilora.kernels.lang import PINNED, cdiv, jit, load, next_power_of_2, rows_of, store, tl, wide
+from minilora.kernels.dispatch import check_same, run, use_triton
+from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rows_of, store, tl
 
 
 def swiglu_ref(g: Tensor, u: Tensor) -> Tensor:
@@ -30,31 +30,31 @@ def swiglu_fused_ref(gu: Tensor) -> Tensor:
 
 
 @jit
-def _fwd_kernel(g_ptr, u_ptr, h_ptr, g_stride, u_stride, F, blocks, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _fwd_kernel(g_ptr, u_ptr, h_ptr, g_stride, u_stride, F, blocks, BLOCK: tl.constexpr, ACC: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = col < F
-    g = load(g_ptr + row * g_stride + col, inside, WIDE)
-    u = load(u_ptr + row * u_stride + col, inside, WIDE)
+    g = load(g_ptr + row * g_stride + col, inside, ACC)
+    u = load(u_ptr + row * u_stride + col, inside, ACC)
     store(h_ptr + row * F + col, g * _sigmoid(g) * u, inside)
 
 
 @jit
 def _bwd_kernel(
     dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dh_stride, g_stride, u_stride, d_stride, F, blocks,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr
+    BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """dg_ptr or du_ptr is None where that gradient is not wanted; d_stride is the row stride of both."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = col < F
-    dh = load(dh_ptr + row * dh_stride + col, inside, WIDE)
-    g = load(g_ptr + row * g_stride + col, inside, WIDE)
+    dh = load(dh_ptr + row * dh_stride + col, inside, ACC)
+    g = load(g_ptr + row * g_stride + col, inside, ACC)
     s = _sigmoid(g)
     if du_ptr is not None:
         store(du_ptr + row * d_stride + col, dh * g * s, inside)
     if dg_ptr is not None:
-        u = load(u_ptr + row * u_stride + col, inside, WIDE)
+        u = load(u_ptr + row * u_stride + col, inside, ACC)
         store(dg_ptr + row * d_stride + col, dh * u * s * (1 + g * (1 - s)), inside)
 
 
@@ -92,7 +92,7 @@ class _OnTriton(torch.autograd.Function):
         if h.numel():
             with torch.cuda.device_of(g):
                 _fwd_kernel[grid](
-                    rows_g, rows_u, h, rows_g.stride(0), rows_u.stride(0), f, WIDE=wide(g.dtype), **options
+                    rows_g, rows_u, h, rows_g.stride(0), rows_u.stride(0), f, ACC=accum_dtype(g.dtype), **options
                 )
         return h
 
@@ -110,7 +110,7 @@ class _OnTriton(torch.autograd.Function):
             with torch.cuda.device_of(g):
                 _bwd_kernel[grid](
                     dh, rows_g, rows_u, to_g, to_u, dh.stride(0), rows_g.stride(0), rows_u.stride(0),
-                    f if u is not None else 2 * f, f, WIDE=wide(g.dtype), **options
+                    f if u is not None else 2 * f, f, ACC=accum_dtype(g.dtype), **options
                 )  # fmt: skip
         return dg, du
 
@@ -142,7 +142,7 @@ class _OnTorch(torch.autograd.Function):
 
 def swiglu(g: Tensor, u: Tensor) -> Tensor:
     """silu(g) * u for g, u [..., F] of one dtype; ValueError otherwise."""
-    agree("swiglu", g=g, u=u)
+    check_same("swiglu", g=g, u=u)
     if g.shape != u.shape:
         raise ValueError(f"swiglu: g {list(g.shape)} and u {list(u.shape)} must have one shape")
     return run(_OnTriton if use_triton(g, u) else _OnTorch, g, u)
@@ -150,7 +150,7 @@ def swiglu(g: Tensor, u: Tensor) -> Tensor:
 
 def swiglu_fused(gu: Tensor) -> Tensor:
     """silu(g) * u [..., F] of gu [..., 2F], whose first F columns are g; ValueError for an odd number of columns."""
-    agree("swiglu_fused", gu=gu)
+    check_same("swiglu_fused", gu=gu)
     if gu.dim() == 0 or gu.shape[-1] % 2:
         raise ValueError(f"swiglu_fused: gu {list(gu.shape)}; it takes [..., 2F]")
     return run(_OnTriton if use_triton(gu) else _OnTorch, gu, None)

@@ -1,26 +1,18 @@
 """The command line. Heavy imports are inside the commands, so that --help is quick."""
 
-import argparse
 import errno
 import sys
 import traceback
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
 
 from . import __version__
+from .commands.parser import Parser
 from .cpu import before_torch, keep_heap
 from .errors import MiniloraError, UsageError
 from .terminal import printable
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a UsageError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, f"See {self.prog} --help.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +62,8 @@ def run(argv: list[str]) -> int:
     broken = next((word for word in argv if not _is_text(word)), None)
     if broken is not None:
         raise UsageError(f"{broken!a} is not UTF-8", "Type it in a terminal that writes UTF-8.")
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     parser = Parser(
         prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
     )
@@ -80,11 +74,7 @@ def run(argv: list[str]) -> int:
         # only the command that is asked for is imported and makes its flags
         if name == (argv[0] if argv else ""):
             _command(name).flags(sub)
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in SETTINGS:
-        raise UsageError(f"unknown argument {rest[0]!r}", f"See minilora {args.command} --help.")
-    if args.command in SETTINGS:
-        args.rest = rest
+    args = parser.parse_args(argv)
     before_torch()
     keep_heap()
     return _command(args.command).run(args) or 0
@@ -98,7 +88,6 @@ def _is_text(word: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in word)
 
 
-SETTINGS = ("train", "plan", "sweep")  # take a run's settings, also under names known from other tools
 COMMANDS = {
     "demo": "see it work: a tiny chat model learns a new name",
     "plan": "tell what a training needs, from config.json alone or with the data, and do nothing",

@@ -22,7 +22,7 @@ from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.decoder import Decoder
-from minilora.models.layers import lay_together
+from minilora.models.layers import pack_weights
 
 from .compute import choose
 from .durable import staged_folder
@@ -108,7 +108,7 @@ def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
     """The Decoder of a Config without memory: its parameters lie on the meta device, laid together as a loaded model's."""
     with torch.device("meta"):
         model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
-    lay_together(model)
+    pack_weights(model)
     return model
 
 
@@ -136,7 +136,7 @@ def load_model(
     tensors = Tensors(folder)
     check_shapes(model, tensors, folder)
     model = model.to_empty(device=device).requires_grad_(False).eval()
-    lay_together(model)
+    pack_weights(model)
     for name, parameter in model.named_parameters():
         with tensors.reading(name) as value, torch.no_grad():
             parameter.copy_(value)

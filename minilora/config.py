@@ -1,6 +1,5 @@
 """Every setting of a training run, in one place: defaults, a yaml file over them, flags over that."""
 
-import difflib
 import math
 import types
 import typing
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from .errors import UsageError
+from .spelling import SWITCH, nearest
 
 
 def setting(default: Any, help: str, same: bool = True) -> Any:
@@ -22,11 +22,9 @@ def setting(default: Any, help: str, same: bool = True) -> Any:
 class TrainConfig:
     """A training run. Field names are the yaml keys and, with dashes, the flags."""
 
-    model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
     data: str = setting("", "rows: json, jsonl, csv, xlsx, txt, path#500@0.2, several with commas", same=False)
     val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
     test: str = setting("", "rows kept for a test, a number or a share; written to RUN/data/test.jsonl", same=False)
-    output: str = setting("", "run folder", same=False)
     mix_general: str = setting("", "file of general rows to mix in", same=False)
     mix_ratio: str = setting("1:1", "own rows : general rows")
     columns: dict = field(
@@ -36,13 +34,19 @@ class TrainConfig:
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
     skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")
     loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
-    train_end: bool = setting(True, "train the token that ends an answer; off: a label that is one token is all of it")
+    train_end: bool = setting(
+        True, "train the token that ends an answer, too; not where a label of one token is all of it"
+    )
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
     truncate: Literal["drop", "cut", "error"] = setting("drop", "leave rows over a limit out, shorten them, or stop")
     cache: str = setting("", "folder that keeps the tokens of the rows for the next run", same=False)
+    model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
     method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16"
+    )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
@@ -59,24 +63,21 @@ class TrainConfig:
     max_steps: int | None = setting(None, "stop after so many optimizer steps")
     batch_size: int = setting(8, "rows of a batch")
     accumulation: int = setting(1, "batches of an optimizer step")
-    micro_tokens: int | None = setting(
-        None, "most tokens of one forward and backward pass; default max_length", same=False
-    )
     clip: float = setting(1.0, "largest gradient norm; 0 clips nothing")
     weight_decay: float = setting(0.0, "AdamW's")
     beta1: float = setting(0.9, "AdamW's")
     beta2: float = setting(0.999, "AdamW's")
     seed: int = setting(42, "of the order, the adapters' start and the dropout")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16"
-    )
+    device: str = setting("auto", "cpu, cuda, cuda:1; auto is the GPU if there is one", same=False)
     compute: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "dtype of activations and products; auto is the fastest one on this machine", same=False
     )
     threads: int | None = setting(
         None, "CPU threads; default all there are, or one where the products are too small to share", same=False
     )
-    device: str = setting("auto", "cpu, cuda, cuda:1; auto is the GPU if there is one", same=False)
+    micro_tokens: int | None = setting(
+        None, "most tokens of one forward and backward pass; default max_length", same=False
+    )
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", same=False
     )
@@ -86,11 +87,19 @@ class TrainConfig:
     kernels: Literal["auto", "off"] = setting(
         "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
     )
+    output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
-    keep: int = setting(2, "checkpoints to keep, beside the best", same=False)
+    keep: Literal["best", "last"] = setting(
+        "best", "step that RUN/adapter holds: the one of the lowest validation loss, or the last", same=False
+    )
+    keep_checkpoints: int = setting(2, "checkpoints to keep, beside the best", same=False)
 
 
+# the first field of each group of the help, in the order of the fields
+GROUPS = {
+    "data": "data", "model": "model", "lora_r": "LoRA", "lr": "optimisation", "device": "machine", "output": "what is kept",
+}  # fmt: skip
 # names known from Hugging Face, PEFT, LLaMA-Factory and others
 ALIASES = {
     "model_name_or_path": "model", "dataset": "data", "output_dir": "output", "learning_rate": "lr",
@@ -101,7 +110,7 @@ ALIASES = {
     "max_output_length": "max_target_length", "lora_rank": "lora_r", "r": "lora_r", "rank": "lora_r", "alpha": "lora_alpha",
     "lora_target": "lora_targets", "target_modules": "lora_targets", "targets": "lora_targets", "use_rslora": "rslora",
     "dropout": "lora_dropout", "gradient_checkpointing": "checkpointing", "eval_steps": "eval_every",
-    "save_steps": "save_every", "save_total_limit": "keep", "adam_beta1": "beta1", "adam_beta2": "beta2",
+    "save_steps": "save_every", "save_total_limit": "keep_checkpoints", "adam_beta1": "beta1", "adam_beta2": "beta2",
     "tokenized_path": "cache", "test_size": "test",
     "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps",
 }  # fmt: skip
@@ -116,15 +125,25 @@ NOT_NEEDED = {
     "group_by_length": "nothing is padded", "remove_unused_columns": "keys that are not read stop the run", "optim": "AdamW is the optimizer",
     "optimizer": "AdamW is the optimizer", "logging_steps": "every step is logged", "plot_loss": "loss.png is always drawn",
     "report_to": "metrics.jsonl and report.html are always written", "overwrite_cache": "a cache follows what it was made of",
+    "overwrite_output_dir": "nothing is overwritten unless the command says so",
     "preprocessing_num_workers": "rows are read as a stream", "dataloader_num_workers": "rows are read as a stream",
     "trust_remote_code": "no code of a folder is ever run", "use_fast_tokenizer": "there is one tokenizer",
     "ddp_timeout": "one process trains", "dataset_dir": "--data takes a path", "save_strategy": "--save-every says it",
     "eval_strategy": "--eval-every says it", "evaluation_strategy": "--eval-every says it", "save_safetensors": "always",
+    "load_best_model_at_end": "--keep says it",
 }  # fmt: skip
-QUANTISED = ("quantization_bit", "load_in_4bit", "load_in_8bit")
+# settings of the same tools that cannot be had here: why, and what to do instead
+QUANTISED = ("a quantised base cannot be trained on yet", "Leave it out; --checkpointing saves memory.")
+REFUSED = {
+    "quantization_bit": QUANTISED, "load_in_4bit": QUANTISED, "load_in_8bit": QUANTISED,
+    "adapter_name_or_path": (
+        "training starts from new adapters",
+        "Go on with a run by --resume, or merge the adapter (minilora merge) and train on the result.",
+    ),
+}  # fmt: skip
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
-    "accumulation", "micro_tokens", "eval_every", "save_every", "keep", "threads",
+    "accumulation", "micro_tokens", "eval_every", "save_every", "keep_checkpoints", "threads",
 }  # fmt: skip
 NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
@@ -151,6 +170,8 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
                 both = ", ".join(g for n, g in zip(names, source, strict=True) if n == name)
                 raise UsageError(f"{both} are one setting", "Give one of them.")
         for name, value in zip(names, source.values(), strict=True):
+            if name == "keep" and str(value).isdigit():
+                name = "keep_checkpoints"  # what older runs called so
             values[name] = convert(known[name], value)
     return TrainConfig(**values)
 
@@ -160,17 +181,24 @@ def canonical(given: str) -> str:
     name = _field_of(given)
     if name is not None:
         return name
-    plain = given.replace("-", "_")
-    if plain in NOT_NEEDED:
-        why = NOT_NEEDED[plain]
-        raise UsageError(f"{given} is not needed here", f"{why[0].upper()}{why[1:]}: leave it out.")
-    if plain in QUANTISED:
-        what = f"{given}: a quantised base cannot be trained on yet"
-        raise UsageError(what, "Leave it out; --checkpointing on saves memory.")
-    names = [f.name for f in fields(TrainConfig)]
-    near = difflib.get_close_matches(plain, [*names, *ALIASES], n=1, cutoff=0.7)
-    hint = f"Did you mean {near[0]!r}?" if near else "See minilora train --help."
+    refused = refusal(given)
+    if refused is not None:
+        raise refused
+    near = nearest(given.replace("-", "_"), [*(f.name for f in fields(TrainConfig)), *ALIASES])
+    hint = f"Did you mean {near!r}?" if near else "See minilora train --help."
     raise UsageError(f"unknown setting {given!r}", hint)
+
+
+def refusal(given: str) -> UsageError | None:
+    """What to say of a setting of another tool that has no meaning here, or cannot be had; None for any other name."""
+    name = given.lstrip("-").replace("-", "_")
+    if name in REFUSED:
+        why, hint = REFUSED[name]
+        return UsageError(f"{given}: {why}", hint)
+    if name in NOT_NEEDED:
+        why = NOT_NEEDED[name]
+        return UsageError(f"{given} is not needed here", f"{why[0].upper()}{why[1:]}: leave it out.")
+    return None
 
 
 def _field_of(given: str) -> str | None:
@@ -188,12 +216,12 @@ def convert(f: Field, value: Any) -> Any:
     if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = ",".join(value)
     shown = "of the wrong kind" if isinstance(value, (dict, list)) else "empty" if value is None else repr(value)[:80]
-    wrong = UsageError(f"{f.name} is {shown}", f"{f.metadata['help']}.")
+    wrong = UsageError(f"{f.name} is {shown}", f"{_allowed(f.name, kind)}: {f.metadata['help']}.")
     if value is None or isinstance(value, list) or (isinstance(value, dict) and kind is not dict):
         raise wrong
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise UsageError(f"{f.name} is {shown}", f"It can be {', '.join(get_args(kind))}.")
+            raise wrong
         return value
     if kind is dict:
         if isinstance(value, str):
@@ -205,19 +233,9 @@ def convert(f: Field, value: Any) -> Any:
             raise wrong
         return {k: str(v) for k, v in value.items()}
     if kind is bool:
-        table = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if str(value).lower() not in table:
+        if str(value).lower() not in SWITCH:
             raise wrong
-        return table[str(value).lower()]
+        return SWITCH[str(value).lower()]
     if kind is str:
         return str(value)
     try:
@@ -233,6 +251,19 @@ def convert(f: Field, value: Any) -> Any:
     if not inside:
         raise wrong
     return number
+
+
+def _allowed(name: str, kind: Any) -> str:
+    """What a setting can be."""
+    if get_origin(kind) is Literal:
+        return f"It can be {', '.join(get_args(kind))}"
+    number = "a whole number" if kind is int else "a number"
+    bounds = (
+        " above 0" if name in POSITIVE else " from 0 on" if name in NOT_NEGATIVE
+        else " from 0 to below 1" if name in BELOW_ONE else ""
+    )  # fmt: skip
+    what = {bool: "true or false", str: "a text", dict: "NAME=TEXT"}.get(kind, number + bounds)
+    return f"It can be {what}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -285,4 +316,4 @@ def kind_name(f: Field) -> str:
     kind = next(k for k in kinds if k is not type(None))
     if get_origin(kind) is Literal:
         return "|".join(typing.get_args(kind))
-    return {dict: "NAME=TEXT", str: "TEXT", int: "N", float: "X", bool: "on|off"}[kind]
+    return {dict: "NAME=TEXT", str: "TEXT", int: "N", float: "X"}[kind]

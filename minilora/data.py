@@ -1,19 +1,16 @@
 """Conversations to examples, and examples to flat streams of tokens.
 
 An example is the ids of one conversation and, at each place, the token to be predicted there, or -100. A batch is several
-examples laid end to end, with no padding: `seams` are their bounds, positions restart at each, and `rows` are the places
-that have a target. Which examples make a step is a function of (seed, epoch) alone.
+examples laid end to end, with no padding. Which examples make a step is a function of (seed, epoch) alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from minilora.models.rotary import positions_of
+from minilora.models.stream import Batch, Documents
 
 from .rows.load import Report, load_examples
 from .rows.token_store import IGNORE, Example, Examples
@@ -22,42 +19,18 @@ __all__ = ["IGNORE", "Batch", "Example", "Examples", "Report", "epoch_order", "l
            "step_examples", "steps_per_epoch"]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A flat stream: ids int64 [T], positions [T] or [2, T], seams [S + 1], rows and targets int64 [M], M <= T.
-
-    prefixes [S] where the documents start with a bidirectional part.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    seams: list[int]
-    rows: Tensor
-    targets: Tensor
-    where: list[str]
-    prefixes: list[int] | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        moved = (x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.rows, self.targets))
-        ids, positions, rows, targets = moved
-        return Batch(ids, positions, self.seams, rows, targets, self.where, self.prefixes)
-
-
 def make_batch(examples: Sequence[Example]) -> Batch:
     """Lay examples end to end."""
-    lengths = [len(e.ids) for e in examples]
     targets = torch.from_numpy(np.concatenate([e.targets for e in examples]))
-    rows = (targets != IGNORE).nonzero().squeeze(1)
-    prefixes = [e.prefix for e in examples if e.prefix is not None]
-    assert len(prefixes) in (0, len(examples)), "examples of two kinds of models"
+    index = (targets != IGNORE).nonzero().squeeze(1)
+    prefix_lens = [e.prefix for e in examples if e.prefix is not None]
+    assert len(prefix_lens) in (0, len(examples)), "examples of two kinds of models"
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in examples])),
-        positions=torch.cat([positions_of(0, n, e.prefix) for n, e in zip(lengths, examples, strict=True)], dim=-1),
-        seams=[0, *np.cumsum(lengths).tolist()],
-        rows=rows,
-        targets=targets[rows],
+        documents=Documents.of([len(e.ids) for e in examples], prefix_lens or None),
+        target_index=index,
+        targets=targets[index],
         where=[e.where for e in examples],
-        prefixes=prefixes or None,
     )
 
 

@@ -11,7 +11,7 @@ operations are those of the CPU path.
 """
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 from minilora.models.decoder import Decoder
 
 from .data import Batch
-from .evaluate import batch_loss
 from .snapshot import trained_parameters
 
 aten = torch.ops.aten
@@ -117,11 +116,11 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
 def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int]:
     """Bytes that the forward pass keeps, the most at any time, and what the last layer keeps."""
     marks: list[int] = []
-    parts = {name: getattr(batch, name).to("meta") for name in ("ids", "positions", "rows", "targets")}
-    live = _Live([*model.parameters(), *parts.values()])
+    batch = batch.to(torch.device("meta"))
+    live = _Live([*model.parameters(), batch.ids, batch.documents.positions, batch.target_index, batch.targets])
     hooks = [block.register_forward_hook(lambda *_: marks.append(live.now)) for block in model.blocks]
     with live:
-        loss = batch_loss(model, replace(batch, **parts))
+        loss = model.loss(batch)
         activations = live.now
         loss.backward()
     for hook in hooks:

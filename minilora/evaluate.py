@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from minilora.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from minilora.models.decoder import Decoder
 
-from .data import Batch, Example, pack
+from .data import Example, pack
 
 
 class Score(NamedTuple):
@@ -28,15 +26,6 @@ class Score(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
-    """Summed cross-entropy of a batch, a scalar that gradients flow from."""
-    hidden = model(batch.ids, batch.positions, batch.seams, batch.rows, prefixes=batch.prefixes)
-    if model.int8_head is not None:
-        parts = zip(hidden.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True)
-        return sum((F.cross_entropy(model.to_logits(x), t, reduction="sum") for x, t in parts), torch.zeros(()))
-    return linear_cross_entropy(hidden, model.head, batch.targets)
-
-
 @torch.no_grad()
 def evaluate(model: Decoder, examples: Sequence[Example], micro_tokens: int) -> Score:
     """The Score of a model on examples, dropout off, packed into streams of at most micro_tokens."""
@@ -45,7 +34,7 @@ def evaluate(model: Decoder, examples: Sequence[Example], micro_tokens: int) -> 
     device = model.head.device
     total, tokens = 0.0, 0
     for batch in pack(examples, micro_tokens):
-        total += float(batch_loss(model, batch.to(device)))
-        tokens += len(batch.rows)
+        total += float(model.loss(batch.to(device)))
+        tokens += len(batch.targets)
     model.train(was_training)
     return Score(total, tokens)

@@ -6,14 +6,13 @@ for a causal document of n tokens and twice that backward. Recomputation under a
 """
 
 import time
-from itertools import pairwise
 
 import torch
 
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.stream import Batch, Documents
 
-from .data import Batch
 from .lora import adapters, linears
 
 # dense bf16 peak of the cards that the benchmarks name, in FLOP/s (vendor data sheets)
@@ -28,11 +27,12 @@ def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
     return factor * wide + 6 * narrow, factor * model.head.numel()
 
 
-def attention_flops(c: Config, seams: list[int], prefixes: list[int] | None = None) -> float:
+def attention_flops(c: Config, documents: Documents) -> float:
     """Forward and backward of attention over the documents of a stream, all layers; causal but for the prefixes."""
     total = 0.0
-    for i, n in enumerate(end - start for start, end in pairwise(seams)):
-        ahead = prefixes[i] * (prefixes[i] - 1) / 2 if prefixes else 0
+    prefix_lens = documents.prefix_lens or [0] * len(documents.lengths)
+    for n, prefix in zip(documents.lengths, prefix_lens, strict=True):
+        ahead = prefix * (prefix - 1) / 2
         for window in c.windows:
             w = n if window is None else min(window, n)
             total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
@@ -42,8 +42,8 @@ def attention_flops(c: Config, seams: list[int], prefixes: list[int] | None = No
 def step_flops(model: Decoder, batches: list[Batch], full: bool) -> float:
     """Operations that the model needs for the batches of one optimizer step."""
     each, head = flops_per_token(model, full)
-    tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.rows) for b in batches)
-    return each * tokens + head * trained + sum(attention_flops(model.config, b.seams, b.prefixes) for b in batches)
+    tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.targets) for b in batches)
+    return each * tokens + head * trained + sum(attention_flops(model.config, b.documents) for b in batches)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -76,7 +76,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         "tokens": None if config.data else sum(len(batch.ids) for batch in streams),
         "streams": None if config.data else len(streams),
         "stream_tokens": len(largest.ids),
-        "stream_trained": len(largest.rows),
+        "stream_trained": len(largest.targets),
         "flops": flops,
         "seconds": flops / products_rate(c, stored, compute) if card_gb is None and device.type == "cpu" else None,
     }

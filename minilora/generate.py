@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minilora.models.decoder import Decoder
-from minilora.models.place import Cache
+from minilora.models.stream import Cache
 
 from .errors import ModelError
 from .model_folder import read_json

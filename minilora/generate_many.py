@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.models.decoder import Decoder
-from minilora.models.place import Cache
-from minilora.models.rotary import positions_of
+from minilora.models.stream import Cache, Documents
 
 from .generate import GREEDY, Sampling, choose
 
@@ -41,7 +40,7 @@ class Slots(Cache):
         """Get ready for a pass of new documents of these lengths or, if there are none, of a token for each document."""
         self.new, self.length = new, 0 if new else 1
         if not new:
-            self.prompts, self.prefixes = self.prompt_of, self.prefix_of or None
+            self.prompt_lens, self.prefix_lens = self.prompt_of, self.prefix_of or None
         self.ends = torch.tensor(self.lengths, device=device)
         self.place = torch.arange(len(self.lengths), device=device)
 
@@ -49,7 +48,7 @@ class Slots(Cache):
         """The pass is through all layers."""
         if self.new:
             self.lengths = [*self.lengths, *self.new]
-            self.prompt_of, self.prefix_of = [*self.prompt_of, *self.new], [*self.prefix_of, *(self.prefixes or ())]
+            self.prompt_of, self.prefix_of = [*self.prompt_of, *self.new], [*self.prefix_of, *(self.prefix_lens or ())]
         else:
             self.lengths = [n + 1 for n in self.lengths]
 
@@ -163,15 +162,16 @@ def _pass(model: Decoder, cache: Slots, documents: list[list[int]], new: bool) -
     """Logits [documents, V] after the last token of each."""
     device = model.head.device
     lengths = [len(d) for d in documents]
-    starts = [0] * len(documents) if new else list(cache.lengths)
+    starts = None if new else list(cache.lengths)
     cache.begin(lengths if new else [], device)
     ids = torch.tensor([i for d in documents for i in d], device=device)
-    prefixes = [model.prefix(torch.tensor(d)) for d in documents] if new else cache.prefixes or [None] * len(documents)
-    spans = zip(starts, lengths, prefixes, strict=True)
-    positions = torch.cat([positions_of(s, s + n, p) for s, n, p in spans], dim=-1).to(device)
-    ends = torch.tensor(lengths).cumsum(0)
-    some = [p for p in prefixes if p is not None] or None
-    x = model(ids, positions, [0, *ends.tolist()], (ends - 1).to(device), cache, some)
+    if new:
+        prefix_lens = [n for d in documents for n in model.prefix_lens(torch.tensor(d)) or ()] or None
+    else:
+        prefix_lens = cache.prefix_lens
+    stream = Documents.of(lengths, prefix_lens, starts)
+    last = torch.tensor(stream.cu_seqlens[1:], device=device) - 1
+    x = model(ids, stream.to(device), last, cache)
     cache.finish()
     return model.to_logits(x)
 

@@ -34,9 +34,9 @@ def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], t
     found: dict[str, bool] = {}
     for path, module in block.named_modules():
         linears = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
-        together = getattr(module, "together", ())
-        groups = [together] if together else []
-        for names in [*groups, *((n,) for n in linears if n not in together)]:
+        packed = getattr(module, "packed_modules", ())
+        groups = [packed] if packed else []
+        for names in [*groups, *((n,) for n in linears if n not in packed)]:
             short = path + "." + "/".join(n.removesuffix("_proj") for n in names)
             found[short] = runs_on_triton(probe, [projection(linears[n]) for n in names])
         if isinstance(module, RMSNorm):

@@ -50,7 +50,7 @@ class LoRALinear(Adapted):
         return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, self.key))
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear_group(x, [self.projection()])[0]
+        return lora_linear_group(x, [self.projection()], self.output_needed)[0]
 
     def merged_weight(self, stored: Tensor | None = None) -> Tensor:
         """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.
@@ -173,7 +173,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             _replace(model, path, wrapper)
 
 
-def key_dropout(model: nn.Module, seed: int, step: int, micro: int) -> None:
+def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:
     """Name the dropout masks of the pass that follows: a function of seed, step, micro-batch and module alone."""
     for number, (_, wrapper) in enumerate(adapters(model)):
         wrapper.key = DropoutKey(seed, step, micro, number)

@@ -72,4 +72,9 @@ def check_adapter(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
     if not (folder / ADAPTER_CONFIG).exists():
-        raise ModelError(f"{folder / ADAPTER_CONFIG} is missing", "Give the folder of an adapter, such as RUN/adapter.")
+        hint = "Give the folder of an adapter, such as RUN/adapter."
+        if (folder / "checkpoints" / "last" / ADAPTER_CONFIG).exists():  # a run that did not come to its end
+            hint = f"{folder / 'checkpoints' / 'last'} is the newest adapter of this run."
+        elif (folder / "model").is_dir():
+            hint = f"{folder / 'model'} is what this run trained: give it with --model."
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is missing", hint)

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: one live line on a terminal, plain lines elsewhere, metrics.jsonl always."""
+"""What a run shows and writes while it goes: lines that stay, below them a live one on a terminal, and metrics.jsonl."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from .durable import write_file
 if TYPE_CHECKING:
     import torch
 
-PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+LINES = 20  # that stay of the steps of a run, about
+PLAIN_EVERY = 30.0  # seconds after which there is another one where there is no terminal
 PATIENCE = 2.0  # seconds after which a step that goes on is shown as such
 RECENT = 20  # steps whose durations make the estimate of what is left
 
@@ -51,13 +52,15 @@ class Monitor:
     def __init__(self, path: Path, total: int, start: int, console: Console):
         self.total, self.start, self.console = total, start, console
         self._durations: deque[float] = deque(maxlen=RECENT)
-        self._line_of_step, self._doing, self._since = Text(), "", time.monotonic()
+        self._last: dict[str, Any] = {}
+        self._doing, self._since = "measuring the speed of this machine", time.monotonic()
         self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
         kept = [line for line in _lines(path) if line.get("step", 0) <= start]
         if path.exists():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
+        self._every = max(-(-(total - start) // LINES), 1)
         self._live = None
         if console.is_terminal:
             self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._now)
@@ -100,10 +103,11 @@ class Monitor:
     def _now(self) -> Text:
         """What the terminal shows: the last step, and how far the next one is if it takes long."""
         waited = time.monotonic() - self._since
-        if waited < PATIENCE and self._line_of_step:
-            return self._line_of_step
+        last = self._line(self._last, self.console.width, bar=True) if self._last else None
+        if waited < PATIENCE and last:
+            return last
         doing = Text(f" {self._doing}, {clock(waited)}", no_wrap=True, overflow="ellipsis")
-        return Text("\n").join([self._line_of_step, doing]) if self._line_of_step else doing
+        return Text("\n").join([last, doing]) if last else doing
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step is done."""
@@ -114,29 +118,40 @@ class Monitor:
         if metrics["step"] == self.start + 2:
             self._durations.clear()  # the first step warmed up
         self._durations.append(time.monotonic() - self._since)
-        line = self._line_of_step = self._line(metrics)
-        self._since = time.monotonic()
-        if self._live:
-            return
-        if metrics["step"] in (self.start + 1, self.total) or time.monotonic() - self._printed > PLAIN_EVERY:
+        self._last, self._since = metrics, time.monotonic()
+        step = metrics["step"]
+        due = step in (self.start + 1, self.total) or (step - self.start) % self._every == 0
+        if due or (not self._live and time.monotonic() - self._printed > PLAIN_EVERY):
             self._printed = time.monotonic()
-            self.console.print(line, soft_wrap=True)
+            self.console.print(self._line(metrics, self.console.width if self._live else None), soft_wrap=True)
+
+    def validating(self) -> None:
+        """The validation rows are being evaluated."""
+        self._doing = "validation rows"
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _line(self, m: dict[str, Any]) -> Text:
+    def _line(self, m: dict[str, Any], width: int | None, bar: bool = False) -> Text:
+        """What a step gave, in at most `width` columns: a narrow terminal takes parts away, that of the highest number first."""
         left = sum(self._durations) / len(self._durations) * (self.total - m["step"])
-        filled = round(20 * m["step"] / self.total)
-        return Text(
-            # what matters most comes first: a narrow terminal cuts the rest
-            f" {m['step']:>5}/{self.total}  loss {m['loss']:.4f} (avg {self.average:.4f})  ETA {clock(left)}  "
-            f"{m['tokens_per_second']:,.0f} tok/s  {m['memory_gb']:.1f} GB  MFU {100 * m['mfu']:.0f} %  "
-            f"lr {m['lr']:.2e}  grad {m['grad_norm']:.2f}  {'━' * filled}{'─' * (20 - filled)}",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
+        filled = 10 * m["step"] // self.total
+        parts = [
+            (0, f"{m['step']:>{len(str(self.total))}}/{self.total}"),
+            *([(6, "━" * filled + "─" * (10 - filled))] if bar else []),
+            (0, f"loss {m['loss']:.4f}"),
+            (4, f"avg {self.average:.4f}"),
+            (2, f"lr {m['lr']:.1e}"),
+            (3, f"grad {m['grad_norm']:.2f}"),
+            (1, f"ETA {clock(left)}"),
+            (5, f"{m['tokens_per_second']:,.0f} tok/s"),
+            (7, f"{m['memory_gb']:.1f} GB"),
+            (8, f"MFU {100 * m['mfu']:.0f} %"),
+        ]
+        while width is not None and len(parts) > 2 and len("  ".join(text for _, text in parts)) + 2 > width:
+            parts.remove(max(parts))
+        return Text(" " + "  ".join(text for _, text in parts), no_wrap=True, overflow="ellipsis")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """loss.png: the training loss, raw and smoothed, and the validation loss with its best point."""
 
 import io
+import logging
 import math
 import os
 import re
@@ -16,6 +17,7 @@ CJK = re.compile(r"CJK|WenQuanYi|SimHei|SimSun|YaHei|PingFang|Heiti|Hiragino|Sou
 def plot_loss(run: Path) -> str:
     """Draw RUN/loss.png from RUN/metrics.jsonl; returns the path, or what is missing to draw it."""
     os.environ.setdefault("MPLBACKEND", "Agg")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its caches and fonts are no news to a user
     try:
         from matplotlib import rc_context, rcParams
         from matplotlib.font_manager import fontManager
@@ -49,7 +51,8 @@ def _draw(run: Path) -> str:
         if best:
             side = "right" if best[0] > 0.9 * steps[-1] else "left" if best[0] < 0.1 * steps[-1] else "center"
             axes.annotate(f"best {best[1]:.3f}", best, xytext=(0, 10), textcoords="offset points", ha=side)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title(run.name, parse_math=False)  # a $ in a name is a $
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     picture = io.BytesIO()

@@ -11,6 +11,7 @@ from minilora.models.decoder import Decoder
 from .compute import name_of
 from .config import TrainConfig, must_match
 from .console import Console
+from .durable import problem_of
 from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan
 from .reports.record import TRAINED_ROWS
@@ -113,7 +114,7 @@ def save(run: Run) -> None:
     folder = run.checkpoints / f"step-{at.step}"
     save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
     at.saved = at.step
-    rotate(run.checkpoints, run.config.keep, at.step, at.best_step)
+    rotate(run.checkpoints, run.config.keep_checkpoints, at.step, at.best_step)
 
 
 def restore(run: Run, console: Console) -> None:
@@ -136,6 +137,31 @@ def restore(run: Run, console: Console) -> None:
     console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
     step = step_of(folder)
     run.progress = Progress(step, state["seconds"], state["best_loss"], state["best_step"], saved=step)
+
+
+def take_kept(run: Run) -> str:
+    """Put the weights of the step that a finished run keeps into its model; returns which step it is, and why.
+
+    Where no step has a lower validation loss than the base model, that is the last one, as the run meant it to be: the best
+    of the worse ones is as a rule the one that has learnt least.
+    """
+    at = run.progress
+    last = f"step {at.step} of {run.plan.steps}, the last"
+    if at.best_step is None or at.best_loss is None:
+        return last
+    lowest = f"the lowest validation loss ({at.best_loss:.4f})"
+    if at.best_step == 0:
+        return f"{last}: {lowest} was before training, so no step is better than the base model on these rows"
+    if at.best_step == at.step:
+        return f"{last}, with {lowest}"
+    best = run.checkpoints / f"step-{at.best_step}"
+    if run.config.keep == "last":
+        return f"{last}, by --keep last; {lowest} is that of {best}"
+    problem = problem_of(best)
+    if problem is not None:
+        return f"{last}: step {at.best_step} had {lowest}, but {best} is damaged ({problem})"
+    load_snapshot(best, run.model, run.optimizer, run.plan.full)
+    return f"step {at.best_step} of {run.plan.steps}, {lowest}"
 
 
 def _identity(run: Run) -> dict:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from minilora.kernels.dispatch import force
+from minilora.kernels.dispatch import kernels_enabled
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 
@@ -31,9 +31,9 @@ from .cpu import usable_cpus
 from .data import Batch, pack, step_examples
 from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
-from .evaluate import batch_loss, evaluate
+from .evaluate import evaluate
 from .flops import peak_flops, step_flops
-from .lora import add_lora, key_dropout
+from .lora import add_lora, set_dropout_keys
 from .monitor import Monitor, RunConsole, peak_memory_gb, shell, working
 from .open_model import computing
 from .plan import data_record, make_plan
@@ -41,7 +41,7 @@ from .plot import plot_loss
 from .reports.record import TRAINED_ROWS
 from .reports.report import REFRESH, report_quietly
 from .rows.dataset import load_data, trained_rows, write_split
-from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save
+from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, take_kept
 from .signals import StopSignal
 from .snapshot import trained_parameters
 
@@ -66,13 +66,13 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             asked = config.compute
             model, config = _load(config)
             plan = make_plan(config, data, model, computing(model, asked))
-        console.print(plan.header, highlight=False, markup=False, soft_wrap=True)
+        console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
         run = Run(folder, config, plan, model, _optimizer(model, config), Progress())
         if resume:
             restore(run, console)
         elif overwrite:
             clear(folder)
-        check_disk(folder, model, config.keep)
+        check_disk(folder, model, config.keep_checkpoints)
         write_file(folder / "config.yaml", to_yaml(config))
         write_file(folder / "data.json", json.dumps(data_record(data, plan)) + "\n")
         write_file(folder / TRAINED_ROWS, trained_rows(plan.train).astype("<u8").tobytes())
@@ -80,18 +80,18 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         metrics = folder / "metrics.jsonl"
         with Monitor(metrics, plan.steps, run.progress.step, console) as monitor, StopSignal() as stop:
             _loop(run, monitor, stop)
-        result = folder / ("model" if plan.full else "adapter")
+        result, kept = folder / ("model" if plan.full else "adapter"), take_kept(run)
         if plan.full:
             save_model(model, result, config.model)
         else:
             save_adapter(model, result, config.model)
-        _say_done(run, result, console)
+        _say_done(run, result, kept, console)
         return result
 
 
 def _kernels(config: TrainConfig) -> AbstractContextManager[None]:
     """The kernels that the config asks for, while the run lasts."""
-    return force(False) if config.kernels == "off" else nullcontext()
+    return kernels_enabled(False) if config.kernels == "off" else nullcontext()
 
 
 def _load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
@@ -155,14 +155,14 @@ def train_step(
     and Stopped between two micro-batches if a signal came; the parameters are then those of the step before.
     """
     trained = trained_parameters(model)
-    targets = sum(len(b.rows) for b in batches)
+    targets = sum(len(b.targets) for b in batches)
     losses = []
     for micro, batch in enumerate(batches):
         if stop is not None and stop.requested:
             optimizer.zero_grad(set_to_none=True)
             raise Stopped("")
-        key_dropout(model, config.seed, step, micro)
-        loss = batch_loss(model, batch.to(model.head.device)) / targets
+        set_dropout_keys(model, config.seed, step, micro)
+        loss = model.loss(batch.to(model.head.device)) / targets
         loss.backward()
         losses.append(loss.detach())
         reached(sum(len(b.ids) for b in batches[: micro + 1]))
@@ -189,7 +189,9 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     told = time.perf_counter()
     try:
         if plan.val and at.step == 0 and at.best_loss is None:
-            monitor.step({"step": 0, "val_loss": _validate(run, monitor)})
+            loss, line = _validate(run, monitor)
+            monitor.step({"step": 0, "val_loss": loss})
+            monitor.say(line)
         for step in range(at.step, plan.steps):
             start = time.perf_counter()
             for group in run.optimizer.param_groups:
@@ -203,10 +205,12 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
             flops = step_flops(run.model, batches, run.plan.full) / (now - start)
             peak = max(peak, flops)  # a roof that was measured beside other work may have been too low
             metrics = _metrics(run, batches, loss, grad_norm, now - start, flops / peak)
-            last, best = at.step == plan.steps, at.best_step
+            last, best, line = at.step == plan.steps, at.best_step, ""
             if plan.val and (at.step % plan.eval_every == 0 or last):
-                metrics["val_loss"] = _validate(run, monitor)
+                metrics["val_loss"], line = _validate(run, monitor)
             monitor.step(metrics)
+            if line:
+                monitor.say(line)
             if at.step % plan.save_every == 0 or last or at.best_step != best:
                 save(run)
                 if not last and now - told > REFRESH:
@@ -243,7 +247,7 @@ def _metrics(
         "lr": run.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm,
         "tokens": tokens,
-        "target_tokens": sum(len(b.rows) for b in batches),
+        "target_tokens": sum(len(b.targets) for b in batches),
         "tokens_per_second": round(tokens / seconds, 1),
         "mfu": round(mfu, 4),
         "memory_gb": round(peak_memory_gb(run.model.head.device), 3),
@@ -251,16 +255,16 @@ def _metrics(
     }
 
 
-def _validate(run: Run, monitor: Monitor) -> float:
-    """Evaluate, say so, and remember the best."""
+def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
+    """Evaluate and remember the best; returns the loss, and a line that says so."""
     at = run.progress
+    monitor.validating()
     score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
     better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
     note = "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss else ""
     if better:
         at.best_loss, at.best_step = score.loss, at.step
-    monitor.say(f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}")
-    return score.loss
+    return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"
 
 
 @contextmanager
@@ -284,36 +288,19 @@ def _memory_hint() -> Iterator[None]:
         if not told and "can't allocate memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0][:200] or "the system gives no more"
-        hint = "Try --checkpointing on, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r."
+        hint = "Try --checkpointing, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r."
         raise OutOfMemory(f"out of memory: {reason}", hint) from None
 
 
-def _say_done(run: Run, result: Path, console: Console) -> None:
-    """The last lines: how long it took, where things are, what to do next."""
-    config, at = run.config, run.progress
-    lines = ["", f"done    {at.step} steps in {at.seconds:,.0f} s"]
-    if at.best_step is not None:
-        where = run.checkpoints / "best" if at.best_step else "before training"
-        lines.append(f"best    validation loss {at.best_loss:.4f} at step {at.best_step}: {where}")
-    lines += [
+def _say_done(run: Run, result: Path, kept: str, console: Console) -> None:
+    """The last lines: how long it took, where things are, and which step they are of."""
+    at = run.progress
+    lines = [
+        "",
+        f"done    {at.step} steps in {at.seconds:,.0f} s",
         f"{result.name:<7} {result}",
+        f"        is {kept}",
         f"loss    {plot_loss(run.folder)}",
         f"report  {report_quietly(run.folder)}",
-        "",
     ]
-    if run.plan.full:
-        lines.append("  " + shell("chat", "--model", result))
-    else:
-        both = ("--model", config.model, "--adapter", result)
-        split_off = run.folder / "data" / "val.jsonl"
-        rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
-        define = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
-        if config.columns:
-            define += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
-        if config.ignore_keys:
-            define += ["--ignore-keys", config.ignore_keys]
-        lines.append("  " + shell("chat", *both))
-        ends = [] if config.train_end else ["--train-end", "off"]
-        lines.append("  " + shell("eval", *both, "--data", rows, *define, *ends))
-        lines.append("  " + shell("merge", *both, "--output", run.folder / "merged"))
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minilora.models.decoder import Decoder
-from minilora.models.rotary import positions_of
+from minilora.models.stream import Documents
 
 from .text.tokenizer import Tokenizer
 
@@ -62,15 +62,13 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     """Logits in fp32 (fp64 for a model in fp32), with one block at a time in that type."""
     device, dtype = model.head.device, model.head.dtype
     wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
-    streams, places = [], []
+    streams, contexts = [], []
     for ids in prompts:
-        prefix = model.prefix(ids)
-        positions = positions_of(0, len(ids), prefix, device)
         streams.append(model.embedding(ids.to(device)).to(wide))
-        places.append(model.place(positions, [0, len(ids)], wide, None if prefix is None else [prefix]))
+        contexts.append(model.context(Documents.of([len(ids)], model.prefix_lens(ids), device=device), wide))
     for block in model.blocks:
         widened = copy.deepcopy(block).to(wide)
-        streams = [widened(x, place) for x, place in zip(streams, places, strict=True)]
+        streams = [widened(x, context) for x, context in zip(streams, contexts, strict=True)]
         del widened  # before the next one is made
     norm = copy.deepcopy(model.norm).to(wide)
     streams = [norm(x) for x in streams]

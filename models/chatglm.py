@@ -10,7 +10,7 @@ the first head, then of the next.
 
 A document is `prompt [gMASK] <sop> answer <eop>`. All that stands before <sop> sees each other; from there on it is causal. A
 token has two positions: the first half of each head turns by the one in the prompt, which stands still at [gMASK], the second
-half by the one in the answer, which counts from <sop> = 1 (layers.positions_of).
+half by the one in the answer, which counts from <sop> = 1 (stream.Documents).
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from minilora.kernels.rope import rope
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, LayerNorm, Linear
-from .place import Cache, Place
+from .layers import LayerNorm, Linear
 from .rotary import inverse_frequencies
+from .stream import Cache, Context, Documents
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5
@@ -45,26 +45,24 @@ class Attention(nn.Module):
         self.query_key_value = Linear(c.width, 3 * c.width)
         self.dense = Linear(c.width, c.width)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)
-        q, k = (rope(y, place.cos, place.sin) for y in (q, k))
-        return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
+        q, k = (rope(y, context.cos, context.sin) for y in (q, k))
+        return self.dense(context.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(FeedForward):
-    last = "dense_4h_to_h"
-
+class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = Linear(c.width, c.ffn)
         self.dense_4h_to_h = Linear(c.ffn, c.width)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense_h_to_4h(x), approximate="tanh")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
 
 
-class Block(BaseBlock):
-    alpha = ALPHA
+class Block(nn.Module):
+    last_linear = "mlp.dense_4h_to_h"
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -73,10 +71,10 @@ class Block(BaseBlock):
         self.post_attention_layernorm = LayerNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         a = self.input_layernorm(x)
-        b = self.post_attention_layernorm(torch.add(self.attention(a, place), a, alpha=ALPHA))
-        return b, b
+        b = self.post_attention_layernorm(torch.add(self.attention(a, context), a, alpha=ALPHA))
+        return torch.add(self.mlp(b), b, alpha=ALPHA)
 
 
 class ChatGLM(Decoder):
@@ -89,22 +87,15 @@ class ChatGLM(Decoder):
         exact, factor = inverse_frequencies(self.config, device, torch.float32)
         return exact.half().to(torch.promote_types(dtype, torch.float32)), factor
 
-    def place(
-        self,
-        positions: Tensor,
-        seams: list[int],
-        dtype: torch.dtype,
-        prefixes: list[int] | None = None,
-        cache: Cache | None = None,
-    ) -> Place:
-        assert positions.dim() == 2 and prefixes is not None, "ChatGLM-6B needs two rows of positions, and prefixes"
-        return super().place(positions, seams, dtype, prefixes, cache)
+    def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
+        assert documents.prefix_lens is not None, "the documents of ChatGLM-6B begin with a bidirectional prefix"
+        return super().context(documents, dtype, cache)
 
-    def prefix(self, ids: Tensor) -> int:
+    def prefix_lens(self, ids: Tensor) -> list[int]:
         starts = (ids == self.sop).nonzero()
         if not len(starts) or not starts[0]:
             raise ValueError(f"a document of ChatGLM-6B holds [gMASK] <sop> after its prompt; {self.sop} is not in ids")
-        return int(starts[0])
+        return [int(starts[0])]
 
 
 def decoder(c: ChatGLMConfig) -> Decoder:

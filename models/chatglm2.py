@@ -18,8 +18,8 @@ from minilora.kernels.rope import rope
 from .config import Config
 from .config_json import dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, Linear, RMSNorm, gated_fused
-from .place import Place
+from .layers import Linear, RMSNorm, gated_fused
+from .stream import Context
 
 NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -30,7 +30,7 @@ NAMES = Names(
 
 
 class Norm(RMSNorm):
-    once = True
+    round_once = True
 
 
 class Attention(nn.Module):
@@ -41,26 +41,26 @@ class Attention(nn.Module):
         self.query_key_value = Linear(c.width, sum(self.widths), bias=c.qkv_bias)
         self.dense = Linear(c.heads * c.head_size, c.width, bias=False)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.query_key_value(x).split(self.widths, dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
-        q, k = (rope(y, place.cos, place.sin, interleaved=True) for y in (q, k))
-        return self.dense(place.attend(self.layer, q, k, v).flatten(-2))
+        q, k = (rope(y, context.cos, context.sin, interleaved=True) for y in (q, k))
+        return self.dense(context.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(FeedForward):
-    last = "dense_4h_to_h"
-
+class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.dense_h_to_4h = Linear(c.width, 2 * c.ffn, bias=False)
         self.dense_4h_to_h = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated_fused(x, self.dense_h_to_4h)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(gated_fused(x, self.dense_h_to_4h))
 
 
-class Block(BaseBlock):
+class Block(nn.Module):
+    last_linear = "mlp.dense_4h_to_h"
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.input_layernorm = Norm(c.width, c.eps)
@@ -68,8 +68,9 @@ class Block(BaseBlock):
         self.post_attention_layernorm = Norm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        return self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), place), x)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h, x = self.post_attention_layernorm.of_sum(self.self_attention(self.input_layernorm(x), context), x)
+        return x + self.mlp(h)
 
 
 def decoder(c: Config) -> Decoder:

@@ -4,21 +4,22 @@ Letters: T tokens of the stream, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.kernels.frozen_linear import frozen_linear
+from minilora.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from minilora.kernels.rope import rope_angles
 
 from .config import Config
 from .int8 import int8_product
 from .layers import Linear, RMSNorm
-from .place import Cache, Place
 from .recompute import recomputed
-from .rotary import inverse_frequencies, positions_of
+from .rotary import inverse_frequencies
+from .stream import Batch, Cache, Context, Documents
 
 
 class Names(NamedTuple):
@@ -82,67 +83,60 @@ class Decoder(nn.Module):
         return self.get_parameter(f"{self.names.embedding if self.config.tied else self.names.head}.weight")
 
     def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        seams: list[int],
-        rows: Tensor | None = None,
-        cache: Cache | None = None,
-        prefixes: list[int] | None = None,
+        self, ids: Tensor, documents: Documents, index: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Hidden states after the last norm, of all tokens [T, D] or of `rows` [M] alone, for ids [T].
+        """Hidden states after the last norm, of all tokens [T, D] or of those at index [M] alone, for ids [T].
 
-        positions [T], or [2, T] for a family whose documents start with a bidirectional prefix, of prefixes[i] tokens
-        (`positions_of`). seams are the bounds of the documents; with a cache the stream is one document that goes on from it.
+        With a cache that holds tokens, documents go on from it.
         """
         if cache is not None and cache.length == 0:
-            cache.prompts, cache.prefixes = [end - start for start, end in pairwise(seams)], prefixes
+            cache.prompt_lens, cache.prefix_lens = documents.lengths, documents.prefix_lens
         x = self.embedding(ids).to(self.compute_dtype)
-        place = self.place(positions, seams, x.dtype, prefixes, cache)
+        context = self.context(documents, x.dtype, cache)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, place, self.keep_attention)
+                x = recomputed(block, x, context, self.keep_attention)
             else:
-                x = block(x, place)
+                x = block(x, context)
         if cache is not None:
             cache.length += ids.shape[0]
-        return self.norm(x if rows is None else x.index_select(0, rows))
+        return self.norm(x if index is None else x.index_select(0, index))
 
-    def place(
-        self,
-        positions: Tensor,
-        seams: list[int],
-        dtype: torch.dtype,
-        prefixes: list[int] | None = None,
-        cache: Cache | None = None,
-    ) -> Place:
-        """The Place of a stream for blocks that compute in dtype."""
-        frequencies = self.frequencies(positions.device, dtype)
-        return Place(*rope_angles(positions.movedim(0, -1), *frequencies, dtype), seams, prefixes, cache)
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy of a batch in nats, a scalar that gradients flow from."""
+        x = self(batch.ids, batch.documents, batch.target_index)
+        if self.int8_head is None:
+            return linear_cross_entropy(x, self.head, batch.targets)
+        chunks = zip(x.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True)
+        return sum((F.cross_entropy(self.to_logits(x), y, reduction="sum") for x, y in chunks), torch.zeros(()))
+
+    def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
+        """The Context of a stream for blocks that compute in dtype."""
+        frequencies = self.frequencies(documents.positions.device, dtype)
+        return Context(*rope_angles(documents.positions.movedim(0, -1), *frequencies, dtype), documents, cache)
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
         """What `inverse_frequencies` gives, for this family."""
         return inverse_frequencies(self.config, device, dtype)
 
-    def prefix(self, ids: Tensor) -> int | None:
-        """How many first tokens of a document ids [T] see each other; None for a family that is causal throughout."""
+    def prefix_lens(self, ids: Tensor) -> list[int] | None:
+        """[how many first tokens of a document ids [T] see each other]; None for a family that is causal throughout."""
         return None
 
     def logits(self, ids: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
         """Logits [T, V] in fp32 or wider for one document ids [T], which continues `cache` if there is one.
 
-        `last` makes those of the last token alone, [1, V].
+        `last` makes those of the last token alone, [1, V]. ValueError for ids that are no one document, such as a batch of them.
         """
+        if ids.dim() != 1:
+            raise ValueError(
+                f"logits takes the ids of one document, [T], not {list(ids.shape)}: give ids[0], ids[1], ... each by itself"
+            )
         start = 0 if cache is None else cache.length
-        if cache is not None and start:
-            prefixes = cache.prefixes
-        else:
-            prefix = self.prefix(ids)
-            prefixes = None if prefix is None else [prefix]
-        positions = positions_of(start, start + ids.shape[0], prefixes[0] if prefixes else None, ids.device)
-        rows = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
-        x = self(ids, positions, [0, ids.shape[0]], rows, cache, prefixes)
-        return self.to_logits(x)
+        prefix_lens = cache.prefix_lens if cache is not None and start else self.prefix_lens(ids)
+        documents = Documents.of([ids.shape[0]], prefix_lens, [start], ids.device)
+        index = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
+        return self.to_logits(self(ids, documents, index, cache))
 
     def to_logits(self, x: Tensor) -> Tensor:
         """Logits [M, V] in fp32 or wider of hidden states [M, D] after the last norm."""

@@ -12,20 +12,8 @@ from torch import Tensor, nn
 from .config import Config
 from .config_json import dtype_of, only, positive, rope_of, rotary_of, whole
 from .decoder import Decoder
-from .layers import Attention, BaseBlock, GateUpMLP, RMSNorm
-from .place import Place
-
-
-class Block(BaseBlock):
-    def __init__(self, c: Config, layer: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.eps)
-        self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
-        self.mlp = GateUpMLP(c)
-
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        return self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), place), x)
+from .layers import Attention, Block, GateUpMLP, RMSNorm
+from .stream import Context
 
 
 class SandwichBlock(nn.Module):
@@ -40,14 +28,14 @@ class SandwichBlock(nn.Module):
         self.mlp = GateUpMLP(c)
         self.post_mlp_layernorm = RMSNorm(c.width, c.eps)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        attended = self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), place))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attended = self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), context))
         h, x = self.post_attention_layernorm.of_sum(attended, x)
         return x + self.post_mlp_layernorm(self.mlp(h))
 
 
 def decoder(c: Config) -> Decoder:
-    return Decoder(c, SandwichBlock if c.family == "glm4" else Block)
+    return Decoder(c, SandwichBlock if c.family == "glm4" else lambda c, layer: Block(c, layer, GateUpMLP))
 
 
 def config(j: dict[str, Any]) -> Config:

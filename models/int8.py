@@ -83,7 +83,7 @@ def to_int8(model: Decoder) -> None:
     The embedding stays as it is, and so does the head's weight, which products do not read any more.
     """
     for module in list(model.modules()):
-        names = getattr(module, "together", ())
+        names = getattr(module, "packed_modules", ())
         if names:
             whole = Int8Linear([cast(nn.Linear, getattr(module, name)) for name in names])
             for number, name in enumerate(names):

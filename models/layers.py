@@ -1,7 +1,25 @@
 """The layers that the families share. Names of modules and parameters are the checkpoint's: loading needs no map, and adapter
 keys are PEFT's.
 
-Letters: T tokens of the flat stream, D width, H query heads, G key/value heads, E head size, F ffn width, V vocabulary.
+Letters, here and in the kernels:
+    T  tokens of a flat stream          D  width (hidden_size)          H  query heads
+    S  documents in it                  F  width of the MLP             G  key/value heads
+    M  tokens that have a target        V  vocabulary                   E  head size
+    K, N  inputs and outputs of a linear, whose weight W is [N, K]      R  rank of an adapter
+    P  elements of a head that rotate
+
+Words:
+    stream        documents laid end to end, without padding (varlen, packing)
+    cu_seqlens    their bounds [S + 1], cumulative sequence lengths
+    prefix_lens   of a prefix LM, how many first tokens of a document see each other
+    target_index  where in the stream a token is to be predicted
+    adapter       A [R, K] and B [N, R] beside a frozen W
+    shrink        S = x A^T, K numbers a token to R        (vLLM's lora_shrink; Punica)
+    expand        S B^T, R numbers a token to N            (lora_expand)
+    fused         several linears of one input in one operation, their weights packed in one storage
+    stored dtype  what a weight has in memory              compute dtype  what products are made in
+    accum dtype   what sums are kept in: fp32, fp64 for fp64
+    recompute     activation checkpointing: the forward of a block again, in the backward
 """
 
 from typing import cast
@@ -20,11 +38,18 @@ from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 from .config import Config
 from .int8 import Int8Part
-from .place import Place
+from .stream import Context
 
 
 class Adapted(nn.Module):
-    """A linear that comes with an adapter."""
+    """A linear that comes with an adapter; the kernels take what its class says it is, fused with others."""
+
+    output_needed = True  # see recompute.py
+
+    def __init_subclass__(cls) -> None:
+        # a DoRALinear(LoRALinear) would inherit a projection that leaves out what it adds
+        if cls.__base__ is not Adapted:
+            raise TypeError(f"{cls.__name__} must derive from Adapted itself and say its own projection()")
 
     def projection(self) -> Projection:
         raise NotImplementedError
@@ -33,16 +58,35 @@ class Adapted(nn.Module):
 class Linear(nn.Linear):
     """A linear whose weight may be stored in another dtype than x has; x [T, K] -> [T, N] in the dtype of x."""
 
+    output_needed = True  # see recompute.py
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return frozen_linear(x, self.weight, self.bias)
-        if self.weight.dtype == x.dtype:
+        if self.output_needed and self.weight.dtype == x.dtype:
             return super().forward(x)
-        return lora_linear_group(x, [projection(self)])[0]
+        if self.weight.requires_grad:
+            return _WithoutOutput.apply(x, self.weight, self.bias)  # pyright: ignore[reportReturnType]
+        return lora_linear_group(x, [projection(self)], self.output_needed)[0]
+
+
+class _WithoutOutput(torch.autograd.Function):
+    """A trained linear whose product is not made: memory as it comes, and the gradients of the real one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        return dy @ weight if needs_x else None, dy.T @ x, dy.sum(0) if needs_bias else None
 
 
 class RMSNorm(nn.Module):
-    once = False  # round the product with the weight alone, not the normalised row before it as well
+    round_once = False  # round the product with the weight alone, not the normalised row before it as well
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -50,11 +94,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(x.dtype), self.eps, once=self.once)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps, round_once=self.round_once)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum."""
-        return add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps, once=self.once)
+        return add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps, round_once=self.round_once)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -65,8 +109,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `joint`."""
-    if joint(*linears):
+    """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `can_fuse`."""
+    if can_fuse(*linears):
         return lora_linear_group(x, [projection(linear) for linear in linears])
     first = linears[0]
     if isinstance(first, Int8Part):
@@ -76,19 +120,19 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
-    if joint(gate, up) and not torch.is_grad_enabled():
+    if can_fuse(gate, up) and not torch.is_grad_enabled():
         return lora_swiglu(x, [projection(gate), projection(up)])
     return swiglu(*project(x, gate, up))
 
 
 def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
     """The same of one linear that is both, the gate's rows first."""
-    if joint(gate_up) and not torch.is_grad_enabled():
+    if can_fuse(gate_up) and not torch.is_grad_enabled():
         return lora_swiglu(x, [projection(gate_up)])
     return swiglu_fused(gate_up(x))
 
 
-def joint(*linears: nn.Module) -> bool:
+def can_fuse(*linears: nn.Module) -> bool:
     """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
     for linear in linears:
         frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
@@ -97,13 +141,13 @@ def joint(*linears: nn.Module) -> bool:
     return True
 
 
-def lay_together(model: nn.Module) -> None:
+def pack_weights(model: nn.Module) -> None:
     """Give linears of one input one storage, their weights one behind the other, before a model is filled: what they hold is lost.
 
-    Modules name them in `together`; parameters keep their names and shapes, and one GEMM can read them all.
+    Modules name them in `packed_modules`; parameters keep their names and shapes, and one GEMM can read them all.
     """
     for module in model.modules():
-        linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "together", ())]
+        linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "packed_modules", ())]
         if linears:
             heights = [linear.out_features for linear in linears]
             whole = linears[0].weight.detach().new_empty(sum(heights), linears[0].in_features)
@@ -118,18 +162,18 @@ def projection(linear: nn.Module) -> Projection:
     )
 
 
-def rotated(q: Tensor, k: Tensor, place: Place, interleaved: bool) -> tuple[Tensor, ...]:
+def rotated(q: Tensor, k: Tensor, context: Context, interleaved: bool) -> tuple[Tensor, ...]:
     """q [T, H, E] and k [T, G, E] turned to their places; in one call where a copy costs less than a second one."""
     if q.shape[0] > FEW_ROWS:
-        return rope(q, place.cos, place.sin, interleaved), rope(k, place.cos, place.sin, interleaved)
-    both = rope(torch.cat((q, k), dim=1), place.cos, place.sin, interleaved)
+        return rope(q, context.cos, context.sin, interleaved), rope(k, context.cos, context.sin, interleaved)
+    both = rope(torch.cat((q, k), dim=1), context.cos, context.sin, interleaved)
     return both.split((q.shape[1], k.shape[1]), dim=1)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; qkv bias and qk norm as the family has them."""
 
-    together = ("q_proj", "k_proj", "v_proj")
+    packed_modules = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -144,34 +188,19 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.head_size, c.eps)
         self.qk_norm = c.qk_norm
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotated(q, k, place, self.interleaved)
-        return self.o_proj(place.attend(self.layer, q, k, v, self.window).flatten(-2))
+        q, k = rotated(q, k, context, self.interleaved)
+        return self.o_proj(context.attend(self.layer, q, k, v, self.window).flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """The MLP of a block: `hidden` makes [T, F] of x [T, D], one linear makes [T, D] of that; `last` is that linear's name."""
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): x [T, D] -> [T, D]."""
 
-    last: str
-
-    def hidden(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @property
-    def output(self) -> nn.Module:
-        return self.get_submodule(self.last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.hidden(x))
-
-
-class MLP(FeedForward):
-    last = "down_proj"
-    together = ("gate_proj", "up_proj")
+    packed_modules = ("gate_proj", "up_proj")
 
     def __init__(self, c: Config):
         super().__init__()
@@ -179,36 +208,37 @@ class MLP(FeedForward):
         self.up_proj = Linear(c.width, c.ffn, bias=False)
         self.down_proj = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated(x, self.gate_proj, self.up_proj)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
 
 
-class GateUpMLP(FeedForward):
+class GateUpMLP(nn.Module):
     """SwiGLU whose gate and up projections are one matrix, the gate's rows first."""
-
-    last = "down_proj"
 
     def __init__(self, c: Config):
         super().__init__()
         self.gate_up_proj = Linear(c.width, 2 * c.ffn, bias=False)
         self.down_proj = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated_fused(x, self.gate_up_proj)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated_fused(x, self.gate_up_proj))
 
 
-class BaseBlock(nn.Module):
-    """A transformer block that ends in y = mlp(x) + alpha * residual, so that its last linear is a block's last step.
+class Block(nn.Module):
+    """A pre-norm transformer block (Qwen2, Qwen3, GLM): x [T, D] -> [T, D].
 
-    `middle` makes x and residual, both [T, D], of the block's input.
+    a = x + Attention(RMSNorm(x))        y = a + MLP(RMSNorm(a))
     """
 
-    mlp: FeedForward
-    alpha = 1.0
+    last_linear = "mlp.down_proj"  # what the block ends in, beside the residual: recompute.py does not compute it again
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def __init__(self, c: Config, layer: int, mlp: type[nn.Module]):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = mlp(c)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        x, residual = self.middle(x, place)
-        return torch.add(self.mlp(x), residual, alpha=self.alpha)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h, x = self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), context), x)
+        return x + self.mlp(h)

@@ -6,29 +6,14 @@ RMS norm on each head of q and k before the rotation, and a head size of its own
 
 from typing import Any
 
-from torch import Tensor
-
 from .config import Config
 from .config_json import dtype_of, positive, rope_of, whole
 from .decoder import Decoder
-from .layers import MLP, Attention, BaseBlock, RMSNorm
-from .place import Place
-
-
-class Block(BaseBlock):
-    def __init__(self, c: Config, layer: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.eps)
-        self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
-        self.mlp = MLP(c)
-
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        return self.post_attention_layernorm.of_sum(self.self_attn(self.input_layernorm(x), place), x)
+from .layers import MLP, Block
 
 
 def decoder(c: Config) -> Decoder:
-    return Decoder(c, Block)
+    return Decoder(c, lambda c, layer: Block(c, layer, MLP))
 
 
 def config(j: dict[str, Any]) -> Config:

@@ -7,7 +7,6 @@ is multiplied by log(i) / log(seq_length) ("logn"). Training uses neither.
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from minilora.kernels.rope import rope, rope_angles
 from .config import Config
 from .config_json import DTYPES, dtype_of, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import BaseBlock, FeedForward, Linear, RMSNorm, gated
-from .place import Cache, Place
+from .layers import Linear, RMSNorm, gated
 from .rotary import inverse_frequencies
+from .stream import Cache, Context, Documents
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
 # what the first revision of August 2023 called its keys
@@ -44,17 +43,16 @@ class Attention(nn.Module):
         self.c_attn = Linear(c.width, 3 * c.heads * c.head_size)
         self.c_proj = Linear(c.heads * c.head_size, c.width, bias=False)
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        q, k = (rope(y, place.cos, place.sin) for y in (q, k))
-        if place.stretch is not None:
-            q = q * place.stretch
-        return self.c_proj(place.attend(self.layer, q, k, v).flatten(-2))
+        q, k = (rope(y, context.cos, context.sin) for y in (q, k))
+        if context.logn_scale is not None:
+            q = q * context.logn_scale
+        return self.c_proj(context.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(FeedForward):
-    last = "c_proj"
-    together = ("w2", "w1")
+class MLP(nn.Module):
+    packed_modules = ("w2", "w1")
 
     def __init__(self, c: Config):
         super().__init__()
@@ -62,11 +60,13 @@ class MLP(FeedForward):
         self.w2 = Linear(c.width, c.ffn, bias=False)
         self.c_proj = Linear(c.ffn, c.width, bias=False)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return gated(x, self.w2, self.w1)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(gated(x, self.w2, self.w1))
 
 
-class Block(BaseBlock):
+class Block(nn.Module):
+    last_linear = "mlp.c_proj"
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.ln_1 = RMSNorm(c.width, c.eps)
@@ -74,8 +74,9 @@ class Block(BaseBlock):
         self.ln_2 = RMSNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
-    def middle(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        return self.ln_2.of_sum(self.attn(self.ln_1(x), place), x)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        h, x = self.ln_2.of_sum(self.attn(self.ln_1(x), context), x)
+        return x + self.mlp(h)
 
 
 class Qwen1(Decoder):
@@ -83,31 +84,24 @@ class Qwen1(Decoder):
         super().__init__(c, Block, names=NAMES)
         self.trained_length, self.ntk, self.logn = c.trained_length, c.ntk, c.logn
 
-    def place(
-        self,
-        positions: Tensor,
-        seams: list[int],
-        dtype: torch.dtype,
-        prefixes: list[int] | None = None,
-        cache: Cache | None = None,
-    ) -> Place:
-        """The Place of a stream; in evaluation what reaches beyond the trained length."""
-        place = super().place(positions, seams, dtype, prefixes, cache)
+    def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
+        """The Context of a stream; in evaluation what reaches beyond the trained length."""
+        context = super().context(documents, dtype, cache)
         if self.training:
-            return place
-        lengths = [end - start for start, end in pairwise(seams)]
-        bases = [self._base(length) for length in (lengths if cache is None else cache.prompts)]
+            return context
+        positions, lengths = documents.positions, documents.lengths
+        bases = [self._base(length) for length in (lengths if cache is None else cache.prompt_lens)]
         if any(base != self.config.rope_theta for base in bases):
             angles = []
             for base, part in zip(bases, positions.split(lengths), strict=True):
                 longer = inverse_frequencies(replace(self.config, rope_theta=base), part.device, dtype)
                 angles.append(rope_angles(part, *longer, dtype))
-            place.cos, place.sin = (torch.cat(parts) for parts in zip(*angles, strict=True))
+            context.cos, context.sin = (torch.cat(parts) for parts in zip(*angles, strict=True))
         if self.logn:
             wide = torch.promote_types(dtype, torch.float32)
             factors = (positions + 1).to(wide).log() / math.log(self.trained_length)
-            place.stretch = factors.clamp(min=1).to(dtype)[:, None, None]
-        return place
+            context.logn_scale = factors.clamp(min=1).to(dtype)[:, None, None]
+        return context
 
     def _base(self, length: int) -> float:
         """The rotary base for a document of that length."""

@@ -1,4 +1,4 @@
-"""Positions of the tokens of a document, and the frequencies by which they turn."""
+"""The frequencies of rotary positions (Su et al., 2021), with YaRN (Peng et al., 2023)."""
 
 import math
 
@@ -27,15 +27,3 @@ def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> 
     ramp = (torch.arange(c.rotary // 2, device=device, dtype=wide) - low) / max(high - low, 0.001)
     slow = ramp.clamp(0, 1)
     return frequencies / yarn.factor * slow + frequencies * (1 - slow), yarn.attention_factor
-
-
-def positions_of(start: int, end: int, prefix: int | None = None, device: torch.device | None = None) -> Tensor:
-    """Positions int64 [n] of the tokens from start to end of a document; [2, n] where it has a bidirectional prefix.
-
-    Then the first row counts the prefix and stands still at its last token, and the second row counts what follows from 1
-    (the 2-D positions of GLM; Du et al., 2022).
-    """
-    place = torch.arange(start, end, device=device)
-    if prefix is None:
-        return place
-    return torch.stack((place.clamp(max=prefix - 1), (place - prefix + 1).clamp(min=0)))

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rule import allowed, distance
+from bench.proof.rule import allowed, distance
 from minilora import save_model
 from minilora.checkpoint import FAMILIES
 from minilora.models.decoder import Decoder
-from minilora.models.layers import lay_together
+from minilora.models.layers import pack_weights
 
 
 def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:
@@ -111,7 +111,7 @@ def tiny(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 
     """A frozen Decoder with random weights, norms and biases too, so that none can be forgotten unseen."""
     module = FAMILIES[family]
     model = module.decoder(module.config(config_json(family, **changes))).to(dtype).requires_grad_(False).eval()
-    lay_together(model)  # as the loader does
+    pack_weights(model)  # as the loader does
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         scale = 1.0 if p.dim() == 1 and name.endswith("weight") else 0.0  # of a norm

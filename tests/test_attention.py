@@ -13,12 +13,12 @@ from minilora.kernels import attention as module
 from minilora.kernels.attention import attention, attention_forward, attention_ref
 
 FORMS: list[tuple[int | None, list[int] | None]] = [(None, None), (5, None), (None, [7, 1, 0, 7])]
-forms = pytest.mark.parametrize("window, prefixes", FORMS, ids=["causal", "window", "prefixes"])
+forms = pytest.mark.parametrize("window, prefix_lens", FORMS, ids=["causal", "window", "prefix_lens"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
 
 def packed(dtype: torch.dtype, lengths: tuple[int, ...] = (13, 1, 31, 7)) -> tuple[Any, ...]:
-    """q, k, v and seams of a few documents."""
+    """q, k, v and cu_seqlens of a few documents."""
     torch.manual_seed(0)
     return module.example(list(lengths), 6, 2, 24, dtype)[0]
 
@@ -32,25 +32,25 @@ def no_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 @dtypes
 @pytest.mark.parametrize("lengths", [(52,), (13, 1, 31, 7)], ids=["one", "packed"])
 def test_what_is_kept_gives_the_bits_of_the_plain_call(
-    dtype: torch.dtype, window: int | None, prefixes: list[int] | None, lengths: tuple[int, ...]
+    dtype: torch.dtype, window: int | None, prefix_lens: list[int] | None, lengths: tuple[int, ...]
 ):
-    q, k, v, seams = packed(dtype, lengths)
-    form = seams, window, prefixes and [sum(prefixes)] if len(lengths) == 1 else prefixes
+    q, k, v, cu_seqlens = packed(dtype, lengths)
+    form = cu_seqlens, window, prefix_lens and [sum(prefix_lens)] if len(lengths) == 1 else prefix_lens
     kept = attention_forward(q.requires_grad_(), k, v, *form)
     assert not kept[0].requires_grad
     plain = run(attention, (q, k, v, *form), (0, 1, 2), upstream(q))
-    again = run(lambda *a: attention(*a, kept=kept), (q, k, v, *form), (0, 1, 2), upstream(q))
+    again = run(lambda *a: attention(*a, saved=kept), (q, k, v, *form), (0, 1, 2), upstream(q))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert again[0].data_ptr() == kept[0].data_ptr()
 
 
 def test_with_what_is_kept_nothing_is_attended_again(monkeypatch: pytest.MonkeyPatch):
     """The backward has what it needs: the out and the log-sum-exp that are given, whatever they are."""
-    q, k, v, seams = packed(torch.float64)
-    out, lse = attention_forward(q, k, v, seams)
+    q, k, v, cu_seqlens = packed(torch.float64)
+    out, lse = attention_forward(q, k, v, cu_seqlens)
     assert lse is not None
-    whole = run(lambda q, k, v: attention(q, k, v, seams, kept=(out, lse)), (q, k, v), (0, 1, 2))
-    shifted = run(lambda q, k, v: attention(q, k, v, seams, kept=(out, lse + 1)), (q, k, v), (2,))
+    whole = run(lambda q, k, v: attention(q, k, v, cu_seqlens, saved=(out, lse)), (q, k, v), (0, 1, 2))
+    shifted = run(lambda q, k, v: attention(q, k, v, cu_seqlens, saved=(out, lse + 1)), (q, k, v), (2,))
     torch.testing.assert_close(shifted[1], whole[3] / torch.e, rtol=1e-12, atol=0)  # every weight is e times smaller
 
     def fail(*_: Any) -> None:
@@ -58,24 +58,24 @@ def test_with_what_is_kept_nothing_is_attended_again(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(module, "_cpu_forward", fail)
     monkeypatch.setattr(module.F, "scaled_dot_product_attention", fail)
-    run(lambda q, k, v: attention(q, k, v, seams, kept=(out, lse)), (q, k, v), (0, 1, 2))
+    run(lambda q, k, v: attention(q, k, v, cu_seqlens, saved=(out, lse)), (q, k, v), (0, 1, 2))
     with pytest.raises(AssertionError, match="attended again"):
-        attention(q, k, v, seams)
+        attention(q, k, v, cu_seqlens)
 
 
 @pytest.mark.parametrize("alone", [0, 1, 2])
 def test_a_kept_output_with_one_input_that_requires_grad(alone: int):
-    q, k, v, seams = packed(torch.float32)
-    kept = attention_forward(q, k, v, seams)
-    whole = run(lambda q, k, v: attention(q, k, v, seams, kept=kept), (q, k, v), (0, 1, 2), upstream(q))
-    one = run(lambda q, k, v: attention(q, k, v, seams, kept=kept), (q, k, v), (alone,), upstream(q))
+    q, k, v, cu_seqlens = packed(torch.float32)
+    kept = attention_forward(q, k, v, cu_seqlens)
+    whole = run(lambda q, k, v: attention(q, k, v, cu_seqlens, saved=kept), (q, k, v), (0, 1, 2), upstream(q))
+    one = run(lambda q, k, v: attention(q, k, v, cu_seqlens, saved=kept), (q, k, v), (alone,), upstream(q))
     assert torch.equal(one[1], whole[1 + alone])
 
 
 def test_a_kept_output_that_was_written_to_is_refused():
-    q, k, v, seams = packed(torch.float32)
-    kept = attention_forward(q, k, v, seams)
-    out = attention(q.requires_grad_(), k, v, seams, kept=kept)
+    q, k, v, cu_seqlens = packed(torch.float32)
+    kept = attention_forward(q, k, v, cu_seqlens)
+    out = attention(q.requires_grad_(), k, v, cu_seqlens, saved=kept)
     kept[0].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
@@ -83,24 +83,26 @@ def test_a_kept_output_that_was_written_to_is_refused():
 
 @forms
 @dtypes
-def test_without_flash_attention(no_flash: None, dtype: torch.dtype, window: int | None, prefixes: list[int] | None):
+def test_without_flash_attention(no_flash: None, dtype: torch.dtype, window: int | None, prefix_lens: list[int] | None):
     """One scaled dot product a document; there is no log-sum-exp to keep, and the kept form attends again."""
-    q, k, v, seams = packed(dtype)
-    out, lse = attention_forward(q.requires_grad_(), k, v, seams, window, prefixes)
+    q, k, v, cu_seqlens = packed(dtype)
+    out, lse = attention_forward(q.requires_grad_(), k, v, cu_seqlens, window, prefix_lens)
     assert lse is None and not out.requires_grad
-    plain = run(attention, (q, k, v, seams, window, prefixes), (0, 1, 2), upstream(q))
+    plain = run(attention, (q, k, v, cu_seqlens, window, prefix_lens), (0, 1, 2), upstream(q))
     assert torch.equal(plain[0], out)
-    again = run(lambda *a: attention(*a, kept=(out, lse)), (q, k, v, seams, window, prefixes), (0, 1, 2), upstream(q))
+    again = run(
+        lambda *a: attention(*a, saved=(out, lse)), (q, k, v, cu_seqlens, window, prefix_lens), (0, 1, 2), upstream(q)
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     if dtype == torch.float64:
-        check_op(attention, attention_ref, (q, k, v, seams, window, prefixes), (0, 1, 2))
+        check_op(attention, attention_ref, (q, k, v, cu_seqlens, window, prefix_lens), (0, 1, 2))
 
 
 def test_documents_without_tokens():
-    q, k, v, seams = packed(torch.float64)
-    gaps = [0, *seams, seams[-1]]
+    q, k, v, cu_seqlens = packed(torch.float64)
+    gaps = [0, *cu_seqlens, cu_seqlens[-1]]
     for found, expected in zip(
-        run(attention, (q, k, v, gaps), (0, 1, 2)), run(attention, (q, k, v, seams), (0, 1, 2)), strict=True
+        run(attention, (q, k, v, gaps), (0, 1, 2)), run(attention, (q, k, v, cu_seqlens), (0, 1, 2)), strict=True
     ):
         assert torch.equal(found, expected)
 
@@ -108,15 +110,15 @@ def test_documents_without_tokens():
 @pytest.mark.parametrize(
     "wrong, what",
     [
-        ({"seams": [0, 51]}, "seams"),
-        ({"seams": [1, 52]}, "seams"),
-        ({"seams": [0, 30, 20, 52]}, "seams"),
-        ({"seams": [0]}, "seams"),
+        ({"cu_seqlens": [0, 51]}, "cu_seqlens"),
+        ({"cu_seqlens": [1, 52]}, "cu_seqlens"),
+        ({"cu_seqlens": [0, 30, 20, 52]}, "cu_seqlens"),
+        ({"cu_seqlens": [0]}, "cu_seqlens"),
         ({"window": 0}, "window"),
-        ({"window": 4, "prefixes": [0, 0, 0, 0]}, "window"),
-        ({"prefixes": [0, 0, 0]}, "prefixes"),
-        ({"prefixes": [14, 0, 0, 0]}, "prefixes"),
-        ({"prefixes": [-1, 0, 0, 0]}, "prefixes"),
+        ({"window": 4, "prefix_lens": [0, 0, 0, 0]}, "window"),
+        ({"prefix_lens": [0, 0, 0]}, "prefix_lens"),
+        ({"prefix_lens": [14, 0, 0, 0]}, "prefix_lens"),
+        ({"prefix_lens": [-1, 0, 0, 0]}, "prefix_lens"),
         ({"k": torch.zeros(52, 2, 23)}, "it takes"),
         ({"k": torch.zeros(52, 4, 24), "v": torch.zeros(52, 4, 24)}, "it takes"),
         ({"v": torch.zeros(51, 2, 24)}, "it takes"),
@@ -125,7 +127,7 @@ def test_documents_without_tokens():
     ],
 )
 def test_what_does_not_fit_is_refused(wrong: dict[str, Any], what: str):
-    arguments = dict(zip(("q", "k", "v", "seams"), packed(torch.float32), strict=True)) | wrong
+    arguments = dict(zip(("q", "k", "v", "cu_seqlens"), packed(torch.float32), strict=True)) | wrong
     with pytest.raises(ValueError, match=f"attention: .*{what}"):
         attention(**arguments)
     with pytest.raises(ValueError, match=f"attention: .*{what}"):
@@ -183,20 +185,20 @@ def test_the_call_on_cuda_means_the_same(monkeypatch: pytest.MonkeyPatch, window
     monkeypatch.setattr(module, "aten", operators)
     monkeypatch.setattr(module, "_cpu_forward", module._cuda_forward)
     monkeypatch.setattr(module, "_cpu_backward", module._cuda_backward)
-    q, k, v, seams = packed(torch.float64)
-    check_op(attention, attention_ref, (q, k, v, seams, window), (0, 1, 2))
-    kept = attention_forward(q, k, v, seams, window)
-    again = run(lambda *a: attention(*a, kept=kept), (q, k, v, seams, window), (0, 1, 2))
-    plain = run(attention, (q, k, v, seams, window), (0, 1, 2))
+    q, k, v, cu_seqlens = packed(torch.float64)
+    check_op(attention, attention_ref, (q, k, v, cu_seqlens, window), (0, 1, 2))
+    kept = attention_forward(q, k, v, cu_seqlens, window)
+    again = run(lambda *a: attention(*a, saved=kept), (q, k, v, cu_seqlens, window), (0, 1, 2))
+    plain = run(attention, (q, k, v, cu_seqlens, window), (0, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_torchs_own_operators_take_the_arguments(window: int | None):
     """On tensors without data, which is as far as a machine without a GPU comes."""
-    *stream, seams = packed(torch.bfloat16)
+    *stream, cu_seqlens = packed(torch.bfloat16)
     q, k, v = (x.to("meta") for x in stream)
-    sight = module._Sight(tuple(seams), window, None)
+    sight = module.MaskSpec(tuple(cu_seqlens), window, None)
     out, lse = module._cuda_forward(q, k, v, sight)
     assert out.shape == q.shape and lse.shape == (6, 52) and lse.dtype == torch.float32
     grads = module._cuda_backward(out, q, k, v, out, lse, sight)
@@ -204,7 +206,7 @@ def test_torchs_own_operators_take_the_arguments(window: int | None):
 
 
 def test_which_path_is_taken(monkeypatch: pytest.MonkeyPatch):
-    """CUDA flash attention takes 16-bit numbers, heads of a multiple of 8 and no prefixes, on an Ampere card or a later one."""
+    """CUDA flash attention takes 16-bit numbers, heads of a multiple of 8 and no prefix_lens, on an Ampere card or a later one."""
     cards = {"capability": (8, 0)}
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: cards["capability"])
@@ -212,10 +214,10 @@ def test_which_path_is_taken(monkeypatch: pytest.MonkeyPatch):
 
     def takes(dtype: torch.dtype = torch.bfloat16, size: int = 128, **form: Any) -> bool:
         q = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=dtype, shape=(52, 6, size))
-        return module._flash(q, q, module._Sight((0, 52), **{"window": None, "prefixes": None, **form}))  # pyright: ignore
+        return module._flash(q, q, module.MaskSpec((0, 52), **{"window": None, "prefix_lens": None, **form}))  # pyright: ignore
 
     assert takes() and takes(torch.float16) and takes(window=4) and takes(size=256)
-    assert not takes(torch.float32) and not takes(size=100) and not takes(prefixes=(3,)) and not takes(size=264)
+    assert not takes(torch.float32) and not takes(size=100) and not takes(prefix_lens=(3,)) and not takes(size=264)
     cards["capability"] = (8, 9)
     assert takes() and takes(size=192) and not takes(size=256)
     cards["capability"] = (7, 5)

@@ -12,10 +12,11 @@ import torch
 from tiny import make_model, make_rows
 from torch import Tensor
 
-from bench import counted, operations, parity, workers
+from bench import operations, workers
 from bench.operations import Operation
+from bench.proof import counted, parity
+from bench.proof.traffic import Cost
 from bench.shapes import MODELS
-from bench.traffic import Cost
 from minilora.kernels import swiglu
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,7 @@ def interpreted(*commands: str) -> None:
 
 def test_the_kernels_through_the_benches_on_the_interpreter():
     interpreted(
-        "parity|--toy|--dtypes|bfloat16|--only|add_rms_norm 37 x 101, b|swiglu 13|r=3 (two|bits (one|scale known",
+        "proof.parity|--toy|--dtypes|bfloat16|--only|add_rms_norm 37 x 101, b|swiglu 13|r=3 (two|bits (one|scale known",
         "kernels|--models|toy|--tokens|16|--rounds|1|--only|lora_swiglu",
         "step|--models|toy|--tokens|16|--document|8|--rounds|1",
     )

@@ -262,7 +262,8 @@ def test_the_default_system_prompt_is_what_jinja_would_write(jinja: str, prompt:
     assert default_system(jinja) == prompt
 
 
-def test_a_run_folder_with_a_chinese_name_draws_its_picture(tmp_path: Path):
+@pytest.mark.parametrize("name", ["实验一", "r$x^$ 😀"])
+def test_a_run_folder_of_any_name_draws_its_picture(tmp_path: Path, name: str):
     pytest.importorskip("matplotlib")
     model, rows = make_model(tmp_path / "m"), make_rows(tmp_path / "rows.json")
     words = [
@@ -272,12 +273,12 @@ def test_a_run_folder_with_a_chinese_name_draws_its_picture(tmp_path: Path):
         "--data",
         str(rows),
         "--output",
-        str(tmp_path / "实验一"),
+        str(tmp_path / name),
         "--max-steps",
         "1",
     ]
     assert main(words) == 0  # warnings are errors here
-    assert (tmp_path / "实验一" / "loss.png").stat().st_size > 1000
+    assert (tmp_path / name / "loss.png").stat().st_size > 1000
 
 
 # settings of other tools

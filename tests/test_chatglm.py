@@ -58,7 +58,7 @@ def test_rows_are_what_the_authors_train_on(folder, rows):
     assert prefix is not None and ids[prefix - 1 : prefix + 1] == [c["gmask_token_id"], c["bos_token_id"]]
     assert ids[-1] == c["eos_token_id"] and "数到3" in tokenizer.decode(ids[: prefix - 1])
     assert example.targets.tolist() == [-100] * (prefix - 1) + ids[prefix:] + [-100]
-    assert prefix == minilora.load_model(folder, device="cpu").prefix(torch.tensor(ids))
+    assert [prefix] == minilora.load_model(folder, device="cpu").prefix_lens(torch.tensor(ids))
 
 
 def test_train_resume_merge_and_chat(folder, rows, tmp_path, capsys):

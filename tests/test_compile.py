@@ -1,4 +1,4 @@
-"""Every kernel compiles for A100 and H100 as committed in bench/compiled.json: nothing spills, everything fits, and memory or
+"""Every kernel compiles for A100 and H100 as committed in bench/proof/compiled.json: nothing spills, everything fits, and memory or
 the tensor cores bind it; and the reader of machine code counts what arithmetic says."""
 
 import json
@@ -15,19 +15,19 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
-from bench import sass
-from bench.launches import Launch
+from bench.proof import sass
+from bench.proof.launches import Launch
 from minilora.kernels.lang import PINNED, jit, tl
 
 ROOT = Path(__file__).parent.parent
-COMMITTED = json.loads((ROOT / "bench/compiled.json").read_text())
+COMMITTED = json.loads((ROOT / "bench/proof/compiled.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program may have
 
 
 # of the binding pipe's cycles those that the tensor cores or the memory need; the rates are published, but not how two pipes
 # stand in each other's way, so 0.9 where the name of a row has none of these
 SHARE = {
-    r"dropout lora_narrow._a_gradient_kernel .* sm_[89]0": 0.75,  # the draw of the masks
+    r"dropout lora_shrink._shrink_backward_kernel .* sm_[89]0": 0.75,  # the draw of the masks
 }
 
 
@@ -44,8 +44,8 @@ SHARE = {
     ],
 )
 def test_what_the_kernels_need_is_what_is_committed(only: str, one: bool, tmp_path: Path):
-    """After a change: python -m bench.compile > bench/compiled.json"""
-    command = [sys.executable, "-W", "error", "-m", "bench.compile", "--only", only, "--cache", str(tmp_path)]
+    """After a change: python -m bench.proof.compile > bench/proof/compiled.json"""
+    command = [sys.executable, "-W", "error", "-m", "bench.proof.compile", "--only", only, "--cache", str(tmp_path)]
     command += ["--one"] * one
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=3600,

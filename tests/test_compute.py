@@ -14,7 +14,7 @@ from minilora.compute import Rates, choose
 from minilora.config import read_yaml, resolve
 from minilora.cpu import usable_cpus
 from minilora.data import make_batch
-from minilora.evaluate import batch_loss, evaluate
+from minilora.evaluate import evaluate
 from minilora.generate import generate
 from minilora.kernels import frozen_linear as module
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
@@ -89,7 +89,7 @@ def test_a_loss_is_nearer_to_the_truth_than_in_the_dtype_of_storage(family: str)
         randomise(model)
         model = model.to(dtype) if dtype == torch.float64 else model
         model.compute = computed
-        loss = batch_loss(model.train(), make_batch(conversations(family)))
+        loss = model.train().loss(make_batch(conversations(family)))
         loss.backward()
         return loss.detach().double(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -106,7 +106,7 @@ def test_it_is_the_model_with_its_weights_widened(family: str):
         add_lora(model, r=3, alpha=6, seed=1)
         randomise(model)
         model = model.double() if model.head.dtype == torch.float64 else model
-        batch_loss(model.train(), make_batch(conversations(family))).backward()
+        model.train().loss(make_batch(conversations(family))).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     stored, widened, exact = tiny(family, BF16), tiny(family, BF16).float(), tiny(family, BF16).double()
@@ -208,9 +208,7 @@ class TestInt8:
         ids = conversations(family)[3]
         batch = make_batch([ids])
         with torch.no_grad():
-            truth, ours, ref = (
-                m(batch.ids, batch.positions, batch.seams, prefixes=batch.prefixes) for m in (model, int8, plain)
-            )
+            truth, ours, ref = (m(batch.ids, batch.documents) for m in (model, int8, plain))
         assert 0 < (ours - truth).norm() <= 2 * (ref - truth).norm()
         linears = [m for b in int8.blocks for m in b.modules() if isinstance(m, torch.nn.Linear)]
         assert not linears, "a linear was left out"

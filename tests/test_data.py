@@ -303,17 +303,20 @@ def test_packing_loses_nothing(examples, capacity):
     by_name = {e.where: e for e in examples}
     seen = []
     for batch in pack(examples, capacity):
+        bounds = batch.documents.cu_seqlens
         assert len(batch.ids) <= capacity or len(batch.where) == 1
-        assert batch.seams[0] == 0 and batch.seams[-1] == len(batch.ids) == len(batch.positions)
-        assert len(batch.seams) == len(batch.where) + 1
+        assert bounds[0] == 0 and bounds[-1] == len(batch.ids) == len(batch.documents.positions)
+        assert len(bounds) == len(batch.where) + 1
         targets = torch.full_like(batch.ids, IGNORE)
-        targets[batch.rows] = batch.targets
-        assert (batch.targets != IGNORE).all() and batch.rows.tolist() == sorted(set(batch.rows.tolist()))
-        for where, start, end in zip(batch.where, batch.seams, batch.seams[1:], strict=False):
+        targets[batch.target_index] = batch.targets
+        assert (batch.targets != IGNORE).all() and batch.target_index.tolist() == sorted(
+            set(batch.target_index.tolist())
+        )
+        for where, start, end in zip(batch.where, bounds, bounds[1:], strict=False):
             e = by_name[where]
             assert batch.ids[start:end].tolist() == e.ids.tolist()
             assert targets[start:end].tolist() == e.targets.tolist()
-            assert batch.positions[start:end].tolist() == list(range(end - start))
+            assert batch.documents.positions[start:end].tolist() == list(range(end - start))
             assert targets[end - 1] == IGNORE  # the next document's first token is nobody's target
         seen += batch.where
     assert sorted(seen) == sorted(by_name)
@@ -340,9 +343,13 @@ def test_one_stream_of_two_examples():
     a = Example(np.array([5, 6, 7]), np.array([IGNORE, 7, IGNORE]), "a")
     b = Example(np.array([8, 9]), np.array([9, IGNORE]), "b")
     batch = make_batch([a, b])
-    assert batch.ids.tolist() == [5, 6, 7, 8, 9] and batch.positions.tolist() == [0, 1, 2, 0, 1]
-    assert batch.seams == [0, 3, 5] and batch.rows.tolist() == [1, 3] and batch.targets.tolist() == [7, 9]
-    assert {x.dtype for x in (batch.ids, batch.positions, batch.rows, batch.targets)} == {torch.int64}
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9] and batch.documents.positions.tolist() == [0, 1, 2, 0, 1]
+    assert (
+        batch.documents.cu_seqlens == [0, 3, 5]
+        and batch.target_index.tolist() == [1, 3]
+        and batch.targets.tolist() == [7, 9]
+    )
+    assert {x.dtype for x in (batch.ids, batch.documents.positions, batch.target_index, batch.targets)} == {torch.int64}
 
 
 # order

@@ -83,7 +83,7 @@ def test_what_score_refuses(tmp_path, model, capsys):
     for more, code, part in (
         (["--keep-below", "5"], 2, "belong together"),
         (["--output", "x"], 2, "belong together"),
-        (["--keep-below", "x"], 2, "invalid"),
+        (["--keep-below", "x"], 2, "is not a number from 0"),
         ([], 3, "line 2: there is nothing to learn"),
     ):
         assert score(model, data, *more) == code

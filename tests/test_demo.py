@@ -12,6 +12,7 @@ from minilora.demo.show import MODEL
 def test_demo(tmp_path):
     # no network: a proxy that nobody listens on
     env = os.environ | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    (tmp_path / ".git").mkdir()
     command = [
         sys.executable,
         "-m",
@@ -32,6 +33,8 @@ def test_demo(tmp_path):
     assert all("Zephyr" in text and "ACME" in text for text in after[:2])
     assert after[2:] == before[2:] == ("2 plus 3 is 5.", "天空是蓝色的。")
     assert merged == after
+    assert f"goes into {tmp_path / 'run'}\n(which lies in the git checkout {tmp_path};" in done.stdout
+    assert [done.stdout.count(f"  minilora {c} --") for c in ("chat", "eval", "merge", "train")] == [1, 1, 0, 1]
     assert {"adapter", "merged", "checkpoints", "metrics.jsonl", "config.yaml"} <= {
         p.name for p in (tmp_path / "run").iterdir()
     }

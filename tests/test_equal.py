@@ -7,9 +7,9 @@ from tiny import make_model, make_rows
 import minilora
 from minilora.config import resolve
 from minilora.data import load_examples, make_batch, pack
-from minilora.evaluate import batch_loss, evaluate
+from minilora.evaluate import evaluate
 from minilora.lora import adapters, add_lora
-from minilora.models.place import Cache
+from minilora.models.stream import Cache
 from minilora.train import train_step
 
 
@@ -35,10 +35,10 @@ def adapted(folder, dropout=0.0):
 
 
 def loss_and_gradients(model, batches):
-    targets = sum(len(b.rows) for b in batches)
+    targets = sum(len(b.targets) for b in batches)
     losses = []
     for batch in batches:
-        loss = batch_loss(model, batch) / targets
+        loss = model.loss(batch) / targets
         loss.backward()
         losses.append(loss.detach())
     gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -69,11 +69,12 @@ def test_packed_documents_do_not_see_each_other(folder, examples):
     model = adapted(folder).eval()
     stream = make_batch(examples[:2])
     other = make_batch([examples[0], examples[1]])
-    other.ids[: other.seams[1]] = 7
+    end = stream.documents.cu_seqlens[1]
+    other.ids[:end] = 7
     with torch.no_grad():
-        hidden, changed = (model(b.ids, b.positions, b.seams) for b in (stream, other))
-    assert torch.equal(hidden[stream.seams[1] :], changed[stream.seams[1] :])
-    assert not torch.equal(hidden[: stream.seams[1]], changed[: stream.seams[1]])
+        hidden, changed = (model(b.ids, b.documents) for b in (stream, other))
+    assert torch.equal(hidden[end:], changed[end:])
+    assert not torch.equal(hidden[:end], changed[:end])
 
 
 def test_evaluation_does_not_depend_on_streams(folder, examples):

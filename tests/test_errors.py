@@ -21,6 +21,7 @@ from minilora.checkpoint import INDEX
 from minilora.config import TrainConfig, read_yaml, resolve, to_yaml
 from minilora.durable import problem_of
 from minilora.errors import MiniloraError, UsageError
+from minilora.models.decoder import Decoder
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.snapshot import rotate, snapshots, step_of
 
@@ -32,7 +33,7 @@ SHORT = [
     "4",
     "--save-every",
     "1",
-    "--keep",
+    "--keep-checkpoints",
     "3",
     "--batch-size",
     "4",
@@ -108,26 +109,26 @@ def intact(run: Path) -> list[int]:
 
 TYPED = {
     "no command": ([], "COMMAND"),
-    "unknown command": (["trian"], "trian"),
+    "unknown command": (["trian"], "no command 'minilora trian'", "Did you mean train?"),
     "unknown flag": (
         ["train", "--lerning-rate", "1"],
-        "unknown setting 'lerning-rate'",
-        "Did you mean 'learning_rate'?",
+        "unknown argument '--lerning-rate'",
+        "Did you mean --learning-rate (--lr here)?",
     ),
-    "flag without value": (["train", "--learning-rate"], "--learning-rate needs a value"),
+    "flag without value": (["train", "--learning-rate"], "expected one argument"),
     "own flag without value": (["train", "--lr"], "--lr"),
-    "shortened flag": (["train", "--max-len", "5"], "Did you mean 'max_len"),
+    "shortened flag": (["train", "--max-len", "5"], "Did you mean --max-length?"),
     "stray word": (["train", "now"], "unknown argument 'now'"),
     "number in words": (["train", "--lr", "fast"], "lr is 'fast'", "peak learning rate"),
     "nan": (["train", "--lr", "nan"], "lr is 'nan'"),
     "infinite": (["train", "--epochs", "inf"], "epochs is 'inf'"),
     "zero": (["train", "--batch-size", "0"], "batch_size is '0'"),
-    "half": (["train", "--batch-size", "1.5"], "batch_size is '1.5'"),
+    "half": (["train", "--batch-size", "1.5"], "batch_size is '1.5'", "a whole number above 0"),
     "negative": (["train", "--lr", "-1"], "lr is '-1'"),
-    "over one": (["train", "--lora-dropout", "1"], "lora_dropout is '1'"),
+    "over one": (["train", "--lora-dropout", "1"], "lora_dropout is '1'", "from 0 to below 1"),
     "thirty digits": (["train", "--seed", "9" * 30], "seed is"),
     "choice": (["train", "--schedule", "wavy"], "schedule is 'wavy'", "cosine, linear, constant"),
-    "switch": (["train", "--rslora", "maybe"], "rslora is 'maybe'"),
+    "switch": (["train", "--rslora=maybe"], "--rslora is 'maybe'", "--rslora or --no-rslora"),
     "nothing given": (["train"], "--model is missing"),
     "define": (["train", "--define", "name"], "--define 'name' is not NAME=TEXT"),
     "define for eval": (
@@ -149,12 +150,12 @@ TYPED = {
     "chat without model": (["chat"], "--model"),
     "temperature": (
         ["chat", "--model", "{model}", "--temperature", "nan"],
-        "--temperature: nan is not between",
+        "--temperature: 'nan' is not a number from 0 to 100",
     ),
     "chat seed": (["chat", "--model", "{model}", "--seed", "9" * 30], "--seed"),
     "shard size": (
         ["merge", "--model", "x", "--adapter", "y", "--output", "{out}", "--shard-size", "0"],
-        "--shard-size is 0",
+        "--shard-size: '0' is not a number from 0.001 to 100,000",
     ),
 }
 
@@ -502,7 +503,7 @@ def test_a_damaged_checkpoint_is_skipped(cli, run, finished, case):
     damage(run / "checkpoints" / "step-4")
     damage(run / "checkpoints" / "step-3")
     shutil.rmtree(run / "adapter")
-    code, out, _ = cli("train", "--output", run, "--resume", "--keep", "1")
+    code, out, _ = cli("train", "--output", run, "--resume", "--keep-checkpoints", "1")
     assert code == 0 and f"skipped step-4: {part}" in out and f"skipped step-3: {part}" in out
     assert "step-2" in out
     assert tree(run / "adapter") == tree(finished / "adapter")
@@ -555,7 +556,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_up(cli, model, rows, small_disk, monkeypatch):
     monkeypatch.setattr(minilora.train, "check_disk", lambda *_: None)  # it fills up later, by others
     run = small_disk(1800) / "run"
-    more = ["--max-steps", "60", "--keep", "60"]
+    more = ["--max-steps", "60", "--keep-checkpoints", "60"]
     check(
         train(cli, run, model, rows, *more),
         6,
@@ -566,7 +567,7 @@ def test_a_disk_that_fills_up(cli, model, rows, small_disk, monkeypatch):
     saved = intact(run)
     assert saved == list(range(1, saved[-1] + 1)) and 2 < saved[-1] < 60
     small_disk(20_000)
-    assert cli("train", "--output", run, "--resume", "--keep", "60")[0] == 0
+    assert cli("train", "--output", run, "--resume", "--keep-checkpoints", "60")[0] == 0
     assert intact(run) == list(range(1, 61))
 
 
@@ -587,7 +588,7 @@ MEMORY = [
 @pytest.mark.parametrize("error", MEMORY, ids=lambda e: type(e).__name__)
 def test_out_of_memory(tmp_path, cli, model, rows, monkeypatch, error):
     monkeypatch.setattr(minilora.train, "make_plan", lambda *_: (_ for _ in ()).throw(error))
-    check(train(cli, tmp_path / "out", model, rows), 7, "out of memory", "--checkpointing on")
+    check(train(cli, tmp_path / "out", model, rows), 7, "out of memory", "--checkpointing,")
     assert not list(tmp_path.iterdir())
 
 
@@ -625,7 +626,7 @@ def end(child: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def test_the_exit_code_leaves_the_process(tmp_path, model):
-    check(end(process("train", "--batch-sise", "4")), 2, "Did you mean 'batch_size'?")
+    check(end(process("train", "--batch-sise", "4")), 2, "Did you mean --batch-size?")
     check(
         end(process("train", "--model", model, "--data", tmp_path / "absent", "--output", tmp_path / "out")),
         3,
@@ -681,7 +682,7 @@ def test_a_prompt_that_is_no_utf8(cli, model):
 
 def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, model, rows, monkeypatch):
     """The fourth backward pass fails; the three steps before it are saved."""
-    step = minilora.train.batch_loss
+    step = Decoder.loss
     calls = []
 
     def failing(*args):
@@ -690,7 +691,7 @@ def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, mo
             raise torch.OutOfMemoryError("no more")
         return step(*args)
 
-    monkeypatch.setattr(minilora.train, "batch_loss", failing)
+    monkeypatch.setattr(Decoder, "loss", failing)
     more = ("--save-every", "100", "--batch-size", "1", "--max-steps", "6")
     check(train(cli, tmp_path / "out", model, rows, *more), 7, "out of memory")
     assert intact(tmp_path / "out") == [3]

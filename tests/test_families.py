@@ -15,7 +15,7 @@ from minilora.checkpoint import FAMILIES, empty_model, read_config
 from minilora.config import resolve
 from minilora.data import IGNORE, Example, make_batch
 from minilora.errors import ModelError
-from minilora.evaluate import batch_loss, evaluate
+from minilora.evaluate import evaluate
 from minilora.flops import attention_flops
 from minilora.generate import Sampling, generate
 from minilora.generate_many import generate_many
@@ -23,8 +23,7 @@ from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm
-from minilora.models.place import Cache
-from minilora.models.rotary import positions_of
+from minilora.models.stream import Cache, Documents
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.train import learning_rate, train_step
 from minilora.verify import wide_logits_of
@@ -57,7 +56,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> 
 
 def loss_and_gradients(model: Decoder, examples: list[Example], together: bool) -> tuple[Tensor, Tensor]:
     streams = [examples] if together else [[e] for e in examples]
-    losses = [batch_loss(model, make_batch(stream)) for stream in streams]
+    losses = [model.loss(make_batch(stream)) for stream in streams]
     for loss in losses:
         loss.backward()
     gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -132,7 +131,7 @@ def test_the_loss_is_that_of_the_logits(family: str):
     for e in conversations(family):
         logits = model.logits(torch.from_numpy(e.ids))
         expected = expected + torch.nn.functional.cross_entropy(logits, torch.from_numpy(e.targets), reduction="sum")
-    assert_close(batch_loss(model, make_batch(conversations(family))), expected)
+    assert_close(model.loss(make_batch(conversations(family))), expected)
 
 
 @families
@@ -214,12 +213,12 @@ def test_it_learns(family: str):
 
 def test_the_positions_of_chatglm():
     """prompt prompt [gMASK] <sop> answer answer, as the original code builds them."""
-    assert positions_of(0, 6, 3).tolist() == [[0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]]
-    assert positions_of(4, 6, 3).tolist() == [[2, 2], [2, 3]]
-    assert positions_of(4, 6).tolist() == [4, 5]
+    assert Documents.of([6], [3]).positions.tolist() == [[0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]]
+    assert Documents.of([2], [3], [4]).positions.tolist() == [[2, 2], [2, 3]]
+    assert Documents.of([2], starts=[4]).positions.tolist() == [4, 5]
     batch = make_batch([conversation("chatglm", 2, 3, 0), conversation("chatglm", 1, 2, 1)])
-    assert batch.positions.tolist() == [[0, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 2, 3, 0, 1, 2]]
-    assert batch.prefixes == [2, 1] and batch.seams == [0, 5, 8]
+    assert batch.documents.positions.tolist() == [[0, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.documents.prefix_lens == [2, 1] and batch.documents.cu_seqlens == [0, 5, 8]
 
 
 def test_the_prompt_sees_itself_and_no_more():
@@ -250,12 +249,17 @@ def test_ids_without_sop_are_an_error():
         tiny("chatglm").logits(torch.tensor([1, 2, 3]))
 
 
+def test_a_batch_of_documents_is_told_what_to_give():
+    with pytest.raises(ValueError, match=r"not \[1, 3\]: give ids\[0\]"):
+        tiny("qwen2").logits(torch.tensor([[1, 2, 3]]))
+
+
 def test_attention_flops_count_the_prefix():
     c = tiny("chatglm").config
     one = 3 * 4 * c.heads * c.head_size * c.layers
-    assert attention_flops(c, [0, 10], [10]) == one * 100
-    assert attention_flops(c, [0, 10]) == one * 55
-    assert attention_flops(c, [0, 10, 14], [4, 1]) == one * (55 + 6 + 10)
+    assert attention_flops(c, Documents.of([10], [10])) == one * 100
+    assert attention_flops(c, Documents.of([10])) == one * 55
+    assert attention_flops(c, Documents.of([10, 4], [4, 1])) == one * (55 + 6 + 10)
 
 
 # the same model in two layouts
@@ -295,16 +299,16 @@ def test_norms_round_in_the_familys_order(family: str, once: bool):
     norms = [m for m in model.modules() if isinstance(m, RMSNorm)]
     assert len(norms) == (9 if family == "glm4" else 5)
     for norm in norms:
-        right, wrong = (rms_norm_ref(x, norm.weight, norm.eps, once=order) for order in (once, not once))
+        right, wrong = (rms_norm_ref(x, norm.weight, norm.eps, round_once=order) for order in (once, not once))
         assert torch.equal(norm(x), right) and not torch.equal(right, wrong)
 
 
 def test_rope_ratio_divides_positions_in_chatglm2():
     model = tiny("chatglm2", torch.float64, rope_ratio=4, _name_or_path="/models/chatglm2-6b-32k")
     plain = tiny("chatglm2", torch.float64)
-    positions = torch.arange(0, 4 * len(IDS), 4)
-    stretched = model(IDS, positions, [0, len(IDS)])
-    assert_close(stretched, plain(IDS, torch.arange(len(IDS)), [0, len(IDS)]))
+    documents = Documents.of([len(IDS)])
+    further = Documents(documents.cu_seqlens, 4 * documents.positions)
+    assert_close(model(IDS, further), plain(IDS, documents))
 
 
 def test_qwen1_reaches_beyond_its_length_in_evaluation_alone():

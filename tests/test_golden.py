@@ -13,7 +13,6 @@ from torch import Tensor
 
 import minilora
 from minilora.data import IGNORE, Example, make_batch
-from minilora.evaluate import batch_loss
 from minilora.lora import adapters
 from minilora.models.decoder import Decoder
 
@@ -33,14 +32,14 @@ def documents(model: Decoder, expected: dict[str, Tensor]) -> list[Example]:
         kept = expected["attention_mask"][i].bool() if "attention_mask" in expected else torch.ones_like(ids).bool()
         targets = torch.full_like(ids[kept], IGNORE)
         targets[:-1] = labels[kept][1:]
-        found.append(Example(ids[kept].numpy(), targets.numpy(), str(i), model.prefix(ids[kept])))
+        found.append(Example(ids[kept].numpy(), targets.numpy(), str(i), (model.prefix_lens(ids[kept]) or [None])[0]))
     return found
 
 
 def packed_loss(model: Decoder, examples: list[Example]) -> Tensor:
     """Mean loss of documents laid end to end."""
     batch = make_batch(examples)
-    return batch_loss(model, batch) / len(batch.rows)
+    return model.loss(batch) / len(batch.targets)
 
 
 @torch.no_grad()

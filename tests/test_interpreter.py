@@ -13,7 +13,7 @@ OWN = sorted(p.name for p in (ROOT / "tests" / "interpreter").glob("test_*.py"))
 SHARED = ["tests/test_kernels.py", "tests/test_lora_linear_group.py"]
 # operations with kernels, by how their tests are called there; ranks and shapes of LoRA are in own
 ROWS = "rms_norm or swiglu or rope"
-WIDE = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and not of_any)"
+ACC = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and not of_any)"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ WIDE = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and n
         *(pytest.param([f"tests/interpreter/{name}", "-m", "not long"], id=name) for name in OWN),
         pytest.param(["tests/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
         pytest.param([*SHARED, "-k", ROWS], id="shared rows"),
-        pytest.param([*SHARED, "-k", WIDE], id="shared wide"),
+        pytest.param([*SHARED, "-k", ACC], id="shared wide"),
     ],
 )
 def test_kernels_on_the_interpreter(arguments: list[str]):

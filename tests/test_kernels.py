@@ -25,7 +25,7 @@ from minilora.kernels import (
     rope,
     swiglu,
 )
-from minilora.kernels.dispatch import force
+from minilora.kernels.dispatch import kernels_enabled
 from minilora.kernels.dropout import DropoutKey
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -47,24 +47,29 @@ def poison() -> Iterator[None]:
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, seams: list[int], window: int | None = None, prefixes: list[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: list[int],
+    window: int | None = None,
+    prefix_lens: list[int] | None = None,
 ) -> Tensor:
     """Attention as transformers writes it out: the GEMMs in the dtype of q, the softmax in fp32."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    seen = attention_mask(seams, window, prefixes)
+    seen = attention_mask(cu_seqlens, window, prefix_lens)
     scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(q.dtype)
     return torch.einsum("hqk,khe->qhe", weights, v)
 
 
-def attention_mask(seams: list[int], window: int | None, prefixes: list[int] | None) -> Tensor:
+def attention_mask(cu_seqlens: list[int], window: int | None, prefix_lens: list[int] | None) -> Tensor:
     """[T, T], true where a query may look, by the definition and one document at a time."""
-    mask = torch.zeros(seams[-1], seams[-1], dtype=torch.bool)
-    for i, (start, end) in enumerate(pairwise(seams)):
+    mask = torch.zeros(cu_seqlens[-1], cu_seqlens[-1], dtype=torch.bool)
+    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
         for q in range(start, end):
             mask[q, max(start, 0 if window is None else q - window + 1) : q + 1] = True
-        prefix = slice(start, start + (prefixes[i] if prefixes else 0))
+        prefix = slice(start, start + (prefix_lens[i] if prefix_lens else 0))
         mask[prefix, prefix] = True
     return mask
 
@@ -118,9 +123,9 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         return Case(rope.rope, rope.rope_ref, args, (0,))
     if name.startswith("attention"):
         window = 5 if name == "attention_window" else None
-        prefixes = ([2, 1] if small else [2, 1, 0, 7]) if name == "attention_prefix" else None
+        prefix_lens = ([2, 1] if small else [2, 1, 0, 7]) if name == "attention_prefix" else None
         args = example(attention, *(([2, 3], 2, 1, 4) if small else ([13, 1, 31, 7], 6, 2, 26)), dtype)
-        args = (*args, window, prefixes)
+        args = (*args, window, prefix_lens)
         return Case(attention.attention, attention.attention_ref, args, (0, 1, 2), plain_attention)
     if name.startswith("lora_linear"):
         args = lora_arguments(*((3, 7, 5, 2) if small else (37, 61, 53, 3)), dtype)
@@ -500,31 +505,31 @@ def test_attention_of_any_documents(lengths: list[int], heads: tuple[int, int], 
 )
 def test_attention_with_any_prefixes(documents: list[tuple[int, int]], heads: tuple[int, int], dtype: torch.dtype):
     args = example(attention, [n for n, _ in documents], *heads, 10, dtype)
-    prefixes = [min(pair) for pair in documents]
-    check_op(attention.attention, attention.attention_ref, (*args, None, prefixes), (0, 1, 2), plain_attention)
+    prefix_lens = [min(pair) for pair in documents]
+    check_op(attention.attention, attention.attention_ref, (*args, None, prefix_lens), (0, 1, 2), plain_attention)
 
 
-@pytest.mark.parametrize("window, prefixes", [(2, None), (None, [2, 0, 4]), (None, [3, 1, 6])])
-def test_attention_reference_sees_what_the_definition_says(window: int | None, prefixes: list[int] | None):
+@pytest.mark.parametrize("window, prefix_lens", [(2, None), (None, [2, 0, 4]), (None, [3, 1, 6])])
+def test_attention_reference_sees_what_the_definition_says(window: int | None, prefix_lens: list[int] | None):
     """The mask of the specification, read off with values that are one-hot."""
-    seams = seams_of([3, 1, 6])
+    cu_seqlens = seams_of([3, 1, 6])
     q, v = torch.zeros(10, 1, 10), torch.eye(10)[:, None]
-    seen = attention.attention_ref(q, q, v, seams, window, prefixes)[:, 0] > 0
-    assert torch.equal(seen, attention_mask(seams, window, prefixes))
+    seen = attention.attention_ref(q, q, v, cu_seqlens, window, prefix_lens)[:, 0] > 0
+    assert torch.equal(seen, attention_mask(cu_seqlens, window, prefix_lens))
 
 
 @dtypes
-@pytest.mark.parametrize("window, prefixes", [(None, None), (4, None), (None, [5, 1, 0, 31])])
+@pytest.mark.parametrize("window, prefix_lens", [(None, None), (4, None), (None, [5, 1, 0, 31])])
 def test_packed_documents_are_each_document_alone_bit_for_bit(
-    dtype: torch.dtype, window: int | None, prefixes: list[int] | None
+    dtype: torch.dtype, window: int | None, prefix_lens: list[int] | None
 ):
     lengths = [13, 1, 5, 31]
-    q, k, v, seams = example(attention, lengths, 6, 2, 26, dtype)
+    q, k, v, cu_seqlens = example(attention, lengths, 6, 2, 26, dtype)
     dy = upstream(q)
-    packed = run(attention.attention, (q, k, v, seams, window, prefixes), (0, 1, 2), dy)
-    for i, (start, end) in enumerate(pairwise(seams)):
+    packed = run(attention.attention, (q, k, v, cu_seqlens, window, prefix_lens), (0, 1, 2), dy)
+    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
         own = [x[start:end].clone() for x in (q, k, v)]
-        prefix = prefixes and prefixes[i : i + 1]
+        prefix = prefix_lens and prefix_lens[i : i + 1]
         alone = run(attention.attention, (*own, [0, end - start], window, prefix), (0, 1, 2), dy[start:end])
         assert all(torch.equal(whole[start:end], part) for whole, part in zip(packed, alone, strict=True))
 
@@ -536,10 +541,10 @@ def test_a_window_about_as_long_as_the_document(window: int):
 
 
 def test_a_spoilt_document_spoils_no_other():
-    q, k, v, seams = example(attention, [5, 4, 6], 2, 1, 8, torch.float32)
-    whole = attention.attention(q, k, v, seams)
+    q, k, v, cu_seqlens = example(attention, [5, 4, 6], 2, 1, 8, torch.float32)
+    whole = attention.attention(q, k, v, cu_seqlens)
     q[5:9], k[5:9], v[5:9] = math.nan, math.nan, math.nan
-    spoilt = attention.attention(q, k, v, seams)
+    spoilt = attention.attention(q, k, v, cu_seqlens)
     assert torch.equal(spoilt[:5], whole[:5]) and torch.equal(spoilt[9:], whole[9:])
     assert spoilt[5:9].isnan().all()
 
@@ -549,13 +554,13 @@ def test_a_spoilt_document_spoils_no_other():
 @dtypes
 def test_cached_attention_is_the_end_of_the_whole(dtype: torch.dtype, groups: int, window: int | None):
     """One token at a time, several at once, and all of them: the last n queries over every key."""
-    q, k, v, seams = example(attention, [23], 4, groups, 10, dtype)
+    q, k, v, cu_seqlens = example(attention, [23], 4, groups, 10, dtype)
     for n in (1, 5, 23):
         check_op(
             lambda q, k, v, n=n: attention.attention_cached(q[-n:], k, v, window),
-            lambda q, k, v, n=n: attention.attention_ref(q, k, v, seams, window)[-n:],
+            lambda q, k, v, n=n: attention.attention_ref(q, k, v, cu_seqlens, window)[-n:],
             (q, k, v), (0, 1, 2),
-            lambda q, k, v, n=n: plain_attention(q, k, v, seams, window)[-n:],
+            lambda q, k, v, n=n: plain_attention(q, k, v, cu_seqlens, window)[-n:],
         )  # fmt: skip
 
 
@@ -760,7 +765,7 @@ def test_the_upstream_scale_is_not_rounded_to_the_dtype_of_x():
 def test_no_gradient_is_made_where_none_is_recorded():
     """Evaluation of a model that is trained in full: its head requires grad, only the loss is wanted."""
     x, head, targets = example(linear_cross_entropy, 37, 29, 101, torch.float32)
-    with torch.no_grad(), force(False), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), kernels_enabled(False), FlopCounterMode(display=False) as counter:
         linear_cross_entropy.linear_cross_entropy(x.requires_grad_(), head.requires_grad_(), targets)
     assert counter.get_total_flops() == 2 * 37 * 29 * 101
 

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.layer_bytes import group, layer, partial_sums
+from bench.proof.layer_bytes import group, layer, partial_sums
+from bench.proof.traffic import Cost, linear_cross_entropy, lora_group, lorafusion_atomics
 from bench.shapes import MODELS, Shape
-from bench.traffic import Cost, linear_cross_entropy, lora_group, lorafusion_atomics
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA, TILES
 
 M, RANK = 8192, 16

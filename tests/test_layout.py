@@ -133,7 +133,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.lora_gemm",
         "minilora.kernels.lora_linear",
         "minilora.kernels.lora_linear_group",
-        "minilora.kernels.lora_narrow",
+        "minilora.kernels.lora_shrink",
         "minilora.kernels.projection",
     }
 

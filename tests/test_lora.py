@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.errors import ModelError, UsageError
-from minilora.lora import adapters, key_dropout, linears, without_adapters
+from minilora.lora import adapters, linears, set_dropout_keys, without_adapters
 from minilora.models.decoder import Decoder
 from minilora.safetensors import SafetensorsFile, write_tensors
 
@@ -89,11 +89,11 @@ def test_dropout_follows_the_key_and_training_alone():
     randomise(model)
     plain = model.logits(IDS)
     model.train()
-    key_dropout(model, seed=1, step=2, micro=0)
+    set_dropout_keys(model, seed=1, step=2, micro=0)
     first = model.logits(IDS)
-    key_dropout(model, seed=1, step=3, micro=0)
+    set_dropout_keys(model, seed=1, step=3, micro=0)
     other = model.logits(IDS)
-    key_dropout(model, seed=1, step=2, micro=0)
+    set_dropout_keys(model, seed=1, step=2, micro=0)
     assert torch.equal(model.logits(IDS), first)
     assert not torch.equal(first, other) and not torch.equal(first, plain)
     assert torch.equal(model.eval().logits(IDS), plain)
@@ -102,7 +102,7 @@ def test_dropout_follows_the_key_and_training_alone():
 def test_every_module_drops_its_own_values():
     model = tiny()
     add_lora(model, r=3, dropout=0.5)
-    key_dropout(model, seed=1, step=2, micro=0)
+    set_dropout_keys(model, seed=1, step=2, micro=0)
     keys = [wrapper.key for _, wrapper in adapters(model)]
     assert len(set(keys)) == len(keys)
 
@@ -115,7 +115,7 @@ def test_activation_checkpointing_draws_the_same_masks_again():
         add_lora(model, r=3, dropout=0.5)
         randomise(model)
         model.checkpointing = checkpointing
-        key_dropout(model.train(), seed=1, step=2, micro=0)
+        set_dropout_keys(model.train(), seed=1, step=2, micro=0)
         model.logits(IDS).square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

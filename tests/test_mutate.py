@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import mutate
+from bench.proof import mutate
 
 FILES = {f"kernels/{path.name}": path.read_text() for path in sorted((mutate.ROOT / "kernels").glob("*.py"))}
 FAULTS = {file: mutate.faults(file, source) for file, source in FILES.items()}
@@ -46,7 +46,7 @@ def test_references_examples_and_tiles_are_left_alone():
         ("row = tl.program_id(0).to(tl.int64)", "int64 forgotten", "row = (tl.program_id(0))"),
         ("dw += dy * n", "sum overwritten", "dw = dy * n"),
         ("y = x * scale", "factor dropped", "y = (x)"),
-        ("acc = tl.zeros((4, 4), WIDE)", "half accumulator", "acc = tl.zeros((4, 4), (tl.float16))"),
+        ("acc = tl.zeros((4, 4), ACC)", "half accumulator", "acc = tl.zeros((4, 4), (tl.float16))"),
     ],
 )
 def test_a_fault_is_what_it_is_called(line: str, kind: str, becomes: str):

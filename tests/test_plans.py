@@ -5,13 +5,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.launches import recorded
+from bench.proof.launches import recorded
 from minilora.kernels import linear_cross_entropy
 from minilora.kernels.dispatch import architecture, compile_for, use_library_gemm
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 
-SINGLE, TWO = ["_single_pass_kernel"], ["_low_kernel", "_forward_kernel"]
+SINGLE, TWO = ["_single_pass_kernel"], ["_shrink_kernel", "_forward_kernel"]
 cards = pytest.mark.parametrize("card", [80, 90])
 
 

@@ -13,10 +13,8 @@ from torch.utils.flop_counter import flop_registry
 
 from minilora import add_lora
 from minilora.data import make_batch
-from minilora.evaluate import batch_loss
-from minilora.models import place
+from minilora.models import stream
 from minilora.models.decoder import Decoder
-from minilora.models.layers import BaseBlock
 
 families = pytest.mark.parametrize("family", OWN)
 
@@ -31,7 +29,7 @@ def adapted(
 
 
 def loss_and_gradients(model: Decoder) -> list[Tensor]:
-    loss = batch_loss(model, make_batch(conversations(model.config.family)))
+    loss = model.loss(make_batch(conversations(model.config.family)))
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     found = [loss.detach(), *(p.grad.clone() for p in trained if p.grad is not None)]
@@ -59,9 +57,8 @@ def test_no_bit_changes(family: str, dtype: torch.dtype, keep_attention: bool):
 def test_adapters_on_some_linears(family: str, targets: str):
     """Blocks of which parts, or the input, need no gradient."""
     model = tiny(family)
-    blocks = [m for m in model.modules() if isinstance(m, BaseBlock)]
-    name = blocks[0].mlp.last if blocks else "down_proj"
-    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("mlp." + name)]
+    name = getattr(model.blocks[0], "last_linear", "mlp.down_proj")
+    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(name)]
     chosen = {"last": paths[-1:], "first": paths[:1]}.get(targets, targets)
     model = adapted(family, chosen)
     kept = loss_and_gradients(model)
@@ -91,7 +88,7 @@ class Flops(TorchDispatchMode):
 
 
 def backward_flops(model: Decoder) -> int:
-    loss = batch_loss(model, make_batch(conversations(model.config.family)))
+    loss = model.loss(make_batch(conversations(model.config.family)))
     with Flops() as counter:
         loss.backward()
     return counter.total
@@ -106,7 +103,7 @@ def test_the_last_linear_is_not_computed_again():
     batch = make_batch(conversations("qwen2"))
     with Flops() as counter, torch.no_grad():
         for block in model.blocks:
-            block(model.embedding(batch.ids), model.place(batch.positions, batch.seams, torch.float32))
+            block(model.embedding(batch.ids), model.context(batch.documents, torch.float32))
     c = model.config
     assert more == counter.total - c.layers * 2 * len(batch.ids) * c.ffn * c.width
 
@@ -118,10 +115,10 @@ def test_attention_kept_is_not_attended_again():
         calls.append(torch.is_grad_enabled())
         return real(*args)
 
-    real = place.attention_forward
+    real = stream.attention_forward
     model = adapted("qwen3")
     model.checkpointing = model.keep_attention = True
-    with patch.object(place, "attention_forward", counting):
+    with patch.object(stream, "attention_forward", counting):
         loss_and_gradients(model)
     assert calls == [False] * model.config.layers
 
@@ -140,6 +137,6 @@ def test_a_block_keeps_its_input_alone():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(batch.ids, batch.positions, batch.seams)
+        model(batch.ids, batch.documents)
     width, tokens = model.config.width, len(batch.ids)
     assert saved.count(width * tokens) == len(saved) - saved.count(tokens) <= model.config.layers + 2

@@ -23,7 +23,7 @@ STEPS = 8
 QUIET = Console(quiet=True)
 SETTINGS = {
     "max_steps": STEPS, "batch_size": 5, "micro_tokens": 120, "max_length": 120, "lora_dropout": 0.1, "lora_r": 4, "lr": 1e-2,
-    "save_every": 1, "keep": 99, "val": "3", "eval_every": 3, "device": "cpu",
+    "save_every": 1, "keep_checkpoints": 99, "val": "3", "eval_every": 3, "device": "cpu",
 }  # fmt: skip
 
 
@@ -102,7 +102,10 @@ def _interrupt_when(metrics):
 def test_rotation_keeps_the_newest_and_the_best(finished, tmp_path):
     _, config = finished
     run = tmp_path / "run"
-    train(resolve(config.__dict__, {"output": run, "keep": 2, "lr": 0.5, "schedule": "constant"}), console=QUIET)
+    train(
+        resolve(config.__dict__, {"output": run, "keep_checkpoints": 2, "lr": 0.5, "schedule": "constant"}),
+        console=QUIET,
+    )
     steps = sorted(map(step_of, snapshots(run / "checkpoints")))
     assert steps[-2:] == [STEPS - 1, STEPS] and len(steps) <= 3
     assert (run / "checkpoints" / "last").resolve().name == f"step-{STEPS}"

@@ -98,7 +98,7 @@ def here(tmp_path, monkeypatch):
         "device": "cpu",
         "batch_size": 4,
         "save_every": 1,
-        "keep": 5,
+        "keep_checkpoints": 5,
     }
     path = write(
         tmp_path / "s.yaml", base=base, zip={"lr": [1e-3, 2e-3]}, test={"rows": 4, "max_tokens": 5, "before": True}
@@ -140,8 +140,9 @@ def test_runs_test_set_and_page(here):
     sweep(path, str(out), {}, console=QUIET)
     assert not [c for c in calls if c[0] == "train"]  # predictions are asked for, and found
     assert (out / "lr=0.001" / "adapter" / "adapter_model.safetensors").read_bytes() == before
-    with pytest.raises(OutputInUse, match="other settings"):
-        sweep(path, str(out), {"lora_r": "4"}, console=QUIET)
+    for other in ({"lora_r": "4"}, {"keep": "last"}):
+        with pytest.raises(OutputInUse, match="other settings"):
+            sweep(path, str(out), other, console=QUIET)
 
 
 def test_a_stopped_sweep_goes_on(here):
@@ -258,7 +259,7 @@ def test_the_table_of_scores_fits_the_terminal(tmp_path, capsys, columns):
     runs = []
     for i, name in enumerate(names):
         metrics = {metric: {"value": 10.0 + i, "definition": ""} for metric in SHOWN}
-        val = [(0, 3.0), (5, 2.5 + i)] if name != "before" else []
+        val = [(0.0, 3.0), (5.0, 2.5 + i)] if name != "before" else []
         runs.append(Record(name, tmp_path / name, val=val, results={"metrics": metrics}))
     show_scores(runs, Console(width=columns))
     lines = capsys.readouterr().out.rstrip().splitlines()

@@ -1,16 +1,20 @@
 """The training loop: what it learns, writes and refuses."""
 
+import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_model, make_rows
 
 import minilora
+import minilora.train as module
 from minilora.config import resolve
 from minilora.console import Console
 from minilora.data import load_examples
-from minilora.errors import OutputInUse
+from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate
 from minilora.lora import adapters
 from minilora.train import learning_rate, train
@@ -145,21 +149,90 @@ def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
     assert minilora.load_model(result, device="cpu").head.dtype == torch.bfloat16
 
 
-def test_the_best_step_is_kept_whenever_it_comes(tmp_path):
-    """The validation loss turns at some step between two checkpoints; `best` is that step."""
-    model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
-    settings = {
-        "model": model,
-        "data": rows,
-        "output": tmp_path / "run",
-        "val": "4",
-        "eval_every": 1,
-        "save_every": 100,
-        "seed": 5,
-    }
-    train(resolve(settings, {"lr": 0.3, "schedule": "constant", "max_steps": 12, "device": "cpu"}), console=QUIET)
-    losses = {m["step"]: m["val_loss"] for m in metrics(tmp_path / "run")}
+TURNING = {  # the validation loss turns at some step between two checkpoints
+    "val": "4", "eval_every": 1, "save_every": 100, "seed": 5, "lr": 0.3, "schedule": "constant", "max_steps": 12, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def turned(request, tmp_path_factory):
+    """A finished run whose best step is none of the first and none of the last, its config and that step."""
+    work = tmp_path_factory.mktemp("turned")
+    model, rows = make_model(work / "model"), make_rows(work / "rows.json")
+    more = {"method": "full", "lr": 0.06, "max_steps": 3} if request.param == "full" else {}
+    config = resolve(TURNING, {"model": model, "data": rows, "output": work / "run"}, more)
+    assert f"is step {config.max_steps}" not in said(config)
+    losses = {m["step"]: m["val_loss"] for m in metrics(work / "run")}
     best = min(losses, key=lambda step: losses[step])
-    assert 0 < best < 12
-    kept = (tmp_path / "run" / "checkpoints" / "best").resolve()
-    assert kept.name == f"step-{best}" and json.loads((kept / "state.json").read_text())["best_loss"] == losses[best]
+    assert 0 < best < config.max_steps
+    return work / "run", config, best
+
+
+def said(config, resume=False) -> str:
+    """What a training prints."""
+    text = io.StringIO()
+    train(config, resume, console=Console(file=text, width=200))
+    return text.getvalue()
+
+
+def weights(folder: Path) -> bytes:
+    return next(folder.glob("*model.safetensors")).read_bytes()
+
+
+def test_the_best_step_is_what_a_run_leaves_behind(turned, tmp_path):
+    run, config, best = turned
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    config, last = resolve(config.__dict__, {"output": tmp_path / "run"}), config.max_steps
+    result = tmp_path / "run" / ("model" if config.method == "full" else "adapter")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kept = (checkpoints / "best").resolve()
+    state = json.loads((kept / "state.json").read_text())
+    assert kept.name == f"step-{best}" and state["best_step"] == best
+    assert weights(result) == weights(kept) != weights(checkpoints / "last")
+
+    text = said(resolve(config.__dict__, {"keep": "last"}), resume=True)  # nothing is left to do but this
+    assert (
+        f"is step {last} of {last}, the last, by --keep last; the lowest validation loss ({state['best_loss']:.4f})"
+        in text
+    )
+    assert weights(result) == weights(checkpoints / "last")
+
+    text = said(config, resume=True)
+    assert f"is step {best} of {last}, the lowest validation loss ({state['best_loss']:.4f})\n" in text
+    assert weights(result) == weights(kept)
+
+    next(kept.glob("*model.safetensors")).write_bytes(b"broken")
+    text = said(config, resume=True)
+    assert f"is step {last} of {last}, the last: step {best} had the lowest" in text and "is damaged" in text
+    assert weights(result) == weights(checkpoints / "last")
+
+
+def test_a_run_that_fails_leaves_the_adapter_of_the_one_before(turned, tmp_path, monkeypatch):
+    run, config, _ = turned
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{config.max_steps}")
+    result = tmp_path / "run" / ("model" if config.method == "full" else "adapter")
+    before = weights(result)
+
+    def diverge(*_):
+        raise Diverged("loss nan")
+
+    monkeypatch.setattr(module, "train_step", diverge)
+    with pytest.raises(Diverged):
+        said(resolve(config.__dict__, {"output": tmp_path / "run"}), resume=True)
+    assert weights(result) == before
+
+
+def test_where_training_made_it_worse_the_last_step_is_kept(tmp_path):
+    model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
+    config = resolve(TURNING, {"model": model, "data": rows, "output": tmp_path / "run", "max_steps": 2})
+    config = resolve(config.__dict__, {"method": "full", "lr": 10})
+    text = said(config)
+    assert "is step 2 of 2, the last: the lowest validation loss" in text and "was before training" in text
+    assert weights(tmp_path / "run" / "model") == weights(tmp_path / "run" / "checkpoints" / "last")
+
+
+def test_without_validation_rows_the_last_step_is_kept(tmp_path):
+    model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
+    text = said(resolve({"model": model, "data": rows, "output": tmp_path / "run", "max_steps": 2, "device": "cpu"}))
+    assert "is step 2 of 2, the last\n" in text

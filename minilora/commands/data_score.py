@@ -4,12 +4,13 @@ import argparse
 
 from ..errors import UsageError
 from .before import check_paths, say
+from .parser import group
 from .shared_flags import between, limit_flags, model_flags, opening, settings_of
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
-    parser.add_argument(
+    group(parser, "data").add_argument(
         "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
     )
     limit_flags(parser)

@@ -4,13 +4,14 @@ import argparse
 from typing import Any
 
 from .before import check_paths, say
+from .parser import group
 from .shared_flags import int8_flag, limit_flags, model_flags, opening, settings_of
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     int8_flag(parser)
-    parser.add_argument(
+    group(parser, "data").add_argument(
         "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
     )
     limit_flags(parser)

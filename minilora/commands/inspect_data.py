@@ -4,6 +4,7 @@ import argparse
 
 from ..errors import DataError
 from .before import check_paths, say
+from .parser import group
 from .shared_flags import between, limit_flags, settings_of
 
 
@@ -11,10 +12,12 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="folder of a checkpoint; its weights are not read"
     )
-    parser.add_argument(
+    group(parser, "data").add_argument(
         "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
     )
-    parser.add_argument("--val", metavar="FILE", help="validation rows, which shall not be among the others")
+    group(parser, "data").add_argument(
+        "--val", metavar="FILE", help="validation rows, which shall not be among the others"
+    )
     limit_flags(parser)
     parser.add_argument("-n", "--samples", type=between(int, 0, 1000), default=3, metavar="N", help="rows to show [3]")
     parser.add_argument("--row", type=between(int, 1, 2**63 - 1), metavar="N", help="show this row alone: 1, 2, ...")

@@ -10,8 +10,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "folder", metavar="DIR", help="folder of a Hugging Face checkpoint; config.json alone is enough"
     )
     parser.add_argument(
-        "--targets", default="all-linear", metavar="TEXT", help="linears that get adapters [all-linear]"
+        "--lora-targets", default="all-linear", metavar="TEXT", help="linears that get adapters [all-linear]"
     )
+    parser.add_argument("--targets", dest="lora_targets", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -22,6 +23,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ..inspect_model import describe, text_of
 
-    found = describe(Path(args.folder), args.targets)
+    found = describe(Path(args.folder), args.lora_targets)
     say(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
     return 4 if found["problems"] else 0

@@ -2,20 +2,23 @@
 
 import argparse
 
-from ..errors import UsageError
 from .before import check_paths, say
-from .shared_flags import model_flags, opening
+from .shared_flags import between, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser, adapter=False)
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the merged checkpoint")
-    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file in 10^9 bytes [5]")
+    parser.add_argument(
+        "--shard-size",
+        type=between(float, 0.001, 100_000),
+        default=5.0,
+        metavar="GB",
+        help="largest file in 10^9 bytes [5]",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.shard_size <= 0:
-        raise UsageError(f"--shard-size is {args.shard_size:g}", "A number of gigabytes belongs there.")
     check_paths(args.model, args.adapter)
     say(f"merging {args.adapter} into {args.model}")
     from ..merge_folder import merge_folder

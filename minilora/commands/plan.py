@@ -3,14 +3,18 @@
 import argparse
 
 from .before import check_paths, say
-from .shared_flags import definitions
-from .train import foreign_flags, setting_flags, settings_file
+from .shared_flags import between
+from .train import file_flags, given_settings, setting_flags, settings_files
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
+    parser.usage = "minilora plan [RUN.yaml] --model DIR [--data FILE] [--SETTING VALUE ...]"
+    file_flags(parser)
     parser.add_argument(
-        "--device-memory", type=float, metavar="GB", help="plan for a card with so many 10^9 bytes [this machine]"
+        "--device-memory",
+        type=between(float, 1e-6, 100_000),
+        metavar="GB",
+        help="plan for a card with so many 10^9 bytes [this machine]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     setting_flags(parser)
@@ -21,11 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..config import resolve
 
-    own = ("command", "config", "device_memory", "json", "rest")
-    given = {k: v for k, v in vars(args).items() if k not in own} | foreign_flags(args.rest)
-    if "define" in given:
-        given["define"] = definitions(given["define"])
-    config = resolve(*([settings_file(args.config)] if args.config else []), given)
+    config = resolve(*settings_files(args), given_settings(args))
     check_paths(config.model, None, config.data)
     from ..forecast import forecast, text_of
 

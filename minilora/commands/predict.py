@@ -3,13 +3,16 @@
 import argparse
 
 from .before import check_paths, say
+from .parser import group
 from .shared_flags import between, columns_of, definitions, ignore_flag, int8_flag, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     int8_flag(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="rows; the last answer of each is the reference")
+    group(parser, "data").add_argument(
+        "--data", required=True, metavar="FILE", help="rows; the last answer of each is the reference"
+    )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for answers and scores; one that was stopped goes on"
     )
@@ -21,9 +24,13 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "--sample", action="store_true", help="draw as generation_config.json says, instead of the likeliest token"
     )
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
-    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    group(parser, "data").add_argument(
+        "--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows"
+    )
     ignore_flag(parser)
-    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    group(parser, "data").add_argument(
+        "--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
     parser.add_argument("--json", action="store_true", help="print predict_results.json instead of the table")
 

@@ -2,29 +2,37 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..model_folder import ADAPTER_CONFIG
+from .parser import group
 
 COMPUTE = ("auto", "float32", "bfloat16")
 
 
 def model_flags(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face checkpoint")
-    parser.add_argument(
-        "--adapter", required=not adapter, metavar="DIR", help="PEFT adapter folder, such as RUN/adapter"
+    model, machine = group(parser, "model"), group(parser, "machine")
+    model.add_argument("--model", required=True, metavar="DIR", help="folder of a Hugging Face checkpoint")
+    model.add_argument(
+        "--adapter", required=not adapter, metavar="DIR", type=adapter_folder, help="PEFT adapter folder, or a run's"
     )
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="take an adapter that lacks linears which it names"
-    )
-    parser.add_argument("--any-base", action="store_true", help="take an adapter that was trained on another base")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
-    parser.add_argument(
+    model.add_argument("--allow-partial", action="store_true", help="take an adapter that lacks linears which it names")
+    model.add_argument("--any-base", action="store_true", help="take an adapter that was trained on another base")
+    machine.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 [the GPU if there is one]")
+    machine.add_argument(
         "--compute",
         choices=COMPUTE,
         default="auto",
         help="dtype to compute in; auto is the fastest one on this machine",
     )
+
+
+def adapter_folder(given: str) -> str:
+    """An argparse type: the folder of an adapter; of a run it is RUN/adapter."""
+    inside = Path(given) / "adapter"
+    return str(inside) if inside.is_dir() and not (Path(given) / ADAPTER_CONFIG).exists() else given
 
 
 def opening(args: argparse.Namespace) -> dict[str, Any]:
@@ -34,7 +42,7 @@ def opening(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def int8_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group(parser, "machine").add_argument(
         "--int8", action="store_true", help="weights in 8 bits, for speed on a CPU; eval --int8 tells what it costs"
     )
 
@@ -42,13 +50,19 @@ def int8_flag(parser: argparse.ArgumentParser) -> None:
 def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number within bounds, both allowed."""
 
+    what = f"{'a whole number' if kind is int else 'a number'} from {low:,g} " + (
+        f"to {high:,g}" if high < 2**31 else "on"
+    )
+
     def number(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
-    number.__name__ = kind.__name__
     return number
 
 
@@ -62,26 +76,27 @@ def definitions(given: list[str]) -> dict[str, str]:
 
 
 def ignore_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group(parser, "data").add_argument(
         "--ignore-keys", metavar="A,B", default="", help="keys of the rows to leave out, which stop a command otherwise"
     )
 
 
 def limit_flags(parser: argparse.ArgumentParser) -> None:
     """How rows become tokens: the flags of `minilora train` of the same names."""
-    parser.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
+    data = group(parser, "data")
+    data.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
     ignore_flag(parser)
-    parser.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
-    parser.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
-    parser.add_argument(
-        "--train-end", choices=["on", "off"], default="on", help="count the token that ends an answer [on]"
+    data.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
+    data.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
+    data.add_argument(
+        "--train-end", action=argparse.BooleanOptionalAction, help="count the token that ends an answer [on]"
     )
     for name, default in (("max-length", 2048), ("max-source-length", None), ("max-target-length", None)):
         shown = f" [{default}]" if default else ""
-        parser.add_argument(
+        data.add_argument(
             f"--{name}", type=between(int, 1, 2**31), default=default, metavar="N", help=f"in tokens{shown}"
         )
-    parser.add_argument(
+    data.add_argument(
         "--truncate", choices=["drop", "cut", "error"], default="drop", help="what becomes of longer rows [drop]"
     )
 
@@ -100,7 +115,7 @@ def settings_of(args: argparse.Namespace, skip_bad: bool = False) -> Any:
         ignore_keys=args.ignore_keys,
         truncate=args.truncate,
         skip_bad=skip_bad,
-        train_end=args.train_end == "on",
+        train_end=args.train_end is not False,
     )
 
 

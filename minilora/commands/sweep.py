@@ -3,6 +3,7 @@
 import argparse
 
 from .before import say
+from .train import given_settings, setting_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -11,17 +12,18 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="DIR", help="folder for all runs; one that was stopped goes on"
     )
     parser.add_argument("--smoke", action="store_true", help="the file's small version: minutes on a CPU")
-    parser.epilog = "Any setting of minilora train can be given as a flag; it wins over the file's base."
+    parser.usage = "minilora sweep FILE --output DIR [--smoke] [--SETTING VALUE ...]"
+    parser.epilog = (
+        "Any setting of minilora train can be given as a flag; it wins over the file's base: see minilora train --help."
+    )
+    setting_flags(parser, shown=False, left_out=("output",))
 
 
 def run(args: argparse.Namespace) -> None:
     from ..reports.sweep import sweep
-    from .shared_flags import definitions
-    from .train import foreign_flags
 
-    settings = foreign_flags(args.rest)
-    if "define" in settings:
-        settings["define"] = definitions([settings["define"]])
+    settings = given_settings(args)
+    del settings["output"]  # of the sweep; each run has its own in there
     page = sweep(args.file, args.output, settings, args.smoke)
     if page.is_file():
         say(f"page  {page}")

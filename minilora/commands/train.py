@@ -1,33 +1,67 @@
 """minilora train: an adapter (or the whole model) trained on rows of conversations."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .before import check_paths, say
 from .shared_flags import definitions
 
+if TYPE_CHECKING:
+    from ..config import TrainConfig
+
+EXAMPLES = """examples:
+  minilora train --model DIR --data rows.json --val 0.05 --output runs/first
+  minilora train run.yaml --lr 1e-4 --lora-r 8 --checkpointing --output runs/second
+
+A switch is --name or --no-name. Names known from Hugging Face and LLaMA-Factory
+are understood: --learning_rate, --cutoff_len, ..."""
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", metavar="FILE", help="yaml file of the settings below; flags win over it")
+    parser.usage = "minilora train [RUN.yaml] [--SETTING VALUE ...]\n       minilora train --output RUN --resume"
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
+    file_flags(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
     setting_flags(parser)
 
 
-def setting_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting of a training run."""
+def file_flags(parser: argparse.ArgumentParser) -> None:
+    """A yaml file of settings, given by itself or with -c."""
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RUN.yaml", help="yaml file of the settings below; flags win over it"
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="the same")
+
+
+def setting_flags(parser: argparse.ArgumentParser, shown: bool = True, left_out: tuple[str, ...] = ()) -> None:
+    """A flag for every setting of a training run, in groups, and one that is not shown for each of its other names."""
     from dataclasses import fields
 
-    from ..config import TrainConfig, defaults, kind_name
+    from ..config import ALIASES, GROUPS, TrainConfig, defaults, kind_name
 
+    group = parser.add_argument_group("settings")
     for f in fields(TrainConfig):
-        flag, default = "--" + f.name.replace("_", "-"), defaults()[f.name]
-        default = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-        shown = "" if default in ("", None, {}) else f" [{default}]"
-        text = (f.metadata["help"] + shown).replace("%", "%%")
-        action = "append" if f.name == "define" else "store"
-        parser.add_argument(flag, metavar=kind_name(f), help=text, default=argparse.SUPPRESS, action=action)
+        if f.name in GROUPS and shown:
+            group = parser.add_argument_group(GROUPS[f.name])
+        if f.name in left_out:
+            continue
+        default = defaults()[f.name]
+        is_switch = isinstance(default, bool)
+        default = {True: "on", False: "off"}[default] if is_switch else default
+        note = "" if default in ("", None, {}) else f" [{default}]"
+        flag, names = "--" + f.name.replace("_", "-"), [f.name, *(k for k, v in ALIASES.items() if v == f.name)]
+        others = sorted({f"--{n}" for name in names for n in (name, name.replace("_", "-"))} - {flag})
+        how: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
+        if is_switch:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"metavar": kind_name(f), "action": "append" if f.name == "define" else "store"}
+        text = (f.metadata["help"] + note).replace("%", "%%")
+        group.add_argument(flag, help=text if shown else argparse.SUPPRESS, **how)
+        if others:
+            group.add_argument(*others, help=argparse.SUPPRESS, **how)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,13 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
     from ..config import read_yaml, resolve
 
-    flags = {k: v for k, v in vars(args).items() if k not in ("command", "config", "resume", "overwrite", "rest")}
-    flags |= foreign_flags(args.rest)
-    if "define" in flags:
-        flags["define"] = definitions(flags["define"])
+    flags = given_settings(args)
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude each other", "Give one of them.")
-    sources = [settings_file(args.config)] if args.config else []
+    sources = settings_files(args)
     if args.resume:
         if "output" not in flags:
             raise UsageError("--output is missing", "minilora train --output RUN --resume")
@@ -55,33 +86,60 @@ def run(args: argparse.Namespace) -> int:
     from ..train import train
 
     train(config, args.resume, args.overwrite)
+    say("\n".join(["", *(f"  {line}" for line in next_commands(config))]))
     return 0
 
 
-def settings_file(path: str) -> dict[str, Any]:
-    """The settings of a yaml file; those that have no meaning here are told and left out."""
+def settings_files(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The settings of the yaml file of file_flags, if there is one; those that have no meaning here are told and left out."""
     from pathlib import Path
 
     from ..config import read_yaml, without_not_needed
 
+    if args.recipe and args.config:
+        raise UsageError(f"{args.recipe} and --config {args.config} are two files", "Give one of them.")
+    if args.recipe and not Path(args.recipe).is_file():
+        raise UsageError(
+            f"unknown argument {args.recipe!r}",
+            "What stands alone is a yaml file of settings, or on or off after a switch.",
+        )
+    path = args.recipe or args.config
+    if not path:
+        return []
     settings, told = without_not_needed(read_yaml(Path(path)))
     if told:
         say(told)
-    return settings
+    return [settings]
 
 
-def foreign_flags(rest: list[str]) -> dict[str, Any]:
-    """Flags under names known from other tools; UsageError with the nearest name for an unknown one."""
-    from ..config import canonical
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags."""
+    from ..config import defaults
 
-    flags, words = {}, list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UsageError(f"unknown argument {word!r}", "See minilora train --help.")
-        name, mark, value = word[2:].partition("=")
-        name = canonical(name)
-        if not mark and not words:
-            raise UsageError(f"{word} needs a value", "See minilora train --help.")
-        flags[name] = value if mark else words.pop(0)
-    return flags
+    given = {name: vars(args)[name] for name in defaults() if name in vars(args)}
+    return given | ({"define": definitions(given["define"])} if "define" in given else {})
+
+
+def next_commands(config: "TrainConfig") -> list[str]:
+    """What can be done with a finished run, as commands to type."""
+    from pathlib import Path
+
+    from ..monitor import shell
+
+    run = Path(config.output)
+    if config.method == "full":
+        return [shell("chat", "--model", run / "model")]
+    both = ("--model", config.model, "--adapter", run / "adapter")
+    split_off = run / "data" / "val.jsonl"
+    rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
+    reading = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
+    if config.columns:
+        reading += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
+    if config.ignore_keys:
+        reading += ["--ignore-keys", config.ignore_keys]
+    reading += [] if config.train_end else ["--no-train-end"]
+    return [
+        shell("chat", *both),
+        shell("eval", *both, "--data", rows, *reading),
+        shell("merge", *both, "--output", run / "merged"),
+    ]

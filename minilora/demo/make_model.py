@@ -17,8 +17,7 @@ from minilora.checkpoint import read_config
 from minilora.config import resolve
 from minilora.console import Console
 from minilora.cpu import keep_heap
-from minilora.models.decoder import Decoder
-from minilora.models.qwen import Block
+from minilora.models.qwen import decoder
 from minilora.safetensors import write_tensors
 from minilora.text.bpe import qwen_tokenizer
 from minilora.train import train
@@ -58,7 +57,7 @@ def start_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Random bf16 weights: normal with deviation 0.02, norms one (GPT-2's start)."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, p in Decoder(read_config(folder), Block).named_parameters():
+    for name, p in decoder(read_config(folder)).named_parameters():
         value = torch.ones(p.shape) if p.dim() == 1 else torch.empty(p.shape).normal_(0, 0.02, generator=generator)
         weights[name] = value.to(torch.bfloat16)
     return weights

@@ -49,7 +49,11 @@ def demo(output: str, name: str, author: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     _ask(say)
-    say(f"\nIt shall be called {name}, made by {author}. Training a LoRA adapter on {ROWS.name}:\n")
+    say(f"\nIt shall be called {name}, made by {author}. What is made of it goes into {run.absolute()}")
+    checkout = next((p for p in run.absolute().parents if (p / ".git").exists()), None)
+    if checkout:
+        say(f"(which lies in the git checkout {checkout}; --output DIR puts it elsewhere)")
+    say(f"\nTraining a LoRA adapter on {ROWS.name}:\n")
     train(config, overwrite=True, console=console)
     losses = [m["loss"] for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
     say(f"\nloss {losses[0]:.2f} {sparkline(losses, 60)} {losses[-1]:.2f}")

@@ -64,8 +64,8 @@ def _examples(model: Decoder, examples: Examples, micro_tokens: int) -> Iterator
 def _score(model: Decoder, examples: Examples, start: int, end: int) -> Iterator[RowScore]:
     """The scores of a stretch of examples in one pass; the head runs for each row alone."""
     batch = make_batch([examples[i] for i in range(start, end)]).to(model.head.device)
-    hidden = model(batch.ids, batch.positions, batch.seams, batch.rows, prefixes=batch.prefixes)
-    bounds = np.searchsorted(batch.rows.cpu().numpy(), batch.seams).tolist()
+    hidden = model(batch.ids, batch.documents, batch.target_index)
+    bounds = np.searchsorted(batch.target_index.cpu().numpy(), batch.documents.cu_seqlens).tolist()
     for number, (first, last) in enumerate(pairwise(bounds)):
         total = float(linear_cross_entropy(hidden[first:last], model.head, batch.targets[first:last]))
         yield RowScore(start + number, batch.where[number], total, last - first)

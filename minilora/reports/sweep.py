@@ -217,9 +217,10 @@ def _train(point: Point) -> int:
     folder = Path(point.config.output)
     if (folder / "config.yaml").is_file():
         then = resolve(read_yaml(folder / "config.yaml"))
-        if must_match(then) != must_match(point.config) or (then.model, then.data) != (
+        if must_match(then) != must_match(point.config) or (then.model, then.data, then.keep) != (
             point.config.model,
             point.config.data,
+            point.config.keep,
         ):
             raise OutputInUse(f"{folder} holds a run of other settings", "Give another --output, or delete that run.")
         if read_record(folder).finished and any((folder / name).is_dir() for name in ("adapter", "model")):

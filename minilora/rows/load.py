@@ -245,7 +245,7 @@ def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: Data
     if not more:
         return error
     what = f"{error.what} (and {sum(more.values()):,} more rows cannot be used: {counted(more)})"
-    return RowError(error.reason, what, f"{error.hint} --skip-bad on leaves such rows out and counts them.")
+    return RowError(error.reason, what, f"{error.hint} --skip-bad leaves such rows out and counts them.")
 
 
 Piece = tuple[np.ndarray, np.ndarray]

@@ -15,7 +15,7 @@ from torch import Tensor
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels import linear_cross_entropy as lce
 from minilora.kernels.cross_entropy import IGNORED
-from minilora.kernels.dispatch import force, use_library_gemm
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +60,7 @@ def test_the_interpreter_runs_the_kernels_and_the_switch_turns_them_off(op: Call
     args = arguments(op, torch.float32)
     args[0].requires_grad_()
     assert op(*args).grad_fn.name() == "_OnTritonBackward"
-    with force(False):
+    with kernels_enabled(False):
         assert op(*args).grad_fn.name() == "_OnTorchBackward"
 
 

@@ -7,8 +7,8 @@ import torch
 from oracle import OWN, SOP, randomise, tiny
 
 from minilora import add_lora
-from minilora.kernels.dispatch import force, use_triton
-from minilora.models.rotary import positions_of
+from minilora.kernels.dispatch import kernels_enabled, use_triton
+from minilora.models.stream import Documents
 
 
 def loss_and_gradients(
@@ -20,10 +20,9 @@ def loss_and_gradients(
     model.to(dtype).train()
     model.checkpointing = checkpointing
     ids = torch.tensor([3, 1, 4, SOP, 5, 9, 2, 6, 5, 35, SOP, 57, 8])
-    prefixes = [3, 4] if family == "chatglm" else None
-    positions = torch.cat([positions_of(0, n, p) for n, p in ((6, 3), (7, 4))], dim=-1)
-    with force(triton):
-        hidden = model(ids, positions if prefixes else positions_of(0, 13), [0, 6, 13], prefixes=prefixes)
+    documents = Documents.of([6, 7], [3, 4] if family == "chatglm" else None)
+    with kernels_enabled(triton):
+        hidden = model(ids, documents)
         hidden.square().sum().backward()
     return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 

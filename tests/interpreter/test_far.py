@@ -14,9 +14,9 @@ from oracle import upstream
 from torch import Tensor
 from triton.runtime import interpreter
 
-from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear_group, lora_narrow
+from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear_group, lora_shrink
 from minilora.kernels.dropout import DropoutKey
-from minilora.kernels.lang import wide
+from minilora.kernels.lang import accum_dtype
 from minilora.kernels.projection import Adapter, Projection
 
 APART = 2**30 + 5  # elements, so that the third row begins beyond 2^31
@@ -116,13 +116,13 @@ def test_the_last_rows_of_a_large_input_gradient(adapter: Adapter, p: float):
 def test_the_last_partial_sums_of_many(adapter: Adapter, monkeypatch: pytest.MonkeyPatch):
     """Of dB and dS, whose tiles of rows are so many that the partials have 2^31 values."""
     partials: list[Tensor] = []
-    monkeypatch.setattr(lora_narrow, "_sum", lambda parts, out: (partials.append(parts), out)[1])
-    monkeypatch.setitem(lora_narrow.PROGRAMS, 0, 2**15)  # two for each tile of rows
+    monkeypatch.setattr(lora_shrink, "_sum", lambda parts, out: (partials.append(parts), out)[1])
+    monkeypatch.setitem(lora_shrink.PROGRAMS, 0, 2**15)  # two for each tile of rows
     dy = torch.randn(1, WIDTH).half().expand(2 * ROWS, -1)
     s = torch.empty(1, 2 * ROWS, 16, dtype=dy.dtype)
     s[:, -64:, :3] = torch.randn(3).half()
     with last_program():
-        lora_narrow.low_gradients([dy], s, [adapter], True, True)
+        lora_shrink.expand_backward([dy], s, [adapter], True, True)
     ds, db = partials
     assert db.numel() > 2**31
     tile = 2 * ROWS // db.shape[0]
@@ -157,7 +157,7 @@ def test_the_last_row_of_a_large_chunk_of_logits():
     with last_program():
         linear_cross_entropy._softmax_kernel[(ROWS,)](
             logits, partial, x.expand(ROWS, -1), head, targets, loss, 0, 16, WIDTH, 16, parts, PARTS=parts, BLOCK=1024,
-            WIDE=wide(logits.dtype), num_warps=4,
+            ACC=accum_dtype(logits.dtype), num_warps=4,
         )  # fmt: skip
     truth = row.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(truth, targets[-1])

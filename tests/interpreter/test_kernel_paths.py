@@ -8,8 +8,8 @@ from oracle import OWN, SOP, tiny
 
 from minilora import add_lora
 from minilora.kernel_paths import kernel_paths
-from minilora.kernels.dispatch import force, use_library_gemm
-from minilora.models.rotary import positions_of
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
+from minilora.models.stream import Documents
 
 CPU = torch.device("cpu")
 
@@ -26,8 +26,7 @@ def graph(family: str, targets: str) -> tuple[set[str], list[str]]:
     model = tiny(family)
     add_lora(model, targets)
     ids = torch.tensor([3, 1, 4, SOP, 5, 9])
-    prefix = 3 if family == "chatglm" else None
-    out = model(ids, positions_of(0, 6, prefix), [0, 6], prefixes=[3] if prefix else None)
+    out = model(ids, Documents.of([6], [3] if family == "chatglm" else None))
     return nodes(out.grad_fn, set()), kernel_paths(model, CPU)
 
 
@@ -49,7 +48,7 @@ def test_linears_without_an_adapter_are_the_librarys():
 
 
 def test_switches():
-    with force(False):
+    with kernels_enabled(False):
         found, lines = graph("qwen2", "all-linear")
         assert lines == ["PyTorch for every layer (no GPU)"] and not any("_OnTriton" in name for name in found)
     with use_library_gemm():

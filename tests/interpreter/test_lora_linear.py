@@ -15,9 +15,9 @@ from oracle import as_wrong_as, check_op, run, upstream, widen
 from test_row_kernels import guarded, in_nan
 from torch import Tensor
 
-from minilora.kernels import lora_gemm, lora_linear, lora_linear_group, lora_narrow, lora_swiglu
-from minilora.kernels.dispatch import force, use_library_gemm
-from minilora.kernels.dropout import DropoutKey, dropout_mask_ref, kept, philox_key, threshold
+from minilora.kernels import lora_gemm, lora_linear, lora_linear_group, lora_shrink, lora_swiglu
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
+from minilora.kernels.dropout import DropoutKey, dropout_mask_ref, keep_mask, philox_key, threshold
 from minilora.kernels.lang import jit, tl
 from minilora.kernels.projection import Adapter, Projection, join
 
@@ -148,7 +148,7 @@ def test_ranks_and_rows_and_columns_over_many_partial_sums(monkeypatch: pytest.M
     truth, plain = (run(ref, a, trained, upstream(op(*args))) for a in (widen(args), args))
     found = []
     for programs in (1, 12):
-        monkeypatch.setitem(lora_narrow.PROGRAMS, 0, programs)
+        monkeypatch.setitem(lora_shrink.PROGRAMS, 0, programs)
         found.append(run(op, args, trained, upstream(plain[0])))
         for ours, yard, exact in zip(found[-1], plain, truth, strict=True):
             as_wrong_as(ours, yard, exact, scale=float(truth[0].abs().max()))
@@ -161,7 +161,7 @@ def test_tiles_change_rounding_only(name: str, monkeypatch: pytest.MonkeyPatch):
     op, ref, args, trained = group(*GROUPS[name], torch.float32, 45)
     for table, tile in (
         (lora_gemm.GEMM, {"BM": 16, "BN": 64, "BK": 16}),
-        (lora_narrow.LOW, {"BM": 32, "BK": 16}), (lora_narrow.GRADIENTS, {"ROWS": 64, "BN": 32}),
+        (lora_shrink.SHRINK, {"BM": 32, "BK": 16}), (lora_shrink.EXPAND_BACKWARD, {"ROWS": 64, "BN": 32}),
     ):  # fmt: skip
         monkeypatch.setitem(table, 0, {**table[0], **tile})
     with plan(single=False):
@@ -232,14 +232,14 @@ def test_what_is_not_wanted_is_not_computed():
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
             (lora_gemm, "input_gradient"),
-            (lora_narrow, "a_gradients"),
-            (lora_narrow, "low_gradients"),
+            (lora_shrink, "shrink_backward"),
+            (lora_shrink, "expand_backward"),
         ):
             real = getattr(module, name)
             patch.setattr(module, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
         leaves = [x, w, bias, adapter.a, adapter.b, 2.0]
         for trained, expected in (
-            ((0,), ["low_gradients", "input_gradient"]), ((3,), ["low_gradients", "a_gradients"]), ((4,), ["low_gradients"]),
+            ((0,), ["expand_backward", "input_gradient"]), ((3,), ["expand_backward", "shrink_backward"]), ((4,), ["expand_backward"]),
         ):  # fmt: skip
             run(lora_linear.lora_linear, leaves, trained)
             assert calls == expected
@@ -283,7 +283,7 @@ def test_the_switches_choose_the_path():
     assert name() == "_OnTritonBackward"
     with use_library_gemm():
         assert name() == "_OnTorchBackward"
-    with force(False):
+    with kernels_enabled(False):
         assert name() == "_OnTorchBackward"
 
 
@@ -335,7 +335,9 @@ def test_dual_swiglu(name: str, dtype: torch.dtype):
 def _mask_kernel(out_ptr, seed, threshold, rows, columns, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = first + tl.arange(0, COLUMNS)[None, :]
-    tl.store(out_ptr + row * columns + col, kept(seed, threshold, row, first, COLUMNS), (row < rows) & (col < columns))
+    tl.store(
+        out_ptr + row * columns + col, keep_mask(seed, threshold, row, first, COLUMNS), (row < rows) & (col < columns)
+    )
 
 
 @pytest.mark.parametrize("rows_a_tile, columns_a_tile", [(8, 8), (64, 32)])

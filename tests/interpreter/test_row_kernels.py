@@ -11,7 +11,7 @@ from oracle import check_op, run, upstream
 from torch import Tensor
 
 from minilora.kernels import rms_norm, rope, swiglu
-from minilora.kernels.dispatch import force, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,7 +42,7 @@ OPS = {
         [(1, 1), (1, 257), (37, 101), (67, 7), (5, 128), (3, 4099), (601, 3)], (0, 1),
     ),
     "rms_norm_once": Op(
-        rms_norm.rms_norm, rms_norm.rms_norm_ref, lambda *a: rms_norm.example(*a, offset=1.0, once=True),
+        rms_norm.rms_norm, rms_norm.rms_norm_ref, lambda *a: rms_norm.example(*a, offset=1.0, round_once=True),
         [(1, 1), (1, 257), (37, 101), (5, 128)], (0, 1),
     ),
     "add_rms_norm": Op(
@@ -125,10 +125,10 @@ def test_the_interpreter_runs_the_kernels_and_the_switch_turns_them_off(name: st
         return {node.name(), *(n.name() for n, _ in node.next_functions if n)}
 
     assert "_OnTritonBackward" in nodes()
-    with force(False):
+    with kernels_enabled(False):
         assert not use_triton(args[0])
         assert "_OnTorchBackward" in nodes() and "_OnTritonBackward" not in nodes()
-        with force(True):
+        with kernels_enabled(True):
             assert use_triton(args[0])
     assert use_triton(args[0])
 

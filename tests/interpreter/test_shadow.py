@@ -35,7 +35,7 @@ def size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-ROPE = {"rope._turn_kernel": lambda x, cos, sin, *_: 2 * size(x, x, cos, sin)}
+ROPE = {"rope._rotate_kernel": lambda x, cos, sin, *_: 2 * size(x, x, cos, sin)}
 NORM = {
     "rms_norm._fwd_kernel": lambda x, w, *_: size(x, x, w),
     "rms_norm._bwd_kernel": lambda x, w, *_: size(x, x, x, w),

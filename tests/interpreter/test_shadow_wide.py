@@ -9,7 +9,7 @@ from oracle import upstream
 from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
-from bench import traffic
+from bench.proof import traffic
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
@@ -61,7 +61,7 @@ def dual() -> list[Tensor]:
 
 
 KERNELS = {
-    "lora_narrow._low_kernel", "lora_narrow._gradients_kernel", "lora_narrow._a_gradient_kernel", "lora_narrow._sum_kernel",
+    "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
     "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
@@ -126,7 +126,7 @@ def arguments_once(launch: Launch) -> int:
 
 @pytest.mark.parametrize("call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3)], ids=["group", "one"])
 def test_a_launch_moves_each_of_its_arguments_once(call: Call):
-    """So bytes of a launch are those of its arguments, whatever their size, and bench/layer_bytes.py adds them up."""
+    """So bytes of a launch are those of its arguments, whatever their size, and bench/proof/layer_bytes.py adds them up."""
     for launch in shadowed(call)[0]:
         assert launch.total() <= arguments_once(launch) <= 1.05 * launch.total(), launch.kernel
 

@@ -1,6 +1,6 @@
 """Plant faults in the kernels, one at a time in a copy of the repository, and see which of them the tests notice.
 
-    python -m bench.mutate [--each 2] [--only rms_norm] [--list]
+    python -m bench.proof.mutate [--each 2] [--only rms_norm] [--list]
 
 A fault is a change of the syntax tree (a mask dropped, a stride swapped, a sign turned, a rounding forgotten ...), so the faults follow the
 code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples and the choice of tiles
@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 from minilora.durable import write_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 GATE = 0.95
-LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^force$")
+LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^kernels_enabled$")
 # operations whose shared tests run on the interpreter too
 WITH_KERNELS = r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy|lora_linear"
 SECONDS = 600  # for the tests of one fault
@@ -111,7 +111,7 @@ def _roundings(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Ite
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
         kind = "int64 forgotten" if "int64" in text(node.args[0]) else "cast forgotten"
         yield kind, node, text(node.func.value)
-    if isinstance(node, ast.Name) and node.id == "WIDE" and isinstance(node.ctx, ast.Load):
+    if isinstance(node, ast.Name) and node.id == "ACC" and isinstance(node.ctx, ast.Load):
         yield "half accumulator", node, "tl.float16"
     if isinstance(node, ast.Attribute) and ast.unparse(node) in ("tl.float32", "torch.float32"):
         yield "half accumulator", node, text(node).replace("32", "16")
@@ -228,7 +228,7 @@ NEAR = {
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_plans",
     **dict.fromkeys(
-        ["lora_gemm", "lora_narrow", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
+        ["lora_gemm", "lora_shrink", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
         r"lora|test_plans|test_far",
     ),
 }
@@ -313,7 +313,7 @@ def in_turn(faults: list[Fault], most: int) -> list[Fault]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.mutate", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.proof.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="NAME", help="files of kernels/, or parts of their names"

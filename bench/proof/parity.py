@@ -1,8 +1,8 @@
 """Every operation on this device against fp64: outputs, every gradient, the same bits twice, and dropout's bits.
 
-    python -m bench.parity [--dtypes bfloat16 float16 float32] [--only WORD ...] [--toy] [--jobs N] [--save FILE.json]
+    python -m bench.proof.parity [--dtypes bfloat16 float16 float32] [--only WORD ...] [--toy] [--jobs N] [--save FILE.json]
 
-The rule is that of the tests (bench/rule.py): an error may be twice that of plain torch in the same dtype, plus 1e-6 of the
+The rule is that of the tests (bench/proof/rule.py): an error may be twice that of plain torch in the same dtype, plus 1e-6 of the
 scale. Sizes are ragged, and those of Qwen2.5-0.5B and 7B, ChatGLM-6B and GLM-4-9B; --toy leaves the ragged ones. Each
 operation runs on its kernels; those with another path on the same device run on that too. Exit code 1 where one is wrong.
 """
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from bench import operations as ops
 from bench.operations import Entry, Operation, both_ways, leaves, outputs, present
+from bench.proof.rule import allowed, distance
 from bench.roof import machine
-from bench.rule import allowed, distance
 from bench.shapes import MODELS
 from bench.workers import Row, in_workers, lost, work
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_gemm
-from minilora.kernels.dispatch import force, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref
 from minilora.kernels.lora_linear import lora_linear
 
@@ -53,7 +53,7 @@ PATHS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "one pass": one_pass,
     "two passes": two_passes,
     "library": use_library_gemm,
-    "kernels off": partial(force, False),
+    "kernels off": partial(kernels_enabled, False),
 }
 
 
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.lines:
         return work(args.names or list(known), lambda name: known[name](args.alone), args.lines)
     names = [n for n in known if not args.only or any(word in n for word in args.only)]
-    command = [sys.executable, "-m", "bench.parity", "--device", args.device, "--dtypes", *args.dtypes]
+    command = [sys.executable, "-m", "bench.proof.parity", "--device", args.device, "--dtypes", *args.dtypes]
     command += ["--toy"] * args.toy + ["--alone"] * args.alone
     print(HEAD)
     rows = in_workers(command, names, args.jobs, args.seconds, lambda row: print(told(row), flush=True))

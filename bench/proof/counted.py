@@ -1,6 +1,6 @@
 """Bytes by counting: what an operation of ours, or a formulation of others, reads and writes, on tensors without data.
 
-Of ours the launches are recorded (bench/launches.py), and torch's operations around them; of the others torch's operations
+Of ours the launches are recorded (bench/proof/launches.py), and torch's operations around them; of the others torch's operations
 alone, run one by one as eager torch does. Every tensor counts once for each launch that reads or writes it, twice where it
 does both; views move nothing, and rows without a target count though nothing reads them. So this is what a formulation asks of the memory if every launch finds the cache cold, and
 says nothing of how well a kernel does it. Arithmetic, no measurement.
@@ -79,7 +79,7 @@ def place(t: Tensor) -> tuple[Any, ...]:
 
 def moved(side: Callable[..., Any], operation: Operation, ours: bool) -> tuple[int, int]:
     """Bytes of the forward and of the backward of a side, on the operation's arguments without data."""
-    from bench.launches import recorded
+    from bench.proof.launches import recorded
 
     args = [a.detach().to("meta") if isinstance(a, Tensor) else a for a in leaves(operation)]
     for i in operation.trained:

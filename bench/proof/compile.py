@@ -1,9 +1,9 @@
 """Compile every kernel in every configuration for sm_80, sm_86 and sm_90, without a GPU, and say what binds it.
 
-    python -m bench.compile [--only WORDS] [--one] [--jobs N] [--cache DIR] > bench/compiled.json
+    python -m bench.proof.compile [--only WORDS] [--one] [--jobs N] [--cache DIR] > bench/proof/compiled.json
 
 For every kernel: registers and spilled bytes of a thread, shared bytes, threads, blocks that fit a multiprocessor, tensor-core instructions, global loads
-(async into shared memory, wide, narrow), and for one pass of its main loop the cycles that bench/sass.py reads from the code.
+(async into shared memory, wide, narrow), and for one pass of its main loop the cycles that bench/proof/sass.py reads from the code.
 A summary goes to standard error. What was compiled once is kept by triton under a hash of its source, in --cache.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from bench.launches import Launch, recorded
-from bench.sass import blocks, cycles, disassemble, main_loop, operation
+from bench.proof.launches import Launch, recorded
+from bench.proof.sass import blocks, cycles, disassemble, main_loop, operation
 from minilora.kernels import (
     cross_entropy,
     linear_cross_entropy,
@@ -36,7 +36,7 @@ from minilora.kernels import (
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STREAMS = ("lora_narrow.",)  # kernels with tensor cores that read what they multiply from memory, once
+STREAMS = ("lora_shrink.",)  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
@@ -121,12 +121,12 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "rms_norm 2048 trained": _norm(2048, (0, 1)),
     "rms_norm 3584 frozen": _norm(3584, (0,)),
     "rms_norm 3584 trained": _norm(3584, (0, 1)),
-    "rms_norm 4096 once": _norm(4096, (0,), once=True),
+    "rms_norm 4096 once": _norm(4096, (0,), round_once=True),
     "rms_norm 8192 frozen": _norm(8192, (0,)),
     "rms_norm 8192 trained": _norm(8192, (0, 1)),
     "add_rms_norm 896 frozen": _add_norm(896, (0, 1)),
     "add_rms_norm 3584 frozen": _add_norm(3584, (0, 1)),
-    "add_rms_norm 4096 once": _add_norm(4096, (0, 1), once=True),
+    "add_rms_norm 4096 once": _add_norm(4096, (0, 1), round_once=True),
     "add_rms_norm 8192 trained": _add_norm(8192, (0, 1, 2)),
     "swiglu 4864": call(swiglu.swiglu, swiglu.example, 4864, trained=(0, 1)),
     "swiglu_fused 13696": call(swiglu.swiglu_fused, swiglu.fused_example, 13696, trained=(0,)),
@@ -220,7 +220,7 @@ def table(cache: Path, only: str = "", jobs: int = 1, one: bool = False) -> dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.proof.compile", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="WORDS", help='as in "rms_norm._fwd_kernel sm_80": all of these')
     parser.add_argument("--one", action="store_true", help="the first configuration of every kernel")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one for each core)")

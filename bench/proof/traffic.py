@@ -4,7 +4,7 @@ Every tensor counts once for each time that a launch reads or writes it; a GEMM'
 reads hit the cache. So this is what a formulation asks of the memory, and says nothing of how well a kernel does it. M tokens, K in,
 N out (a sum over the members of a group), R rank, s bytes an element. Formulations: `peft` is base(x) + B(A(x)) * scale, term
 by term, adapters in 16 bit; `unsloth` a GEMM and one accumulate a linear, x A^T computed again in the backward; `lorafusion` x A^T
-apart, and the low-rank term inside the GEMM; `frozen` the GEMMs alone. Ours are in bench/layer_bytes.py, from the launches
+apart, and the low-rank term inside the GEMM; `frozen` the GEMMs alone. Ours are in bench/proof/layer_bytes.py, from the launches
 themselves.
 """
 

@@ -1,10 +1,10 @@
 """Bytes and tensor-core work of LoRA on every linear of one decoder layer, from the launches that our operations make.
 
-    python -m bench.layer_bytes [--model qwen2.5-7b] [--tokens 8192] [--rank 16] [--dropout 0]
+    python -m bench.proof.layer_bytes [--model qwen2.5-7b] [--tokens 8192] [--rank 16] [--dropout 0]
 
-The launches are recorded on tensors without data (bench/launches.py). Every tensor that a launch is given moves once, which is how
+The launches are recorded on tensors without data (bench/proof/launches.py). Every tensor that a launch is given moves once, which is how
 peers are counted too; the tests hold this against the bytes that the kernels are seen to move on Triton's interpreter. Beside it
-stands what other formulations move (bench/traffic.py); extra is what comes on top of the frozen GEMMs. Arithmetic, no measurement.
+stands what other formulations move (bench/proof/traffic.py); extra is what comes on top of the frozen GEMMs. Arithmetic, no measurement.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.launches import Launch, recorded
+from bench.proof.launches import Launch, recorded
+from bench.proof.traffic import Cost, lora_group
 from bench.shapes import MODELS, Shape
-from bench.traffic import Cost, lora_group
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_linear_group import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
@@ -41,10 +41,10 @@ def narrow_work(launch: Launch) -> int:
         * rows
         * slot
         * {
-            "lora_narrow._low_kernel": lambda: a["COUNT"] * a["K"],
-            "lora_narrow._gradients_kernel": lambda: 2 * sum(a["ns"]),
-            "lora_narrow._a_gradient_kernel": lambda: a["COUNT"] * a["K"],
-            "lora_narrow._sum_kernel": lambda: 0,
+            "lora_shrink._shrink_kernel": lambda: a["COUNT"] * a["K"],
+            "lora_shrink._expand_backward_kernel": lambda: 2 * sum(a["ns"]),
+            "lora_shrink._shrink_backward_kernel": lambda: a["COUNT"] * a["K"],
+            "lora_shrink._sum_kernel": lambda: 0,
             "lora_gemm._forward_kernel": lambda: sum(a["ns"]),
             "lora_gemm._input_gradient_kernel": lambda: a["ADAPTED"] * a["K"],
             "lora_gemm._single_pass_kernel": lambda: a["N"] + a["K"] * a["col_tiles"],
@@ -87,7 +87,7 @@ def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: i
 def partial_sums(tokens: int, k: int, ns: list[int], rank: int, arch: int = 80) -> int:
     """Bytes of the partial sums of dS and dB, written once and read once."""
     _, back = launches(tokens, k, ns, rank, arch=arch)
-    parts = [arguments(launch)["parts_ptr"] for launch in back if launch.name == "lora_narrow._sum_kernel"]
+    parts = [arguments(launch)["parts_ptr"] for launch in back if launch.name == "lora_shrink._sum_kernel"]
     return sum(2 * part.numel() * part.element_size() for part in parts)
 
 
@@ -112,7 +112,9 @@ def layer(shape: Shape, tokens: int, rank: int, p: float = 0.0, arch: int = 80) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.layer_bytes", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.proof.layer_bytes", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--model", choices=list(MODELS), default="qwen2.5-7b")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=16)

@@ -1,0 +1,136 @@
+"""A flat stream of tokens: the documents in it, what a step trains of it, and what attention needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.attention import attention, attention_cached, attention_forward
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a stream of T tokens, laid end to end without padding.
+
+    cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each. In a prefix
+    LM the first prefix_lens[i] tokens of a document all see each other, and positions are [2, T]; None: causal throughout.
+    """
+
+    cu_seqlens: list[int]
+    positions: Tensor
+    prefix_lens: list[int] | None = None
+
+    @staticmethod
+    def of(
+        lengths: Sequence[int],
+        prefix_lens: list[int] | None = None,
+        starts: Sequence[int] | None = None,
+        device: torch.device | None = None,
+    ) -> Documents:
+        """Documents of these lengths; with starts, each goes on after so many tokens that a cache holds."""
+        cu_seqlens, parts = [0], []
+        for i, length in enumerate(lengths):
+            start = starts[i] if starts else 0
+            cu_seqlens.append(cu_seqlens[-1] + length)
+            parts.append(_positions(start, start + length, prefix_lens[i] if prefix_lens else None, device))
+        return Documents(cu_seqlens, torch.cat(parts, dim=-1), prefix_lens)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.cu_seqlens)]
+
+    def to(self, device: torch.device) -> Documents:
+        return Documents(self.cu_seqlens, self.positions.to(device, non_blocking=True), self.prefix_lens)
+
+
+def _positions(start: int, end: int, prefix_len: int | None, device: torch.device | None) -> Tensor:
+    """Positions [n] of the tokens from start to end of a document; [2, n] where it begins with a bidirectional prefix.
+
+    Then the first row counts the prefix and stands still at its last token, and the second row counts what follows from 1
+    (the 2-D positions of GLM; Du et al., 2022).
+    """
+    position = torch.arange(start, end, device=device)
+    if prefix_len is None:
+        return position
+    return torch.stack((position.clamp(max=prefix_len - 1), (position - prefix_len + 1).clamp(min=0)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A stream to learn from: ids int64 [T]; where target_index int64 [M] points, the next token is targets [M].
+
+    where names the row that each document came from.
+    """
+
+    ids: Tensor
+    documents: Documents
+    target_index: Tensor
+    targets: Tensor
+    where: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        ids, index, targets = (x.to(device, non_blocking=True) for x in (self.ids, self.target_index, self.targets))
+        return Batch(ids, self.documents.to(device), index, targets, self.where)
+
+
+@dataclass
+class Context:
+    """What the blocks of a forward pass know beside x: rotary angles, the documents, and the key/value cache if there is one."""
+
+    cos: Tensor  # [T, P/2]; [T, 2, P/2] for two rows of positions
+    sin: Tensor
+    documents: Documents
+    cache: Cache | None = None
+    logn_scale: Tensor | None = None  # [T, 1, 1], on the queries of long documents (Qwen-1)
+    # of a block that is recomputed: attention's output and log-sum-exp, once the first pass has left them here
+    saved_attention: list[tuple[Tensor, Tensor | None]] | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
+        if self.cache is not None:
+            k, v = self.cache.extend(layer, k, v)
+            if self.cache.length:
+                return self.cache.attend(q, k, v, window)
+        bounds, prefix_lens = self.documents.cu_seqlens, self.documents.prefix_lens
+        if self.saved_attention is None:
+            return attention(q, k, v, bounds, window, prefix_lens)
+        if torch.is_grad_enabled():
+            return attention(q, k, v, bounds, window, prefix_lens, self.saved_attention[0])
+        self.saved_attention.append(attention_forward(q, k, v, bounds, window, prefix_lens))
+        return self.saved_attention[0][0]
+
+
+class Cache:
+    """Keys and values of one document so far, for each layer [length, G, E]; grows by doubling."""
+
+    def __init__(self, layers: int):
+        self.length = 0
+        self.prompt_lens: list[int] = []  # tokens of the first pass, of each document
+        self.prefix_lens: list[int] | None = None  # how many of them see each other, where not all is causal
+        self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new tokens' k and v [T, G, E] of a layer; return all of that layer's."""
+        end = self.length + k.shape[0]
+        store = self._store[layer]
+        if store is None or store[0].shape[0] < end:
+            bigger = (
+                k.new_empty(max(2 * end, 64), *k.shape[1:]),
+                v.new_empty(max(2 * end, 64), *v.shape[1:]),
+            )
+            if store is not None:
+                for new, old in zip(bigger, store, strict=True):
+                    new[: self.length] = old[: self.length]
+            store = self._store[layer] = bigger
+        keys, values = store
+        keys[self.length : end] = k
+        values[self.length : end] = v
+        return keys[:end], values[:end]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Attention of new tokens q [T, H, E] to what `extend` gave -> [T, H, E]."""
+        return attention_cached(q, k, v, window)
