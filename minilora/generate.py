@@ -27,6 +27,13 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
 
+    def words(self) -> str:
+        """The settings that have an effect, for people."""
+        parts = [f"temperature {self.temperature:g}"]
+        parts += [f"top_p {self.top_p:g}"] * (self.top_p < 1) + [f"top_k {self.top_k}"] * (self.top_k > 0)
+        parts += [f"repetition_penalty {self.repetition_penalty:g}"] * (self.repetition_penalty != 1)
+        return ", ".join(parts)
+
 
 GREEDY = Sampling()
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from minilora.kernels.dispatch import kernels_enabled
 from minilora.models.config import Config
@@ -27,6 +26,7 @@ from .adapter import save_adapter
 from .checkpoint import find_device, load_model, read_config, save_model
 from .compute import choose, choose_threads, name_of
 from .config import TrainConfig, to_yaml
+from .console import Console
 from .cpu import usable_cpus
 from .data import Batch, pack, step_examples
 from .durable import locked, write_file

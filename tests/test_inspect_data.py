@@ -157,6 +157,10 @@ def test_the_command_and_its_page(tmp_path, model, capsys):
     assert main(["inspect", "data", "--model", str(model), "--data", str(path), "--html", str(page), "-n", "20", "--check-template"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "\x1b[2J" not in out and "⟨U+001B⟩[2J" in out and "[bold]x[/] ⟨U+202E⟩" in out
+    assert (
+        "\nmasked   <|im_start|>user↵\nmasked   fine<|im_end|>↵\n" in out
+        and "\ntrained  fine<|im_end|>\nmasked   ↵" in out
+    )
     assert "8 of 8 compared rows have the ids of the folder's own chat template" in " ".join(out.split())
     text = page.read_text()
     assert (
@@ -271,6 +275,8 @@ def test_histograms_count_every_value():
         and "far 99999: none over" in lines[-1]
     )
     assert [line.split()[0] for line in text_histogram(np.array([1, 1, 2]), {})] == ["0", "1", "2"]  # no half tokens
+    wide = text_histogram(np.array([500] * 100 + [2050] * 90), {"max_source_length": 512, "keep_below": 2000})
+    assert max(map(len, wide)) == 80 and sum("◂" in line for line in wide) == 2
     picture = svg_histogram(values, marks, "<b>")
     assert "<b>" not in picture and "<polyline" in picture and "limit 50: 2 over" in picture
     assert "far 99999: none over" in picture  # under the picture, which it would only press together

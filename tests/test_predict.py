@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from rich.console import Console
 from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
+from minilora.console import Console
 from minilora.errors import DataError, OutputInUse, Stopped
 from minilora.generate import answer
 from minilora.reports import predict as predict_module

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import say
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of minilora predict")
@@ -12,15 +14,16 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
-    from string import ascii_uppercase
 
+    from ..console import Console
     from ..errors import UsageError
     from ..reports.compare import compare
+    from ..reports.record import read_record
+    from ..reports.score_table import show_scores
 
     if Path(args.output).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")
-    told = compare(args.runs, args.output)
-    names = ", ".join(f"{letter} is {Path(run).name}" for letter, run in zip(ascii_uppercase, args.runs, strict=False))
-    print("\n".join([*told, "".join(c if c.isprintable() else "?" for c in names)]))
-    print(f"page      {args.output}")
-    print(f"markdown  {Path(args.output).with_suffix('.md')}")
+    say("\n".join([*compare(args.runs, args.output), ""]))
+    show_scores([read_record(run) for run in args.runs], Console())
+    say(f"\npage      {args.output}")
+    say(f"markdown  {Path(args.output).with_suffix('.md')}")

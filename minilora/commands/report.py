@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import say
 from .shared_flags import between
 
 
@@ -21,5 +22,5 @@ def run(args: argparse.Namespace) -> None:
     path = report(args.run, args.samples)
     run = read_record(args.run)
     for line in dict.fromkeys([verdict(run), *reading(run)]):
-        print(line)
-    print(f"page  {path}")
+        say(line)
+    say(f"page  {path}")

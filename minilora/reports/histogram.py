@@ -9,6 +9,7 @@ import numpy as np
 from .axis import round_up, short
 from .charts import Level, bin_name, outlines
 
+COLUMNS = 80  # of a terminal
 PER_DECADE = (20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02)  # bins of a logarithmic histogram, finest first
 
 
@@ -60,11 +61,15 @@ def text_histogram(
 ) -> list[str]:
     """One line a bin: where it begins, a bar, how many; a mark stands in the line of its bin, with the share that is over it."""
     edges, numbers = bins(values, marks, count, log)
-    unit, lines = width / max(int(numbers.max(initial=1)), 1), []
+    behind = []  # what stands behind each bar
     for low, high, number in zip(edges, edges[1:], numbers, strict=False):
-        bar = "█" * round(number * unit) or ("▏" if number else "")
         inside = [f"◂ {name} {mark:g} ({over(values, mark)})" for name, mark in marks.items() if low <= mark < high]
-        lines.append(f"{short(low):>8} {bar}{f' {number:,}' if number else ''}  {'  '.join(inside)}".rstrip())
+        behind.append("  ".join([f" {number:,}" if number else "", *inside]))
+    width = max(min(width, COLUMNS - 9 - max(map(len, behind), default=0)), 8)
+    unit, lines = width / max(int(numbers.max(initial=1)), 1), []
+    for low, number, text in zip(edges, numbers, behind, strict=False):
+        bar = "█" * round(number * unit) or ("▏" if number else "")
+        lines.append(f"{short(low):>8} {bar}{text}".rstrip())
     if values.max(initial=0) > edges[-1]:
         lines[-1] += f"  and more, the largest is {values.max():,.6g}"
     near = _near(values, marks, log)

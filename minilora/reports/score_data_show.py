@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
+from ..console import Console
 from ..rows.token_store import Examples
 from .charts import READOUT
 from .charts import STYLE as CHARTS
@@ -51,7 +51,11 @@ def to_text(scores: list[RowScore], examples: Examples, marks: Mapping[str, floa
     ]
     for score in strangest(scores, worst):
         where, value = examples.value(score.number)
-        lines += ["", f"{score.perplexity:>8.2f}  {where}, {score.tokens:,} tokens", f"          {_plain(value)[:300]}"]
+        lines += [
+            "",
+            f"{score.perplexity:>8.2f}  {where}, {score.tokens:,} tokens",
+            f"          {json.dumps(value, ensure_ascii=False)[:300]}",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -63,12 +67,6 @@ def cut_offs(values: np.ndarray) -> list[tuple[float, float]]:
 def strangest(scores: list[RowScore], count: int) -> list[RowScore]:
     """The rows of highest perplexity."""
     return sorted(scores, key=lambda s: -s.perplexity)[:count]
-
-
-def _plain(value: object) -> str:
-    """A row on one line, in a form that steers no terminal."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def to_html(
