@@ -16,6 +16,8 @@ _HOMES = {
     "load_adapter": "adapter",
     "save_adapter": "adapter",
     "load_tokenizer": "text.tokenizer",
+    "finetune": "finetuning",
+    "reply": "generate",
 }
 
 if TYPE_CHECKING:
@@ -23,9 +25,15 @@ if TYPE_CHECKING:
     from .adapter import save_adapter as save_adapter
     from .checkpoint import load_model as load_model
     from .checkpoint import save_model as save_model
+    from .finetuning import finetune as finetune
+    from .generate import reply as reply
     from .lora import add_lora as add_lora
     from .lora import merge as merge
     from .text.tokenizer import load_tokenizer as load_tokenizer
+
+
+def __dir__() -> list[str]:
+    return [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

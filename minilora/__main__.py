@@ -10,6 +10,7 @@ from . import __version__
 from .commands.parser import Parser
 from .cpu import before_torch, keep_heap
 from .errors import MiniloraError, UsageError
+from .terminal import printable
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
@@ -48,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 def fail(code: int, what: str, hint: str = "") -> int:
     """Say what is wrong on standard error; returns the code."""
     kind = "" if code == 75 else "error: "  # stopped and saved is no failure
-    print(f"{kind}{what}", file=sys.stderr)
+    print(f"{kind}{printable(what)}", file=sys.stderr)
     if hint:
-        print(f"{' ' * len(kind)}{hint}", file=sys.stderr)
+        print(f"{' ' * len(kind)}{printable(hint)}", file=sys.stderr)
     return code
 
 

@@ -2,7 +2,6 @@
 
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,13 +16,22 @@ from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
 from .model_folder import beyond
 from .open_model import open_model
+from .terminal import printable, say
 from .text.template import Message
 from .text.tokenizer import Tokenizer, load_tokenizer
+from .typed import typed
 
 HELP = """\
-/base     switch the adapter off, or on again      /new      forget the conversation
-/system T set the system prompt                    /greedy   switch sampling off, or on again
-/think    let the model think, or stop it          /quit     leave (also Ctrl-D)"""
+/base          switch the adapter off, or on again
+/greedy        switch sampling off, or on again
+/think         let the model think, or stop it
+/system TEXT   begin a new conversation with this system prompt
+/new           begin a new conversation
+/quit          leave, as Ctrl-D and Ctrl-C do; during an answer Ctrl-C stops it
+A pasted text is one message. The up arrow brings back what was said before."""
+INT8 = "The adapter is merged into the 8-bit weights and cannot be switched off."
+NO_THOUGHTS = "The model's chat format has no place for thoughts: it answers as before."
+COMMANDS = ("/base", "/greedy", "/think", "/system", "/new", "/quit", "/exit", "/help")
 
 
 @dataclass
@@ -40,18 +48,19 @@ class Session:
     base: bool = False
     thinking: bool = False
     greedy: bool = False
-    cut: bool = False  # the last answer had max_tokens, and no end
+    asked: int = 0  # tokens of the last prompt
+    answered: int = 0  # tokens of the last answer
 
     def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
-        count = 0
-        for count, token in enumerate(tokens, 1):  # noqa: B007
+        for token in tokens:
+            self.answered += 1
             yield token
-        self.cut = count == self.max_tokens
 
     def reply(self, text: str) -> Iterator[str]:
         """Say something; the answer comes piece by piece and joins the conversation when it is whole."""
-        self.messages.append({"role": "user", "content": text})
-        ids, _ = self.tokenizer.render(self.messages, prompt=True, thinking=self.thinking)
+        said = [*self.messages, {"role": "user", "content": text}]
+        ids, _ = self.tokenizer.render(said, prompt=True, thinking=self.thinking)
+        self.asked, self.answered = len(ids), 0
         sampling = replace(self.sampling, temperature=0.0) if self.greedy else self.sampling
         with without_adapters(self.model) if self.base else nullcontext():
             tokens = self._counted(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator))
@@ -64,7 +73,13 @@ class Session:
                     pieces.append(piece)
                     yield piece
             finally:
-                self.messages.append({"role": "assistant", "content": "".join(pieces)})
+                self.messages = [*said, {"role": "assistant", "content": "".join(pieces)}]
+
+    def notes(self) -> list[str]:
+        """What is to be known of the last answer."""
+        most, total = self.model.config.max_positions, self.asked + self.answered
+        cut = f"the answer was cut at {self.max_tokens:,} tokens: --max-tokens"
+        return [cut] * (self.answered == self.max_tokens) + [beyond(total, most)] * (self.asked <= most < total)
 
 
 def chat(
@@ -76,7 +91,7 @@ def chat(
     folder = Path(model)
     tokenizer = load_tokenizer(folder)
     int8 = opening.get("int8", False)
-    decoder = open_model(folder, tokenizer, adapter, say=lambda how: print(f"compute {how}"), **opening)
+    decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
         print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)
@@ -86,31 +101,32 @@ def chat(
     generator = torch.Generator().manual_seed(seed)
     session = Session(decoder, tokenizer, sampling, stop | tokenizer.stop_ids, max_tokens, generator, messages,
                       thinking=think, greedy=greedy or sampling.temperature == 0)  # fmt: skip
+    if think and not tokenizer.template.thinks:
+        say(NO_THOUGHTS)
     if prompts:
         for prompt in prompts:
-            print(f"> {printable(prompt)}")
+            say(f"> {prompt}")
             _show(session, prompt)
         return
-    interactive = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
-    if interactive:
-        print(f"{folder.name}{' + ' + adapter if adapter else ''}   /help lists the commands")
-    while (line := _read(interactive)) is not None:
-        line = line.strip()
-        if line.startswith("/"):
-            if not _command(session, line, bool(adapter) and not int8):
+    if sys.stdin.isatty():
+        say(f"{folder.name}{' + ' + adapter if adapter else ''}   /help lists the commands")
+    fixed = "" if adapter and not int8 else INT8 if adapter else "There is no adapter to switch off."
+    for line in typed("> ") if sys.stdin.isatty() else _piped():
+        text = _whole_characters(line).strip()
+        if is_command(text):
+            if not _command(session, text, fixed):
                 return
-        elif line:
-            _show(session, line)
+        elif text:
+            _show(session, text)
 
 
-def _read(interactive: bool) -> str | None:
+def _piped() -> Iterator[str]:
     try:
-        return _whole_characters(input("> " if interactive else ""))
+        while True:
+            yield input()
     except (EOFError, KeyboardInterrupt):
-        if interactive:
-            print()
-        return None
+        return
 
 
 def _whole_characters(text: str) -> str:
@@ -120,52 +136,48 @@ def _whole_characters(text: str) -> str:
 
 def _show(session: Session, text: str) -> None:
     """Print an answer as it comes, then how fast it came; Ctrl-C ends the answer, not the chat."""
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
     try:
         for piece in session.reply(text):
-            count += 1
             print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print()
-    if session.cut:
-        print(f"[the answer was cut at {session.max_tokens:,} tokens: --max-tokens]")
+    for note in session.notes():
+        say(f"[{note}]")
     if sys.stdout.isatty():
-        print(f"\033[2m{count / max(time.perf_counter() - start, 1e-9):.1f} tokens/s\033[0m")
+        print(f"\033[2m{session.answered / max(time.perf_counter() - start, 1e-9):.1f} tokens/s\033[0m")
 
 
-def printable(text: str) -> str:
-    """A model's text for a terminal: control and direction characters cannot steer it."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c == "\u200d" else repr(c)[1:-1]
-        for c in text
-    )
+def is_command(text: str) -> bool:
+    """Whether a text is a /command, or one that is mistyped; of several lines, only a known one is."""
+    return text.startswith("/") and ("\n" not in text or text.split()[0] in COMMANDS)
 
 
-def _command(session: Session, line: str, has_adapter: bool) -> bool:
-    """Carry out a /command; False ends the chat."""
-    name, _, rest = line.partition(" ")
+def _command(session: Session, text: str, fixed: str) -> bool:
+    """Carry out a /command; False ends the chat. fixed: why the adapter stays as it is, if it does."""
+    name, rest = (*text.split(maxsplit=1), "")[:2]
     if name in ("/quit", "/exit"):
         return False
     if name == "/base":
-        session.base = not session.base and has_adapter
-        print(
-            "the base model answers" if session.base else "the adapter is on" if has_adapter else "there is no adapter"
-        )
+        session.base = not session.base and not fixed
+        say(fixed or ("The base model answers now." if session.base else "The adapter is on again."))
     elif name == "/new":
         session.messages = [m for m in session.messages if m["role"] == "system"]
-        print("a new conversation")
+        say("A new conversation begins.")
     elif name == "/system":
         session.messages = [{"role": "system", "content": rest}] if rest else []
-        print("a new conversation with this system prompt" if rest else "a new conversation, no system prompt of yours")
+        say(f"A new conversation begins, {'with this system prompt' if rest else 'without a system prompt of yours'}.")
     elif name == "/greedy":
         session.greedy = not session.greedy
         if session.sampling.temperature == 0:
             session.sampling = replace(session.sampling, temperature=1.0)
-        print("the likeliest token is taken" if session.greedy else f"sampled: {session.sampling}")
+        drawn = f"Tokens are drawn now, with {session.sampling.words()}."
+        say("Each token is the likeliest one now." if session.greedy else drawn)
     elif name == "/think":
         session.thinking = not session.thinking
-        print("thinking is on" if session.thinking else "thinking is off")
+        on = "The model may think now." if session.thinking else "The model answers without thinking now."
+        say(on if session.tokenizer.template.thinks else NO_THOUGHTS)
     else:
-        print(HELP if name == "/help" else f"there is no {name}\n{HELP}")
+        say(HELP if name == "/help" else f"There is no command {name}. These are there:\n{HELP}")
     return True

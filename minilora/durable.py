@@ -142,3 +142,15 @@ def locked(folder: Path) -> Iterator[None]:
             if new and [p.name for p in folder.iterdir()] == [".lock"]:
                 (folder / ".lock").unlink()
                 folder.rmdir()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process owns a folder (locked), this one included."""
+    try:
+        with open(folder / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock was ever there, or the file system knows none
+        pass
+    return False

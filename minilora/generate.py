@@ -27,6 +27,13 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
 
+    def words(self) -> str:
+        """The settings that have an effect, for people."""
+        parts = [f"temperature {self.temperature:g}"]
+        parts += [f"top_p {self.top_p:g}"] * (self.top_p < 1) + [f"top_k {self.top_k}"] * (self.top_k > 0)
+        parts += [f"repetition_penalty {self.repetition_penalty:g}"] * (self.repetition_penalty != 1)
+        return ", ".join(parts)
+
 
 GREEDY = Sampling()
 
@@ -118,3 +125,13 @@ def answer(
     """The assistant's whole next message in a chat, thinking off."""
     ids, _ = tokenizer.render(messages, prompt=True)
     return tokenizer.answer(list(generate(model, ids, stop | tokenizer.stop_ids, max_tokens, sampling)))
+
+
+def reply(
+    model: Decoder, tokenizer: Tokenizer, messages: list[dict], max_tokens: int = 512, sampling: Sampling = GREEDY,
+    seed: int | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """The assistant's next message in a chat, piece by piece as it is written, thinking off; the same seed draws the same."""
+    ids, _ = tokenizer.render(messages, prompt=True)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return stream_text(tokenizer, generate(model, ids, tokenizer.stop_ids, max_tokens, sampling, generator))

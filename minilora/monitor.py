@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from .console import Console
 from .durable import write_file
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from . import __version__
 from .checkpoint import fingerprint
 from .compute import name_of
 from .config import TrainConfig
+from .cpu import device_name
 from .data import Examples, steps_per_epoch
 from .kernel_paths import kernel_paths
 from .lora import adapters, base_parameters
@@ -39,6 +40,7 @@ class Plan:
     full: bool
     data_hash: str
     base: str
+    machine: dict[str, str]
     header: str
 
 
@@ -61,14 +63,18 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -
         full=config.method == "full",
         data_hash=data.train.digest() + data.val.digest(),
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
+        machine={
+            "minilora": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "device": device_name(model.head.device), "computing": computing,
+        },
         header="",
-    )
+    )  # fmt: skip
     header = _header(config, data, model, plan, epochs, computing)
     return Plan(**{**plan.__dict__, "header": header})
 
 
 def data_record(data: Data, plan: Plan) -> dict[str, Any]:
-    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes."""
+    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes; and what computed."""
     length, trained = plan.train.column("length"), plan.train.column("trained")
     return {
         "rows": data.report.rows,
@@ -84,6 +90,7 @@ def data_record(data: Data, plan: Plan) -> dict[str, Any]:
         "train_hash": plan.train.digest(),
         "val_hash": plan.val.digest(),
         "base": plan.base,
+        "machine": plan.machine,
     }
 
 

@@ -44,9 +44,13 @@ def _draw(run: Path) -> str:
         axes.plot(steps, smoothed(list(losses)), color="#08519c", linewidth=2, label="train, smoothed")
     if val:
         steps, losses = zip(*val, strict=True)
-        best = min(val, key=lambda point: point[1])
-        axes.plot(steps, losses, color="#d95f02", marker="o", markersize=4, linewidth=1.5, label="validation")
-        axes.annotate(f"best {best[1]:.3f}", best, xytext=(0, 10), textcoords="offset points", ha="center")
+        axes.plot(
+            steps, losses, color="#d95f02", linestyle="--", marker="o", markersize=4, linewidth=1.5, label="validation"
+        )
+        best = min((p for p in val if math.isfinite(p[1])), key=lambda p: p[1], default=None)
+        if best:
+            side = "right" if best[0] > 0.9 * steps[-1] else "left" if best[0] < 0.1 * steps[-1] else "center"
+            axes.annotate(f"best {best[1]:.3f}", best, xytext=(0, 10), textcoords="offset points", ha=side)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.set_title(run.name, parse_math=False)  # a $ in a name is a $
     axes.grid(alpha=0.3)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from minilora.models.decoder import Decoder
 
 from .compute import name_of
 from .config import TrainConfig, must_match
+from .console import Console
 from .durable import problem_of
 from .errors import CheckpointMismatch, DiskError, OutputInUse
 from .plan import Plan

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from minilora.kernels.dispatch import kernels_enabled
 from minilora.models.config import Config
@@ -27,6 +26,7 @@ from .adapter import save_adapter
 from .checkpoint import find_device, load_model, read_config, save_model
 from .compute import choose, choose_threads, name_of
 from .config import TrainConfig, to_yaml
+from .console import Console
 from .cpu import usable_cpus
 from .data import Batch, pack, step_examples
 from .durable import locked, write_file
@@ -39,7 +39,7 @@ from .open_model import computing
 from .plan import data_record, make_plan
 from .plot import plot_loss
 from .reports.record import TRAINED_ROWS
-from .reports.report import report_quietly
+from .reports.report import REFRESH, report_quietly
 from .rows.dataset import load_data, trained_rows, write_split
 from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, take_kept
 from .signals import StopSignal
@@ -58,7 +58,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     folder = Path(config.output)
     if not resume:
         check_before(folder, overwrite)
-    with _memory_hint(), locked(folder), _kernels(config):
+    with _page_of_the_end(folder), _memory_hint(), locked(folder), _kernels(config):
         check_claim(folder, resume, overwrite)
         with working(console, "reading the rows"):
             data = load_data(config)
@@ -67,7 +67,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             model, config = _load(config)
             plan = make_plan(config, data, model, computing(model, asked))
         console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-        run = Run(folder, config, plan, model, _optimizer(model, config), Progress())
+        run = Run(folder, config, plan, model, optimizer_of(model, config), Progress())
         if resume:
             restore(run, console)
         elif overwrite:
@@ -129,7 +129,8 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     return model.train()
 
 
-def _optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on what is trained."""
     parameters = list(trained_parameters(model).values())
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
@@ -186,6 +187,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     plan, at, config = run.plan, run.progress, run.config
     peak = peak_flops(run.model.head.device, run.model.compute_dtype)
     began = time.perf_counter() - at.seconds
+    told = time.perf_counter()
     try:
         if plan.val and at.step == 0 and at.best_loss is None:
             loss, line = _validate(run, monitor)
@@ -212,6 +214,9 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
                 monitor.say(line)
             if at.step % plan.save_every == 0 or last or at.best_step != best:
                 save(run)
+                if not last and now - told > REFRESH:
+                    told = now
+                    report_quietly(run.folder)
     except Stopped:
         if at.saved != at.step:
             save(run)
@@ -261,6 +266,17 @@ def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
     if better:
         at.best_loss, at.best_step = score.loss, at.step
     return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"
+
+
+@contextmanager
+def _page_of_the_end(folder: Path) -> Iterator[None]:
+    """Write a page anew that says that the run goes on, when the run has ended early and left its folder."""
+    try:
+        yield
+    except (Stopped, Diverged, OutOfMemory):
+        if (folder / "report.html").is_file():
+            report_quietly(folder)
+        raise
 
 
 @contextmanager

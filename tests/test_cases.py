@@ -229,7 +229,7 @@ def test_chat_shows_nothing_raw_and_says_that_an_answer_was_cut(tmp_path: Path, 
     words = ["chat", "--model", str(MODEL), "--greedy", "--prompt", "who \x1b[31mare you?", "--max-tokens", "3"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "\x1b" not in out and "\\x1b" in out and "[the answer was cut at 3 tokens: --max-tokens]" in out
+    assert "\x1b" not in out and "\\u001b" in out and "[the answer was cut at 3 tokens: --max-tokens]" in out
 
 
 def test_inspect_data_ends_with_3_where_nothing_can_be_used(tmp_path: Path):

@@ -5,9 +5,9 @@ import torch
 from tiny import make_model
 
 import minilora
-from minilora.chat import printable
 from minilora.errors import ModelError
 from minilora.generate import GREEDY, Sampling, choose, generate, read_generation, stream_text
+from minilora.terminal import printable
 
 LOGITS = torch.tensor([1.0, 4.0, 2.0, 3.0, -1.0])
 NONE_SEEN = torch.tensor([], dtype=torch.long)
@@ -90,4 +90,4 @@ def test_generation_config(tmp_path):
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert printable("a\x1b[2Jb\u202ec\n\t你") == "a\\x1b[2Jb\\u202ec\n\t你"
+    assert printable("a\x1b[2Jb\u202ec\n\t你") == "a\\u001b[2Jb\\u202ec\n\t你"

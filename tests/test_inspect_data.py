@@ -1,6 +1,7 @@
 """What inspect data tells of rows: tokens, roles, masks, problems; the page; the folder's template in its process."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tiny import make_model
 
 from minilora.__main__ import main
 from minilora.errors import ModelError
-from minilora.reports.histogram import svg_histogram, text_histogram
+from minilora.reports.histogram import bins, svg_histogram, text_histogram
 from minilora.reports.inspect_data import inspect_data
 from minilora.reports.token_view import tokens_of
 from minilora.rows import to_messages
@@ -156,10 +157,16 @@ def test_the_command_and_its_page(tmp_path, model, capsys):
     assert main(["inspect", "data", "--model", str(model), "--data", str(path), "--html", str(page), "-n", "20", "--check-template"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "\x1b[2J" not in out and "⟨U+001B⟩[2J" in out and "[bold]x[/] ⟨U+202E⟩" in out
+    assert (
+        "\nmasked   <|im_start|>user↵\nmasked   fine<|im_end|>↵\n" in out
+        and "\ntrained  fine<|im_end|>\nmasked   ↵" in out
+    )
     assert "8 of 8 compared rows have the ids of the folder's own chat template" in " ".join(out.split())
     text = page.read_text()
     assert (
-        not {"script", "b", "img"} & set(Seen(text).tags)
+        not {"b", "img"} & set(Seen(text).tags)
+        and Seen(text).tags.count("script") == 1  # ours
+        and text.count("<script>") == 1
         and "http" not in text.replace("http-equiv", "")
         and len(text) < 2 << 20
     )
@@ -268,5 +275,29 @@ def test_histograms_count_every_value():
         and "far 99999: none over" in lines[-1]
     )
     assert [line.split()[0] for line in text_histogram(np.array([1, 1, 2]), {})] == ["0", "1", "2"]  # no half tokens
+    wide = text_histogram(np.array([500] * 100 + [2050] * 90), {"max_source_length": 512, "keep_below": 2000})
+    assert max(map(len, wide)) == 80 and sum("◂" in line for line in wide) == 2
     picture = svg_histogram(values, marks, "<b>")
-    assert "<b>" not in picture and picture.count("<rect") >= 10 and "limit 50: 2 over" in picture
+    assert "<b>" not in picture and "<polyline" in picture and "limit 50: 2 over" in picture
+    assert "far 99999: none over" in picture  # under the picture, which it would only press together
+
+
+def test_a_logarithmic_histogram_shows_its_outliers():
+    import numpy as np
+
+    values = np.array([1.0, 1.2, *[3.0] * 900, *[5.0] * 90, 40.0, 7e5])
+    edges, numbers = bins(values, {"keep_below": 20.0}, 16, log=True)
+    assert numbers.sum() == len(values) and len(numbers) <= 16 and numbers[0] == 902 and numbers[-1] == 1
+    assert edges[0] <= 1.0 and edges[-2] <= 7e5 < edges[-1] and all(np.diff(edges) > 0)
+    lines = text_histogram(values, {"keep_below": 20.0}, log=True)
+    assert lines[-1].split() == ["320k", "▏", "1"] and sum("keep_below 20 (2 over, 0.2 %)" in x for x in lines) == 1
+    picture = svg_histogram(values, {"keep_below": 20.0}, "perplexity", log=True)
+    assert picture.count("<circle") == sum(0 < n < 15 for n in bins(values, {"keep_below": 20.0}, 48, log=True)[1])
+    for odd in ([math.exp(700.0), 1.0], [1.0], [1.0, 1.0], [3.19], [1e-9, 1.0]):
+        edges, numbers = bins(np.array(odd), {}, 16, log=True)
+        assert numbers.sum() == len(odd) and len(numbers) <= 16
+    # in even steps the highest share the last bin, which says so
+    long = np.array([*range(100), 5000])
+    assert "and more, the largest is 5,000" in text_histogram(long, {})[-1] and "5,000" in svg_histogram(
+        long, {}, "tokens"
+    )

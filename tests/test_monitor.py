@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import make_model, make_rows
 
 from minilora import flops, monitor
 from minilora import train as module
 from minilora.config import resolve
+from minilora.console import Console
 from minilora.monitor import Monitor
 from minilora.train import train
 

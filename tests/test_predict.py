@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from rich.console import Console
 from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
+from minilora.console import Console
 from minilora.errors import DataError, OutputInUse, Stopped
 from minilora.generate import answer
 from minilora.reports import predict as predict_module
@@ -167,7 +167,8 @@ def test_a_test_set_without_answers_is_answered_and_not_scored(work, tmp_path, c
     alone = predict(work / "model", tmp_path / "one.jsonl", tmp_path / "one", max_tokens=2, console=QUIET)
     assert read_json_file(tmp_path / "some" / RESULTS)["metrics"] == alone["metrics"]
     for name, told in (("none", "2 of 2 of A, 2 of 2 of B"), ("some", "1 of 2 of A, 1 of 2 of B")):
-        text = compare([tmp_path / name] * 2, tmp_path / "page.html")
+        compare([str(tmp_path / name)] * 2, tmp_path / "page.html")
+        text = (tmp_path / "page.md").read_text()
         assert told in text and "no reference" in text and ("rougeL" in text) == (name == "some")
 
 

@@ -14,14 +14,18 @@ from minilora.__main__ import main
 from minilora.adapter import load_adapter
 from minilora.checkpoint import load_model
 from minilora.config import resolve, to_yaml
-from minilora.errors import DataError, UsageError
+from minilora.durable import locked
+from minilora.errors import DataError, Diverged, UsageError
 from minilora.lora import adapters
+from minilora.reports.answers import disagreement
+from minilora.reports.axis import Axis
 from minilora.reports.caveats import caveats
 from minilora.reports.charts import Level, Series, heat_map, histogram, line_chart
-from minilora.reports.compare import compare, comparison, disagreement, over_the_limit
+from minilora.reports.compare import compare, comparison, over_the_limit
 from minilora.reports.document import Document
 from minilora.reports.record import Record, read_record
-from minilora.reports.report import adapter_norms, reading, report
+from minilora.reports.report import adapter_norms, report
+from minilora.reports.verdict import reading, verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>'\"`|*&amp;\u202e"
 
@@ -102,7 +106,7 @@ def test_runs_that_compare_are_not_warned_of(tmp_path):
         ({"decoding": {"max_tokens": 50, "temperature": 0.9, "greedy": False}}, "decoded in another way"),
         ({"decoding": {"max_tokens": 50, "temperature": 0.9, "greedy": False}}, "drawn at random"),
         ({"decoding": {"max_tokens": 20, "greedy": True}}, "max_tokens 50 and 20"),
-        ({"dtype": "float32"}, "A answered in bfloat16, B in float32"),
+        ({"dtype": "float32"}, "A and B answered in bfloat16 and in float32"),
         ({"data": "train.json"}, "B was trained on the file that it is tested on"),
     ],
 )
@@ -146,9 +150,9 @@ def test_other_rows_metrics_and_unfinished_runs_are_told(tmp_path):
     assert "scored by another metric when they were predicted (exact)" in told(a, c)
     data = json.loads((c / "data.json").read_text())
     (c / "data.json").write_text(json.dumps(data | {"steps": 99, "train_hash": "u"}))
-    assert "C is not finished: 40 of 99 steps" in told(a, b, c) and "A and C were trained on other rows" in told(
-        a, b, c
-    )
+    assert "C is not finished: 40 of 99 steps" in told(a, b, c)
+    assert told(a, b, c).count("were trained on other rows") == 1  # one sentence for all pairs
+    assert "A and C, B and C were trained on other rows" in told(a, b, c)
     shutil.rmtree(b / "predict")
     assert "B answered no test set" in told(a, b)
     few = make_run(tmp_path / "few", answers=["x"] * 5)
@@ -165,7 +169,7 @@ def test_the_page_says_what_differs_and_only_that(tmp_path):
     text = (tmp_path / "page.md").read_text()
     section = text.partition("## What differs")[2].partition("##")[0]
     assert re.findall(r"^\| (\S+) \|", section, re.MULTILINE) == ["setting", "---", "max\\_target\\_length", "lr"]
-    assert re.search(r"\| exact \| 50\.00 +\(4\d\.\d\d to [56]\d\.\d\d\) \| 100\.00", text)
+    assert re.search(r"\| exact \| 50\.00 +\(4\d\.\d\d to [56]\d\.\d\d\) \| \*\*100\.00", text)
     assert re.search(r"\| exact \| \+50\.00 +\(\+4\d\.\d\d to \+[56]\d\.\d\d\) \| 0\.001 \|", text)
     # 5 tokens each: over the limit of 4, within 8
     assert "A: 120 of 120 test references (100 %) are longer than its max\\_target\\_length of 4" in text
@@ -173,7 +177,7 @@ def test_the_page_says_what_differs_and_only_that(tmp_path):
     assert "2 over max\\_target\\_length 4, 1 empty answer" in text and "chance alone would hardly give that" in text
     page = (tmp_path / "page.html").read_text()
     assert_harmless(page)
-    assert page.count("<svg viewBox") == 5 and page.count('id="rate"') == 1
+    assert page.count('<figure class="chart"') == 5 and page.count('id="rate"') == 1
 
 
 def test_limits_count_references(tmp_path):
@@ -237,14 +241,18 @@ def test_reading_a_curve(tmp_path, name):
     text = " ".join(reading(run))
     assert said in text
     assert ("over-fitting looks" in text) == (name == "over-fits")
+    words = {"over-fits": "over-fitted", "unlearns": "made it worse", "fits": "Training helped", "broken": "diverged"}
+    assert words.get(name, "The training loss") in verdict(run)
     assert report(tmp_path / "run").is_file()
 
 
-def test_adapter_norms_are_those_of_the_product(tmp_path):
+def test_adapter_norms_are_those_of_the_product(tmp_path, monkeypatch):
     from tiny import make_model, make_rows
 
     model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
-    run = tmp_path / "run"
+    run, pages = tmp_path / "run", []
+    monkeypatch.setattr("minilora.train.REFRESH", -1)  # at every checkpoint, however soon
+    monkeypatch.setattr("minilora.train.report_quietly", lambda folder: pages.append(report(folder).read_text()))
     words = [
         "--model",
         model,
@@ -260,9 +268,17 @@ def test_adapter_norms_are_those_of_the_product(tmp_path):
         "on",
         "--device",
         "cpu",
+        "--save-every",
+        "5",
     ]
     assert main(["train", *map(str, words)]) == 0
-    assert_harmless((run / "report.html").read_text())
+    # the page is there while the run goes on, and says so
+    assert [re.findall(r"going on: step (\d+) of 12", page)[:1] for page in pages] == [["5"], ["10"], []]
+    assert [page.count('http-equiv="refresh"') for page in pages] == [1, 1, 0]
+    assert_harmless(pages[-1])
+    made = read_record(run).data["machine"]
+    for text in (f"torch {torch.__version__}", f"minilora {made['minilora']}", made["device"], "parameters", "MB"):
+        assert text in pages[-1]
     decoder = load_model(model, torch.float64, "cpu")
     load_adapter(decoder, run / "adapter")
     found = adapter_norms(run / "adapter")
@@ -281,6 +297,29 @@ def test_adapter_norms_are_those_of_the_product(tmp_path):
     )
 
 
+def test_a_run_that_ends_early_leaves_no_page_that_says_it_goes_on(tmp_path, monkeypatch):
+    from tiny import make_model, make_rows
+
+    from minilora import train
+
+    model, rows, run = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json"), tmp_path / "run"
+    monkeypatch.setattr(train, "REFRESH", -1)
+    step, seen = train.train_step, []
+
+    def breaks(*args):
+        if args[4] == 3:
+            seen.append((run / "report.html").read_text())
+            raise Diverged("the loss is not finite", "lower --lr")
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    words = ["--model", model, "--data", rows, "--output", run, "--max-steps", 9, "--save-every", 1, "--device", "cpu"]
+    assert main(["train", *map(str, words)]) == Diverged.code
+    page = (run / "report.html").read_text()
+    assert "going on: step 3 of 9" in seen[0] and "was stopped: step 3 of 9" in page
+    assert 'http-equiv="refresh"' in seen[0] and 'http-equiv="refresh"' not in page
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         read_record(tmp_path / "none")
@@ -294,6 +333,107 @@ def test_folders_that_are_no_runs(tmp_path):
         read_record(run)
 
 
+def pointed_at(figure: str) -> dict:
+    """What a chart's values under the pointer are read from."""
+    return next(json.loads(a["data-values"]) for tag, a in Seen(figure).tags if tag == "figure")
+
+
+def test_the_report_says_what_matters_first(tmp_path):
+    val = [(0, 4.0), (20, 1.5), (40, 1.6)]
+    run = make_run(tmp_path / "run", val=val, answers=["一个答案"] * 4, lr=5e-4, define={"name": "A"}, lora_dropout=0.1)
+    page = report(run).read_text()
+    assert_harmless(page)
+    said = [
+        'class="verdict">Training helped up to step 20, then it over-fitted', "best validation loss</dt><dd>1.5000</dd>",
+        "at step 20 of 40</dd>", "tokens trained</dt><dd>1,600</dd>", "time</dt><dd>1:20</dd>", "peak memory</dt><dd>1.00 GB</dd>",
+        "What the curve says", "<figure", '<td class="best">1.5000 (best)</td>', "<h2>Settings",
+        "<tr><td>define</td><td>name=A</td><td>none</td></tr>", "<tr><td>lora_dropout</td><td>0.1</td><td>0</td></tr>",
+        "<tr><td>lr</td><td>0.0005</td><td>0.0002</td></tr>", "settings that are the default",
+        "<tr><td>clip</td><td>1</td></tr>",
+    ]  # fmt: skip
+    places = [page.find(text) for text in said]
+    assert -1 not in places and places == sorted(places), said[places.index(-1)] if -1 in places else places
+    for cell in ("None", "False", "True", "{}", ""):
+        assert f"<td>{cell}</td>" not in page
+    # tables scroll by themselves, never the page
+    assert page.count("<table>") == page.count('<div class="wide"><table>') > 2
+
+
+def test_validation_and_training_differ_in_dash_and_in_colour(tmp_path):
+    page = report(make_run(tmp_path / "run", val=[(0, 4.0), (40, 1.5)])).read_text()
+    loss = page[page.index("<figure") : page.index("</figure>")]
+    lines = [attrs for tag, attrs in Seen(loss).tags if tag == "polyline"]
+    looks = [(a["stroke"], a.get("stroke-dasharray")) for a in lines]
+    assert looks[0] == looks[1] and all(x != y for x, y in zip(looks[1], looks[2], strict=True))
+    # the legend is drawn in the same looks, and every line can be told under the pointer
+    legend = [
+        (a["stroke"], a.get("stroke-dasharray")) for tag, a in Seen(loss).tags if tag == "line" and a.get("x2") == "30"
+    ]
+    assert legend == looks and pointed_at(loss)["series"][2] == [[0, 4.0], [40, 1.5]]
+    assert len({Series("", (), i).stroke for i in range(16)}) == 16
+
+
+def test_a_run_that_goes_on_draws_no_conclusion_from_its_end(tmp_path, capsys):
+    run = make_run(tmp_path / "run", losses=[2.0] * 40, val=[(0, 1.0), (20, 1.5), (40, 1.8)])
+    data = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(data | {"steps": 200}))
+    conclusions = re.compile("change little|converged|over-fit|at the end|made it worse|best before training")
+    with locked(run):
+        assert main(["report", str(run)]) == 0
+        told, page = capsys.readouterr().out, (run / "report.html").read_text()
+        assert "going on" in told and not conclusions.search(told)
+        assert "going on: step 40 of 200" in page and '<meta http-equiv="refresh"' in page
+        text = page.partition("<h1>")[2].partition("<script>")[0]
+        assert not conclusions.search(text), conclusions.search(text)
+        other = make_run(tmp_path / "other", val=[(0, 1.0), (40, 0.5)])
+        compared = comparison([read_record(folder) for folder in (run, other)]).markdown()
+        assert "is going on: 40 of 200 steps" in compared and "made it worse" not in compared
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "was stopped: step 40 of 200" in page and 'http-equiv="refresh"' not in page and "change little" not in page
+    (run / "data.json").write_text(json.dumps(data))
+    assert "change little" in " ".join(reading(read_record(run)))
+
+
+def test_made_worse_stands_in_compare_as_in_report(tmp_path, capsys):
+    worse = make_run(tmp_path / "worse", val=[(0, 1.0), (20, 1.5), (40, 1.8)])
+    better = make_run(tmp_path / "better", val=[(0, 1.0), (20, 0.5), (40, 0.4)])
+    assert "Training made it worse" in report(worse).read_text() and "made it worse" not in report(better).read_text()
+    assert main(["compare", str(worse), str(better), "--output", str(tmp_path / "page.html")]) == 0
+    assert "before training</dd>" in (worse / "report.html").read_text()
+    assert "A: Training made it worse" in capsys.readouterr().out
+    page, text = (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text()
+    for said in ("B has the lowest validation loss: 0.4 at step 40 (A 1)", "A: Training made it worse"):
+        assert 0 < page.find(said) < page.index("<table") and 0 < text.find(said) < text.index("| --- |")
+    assert '<td class="best">0.4000 at step 40</td>' in page and "| 1.0000 at step 0 | **0.4000 at step 40** |" in text
+
+
+def test_compare_gives_its_verdict_then_what_differs_and_marks_the_best(tmp_path):
+    a = make_run(tmp_path / "a", answers=MANY, lr=1e-3)
+    b = make_run(tmp_path / "b", answers=["一个答案"] * 120, lr=2e-3)
+    compare([str(a), str(b)], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    order = ['class="verdict">B answers the test set best', "chance alone would hardly give that", "A is a, B is b.",
+             "What differs", "<td>lr</td>", ">Runs<", 'class="best">100.00', "Differences from A", "What the metrics count"]  # fmt: skip
+    places = [page.find(text) for text in order]
+    assert -1 not in places and places == sorted(places), list(zip(order, places, strict=True))
+    assert page.count("What the metrics count") == 1 and page.count("ROUGE-L F of characters, the same way") == 1
+    assert page.count('<div class="sides">') == 30  # a row's reference and answers, beside each other
+    sides = page.partition('<div class="sides">')[2].partition('<div class="sides">')[0]
+    assert [text.split(" (")[0] for text in re.findall(r'class="dim">([^<]+)<', sides)] == ["reference", "A: a", "B: b"]
+    # lengths that are the same are one line with both names
+    assert "[[5,0" not in page and [len(json.loads(attrs["data-values"])["series"]) for tag, attrs in Seen(page).tags
+                                    if tag == "figure"] == [2, 2, 2, 1, 1]  # fmt: skip
+
+
+def test_ticks_are_few_and_round():
+    assert Axis(0, 9.6).ticks() == [0, 2, 4, 6, 8] and Axis(1, 30, log=True).ticks() == [1, 2, 5, 10, 20]
+    for low, high in ((1e-7, 2e-4), (1, 1e12), (1, 1e300), (0.9, 1.1), (3, 3.01)):
+        for log in (False, True):
+            found = Axis(low, high, log).ticks()
+            assert len(found) <= 9 and all(low <= v <= high for v in found)
+
+
 def test_curves_along_tokens_and_time(tmp_path):
     run = read_record(make_run(tmp_path / "run", losses=[3.0, 2.0], val=[(0, 4.0), (2, 2.5)]))
     assert run.along(run.loss, "tokens") == [(100, 3.0), (200, 2.0)]
@@ -305,7 +445,8 @@ def test_charts_hold_what_they_are_given():
     points[1234] = (1234.0, 50.0)  # one spike among thousands of points is drawn
     svg = line_chart([Series("a", points)], "x", "y")
     drawn = [tuple(map(float, p.split(","))) for p in re.findall(r'points="([^"]+)"', svg)[0].split()]
-    assert len(drawn) < 1100 and min(y for _, y in drawn) < 30  # the top of the canvas
+    assert len(drawn) < 1100 and min(y for _, y in drawn) < 60  # of 1000: the top of the canvas
+    assert max(y for _, y in pointed_at(svg)["series"][0]) == 50  # and told under the pointer
     svg = line_chart([Series("a", [(1, math.nan), (2, math.inf), (3, -1.0)])], "x", "y", log=True)
     assert "no y to draw" in svg and "no x to draw" in histogram([{}], ["a"], "x")
     assert 'class="number"' not in heat_map({("q", "0"): 2.0, ("k", "1"): 0.0}, "layer", "module")

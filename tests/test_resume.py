@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import make_model, make_rows
 
 from minilora.checkpoint import load_model
 from minilora.config import resolve
+from minilora.console import Console
 from minilora.errors import CheckpointMismatch, DiskError, Stopped
 from minilora.run_folder import check_disk
 from minilora.snapshot import snapshots, step_of

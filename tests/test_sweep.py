@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
 from tiny import ROWS, make_model, make_rows
 
 from minilora.__main__ import main
+from minilora.console import Console
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
 from minilora.reports import sweep as sweep_module
-from minilora.reports.record import read_record
+from minilora.reports.record import Record, read_record
+from minilora.reports.score_table import SHOWN, shortened, show_scores
 from minilora.reports.sweep import RECIPES, combinations, name_of, read_sweep, sweep
 from minilora.rows import to_messages
 from minilora.rows.load import hashes
@@ -167,6 +171,7 @@ def test_a_run_that_diverged_does_not_end_the_sweep_but_an_error_does(here, monk
     monkeypatch.setattr(sweep_module, "_child", child)
     sweep(path, str(out), {}, console=QUIET)
     assert not (out / "lr=0.001").exists() and (out / "lr=0.002" / "predict").is_dir()
+    assert "lr=0.001 failed with exit code 5" in (out / "compare.html").read_text()
 
 
 def test_children_are_commands_of_their_own(tmp_path):
@@ -235,3 +240,40 @@ def test_recipes_are_whole(tmp_path, name):
 def test_a_recipe_runs_small(tmp_path, name):
     page = sweep(name, str(tmp_path / "out"), {}, smoke=True)
     assert page.is_file() and page.with_suffix(".md").is_file()
+
+
+LONG = "model=Qwen2.5-0.5B-Instruct,max_source_length={},max_target_length=256,lora_r={},lr=2e-4"
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("ab0,=/好", min_size=1, max_size=60), min_size=1, max_size=12, unique=True), st.integers(8, 40))
+def test_shortened_names_differ(names, width):
+    found = shortened(names, width)
+    assert len(set(found)) == len(names) and all(cell_len(name) <= width for name in found)
+    assert all(short == name for short, name in zip(found, names, strict=True) if cell_len(name) <= width)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_the_table_of_scores_fits_the_terminal(tmp_path, capsys, columns):
+    names = [LONG.format(n, r) for n in (512, 1024) for r in (8, 16)] + ["before"]
+    runs = []
+    for i, name in enumerate(names):
+        metrics = {metric: {"value": 10.0 + i, "definition": ""} for metric in SHOWN}
+        val = [(0.0, 3.0), (5.0, 2.5 + i)] if name != "before" else []
+        runs.append(Record(name, tmp_path / name, val=val, results={"metrics": metrics}))
+    show_scores(runs, Console(width=columns))
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert all(cell_len(line) <= columns for line in lines) and len(lines) == 3 + len(runs)
+    rows = [line.split() for line in lines[3:]]
+    assert [row[0] for row in rows] == ["A:", "B:", "C:", "D:", "E:"] and len({row[1] for row in rows}) == 5
+    assert all(part in rows[1][1] for part in ("=512", "lora_r=16")) and rows[0][2:] == ["2.5000"] + ["10.00"] * len(
+        SHOWN
+    )
+    assert rows[3][2] == "3.0000" and rows[4][1:] == ["before"] + ["14.00"] * len(SHOWN)
+
+
+def test_a_sweep_of_more_runs_than_a_page_holds_is_refused_before_it_runs(tmp_path):
+    path = write(tmp_path / "s.yaml", base={"model": "m", "data": "d"}, product={"seed": list(range(26))})
+    with pytest.raises(UsageError, match="means 26 runs"):
+        sweep(path, str(tmp_path / "out"), {}, console=QUIET)
+    assert not (tmp_path / "out").exists()

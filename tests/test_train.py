@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import make_model, make_rows
 
 import minilora
 import minilora.train as module
 from minilora.config import resolve
+from minilora.console import Console
 from minilora.data import load_examples
 from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate

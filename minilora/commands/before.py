@@ -1,9 +1,9 @@
 """What every command that computes does before torch is imported, which takes seconds: look at its paths, and say what it does."""
 
-import sys
 from pathlib import Path
 
 from ..model_folder import check_adapter, check_folder, read_json
+from ..terminal import say  # noqa: F401 for all commands
 
 
 def check_paths(
@@ -24,8 +24,3 @@ def check_paths(
         check_encoding(encoding)
         for source in parse_sources(data):
             check_file(find_data(source.path)[0])
-
-
-def say(line: str, quiet: bool = False) -> None:
-    """A first line at once; on standard error where standard output is for a program."""
-    print(line, file=sys.stderr if quiet else sys.stdout, flush=True)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .before import say
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of minilora predict")
@@ -13,11 +15,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from ..console import Console
     from ..errors import UsageError
     from ..reports.compare import compare
+    from ..reports.record import read_record
+    from ..reports.score_table import show_scores
 
     if Path(args.output).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")
-    compare(args.runs, args.output)
-    print(f"page      {args.output}")
-    print(f"markdown  {Path(args.output).with_suffix('.md')}")
+    say("\n".join([*compare(args.runs, args.output), ""]))
+    show_scores([read_record(run) for run in args.runs], Console())
+    say(f"\npage      {args.output}")
+    say(f"markdown  {Path(args.output).with_suffix('.md')}")

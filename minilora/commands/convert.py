@@ -15,8 +15,8 @@ def run(args: argparse.Namespace) -> None:
     say(f"reading {args.folder}")
     from ..convert import convert
 
-    done = convert(args.folder, args.output, say=print)
-    print(
+    done = convert(args.folder, args.output, say=say)
+    say(
         f"wrote   {args.output}: {done.tensors:,} tensors, {done.bytes / 1e9:,.3g} GB, with the config and the tokenizer"
     )
-    print(f"\n  minilora inspect model {args.output}")
+    say(f"\n  minilora inspect model {args.output}")

@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"score       {args.data} by {args.model}")
     from pathlib import Path
 
-    from rich.console import Console
-
+    from ..console import Console
     from ..data import load_examples
     from ..durable import write_file
     from ..open_model import open_model

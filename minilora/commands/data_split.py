@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import say
 from .shared_flags import between, reading_flags
 
 
@@ -29,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
     wanted = {name: text for name in ("val", "test") if (text := getattr(args, name)) is not None}
     lines = split_files(args.data, wanted, Path(args.output), columns_of(args.columns), args.encoding,
                         args.skip_bad, args.drop_duplicates, args.seed)  # fmt: skip
-    print("\n".join(lines))
+    say("\n".join(lines))

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         round_to_int8(model)
         rounded = evaluate(model, examples, args.max_length)
     if args.json:
-        print(
+        say(
             json.dumps(
                 {
                     "loss": score.loss,
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
             )
         )
         return
-    print(f"data        {report}")
-    print(f"loss        {score.loss:.4f} nats a token over {score.tokens:,} answer tokens")
-    print(f"perplexity  {score.perplexity:.3f}")
+    say(f"data        {report}")
+    say(f"loss        {score.loss:.4f} nats a token over {score.tokens:,} answer tokens")
+    say(f"perplexity  {score.perplexity:.3f}")
     if rounded is not None:
         more = 100 * (rounded.loss / score.loss - 1)
-        print(f"int8        loss {rounded.loss:.4f} ({more:+.2f} %), perplexity {rounded.perplexity:.3f}")
+        say(f"int8        loss {rounded.loss:.4f} ({more:+.2f} %), perplexity {rounded.perplexity:.3f}")

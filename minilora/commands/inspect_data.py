@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"reading {args.data}")
     from pathlib import Path
 
-    from rich.console import Console
-
+    from ..console import Console
     from ..durable import write_file
     from ..reports.inspect_data import inspect_data
     from ..reports.inspect_data_show import show, to_html
@@ -46,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     show(result, Console())
     if args.html:
         write_file(Path(args.html), to_html(result, Path(args.model)))
-        print(f"\npage     {args.html}")
+        say(f"\npage     {args.html}")
     return 0 if len(result.lengths["total"]) else DataError.code  # nothing can be used

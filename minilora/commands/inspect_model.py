@@ -2,7 +2,7 @@
 
 import argparse
 
-from .before import check_paths
+from .before import check_paths, say
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +24,5 @@ def run(args: argparse.Namespace) -> int:
     from ..inspect_model import describe, text_of
 
     found = describe(Path(args.folder), args.lora_targets)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
+    say(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
     return 4 if found["problems"] else 0

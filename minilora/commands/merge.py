@@ -24,14 +24,14 @@ def run(args: argparse.Namespace) -> None:
     from ..merge_folder import merge_folder
 
     proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), **opening(args))
-    print(f"merged  {args.output}")
-    print(
+    say(f"merged  {args.output}")
+    say(
         f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"
     )
-    print(
+    say(
         f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in"
     )
-    print(
+    say(
         f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})"
     )
-    print(f"\n  minilora chat --model {args.output}")
+    say(f"\n  minilora chat --model {args.output}")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .before import check_paths
+from .before import check_paths, say
 from .shared_flags import between
 from .train import file_flags, given_settings, setting_flags, settings_files
 
@@ -30,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
     from ..forecast import forecast, text_of
 
     found = forecast(config, args.device_memory)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
+    say(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))

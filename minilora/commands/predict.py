@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"predict {args.model} on {args.data}", quiet=args.json)
     import json
 
-    from rich.console import Console
-
+    from ..console import Console
     from ..reports.predict import predict, show_results
     from ..rows.load import DataConfig
 
@@ -54,6 +53,6 @@ def run(args: argparse.Namespace) -> None:
         args.sample, args.seed, args.overwrite, console, **opening(args),
     )  # fmt: skip
     if args.json:
-        print(json.dumps(results, ensure_ascii=False, indent=1))
+        say(json.dumps(results, ensure_ascii=False, indent=1))
     else:
         show_results(results, console)

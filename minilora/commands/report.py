@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import say
 from .shared_flags import between
 
 
@@ -15,9 +16,11 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..reports.record import read_record
-    from ..reports.report import reading, report
+    from ..reports.report import report
+    from ..reports.verdict import reading, verdict
 
     path = report(args.run, args.samples)
-    for line in reading(read_record(args.run)):
-        print(line)
-    print(f"page  {path}")
+    run = read_record(args.run)
+    for line in dict.fromkeys([verdict(run), *reading(run)]):
+        say(line)
+    say(f"page  {path}")

@@ -2,6 +2,7 @@
 
 import argparse
 
+from .before import say
 from .train import given_settings, setting_flags
 
 
@@ -25,4 +26,4 @@ def run(args: argparse.Namespace) -> None:
     del settings["output"]  # of the sweep; each run has its own in there
     page = sweep(args.file, args.output, settings, args.smoke)
     if page.is_file():
-        print(f"page  {page}")
+        say(f"page  {page}")

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train import train
 
     train(config, args.resume, args.overwrite)
-    print("", *(f"  {line}" for line in next_commands(config)), sep="\n")
+    say("\n".join(["", *(f"  {line}" for line in next_commands(config))]))
     return 0
 
 

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from minilora.checkpoint import read_config
 from minilora.config import resolve
+from minilora.console import Console
 from minilora.cpu import keep_heap
 from minilora.models.qwen import decoder
 from minilora.safetensors import write_tensors

@@ -8,11 +8,10 @@ import shutil
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from minilora.adapter import load_adapter
 from minilora.checkpoint import load_model
 from minilora.config import read_yaml, resolve
+from minilora.console import Console
 from minilora.errors import OutputInUse
 from minilora.generate import answer, read_generation
 from minilora.merge_folder import merge_folder

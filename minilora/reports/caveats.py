@@ -1,5 +1,6 @@
 """What makes runs hard to compare, in sentences: other rows, another decoding, answers cut short, a test set that was trained on."""
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -9,29 +10,9 @@ from .record import Record
 
 
 def caveats(runs: list[Record]) -> list[str]:
-    """What makes the runs hard to compare, the worst first."""
-    found = []
-    answered, trained = [r for r in runs if r.rows], [r for r in runs if r.metrics]
-    for a, b in combinations(answered, 2):
-        if not a.answers_the_rows_of(b):
-            found.append(
-                f"{a.letter} and {b.letter} answered other test rows: their scores are not comparable, and no p is given"
-            )
-        differs = [
-            f"{key} {said(x)} and {said(y)}"
-            for key, x, y in _changed(a.decoded.get("decoding") or {}, b.decoded.get("decoding") or {})
-        ]
-        if differs:
-            found.append(
-                f"{a.letter} and {b.letter} were decoded in another way ({', '.join(differs)}): scores may differ for that alone"
-            )
-        if a.decoded.get("dtype") != b.decoded.get("dtype"):
-            found.append(f"{a.letter} answered in {a.decoded.get('dtype')}, {b.letter} in {b.decoded.get('dtype')}")
-        theirs = [m for m in _metrics(a).keys() | _metrics(b).keys() if _definition(a, m) != _definition(b, m)]
-        if theirs:
-            names = ", ".join(sorted(theirs))
-            found.append(f"{a.letter} and {b.letter} were scored by another metric when they were predicted ({names}); "
-                         "the table below scores both anew, in one way")  # fmt: skip
+    """What makes the runs hard to compare, the worst first; pairs of runs of which the same is true stand in one sentence."""
+    answered = [run for run in runs if run.rows]
+    found = _of_pairs(answered, _answers)
     missing = [r.letter for r in runs if not r.rows]
     if missing and answered:
         found.append(
@@ -48,21 +29,52 @@ def caveats(runs: list[Record]) -> list[str]:
         found += _leaked(run)
     for run in runs:
         if run.metrics and not run.finished:
-            found.append(f"{run.letter} is not finished: {run.metrics[-1]['step']:,} of {run.data.get('steps')} steps")
-    for a, b in combinations(trained, 2):
-        if a.config.get("model") != b.config.get("model"):
-            found.append(
-                f"{a.letter} and {b.letter} start from other model folders: losses a token compare only where the tokenizer is one"
-            )
-        if a.val and b.val and a.data.get("val_hash") != b.data.get("val_hash"):
-            found.append(f"{a.letter} and {b.letter} were validated on other rows, or on rows cut in another way: "
-                         "their validation losses are not comparable")  # fmt: skip
-        if a.data.get("train_hash") != b.data.get("train_hash"):
-            found.append(
-                f"{a.letter} and {b.letter} were trained on other rows or tokens: their training losses are means over other tokens"
-            )
+            how = "is going on" if run.going_on else "is not finished"
+            found.append(f"{run.letter} {how}: {run.step:,} of {run.steps:,} steps")
+    found += _of_pairs([run for run in runs if run.metrics], _trainings)
     if any(len(r.rows) < 100 for r in answered):
         found.append("fewer than 100 test rows: intervals are wide, and small differences cannot be seen")
+    return found
+
+
+def _of_pairs(runs: list[Record], differences: Callable[[Record, Record], list[str]]) -> list[str]:
+    """What differs between two of the runs, after the names of all pairs between which it does."""
+    pairs: dict[str, list[str]] = {}
+    for a, b in combinations(runs, 2):
+        for said in differences(a, b):
+            pairs.setdefault(said, []).append(f"{a.letter} and {b.letter}")
+    return [f"{', '.join(names)} {said}" for said, names in pairs.items()]
+
+
+def _answers(a: Record, b: Record) -> list[str]:
+    """What differs in how two runs answered."""
+    found = []
+    if not a.answers_the_rows_of(b):
+        found.append("answered other test rows: their scores are not comparable, and no p is given")
+    changed = _changed(a.decoded.get("decoding") or {}, b.decoded.get("decoding") or {})
+    if changed:
+        differs = ", ".join(f"{key} {said(x)} and {said(y)}" for key, x, y in changed)
+        found.append(f"were decoded in another way ({differs}): scores may differ for that alone")
+    if a.decoded.get("dtype") != b.decoded.get("dtype"):
+        found.append(f"answered in {a.decoded.get('dtype')} and in {b.decoded.get('dtype')}")
+    theirs = [m for m in _metrics(a).keys() | _metrics(b).keys() if _definition(a, m) != _definition(b, m)]
+    if theirs:
+        found.append(f"were scored by another metric when they were predicted ({', '.join(sorted(theirs))}); "
+                     "the table below scores both anew, in one way")  # fmt: skip
+    return found
+
+
+def _trainings(a: Record, b: Record) -> list[str]:
+    """What differs in what two runs' losses are of."""
+    found = []
+    if a.config.get("model") != b.config.get("model"):
+        found.append("start from other model folders: losses a token compare only where the tokenizer is one")
+    if a.val and b.val and a.data.get("val_hash") != b.data.get("val_hash"):
+        found.append(
+            "were validated on other rows, or on rows cut in another way: their validation losses are not comparable"
+        )
+    if a.data.get("train_hash") != b.data.get("train_hash"):
+        found.append("were trained on other rows or tokens: their training losses are means over other tokens")
     return found
 
 

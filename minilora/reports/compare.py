@@ -1,35 +1,37 @@
-"""`minilora compare`: runs side by side on one page, with what makes them hard to compare said first.
+"""`minilora compare`: runs side by side on one page. First which is best, then what makes them hard to compare, then the tables.
 
 Every score is on the same untruncated references. A difference is given with the interval of a paired bootstrap and the p of
 a randomisation test over rows: both tell how sure the rows are, not how another seed would have come out.
 """
 
+import json
+import math
 import string
-from collections.abc import Callable
-from itertools import combinations
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..durable import write_file
 from ..errors import UsageError
 from ..monitor import clock
+from .answers import answers
 from .caveats import caveats, said
 from .charts import Level, Series, histogram, line_chart
 from .document import Document
-from .metrics import Measured, interval, measured_rows, paired, rouge_l
-from .rating import RATE_SCRIPT, RATE_STYLE, rating_block
+from .html import Best
+from .metrics import Measured, interval, measured_rows, paired
+from .rating import RATE_SCRIPT, RATE_STYLE
 from .record import Record, read_record
+from .verdict import made_worse, verdict
 
-MOST_SAMPLES, MOST_RATED = 30, 40
-PAGE_CHARACTERS = 200_000  # of answers on a page, 6 bytes each at worst
+CHOSEN = "rougeL_char"  # the metric of the verdict
+MOST_TOLD = 5  # runs, all of which are told against the first; of more, the best alone
 NOT_SETTINGS = ("output", "model", "data", "val")  # told by what they hold, where that is known
 AXES = {"step": "step", "tokens": "tokens read", "time": "seconds"}
 
 
-def compare(folders: list[str], output: str | Path) -> str:
-    """Write OUTPUT (html) and its twin in markdown; returns the markdown."""
+def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) -> list[str]:
+    """Write OUTPUT (html) and its twin in markdown; returns what they say first, in sentences. failed: what of runs that are not there."""
     runs = [read_record(folder) for folder in folders]
     if len(runs) < 2:
         raise UsageError("one run cannot be compared", "Give two or more; minilora report RUN is for one.")
@@ -38,27 +40,30 @@ def compare(folders: list[str], output: str | Path) -> str:
         raise UsageError(f"{len(runs)} runs are too many", f"Give at most {len(letters)}.")
     for run, letter in zip(runs, letters, strict=False):
         run.name = f"{letter}: {run.name}"
-    page = comparison(runs)
+    page = comparison(runs, failed)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, page.html(RATE_STYLE, RATE_SCRIPT))
     write_file(output.with_suffix(".md"), page.markdown())
-    return page.markdown()
+    return page.verdicts
 
 
-def comparison(runs: list[Record]) -> Document:
+def comparison(runs: list[Record], failed: Sequence[str] = ()) -> Document:
     """The document on these runs."""
     page = Document(f"{len(runs)} runs compared")
     measured = {run.name: measured_rows(run.scored) for run in runs if run.scored}
-    for warning in caveats(runs):
+    for text in verdicts(runs, measured):
+        page.verdict(text)
+    page.text(", ".join(f"{run.letter} is {run.name.partition(': ')[2]}" for run in runs) + ".", "dim")
+    for warning in [*failed, *caveats(runs)]:
         page.text(warning, "warning")
+    _differences(page, runs)
     page.heading("Runs")
     page.table(["run", "folder", "trained", "test rows"], [_about(run) for run in runs])
-    _differences(page, runs)
     _scores(page, runs, measured)
     _losses(page, runs)
     _lengths(page, runs)
-    _samples(page, runs, measured)
+    answers(page, runs, measured)
     return page
 
 
@@ -98,6 +103,53 @@ def _differences(page: Document, runs: list[Record]) -> None:
                   "test rows alone.", "note")  # fmt: skip
 
 
+def verdicts(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> list[str]:
+    """Which run is best, on the test set and by validation loss, where that can be compared; and which were made worse."""
+    told = []
+    answered = _answered_alike(runs)
+    if len(answered) > 1:
+        tests = len(_shared_metrics(answered, measured)) * (len(answered) - 1)
+        values = {run.letter: interval(measured[run.name][CHOSEN]) for run in answered}
+        best = max(values, key=lambda letter: values[letter].value)
+        told.append(f"{best} answers the test set best: {CHOSEN} {values[best].value:.2f} of 100.")
+        for run in answered[1:] if len(answered) <= MOST_TOLD else [r for r in answered[1:] if r.letter == best]:
+            d = paired(measured[answered[0].name][CHOSEN], measured[run.name][CHOSEN])
+            told.append(_significance(answered[0], run, CHOSEN, d, tests))
+    for group in _validated_alike([run for run in runs if not run.going_on]):
+        best, *others = sorted(group, key=_best)
+        if others and not made_worse(best):
+            rest = ", ".join(f"{run.letter} {_best(run)[0]:.4g}" for run in others)
+            told.append(
+                f"{best.letter} has the lowest validation loss: {_best(best)[0]:.4g} at step {_best(best)[1]:,} ({rest})."
+            )
+    told += [f"{run.letter}: {verdict(run)}" for run in runs if made_worse(run)]
+    return told or [f"{run.letter}: {verdict(run)}" for run in runs if run.metrics]
+
+
+def _answered_alike(runs: list[Record]) -> list[Record]:
+    """The runs that answered the test rows of the first that answered any which have a reference."""
+    answered = [run for run in runs if run.scored]
+    return [run for run in answered if answered[0].answers_the_rows_of(run)]
+
+
+def _best(run: Record) -> tuple[float, float]:
+    """(loss, step) of the lowest validation loss."""
+    return (run.best[1], run.best[0]) if run.best else (math.nan, 0)
+
+
+def _validated_alike(runs: list[Record]) -> list[list[Record]]:
+    """The runs with validation losses, those together that were validated on the same rows, of the same tokens."""
+    groups: dict[tuple[Any, Any], list[Record]] = {}
+    for run in runs:
+        if run.best:
+            groups.setdefault((run.data.get("val_hash"), run.config.get("model")), []).append(run)
+    return list(groups.values())
+
+
+def _shared_metrics(answered: list[Record], measured: dict[str, dict[str, Measured]]) -> list[str]:
+    return [n for n in measured[answered[0].name] if all(n in measured[run.name] for run in answered)]
+
+
 def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Measured]]) -> None:
     """Every metric of every run with its interval, and the differences from the first."""
     answered = [run for run in runs if run.scored]
@@ -111,35 +163,38 @@ def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
     if not answered:
         return
     page.heading("Scores on the test set")
-    names = [n for n in measured[answered[0].name] if all(n in measured[r.name] for r in answered)]
+    names = _shared_metrics(answered, measured)
+    first, *others = alike = _answered_alike(runs)
     rows = []
     for name in names:
         found = [interval(measured[run.name][name]) for run in answered]
-        rows.append([name, *(f"{i.value:.2f}  ({i.low:.2f} to {i.high:.2f})" for i in found)])
+        told = [with_interval(i.value, i.low, i.high) for i in found]
+        rows.append([name, *(marked(told, [i.value for i in found]) if alike == answered else told)])
     page.table(["metric", *(r.letter for r in answered)], rows)
-    first, others = answered[0], [r for r in answered[1:] if answered[0].answers_the_rows_of(r)]
     if others:
         page.heading(f"Differences from {first.letter}, row by row", small=True)
-        lines, told = [], []
+        lines = []
         for name in names:
             line: list[Any] = [name]
             for run in others:
                 d = paired(measured[first.name][name], measured[run.name][name])
-                line += [f"{d.difference:+.2f}  ({d.low:+.2f} to {d.high:+.2f})", f"{d.p:.3f}"]
-                if name == "rougeL_char":
-                    told.append(_verdict(first, run, name, d, len(names) * len(others)))
+                line += [with_interval(d.difference, d.low, d.high, "+.2f"), f"{d.p:.3f}"]
             lines.append(line)
         head = [h for run in others for h in (f"{run.letter} - {first.letter}", "p")]
         page.table(["metric", *head], lines)
-        for text in told:
-            page.text(text)
-    page.text("In brackets: 95 % intervals of a bootstrap over rows, paired for differences. p: how often swapping the two answers of "
+    page.text("Bold is the best of a row. In brackets: 95 % intervals of a bootstrap over rows, paired for differences. p: how often swapping the two answers of "
               "rows at random gives a difference as large (1,000 draws, two-sided); with many metrics in a table, a small p comes up "
               "by chance too.", "dim")  # fmt: skip
-    page.table(["metric", "what it counts"], [[name, measured[first.name][name].definition] for name in names])
+    with page.fold("What the metrics count"):
+        page.words((name, measured[first.name][name].definition) for name in names)
 
 
-def _verdict(a: Record, b: Record, name: str, d: Any, tests: int) -> str:
+def with_interval(value: float, low: float, high: float, form: str = ".2f") -> str:
+    """A score and its interval, which is not broken over lines."""
+    return f"{value:{form}} ({low:{form}}\u00a0to\u00a0{high:{form}})"
+
+
+def _significance(a: Record, b: Record, name: str, d: Any, tests: int) -> str:
     """The difference in words; significant only where it also stands against the number of comparisons (Bonferroni)."""
     which = "above" if d.difference > 0 else "below"
     size = f"{name}: {b.letter} is {abs(d.difference):.2f} {which} {a.letter} (p {d.p:.3f})"
@@ -156,34 +211,49 @@ def _losses(page: Document, runs: list[Record]) -> None:
         return
     page.heading("Losses, speed and memory")
     page.table(["", *(run.letter for run in trained)], loss_rows(trained))
-    for axis, label in AXES.items():
-        series = []
-        for i, run in enumerate(trained):
-            series.append(Series(run.name, run.along(run.smooth, axis), i, i))
-            if run.val:
-                series.append(Series(f"{run.letter}, validation", run.along(run.val, axis), i, i, dots=True))
-        page.chart(line_chart(series, label, "loss (nats a token)"))
-    page.text("Training losses are smoothed over a twentieth of the steps.", "dim")
+    validated = [(i, run) for i, run in enumerate(trained) if run.val]
+    if validated:
+        series = [Series(run.name, run.val, i, dots=True) for i, run in validated]
+        page.charts(line_chart(series, "step", "validation loss (nats a token)"))
+    drawn = [
+        line_chart([Series(run.name, run.along(run.smooth, axis), i) for i, run in enumerate(trained)],
+                   label, "training loss, smoothed (nats a token)")
+        for axis, label in AXES.items()
+    ]  # fmt: skip
+    page.charts(drawn[0])
+    with page.fold("The training losses by tokens and by time"):
+        page.charts(*drawn[1:])
+    page.text("Smoothed is a mean over about a twentieth of the steps. Bold is the best of a row.", "dim")
 
 
 def loss_rows(runs: list[Record]) -> list[list[str]]:
-    """Losses, size, speed and memory of runs, a quantity a row."""
+    """Losses, size, speed and memory of runs, a quantity a row; the best is marked where the runs can be compared in it."""
+    at_end = [run.val[-1][1] if run.val else math.nan for run in runs]
+    smooth, best = [run.smooth[-1][1] for run in runs], [_best(run)[0] for run in runs]
+    trained_alike = len({(run.data.get("train_hash"), run.config.get("model")) for run in runs}) == 1
+    alike = len(_validated_alike(runs)) == 1
+    told = [f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else "none" for run in runs]
+    low = [-y for y in smooth] if trained_alike else []
+    return [
+        ["training loss at the end, smoothed", *marked([f"{y:.4f}" for y in smooth], low)],
+        ["validation loss at the end", *marked([f"{y:.4f}" if run.val else "none" for run, y in zip(runs, at_end, strict=True)], [-y for y in at_end] if alike else [])],
+        ["best validation loss", *marked(told, [-y for y in best] if alike else [])],
+        ["steps", *(f"{run.step:,}" for run in runs)],
+        ["tokens read", *(f"{sum(m['tokens'] for m in run.metrics):,}" for run in runs)],
+        ["of these trained", *(f"{sum(m['target_tokens'] for m in run.metrics):,}" for run in runs)],
+        ["time", *(clock(run.metrics[-1]["time"]) for run in runs)],
+        ["tokens a second, median", *marked([f"{run.speed:,.0f}" for run in runs], [run.speed for run in runs])],
+        ["peak memory", *marked([f"{run.memory:.2f} GB" for run in runs], [-run.memory for run in runs])],
+    ]  # fmt: skip
 
-    def best(run: Record) -> str:
-        return f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else "none"
 
-    quantities: dict[str, Callable[[Record], str]] = {
-        "training loss at the end, smoothed": lambda run: f"{run.smooth[-1][1]:.4f}",
-        "validation loss at the end": lambda run: f"{run.val[-1][1]:.4f}" if run.val else "none",
-        "best validation loss": best,
-        "steps": lambda run: f"{run.metrics[-1]['step']:,}",
-        "tokens read": lambda run: f"{sum(m['tokens'] for m in run.metrics):,}",
-        "of these trained": lambda run: f"{sum(m['target_tokens'] for m in run.metrics):,}",
-        "time": lambda run: clock(run.metrics[-1]["time"]),
-        "tokens a second, median": lambda run: f"{run.speed:,.0f}",
-        "peak memory": lambda run: f"{run.memory:.2f} GB",
-    }
-    return [[name, *(of(run) for run in runs)] for name, of in quantities.items()]
+def marked(cells: list[str], values: list[float]) -> list[str]:
+    """The cells, the one of the highest value marked, unless all read the same; no values: nothing is marked."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite or len(set(cells)) == 1:
+        return cells
+    top = cells[values.index(max(finite))]
+    return [Best(cell) if cell == top else cell for cell in cells]
 
 
 def _lengths(page: Document, runs: list[Record]) -> None:
@@ -191,22 +261,30 @@ def _lengths(page: Document, runs: list[Record]) -> None:
     known = [run for run in runs if run.data]
     if known:
         page.heading("Rows and lengths")
-        rows = []
-        for run in known:
-            share = 100 * run.data["trained"] / max(run.data["tokens"], 1)
-            rows.append([run.name, run.data["rows"], reasons(run, "dropped"), reasons(run, "cut"), run.data["train_rows"],
-                         run.data["val_rows"], run.data["tokens"], f"{share:.0f} %"])  # fmt: skip
-        head = ["run", "rows", "dropped", "cut", "trained on", "validated on", "tokens an epoch", "of these trained"]
-        page.table(head, rows)
+        shares = [100 * run.data["trained"] / max(run.data["tokens"], 1) for run in known]
+        page.table(["", *(run.letter for run in known)], [
+            ["rows", *(f"{run.data['rows']:,}" for run in known)],
+            *([what, *(reasons(run, what) for run in known)] for what in ("dropped", "cut")),
+            ["trained on", *(f"{run.data['train_rows']:,}" for run in known)],
+            ["validated on", *(f"{run.data['val_rows']:,}" for run in known)],
+            ["tokens an epoch", *(f"{run.data['tokens']:,}" for run in known)],
+            ["of these trained", *(f"{share:.0f} %" for share in shares)],
+        ])  # fmt: skip
+        figures = []
         for key, label, limit in (("masked_lengths", "masked tokens (the question)", "max_source_length"),
                                   ("trained_lengths", "trained tokens (the answers)", "max_target_length")):  # fmt: skip
-            counts = [{int(n): c for n, c in (run.data.get(key) or {}).items()} for run in known]
+            alike: dict[str, list[Record]] = {}
+            for run in known:
+                alike.setdefault(json.dumps(run.data.get(key) or {}), []).append(run)
+            counts = [{int(n): c for n, c in json.loads(lengths).items()} for lengths in alike]
+            names = [", ".join(run.name for run in group) for group in alike.values()]
             levels = [
                 Level(run.config[limit], f"{run.letter}: {run.config[limit]}", i)
                 for i, run in enumerate(known)
                 if run.config.get(limit)
             ]
-            page.chart(histogram(counts, [run.name for run in known], label, levels))
+            figures.append(histogram(counts, names, label, levels))
+        page.charts(*figures)
     for line in over_the_limit(runs):
         page.text(line)
 
@@ -230,71 +308,3 @@ def over_the_limit(runs: list[Record]) -> list[str]:
         lines.append(f"{run.letter}: {over:,} of {len(lengths):,} test references ({share:.0f} %) are longer than its {name} of {limit:,} "
                      f"tokens; the longest has {max(lengths):,}. They are scored whole.")  # fmt: skip
     return lines
-
-
-def _samples(page: Document, runs: list[Record], measured: dict[str, dict[str, Measured]]) -> None:
-    """Answers side by side, those that differ most first, and the blind rating of the first two runs."""
-    answered = [run for run in runs if run.rows]
-    if not answered or not all(answered[0].answers_the_rows_of(run) for run in answered):
-        return
-    count = len(answered[0].rows)
-    apart = [disagreement([run.rows[i]["predict"] for run in answered]) for i in range(count)]
-    shown = sorted(range(count), key=lambda i: -apart[i])[:MOST_SAMPLES]
-    cut = _fitting(answered)
-    if len(answered) > 1:
-        _rating(page, answered[0], answered[1], cut)
-    page.heading("Answers side by side")
-    same = sum(len({run.rows[i]["predict"] for run in answered}) == 1 for i in range(count))
-    page.text(f"The {len(shown):,} of {count:,} rows in which the answers differ most (by ROUGE-L of characters between answers); "
-              f"in {same:,} rows all answers are the same.")  # fmt: skip
-    scored = {i: n for n, i in enumerate(i for i, row in enumerate(answered[0].rows) if row["label"])}
-    for i in shown:
-        row = answered[0].rows[i]
-        page.heading(str(row.get("where", f"row {i + 1}")), small=True)
-        page.verbatim(cut(row.get("question", row.get("prompt", ""))))
-        page.text("reference" if row["label"] else "no reference", "dim")
-        if row["label"]:
-            page.verbatim(cut(row["label"]))
-        for run in answered:
-            told = [f"rougeL_char {measured[run.name]['rougeL_char'].counts[scored[i], 0]:.0f}"] if i in scored else []
-            told += ["cut by the limit"] if run.rows[i].get("cut") else []
-            page.text(f"{run.name} ({', '.join(told)})" if told else run.name, "dim")
-            page.verbatim(cut(run.rows[i]["predict"]))
-
-
-def _rating(page: Document, a: Record, b: Record, cut: Callable[[str], str]) -> None:
-    """The blind rating, of rows drawn at random: those that differ most would not speak for the rest."""
-    differing = [i for i in range(len(a.rows)) if a.rows[i]["predict"] != b.rows[i]["predict"]]
-    if not differing:
-        return
-    drawn = sorted(np.random.default_rng(0).permutation(differing)[:MOST_RATED].tolist())
-    texts = [
-        [a.rows[i].get("question", ""), a.rows[i]["label"], a.rows[i]["predict"], b.rows[i]["predict"]] for i in drawn
-    ]
-    page.heading(f"Rate {a.letter} against {b.letter} without knowing which is which")
-    page.text(f"{len(drawn):,} rows drawn at random from the {len(differing):,} in which the two differ, "
-              f"of {len(a.rows):,}.")  # fmt: skip
-    page.add(rating_block([list(map(cut, row)) for row in texts], a.name, b.name), "(The rating is on the HTML page.)")
-
-
-def disagreement(answers: list[str]) -> float:
-    """0 to 100: how far the two most different of some answers are apart, 100 less ROUGE-L of their characters."""
-    texts = ["".join(answer.split()) for answer in dict.fromkeys(answers)]
-    return max((100 - rouge_l(a, b) for a, b in combinations(texts, 2)), default=0.0)
-
-
-def _fitting(runs: list[Record]) -> Callable[[str], str]:
-    """Cuts texts, and says so, where the longest that a page can hold would make it too large."""
-    lengths = sorted((len(row[key]) for run in runs for row in run.rows for key in ("predict", "label")), reverse=True)
-    texts = MOST_SAMPLES * (len(runs) + 2) + MOST_RATED * 4
-    limit = next(
-        n
-        for n in (4000, 2000, 1000, 500, 250)
-        if sum(min(n, x) for x in lengths[:texts]) <= PAGE_CHARACTERS or n == 250
-    )
-
-    def cut(text: str) -> str:
-        rest = len(text) - limit
-        return text if rest <= 0 else f"{text[:limit]} … ({rest:,} more characters)"
-
-    return cut

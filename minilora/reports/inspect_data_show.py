@@ -1,15 +1,22 @@
-"""An inspection of rows for a terminal and as a page: colour is the role, underlined is trained, dim is masked."""
+"""An inspection of rows for a terminal and as a page: colour is the role, underlined is trained, dim is masked.
 
+Where there is no colour, in a pipe, each line says which it is.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape as rich_escape
 from rich.text import Text
 
+from ..console import Console
 from ..rows import quote
 from ..rows.sources import parse_sources
+from .charts import READOUT
+from .charts import STYLE as CHARTS
 from .histogram import svg_histogram, text_histogram
 from .html import UNSEEN, escape, page, table
 from .inspect_data import Inspection
@@ -70,23 +77,32 @@ def show(result: Inspection, console: Console) -> None:
         console.print(f"\n[bold]{rich_escape(_plain(sample.where))}[/]", highlight=False, soft_wrap=True)
         for problem in sample.problems:
             console.print(f"[red]{rich_escape(_plain(problem))}[/]", highlight=False, soft_wrap=True)
-        text = Text()
-        for token in sample.tokens:
-            style = (
-                COLOURS[token.role]
-                + (" underline" if token.trained else " dim")
-                + (" reverse" if token.special else "")
-            )
-            text.append(_shown(token), style)
-        console.print(text, soft_wrap=True)
+        shown = _coloured(sample.tokens) if console.color_system else Text("\n".join(_marked(sample.tokens)))
+        console.print(shown, soft_wrap=True)
     if result.samples:
-        legend = Text("\n")
-        for role, colour in COLOURS.items():
-            legend.append(role, colour).append("  ")
-        legend.append("trained", "underline").append("  ").append("masked", "dim").append("  ").append(
-            "special token", "reverse"
-        )
-        console.print(legend)
+        console.print(_legend() if console.color_system else "\n↵ is a line end of the text", highlight=False)
+
+
+def _coloured(tokens: Iterable[Token]) -> Text:
+    text = Text()
+    for token in tokens:
+        mask = " underline" if token.trained else " dim"
+        text.append(_shown(token), COLOURS[token.role] + mask + " reverse" * token.special)
+    return text
+
+
+def _legend() -> Text:
+    text = Text("\n")
+    for word, style in (*COLOURS.items(), ("trained", "underline"), ("masked", "dim"), ("special token", "reverse")):
+        text.append(word, style).append("  ")
+    return text
+
+
+def _marked(tokens: Iterable[Token]) -> Iterator[str]:
+    """The text in lines that are trained or masked as a whole, and begin with that word."""
+    for trained, group in groupby(tokens, key=lambda token: token.trained):
+        for line in "".join(map(_shown, group)).removesuffix("\n").split("\n"):
+            yield f"{'trained' if trained else 'masked':<7}  {line}"
 
 
 def middle(values: np.ndarray) -> str:
@@ -124,16 +140,17 @@ def to_html(result: Inspection, model: Path) -> str:
         )
     else:
         problems = '<p class="good">None was found.</p>'
-    charts = "".join(
-        f'<h3>{NAMES[name].capitalize()}</h3><p class="dim">{middle(values)}</p>{svg_histogram(values, result.limits(name), "tokens")}'
+    pictures = "".join(
+        f'<div><h3>{NAMES[name].capitalize()}</h3><p class="dim">{middle(values)}</p>{svg_histogram(values, result.limits(name), "tokens")}</div>'
         for name, values in result.lengths.items()
         if len(values)
     )
     legend = "".join(f'<span class="{role}">{role}</span>   ' for role in COLOURS)
     legend += '<span class="t">trained</span>   masked   <span class="s">special token</span>'
-    body = f"{head}<h2>Problems</h2>{problems}<h2>Lengths</h2>{charts}<h2>What the model sees</h2>"
+    body = f'{head}<h2>Problems</h2>{problems}<h2>Lengths</h2><div class="charts">{pictures}</div><h2>What the model sees</h2>'
     body += f'<p class="tokens">{legend}</p><p class="dim">Point at a token for its id.</p>'
-    return page(f"Rows of {Path(result.path).name}", body + "".join(map(_sample, result.samples)), STYLE)
+    body += "".join(map(_sample, result.samples))
+    return page(f"Rows of {Path(result.path).name}", body, CHARTS + STYLE, READOUT)
 
 
 def _sample(sample: Any) -> str:

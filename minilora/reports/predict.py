@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from minilora.models.decoder import Decoder
 
 from ..checkpoint import fingerprint
 from ..compute import name_of
+from ..console import Console
 from ..durable import locked, write_file
 from ..errors import DataError, OutputInUse, Stopped
 from ..generate import GREEDY, Sampling, read_generation

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import read_yaml
+from ..durable import in_use
 from ..errors import DataError, UsageError
 from ..monitor import read_metrics
 from ..plot import smoothed
@@ -36,6 +38,7 @@ class Record:
     trained_rows: np.ndarray | None = (
         None  # uint64 [n, 2]: hashes of the question and of the whole of each training row
     )
+    in_use: bool = False  # a process owns the folder
 
     @property
     def letter(self) -> str:
@@ -56,11 +59,11 @@ class Record:
         mine, theirs = ([(row.get("question"), row["label"]) for row in run.rows] for run in (self, other))
         return mine == theirs
 
-    @property
+    @cached_property
     def loss(self) -> Curve:
         return [(m["step"], m["loss"]) for m in self.metrics]
 
-    @property
+    @cached_property
     def smooth(self) -> Curve:
         return list(zip((s for s, _ in self.loss), smoothed([y for _, y in self.loss]), strict=True))
 
@@ -84,8 +87,23 @@ class Record:
         return min(finite, key=lambda p: p[1]) if finite else None
 
     @property
+    def step(self) -> int:
+        """The last step that was taken."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def steps(self) -> int:
+        """The steps that the run is to take."""
+        return self.data.get("steps", self.step)
+
+    @property
     def finished(self) -> bool:
-        return bool(self.metrics) and self.metrics[-1]["step"] == self.data.get("steps", self.metrics[-1]["step"])
+        return bool(self.metrics) and self.step == self.steps
+
+    @property
+    def going_on(self) -> bool:
+        """Whether a process is training it: one owns the folder, and steps are left."""
+        return self.in_use and not self.finished
 
     @property
     def speed(self) -> float:
@@ -108,6 +126,7 @@ def read_record(folder: str | Path) -> Record:
         raise UsageError(f"{folder} {what}", "Give the --output of minilora train or of minilora predict.")
     record = Record(folder.resolve().name, folder)
     if is_run:
+        record.in_use = in_use(folder)
         record.config = read_yaml(folder / "config.yaml")
         lines = read_metrics(folder / "metrics.jsonl")
         record.metrics = [m for m in lines if "loss" in m]

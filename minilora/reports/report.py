@@ -6,21 +6,28 @@ Made from the files of the run folder alone, so it can be made again at any time
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import defaults
 from ..durable import write_file
 from ..errors import MiniloraError, UsageError
 from ..model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from ..monitor import clock, shell
 from ..plot import smoothed
 from .charts import Level, Series, heat_map, histogram, line_chart
-from .compare import loss_rows, over_the_limit, reasons
+from .compare import over_the_limit, reasons, with_interval
 from .document import Document
+from .html import Best
 from .record import Record, read_record
+from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
+MANY = 200  # steps, from which on a line of single steps is a block
+REFRESH = 20  # seconds after which the page of a run that goes on loads itself anew
 
 
 def report(folder: str | Path, samples: int = 0) -> Path:
@@ -36,97 +43,95 @@ def report(folder: str | Path, samples: int = 0) -> Path:
 
 
 def run_page(run: Record) -> Document:
-    """The document on a run."""
-    page = Document(f"Run {run.name}")
-    if not run.metrics:
-        page.text("No step was taken yet.", "warning")
-        return page
-    page.heading("What the curve says")
-    for line in reading(run):
-        page.text(line)
-    page.text("Read from the losses alone; answers to a test set (minilora predict) tell more.", "dim")
+    """The document on a run: what it came to, the numbers that are looked for first, then the curves and all else."""
+    page = Document(f"Run {run.name}", refresh=REFRESH if run.going_on else 0)
+    page.verdict(verdict(run))
+    if run.going_on:
+        page.text(f"Written at {time.strftime('%H:%M:%S')}. This page loads itself anew every {REFRESH} seconds; training writes it "
+                  f"at its checkpoints, {shell('report', run.folder)} at any time.", "dim")  # fmt: skip
+    if run.metrics:
+        page.numbers(headline(run))
+    made = run.data.get("machine") or {}
+    if made:
+        page.text(f"minilora {made['minilora']}, torch {made['torch']}, python {made['python']}, on {made['device']}; "
+                  f"computed in {made['computing']}", "dim")  # fmt: skip
+    if run.metrics:
+        _curves(page, run)
+    _data(page, run)
+    _adapter(page, run)
+    _scores(page, run)
+    _samples(page, run)
+    _settings(page, run)
+    return page
+
+
+def headline(run: Record) -> list[tuple[str, str, str]]:
+    """(name, value, what belongs to it) of the numbers that are looked for first."""
+    read, trained = (sum(m[key] for m in run.metrics) for key in ("tokens", "target_tokens"))
+    so_far = " so far" if not run.finished else ""
+    if run.best:
+        where = f"at step {run.best[0]:,} of {run.steps:,}" if run.best[0] else "before training"
+        first = (f"best validation loss{so_far}", f"{run.best[1]:.4f}", where)
+    else:
+        first = (f"training loss{so_far}", f"{run.smooth[-1][1]:.4f}", "smoothed; no validation rows")
+    items = [
+        first,
+        ("tokens trained", f"{trained:,}", f"of {read:,} read, in {run.step:,} steps"),
+        ("time", clock(run.metrics[-1]["time"]), f"{run.speed:,.0f} tokens a second"),
+        ("peak memory", f"{run.memory:.2f} GB", ""),
+    ]
+    weights = run.folder / "adapter" / ADAPTER_WEIGHTS
+    if weights.is_file():
+        from ..safetensors import SafetensorsFile  # it loads torch
+
+        numbers = sum(math.prod(entry.shape) for entry in SafetensorsFile(weights).entries.values())
+        items.append(("adapter", f"{weights.stat().st_size / 1e6:,.1f} MB", f"{numbers:,} parameters"))
+    return items
+
+
+def _curves(page: Document, run: Record) -> None:
+    lines = [line for line in reading(run) if line != verdict(run)]
+    if lines:
+        page.heading("What the curve says")
+        for line in lines:
+            page.text(line)
+        page.text("Read from the losses alone; answers to a test set (minilora predict) tell more.", "dim")
     page.heading("Loss")
-    raw = Series("training loss", run.loss, 0, 0, faint=True)
-    series = [raw, Series("training loss, smoothed over a twentieth of the steps", run.smooth, 0, 0)]
+    series = [Series("training loss", run.loss, 0, faint=True), Series("training loss, smoothed", run.smooth, 0)]
     if run.val:
-        series.append(Series("validation loss", run.val, 1, 1, dots=True))
-    page.chart(line_chart(series, "step", "loss (nats a token)", best=run.best))
-    page.table(["", run.name], loss_rows([run]))
+        series.append(Series("validation loss", run.val, 1, dots=True))
+    page.charts(line_chart(series, "step", "loss (nats a token)", best=run.best))
+    page.text("Smoothed is a mean over about a twentieth of the steps. Point at a chart for its values.", "dim")
+    if len(run.val) > 1:
+        smooth = dict(run.smooth)
+        with page.fold(f"The {len(run.val):,} validation losses"):
+            rows = [[f"{s:,}", Best(f"{y:.4f} (best)") if run.best and s == run.best[0] else f"{y:.4f}", f"{smooth[s]:.4f}" if s in smooth else "none"]
+                    for s, y in run.val]  # fmt: skip
+            page.table(["step", "validation loss", "training loss, smoothed"], rows)
     page.heading("Optimizer and speed")
-    page.chart(line_chart([Series("", _column(run, "lr"))], "step", "learning rate"))
     clip = run.config.get("clip")
     levels = [Level(clip, f"clipped above {clip:g}")] if isinstance(clip, (int, float)) and clip > 0 else []
-    page.chart(line_chart([Series("", _column(run, "grad_norm"))], "step", "gradient norm", log=True, levels=levels))
+    page.charts(
+        line_chart([Series("", _column(run, "lr"))], "step", "learning rate"),
+        line_chart(_smoothed(run, "grad_norm"), "step", "gradient norm", log=True, levels=levels),
+        line_chart(_smoothed(run, "tokens_per_second"), "step", "tokens a second"),
+    )
     if levels:
         over = sum(m["grad_norm"] > clip for m in run.metrics)
         page.text(f"{over:,} of {len(run.metrics):,} steps were clipped.", "dim")
-    page.chart(line_chart([Series("", _column(run, "tokens_per_second"))], "step", "tokens a second"))
-    _data(page, run)
-    _adapter(page, run)
-    _samples(page, run)
-    page.heading("Settings")
-    page.table(["setting", "value"], [[key, str(value)] for key, value in run.config.items()])
-    return page
 
 
 def _column(run: Record, key: str) -> list[tuple[float, float]]:
     return [(m["step"], m[key]) for m in run.metrics if isinstance(m.get(key), (int, float))]
 
 
-def reading(run: Record) -> list[str]:
-    """What the curve shows: whether the loss fell, still falls, came apart, and whether validation turned."""
-    losses = [y for _, y in run.loss]
-    if len(losses) < 10:
-        return [f"Only {len(losses)} steps: too few to read a curve from."]
-    broken = [step for step, y in run.loss if not math.isfinite(y)]
-    if broken:
-        return [
-            f"The loss is not finite from step {broken[0]:,} on: the run diverged. A lower lr or a longer warmup may help."
-        ]
-    lines = [_trend(losses)]
-    ends = smoothed(losses)
-    low = min(ends)
-    spikes = [step for (step, y), mean in zip(run.loss[10:], ends[9:], strict=False) if y > 3 * mean and y > 1]
-    if ends[-1] > 1.5 * low and ends[-1] > low + 0.3:
-        lines.append(f"The smoothed training loss ends at {ends[-1]:.3g}, well above its lowest value of {low:.3g}: it may be diverging. "
-                     "A lower lr is the first thing to try.")  # fmt: skip
-    if spikes:
-        lines.append(
-            f"{len(spikes):,} steps stand out at over three times the loss around them (first: step {spikes[0]:,})."
-        )
-    return [*lines, _validation(run)]
-
-
-def _trend(losses: list[float]) -> str:
-    """Whether the last quarter still falls: a line through it, against the scatter of the points around the line."""
-    tail = np.array(losses[-max(len(losses) // 4, 8) :])
-    x = np.arange(len(tail)) - (len(tail) - 1) / 2
-    slope = float((x * tail).sum() / (x * x).sum())
-    scatter = math.sqrt(
-        float(((tail - tail.mean() - slope * x) ** 2).sum()) / max(len(tail) - 2, 1) / float((x * x).sum())
-    )
-    moved = slope * len(tail)
-    fell = f"The training loss went from {np.mean(losses[:3]):.3g} to {np.mean(tail[-3:]):.3g}."
-    if abs(slope) <= 2 * scatter or abs(moved) < 0.02 * abs(float(tail.mean())):
-        return f"{fell} In the last quarter it is level within its scatter: more steps with this schedule would change little."
-    if slope < 0:
-        return f"{fell} In the last quarter it still falls (by {-moved:.2g}): it has not converged."
-    return f"{fell} In the last quarter it rises (by {moved:.2g})."
-
-
-def _validation(run: Record) -> str:
-    if len(run.val) < 2 or run.best is None:
-        return "There are no validation losses over time: whether the run over-fits cannot be seen (--val 0.05)."
-    (best_step, best), (last_step, last) = run.best, run.val[-1]
-    if best_step == 0:
-        return (f"Validation was best before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
-                "or the lr is too high.")  # fmt: skip
-    if last > 1.02 * best and last_step > best_step:
-        return (f"Validation was best at step {best_step:,} ({best:.4g}) and is {last:.4g} at the end while training went on: "
-                "that is how over-fitting looks. checkpoints/best holds the best step; fewer epochs would do.")  # fmt: skip
-    gap = last - run.smooth[-1][1]
-    more = f" It ends {gap:.2g} above the training loss." if gap > 0.5 * max(run.smooth[-1][1], 0.1) else ""
-    return f"Validation loss is {last:.4g} at the end, the best is {best:.4g} at step {best_step:,}: no over-fitting is seen.{more}"
+def _smoothed(run: Record, key: str) -> list[Series]:
+    """A quantity of the steps, with its smoothed line where there are too many steps to follow."""
+    points = _column(run, key)
+    if len(points) < MANY:
+        return [Series("", points)]
+    smooth = zip((step for step, _ in points), smoothed([y for _, y in points]), strict=True)
+    return [Series("a step", points, faint=True), Series("smoothed", list(smooth))]
 
 
 def _data(page: Document, run: Record) -> None:
@@ -138,11 +143,13 @@ def _data(page: Document, run: Record) -> None:
     page.text(f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on; dropped: {reasons(run, 'dropped')}; "
               f"cut: {reasons(run, 'cut')}. "
               f"{data['tokens']:,} tokens an epoch, {share:.0f} % of them trained.")  # fmt: skip
+    figures = []
     for key, label, limit in (("masked_lengths", "masked tokens of a row", "max_source_length"),
                               ("trained_lengths", "trained tokens of a row", "max_target_length")):  # fmt: skip
         counts = {int(n): rows for n, rows in data[key].items()}
         at = run.config.get(limit)
-        page.chart(histogram([counts], [label], label, [Level(at, f"{limit} {at}")] if at else []))
+        figures.append(histogram([counts], [label], label, [Level(at, f"{limit} {at}")] if at else []))
+    page.charts(*figures)
     for line in over_the_limit([run]):
         page.text(line)
 
@@ -164,7 +171,7 @@ def _adapter(page: Document, run: Record) -> None:
     page.text("Frobenius norm of scale x B A, the change that each adapter makes to its weight, by layer."
               + (f" Beside them: {', '.join(rest)}." if rest else ""))  # fmt: skip
     if cells:
-        page.chart(heat_map(cells, "layer", "module"))
+        page.charts(heat_map(cells, "layer", "module"))
     still = [path for path, norm in norms.items() if norm == 0]
     if still:
         page.text(f"{len(still):,} of {len(norms):,} adapters change nothing (first: {still[0]})", "warning")
@@ -172,9 +179,9 @@ def _adapter(page: Document, run: Record) -> None:
 
 def adapter_norms(folder: Path) -> dict[str, float]:
     """||scale B A||_F of every adapter of a PEFT folder, by path; from the r x r products, B A is never formed."""
-    config = read_json(folder / ADAPTER_CONFIG)
     from ..safetensors import SafetensorsFile
 
+    config = read_json(folder / ADAPTER_CONFIG)
     file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
     norms = {}
     for name in file.entries:
@@ -235,9 +242,45 @@ def _samples(page: Document, run: Record) -> None:
         row: dict[str, Any] = json.loads(line) if line else {}
         if row:
             page.heading(row["where"], small=True)
-            for name in ("question", "label", "before", "after"):
-                page.text({"label": "reference"}.get(name, name), "dim")
-                page.verbatim(row[name])
+            page.verbatim(row["question"])
+            page.sides([("reference", row["label"]), ("before", row["before"]), ("after", row["after"])])
+
+
+def _scores(page: Document, run: Record) -> None:
+    """The scores of the answers to a test set, if there are some in the run's folder."""
+    metrics = run.results.get("metrics") or {}
+    if not metrics:
+        return
+    page.heading("Scores on the test set")
+    page.text(
+        f"{len(run.rows):,} rows of {run.decoded.get('data')}; in brackets 95 % intervals of a bootstrap over rows."
+    )
+    rows = [[name, with_interval(m["value"], m["low"], m["high"])] for name, m in metrics.items() if "low" in m]
+    page.table(["metric", "score"], rows)
+    with page.fold("What the metrics count"):
+        page.words((name, m["definition"]) for name, m in metrics.items())
+
+
+def _settings(page: Document, run: Record) -> None:
+    """What was set, with what it would have been else; what was not set is folded."""
+    known = {name: as_text(value) for name, value in defaults().items()}
+    values = {name: as_text(value) for name, value in run.config.items()}
+    changed = [[name, value, known.get(name, "none")] for name, value in values.items() if value != known.get(name)]
+    rest = [[name, value] for name, value in values.items() if value == known.get(name)]
+    page.heading("Settings")
+    page.table(["setting that is not the default", "value", "default"], changed)
+    if rest:
+        with page.fold(f"The {len(rest):,} settings that are the default"):
+            page.table(["setting", "value"], rest)
+
+
+def as_text(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if value is None or value == "" or value == {}:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={text}" for key, text in value.items())
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def report_quietly(folder: Path) -> str:

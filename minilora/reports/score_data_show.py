@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
+from ..console import Console
 from ..rows.token_store import Examples
+from .charts import READOUT
+from .charts import STYLE as CHARTS
 from .histogram import svg_histogram, text_histogram
 from .html import escape, page, table
 from .score_data import RowScore
@@ -45,11 +47,15 @@ def to_text(scores: list[RowScore], examples: Examples, marks: Mapping[str, floa
         f"perplexity  {np.exp(total / tokens):.3f} over all {tokens:,} trained tokens; of a row: half at most {np.median(values):.2f}",
         "cut-offs    " + ", ".join(f"{100 * q:.0f} % of the rows below {v:.2f}" for q, v in cut_offs(values)),
         "",
-        *text_histogram(values, marks),
+        *text_histogram(values, marks, log=True),
     ]
     for score in strangest(scores, worst):
         where, value = examples.value(score.number)
-        lines += ["", f"{score.perplexity:>8.2f}  {where}, {score.tokens:,} tokens", f"          {_plain(value)[:300]}"]
+        lines += [
+            "",
+            f"{score.perplexity:>8.2f}  {where}, {score.tokens:,} tokens",
+            f"          {json.dumps(value, ensure_ascii=False)[:300]}",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -61,12 +67,6 @@ def cut_offs(values: np.ndarray) -> list[tuple[float, float]]:
 def strangest(scores: list[RowScore], count: int) -> list[RowScore]:
     """The rows of highest perplexity."""
     return sorted(scores, key=lambda s: -s.perplexity)[:count]
-
-
-def _plain(value: object) -> str:
-    """A row on one line, in a form that steers no terminal."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def to_html(
@@ -82,6 +82,9 @@ def to_html(
         rows.append(f'<h3>{score.perplexity:.2f} <span class="dim">{escape(where)}, {score.tokens:,} tokens</span></h3><pre>{text}</pre>')  # fmt: skip
     body = f'<p class="dim">{escape(f"{len(scores):,} rows of {data} under {model}")}</p><p>{NOTE}</p><h2>Perplexity of a row</h2>'
     body += (
-        svg_histogram(values, marks, "perplexity") + cuts + f"<h2>The {len(rows)} strangest rows</h2>" + "".join(rows)
+        svg_histogram(values, marks, "perplexity of a row", log=True)
+        + cuts
+        + f"<h2>The {len(rows)} strangest rows</h2>"
+        + "".join(rows)
     )
-    return page(f"Perplexity of {Path(data).name}", body)
+    return page(f"Perplexity of {Path(data).name}", body, CHARTS, READOUT)

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
+from ..console import Console
 from ..durable import locked, staged_folder, write_file
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..rows import open_rows, to_messages
@@ -35,14 +34,14 @@ from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
 from ..signals import StopSignal
 from .compare import compare
-from .record import read_json_file, read_record
+from .record import read_record
+from .score_table import LETTERS, shortened, show_scores
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
 SECTIONS = ("base", "zip", "product", "test", "smoke")
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
 GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result, too
-SHOWN = ("bleu4_char", "rouge1_words", "rouge2_words", "rougeL_words", "rougeL_char", "exact")
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,11 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     """Run a sweep, or what is left of it, into a folder; returns the page that compares its runs."""
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
+    if len(plan.points) >= len(LETTERS):
+        raise UsageError(
+            f"{given} means {len(plan.points)} runs, and a page compares fewer than {len(LETTERS)}",
+            "Make several sweeps of it.",
+        )
     if (
         folder.is_dir()
         and not (folder / "sweep.json").is_file()
@@ -154,9 +158,9 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
             json.dumps({"file": given, "smoke": smoke, "runs": [p.name for p in plan.points]}) + "\n",
         )
         points, test = _with_test(plan, folder, console)
-        failed = []
-        for number, point in enumerate(points, 1):
-            console.rule(f"{number} of {len(points)}: {point.name}", characters="-")
+        failed, names = [], shortened([p.name for p in points], max(console.width - 24, 8))
+        for number, (point, name) in enumerate(zip(points, names, strict=True), 1):
+            console.rule(f"{number} of {len(points)}: {name}", characters="-")
             code = _train(point)
             if code:
                 failed.append((point.name, code))
@@ -168,12 +172,16 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
             _predict(points[0].config, test, before[0], adapter=False)
         runs = [folder / p.name for p in points if p.name not in dict(failed)]
         compared = [*before, *runs] if len(runs) == 1 else [*runs, *before]
-        _show(compared, console)
-        for name, code in failed:
-            console.print(f"{name} failed with exit code {code}; the same command tries it again", markup=False)
         page = folder / "compare.html"
-        if len(compared) > 1:
-            compare([str(run) for run in compared], page)
+        told = [f"{name} failed with exit code {code}" for name, code in failed]
+        for line in compare([str(run) for run in compared], page, told) if len(compared) > 1 else []:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if compared:
+            console.print()
+            show_scores([read_record(run) for run in compared], console)
+            console.print()
+        for line in told:
+            console.print(f"{line}; the same command tries it again", highlight=False, markup=False, soft_wrap=True)
     return page
 
 
@@ -277,23 +285,3 @@ def _failure(code: int, what: str) -> MiniloraError:
     error = MiniloraError(f"{what} failed", "The line above says why; the same command goes on after it is put right.")
     error.code = code
     return error
-
-
-def _show(folders: list[Path], console: Console) -> None:
-    """The scores of the runs, a line each."""
-    results = {
-        f.name: read_json_file(p)
-        for f in folders
-        for p in (f / "predict_results.json", f / "predict" / "predict_results.json")
-        if p.is_file()
-    }
-    names = [n for n in SHOWN if results and all(n in r["metrics"] for r in results.values())]
-    if not names:
-        return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run")
-    for name in names:
-        table.add_column(name, justify="right")
-    for run, found in results.items():
-        table.add_row(run, *(f"{found['metrics'][n]['value']:.2f}" for n in names))
-    console.print(table)

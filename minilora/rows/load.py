@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from . import Row, RowError, RowFile, fill, open_rows, to_messages, trainable
 from .keys import ignored_notes
 from .shapes import TEXT, check_columns
 from .sources import draw, parse_sources
-from .token_store import Examples, TokenCache, TokenStore, Writer, unnamed_file
+from .token_store import Example, Examples, TokenCache, TokenStore, Writer, shifted, unnamed_file
 
 
 @dataclass
@@ -166,6 +166,23 @@ def load_examples(
         raise DataError(f"{path}: all {total.rows:,} rows are {'too long' if total.dropped else 'left out'} (first: {first}; {why})",
                         "Raise the limit, or shorten the rows." if total.dropped else "Correct the rows.")  # fmt: skip
     return Examples(stores), total
+
+
+def render_rows(rows: Sequence[Any], tokenizer: Tokenizer, settings: DataConfig = PLAIN) -> list[Example]:
+    """The examples of rows in memory; DataError for the first that cannot be used, or is over a limit and may not be cut."""
+    examples = []
+    for number, value in enumerate(rows, 1):
+        row = trainable(to_messages(value, f"row {number}", settings.columns, settings.ignored))
+        fill(row, settings.define)
+        pieces, over = render_within(row, tokenizer, settings)
+        if not pieces:
+            raise DataError(f"{row.where} is over {over}", 'Raise the limit, or say truncate="cut".')
+        examples += [
+            Example(ids, shifted(ids, trained), row.where, tokenizer.prefix(ids.tolist())) for ids, trained in pieces
+        ]
+    if not examples:
+        raise DataError("there are no rows", "Give at least one conversation.")
+    return examples
 
 
 def ending_note(trained: np.ndarray) -> str:

@@ -78,6 +78,8 @@ def to_messages(
     columns: name of ours -> key of the row, for keys that do not tell their meaning themselves; ignored: keys to leave out.
     """
     held = tuple(sorted(ignored & _all_keys(value))) if ignored else ()
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
+        value = {"messages": value}
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         messages, lost = _turns(value, where, columns, ignored)
         shape = "turns"

@@ -169,7 +169,7 @@ def _own_code(folder: Path) -> str:
     return bpe.read_text(path).decode("utf-8", "replace") if path.is_file() else ""
 
 
-def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path) -> None:
+def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path | str) -> None:
     """ModelError if the tokenizer has more ids than the model has rows."""
     if tokenizer.size > vocab:
         raise ModelError(f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model {vocab} rows",

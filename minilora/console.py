@@ -1,0 +1,17 @@
+"""rich's console as all commands use it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.segment import Segment
+
+from .terminal import printable
+
+
+class Console(RichConsole):
+    """A console on which no text, wherever it comes from, is a control code: only rich's own styles are."""
+
+    def render(self, *args: Any, **named: Any) -> Iterable[Segment]:
+        for segment in super().render(*args, **named):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)

@@ -1,0 +1,63 @@
+"""Training in memory: rows in, an adapted model out, nothing on disk."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minilora.models.decoder import Decoder
+
+from .config import resolve
+from .data import pack, step_examples
+from .errors import UsageError
+from .lora import adapters
+from .plan import count_steps
+from .rows.dataset import data_config
+from .rows.load import render_rows
+from .text.tokenizer import Tokenizer, check_fits
+from .train import learning_rate, optimizer_of, prepare, train_step
+
+# settings of a run that has files
+OF_FILES = {
+    "model", "data", "output", "val", "test", "cache", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
+}  # fmt: skip
+OF_MODELS = {"device", "dtype", "compute", "threads", "kernels", "method"}  # load_model has settled them
+
+
+def finetune(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Any],
+    on_step: Callable[[int, float], object] = lambda step, loss: None,
+    **settings: Any,
+) -> list[float]:
+    """Train adapters on conversations; returns the loss of each optimizer step.
+
+    rows are lists of messages ({"role": ..., "content": ...}), or what a line of a file of rows may hold. on_step hears the
+    number of each step, from 1, and its loss. settings are those of `minilora train` by name: lora_r, lr, epochs, max_steps,
+    ... The model is changed in place: it gets adapters unless it has some, which then are trained on, and ends in evaluation
+    mode. UsageError for a setting of a run with files, DataError for a row that cannot be used or is over a limit, Diverged for
+    a loss that is not finite.
+    """
+    config = resolve(settings)
+    for name in (OF_FILES | OF_MODELS) & settings.keys():
+        why = "nothing is read or written" if name in OF_FILES else "the model is loaded"
+        raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
+    examples = render_rows(rows, tokenizer, data_config(config))
+    check_fits(tokenizer, model.config.vocab, "the model")
+    if any(True for _ in adapters(model)):
+        model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+        model.train()
+    else:
+        prepare(model, config)
+    optimizer, (steps, _, _) = optimizer_of(model, config), count_steps(config, len(examples))
+    rows_per_step = config.batch_size * config.accumulation
+    micro_tokens = max(config.micro_tokens or config.max_length, *(len(e.ids) for e in examples))
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, steps)
+        batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
+        loss, _ = train_step(model, optimizer, batches, config, step)
+        losses.append(loss)
+        on_step(step + 1, loss)
+    model.eval()
+    return losses
