@@ -113,7 +113,7 @@ HINTS = {
     "plan --fp16": "not needed here", "sweep x --output y --quantization_bit 4": "quantised",
     "eval --compute fp16": "It can be auto, float32, bfloat16", "predict --batch 0": "a whole number from 1 to 4,096",
     "predict --seed x": "a whole number from 0 on", "train --lora-r 0": "a whole number above 0", "train --epochs x": "a number above 0",
-    "train --keep 2": "It can be best, last", "train --weight-decay -1": "a number from 0 on", "train --define x": "NAME=TEXT",
+    "train --keep most": "It can be best, last", "train --weight-decay -1": "a number from 0 on", "train --define x": "NAME=TEXT",
     "train none.yaml": "yaml file", "chat --prompt": "expected one argument",
 }  # fmt: skip
 
