@@ -244,6 +244,18 @@ def test_ways_out_through_the_command_line(tmp_path: Path, capsys):
         assert all(line in out for line in told)
 
 
+def test_rows_of_several_shapes_in_one_table():
+    """Each has null for the keys of the others, as a table that was joined has."""
+    keys = dict.fromkeys(k for shape in SHAPES for k in shape if k != "label")
+    for shape in SHAPES:
+        assert trainable(to_messages(keys | shape, WHERE)).messages == to_messages(shape, WHERE).messages
+
+
+def test_a_text_without_its_label_is_no_raw_text():
+    with pytest.raises(RowError, match="the answer is empty"):
+        trainable(to_messages({"text": "q", "label": None}, WHERE))
+
+
 def test_a_message_that_only_calls_a_tool_says_nothing_without_the_call():
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}
     with pytest.raises(RowError, match="content is 'null'"):

@@ -150,11 +150,15 @@ def _pair(names: Any) -> tuple[str, str | None] | None:
 
 def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Message], str, list[str]]:
     """The messages of one row, the name of its shape, and the keys that were not read."""
-    chat = next((k for k in CHATS if k in row), None)
+    held = [k for k, v in row.items() if v is not None]  # a table of several shapes has null for the keys of the others
+    chat = next((k for k in CHATS if k in held), None)
     if chat is not None:
         messages, shape, lost = _chat(row, chat, where, ignored)
         return messages, shape, lost + unread(row, {chat, "system"}, ignored)
-    pair = _pair(row)
+    # a text whose label is null is a row without its answer, and no raw text
+    pair = _pair(held) or (None if TEXT in held and "label" not in row else _pair(row))
+    if pair is not None and pair[1] is None:
+        pair = pair[0], next((k for k in ANSWERS if k in row), None)
     if pair is not None:
         shape = "alpaca" if "instruction" in row and pair[0] in QUESTIONS else "/".join(filter(None, pair))
         turn, read = _question_and_answer(row, pair, where)
@@ -248,7 +252,9 @@ def _turns(
 
 def _history(row: dict, where: str) -> list[Message]:
     messages: list[Message] = []
-    history = _parsed(row.get("history") or [])
+    history = _parsed(row.get("history"))
+    if history in (None, "", [], {}):
+        return []
     for pair in history if isinstance(history, list) else [None]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
             what = f"{where}: history is no list of [question, answer] pairs"
