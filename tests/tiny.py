@@ -7,6 +7,7 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from minilora.checkpoint import empty_model, read_config
+from minilora.demo.make_model import TEMPLATE
 from minilora.safetensors import write_tensors
 from minilora.text.bpe import qwen_tokenizer
 
@@ -27,7 +28,7 @@ def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> P
         "torch_dtype": str(dtype).removeprefix("torch."), "chat": "plain",
     } | changes  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text("<|im_start|>")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "tokenizer.json").write_text(byte_tokenizer())
     generator = torch.Generator().manual_seed(0)
     weights = {}

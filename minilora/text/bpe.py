@@ -54,7 +54,8 @@ class BytePairs:
             encoder.no_truncation()
             encoder.no_padding()
         self._full, self._plain, self.specials, self.words = full, plain, specials, words
-        self.size = max(full.get_vocab(with_added_tokens=True).values()) + 1  # one more than the largest id
+        self.vocabulary = full.get_vocab(with_added_tokens=True)
+        self.size = max(self.vocabulary.values()) + 1  # one more than the largest id
 
     @classmethod
     def of_json(cls, description: str) -> Self:

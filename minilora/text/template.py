@@ -2,8 +2,8 @@
 
 A segment is a piece of text with two facts: whether it is one of the template's own special tokens, and which message it
 is the answer of, if any. Text that a user or a file supplies is never a special segment, so it can never become a special
-token. The same segments serve training, evaluation and chat. No Jinja is run: a folder's template is read as a string, and
-tells which of the known ones it is.
+token. The same segments serve training, evaluation and chat. A folder's own Jinja template tells which of the built-in
+formats is used (own_template.py); what it writes is never trained itself.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..model_folder import read_json
-
-NEWLINE = r"(?:\n|\\n)"  # in the text of a Jinja template: as it is, or escaped
 
 
 class Segment(NamedTuple):
@@ -45,6 +43,11 @@ class Template:
     @property
     def thinks(self) -> bool:
         """Whether the format has a place for an assistant's thought."""
+        return False
+
+    @property
+    def opens_thoughts(self) -> bool:
+        """Whether the prompt opens the assistant's thought, so that each trained answer begins with one."""
         return False
 
     @property
