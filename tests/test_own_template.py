@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import make_model
+from tiny import make_model, make_rows
 
+import minilora
+from minilora.__main__ import main
 from minilora.demo.make_model import TEMPLATE
 from minilora.demo.show import MODEL
+from minilora.errors import ModelError
 from minilora.text import own_template
 from minilora.text.own_template import Order, render
 from minilora.text.template import jinja_text
@@ -123,9 +126,17 @@ def test_without_jinja2_it_is_said_that_nothing_was_compared(folder: Path, monke
     assert not opened(folder, TEMPLATE).notes
 
 
-def test_a_template_that_is_not_rendered_in_bounds_is_said(folder: Path):
-    tokenizer = opened(folder, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
-    assert "in time and in bounds" in tokenizer.notes["template"] and tokenizer.template.name == "chatml"
+def test_a_template_that_is_not_rendered_in_bounds_is_said(folder: Path, monkeypatch):
+    monkeypatch.setattr(own_template, "CHILD", folder / "no such file")
+    with pytest.raises(ModelError, match="in time and in bounds"):
+        render(folder, BODY, [Order([])])
+
+    def stopped(*_):
+        raise ModelError("it was stopped", "")
+
+    monkeypatch.setattr(own_template, "_cached", stopped)
+    tokenizer = opened(folder, "{# endless #}" + BODY)
+    assert tokenizer.notes["template"] == "chatml is used: it was stopped"
 
 
 ERRORS = {
@@ -184,3 +195,34 @@ def test_an_adapters_own_tokens_are_used_and_told(folder: Path, tmp_path: Path):
 def test_a_published_hash_is_the_hash_of_the_text():
     text = jinja_text(GOLDEN / "qwen2_5")
     assert text is not None and hashlib.sha256(text.encode()).hexdigest() in own_template.PUBLISHED
+
+
+def test_every_command_with_an_adapter_tells_and_uses_its_own_template(folder: Path, tmp_path: Path, capsys):
+    model, adapter, rows = minilora.load_model(folder), tmp_path / "adapter", make_rows(tmp_path / "rows.json")
+    minilora.add_lora(model, r=2)
+    minilora.save_adapter(model, adapter)
+    own = NO_SYSTEM + "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + BODY
+    (adapter / "chat_template.jinja").write_text(own)
+    both = ["--model", str(folder), "--adapter", str(adapter)]
+    for words in (
+        ["chat", "--prompt", "hi", "--max-tokens", "2"], ["eval", "--data", str(rows)], ["data", "score", "--data", str(rows)],
+        ["predict", "--data", str(rows), "--output", str(tmp_path / "p"), "--max-tokens", "2"], ["merge", "--output", str(tmp_path / "m")],
+    ):  # fmt: skip
+        command = words[:2] if words[0] == "data" else words[:1]
+        assert main([*command, *both, *words[len(command) :]]) == 0
+        said = capsys.readouterr().out
+        assert "template" in said and "'Be kind.' by the adapter's own chat template; the base has chatml" in said
+    assert load_tokenizer(tmp_path / "m").template.default_system == "Be kind."
+
+
+def test_a_run_tells_of_the_folders_template_and_keys(tmp_path: Path, capsys):
+    folder = make_model(tmp_path / "model", my_key=1)
+    (folder / "chat_template.jinja").write_text(DIFFERENT["trims"][0])
+    rows = make_rows(tmp_path / "rows.json")
+    words = ["--model", str(folder), "--data", str(rows), "--output", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(["train", *words]) == 0
+    said = capsys.readouterr().out
+    assert "'my_key'" in said and "blanks and line ends" in said
+    assert main(["inspect", "model", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "'my_key'" in said and "blanks and line ends" in said
