@@ -176,6 +176,17 @@ def test_an_adapters_own_template_is_used_and_told(folder: Path, tmp_path: Path)
     assert tokenizer.replaced == {"chat_template.jinja": own.encode()}
 
 
+def test_templates_in_two_places_or_without_a_default_are_told(folder: Path):
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": BODY + "other"}))
+    assert "has another chat_template" in load_tokenizer(folder).notes["template"]
+    settings.write_text(json.dumps({"chat_template": BODY}))
+    assert not load_tokenizer(folder).notes
+    (folder / "chat_template.jinja").unlink()
+    settings.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": BODY}]}))
+    assert "none that is a text or is named default" in load_tokenizer(folder).notes["template"]
+
+
 def test_an_adapters_own_tokens_are_used_and_told(folder: Path, tmp_path: Path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -203,6 +214,7 @@ def test_every_command_with_an_adapter_tells_and_uses_its_own_template(folder: P
     minilora.save_adapter(model, adapter)
     own = NO_SYSTEM + "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + BODY
     (adapter / "chat_template.jinja").write_text(own)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
     both = ["--model", str(folder), "--adapter", str(adapter)]
     for words in (
         ["chat", "--prompt", "hi", "--max-tokens", "2"], ["eval", "--data", str(rows)], ["data", "score", "--data", str(rows)],
@@ -212,7 +224,8 @@ def test_every_command_with_an_adapter_tells_and_uses_its_own_template(folder: P
         assert main([*command, *both, *words[len(command) :]]) == 0
         said = capsys.readouterr().out
         assert "template" in said and "'Be kind.' by the adapter's own chat template; the base has chatml" in said
-    assert load_tokenizer(tmp_path / "m").template.default_system == "Be kind."
+    merged = load_tokenizer(tmp_path / "m")
+    assert merged.template.default_system == "Be kind." and not merged.notes
 
 
 def test_a_run_tells_of_the_folders_template_and_keys(tmp_path: Path, capsys):

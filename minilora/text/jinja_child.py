@@ -63,11 +63,12 @@ def _render(environment: Any, order: dict) -> list:
         template = environment.from_string(order["template"])
     except (TemplateError, RecursionError) as error:
         return [[None, str(error)[:300]]] * len(order["chats"])
-    results = []
+    results, left = [], TEXT
     for chat in order["chats"]:
         try:
             text = template.render(**order.get("variables", {}), **chat)
-            results.append([text, None] if len(text.encode()) < TEXT else [None, "the text grows too long"])
+            left -= len(text.encode())
+            results.append([text, None] if left > 0 else [None, "the text grows too long"])
         except Exception as error:  # noqa: BLE001 a template can raise anything; it is told to the parent
             results.append([None, f"{type(error).__name__}: {error}"[:300]])
     return results

@@ -27,6 +27,7 @@ from .template_qwen import DEEPSEEK_R1, QWEN25, ChatML
 
 CHILD = Path(__file__).parent / "jinja_child.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minilora" / "templates"
+CACHED = 1 << 20  # characters
 THOUGHT = "<think>\nhm\n</think>\n\n"
 
 
@@ -164,7 +165,8 @@ def _cached(folder: Path, text: str, orders: list[Order]) -> list[Rendered]:
         if len(found) == len(orders):
             return found
     found = render(folder, text, orders)
-    if "strftime_now" not in text:  # what it writes holds for today alone
+    lengths = sum(len(text or "") for text, _ in found)
+    if "strftime_now" not in text and lengths < CACHED:  # what tells the date holds for today alone
         with suppress(OSError, RuntimeError):
             place.expanduser().parent.mkdir(parents=True, exist_ok=True)
             write_file(place.expanduser(), json.dumps(found))

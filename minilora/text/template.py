@@ -8,7 +8,7 @@ formats is used (own_template.py); what it writes is never trained itself.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..model_folder import read_json
 
@@ -73,12 +73,25 @@ def render_text(segments: list[Segment]) -> str:
 
 
 def jinja_text(folder: Path) -> str | None:
-    """The folder's own chat template, unread, if it has one."""
+    """The folder's own chat template, unread, if it has one: chat_template.jinja goes before tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    text = read_json(folder / "tokenizer_config.json").get("chat_template")
+    text = _in_settings(folder)
     if isinstance(text, list):  # several named templates
         text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
     return text if isinstance(text, str) else None
+
+
+def jinja_note(folder: Path) -> str | None:
+    """What a user should know of chat templates in a folder that jinja_text does not give."""
+    text, given = jinja_text(folder), _in_settings(folder)
+    if text is None and given is not None:
+        return "tokenizer_config.json has chat templates, and none that is a text or is named default"
+    if text is not None and isinstance(given, str) and given.strip() != text.strip():
+        return "chat_template.jinja is used; tokenizer_config.json has another chat_template"
+    return None
+
+
+def _in_settings(folder: Path) -> Any:
+    path = folder / "tokenizer_config.json"
+    return read_json(path).get("chat_template") if path.is_file() else None

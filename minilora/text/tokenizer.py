@@ -4,6 +4,7 @@ A Tokenizer is a coder (bpe.py: byte-level BPE, pieces.py: SentencePiece) and a 
 told by the names of its files, and for ChatGLM2 and ChatGLM3, whose files are the same, by what else it says.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -15,7 +16,7 @@ from ..model_folder import check_folder, read_json
 from ..rows.problems import quote
 from . import bpe, pieces
 from .own_template import choose
-from .template import Message, Template, jinja_text
+from .template import Message, Template, jinja_note, jinja_text
 from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_formats
 from .template_qwen import QWEN1, qwen_formats
 
@@ -126,13 +127,13 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
 
     ModelError if it has none, or a broken one, or another generation's.
     """
-    folder = Path(folder)
+    folder, adapter = Path(folder), None if adapter is None else Path(adapter)
     check_folder(folder)
     j = read_json(folder / "config.json")
     coder, fixed = _coder(folder, j)
     notes, replaced = {}, {}
     if adapter is not None:
-        coder, told, replaced = _adapters_coder(Path(adapter), folder, coder)
+        coder, told, replaced = _adapters_coder(adapter, folder, coder)
         notes |= {"tokens": told} if told else {}
 
     def template_of(place: Path, text: str | None) -> tuple[Template, str | None]:
@@ -143,17 +144,27 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
 
     text = jinja_text(folder)
     template, note = template_of(folder, text)
-    its = jinja_text(Path(adapter)) if adapter is not None else None
+    note = "; ".join(told for told in (note, jinja_note(folder)) if told)
+    its = None if adapter is None else jinja_text(adapter)
     if adapter is not None and its is not None and its != text:
-        place = Path(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else folder
-        own, own_note = template_of(place, its)
-        if (own, own_note) != (template, note):
+        settings = next((p for p in (adapter, folder) if (p / "tokenizer_config.json").is_file()), folder)
+        own, own_note = template_of(settings, its)
+        if (own, own_note or "") != (template, note):
             note = f"{_described(own)} by the adapter's own chat template; the base has {_described(template)}"
             template, note = own, note + (f" ({own_note})" if own_note else "")
-            replaced["chat_template.jinja"] = its.encode()
+            replaced |= _files_with(its, settings)
     tokenizer = Tokenizer(coder, template)
     tokenizer.notes, tokenizer.replaced = notes | ({"template": note} if note else {}), replaced
     return tokenizer
+
+
+def _files_with(text: str, settings: Path) -> dict[str, bytes]:
+    """The files of a folder that shall have a chat template: its own file, and tokenizer_config.json, where older readers look."""
+    files = {"chat_template.jinja": text.encode()}
+    if (settings / "tokenizer_config.json").is_file():
+        j = read_json(settings / "tokenizer_config.json") | {"chat_template": text}
+        files["tokenizer_config.json"] = json.dumps(j, ensure_ascii=False, indent=2).encode()
+    return files
 
 
 def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Template | None]:
