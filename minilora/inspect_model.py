@@ -118,7 +118,7 @@ def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
         "ids": tokenizer.size,
         "template": tokenizer.template.name,
         "default_system": tokenizer.template.default_system,
-        "template_note": tokenizer.notes.get("template"),
+        "template_note": tokenizer.notes.get("chat"),
         "last_answer_alone": tokenizer.template.last_only,
         "stop": [{"id": i, "token": names.get(i)} for i in stops],
     }

@@ -157,6 +157,8 @@ def unknown_keys(j: dict[str, Any], family: str) -> list[str]:
         empty = value is None or value in ("", [], {}) or (key in DROPOUTS and value == 0)
         if not empty and key not in known and key != "layer_types":
             names.append(name)
+    if "sliding_window" in USED[family] and j.get("sliding_window") and j.get("use_sliding_window") is None:
+        names.append("sliding_window")  # which counts where use_sliding_window is true
     return names
 
 

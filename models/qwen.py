@@ -59,10 +59,10 @@ def config(j: dict[str, Any]) -> Config:
 
 def _windows(j: dict[str, Any], layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer: layer_types (transformers 5), or the layers from max_window_layers on."""
-    size, types = j.get("sliding_window"), j.get("layer_types")
+    size, types = j.get("sliding_window", 4096), j.get("layer_types")
     slides = flag(j, "use_sliding_window", False) and size is not None
     if slides:
-        size = whole(j, "sliding_window")
+        size = whole(j, "sliding_window", 4096)
     if types is None:
         first = whole(j, "max_window_layers", 28)
         return tuple(size if slides and i >= first else None for i in range(layers))

@@ -106,6 +106,15 @@ def test_nothing_is_told_of_configs_as_they_are_published(path: Path):
     assert keys_not_read(path.parent) is None
 
 
+def test_a_window_is_that_of_transformers_or_named(tmp_path: Path):
+    j = config_of("qwen2") | {"max_window_layers": 1}
+    j.pop("layer_types")
+    j.pop("sliding_window")
+    assert outcome(j | {"use_sliding_window": True}, tmp_path / "m")["windows"] == (None, 4096)
+    assert outcome(j | {"use_sliding_window": True, "sliding_window": None}, tmp_path / "m")["windows"] == (None, None)
+    assert unknown_keys(j | {"use_sliding_window": None, "sliding_window": 4}, "qwen2") == ["sliding_window"]
+
+
 CONTRADICTIONS = {
     "two dtypes": ("qwen3", {"dtype": "float16", "torch_dtype": "bfloat16"}, "contradict"),
     "two flags of tying": ("qwen3", {"tie_word_embeddings": True, "tie_embeddings": False}, "contradict"),

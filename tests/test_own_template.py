@@ -97,7 +97,7 @@ DIFFERENT = {
 @pytest.mark.parametrize(("jinja", "told"), DIFFERENT.values(), ids=DIFFERENT)
 def test_a_template_that_no_format_reproduces_is_told_in_one_line(folder: Path, jinja: str, told: str):
     tokenizer = opened(folder, jinja)
-    note = tokenizer.notes["template"]
+    note = tokenizer.notes["chat"]
     assert told in note and tokenizer.template.name in note and note.isprintable()
 
 
@@ -121,7 +121,7 @@ def test_the_texts_of_an_unknown_template_are_cached_and_a_bad_cache_is_no_error
 
 def test_without_jinja2_it_is_said_that_nothing_was_compared(folder: Path, monkeypatch):
     monkeypatch.setattr(own_template, "find_spec", lambda name: None)
-    note = opened(folder, "{# other #}" + BODY).notes["template"]
+    note = opened(folder, "{# other #}" + BODY).notes["chat"]
     assert "not compared" in note and "jinja2" in note
     assert not opened(folder, TEMPLATE).notes
 
@@ -136,7 +136,7 @@ def test_a_template_that_is_not_rendered_in_bounds_is_said(folder: Path, monkeyp
 
     monkeypatch.setattr(own_template, "_cached", stopped)
     tokenizer = opened(folder, "{# endless #}" + BODY)
-    assert tokenizer.notes["template"] == "chatml is used: it was stopped"
+    assert tokenizer.notes["chat"] == "chatml is used: it was stopped"
 
 
 ERRORS = {
@@ -172,19 +172,19 @@ def test_an_adapters_own_template_is_used_and_told(folder: Path, tmp_path: Path)
     own = NO_SYSTEM + "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + BODY
     (adapter / "chat_template.jinja").write_text(own)
     tokenizer = load_tokenizer(folder, adapter)
-    assert tokenizer.template.default_system == "Be kind." and "'Be kind.'" in tokenizer.notes["template"]
+    assert tokenizer.template.default_system == "Be kind." and "'Be kind.'" in tokenizer.notes["chat"]
     assert tokenizer.replaced == {"chat_template.jinja": own.encode()}
 
 
 def test_templates_in_two_places_or_without_a_default_are_told(folder: Path):
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps({"chat_template": BODY + "other"}))
-    assert "has another chat_template" in load_tokenizer(folder).notes["template"]
+    assert "has another chat_template" in load_tokenizer(folder).notes["chat"]
     settings.write_text(json.dumps({"chat_template": BODY}))
     assert not load_tokenizer(folder).notes
     (folder / "chat_template.jinja").unlink()
     settings.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": BODY}]}))
-    assert "none that is a text or is named default" in load_tokenizer(folder).notes["template"]
+    assert "none that is a text or is named default" in load_tokenizer(folder).notes["chat"]
 
 
 def test_an_adapters_own_tokens_are_used_and_told(folder: Path, tmp_path: Path):
@@ -223,7 +223,7 @@ def test_every_command_with_an_adapter_tells_and_uses_its_own_template(folder: P
         command = words[:2] if words[0] == "data" else words[:1]
         assert main([*command, *both, *words[len(command) :]]) == 0
         said = capsys.readouterr().out
-        assert "template" in said and "'Be kind.' by the adapter's own chat template; the base has chatml" in said
+        assert "chat  " in said and "'Be kind.' by the adapter's own chat template; the base has chatml" in said
     merged = load_tokenizer(tmp_path / "m")
     assert merged.template.default_system == "Be kind." and not merged.notes
 

@@ -72,7 +72,10 @@ def choose(
     if known is not None and known.stops[0] == likeliest.stops[0]:  # it is of this folder's tokens
         return known, None
     if find_spec("jinja2") is None:
-        return likeliest, f"its own was not compared with {likeliest.name}, which is used: jinja2 is not installed"
+        return (
+            likeliest,
+            f"{likeliest.name} is used; the folder's own template was not compared with it: jinja2 is not installed",
+        )
     try:
         texts = _texts_of_probes(folder, text)
     except ModelError as error:
@@ -139,15 +142,15 @@ def _words(template: Template, unlike: list[Unlike]) -> str | None:
     name, first = template.name, unlike[0]
     every = len(unlike) == _compared(template)
     if every and all(u.theirs is None for u in unlike):
-        return f"{name} is used: its own refuses every chat ({quote(first.refused or '', 120)})"
+        return f"{name} is used: the folder's own template refuses every chat ({quote(first.refused or '', 120)})"
     if every:
-        told = f"its own is another format than {name}, which is used"
+        told = f"the folder's own template is another format than {name}, which is used"
     elif all(u.prompt for u in unlike) and {u.probe for u in unlike} == set(PROBES):
-        told = f"its own opens an answer otherwise than {name}, which is used"
+        told = f"the folder's own template opens an answer otherwise than {name}, which is used"
     else:
         probes = list(dict.fromkeys(u.probe for u in unlike))
         where = "every chat" if len(probes) == len(PROBES) else ", ".join(probes)
-        told = f"its own differs from {name}, which is used, in: {where}"
+        told = f"the folder's own template differs from {name}, which is used, in: {where}"
     if first.theirs is None:
         return f"{told}; it refuses the first ({quote(first.refused or '', 120)})"
     at = len(os.path.commonprefix([first.ours, first.theirs]))

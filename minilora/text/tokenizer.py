@@ -154,7 +154,7 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
             template, note = own, note + (f" ({own_note})" if own_note else "")
             replaced |= _files_with(its, settings)
     tokenizer = Tokenizer(coder, template)
-    tokenizer.notes, tokenizer.replaced = notes | ({"template": note} if note else {}), replaced
+    tokenizer.notes, tokenizer.replaced = notes | ({"chat": note} if note else {}), replaced
     return tokenizer
 
 
