@@ -187,6 +187,14 @@ def test_templates_in_two_places_or_without_a_default_are_told(folder: Path):
     assert "none that is a text or is named default" in load_tokenizer(folder).notes["chat"]
 
 
+def test_tokens_that_only_tokenizer_config_adds_are_there(folder: Path):
+    tokens = {"258": {"content": "<|im_end|>", "special": True}, "259": {"content": "<call>", "special": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode_answer("<call>") == [259] and tokenizer.encode("<call>") != [259] and tokenizer.size == 260
+    assert tokenizer.decode([259, 258], specials=True) == "<call><|im_end|>"
+
+
 def test_an_adapters_own_tokens_are_used_and_told(folder: Path, tmp_path: Path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
