@@ -62,11 +62,7 @@ HARMLESS = {
     # of an encoder, where there is none
     "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder",
 }  # fmt: skip
-OF_FAMILY = {
-    "chatglm": {"auto_map"},
-    "chatglm2": {"auto_map"},
-    "qwen": {"auto_map"},
-}  # published with own code
+OWN_CODE = {"chatglm", "chatglm2", "qwen"}  # families that were published with it: their auto_map names it
 DROPOUTS = {
     "attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attn_dropout_prob",
     "emb_dropout_prob", "embedding_dropout", "mlp_dropout",
@@ -89,7 +85,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,), "use_rope": (True,), "use_mrope": (False,), "mrope_section": (), "no_rope_layers": ([],),
     "no_rope_layer_interval": (), "pos_emb": ("rotary", "rope"), "position_embedding_type": ("rotary", "rope"),
     "partial_rotary_factor": (1,), "rotary_pct": (1,), "rotary_dim": (), "rope_ratio": (1,), "rope_interleave": (),
-    "rope_local_base_freq": (), "rope_theta": (10000,), "rope_scaling": (), "rope_parameters": (), "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "position_encoding_2d": (False,),
+    "rope_local_base_freq": (), "rope_theta": (10000,), "rope_scaling": (), "rope_parameters": (),
+    "use_dynamic_ntk": (False,), "use_logn_attn": (False,), "position_encoding_2d": (False,),
     # what a query sees
     "sliding_window": (), "use_sliding_window": (False,), "use_swa": (False,), "sliding_window_pattern": (), "sliding_window_size": (),
     "window_size": (), "attention_window": (), "local_attention_window": (), "attention_chunk_size": (), "full_attention_interval": (),
@@ -151,7 +148,10 @@ def check_keys(j: dict[str, Any], family: str) -> None:
 
 def unknown_keys(j: dict[str, Any], family: str) -> list[str]:
     """The keys with content that no table has, and dropouts other than zero: whoever wrote them may have meant something."""
-    known = HARMLESS | NEUTRAL.keys() | OF_FAMILY.get(family, set()) | {key for names in SPELLINGS for key in names}
+    known = HARMLESS | NEUTRAL.keys() | ({"auto_map"} if family in OWN_CODE else set())
+    known |= {
+        key for spellings in SPELLINGS if USED[family] & set(spellings) for key in spellings
+    }  # check_keys compares them
     names = []
     for name, key, value in _not_read(j, family):
         empty = value is None or value in ("", [], {}) or (key in DROPOUTS and value == 0)
@@ -167,10 +167,11 @@ def _not_read(j: dict[str, Any], family: str) -> Iterator[tuple[str, str, Any]]:
     for key, value in j.items():
         if key not in USED[family]:
             yield key, key, value
+    inside = ROPE_KEYS | (USED[family] & {"partial_rotary_factor"})
     for rope in ("rope_parameters", "rope_scaling"):
         if rope in USED[family] and isinstance(j.get(rope), dict):
             for key, value in j[rope].items():
-                if key not in ROPE_KEYS | USED[family]:
+                if key not in inside:
                     yield f"{rope}.{key}", key, value
 
 

@@ -72,10 +72,8 @@ def choose(
     if known is not None and known.stops[0] == likeliest.stops[0]:  # it is of this folder's tokens
         return known, None
     if find_spec("jinja2") is None:
-        return (
-            likeliest,
-            f"{likeliest.name} is used; the folder's own template was not compared with it: jinja2 is not installed",
-        )
+        told = f"{likeliest.name} is used; the folder's own template was not compared: jinja2 is not installed"
+        return likeliest, told
     try:
         texts = _texts_of_probes(folder, text)
     except ModelError as error:

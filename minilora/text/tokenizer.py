@@ -7,6 +7,7 @@ told by the names of its files, and for ChatGLM2 and ChatGLM3, whose files are t
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,7 +139,7 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
 
     def template_of(place: Path, text: str | None) -> tuple[Template, str | None]:
         def formats(system: str | None) -> Sequence[Template]:
-            return [fixed] if fixed else _formats(coder, folder, j.get("model_type"), text, system)
+            return fixed or _formats(coder, folder, j.get("model_type"), text, system)
 
         return choose(place, text, formats)
 
@@ -167,26 +168,26 @@ def _files_with(text: str, settings: Path) -> dict[str, bytes]:
     return files
 
 
-def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Template | None]:
-    """The coder of a folder, and the template where the tokenizer's files leave no choice."""
+def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Sequence[Template]]:
+    """The coder of a folder, and the formats where the tokenizer's files leave little choice."""
     first = _is_chatglm_6b(j)
     if (folder / "ice_text.model").is_file() or first:
         if not first or not (folder / "ice_text.model").is_file():
             has = "has an ice_text.model" if not first else "has no ice_text.model"
             raise ModelError(f"{folder} {has}, and config.json is {'' if first else 'not '}ChatGLM-6B's",
                              "Take the tokenizer's files and config.json from one folder.")  # fmt: skip
-        return pieces.load_chatglm(folder), CHATGLM
+        return pieces.load_chatglm(folder), [CHATGLM]
     if (folder / "qwen.tiktoken").is_file():
-        return bpe.load_qwen1(folder), QWEN1
+        return bpe.load_qwen1(folder), [QWEN1]
     if (folder / "tokenizer.json").is_file():
-        return bpe.load_json(folder), None
+        return bpe.load_json(folder), []
     if (folder / "tokenizer.model").is_file():
         if bpe.is_ranks(folder / "tokenizer.model"):
-            return bpe.load_glm4(folder), GLM4_OWN
+            return bpe.load_glm4(folder), [GLM4_OWN, replace(GLM4_OWN, skips_empty=True)]
         template = _chatglm2_or_3(folder, j)
-        return pieces.load_chatglm2(folder, roles=template == CHATGLM3), template
+        return pieces.load_chatglm2(folder, roles=template == CHATGLM3), [template]
     if (folder / "vocab.json").is_file():
-        return bpe.load_merges(folder), None
+        return bpe.load_merges(folder), []
     raise ModelError(
         f"{folder} has no tokenizer.json, vocab.json and merges.txt, tokenizer.model, ice_text.model or qwen.tiktoken",
         "Copy the tokenizer's files from the model's folder.",
