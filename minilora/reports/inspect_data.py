@@ -89,6 +89,7 @@ def inspect_data(
     val: a file that shall share no question with these rows. compare: with the folder's own chat template.
     """
     result, scan, ignored = Inspection(path, settings), _Scan(tokenizer, settings), Counter()
+    result.notes += list(tokenizer.notes.values())
     for source in parse_sources(path):
         file = open_rows(source.path, settings.columns)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)

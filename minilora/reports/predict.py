@@ -27,7 +27,7 @@ from ..generate_many import generate_many
 from ..lora import base_parameters
 from ..model_folder import ADAPTER_WEIGHTS
 from ..monitor import PLAIN_EVERY, clock
-from ..open_model import open_model
+from ..open_model import folder_notes, open_model
 from ..rows import fill, read_rows
 from ..rows.load import PLAIN, DataConfig, hashes
 from ..signals import StopSignal
@@ -82,7 +82,9 @@ def predict(
     `opening`: as for open_model.
     """
     console, folder = console or Console(), Path(output)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, adapter)
+    for name, note in folder_notes(model, tokenizer).items():
+        console.print(f"{name:<8}{note}", highlight=False, markup=False, soft_wrap=True)
     questions = read_questions(data, tokenizer, reading)
 
     def say(how: str) -> None:
