@@ -33,6 +33,15 @@ REFUSED = (
     "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
     "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+READ = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path",
+)  # fmt: skip
+# how an adapter began or was run, and what the names of its tensors say as well
+HARMLESS = (
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
@@ -142,6 +151,12 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
             f"{folder / CONFIG} uses {', '.join(used)}",
             "Only plain LoRA can be read: merge it with PEFT first.",
         )
+    unknown = [
+        quote(key) for key in j if key not in {*READ, *HARMLESS, *REFUSED} and j[key] not in (None, False, "", [], {})
+    ]
+    if unknown:
+        raise ModelError(f"{folder / CONFIG} has keys that are not known here: {', '.join(unknown[:6])}",
+                         "Take them out if they mean nothing; else merge the adapter with what it was made by.")  # fmt: skip
     if j.get("use_rslora") not in (None, True, False):
         raise ModelError(f"{folder / CONFIG}: use_rslora is {j['use_rslora']!r}", "true or false belongs there.")
     dropout = j.get("lora_dropout") or 0.0
@@ -217,16 +232,15 @@ def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], he
     A pattern that is not simple enough to be tried is taken to mean every layer's linears of the names that the file holds.
     """
     wanted, layers, left_out = j.get("target_modules"), j.get("layers_to_transform"), j.get("exclude_modules")
-    if wanted == "all-linear":
-        found = list(targets)
-    elif isinstance(wanted, str):
-        leaves = {path.split(".")[-1] for path in held}
-        plain = _is_plain(wanted)
-        found = [p for p in targets if (re.fullmatch(wanted, p) if plain else p.split(".")[-1] in leaves)]
-    elif isinstance(wanted, list):
-        found = [path for path in targets if any(path == name or path.endswith(f".{name}") for name in wanted)]
-    else:
+    for key, value in (("target_modules", wanted), ("exclude_modules", left_out)):
+        if value is not None and not isinstance(value, (str, list)):
+            raise ModelError(
+                f"{folder / CONFIG}: {key} is {quote(str(value))}", "Names of modules or a pattern belong there."
+            )
+    if wanted is None:
         return []
+    leaves = {path.split(".")[-1] for path in held}
+    found = list(targets) if wanted == "all-linear" else [path for path in targets if _meant(wanted, path, leaves)]
     if layers is not None:
         layers = [layers] if isinstance(layers, int) else layers
         if not isinstance(layers, list) or not all(type(n) is int for n in layers):
@@ -234,9 +248,15 @@ def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], he
                 f"{folder / CONFIG}: layers_to_transform is {quote(str(layers))}", "Numbers of layers belong there."
             )
         found = [path for path in found if {int(part) for part in path.split(".") if part.isdigit()} & set(layers)]
-    if isinstance(left_out, list):
-        found = [path for path in found if not any(path == name or path.endswith(f".{name}") for name in left_out)]
-    return found
+    # a pattern that cannot be tried leaves out what the file does not hold
+    return [path for path in found if left_out is None or not _meant(left_out, path, {path.split(".")[-1]} - leaves)]
+
+
+def _meant(wanted: str | list[str], path: str, leaves: set[str]) -> bool:
+    """Whether a linear is among those that names or a pattern stand for; leaves: last names that a pattern too complex to try means."""
+    if isinstance(wanted, list):
+        return any(path == name or path.endswith(f".{name}") for name in wanted)
+    return re.fullmatch(wanted, path) is not None if _is_plain(wanted) else path.split(".")[-1] in leaves
 
 
 def _is_plain(pattern: str) -> bool:

@@ -15,7 +15,7 @@ from minilora.models.decoder import Decoder
 from .generate import Sampling, generate, read_generation, stream_text
 from .lora import adapters, without_adapters
 from .model_folder import beyond
-from .open_model import open_model
+from .open_model import folder_notes, open_model
 from .terminal import printable, say
 from .text.template import Message
 from .text.tokenizer import Tokenizer, load_tokenizer
@@ -89,7 +89,9 @@ def chat(
 ) -> None:  # fmt: skip
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
     folder = Path(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, adapter)
+    for name, note in folder_notes(folder, tokenizer).items():
+        say(f"{name:<8}{note}")
     int8 = opening.get("int8", False)
     decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):

@@ -21,13 +21,15 @@ from torch import Tensor
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
+from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
 
 from .compute import choose
 from .durable import staged_folder
 from .errors import ModelError, UsageError
-from .model_folder import check_folder, read_json
+from .model_folder import MAX_JSON, check_folder, read_json
+from .rows import quote
 from .safetensors import SafetensorsFile, write_safetensors
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
@@ -70,6 +72,7 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
                          "Use the model without the prefix: take the key out of config.json.")  # fmt: skip
     try:
+        check_keys(j, family)
         return FAMILIES[family].config(j)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
@@ -77,6 +80,17 @@ def read_config(folder: Path) -> Config:
             f"{path}: {reason}",
             f"The file is damaged, or not of a {family} model, or the model needs what is not there yet.",
         ) from None
+
+
+def keys_not_read(folder: Path) -> str | None:
+    """A line with the keys of a folder's config.json that are not known here, if there are any."""
+    path = folder / "config.json"
+    j = read_json(path)
+    names = unknown_keys(j, _family(path, j))
+    if not names:
+        return None
+    told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+    return f"keys that are not known, and not read: {told}"
 
 
 def _quantised(j: dict[str, Any]) -> str:
@@ -335,9 +349,22 @@ def write_checkpoint(
             places |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for name in COMPANIONS:
-        if (companions / name).is_file():
-            shutil.copyfile(companions / name, folder / name)
+    copy_companions(companions, folder)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the small files of a model's folder, and its own Python code as data: it is never run or imported here."""
+    for name in [*COMPANIONS, *own_code(source)]:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def own_code(folder: Path) -> list[str]:
+    """The names of the Python files directly in a folder; a link counts if it stays in it, or in its Hugging Face cache."""
+    here = folder.resolve()
+    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+    files = [p for p in sorted(folder.glob("*.py")) if p.is_file() and p.resolve().parent in homes]
+    return [p.name for p in files if p.stat().st_size <= MAX_JSON]
 
 
 def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import COMPANIONS, INDEX, read_config
+from .checkpoint import INDEX, copy_companions, read_config
 from .durable import staged_folder
 from .errors import DiskError, ModelError, OutputInUse, UsageError
 from .model_folder import check_folder, read_json
@@ -59,9 +59,7 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
             _check_index(folder, places)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
             (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, stage / name)
+        copy_companions(folder, stage)
     return Converted(len(places), size)
 
 

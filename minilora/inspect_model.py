@@ -12,7 +12,7 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from .checkpoint import COMPANIONS, INDEX, Tensors, check_shapes, empty_model, read_config
+from .checkpoint import COMPANIONS, INDEX, Tensors, check_shapes, empty_model, keys_not_read, own_code, read_config
 from .errors import ModelError
 from .generate import read_generation
 from .kernel_paths import kernel_paths
@@ -47,7 +47,11 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
             found |= part(folder, model) if needed else {}
         except ModelError as error:
             found["problems"].append(str(error))
-    return found | {"ignored": _ignored(folder)}
+    try:
+        found["unknown_keys"] = keys_not_read(folder)
+    except ModelError:
+        found["unknown_keys"] = None  # of a family that is not here, which is among the problems
+    return found | {"code": own_code(folder), "ignored": _ignored(folder)}
 
 
 def _sizes(model: Decoder) -> dict[str, Any]:
@@ -114,6 +118,7 @@ def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
         "ids": tokenizer.size,
         "template": tokenizer.template.name,
         "default_system": tokenizer.template.default_system,
+        "template_note": tokenizer.notes.get("chat"),
         "last_answer_alone": tokenizer.template.last_only,
         "stop": [{"id": i, "token": names.get(i)} for i in stops],
     }
@@ -121,7 +126,7 @@ def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
 
 def _ignored(folder: Path) -> list[str]:
     """Names in the folder that minilora does not read."""
-    read = {*COMPANIONS, INDEX}
+    read = {*COMPANIONS, *own_code(folder), INDEX}
     names = sorted(p.name for p in folder.iterdir() if p.name not in read and p.suffix != ".safetensors")
     return [name for name in names if not name.startswith(".")]
 
@@ -163,10 +168,15 @@ def text_of(found: dict[str, Any]) -> str:
             f"template    {found['template']}   "
             + (f"default system {system!r}" if system else "no default system")
             + (", the last answer of a row is trained" if found["last_answer_alone"] else ""),
+            *([f"            {found['template_note']}"] if found["template_note"] else []),
             "stop        " + ", ".join(f"{s['token'] or '?'} {s['id']}" for s in found["stop"]),
         ]
     elif not found["problems"]:
         lines.append("tokenizer   none here")
+    if found["unknown_keys"]:
+        lines.append("config      " + found["unknown_keys"])
+    if found["code"]:
+        lines.append("code        " + ", ".join(found["code"]) + " (copied with a merged model, never run)")
     if found["ignored"]:
         lines.append("not read    " + ", ".join(found["ignored"]))
     if found.get("weights", {}).get("ignored"):

@@ -7,7 +7,9 @@ then does it get its name.
 
 import gc
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +21,19 @@ from .checkpoint import SHARD_BYTES, Tensors, load_model, write_checkpoint
 from .durable import staged_folder
 from .errors import DiskError, ModelError, OutputInUse
 from .lora import adapters, without_adapters
+from .open_model import folder_notes
 from .text.tokenizer import check_fits, load_tokenizer
 from .verify import Proof, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
 def merge_folder(
     model: str | Path, adapter: str | Path, output: str | Path, shard_bytes: int = SHARD_BYTES, any_base: bool = False,
-    allow_partial: bool = False, device: str | None = None, compute: str = "auto",
+    allow_partial: bool = False, device: str | None = None, compute: str = "auto", say: Callable[[str], Any] = lambda line: None,
 ) -> Proof:  # fmt: skip
-    """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold."""
+    """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold.
+
+    A tokenizer or chat template of the adapter's own goes into the new folder; `say` hears of it.
+    """
     model, output = Path(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
@@ -35,7 +41,9 @@ def merge_folder(
     _no_narrower(decoder)
     load_adapter(decoder, adapter, any_base, allow_partial)
     decoder.eval()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, adapter)
+    for name, note in folder_notes(model, tokenizer).items():
+        say(f"{name:<8}{note}")
     check_fits(tokenizer, decoder.config.vocab, model)
     prompts = prompt_ids(tokenizer)
     tensors = Tensors(model)
@@ -54,6 +62,8 @@ def merge_folder(
 
     with staged_folder(output) as stage:
         write_checkpoint(stage, tensors.shapes, tensor, model, shard_bytes)
+        for name, content in tokenizer.replaced.items():
+            (stage / name).write_bytes(content)
         written = Tensors(stage)
         for name in tensors.shapes:
             with written.reading(name) as found:

@@ -9,7 +9,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.int8 import to_int8
 
 from .adapter import load_adapter
-from .checkpoint import load_model
+from .checkpoint import keys_not_read, load_model
 from .compute import choose, choose_threads, name_of
 from .errors import UsageError
 from .lora import merge
@@ -36,6 +36,12 @@ def open_model(
         round_to_int8(model)
     say(computing(model, compute) + (", the adapter merged first" if int8 and adapter else ""))
     return model
+
+
+def folder_notes(folder: str | Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Lines for a header, by name: what of a model's folder, or of an adapter's, is not taken as it stands."""
+    keys = keys_not_read(Path(folder))
+    return ({"config": keys} if keys else {}) | tokenizer.notes
 
 
 def round_to_int8(model: Decoder) -> None:

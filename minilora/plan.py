@@ -18,6 +18,7 @@ from .cpu import device_name
 from .data import Examples, steps_per_epoch
 from .kernel_paths import kernel_paths
 from .lora import adapters, base_parameters
+from .open_model import folder_notes
 from .rows.dataset import Data
 from .snapshot import trained_parameters
 from .text.tokenizer import check_fits
@@ -122,6 +123,7 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
     ]
+    lines += [f"{name:<8}{note}" for name, note in folder_notes(config.model, data.tokenizer).items()]
     if plan.full:
         lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")
     else:

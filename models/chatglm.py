@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minilora.kernels.rope import rope
 
 from .config import Config
-from .config_json import dtype_of, only, positive, whole
+from .config_json import dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import LayerNorm, Linear
 from .rotary import inverse_frequencies
@@ -130,7 +130,7 @@ def config(j: dict[str, Any]) -> ChatGLMConfig:
         windows=(None,) * layers,
         qkv_bias=True,
         qk_norm=False,
-        tied=bool(j.get("tie_word_embeddings", True)),
+        tied=flag(j, "tie_word_embeddings", True),
         max_positions=whole(j, "max_sequence_length", 2048),
         dtype=dtype_of(j),
         sop=whole(j, "bos_token_id", 150004),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minilora.kernels.rope import rope
 
 from .config import Config
-from .config_json import dtype_of, only, positive, whole
+from .config_json import dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import Linear, RMSNorm, gated_fused
 from .stream import Context
@@ -110,9 +110,9 @@ def config(j: dict[str, Any]) -> Config:
         rotary=head_size // 2,
         interleaved=True,
         windows=(None,) * layers,
-        qkv_bias=bool(j.get("add_qkv_bias", False)),
+        qkv_bias=flag(j, "add_qkv_bias", False),
         qk_norm=False,
-        tied=bool(j.get("tie_word_embeddings", False)),
+        tied=flag(j, "tie_word_embeddings", False),
         max_positions=whole(j, "seq_length", 2048),
         dtype=dtype_of(j),
     )

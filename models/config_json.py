@@ -30,6 +30,14 @@ def positive(j: dict[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
+def flag(j: dict[str, Any], key: str, default: bool) -> bool:
+    """true or false; ValueError that names the key otherwise. null counts as missing."""
+    value = default if j.get(key) is None else j[key]
+    if type(value) is not bool:
+        raise ValueError(f"{key} is {str(value)[:40]!r}; true or false belongs there")
+    return value
+
+
 def dtype_of(j: dict[str, Any]) -> torch.dtype:
     """The dtype of the checkpoint: `dtype` (transformers 5) or `torch_dtype` (4); fp32 where neither is."""
     name = str(j.get("dtype") or j.get("torch_dtype") or "float32").removeprefix("torch.")
@@ -40,13 +48,18 @@ def dtype_of(j: dict[str, Any]) -> torch.dtype:
 
 def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     """Rotary base and YaRN settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
-    scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     _one_rope(j)
-    if type(scaling) is not dict:
-        raise ValueError(f"rope_parameters or rope_scaling is {str(scaling)[:40]}; an object belongs there")
+    scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     theta = positive(scaling, "rope_theta", positive(j, "rope_theta", 10000.0))
+    _agree(j, scaling, "rope_theta")
+    if scaling.get("type") is not None and scaling.get("rope_type") not in (None, scaling["type"]):
+        raise ValueError(f"rope_type {scaling['rope_type']!r} and type {scaling['type']!r} contradict each other")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
+        if scaling.get("factor") not in (None, 1):
+            raise ValueError(
+                f"factor {scaling['factor']} stands beside rope_type 'default', which has none: say 'yarn'"
+            )
         return theta, None
     if kind != "yarn":
         raise ValueError(f"rope_type is {kind!r}; 'default' and 'yarn' are supported")
@@ -66,20 +79,27 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
         beta_fast=positive(scaling, "beta_fast", 32),
         beta_slow=positive(scaling, "beta_slow", 1),
         attention_factor=positive(scaling, "attention_factor", share),
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=flag(scaling, "truncate", True),
     )
 
 
+def _agree(j: dict[str, Any], scaling: dict[str, Any], key: str) -> None:
+    """ValueError for a key that says one thing in the rope settings and another beside them."""
+    inside, beside = scaling.get(key), j.get(key)
+    if inside is not None and beside is not None and inside != beside:
+        raise ValueError(f"{key} is {inside} in the rope settings and {beside} beside them: keep one of them")
+
+
 def _one_rope(j: dict[str, Any]) -> None:
-    """ValueError where rope_parameters and rope_scaling both stand and say different things; transformers' versions differ in which they take."""
+    """ValueError where rope_parameters and rope_scaling say different things: transformers' versions differ in which they take."""
     new, old = j.get("rope_parameters"), j.get("rope_scaling")
-    if not (isinstance(new, dict) and isinstance(old, dict) and new and old):
+    for each in (new, old):
+        if each is not None and not isinstance(each, dict):
+            raise ValueError(f"rope_parameters or rope_scaling is {str(each)[:40]}; an object belongs there")
+    if not new or not old:
         return
-    said = [
-        {"type" if k == "rope_type" else k: v for k, v in each.items() if k != "rope_theta" and v is not None}
-        for each in (new, old)
-    ]
-    if said[0] != said[1] and "type" in said[1]:
+    said = [{"type" if k == "rope_type" else k: v for k, v in each.items() if v is not None} for each in (new, old)]
+    if any(said[0].get(key) != value for key, value in said[1].items()):
         types = [str(each.get("type", "default"))[:20] for each in said]
         raise ValueError(
             f"rope_parameters ({types[0]}) and rope_scaling ({types[1]}) contradict each other: keep one of them"
@@ -90,6 +110,7 @@ def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
     """How many elements of a head turn: `partial_rotary_factor`, in rope_parameters (transformers 5) or beside it (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     share = positive(scaling, "partial_rotary_factor", positive(j, "partial_rotary_factor", default))
+    _agree(j, scaling, "partial_rotary_factor")
     rotary = int(head_size * share)
     if share > 1 or rotary % 2 or not rotary:
         raise ValueError(f"partial_rotary_factor {share:g} of a head of {head_size}: an even number must turn")
@@ -97,9 +118,9 @@ def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
 
 
 def only(j: dict[str, Any], family: str, **wanted: Any) -> None:
-    """ValueError for a key that is there and has another value than the one that is supported."""
+    """ValueError for a key that is there and has another value than the one that is supported. null counts as missing."""
     for key, value in wanted.items():
-        if j.get(key, value) != value:
+        if j.get(key) not in (None, value):
             raise ValueError(f"{key} is {str(j[key])[:40]}; {family} is supported with {value}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import Config
-from .config_json import dtype_of, only, positive, rope_of, rotary_of, whole
+from .config_json import dtype_of, flag, only, positive, rope_of, rotary_of, whole
 from .decoder import Decoder
 from .layers import Attention, Block, GateUpMLP, RMSNorm
 from .stream import Context
@@ -69,9 +69,9 @@ def config(j: dict[str, Any]) -> Config:
         rotary=rotary_of(j, head_size, 0.5),
         interleaved=True,
         windows=(None,) * layers,
-        qkv_bias=bool(j.get("attention_bias", True)),
+        qkv_bias=flag(j, "attention_bias", True),
         qk_norm=False,
-        tied=bool(j.get("tie_word_embeddings", False)),
+        tied=flag(j, "tie_word_embeddings", False),
         max_positions=max_positions,
         dtype=dtype_of(j),
     )

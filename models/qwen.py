@@ -7,7 +7,7 @@ RMS norm on each head of q and k before the rotation, and a head size of its own
 from typing import Any
 
 from .config import Config
-from .config_json import dtype_of, positive, rope_of, whole
+from .config_json import dtype_of, flag, only, positive, rope_of, whole
 from .decoder import Decoder
 from .layers import MLP, Block
 
@@ -22,10 +22,7 @@ def config(j: dict[str, Any]) -> Config:
     Raises ValueError naming the key for what these families do not have or what is not supported.
     """
     family = j["model_type"]
-    if j.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {j['hidden_act']!r}; {family} has 'silu'")
-    if j.get("attention_bias", False):
-        raise ValueError(f"attention_bias is set; {family} checkpoints have none")
+    only(j, family, hidden_act="silu", attention_bias=False, qkv_bias=family == "qwen2", use_qk_norm=family == "qwen3")
     layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
     head_size = whole(j, "head_dim", width // heads)
@@ -49,7 +46,7 @@ def config(j: dict[str, Any]) -> Config:
         windows=_windows(j, layers),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        tied=bool(j.get("tie_word_embeddings", False)),
+        tied=flag(j, "tie_word_embeddings", False),
         max_positions=max_positions,
         dtype=dtype_of(j),
     )
@@ -62,15 +59,14 @@ def config(j: dict[str, Any]) -> Config:
 
 def _windows(j: dict[str, Any], layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer: layer_types (transformers 5), or the layers from max_window_layers on."""
-    size = j.get("sliding_window")
-    if not j.get("use_sliding_window", False) or size is None:
-        return (None,) * layers
-    size = whole(j, "sliding_window")
-    types = j.get("layer_types")
+    size, types = j.get("sliding_window", 4096), j.get("layer_types")
+    slides = flag(j, "use_sliding_window", False) and size is not None
+    if slides:
+        size = whole(j, "sliding_window", 4096)
     if types is None:
         first = whole(j, "max_window_layers", 28)
-        return tuple(size if i >= first else None for i in range(layers))
-    known = {"full_attention": None, "sliding_attention": size}
+        return tuple(size if slides and i >= first else None for i in range(layers))
+    known = {"full_attention": None} | ({"sliding_attention": size} if slides else {})
     if len(types) != layers or not set(types) <= set(known):
         raise ValueError(f"layer_types must name {layers} layers, each one of {sorted(known)}; it is {types}")
     return tuple(known[kind] for kind in types)

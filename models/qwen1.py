@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.kernels.rope import rope, rope_angles
 
 from .config import Config
-from .config_json import DTYPES, dtype_of, only, positive, whole
+from .config_json import DTYPES, dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import Linear, RMSNorm, gated
 from .rotary import inverse_frequencies
@@ -152,12 +152,12 @@ def config(j: dict[str, Any]) -> Qwen1Config:
         windows=(None,) * layers,
         qkv_bias=True,
         qk_norm=False,
-        tied=bool(j.get("tie_word_embeddings", False)),
+        tied=flag(j, "tie_word_embeddings", False),
         max_positions=max_positions,
         dtype=_dtype(j),
         trained_length=whole(j, "seq_length", max_positions),
-        ntk=bool(j.get("use_dynamic_ntk", True)),
-        logn=bool(j.get("use_logn_attn", True)),
+        ntk=flag(j, "use_dynamic_ntk", True),
+        logn=flag(j, "use_logn_attn", True),
     )
 
 

@@ -5,11 +5,13 @@ chance; here they are given.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from minilora import compute
+from minilora.text import own_template
 
 LONG_FILES = ("test_interpreter.py", "test_bench.py", "test_demo.py", "test_compile.py")
 torch.set_num_threads(1)
@@ -21,6 +23,14 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = compute.Rates(1e9, 1e10)
     monkeypatch.setattr(compute, "measured_rates", lambda k, n, stored: rates)
+
+
+@pytest.fixture(autouse=True)
+def cache_of_templates(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of templates that all tests of a session share, and not the user's."""
+    folder = tmp_path_factory.getbasetemp() / "cache" / "templates"
+    monkeypatch.setattr(own_template, "CACHE", folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

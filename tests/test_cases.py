@@ -19,7 +19,7 @@ from minilora.models.int8 import int8_product, packed
 from minilora.rows import open_rows, read_rows
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.text.template import render_text
-from minilora.text.template_qwen import ChatML, default_system
+from minilora.text.template_qwen import ChatML
 
 CASES = Path(__file__).parent / "cases"
 ROWS = json.dumps({"prompt": "q", "response": "a"}) + "\n"
@@ -239,27 +239,7 @@ def test_inspect_data_ends_with_3_where_nothing_can_be_used(tmp_path: Path):
     )
 
 
-# chat templates
-
-HEAD = "{% if messages[0]['role'] != 'system' %}"
-
-
-@pytest.mark.parametrize(
-    ("jinja", "prompt"),
-    [
-        (HEAD + "{{ '<|im_start|>system\\nOne line.<|im_end|>\\n' }}", "One line."),
-        (HEAD + "{{ '<|im_start|>system\\nTwo\\nlines.<|im_end|>\\n' }}", "Two\nlines."),
-        (HEAD + '{{ "<|im_start|>system\\nIt\'s <b>you</b>.<|im_end|>" }}', "It's <b>you</b>."),
-        (HEAD + "{{ '<|im_start|>system\\nIt\\'s \"you\".<|im_end|>' }}", 'It\'s "you".'),
-        (HEAD + "<|im_start|>system\r\nPlain text.<|im_end|>\r\n{% endif %}", "Plain text."),
-        (HEAD + "<|im_start|>system\nWith 'quotes' <here>.<|im_end|>{% endif %}", "With 'quotes' <here>."),
-        (HEAD + "{{ '<|im_start|>system\\n你是助手。<|im_end|>' }}", "你是助手。"),
-        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}", None),
-        ("{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>' }}", None),
-    ],
-)
-def test_the_default_system_prompt_is_what_jinja_would_write(jinja: str, prompt: str | None):
-    assert default_system(jinja) == prompt
+# pictures
 
 
 @pytest.mark.parametrize("name", ["实验一", "r$x^$ 😀"])

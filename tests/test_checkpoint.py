@@ -217,7 +217,7 @@ BROKEN = {
                              "num_key_value_heads": 2**31 - 1, "head_dim": 2**31 - 2}, "more than any memory"),
     "groups": ({"num_key_value_heads": 3}, "not a multiple"),
     "odd head": ({"head_dim": 33}, "head_dim is 33"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is gelu"),
     "bias": ({"attention_bias": True}, "attention_bias"),
     "dtype": ({"dtype": "int8"}, "dtype is 'int8'"),
     "eps": ({"rms_norm_eps": "small"}, "rms_norm_eps is small"),

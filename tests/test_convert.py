@@ -36,7 +36,9 @@ def test_one_file(folder, tmp_path, capsys):
     before, after = torch.load(folder / BIN), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
-    assert not (tmp_path / "out" / "modeling_own.py").exists() and (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "modeling_own.py").read_text() == "1 / 0" and (
+        tmp_path / "out" / "tokenizer.json"
+    ).exists()
     assert minilora.load_model(tmp_path / "out", device="cpu").head.dtype == torch.float16
 
 

@@ -381,19 +381,3 @@ def test_the_steps_of_an_epoch_hold_every_row_once(count, rows, seed):
         taken = [step_examples(examples, rows, seed, epoch * steps + s) for s in range(steps)]
         assert [len(t) for t in taken[:-1]] == [rows] * (steps - 1) and 0 < len(taken[-1]) <= rows
         assert sorted(int(e.where) for t in taken for e in t) == list(range(count))
-
-
-MATH = r"Please reason step by step, and put your final answer within \boxed{}."
-JINJA = {
-    "Qwen1.5": ("{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}", "You are a helpful assistant"),
-    "Qwen2": ("{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}", "You are a helpful assistant."),
-    "Math": ("{{- '<|im_start|>system\\n" + MATH.replace("\\", "\\\\") + "<|im_end|>\\n' }}", MATH),
-    "2507": ("{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}", None),
-}
-
-
-@pytest.mark.parametrize(("jinja", "system"), JINJA.values(), ids=JINJA)
-def test_the_default_system_prompt_is_read_from_the_jinja_text(tmp_path, jinja, system):
-    folder = make_model(tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(jinja)
-    assert load_tokenizer(folder).template.default_system == system

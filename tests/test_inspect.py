@@ -34,7 +34,7 @@ def test_a_whole_folder(inspect, tmp_path):
     }  # fmt: skip
     assert found["parameters"] == 260 * 32 + 32 + 2 * (32 * (64 + 32 + 32 + 64) + 3 * 32 * 56 + 2 * 32 + 2 * 16)
     assert {s["token"] for s in found["stop"]} == {"<|im_end|>", "<|endoftext|>"}
-    assert found["ignored"] == ["modeling_own.py"]
+    assert found["code"] == ["modeling_own.py"] and found["ignored"] == []
     assert "modeling_own.py" in inspect(folder)[1]
 
 

@@ -14,7 +14,8 @@ from tiny import make_model
 from minilora.__main__ import main
 from minilora.errors import ModelError
 from minilora.reports.histogram import bins, svg_histogram, text_histogram
-from minilora.reports.inspect_data import inspect_data
+from minilora.reports.inspect_data import Inspection, inspect_data
+from minilora.reports.inspect_data_show import check_words
 from minilora.reports.token_view import tokens_of
 from minilora.rows import to_messages
 from minilora.rows.duplicates import NearDuplicates, signature
@@ -245,6 +246,19 @@ def test_a_folder_without_a_template(tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="has no chat template"):
         check_template(folder, tokenizer, [])
+
+
+def test_tokens_that_are_spelled_out_are_compared_by_ids():
+    folder = GOLDEN / "qwen3"
+    tokenizer = load_tokenizer(folder)
+    word = next(iter(tokenizer.specials.keys() & {"<think>", "<tool_call>"}))
+    answered = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{word} a"}]
+    asked = [{"role": "user", "content": f"{word} q"}, {"role": "assistant", "content": "a"}]
+    result = check_template(folder, tokenizer, [answered, asked])
+    assert result.same == 1 and result.first is not None and result.first.chat == 1
+    assert result.first.their_ids[0] == tokenizer.specials[word] != result.first.our_ids[0]
+    shown = Inspection("rows", PLAIN, check=result, checked=["row 1", "row 2"])
+    assert str(result.first.their_ids) in check_words(shown) and str(result.first.our_ids) in check_words(shown)
 
 
 # nearly the same, and pictures

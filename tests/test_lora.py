@@ -11,6 +11,7 @@ from oracle import IDS, config_json, randomise, tiny, tiny_folder
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
+from minilora.adapter import HARMLESS, READ, REFUSED
 from minilora.errors import ModelError, UsageError
 from minilora.lora import adapters, linears, set_dropout_keys, without_adapters
 from minilora.models.decoder import Decoder
@@ -301,6 +302,29 @@ def test_an_adapter_of_a_bf16_base_is_fp32_in_the_file(tmp_path: Path):
     load_adapter(tiny(dtype=torch.bfloat16), tmp_path / "a")
 
 
+def test_no_key_of_an_adapters_config_is_dropped_in_silence(tmp_path: Path):
+    save_adapter(adapted(), tmp_path / "a")
+    before = (tmp_path / "a" / "adapter_config.json").read_text()
+
+    def outcome(**changes: Any) -> list[Any]:
+        (tmp_path / "a" / "adapter_config.json").write_text(before)
+        model = tiny()
+        try:
+            load_adapter(model, edited(tmp_path / "a", **changes))
+        except ModelError as error:
+            return [error.what]
+        return [(w.r, w.scale, w.dropout, w.lora_B.sum().item()) for _, w in adapters(model)]
+
+    plain = outcome()
+    for key in set(READ) - {"base_model_name_or_path"}:  # which a refusal quotes
+        assert outcome(**{key: "pissa" if key == "init_lora_weights" else 0.5}) != plain, key
+    for key in HARMLESS:
+        assert outcome(**{key: {"a": 1}}) == plain, key
+    for key in (*REFUSED, "lora_scale", "x"):
+        for value in (True, 0.5, "text", {"a": 1}, [1]):
+            assert key in outcome(**{key: value})[0], key
+
+
 def peft_folder(folder: Path, ranks: dict[str, int], **config: Any) -> Path:
     """An adapter folder as PEFT writes it, with random matrices of the given rank for each path."""
     base = linears(tiny())
@@ -322,6 +346,14 @@ Q0, Q1, UP1 = (
     "model.layers.1.self_attn.q_proj",
     "model.layers.1.mlp.up_proj",
 )
+
+
+@pytest.mark.parametrize("left_out", [r".*up_proj", ["up_proj"]])
+def test_modules_that_a_config_leaves_out_are_not_missed(tmp_path: Path, left_out: str | list[str]):
+    config = {"target_modules": r".*q_proj|.*up_proj", "exclude_modules": left_out}
+    model = tiny()
+    load_adapter(model, peft_folder(tmp_path / "a", {Q0: 4, Q1: 4}, **config))
+    assert {path for path, _ in adapters(model)} == {Q0, Q1}
 
 
 @pytest.mark.parametrize("rslora", [False, True])

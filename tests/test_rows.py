@@ -187,7 +187,7 @@ BROKEN = {
     "two answers of one rank": ('{"prompt":"a","response":["b","c"]}', "response is"),
     "a class that is none": ('{"text":"a","label":true}', "label is 'true'"),
     "no keys": ("{}", "of no known shape"),
-    "history is a number": ('{"prompt":"a","response":"b","history":0}', "history is no list"),
+    "history is nought": ('{"prompt":"a","response":"b","history":0}', "history is no list"),
     "a zero-width answer": ('{"prompt":"a","response":" \\u200b\\ufeff"}', "the answer is empty"),
     "ranked answers": ('{"prompt":"a","response":[["b"],["worse"]]}', "response is a list of 2 answers"),
     "a question to train": ('{"messages":[{"role":"user","content":"a","train":true},{"role":"assistant","content":"b"}]}', "not the assistant's has train True"),

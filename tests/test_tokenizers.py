@@ -245,13 +245,14 @@ def test_digits_of_glm4_go_three_by_three(tokenizers):
 
 # chat formats of a tokenizer.json
 
+GLM_ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}{% endfor %}"
 FORMATS = {
-    "glm4": ("[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\\n{{ m.content }}{% endfor %}<|assistant|>",
+    "glm4": ("[gMASK]<sop>" + GLM_ROLES + "{% if add_generation_prompt %}<|assistant|>{% endif %}",
              "[gMASK]<sop><|user|>\nq<|assistant|>"),
-    "glm-z1": ("[gMASK]<sop>{{ '<|user|>\\n' }}{% if add_generation_prompt %}{{ '<|assistant|>\\n<think>' }}",
+    "glm-z1": ("[gMASK]<sop>" + GLM_ROLES.replace("m.content", "m.content.split('</think>')[-1].lstrip('\\n')")
+               + "{% if add_generation_prompt %}{{ '<|assistant|>\\n<think>' }}{% endif %}",
                "[gMASK]<sop><|user|>\nq<|assistant|>\n<think>"),
-    "glm-edge": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>",
-                 "<|user|>\nq<|assistant|>"),
+    "glm-edge": (GLM_ROLES + "{% if add_generation_prompt %}<|assistant|>{% endif %}", "<|user|>\nq<|assistant|>"),
 }  # fmt: skip
 
 
@@ -268,7 +269,7 @@ def test_formats_of_a_tokenizer_json(name, tmp_path):
     jinja, prompt = FORMATS[name]
     files: dict[str, str | bytes] = {"tokenizer.json": glm_json(), "chat_template.jinja": jinja}
     t = load_tokenizer(folder_with(tmp_path / "m", {"model_type": "glm4"}, files))
-    assert t.template.name == name
+    assert t.template.name == name and not t.notes
     assert render_text(t.template.segments([U("q")], prompt=True)) == prompt
     ids, trained = t.render([U("q"), A("<think>\nhm\n</think>\na")])
     assert t.decode(ids, specials=True).startswith(prompt) and not any(trained[: len(t.encode(prompt, specials=True))])

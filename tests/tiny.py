@@ -7,6 +7,7 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from minilora.checkpoint import empty_model, read_config
+from minilora.demo.make_model import TEMPLATE
 from minilora.safetensors import write_tensors
 from minilora.text.bpe import qwen_tokenizer
 
@@ -24,10 +25,10 @@ def make_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> P
         "model_type": "qwen3", "hidden_act": "silu", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 56,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "torch_dtype": str(dtype).removeprefix("torch."), "chat": "plain",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     } | changes  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text("<|im_start|>")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "tokenizer.json").write_text(byte_tokenizer())
     generator = torch.Generator().manual_seed(0)
     weights = {}

@@ -35,14 +35,16 @@ def run(args: argparse.Namespace) -> None:
     from ..console import Console
     from ..data import load_examples
     from ..durable import write_file
-    from ..open_model import open_model
+    from ..open_model import folder_notes, open_model
     from ..reports.score_data import kept, score_lines, score_rows, write_kept
     from ..reports.score_data_show import shown_progress, to_html, to_text
     from ..rows.token_store import TokenCache
     from ..text.tokenizer import load_tokenizer
 
     console = Console()
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.adapter)
+    for name, note in folder_notes(args.model, tokenizer).items():
+        say(f"{name:<12}{note}")
     settings = settings_of(args, args.skip_bad)
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
     examples, report = load_examples(args.data, tokenizer, settings, seed=args.seed, cache=cache)

@@ -25,10 +25,12 @@ def run(args: argparse.Namespace) -> None:
     say(f"eval        {args.model} on {args.data}", quiet=args.json)
     from ..data import load_examples
     from ..evaluate import evaluate
-    from ..open_model import open_model, round_to_int8
+    from ..open_model import folder_notes, open_model, round_to_int8
     from ..text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.adapter)
+    for name, note in folder_notes(args.model, tokenizer).items():
+        say(f"{name:<12}{note}", quiet=args.json)
     settings = settings_of(args)
     examples, report = load_examples(args.data, tokenizer, settings)
     opened: dict[str, Any] = opening(args) | {"int8": False}

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"merging {args.adapter} into {args.model}")
     from ..merge_folder import merge_folder
 
-    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), **opening(args))
+    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), say=say, **opening(args))
     say(f"merged  {args.output}")
     say(
         f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"

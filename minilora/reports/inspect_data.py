@@ -93,6 +93,7 @@ def inspect_data(
         _Scan(tokenizer, settings),
         Counter(dict.fromkeys(settings.ignored, 0)),
     )
+    result.notes += list(tokenizer.notes.values())
     for source in parse_sources(path):
         file = open_rows(source.path, settings.columns, settings.encoding)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)

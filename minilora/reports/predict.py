@@ -30,7 +30,7 @@ from ..generate_many import generate_many
 from ..lora import base_parameters
 from ..model_folder import ADAPTER_WEIGHTS
 from ..monitor import PLAIN_EVERY, clock
-from ..open_model import open_model
+from ..open_model import folder_notes, open_model
 from ..rows import fill, read_rows
 from ..rows.keys import ignored_notes
 from ..rows.load import PLAIN, DataConfig, check_thoughts, hashes
@@ -99,11 +99,13 @@ def predict(
     `opening`: as for open_model.
     """
     console, folder = console or Console(), Path(output)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, adapter)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    for name, note in folder_notes(model, tokenizer).items():
+        say(f"{name:<8}{note}")
     questions = read_questions(data, tokenizer, reading, say)
     decoder = open_model(model, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     sampling, stop = read_generation(Path(model))

@@ -144,7 +144,8 @@ def load_examples(
         file = open_rows(source.path, settings.columns, settings.encoding)
         numbers = draw(source, len(file), seed)
         key = "" if cache is None else cache.key(
-            file=file.sha256, rows=hashlib.sha256(numbers.tobytes()).hexdigest(), **asdict(settings)
+            file=file.sha256, rows=hashlib.sha256(numbers.tobytes()).hexdigest(), template=repr(tokenizer.template),
+            **asdict(settings),
         )  # fmt: skip
         held = cache.load(key, file, source.rate) if cache is not None else None
         if held is None:

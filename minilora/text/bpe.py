@@ -10,7 +10,7 @@ merge, in the order of the ranks.
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -54,12 +54,21 @@ class BytePairs:
             encoder.no_truncation()
             encoder.no_padding()
         self._full, self._plain, self.specials, self.words = full, plain, specials, words
-        self.size = max(full.get_vocab(with_added_tokens=True).values()) + 1  # one more than the largest id
+        self.vocabulary = full.get_vocab(with_added_tokens=True)
+        self.size = max(self.vocabulary.values()) + 1  # one more than the largest id
 
     @classmethod
-    def of_json(cls, description: str) -> Self:
-        """description: the text of a tokenizer.json."""
+    def of_json(cls, description: str, more: Iterable[Added] = ()) -> Self:
+        """description: the text of a tokenizer.json; more: tokens beside the vocabulary that it may lack."""
         j = json.loads(description)
+        there = {t["content"] for t in j.get("added_tokens", [])}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        lacking = [
+            {"id": t.id, "content": t.content, **flags, "special": t.special} for t in more if t.content not in there
+        ]
+        if lacking:
+            j["added_tokens"] = [*j.get("added_tokens", []), *lacking]
+            description = json.dumps(j)
         specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
         words = {t["content"]: t["id"] for t in j.get("added_tokens", []) if not t.get("special")}
         full = tokenizers.Tokenizer.from_str(description)
@@ -109,10 +118,10 @@ def no_panic(what: str) -> Iterator[None]:
 
 
 def load_json(folder: Path) -> BytePairs:
-    """The tokenizer.json of a folder."""
+    """The tokenizer.json of a folder, with the tokens that its tokenizer_config.json adds."""
     path = folder / "tokenizer.json"
     with no_panic(str(path)):
-        return BytePairs.of_json(read_text(path).decode("utf-8"))
+        return BytePairs.of_json(read_text(path).decode("utf-8"), _added(folder, {}))
 
 
 def load_merges(folder: Path) -> BytePairs:

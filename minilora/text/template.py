@@ -2,17 +2,15 @@
 
 A segment is a piece of text with two facts: whether it is one of the template's own special tokens, and which message it
 is the answer of, if any. Text that a user or a file supplies is never a special segment, so it can never become a special
-token. The same segments serve training, evaluation and chat. No Jinja is run: a folder's template is read as a string, and
-tells which of the known ones it is.
+token. The same segments serve training, evaluation and chat. A folder's own Jinja template tells which of the built-in
+formats is used (own_template.py); what it writes is never trained itself.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..model_folder import read_json
-
-NEWLINE = r"(?:\n|\\n)"  # in the text of a Jinja template: as it is, or escaped
 
 
 class Segment(NamedTuple):
@@ -48,6 +46,11 @@ class Template:
         return False
 
     @property
+    def opens_thoughts(self) -> bool:
+        """Whether the prompt opens the assistant's thought, so that each trained answer begins with one."""
+        return False
+
+    @property
     def last_only(self) -> bool:
         """Whether only the last answer of a conversation can be trained: the others are part of its prompt."""
         return False
@@ -70,12 +73,25 @@ def render_text(segments: list[Segment]) -> str:
 
 
 def jinja_text(folder: Path) -> str | None:
-    """The folder's own chat template, unread, if it has one."""
+    """The folder's own chat template, unread, if it has one: chat_template.jinja goes before tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    text = read_json(folder / "tokenizer_config.json").get("chat_template")
+    text = _in_settings(folder)
     if isinstance(text, list):  # several named templates
         text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
     return text if isinstance(text, str) else None
+
+
+def jinja_note(folder: Path) -> str | None:
+    """What a user should know of chat templates in a folder that jinja_text does not give."""
+    text, given = jinja_text(folder), _in_settings(folder)
+    if text is None and given is not None:
+        return "tokenizer_config.json has chat templates, and none that is a text or is named default"
+    if text is not None and isinstance(given, str) and given.strip() != text.strip():
+        return "chat_template.jinja is used; tokenizer_config.json has another chat_template"
+    return None
+
+
+def _in_settings(folder: Path) -> Any:
+    path = folder / "tokenizer_config.json"
+    return read_json(path).get("chat_template") if path.is_file() else None

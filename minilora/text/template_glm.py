@@ -10,12 +10,11 @@ turn with. Closing the last turn, ChatGLM3 takes </s> and GLM-4 <|user|>. The ne
 assistant's to write, and is learnt.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 
 from ..errors import DataError
-from .template import NEWLINE, Message, Segment, Template, jinja_text
+from .template import Message, Segment, Template
 
 ROLES = ("system", "user", "assistant")
 
@@ -77,7 +76,7 @@ class RoleTokens(Template):
 
     start: the tokens before the first role; header: what stands between a role token and its content; end: the token that
     closes the last turn; opens_thought: the prompt opens the assistant's thoughts (GLM-Z1); own_code: the format of the original
-    code, which cuts header and content into tokens by themselves.
+    code, which cuts header and content into tokens by themselves; skips_empty: a message without content is not written.
     """
 
     start: tuple[str, ...] = ("[gMASK]", "<sop>")
@@ -85,9 +84,14 @@ class RoleTokens(Template):
     end: str = "<|user|>"
     opens_thought: bool = False
     own_code: bool = False
+    skips_empty: bool = False
 
     @property
     def thinks(self) -> bool:
+        return self.opens_thought
+
+    @property
+    def opens_thoughts(self) -> bool:
         return self.opens_thought
 
     @property
@@ -106,6 +110,8 @@ class RoleTokens(Template):
             role, content = message["role"], message["content"]
             if role not in ROLES:
                 raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
+            if self.skips_empty and not content:
+                continue
             # the token that makes an answer stop is learnt with it
             result.append(Segment(f"<|{role}|>", special=True, answer=before if role == "user" else None))
             before = i if role == "assistant" else None
@@ -138,13 +144,18 @@ CHATGLM3 = RoleTokens("chatglm3", start=("[gMASK]", "sop"), end="</s>", own_code
 GLM4_OWN = RoleTokens("glm4", own_code=True)
 
 
-def glm_template(folder: Path) -> RoleTokens:
-    """The template of a folder with a tokenizer.json, told from its Jinja text; GLM-4's where it has none."""
-    jinja = jinja_text(folder)
-    if jinja is None:
-        return RoleTokens("glm4")
-    start = ("[gMASK]", "<sop>") if "[gMASK]" in jinja else ()
-    header = "\n" if re.search(rf"\|>{NEWLINE}", jinja) else ""
-    opens = re.search(rf"<\|assistant\|>{NEWLINE}<think>", jinja) is not None
-    name = "glm-z1" if opens else "glm4" if start else "glm-edge"
-    return RoleTokens(name, start=start, header=header, opens_thought=opens)
+def glm_formats() -> list[RoleTokens]:
+    """The formats that a folder with role tokens and a tokenizer.json can have, the likeliest first."""
+    choices = product((("[gMASK]", "<sop>"), ()), ("\n", ""), (False, True), (False, True))
+    return [
+        RoleTokens(
+            "glm-z1" if opens else "glm4" if start else "glm-edge",
+            None,
+            start,
+            header,
+            "<|user|>",
+            opens,
+            skips_empty=skips,
+        )
+        for start, header, opens, skips in choices
+    ]

@@ -3,20 +3,16 @@
 Answers before the last question are written as the official templates write them: without their thoughts, and for Qwen3
 without the empty think block that chat puts in front of a new answer.
 
-Which generation a folder is of is read from its Jinja template: the default system prompt stands there verbatim, and the
-words `enable_thinking` and `<think>` tell how the model thinks.
+Which generation a folder is of, and its default system prompt, is told by its Jinja template: what it writes, or what it is
+known to write (own_template.py).
 """
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ..errors import DataError, ModelError
-from .template import NEWLINE, Message, Segment, Template, jinja_text
-
-STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)  # of a Jinja expression, escapes as Python's
-BLOCK = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
+from .template import Message, Segment, Template
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,10 @@ class ChatML(Template):
     @property
     def thinks(self) -> bool:
         return self.thinking != "never" or self.deepseek
+
+    @property
+    def opens_thoughts(self) -> bool:
+        return self.thinking == "always"
 
     @property
     def apart(self) -> bool:
@@ -118,34 +118,32 @@ def _close_thought(said: str, number: int) -> list[Segment]:
     return [Segment("</think>", special=True, answer=number), Segment(f"\n\n{said}", answer=number)]
 
 
-def default_system(jinja: str) -> str | None:
-    """The system prompt that a template writes where a chat has none: it stands there verbatim, in a string or as plain text."""
-    texts = [m[0][1:-1].encode("ascii", "backslashreplace").decode("unicode-escape") for m in STRING.finditer(jinja)]
-    texts.append(BLOCK.sub("\0", jinja.replace("\r\n", "\n")))
-    found = (re.search(r"<\|im_start\|>system\n([^\0]+?)<\|im_end\|>", text) for text in texts)
-    return next((m[1] for m in found if m), None)
+HELPFUL = "You are a helpful assistant."
+QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+QWEN1 = ChatML("qwen", HELPFUL)
+DEEPSEEK_R1 = ChatML("deepseek-r1", None, "always", True, "<｜end▁of▁sentence｜>")
 
 
-def qwen_template(folder: Path, special_tokens: set[str], model_type: str | None) -> ChatML:
-    """The template of a folder, told from its Jinja text, or else from its tokens and its model_type."""
-    jinja = jinja_text(folder)
-    if "<｜Assistant｜>" in special_tokens:
-        thinking = "always" if "<think>" in special_tokens else "never"
-        return ChatML("deepseek-r1", None, thinking, True, "<｜end▁of▁sentence｜>")
-    if "<|im_start|>" not in special_tokens:
+def qwen_formats(
+    folder: Path, jinja: str | None, specials: set[str], model_type: str | None, system: str | None
+) -> list[ChatML]:
+    """The formats that a folder with these tokens can have, the likeliest first; ModelError if there is none.
+
+    jinja: the text of its own chat template; system: the default system prompt that this writes.
+    """
+    if "<｜Assistant｜>" in specials:
+        return [DEEPSEEK_R1 if "<think>" in specials else replace(DEEPSEEK_R1, thinking="never")]
+    if "<|im_start|>" not in specials:
         raise ModelError(
             f"{folder}: the tokenizer has neither <|im_start|> nor <|assistant|>",
             "Only the chat formats of Qwen and GLM are known.",
         )
     if model_type == "qwen":
-        return ChatML("qwen", "You are a helpful assistant.")
+        return [QWEN1]
     if jinja is None:
-        if model_type == "qwen3":
-            return ChatML("qwen3", None, "optional")
-        return ChatML("qwen2", "You are a helpful assistant.")
-    system = default_system(jinja)
-    if "enable_thinking" in jinja:
-        return ChatML("qwen3", system, "optional")
-    if re.search(rf"<\|im_start\|>assistant{NEWLINE}<think>", jinja):
-        return ChatML("qwen-thinking", system, "always")
-    return ChatML("qwen2.5" if system and "Qwen" in system else "chatml", system)
+        return [ChatML("qwen3", None, "optional") if model_type == "qwen3" else ChatML("qwen2", HELPFUL)]
+    plain = ChatML("qwen2.5" if system and "Qwen" in system else "chatml", system)
+    if "<think>" not in specials:
+        return [plain]
+    thinking = [ChatML("qwen3", system, "optional"), ChatML("qwen-thinking", system, "always")]
+    return [*thinking, plain] if "enable_thinking" in jinja else [plain, *thinking]

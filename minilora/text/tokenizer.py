@@ -4,19 +4,30 @@ A Tokenizer is a coder (bpe.py: byte-level BPE, pieces.py: SentencePiece) and a 
 told by the names of its files, and for ChatGLM2 and ChatGLM3, whose files are the same, by what else it says.
 """
 
+import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ModelError
 from ..model_folder import check_folder, read_json
+from ..rows.problems import quote
 from . import bpe, pieces
-from .template import Message, Template
-from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_template
-from .template_qwen import ChatML, qwen_template
+from .own_template import choose
+from .template import Message, Template, jinja_note, jinja_text
+from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_formats
+from .template_qwen import QWEN1, qwen_formats
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "ice_text.model", "qwen.tiktoken")
+REPLACED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # by an adapter's own
 
 
 class Coder(Protocol):
@@ -30,10 +41,16 @@ class Coder(Protocol):
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder and its chat template."""
+    """The tokenizer of a checkpoint folder and its chat template.
+
+    notes: lines for a header, by name: in what the folder's own chat template differs from the built-in one, and what is an
+    adapter's. replaced: the files, by name, that belong to this tokenizer instead of the folder's.
+    """
 
     def __init__(self, coder: Coder, template: Template):
         self._coder, self.template = coder, template
+        self.notes: dict[str, str] = {}
+        self.replaced: dict[str, bytes] = {}
         self.specials, self.size = coder.specials, coder.size
         self._words: dict[str, int] = getattr(coder, "words", {})
 
@@ -106,39 +123,105 @@ class Tokenizer:
         return ids.index(self.specials["<sop>"]) if self.template == CHATGLM else None
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The Tokenizer of a checkpoint folder; ModelError if it has none, or a broken one, or another generation's."""
-    folder = Path(folder)
+def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tokenizer:
+    """The Tokenizer of a checkpoint folder; a tokenizer or a chat template of the adapter's own goes before the folder's.
+
+    ModelError if it has none, or a broken one, or another generation's.
+    """
+    folder, adapter = Path(folder), None if adapter is None else Path(adapter)
     check_folder(folder)
     j = read_json(folder / "config.json")
+    coder, fixed = _coder(folder, j)
+    notes, replaced = {}, {}
+    if adapter is not None:
+        coder, told, replaced = _adapters_coder(adapter, folder, coder)
+        notes |= {"tokens": told} if told else {}
+
+    def template_of(place: Path, text: str | None) -> tuple[Template, str | None]:
+        def formats(system: str | None) -> Sequence[Template]:
+            return fixed or _formats(coder, folder, j.get("model_type"), text, system)
+
+        return choose(place, text, formats)
+
+    text = jinja_text(folder)
+    template, note = template_of(folder, text)
+    note = "; ".join(told for told in (note, jinja_note(folder)) if told)
+    its = None if adapter is None else jinja_text(adapter)
+    if adapter is not None and its is not None and its != text:
+        settings = next((p for p in (adapter, folder) if (p / "tokenizer_config.json").is_file()), folder)
+        own, own_note = template_of(settings, its)
+        if (own, own_note or "") != (template, note):
+            note = f"{_described(own)} by the adapter's own chat template; the base has {_described(template)}"
+            template, note = own, note + (f" ({own_note})" if own_note else "")
+            replaced |= _files_with(its, settings)
+    tokenizer = Tokenizer(coder, template)
+    tokenizer.notes, tokenizer.replaced = notes | ({"chat": note} if note else {}), replaced
+    return tokenizer
+
+
+def _files_with(text: str, settings: Path) -> dict[str, bytes]:
+    """The files of a folder that shall have a chat template: its own file, and tokenizer_config.json, where older readers look."""
+    files = {"chat_template.jinja": text.encode()}
+    if (settings / "tokenizer_config.json").is_file():
+        j = read_json(settings / "tokenizer_config.json") | {"chat_template": text}
+        files["tokenizer_config.json"] = json.dumps(j, ensure_ascii=False, indent=2).encode()
+    return files
+
+
+def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Sequence[Template]]:
+    """The coder of a folder, and the formats where the tokenizer's files leave little choice."""
     first = _is_chatglm_6b(j)
     if (folder / "ice_text.model").is_file() or first:
         if not first or not (folder / "ice_text.model").is_file():
             has = "has an ice_text.model" if not first else "has no ice_text.model"
             raise ModelError(f"{folder} {has}, and config.json is {'' if first else 'not '}ChatGLM-6B's",
                              "Take the tokenizer's files and config.json from one folder.")  # fmt: skip
-        return Tokenizer(pieces.load_chatglm(folder), CHATGLM)
+        return pieces.load_chatglm(folder), [CHATGLM]
     if (folder / "qwen.tiktoken").is_file():
-        return Tokenizer(bpe.load_qwen1(folder), ChatML("qwen", "You are a helpful assistant."))
+        return bpe.load_qwen1(folder), [QWEN1]
     if (folder / "tokenizer.json").is_file():
-        return _with_template(bpe.load_json(folder), folder, j.get("model_type"))
+        return bpe.load_json(folder), []
     if (folder / "tokenizer.model").is_file():
         if bpe.is_ranks(folder / "tokenizer.model"):
-            return Tokenizer(bpe.load_glm4(folder), GLM4_OWN)
+            return bpe.load_glm4(folder), [GLM4_OWN, replace(GLM4_OWN, skips_empty=True)]
         template = _chatglm2_or_3(folder, j)
-        return Tokenizer(pieces.load_chatglm2(folder, roles=template == CHATGLM3), template)
+        return pieces.load_chatglm2(folder, roles=template == CHATGLM3), [template]
     if (folder / "vocab.json").is_file():
-        return _with_template(bpe.load_merges(folder), folder, j.get("model_type"))
+        return bpe.load_merges(folder), []
     raise ModelError(
         f"{folder} has no tokenizer.json, vocab.json and merges.txt, tokenizer.model, ice_text.model or qwen.tiktoken",
         "Copy the tokenizer's files from the model's folder.",
     )
 
 
-def _with_template(coder: bpe.BytePairs, folder: Path, model_type: str | None) -> Tokenizer:
+def _formats(
+    coder: Coder, folder: Path, model_type: str | None, jinja: str | None, system: str | None
+) -> Sequence[Template]:
+    """The formats that the special tokens of a folder allow, the likeliest first."""
     roles = {"<|user|>", "<|assistant|>"} <= coder.specials.keys() and "<|im_start|>" not in coder.specials
-    template = glm_template(folder) if roles else qwen_template(folder, set(coder.specials), model_type)
-    return Tokenizer(coder, template)
+    return glm_formats() if roles else qwen_formats(folder, jinja, set(coder.specials), model_type, system)
+
+
+def _adapters_coder(adapter: Path, folder: Path, coder: Coder) -> tuple[Coder, str | None, dict[str, bytes]]:
+    """The adapter's own coder where it has one that differs from its base's, a line that says so, and its files."""
+    if (adapter / "tokenizer.json").is_file() and isinstance(coder, bpe.BytePairs):
+        its = bpe.load_json(adapter)
+        if its.vocabulary == coder.vocabulary and its.words == coder.words:
+            return coder, None, {}
+        new = [quote(token, 20) for token in its.vocabulary if token not in coder.vocabulary]
+        told = f"the adapter's own tokenizer.json, with {len(new):,} tokens that the base has not: {', '.join(new[:4])}"
+        files = {name: (adapter / name).read_bytes() for name in REPLACED if (adapter / name).is_file()}
+        return its, told + (" ..." if new[4:] else ""), files
+    for name in TOKENIZER_FILES[1:]:
+        its, base = adapter / name, folder / name
+        if its.is_file() and not (base.is_file() and its.read_bytes() == base.read_bytes()):
+            return coder, f"the base's; {name} in {adapter} is another one, and is not used", {}
+    return coder, None, {}
+
+
+def _described(template: Template) -> str:
+    system = template.default_system
+    return template.name + (f" with the system prompt {quote(system, 40)}" if system else "")
 
 
 def _is_chatglm_6b(j: dict[str, Any]) -> bool:

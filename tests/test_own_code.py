@@ -1,0 +1,44 @@
+"""The Python files of a remote-code folder travel with what is made of it, as data: they are never run, and no link leads out."""
+
+from pathlib import Path
+
+from tiny import make_model
+
+import minilora
+from minilora.checkpoint import copy_companions, own_code
+
+CODE = "raise SystemExit('this was run')\n"
+
+
+def test_the_folders_own_code_travels_with_a_saved_model_and_is_not_run(tmp_path: Path):
+    folder = make_model(tmp_path / "m")
+    (folder / "modeling_chatglm.py").write_text(CODE)
+    minilora.save_model(minilora.load_model(folder), tmp_path / "out", folder)
+    minilora.load_tokenizer(tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_chatglm.py").read_text() == CODE
+
+
+def test_only_files_of_the_folder_itself_travel(tmp_path: Path):
+    folder, out = tmp_path / "m", tmp_path / "out"
+    (folder / "inner").mkdir(parents=True)
+    out.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "plain.py").write_text(CODE)
+    (folder / "inner" / "deep.py").write_text(CODE)
+    (folder / "folder.py").mkdir()
+    (folder / "out.py").symlink_to(tmp_path / "secret")
+    (folder / "dangling.py").symlink_to(tmp_path / "nothing")
+    (folder / "within.py").symlink_to("plain.py")
+    copy_companions(folder, out)
+    assert sorted(p.name for p in out.iterdir()) == ["plain.py", "within.py"]
+    assert all(p.read_text() == CODE and not p.is_symlink() for p in out.iterdir())
+
+
+def test_the_links_of_a_hugging_face_cache_are_followed(tmp_path: Path):
+    cache = tmp_path / "models--THUDM--chatglm2-6b"
+    folder = cache / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "123").write_text(CODE)
+    (folder / "modeling_chatglm.py").symlink_to("../../blobs/123")
+    assert own_code(folder) == ["modeling_chatglm.py"]
