@@ -7,6 +7,7 @@ import pytest
 from tiny import make_model, make_rows
 
 import minilora
+from minilora import compute
 from minilora.__main__ import main
 from minilora.console import Console
 from minilora.errors import DataError, OutputInUse, Stopped
@@ -102,6 +103,14 @@ def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
     predict(work / "model", work / "rows.json", tmp_path / "out", **arguments)
     assert asked == [14, 14 - kept]
     assert (tmp_path / "out" / ROWS).read_bytes() == (work / "out" / ROWS).read_bytes()
+
+
+def test_a_prediction_keeps_the_dtype_that_it_began_with(work, made, monkeypatch):
+    """Beside other work a CPU may be measured otherwise."""
+    monkeypatch.setattr(compute, "measured_rates", lambda *_: compute.Rates(2.0, 1.0))
+    assert made["settings"]["dtype"] == "float32"
+    again = predict(work / "model", work / "rows.json", work / "out", max_tokens=12, batch=4, console=QUIET)
+    assert again == json.loads((work / "out" / RESULTS).read_text())
 
 
 def test_draws_are_the_same_after_a_stop(work, tmp_path, monkeypatch):

@@ -107,6 +107,9 @@ def predict(
     for name, note in folder_notes(model, tokenizer).items():
         say(f"{name:<8}{note}")
     questions = read_questions(data, tokenizer, reading, say)
+    then = _settings_there(folder, overwrite).get("dtype")
+    if opening.get("compute", "auto") == "auto" and then in ("float32", "bfloat16"):
+        opening["compute"] = then  # a machine that is busy otherwise may measure otherwise
     decoder = open_model(model, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     sampling, stop = read_generation(Path(model))
     sampling = sampling if sample else GREEDY
@@ -152,6 +155,16 @@ def _check_output(folder: Path) -> None:
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
     if names - {ROWS, RESULTS, PART}:
         raise OutputInUse(f"{folder} holds no prediction but {min(names)}", "Give another --output.")
+
+
+def _settings_there(folder: Path, overwrite: bool) -> dict[str, Any]:
+    """The settings of the prediction that a folder holds, or of its beginning; {} where there is none to go on with."""
+    found: Any = None
+    if not overwrite and (folder / RESULTS).exists():
+        found = read_json_file(folder / RESULTS).get("settings")
+    elif not overwrite:
+        found = next(iter(_whole_lines(folder / PART)), None)
+    return found if isinstance(found, dict) else {}
 
 
 def _claim(folder: Path, settings: dict, overwrite: bool) -> tuple[dict[int, dict], dict | None]:
