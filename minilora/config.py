@@ -19,14 +19,9 @@ def setting(default: Any, help: str, same: bool = True) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Field names are the yaml keys and, with dashes, the flags."""
+class DataConfig:
+    """How rows become tokens."""
 
-    data: str = setting("", "rows: json, jsonl, csv, xlsx, txt, path#500@0.2, several with commas", same=False)
-    val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
-    test: str = setting("", "rows kept for a test, a number or a share; written to RUN/data/test.jsonl", same=False)
-    mix_general: str = setting("", "file of general rows to mix in", same=False)
-    mix_ratio: str = setting("1:1", "own rows : general rows")
     columns: dict = field(
         default_factory=dict, metadata={"help": "prompt=NAME,response=NAME: columns of other names", "same": True}
     )
@@ -46,6 +41,32 @@ class TrainConfig:
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
     truncate: Literal["drop", "cut", "error"] = setting("drop", "leave rows over a limit out, shorten them, or stop")
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        """The keys that are knowingly left out."""
+        return frozenset(key.strip() for key in self.ignore_keys.split(",") if key.strip())
+
+    def over(self, masked: int, trained: int) -> str | None:
+        """The first limit that a row of so many tokens is over, as "max_length 2048"."""
+        sizes = {"max_length": masked + trained, "max_source_length": masked, "max_target_length": trained}
+        limits = {name: getattr(self, name) for name in sizes}
+        return next((f"{k} {limits[k]}" for k, n in sizes.items() if limits[k] is not None and n > limits[k]), None)
+
+    def data_settings(self) -> dict[str, Any]:
+        """All that decides the tokens of a row."""
+        return {f.name: getattr(self, f.name) for f in fields(DataConfig)}
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """A training run. Field names are the yaml keys and, with dashes, the flags."""
+
+    data: str = setting("", "rows: json, jsonl, csv, xlsx, txt, path#500@0.2, several with commas", same=False)
+    val: str = setting("", "validation rows: a file, a number of rows, or a share such as 0.05", same=False)
+    test: str = setting("", "rows kept for a test, a number or a share; written to RUN/data/test.jsonl", same=False)
+    mix_general: str = setting("", "file of general rows to mix in", same=False)
+    mix_ratio: str = setting("1:1", "own rows : general rows")
     cache: str = setting("", "folder that keeps the tokens of the rows for the next run", same=False)
     model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
     method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
@@ -220,17 +241,19 @@ def convert(f: Field, value: Any) -> Any:
     kind = next(k for k in kinds if k is not type(None))
     if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = ",".join(value)
-    shown = "of the wrong kind" if isinstance(value, (dict, list)) else "empty" if value is None else repr(value)[:80]
+    said = value[0] if kind is dict and isinstance(value, list) and len(value) == 1 else value
+    shown = "of the wrong kind" if isinstance(said, (dict, list)) else "empty" if said is None else repr(said)[:80]
     wrong = UsageError(f"{f.name} is {shown}", f"{_allowed(f.name, kind)}: {f.metadata['help']}.")
-    if value is None or isinstance(value, list) or (isinstance(value, dict) and kind is not dict):
+    if value is None or (isinstance(value, (dict, list)) and kind is not dict):
         raise wrong
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise wrong
         return value
     if kind is dict:
-        if isinstance(value, str):
-            pairs = [part.partition("=") for part in value.split(",")]
+        if isinstance(value, (str, list)):
+            parts = value.split(",") if isinstance(value, str) else value  # a list: one of each --define
+            pairs = [str(part).partition("=") for part in parts]
             if not all(key.strip() and mark for key, mark, _ in pairs):
                 raise wrong
             value = {key.strip(): text.strip() for key, _, text in pairs}
@@ -312,7 +335,23 @@ def must_match(config: TrainConfig) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Every field's default."""
-    return {f.name: f.default if f.default is not MISSING else {} for f in fields(TrainConfig)}
+    return {f.name: default_of(f) for f in fields(TrainConfig)}
+
+
+def default_of(f: Field) -> Any:
+    return f.default if f.default is not MISSING else {}
+
+
+def by_group() -> dict[str, list[Field]]:
+    """The settings of a run under the titles of GROUPS; how rows become tokens stands with the data."""
+    found: dict[str, list[Field]] = {}
+    title, data = "", {f.name for f in fields(DataConfig)}
+    for f in fields(TrainConfig):
+        if f.name not in data:
+            title = GROUPS.get(f.name, title)
+            found.setdefault(title, []).append(f)
+    found["data"] += fields(DataConfig)
+    return found
 
 
 def kind_name(f: Field) -> str:

@@ -10,7 +10,6 @@ from .data import pack, step_examples
 from .errors import UsageError
 from .lora import adapters
 from .plan import count_steps
-from .rows.dataset import data_config
 from .rows.load import render_rows
 from .text.tokenizer import Tokenizer, check_fits
 from .train import learning_rate, optimizer_of, prepare, train_step
@@ -41,7 +40,7 @@ def finetune(
     for name in (OF_FILES | OF_MODELS) & settings.keys():
         why = "nothing is read or written" if name in OF_FILES else "the model is loaded"
         raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
-    examples = render_rows(rows, tokenizer, data_config(config))
+    examples = render_rows(rows, tokenizer, config)
     check_fits(tokenizer, model.config.vocab, "the model")
     if any(True for _ in adapters(model)):
         model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention

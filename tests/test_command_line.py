@@ -13,6 +13,7 @@ from minilora.__main__ import COMMANDS, main
 from minilora.commands import eval as eval_command
 from minilora.commands import sweep, train
 from minilora.commands.parser import Parser
+from minilora.commands.shared_flags import data_config
 from minilora.config import ALIASES, GROUPS, NOT_NEEDED, REFUSED, TrainConfig, resolve
 from minilora.errors import UsageError
 from minilora.spelling import HARMFUL, nearest
@@ -58,10 +59,18 @@ def test_eval_has_the_switch_of_train():
     parser = Parser(prog="minilora", allow_abbrev=False)
     eval_command.flags(parser)
     words = ["--model", "m", "--data", "d"]
-    assert [parser.parse_args([*words, *more]).train_end for more in ([], ["--train-end"], ["--no-train-end"])] == [
-        None, True, False
-    ]  # fmt: skip
-    assert parser.parse_args([*words, "--train-end", "off"]).train_end is False
+    for more, on in ([], True), (["--train-end"], True), (["--no-train-end"], False), (["--train-end", "off"], False):
+        assert data_config(parser.parse_args([*words, *more])).train_end is on
+
+
+def test_a_text_with_a_comma_is_one_definition():
+    parser = Parser(prog="minilora", allow_abbrev=False)
+    eval_command.flags(parser)
+    args = parser.parse_args(
+        ["--model", "m", "--data", "d", "--define", "author=A, B", "--columns", "prompt=q,response=a"]
+    )
+    assert data_config(args).define == {"author": "A, B"}
+    assert data_config(args).columns == {"prompt": "q", "response": "a"}
 
 
 @pytest.mark.parametrize("alias", ALIASES)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import make_model
 
+from minilora.config import DataConfig
 from minilora.data import (
     IGNORE,
     Example,
@@ -22,7 +23,7 @@ from minilora.data import (
     steps_per_epoch,
 )
 from minilora.errors import DataError, ModelError
-from minilora.rows.load import DataConfig, ending_note
+from minilora.rows.load import ending_note
 from minilora.text.bpe import BytePairs
 from minilora.text.template import render_text
 from minilora.text.template_qwen import ChatML

@@ -130,10 +130,10 @@ TYPED = {
     "choice": (["train", "--schedule", "wavy"], "schedule is 'wavy'", "cosine, linear, constant"),
     "switch": (["train", "--rslora=maybe"], "--rslora is 'maybe'", "--rslora or --no-rslora"),
     "nothing given": (["train"], "--model is missing"),
-    "define": (["train", "--define", "name"], "--define 'name' is not NAME=TEXT"),
+    "define": (["train", "--define", "name"], "define is 'name'", "NAME=TEXT"),
     "define for eval": (
         ["eval", "--model", "{model}", "--data", "{rows}", "--define", "x"],
-        "--define 'x' is not NAME=TEXT",
+        "define is 'x'",
     ),
     "define that no row has": (["{train}", "--define", "nme=Bo"], "no row of", "{{nme}}"),
     "resume and overwrite": (["train", "--resume", "--overwrite"], "exclude each other"),

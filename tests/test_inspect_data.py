@@ -12,6 +12,7 @@ from test_html import Seen
 from tiny import make_model
 
 from minilora.__main__ import main
+from minilora.config import DataConfig
 from minilora.errors import ModelError
 from minilora.reports.histogram import bins, svg_histogram, text_histogram
 from minilora.reports.inspect_data import Inspection, inspect_data
@@ -19,7 +20,7 @@ from minilora.reports.inspect_data_show import check_words
 from minilora.reports.token_view import tokens_of
 from minilora.rows import to_messages
 from minilora.rows.duplicates import NearDuplicates, signature
-from minilora.rows.load import DataConfig, render_row
+from minilora.rows.load import render_row
 from minilora.text.template_check import check_template
 from minilora.text.tokenizer import load_tokenizer
 
@@ -180,7 +181,7 @@ def test_what_the_command_refuses(tmp_path, model, capsys):
     command = ["inspect", "data", "--model", str(model), "--data"]
     for more, code, part in (
         ([path, "--row", "2"], 3, "no row 2"),
-        ([path, "--columns", "prompt"], 2, "--columns"),
+        ([path, "--columns", "prompt"], 2, "columns is 'prompt'"),
         ([tmp_path / "no"], 3, "not there"),
     ):
         assert main([*command, *map(str, more)]) == code

@@ -11,11 +11,11 @@ from tiny import make_model
 
 from minilora import load_tokenizer
 from minilora.__main__ import main
+from minilora.config import DataConfig
 from minilora.data import load_examples
 from minilora.errors import DataError
 from minilora.rows import RowError, quote, to_messages, trainable
 from minilora.rows.keys import CONTENT_OF_MESSAGES, LOSSES, NOTES, NOTES_OF_MESSAGES, THOUGHTS
-from minilora.rows.load import DataConfig
 from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS, TOOL_ROLES
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

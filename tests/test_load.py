@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from tiny import make_model
 
-from minilora.config import resolve
+from minilora.config import DataConfig, resolve
 from minilora.data import load_examples
 from minilora.errors import DataError, UsageError
 from minilora.rows import load
 from minilora.rows.dataset import load_data, write_split
-from minilora.rows.load import DataConfig
 from minilora.rows.token_store import TokenCache
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 

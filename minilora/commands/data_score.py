@@ -5,7 +5,7 @@ import argparse
 from ..errors import UsageError
 from .before import check_paths, say
 from .parser import group
-from .shared_flags import between, limit_flags, model_flags, opening, settings_of
+from .shared_flags import between, data_config, data_flags, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -13,8 +13,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     group(parser, "data").add_argument(
         "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
     )
-    limit_flags(parser)
-    parser.add_argument("--skip-bad", action="store_true", help="leave rows out that cannot be used, and count them")
+    data_flags(parser)
     parser.add_argument("--scores", metavar="FILE", help="write a jsonl of every row with its perplexity")
     parser.add_argument("--keep-below", type=between(float, 0, 1e300), metavar="X", help="largest perplexity to keep")
     parser.add_argument("--keep-above", type=between(float, 0, 1e300), metavar="X", help="smallest perplexity to keep")
@@ -28,7 +27,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.keep_below is None and args.keep_above is None) != (args.output is None):
         raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
-    check_paths(args.model, args.adapter, args.data, args.encoding)
+    settings = data_config(args)
+    check_paths(args.model, args.adapter, args.data, settings.encoding)
     say(f"score       {args.data} by {args.model}")
     from pathlib import Path
 
@@ -45,12 +45,11 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model, args.adapter)
     for name, note in folder_notes(args.model, tokenizer).items():
         say(f"{name:<12}{note}")
-    settings = settings_of(args, args.skip_bad)
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
     examples, report = load_examples(args.data, tokenizer, settings, seed=args.seed, cache=cache)
     console.print(f"data        {report}", highlight=False, markup=False, soft_wrap=True)
     model = open_model(args.model, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}"), **opening(args))
-    scores = list(shown_progress(score_rows(model, examples, args.max_length), len(examples), console))
+    scores = list(shown_progress(score_rows(model, examples, settings.max_length), len(examples), console))
     if args.scores:
         write_file(Path(args.scores), "".join(score_lines(scores, examples)))
     marks = {k: v for k, v in (("keep_below", args.keep_below), ("keep_above", args.keep_above)) if v is not None}

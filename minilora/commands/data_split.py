@@ -3,7 +3,7 @@
 import argparse
 
 from .before import say
-from .shared_flags import between, reading_flags
+from .shared_flags import between, data_config, data_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +15,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="new folder for train.jsonl, val.jsonl, test.jsonl"
     )
-    reading_flags(parser)
-    parser.add_argument("--skip-bad", action="store_true", help="leave rows out that cannot be used, and count them")
+    data_flags(parser, "columns", "encoding", "skip_bad")
     parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of rows that are the same")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="chooses the rows [42]")
 
@@ -25,9 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..rows.split_files import split_files
-    from .shared_flags import columns_of
 
     wanted = {name: text for name in ("val", "test") if (text := getattr(args, name)) is not None}
-    lines = split_files(args.data, wanted, Path(args.output), columns_of(args.columns), args.encoding,
-                        args.skip_bad, args.drop_duplicates, args.seed)  # fmt: skip
+    lines = split_files(args.data, wanted, Path(args.output), data_config(args), args.drop_duplicates, args.seed)  # fmt: skip
     say("\n".join(lines))

@@ -5,7 +5,7 @@ from typing import Any
 
 from .before import check_paths, say
 from .parser import group
-from .shared_flags import int8_flag, limit_flags, model_flags, opening, settings_of
+from .shared_flags import data_config, data_flags, int8_flag, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -14,14 +14,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
     group(parser, "data").add_argument(
         "--data", required=True, metavar="FILE", help="file of rows, or path#500@0.2, several with commas"
     )
-    limit_flags(parser)
+    data_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     import json
 
-    check_paths(args.model, args.adapter, args.data, args.encoding)
+    settings = data_config(args)
+    check_paths(args.model, args.adapter, args.data, settings.encoding)
     say(f"eval        {args.model} on {args.data}", quiet=args.json)
     from ..data import load_examples
     from ..evaluate import evaluate
@@ -31,17 +32,16 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model, args.adapter)
     for name, note in folder_notes(args.model, tokenizer).items():
         say(f"{name:<12}{note}", quiet=args.json)
-    settings = settings_of(args)
     examples, report = load_examples(args.data, tokenizer, settings)
     opened: dict[str, Any] = opening(args) | {"int8": False}
     model = open_model(
         args.model, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}", quiet=args.json), **opened
     )
-    score = evaluate(model, examples, args.max_length)
+    score = evaluate(model, examples, settings.max_length)
     rounded = None
     if args.int8:
         round_to_int8(model)
-        rounded = evaluate(model, examples, args.max_length)
+        rounded = evaluate(model, examples, settings.max_length)
     if args.json:
         say(
             json.dumps(

@@ -5,7 +5,7 @@ import argparse
 from ..errors import DataError
 from .before import check_paths, say
 from .parser import group
-from .shared_flags import between, limit_flags, settings_of
+from .shared_flags import between, data_config, data_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     group(parser, "data").add_argument(
         "--val", metavar="FILE", help="validation rows, which shall not be among the others"
     )
-    limit_flags(parser)
+    data_flags(parser)
     parser.add_argument("-n", "--samples", type=between(int, 0, 1000), default=3, metavar="N", help="rows to show [3]")
     parser.add_argument("--row", type=between(int, 1, 2**63 - 1), metavar="N", help="show this row alone: 1, 2, ...")
     parser.add_argument("--only-problems", action="store_true", help="show rows that have a problem")
@@ -28,7 +28,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_paths(args.model, None, args.data, args.encoding)
+    settings = data_config(args)
+    check_paths(args.model, None, args.data, settings.encoding)
     say(f"reading {args.data}")
     from pathlib import Path
 
@@ -39,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
-    settings = settings_of(args)
     result = inspect_data(args.data, Path(args.model), tokenizer, settings, args.samples, args.row, args.only_problems,
                           args.val, args.check_template, args.seed)  # fmt: skip
     show(result, Console())

@@ -4,7 +4,7 @@ import argparse
 
 from .before import check_paths, say
 from .shared_flags import between
-from .train import file_flags, given_settings, setting_flags, settings_files
+from .train import file_flags, given_settings, run_flags, settings_files
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
         help="plan for a card with so many 10^9 bytes [this machine]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    setting_flags(parser)
+    run_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 from .before import check_paths, say
 from .parser import group
-from .shared_flags import between, columns_of, definitions, ignore_flag, int8_flag, model_flags, opening, reading_flags
+from .shared_flags import between, data_config, data_flags, int8_flag, model_flags, opening
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -27,26 +27,20 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "--sample", action="store_true", help="draw as generation_config.json says, instead of the likeliest token"
     )
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
-    group(parser, "data").add_argument(
-        "--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows"
-    )
-    reading_flags(parser)
-    ignore_flag(parser)
+    data_flags(parser, "columns", "encoding", "ignore_keys", "define")
     parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
     parser.add_argument("--json", action="store_true", help="print predict_results.json instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:
-    define, columns = definitions(args.define), columns_of(args.columns)
-    check_paths(args.model, args.adapter, args.data, args.encoding)
+    reading = data_config(args)
+    check_paths(args.model, args.adapter, args.data, reading.encoding)
     say(f"predict {args.model} on {args.data}", quiet=args.json)
     import json
 
     from ..console import Console
     from ..reports.predict import predict, show_results
-    from ..rows.load import DataConfig
 
-    reading = DataConfig(define=define, columns=columns, encoding=args.encoding, ignore_keys=args.ignore_keys)
     console = Console(stderr=args.json)
     results = predict(
         args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, reading,

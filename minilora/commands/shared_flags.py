@@ -1,13 +1,17 @@
 """Flags that several commands have, and what they may hold."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from ..model_folder import ADAPTER_CONFIG
 from .parser import group
+
+if TYPE_CHECKING:
+    from dataclasses import Field
+
+    from ..config import DataConfig
 
 COMPUTE = ("auto", "float32", "bfloat16")
 
@@ -66,78 +70,41 @@ def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
     return number
 
 
-def definitions(given: list[str]) -> dict[str, str]:
-    """NAME=TEXT words as a dictionary."""
-    pairs = [text.partition("=") for text in given]
-    wrong = next((key for key, mark, _ in pairs if not mark or not key), None)
-    if wrong is not None:
-        raise UsageError(f"--define {wrong!r} is not NAME=TEXT", "For example --define name=Archer.")
-    return {key: text for key, _, text in pairs}
+def setting_flags(parser: Any, settings: Sequence["Field"], shown: bool = True) -> None:
+    """A flag for each setting of a run, and one that is not shown for each of its other names."""
+    from ..config import ALIASES, default_of, kind_name
+
+    for f in settings:
+        default = default_of(f)
+        is_switch = isinstance(default, bool)
+        default = {True: "on", False: "off"}[default] if is_switch else default
+        note = "" if default in ("", None, {}) else f" [{default}]"
+        flag, names = "--" + f.name.replace("_", "-"), [f.name, *(k for k, v in ALIASES.items() if v == f.name)]
+        others = sorted({f"--{n}" for name in names for n in (name, name.replace("_", "-"))} - {flag})
+        how: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
+        if is_switch:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"metavar": kind_name(f), "action": "append" if f.name == "define" else "store"}
+        text = (f.metadata["help"] + note).replace("%", "%%")
+        parser.add_argument(flag, help=text if shown else argparse.SUPPRESS, **how)
+        if others:
+            parser.add_argument(*others, help=argparse.SUPPRESS, **how)
 
 
-def reading_flags(parser: argparse.ArgumentParser) -> None:
-    """How files are read: the flags of `minilora train` of the same names."""
-    data = group(parser, "data")
-    data.add_argument("--columns", metavar="A=B,..", help="prompt=NAME,response=NAME: columns of other names")
-    data.add_argument(
-        "--encoding",
-        metavar="NAME",
-        default="",
-        help="of the text of the rows, such as big5 [utf-8, and gb18030 for a csv that is plausibly Chinese]",
-    )
+def data_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """How rows become tokens: the settings of a run of these names, or all."""
+    from dataclasses import fields
+
+    from ..config import DataConfig
+
+    setting_flags(group(parser, "data"), [f for f in fields(DataConfig) if not names or f.name in names])
 
 
-def ignore_flag(parser: argparse.ArgumentParser) -> None:
-    group(parser, "data").add_argument(
-        "--ignore-keys", metavar="A,B", default="", help="keys of the rows to leave out, which stop a command otherwise"
-    )
+def data_config(args: argparse.Namespace) -> "DataConfig":
+    """What was given by data_flags; UsageError for a value that cannot be."""
+    from dataclasses import fields
 
+    from ..config import DataConfig, convert
 
-def limit_flags(parser: argparse.ArgumentParser) -> None:
-    """How rows become tokens: the flags of `minilora train` of the same names."""
-    data = group(parser, "data")
-    reading_flags(parser)
-    ignore_flag(parser)
-    data.add_argument("--define", metavar="NAME=TEXT", action="append", default=[], help="fill {{name}} in the rows")
-    data.add_argument("--loss-on", choices=["all", "last"], default="all", help="which answers count [all]")
-    data.add_argument(
-        "--train-end", action=argparse.BooleanOptionalAction, help="count the token that ends an answer [on]"
-    )
-    for name, default in (("max-length", 2048), ("max-source-length", None), ("max-target-length", None)):
-        shown = f" [{default}]" if default else ""
-        data.add_argument(
-            f"--{name}", type=between(int, 1, 2**31), default=default, metavar="N", help=f"in tokens{shown}"
-        )
-    data.add_argument(
-        "--truncate", choices=["drop", "cut", "error"], default="drop", help="what becomes of longer rows [drop]"
-    )
-
-
-def settings_of(args: argparse.Namespace, skip_bad: bool = False) -> Any:
-    """The DataConfig of limit_flags."""
-    from ..rows.load import DataConfig
-
-    return DataConfig(
-        define=definitions(args.define),
-        loss_on=args.loss_on,
-        max_length=args.max_length,
-        max_source_length=args.max_source_length,
-        max_target_length=args.max_target_length,
-        columns=columns_of(args.columns),
-        encoding=args.encoding,
-        ignore_keys=args.ignore_keys,
-        truncate=args.truncate,
-        skip_bad=skip_bad,
-        train_end=args.train_end is not False,
-    )
-
-
-def columns_of(given: str | None) -> dict[str, str]:
-    """prompt=NAME,response=NAME as a dictionary."""
-    pairs = [text.partition("=") for text in (given or "").split(",") if text]
-    wrong = next((key for key, mark, name in pairs if not mark or not key.strip() or not name.strip()), None)
-    if wrong is not None:
-        raise UsageError(
-            f"--columns {wrong!r} is not NAME=COLUMN", "For example --columns prompt=question,response=answer."
-        )
-    return {key.strip(): name.strip() for key, _, name in pairs}
+    return DataConfig(**{f.name: convert(f, vars(args)[f.name]) for f in fields(DataConfig) if f.name in vars(args)})

@@ -3,7 +3,7 @@
 import argparse
 
 from .before import say
-from .train import given_settings, setting_flags
+from .train import given_settings, run_flags
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Any setting of minilora train can be given as a flag; it wins over the file's base: see minilora train --help."
     )
-    setting_flags(parser, shown=False, left_out=("output",))
+    run_flags(parser, shown=False, left_out=("output",))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .before import check_paths, say
-from .shared_flags import definitions
+from .shared_flags import setting_flags
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -24,7 +24,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     file_flags(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in --output")
-    setting_flags(parser)
+    run_flags(parser)
 
 
 def file_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,33 +35,13 @@ def file_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="the same")
 
 
-def setting_flags(parser: argparse.ArgumentParser, shown: bool = True, left_out: tuple[str, ...] = ()) -> None:
-    """A flag for every setting of a training run, in groups, and one that is not shown for each of its other names."""
-    from dataclasses import fields
+def run_flags(parser: argparse.ArgumentParser, shown: bool = True, left_out: tuple[str, ...] = ()) -> None:
+    """A flag for every setting of a training run, in groups."""
+    from ..config import by_group
 
-    from ..config import ALIASES, GROUPS, TrainConfig, defaults, kind_name
-
-    group = parser.add_argument_group("settings")
-    for f in fields(TrainConfig):
-        if f.name in GROUPS and shown:
-            group = parser.add_argument_group(GROUPS[f.name])
-        if f.name in left_out:
-            continue
-        default = defaults()[f.name]
-        is_switch = isinstance(default, bool)
-        default = {True: "on", False: "off"}[default] if is_switch else default
-        note = "" if default in ("", None, {}) else f" [{default}]"
-        flag, names = "--" + f.name.replace("_", "-"), [f.name, *(k for k, v in ALIASES.items() if v == f.name)]
-        others = sorted({f"--{n}" for name in names for n in (name, name.replace("_", "-"))} - {flag})
-        how: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
-        if is_switch:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how |= {"metavar": kind_name(f), "action": "append" if f.name == "define" else "store"}
-        text = (f.metadata["help"] + note).replace("%", "%%")
-        group.add_argument(flag, help=text if shown else argparse.SUPPRESS, **how)
-        if others:
-            group.add_argument(*others, help=argparse.SUPPRESS, **how)
+    for title, settings in by_group().items():
+        group = parser.add_argument_group(title)
+        setting_flags(group, [f for f in settings if f.name not in left_out], shown)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,8 +96,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given as flags."""
     from ..config import defaults
 
-    given = {name: vars(args)[name] for name in defaults() if name in vars(args)}
-    return given | ({"define": definitions(given["define"])} if "define" in given else {})
+    return {name: vars(args)[name] for name in defaults() if name in vars(args)}
 
 
 def next_commands(config: "TrainConfig") -> list[str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import DataConfig
 from ..errors import DataError
 from ..model_folder import positions_note
 from ..rows import Row, RowError, fill, open_rows, to_messages, trainable
 from ..rows.duplicates import NearDuplicates
 from ..rows.keys import ignored_notes
-from ..rows.load import DataConfig, ending_note, hashes, render_row, render_within
+from ..rows.load import ending_note, hashes, render_row, render_within
 from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
 from ..text.template import Message

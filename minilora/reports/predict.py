@@ -22,6 +22,7 @@ from minilora.models.decoder import Decoder
 
 from ..checkpoint import fingerprint
 from ..compute import name_of
+from ..config import DataConfig
 from ..console import Console
 from ..durable import locked, write_file
 from ..errors import DataError, OutputInUse, Stopped
@@ -33,7 +34,7 @@ from ..monitor import PLAIN_EVERY, clock
 from ..open_model import folder_notes, open_model
 from ..rows import fill, read_rows
 from ..rows.keys import ignored_notes
-from ..rows.load import PLAIN, DataConfig, check_thoughts, hashes
+from ..rows.load import PLAIN, check_thoughts, hashes
 from ..rows.shapes import TEXT
 from ..signals import StopSignal
 from ..text.tokenizer import Tokenizer, load_tokenizer

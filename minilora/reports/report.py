@@ -203,7 +203,6 @@ def make_samples(run: Record, count: int) -> None:
     from ..generate_many import generate_many
     from ..lora import without_adapters
     from ..open_model import open_model
-    from ..rows.dataset import data_config
     from ..text.tokenizer import load_tokenizer
     from .predict import read_questions
 
@@ -214,7 +213,7 @@ def make_samples(run: Record, count: int) -> None:
         )
     rows = config["val"] if Path(str(config.get("val") or "")).is_file() else config["data"]
     tokenizer = load_tokenizer(config["model"])
-    questions = read_questions(rows, tokenizer, data_config(resolve(config)))
+    questions = read_questions(rows, tokenizer, resolve(config))
     chosen = sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())
     device = None if config.get("device", "auto") == "auto" else config["device"]
     model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device)

@@ -28,7 +28,6 @@ from ..console import Console
 from ..durable import locked, staged_folder, write_file
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..rows import open_rows, to_messages
-from ..rows.dataset import data_config
 from ..rows.load import hashes
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
@@ -202,7 +201,7 @@ def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point]
         file = open_rows(source.path, config.columns, config.encoding)
         if file.note:
             console.print(f"{source.path}: {file.note}", highlight=False, markup=False, soft_wrap=True)
-        numbers, ignored = draw(source, len(file), config.seed), data_config(config).ignored
+        numbers, ignored = draw(source, len(file), config.seed), config.ignored
         rows = [to_messages(file.value(i), file.where(i), config.columns, ignored) for i in numbers.tolist()]
         questions = np.array([hashes(row)[0] for row in rows], np.uint64)
         count = count_of("test", str(plan.test["rows"]), len(rows))

@@ -1,7 +1,7 @@
 """The rows of a training run: read, divided into training, validation and test, mixed, repeated; and the division on disk."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..errors import DataError, UsageError
 from ..model_folder import positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
-from .load import DataConfig, Report, ending_note, load_examples
+from .load import Report, ending_note, load_examples
 from .sources import mixed, parse_ratio, parse_sources, repeated
 from .split import count_of, split
 from .token_store import Examples, TokenCache
@@ -31,19 +31,13 @@ class Data:
     seed: int
 
 
-def data_config(config: TrainConfig) -> DataConfig:
-    """How a run makes tokens of rows."""
-    return DataConfig(**{f.name: getattr(config, f.name) for f in fields(DataConfig)})
-
-
 def load_data(config: TrainConfig) -> Data:
     """Read, render and count the rows of a run; the validation rows are a file's, or taken out of the training rows."""
     tokenizer = load_tokenizer(config.model)
-    settings = data_config(config)
     cache = TokenCache(Path(config.cache), Path(config.model)) if config.cache else None
 
     def load(path: str | Path) -> tuple[Examples, Report]:
-        return load_examples(path, tokenizer, settings, config.seed, cache)
+        return load_examples(path, tokenizer, config, config.seed, cache)
 
     path, val_path = config.data, Path(config.val) if config.val and Path(config.val).exists() else None
     notes: dict[str, str] = {}

@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import DataConfig
 from ..errors import DataError
 from ..text.template_glm import CHATGLM
 from ..text.tokenizer import Tokenizer
@@ -92,33 +93,6 @@ def counted(reasons: Counter) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """How rows become tokens. Fields are those of TrainConfig by the same names."""
-
-    define: dict[str, str] = field(default_factory=dict)
-    loss_on: str = "all"
-    max_length: int = 2048
-    max_source_length: int | None = None
-    max_target_length: int | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    encoding: str = ""  # of text files; "" is UTF-8, and GB18030 where a csv is plausibly Chinese
-    ignore_keys: str = ""  # with commas: keys of rows and messages that are knowingly left out
-    truncate: str = "drop"
-    skip_bad: bool = False
-    train_end: bool = True
-
-    @property
-    def ignored(self) -> frozenset[str]:
-        return frozenset(key.strip() for key in self.ignore_keys.split(",") if key.strip())
-
-    def over(self, masked: int, trained: int) -> str | None:
-        """The first limit that a row of so many tokens is over, as "max_length 2048"."""
-        sizes = {"max_length": masked + trained, "max_source_length": masked, "max_target_length": trained}
-        limits = {name: getattr(self, name) for name in sizes}
-        return next((f"{k} {limits[k]}" for k, n in sizes.items() if limits[k] is not None and n > limits[k]), None)
-
-
 PLAIN = DataConfig()
 
 
@@ -145,7 +119,7 @@ def load_examples(
         numbers = draw(source, len(file), seed)
         key = "" if cache is None else cache.key(
             file=file.sha256, rows=hashlib.sha256(numbers.tobytes()).hexdigest(), template=repr(tokenizer.template),
-            **asdict(settings),
+            **settings.data_settings(),
         )  # fmt: skip
         held = cache.load(key, file, source.rate) if cache is not None else None
         if held is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import DataConfig
 from ..durable import staged_folder
 from ..errors import DataError, OutputInUse, UsageError
 from . import Row, RowError, open_rows, to_messages
@@ -19,9 +20,8 @@ from .split import count_of, split
 
 
 def split_files(
-    data: str, wanted: dict[str, str], output: Path, columns: dict[str, str], encoding: str, skip_bad: bool,
-    drop_duplicates: bool, seed: int,
-) -> list[str]:  # fmt: skip
+    data: str, wanted: dict[str, str], output: Path, settings: DataConfig, drop_duplicates: bool, seed: int
+) -> list[str]:
     """Write output/train.jsonl and a file for each side wanted, rows as they are; returns the lines that tell of it.
 
     A rate above 1 repeats nothing here. split.json has the seed, the hash of each source and of each row.
@@ -30,8 +30,8 @@ def split_files(
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
     if not wanted:
         raise UsageError("neither --val nor --test is given", "For example --val 0.05 --test 200.")
-    check_columns(columns)
-    rows, values, bad, sums, notes = _read(data, columns, encoding, skip_bad, seed)
+    check_columns(settings.columns)
+    rows, values, bad, sums, notes = _read(data, settings, seed)
     keys = np.array([hashes(row) for row in rows], dtype=np.uint64)
     keep = np.arange(len(rows))
     lines = [f"data     {data}   {len(rows):,} rows", *(f"         {note}" for note in notes)]
@@ -63,22 +63,22 @@ def split_files(
 
 
 def _read(
-    data: str, columns: dict[str, str], encoding: str, skip_bad: bool, seed: int
+    data: str, settings: DataConfig, seed: int
 ) -> tuple[list[Row], list[Any], Counter, dict[str, str], list[str]]:
     rows, values, bad, sums, notes = [], [], Counter(), {}, []
     for source in parse_sources(data):
-        file = open_rows(source.path, columns, encoding)
+        file = open_rows(source.path, settings.columns, settings.encoding)
         sums[source.path] = file.sha256
         notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             try:
                 value = file.value(number)
-                row = to_messages(value, file.where(number), columns)
+                row = to_messages(value, file.where(number), settings.columns)
                 check_answers(row)
                 rows.append(row)
                 values.append(value)
             except RowError as error:
-                if not skip_bad:
+                if not settings.skip_bad:
                     raise
                 bad[error.reason] += 1
     return rows, values, bad, sums, notes
