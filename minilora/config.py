@@ -242,7 +242,7 @@ def convert(f: Field, value: Any) -> Any:
     if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = ",".join(value)
     said = value[0] if kind is dict and isinstance(value, list) and len(value) == 1 else value
-    shown = "of the wrong kind" if isinstance(said, (dict, list)) else "empty" if said is None else repr(said)[:80]
+    shown = "of the wrong type" if isinstance(said, (dict, list)) else "empty" if said is None else repr(said)[:80]
     wrong = UsageError(f"{f.name} is {shown}", f"{_allowed(f.name, kind)}: {f.metadata['help']}.")
     if value is None or (isinstance(value, (dict, list)) and kind is not dict):
         raise wrong
@@ -295,13 +295,13 @@ def _allowed(name: str, kind: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe yaml that refuses a key that stands twice."""
+    """Safe yaml that refuses duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         twice = next((k for k in keys if keys.count(k) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -310,7 +310,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > 1 << 20:
-            raise UsageError(f"{path} is larger than 1 MiB", "It is no config file.")
+            raise UsageError(f"{path} is larger than 1 MiB", "It is not a config file.")
         value = yaml.load(text, _Loader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "Give a yaml file with -c.") from None

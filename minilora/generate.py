@@ -52,7 +52,7 @@ def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
 
     try:
         if not all(type(i) is int for i in stop):
-            raise ValueError(f"eos_token_id {str(stop)[:60]} is no token number or list of them")
+            raise ValueError(f"eos_token_id {str(stop)[:60]} is neither a token number nor a list of them")
         sampling = Sampling(
             temperature=number("temperature", 1.0) if j.get("do_sample", False) else 0.0,
             top_p=number("top_p", 1.0),

@@ -127,7 +127,7 @@ def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
             found = [p for p in paths if re.fullmatch(targets, p)]
         except re.error as error:
             raise UsageError(
-                f"lora_targets {targets!r} is no regular expression: {error}", "Correct it, or give names."
+                f"lora_targets {targets!r} is not a regular expression: {error}", "Correct it, or give names."
             ) from None
         missing = [] if found else [targets]
     else:

@@ -47,7 +47,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise ModelError(f"{path} is no regular file", "Check the path.")
+            raise ModelError(f"{path} is not a regular file", "Check the path.")
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -129,7 +129,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice[:80]!r} stands twice")
+        raise ValueError(f"duplicate key {twice[:80]!r}")
     return result
 
 
@@ -161,9 +161,9 @@ def _entry(name: str, value: Any) -> Entry:
     if type(dtype) is not str or dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
     if type(shape) is not list or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
-        raise ValueError(f"tensor {name!r} has a shape that is no list of at most {MAX_RANK} sizes")
+        raise ValueError(f"tensor {name!r} has a shape that is not a list of at most {MAX_RANK} sizes")
     if type(offsets) is not list or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise ValueError(f"tensor {name!r} has data_offsets that are no pair of byte numbers")
+        raise ValueError(f"tensor {name!r} has data_offsets that are not a pair of byte numbers")
     if math.prod(n for n in shape if n) * DTYPES[dtype].itemsize >= 2**63:
         raise ValueError(f"tensor {name!r} has shape {shape}, more than any memory")
     start, end = offsets

@@ -50,7 +50,7 @@ def rewrite(source: Path, target: Path) -> str | None:
         return "it holds no tensors by name"
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return f"{str(name)[:80]!r} is no tensor"
+            return f"{str(name)[:80]!r} is not a tensor"
         if tensor.layout != torch.strided or tensor.dtype not in NAMES or tensor.is_meta:
             return f"tensor {name[:80]!r} is {tensor.dtype}, {tensor.layout}"
     try:

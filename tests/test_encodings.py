@@ -74,7 +74,7 @@ def test_a_file_of_two_encodings_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["klingon", "hex", "base64", "rot13", "undefined", "../x", "big5\0", "é"])
 def test_what_is_no_encoding_of_text(name: str):
-    with pytest.raises(UsageError, match="is no encoding of text"):
+    with pytest.raises(UsageError, match="is not a text encoding"):
         check_encoding(name)
 
 
@@ -91,7 +91,7 @@ def test_every_command_that_reads_rows_takes_an_encoding(tmp_path: Path, capsys)
     ]  # fmt: skip
     told = ""
     for words in commands:
-        assert main([*words, "--encoding", "hex"]) == 2 and "'hex' is no encoding" in capsys.readouterr().err
+        assert main([*words, "--encoding", "hex"]) == 2 and "'hex' is not a text encoding" in capsys.readouterr().err
         assert main(words) == 3 and "it could be big5" in "".join(capsys.readouterr())
         assert main([*words, "--encoding", "big5"]) == 0
         told = capsys.readouterr().out

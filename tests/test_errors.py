@@ -145,7 +145,7 @@ TYPED = {
     "val": (["{train}", "--val", "some"], "val is 'some'"),
     "val nan": (["{train}", "--val", "nan"], "val is 'nan'"),
     "targets": (["{train}", "--lora-targets", "q_prj"], "no linear is called q_prj", "q_proj"),
-    "broken regex": (["{train}", "--lora-targets", "("], "no regular expression"),
+    "broken regex": (["{train}", "--lora-targets", "("], "not a regular expression"),
     "chat flag": (["chat", "--model", "{model}", "--promt", "x"], "unknown argument '--promt'"),
     "chat without model": (["chat"], "--model"),
     "temperature": (
@@ -171,18 +171,18 @@ def test_what_is_typed(tmp_path, cli, model, rows, case):
 
 YAML = {
     "unknown key": ("lora_rnk: 8", "unknown setting 'lora_rnk'", "Did you mean 'lora_rank'?"),
-    "key twice": ("lr: 1\nlr: 2", "key 'lr' stands twice"),
+    "key twice": ("lr: 1\nlr: 2", "duplicate key 'lr'"),
     "broken": ("lr: [1", "line"),
     "a list": ("- lr", "holds no settings"),
     "number keys": ("1: 2", "holds no settings"),
     "object": ("model: !!python/object/apply:os.system ['true']", "python/object"),
-    "list for a number": ("lr: [1]", "lr is of the wrong kind"),
-    "map for a text": ("model: {a: b}", "model is of the wrong kind"),
+    "list for a number": ("lr: [1]", "lr is of the wrong type"),
+    "map for a text": ("model: {a: b}", "model is of the wrong type"),
     "nothing for a text": ("data:", "data is empty"),
     "bool for a number": ("batch_size: true", "batch_size is True"),
     "aliases": (
         "model: [&a [x, x], &b [*a, *a, *a, *a], &c [*b, *b, *b, *b], [*c, *c, *c, *c]]",
-        "model is of the wrong kind",
+        "model is of the wrong type",
     ),
     "deep": ("model: " + "[" * 10_000, ""),
     "latin": (b"model: \xe9", "utf-8"),
@@ -302,7 +302,7 @@ MODEL = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     "broken tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
-        "is no usable tokenizer",
+        "is not a usable tokenizer",
     ),
     "no folder": (shutil.rmtree, "is not a folder"),
 }

@@ -149,7 +149,7 @@ def test_a_stop_token_that_is_missing_is_seen(tmp_path, model):
     assert list(result.problems) == ["no stop token at the end of an answer"]
     tokenizer.render = lambda *a, **k: tuple([x[0], *x] for x in whole(*a, **k))  # type: ignore[method-assign]
     result = inspect_data(str(write(tmp_path / "x", ROWS[9])), model, tokenizer, PLAIN)
-    assert list(result.problems) == ["the first token stands twice"]
+    assert list(result.problems) == ["the first token appears twice"]
 
 
 def test_the_command_and_its_page(tmp_path, model, capsys):

@@ -255,7 +255,7 @@ def test_an_unknown_target_names_those_that_exist(targets: str | list[str]):
 
 
 def test_a_broken_expression_is_a_usage_error():
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a regular expression"):
         add_lora(tiny(), "(q_proj", r=2)
 
 

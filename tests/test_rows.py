@@ -132,7 +132,7 @@ def test_a_key_twice_in_an_array_is_placed(tmp_path, start):
     twice = '{"prompt":"a","completion":"b, [","completion":"c"}'
     raw = f"{start}{json.dumps(GOOD)},\n[{json.dumps(GOOD)}] ,\n\n{twice}, {{]"  # what comes after it is not looked at
     line = 4 + start.count("\n")
-    assert f", row 3, line {line}: key 'completion' stands twice" in refusal(write(tmp_path / "x", raw=raw))
+    assert f", row 3, line {line}: duplicate key 'completion'" in refusal(write(tmp_path / "x", raw=raw))
 
 
 def test_a_row_of_an_array_has_the_limit_of_a_line(tmp_path, monkeypatch):
@@ -162,8 +162,8 @@ def test_other_encodings(tmp_path, encoding):
 
 
 BROKEN = {
-    "key twice": ('{"prompt":"a","prompt":"b","completion":"c"}', "key 'prompt' stands twice"),
-    "key twice inside": ('{"messages":[{"role":"user","role":"user","content":"c"}]}', "key 'role' stands twice"),
+    "key twice": ('{"prompt":"a","prompt":"b","completion":"c"}', "duplicate key 'prompt'"),
+    "key twice inside": ('{"messages":[{"role":"user","role":"user","content":"c"}]}', "duplicate key 'role'"),
     "half a surrogate pair": ('{"prompt":"\\ud800","completion":"c"}', "prompt holds half a surrogate pair"),
     "half a pair in the answer": ('{"prompt":"a","completion":"c\\udfff"}', "completion holds half a surrogate pair"),
     "half a pair in the history": ('{"instruction":"a","output":"b","history":[["a","\\ud800"]]}', "history holds half"),
@@ -177,9 +177,9 @@ BROKEN = {
     "no role": ('{"messages":[{"content":"x"}]}', "a message has the keys 'content'"),
     "role is a list": ('{"messages":[{"role":["user"],"content":"x"}]}', "a message has role"),
     "wrong from": ('{"conversations":[{"from":"bot","value":"x"}]}', "a message has from 'bot'"),
-    "no messages": ('{"messages":[]}', "messages is no list"),
-    "messages of text": ('{"messages":["x"]}', "messages is no list"),
-    "messages is text": ('{"messages":"x"}', "messages is no list"),
+    "no messages": ('{"messages":[]}', "messages is not a list"),
+    "messages of text": ('{"messages":["x"]}', "messages is not a list"),
+    "messages is text": ('{"messages":"x"}', "messages is not a list"),
     "no answer": ('{"prompt":"a"}', "no message is the assistant"),
     "text beside who knows what": ('{"text":"a","verdict":"b"}', "is not read"),
     "an empty answer before a good one": ('[{"prompt":"a","response":""},{"prompt":"a","response":"b"}]', "the answer is empty"),
@@ -187,7 +187,7 @@ BROKEN = {
     "two answers of one rank": ('{"prompt":"a","response":["b","c"]}', "response is"),
     "a class that is none": ('{"text":"a","label":true}', "label is 'true'"),
     "no keys": ("{}", "of no known shape"),
-    "history is nought": ('{"prompt":"a","response":"b","history":0}', "history is no list"),
+    "history is nought": ('{"prompt":"a","response":"b","history":0}', "history is not a list"),
     "a zero-width answer": ('{"prompt":"a","response":" \\u200b\\ufeff"}', "the answer is empty"),
     "ranked answers": ('{"prompt":"a","response":[["b"],["worse"]]}', "response is a list of 2 answers"),
     "a question to train": ('{"messages":[{"role":"user","content":"a","train":true},{"role":"assistant","content":"b"}]}', "not the assistant's has train True"),
@@ -199,10 +199,10 @@ BROKEN = {
     "a picture": ('{"messages":[{"role":"user","content":[{"type":"image","url":"x"}]}]}', "content is"),
     "a part without text": ('{"messages":[{"role":"user","content":[{"type":"text"}]}]}', "content is"),
     "a part of null": ('{"messages":[{"role":"user","content":[{"type":"text","text":null}]}]}', "content is"),
-    "history of text": ('{"instruction":"a","output":"b","history":["x"]}', "history is no list"),
-    "history is an object": ('{"instruction":"a","output":"b","history":{"a":"b"}}', "history is no list"),
-    "history is a number": ('{"instruction":"a","output":"b","history":5}', "history is no list"),
-    "history of three": ('{"instruction":"a","output":"b","history":[["a","b","c"]]}', "history is no list"),
+    "history of text": ('{"instruction":"a","output":"b","history":["x"]}', "history is not a list"),
+    "history is an object": ('{"instruction":"a","output":"b","history":{"a":"b"}}', "history is not a list"),
+    "history is a number": ('{"instruction":"a","output":"b","history":5}', "history is not a list"),
+    "history of three": ('{"instruction":"a","output":"b","history":[["a","b","c"]]}', "history is not a list"),
     "a number": ("5", "a row is a JSON object"),
     "null": ("null", "a row is a JSON object"),
     "5000 digits": ("9" * 5000, "digits"),
@@ -238,7 +238,7 @@ def test_a_giant_line(tmp_path, monkeypatch):
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "is a folder" in refusal(tmp_path)
-    assert "is no regular file" in refusal(tmp_path / "pipe")
+    assert "is not a regular file" in refusal(tmp_path / "pipe")
     assert "is not there" in refusal(tmp_path / "absent")
 
 
@@ -373,7 +373,7 @@ def test_an_error_in_a_cell_is_refused(tmp_path):
 
 @pytest.mark.parametrize("raw", [b"", b"PK\x03\x04", b"prompt,response\na,b\n"])
 def test_no_workbook(tmp_path, raw):
-    assert "is no workbook" in refusal(write(tmp_path / "x.xlsx", raw=raw))
+    assert "is not a workbook" in refusal(write(tmp_path / "x.xlsx", raw=raw))
 
 
 # files

@@ -115,7 +115,7 @@ def test_the_writer_takes_no_tensor_of_another_shape(tmp_path):
 
 
 NESTED = '{"a":' * 100_000
-OFFSETS, SHAPE = "no pair of byte numbers", "no list of at most 8 sizes"
+OFFSETS, SHAPE = "not a pair of byte numbers", "not a list of at most 8 sizes"
 TWICE = json.dumps(one())[:-1] + "," + json.dumps(one())[1:]
 HOSTILE = {
     "float size": (one(shape=[2.0]), SHAPE),
@@ -144,8 +144,8 @@ HOSTILE = {
     "hole": (one(data_offsets=[4, 12]), "starts at data byte 4, the one before ends at 0"),
     "overlap": (one() | {"v": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "starts at data byte 4"),
     "trailing bytes": ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "the tensors end at byte"),
-    "name twice": (TWICE, "key 'w' stands twice"),
-    "field twice": ('{"w":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', "key 'dtype' stands twice"),
+    "name twice": (TWICE, "duplicate key 'w'"),
+    "field twice": ('{"w":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}', "duplicate key 'dtype'"),
     "empty name": ({"": one()["w"]}, "1 to 512 printable"),
     "long name": ({"w" * 513: one()["w"]}, "1 to 512 printable"),
     "control character in a name": ({"a\x1b[2J": one()["w"]}, "1 to 512 printable"),

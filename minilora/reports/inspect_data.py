@@ -171,7 +171,7 @@ class _Scan:
         if row.shape != TEXT and self.settings.train_end and not self._stops():
             found.append(("no stop token at the end of an answer", ""))
         if len(ids) > 1 and ids[0] == ids[1] and ids[0] in known:
-            found.append(("the first token stands twice", self.tokenizer.decode(ids[:1], specials=True)))
+            found.append(("the first token appears twice", self.tokenizer.decode(ids[:1], specials=True)))
         mark = _mark(row)
         if mark:
             found.append(("the words of a chat format in a text", mark))

@@ -35,7 +35,7 @@ def report(folder: str | Path, samples: int = 0) -> Path:
     folder = Path(folder)
     run = read_record(folder)
     if not run.config:
-        raise UsageError(f"{folder} is no run", "Give the --output of minilora train.")
+        raise UsageError(f"{folder} is not a run folder", "Give the --output of minilora train.")
     if samples:
         make_samples(run, samples)
     write_file(folder / "report.html", run_page(run).html())

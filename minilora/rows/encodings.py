@@ -36,7 +36,7 @@ def check_encoding(name: str) -> None:
     try:
         "a".encode(name or "utf-8")
     except (LookupError, ValueError):
-        what = f"--encoding {quote(name)} is no encoding of text"
+        what = f"--encoding {quote(name)} is not a text encoding"
         raise UsageError(
             what, "Known are big5, gb18030, shift_jis, euc_kr, cp1252, utf-16 and what else Python knows."
         ) from None

@@ -54,7 +54,7 @@ def open_rows(path: str | Path, columns: dict[str, str] | None = None, encoding:
 def check_file(path: Path) -> None:
     """DataError for a path that is no file; a pipe is none, it could not be read twice."""
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
+        what = "a folder" if path.is_dir() else "not a regular file" if path.exists() else "not there"
         raise DataError(
             f"{path} is {what}", "Give a json, jsonl, csv, xlsx or txt file, or a folder with a train file."
         )
@@ -67,7 +67,7 @@ def _open(path: Path, columns: dict[str, str], encoding: str) -> RowFile:
         book.note = "; ".join(filter(None, [book.note, "a workbook needs no --encoding" if encoding else ""]))
         return book
     if kind in (".xls", ".ods", ".parquet", ".arrow", ".safetensors", ".zip", ".gz", ".docx", ".pdf"):
-        raise DataError(f"{path} is no file of rows that can be read", "Save it as jsonl, csv or xlsx.")
+        raise DataError(f"{path} is not a file of rows that can be read", "Save it as jsonl, csv or xlsx.")
     rows = _reader(path, encoding)(path, encoding)
     rows.note = ", ".join(filter(None, [encoding, rows.note]))
     return rows

@@ -180,12 +180,12 @@ def _row_of_duplicate(text: str) -> str:
 
 
 class DuplicateKey(ValueError):
-    """A key stands twice in one object."""
+    """One object has a key twice."""
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-        raise DuplicateKey(f"key {quote(twice)} stands twice in one object")
+        raise DuplicateKey(f"duplicate key {quote(twice)} in one object")
     return result

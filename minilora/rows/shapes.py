@@ -58,7 +58,7 @@ def check_columns(columns: dict[str, str]) -> None:
     wrong = next((name for name in columns if name not in COLUMNS), None)
     if wrong is not None:
         raise UsageError(
-            f"--columns {wrong}=...: {quote(wrong)} is no name of ours", f"Known are {', '.join(COLUMNS)}."
+            f"--columns {wrong}=...: {quote(wrong)} is not a name that is read", f"Known are {', '.join(COLUMNS)}."
         )
 
 
@@ -188,7 +188,7 @@ def _question_and_answer(row: dict, pair: tuple[str, str | None], where: str) ->
 def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[list[Message], str, list[str]]:
     turns = _parsed(row[key])
     if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-        raise RowError("no messages", f"{where}: {key} is no list of messages", "Write it as [{...}, ...].")
+        raise RowError("no messages", f"{where}: {key} is not a list of messages", "Write it as [{...}, ...].")
     sharegpt = "from" in turns[0]
     role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
     messages, lost = _system(row, where), []
@@ -257,7 +257,7 @@ def _history(row: dict, where: str) -> list[Message]:
         return []
     for pair in history if isinstance(history, list) else [None]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
-            what = f"{where}: history is no list of [question, answer] pairs"
+            what = f"{where}: history is not a list of [question, answer] pairs"
             raise RowError("no history", what, "Write it as [[q, a], ...].")
         messages += _turn(*(_sound(t, "history", where) for t in pair))
     return messages

@@ -142,7 +142,7 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 a broken workbook makes the libraries raise almost anything
-        what = f"{path} is no workbook: {' '.join(str(error).split())[:80]}"
+        what = f"{path} is not a workbook: {' '.join(str(error).split())[:80]}"
         raise DataError(what, "Save it as xlsx again, or as csv.") from None
 
 

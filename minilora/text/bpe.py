@@ -113,7 +113,7 @@ def no_panic(what: str) -> Iterator[None]:
             raise
         name = Path(what).name
         raise ModelError(
-            f"{what} is no usable tokenizer: {str(error)[:200]}", f"Download or copy {name} again."
+            f"{what} is not a usable tokenizer: {str(error)[:200]}", f"Download or copy {name} again."
         ) from None
 
 

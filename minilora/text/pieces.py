@@ -113,7 +113,7 @@ def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
         if not raw or model.vocab_size() == 0:  # the library takes an empty file
             raise ValueError("it holds no pieces")
         for i in range(model.vocab_size()):
-            model.id_to_piece(i)  # a piece that is no UTF-8 would come up in the middle of an answer
+            model.id_to_piece(i)  # a piece that is not UTF-8 would come up in the middle of an answer
         return model
 
 

@@ -46,7 +46,7 @@ ADD_NORM = {
 }
 CASES = {
     "rms_norm": Case(rms_norm.rms_norm, rms_norm.example, (37, 101), (64, 896), (0,), NORM),
-    "rms_norm once": Case(rms_norm.rms_norm, rms_norm.example, (37, 101), (64, 896), (0,), NORM, {"once": True}),
+    "rms_norm once": Case(rms_norm.rms_norm, rms_norm.example, (37, 101), (64, 896), (0,), NORM, {"round_once": True}),
     # a partial sum for 32 rows, as 8192 rows have on MAX_PARTIALS programs: more than the least, but no more than this
     "rms_norm trained": Case(rms_norm.rms_norm, rms_norm.example, (67, 1030), (64, 896), (0, 1), NORM, {}, 1.05),
     "add_rms_norm": Case(rms_norm.add_rms_norm, rms_norm.add_example, (37, 101), (64, 896), (0, 1), ADD_NORM),
