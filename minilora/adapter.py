@@ -44,10 +44,10 @@ HARMLESS = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
+def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "") -> None:
     """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path."""
     with staged_folder(Path(folder)) as stage:
-        fill_adapter_folder(model, stage, base)
+        fill_adapter_folder(model, stage, str(base))
 
 
 def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:

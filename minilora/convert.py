@@ -74,7 +74,9 @@ def _shards(folder: Path) -> list[str]:
     shards = sorted({str(place) for place in _weight_map(folder).values()})
     for shard in shards:
         if shard != Path(shard).name or not shard.isprintable() or not shard.endswith(".bin"):
-            raise ModelError(f"{folder / BIN_INDEX}: {shard[:80]!r} is not a file name here", "Do not trust this folder.")
+            raise ModelError(
+                f"{folder / BIN_INDEX}: {shard[:80]!r} is not a file name here", "Do not trust this folder."
+            )
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ModelError(f"{folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",

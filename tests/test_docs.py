@@ -1,0 +1,46 @@
+"""What docs/ and the README show runs as it is written."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from minilora.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_runs_as_written(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[number], f"docs/python.md, block {number + 1}", "exec"), {"DIR": ROOT / "minilora/demo/mini"})  # noqa: S102 our own
+
+
+def commands(page: Path) -> list[str]:
+    """The minilora commands of a page's indented blocks, without their comments."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("    ")]
+    words = [re.split(r"\s+#", line)[0].strip() for line in lines]
+    return [word for word in words if word.startswith("minilora ") and word.split()[1] in COMMANDS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_flag_of_a_command_is_there(page: Path, monkeypatch: pytest.MonkeyPatch):
+    """Parsed as the command line parses them; none is carried out."""
+    parsed = []
+    for command in commands(page):
+        module = import_module(f"minilora.commands.{command.split()[1]}")
+        monkeypatch.setattr(module, "run", lambda args: parsed.append(args) or 0)
+        assert main(shlex.split(command)[1:]) == 0 and parsed, command
+        parsed.clear()
+
+
+def test_a_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+        for target in re.findall(r"`((?:bench|docs|minilora|models|kernels|tests)/[\w/.-]+\.\w+)`", page.read_text()):
+            assert (ROOT / target).exists(), (page.name, target)
