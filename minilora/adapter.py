@@ -112,7 +112,15 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
     refuse_second(model)
     file = SafetensorsFile(folder / WEIGHTS)
     plan = _plan(model, folder, j, file)
-    lacking = [path for path in _named_by(folder, j, linears(model), plan) if path not in plan]
+    named = _named_by(folder, j, linears(model), plan)
+    lacking = [path for path in named if path not in plan]
+    beyond = [path for path in plan if path not in named] if j.get("target_modules") is not None else []
+    if beyond and not allow_partial:
+        raise ModelError(
+            f"{folder}: its file holds adapters on {len(beyond)} linears that its config leaves out ({', '.join(beyond[:3])}"
+            f"{' ...' if beyond[3:] else ''})",
+            "Take the files of one adapter, or take what the file holds with --allow-partial.",
+        )
     if lacking and not allow_partial:
         raise ModelError(
             f"{folder}: its config names {len(lacking) + len(plan)} linears of this model, its file holds {len(plan)} (missing: "
@@ -135,6 +143,20 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
         with torch.no_grad():
             wrapper.lora_A.copy_(tensors[path, "A"])
             wrapper.lora_B.copy_(tensors[path, "B"])
+
+
+def base_note(adapter: Path, folder: Path) -> str | None:
+    """A line where an adapter names another base than the folder, and its file cannot tell whether it is the same model."""
+    named = str(read_json(adapter / CONFIG).get("base_model_name_or_path") or "").replace("\\", "/").rstrip("/")
+    own = str(read_json(folder / "config.json").get("_name_or_path") or "")
+    names = {
+        name.replace("\\", "/").rstrip("/").split("/")[-1].lower() for name in (str(folder.resolve()), own) if name
+    }
+    if not named or named.split("/")[-1].lower() in names:
+        return None
+    if "minilora_base" in SafetensorsFile(adapter / WEIGHTS).metadata:
+        return None  # it is compared with the weights when it is loaded
+    return f"the adapter was made for {quote(named, 60)}; whether {folder} holds the same weights cannot be seen"
 
 
 def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def chat(
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
     folder = Path(model)
     tokenizer = load_tokenizer(folder, adapter)
-    for name, note in folder_notes(folder, tokenizer).items():
+    for name, note in folder_notes(folder, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     int8 = opening.get("int8", False)
     decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)

@@ -128,7 +128,7 @@ GROUPS = {
 }  # fmt: skip
 # names known from Hugging Face, PEFT, LLaMA-Factory and others
 ALIASES = {
-    "model_name_or_path": "model", "dataset": "data", "output_dir": "output", "learning_rate": "lr",
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "output_dir": "output", "learning_rate": "lr",
     "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup", "num_train_epochs": "epochs",
     "num_epochs": "epochs", "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulation", "max_grad_norm": "clip", "cutoff_len": "max_length",
@@ -161,6 +161,7 @@ NOT_NEEDED = {
 # settings of the same tools that cannot be had here: why, and what to do instead
 QUANTISED = ("a quantised base cannot be trained on yet", "Leave it out; --checkpointing saves memory.")
 REFUSED = {
+    "resume_from_checkpoint": ("a run goes on by --resume", "minilora train --output RUN --resume"),
     "quantization_bit": QUANTISED, "load_in_4bit": QUANTISED, "load_in_8bit": QUANTISED,
     "adapter_name_or_path": (
         "training starts from new adapters",
@@ -314,6 +315,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.load(text, _Loader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "Give a yaml file with -c.") from None
+    except yaml.MarkedYAMLError as error:
+        at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path}{at}: {error.problem or error.context}", "Correct the yaml there.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}", "Correct the yaml there.") from None
     if value is None:

@@ -42,7 +42,7 @@ def merge_folder(
     load_adapter(decoder, adapter, any_base, allow_partial)
     decoder.eval()
     tokenizer = load_tokenizer(model, adapter)
-    for name, note in folder_notes(model, tokenizer).items():
+    for name, note in folder_notes(model, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     check_fits(tokenizer, decoder.config.vocab, model)
     prompts = prompt_ids(tokenizer)

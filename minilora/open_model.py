@@ -8,11 +8,12 @@ import torch
 from minilora.models.decoder import Decoder
 from minilora.models.int8 import to_int8
 
-from .adapter import load_adapter
+from .adapter import base_note, load_adapter
 from .checkpoint import keys_not_read, load_model
 from .compute import choose, choose_threads, name_of
 from .errors import UsageError
 from .lora import merge
+from .model_folder import ADAPTER_CONFIG
 from .text.tokenizer import Tokenizer, check_fits
 
 
@@ -38,10 +39,15 @@ def open_model(
     return model
 
 
-def folder_notes(folder: str | Path, tokenizer: Tokenizer) -> dict[str, str]:
+def folder_notes(folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None) -> dict[str, str]:
     """Lines for a header, by name: what of a model's folder, or of an adapter's, is not taken as it stands."""
-    keys = keys_not_read(Path(folder))
-    return ({"config": keys} if keys else {}) | tokenizer.notes
+    folder = Path(folder)
+    found = {
+        "config": keys_not_read(folder),
+        "files": f"{ADAPTER_CONFIG} and its weights are not read: --adapter does that" if (folder / ADAPTER_CONFIG).is_file() else None,
+        "base": base_note(Path(adapter), folder) if adapter else None,
+    }  # fmt: skip
+    return {name: note for name, note in found.items() if note} | tokenizer.notes
 
 
 def round_to_int8(model: Decoder) -> None:

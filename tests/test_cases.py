@@ -1,6 +1,7 @@
 """Small inputs of real users that were once dropped, misread or refused for a wrong reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from tiny import make_model, make_rows
 import minilora
 from minilora.__main__ import main
 from minilora.checkpoint import read_config
+from minilora.data import load_examples
 from minilora.demo.show import MODEL
 from minilora.errors import DataError, ModelError
 from minilora.kernels.frozen_linear import frozen_linear
 from minilora.models.config_json import rope_of
 from minilora.models.int8 import int8_product, packed
+from minilora.open_model import folder_notes
 from minilora.rows import open_rows, read_rows
 from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.text.template import render_text
@@ -349,3 +352,67 @@ def test_one_tensor_under_two_names_is_refused(tmp_path: Path):
     adapter = damaged(tmp_path, lambda t: t | {k.removeprefix("base_model.model."): 5 * v for k, v in t.items()})
     with pytest.raises(ModelError, match="a second time"):
         minilora.load_adapter(minilora.load_model(tmp_path / "m"), adapter)
+
+
+# what a folder holds beside a model, and whom an adapter was made for
+
+
+@pytest.fixture
+def folder_and_adapter(tmp_path: Path) -> tuple[Path, Path]:
+    folder = make_model(tmp_path / "model")
+    model = minilora.load_model(folder, device="cpu")
+    minilora.add_lora(model, r=2)
+    minilora.save_adapter(model, tmp_path / "adapter", "Qwen/Other-Model")
+    return folder, tmp_path / "adapter"
+
+
+def notes_of(folder: Path, adapter: Path | None = None) -> dict[str, str]:
+    return folder_notes(folder, minilora.load_tokenizer(folder, adapter), adapter)
+
+
+def test_an_adapter_in_the_model_s_folder_is_told(folder_and_adapter):
+    folder, adapter = folder_and_adapter
+    assert notes_of(folder) == {}
+    shutil.copy(adapter / "adapter_config.json", folder)
+    assert "not read" in notes_of(folder)["files"]
+
+
+def test_the_base_that_an_adapter_names_is_told_where_its_weights_cannot_be_compared(folder_and_adapter):
+    folder, adapter = folder_and_adapter
+    assert "base" not in notes_of(folder, adapter)  # it knows the weights
+    file = SafetensorsFile(adapter / "adapter_model.safetensors")
+    tensors = {k: file.tensor(k).clone() for k in file.entries}
+    (adapter / "adapter_model.safetensors").unlink()
+    write_tensors(adapter / "adapter_model.safetensors", tensors)
+    assert "made for Qwen/Other-Model" in notes_of(folder, adapter)["base"]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for name in (str(folder), "someone/MODEL/"):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        assert "base" not in notes_of(folder, adapter)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers_to_transform": [0]}, {"target_modules": ["q_proj"]}, {"exclude_modules": ["up_proj"]}]
+)
+def test_an_adapter_that_holds_more_than_its_config_says(folder_and_adapter, change: dict):
+    folder, adapter = folder_and_adapter
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match="linears that its config leaves out"):
+        minilora.load_adapter(minilora.load_model(folder, device="cpu"), adapter)
+    minilora.load_adapter(minilora.load_model(folder, device="cpu"), adapter, allow_partial=True)
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_told(folder_and_adapter):
+    folder, _ = folder_and_adapter
+    (folder / "added_tokens.json").write_text(json.dumps({"<mine>": 2600, "<|im_end|>": 1}))
+    assert "<mine>" in notes_of(folder)["tokens"] and "im_end" not in notes_of(folder)["tokens"]
+
+
+def test_questions_without_an_answer_and_marks_are_counted(tmp_path: Path):
+    rows = tmp_path / "rows.json"
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    more = {"role": "user", "content": "<|im_start|>and then?"}
+    rows.write_text(json.dumps([{"messages": talk}, {"messages": [*talk, more]}]))
+    told = str(load_examples(rows, minilora.load_tokenizer(MODEL))[1])
+    assert "note: 1 rows end with a message that no answer follows" in told and "note: 1 rows hold marks" in told

@@ -151,7 +151,7 @@ def test_a_yaml_file_stands_by_itself(tmp_path: Path, capsys):
     test = ["--model", model, "--adapter", tmp_path / "run", "--data", rows, "--json"]
     losses = [
         json.loads(said(capsys, "eval", *w)[1])["loss"]
-        for w in (test, [*test, "--adapter", tmp_path / "run" / "adapter"])
+        for w in (test, [*test[:2], "--adapter", tmp_path / "run" / "adapter", *test[4:]])
     ]
     assert losses[0] == losses[1]
     code, out, err = said(capsys, "merge", *test[:4], "--output", tmp_path / "merged")
@@ -181,3 +181,23 @@ def test_the_examples_of_the_help_are_right():
 
 def test_an_older_run_s_keep_is_a_number_of_checkpoints():
     assert (resolve({"keep": 3}).keep, resolve({"keep": 3}).keep_checkpoints) == ("best", 3)
+
+
+def test_a_setting_that_is_given_twice(capsys):
+    """Two lists are not one; of anything else the last counts, which is said."""
+    for words in (["--data", "a", "--data", "b"], ["--lora-targets", "q_proj", "--target_modules", "v_proj"]):
+        code, _, err = said(capsys, "train", *words)
+        assert code == 2 and "with commas" in err
+    assert "are one setting" in err
+    code, _, err = said(capsys, "plan", "--lr", "1e-4", "--learning_rate", "x")
+    assert (
+        code == 2
+        and "note: --lr and --learning_rate are one setting; the last one counts" in err
+        and "lr is 'x'" in err
+    )
+    assert "twice" not in said(capsys, "eval", "--model", "m", "--data", "d", "--define", "a=1", "--define", "b=2")[2]
+
+
+def test_a_run_of_another_tool_goes_on_by_its_own_flag(capsys):
+    assert "--resume" in said(capsys, "train", "--resume_from_checkpoint", "x")[2]
+    assert resolve({"base_model": "m"}).model == "m"

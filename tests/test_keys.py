@@ -15,7 +15,7 @@ from minilora.config import DataConfig
 from minilora.data import load_examples
 from minilora.errors import DataError
 from minilora.rows import RowError, quote, to_messages, trainable
-from minilora.rows.keys import CONTENT_OF_MESSAGES, LOSSES, NOTES, NOTES_OF_MESSAGES, THOUGHTS
+from minilora.rows.keys import CONTENT_OF_MESSAGES, LOSSES, NOTES, NOTES_OF_MESSAGES, NOTES_OF_TEXT, THOUGHTS
 from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS, TOOL_ROLES
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -92,11 +92,17 @@ def test_an_unknown_key_of_a_dialogue_of_turns_is_refused(key: str, value: Any):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "/".join(s))
 def test_notes_change_no_token(shape: dict, tokenizer):
     plain = to_messages(shape, WHERE)
-    notes = {k: v for k, v in dict.fromkeys(NOTES, "x").items() if k not in shape}
+    harmless = NOTES_OF_TEXT if set(shape) == {"text"} else NOTES
+    notes = {k: v for k, v in dict.fromkeys(harmless, "x").items() if k not in shape}
     assert trainable(to_messages(shape | notes, WHERE)) == plain
     for chat in (k for k in shape if k in CHATS):
         turns = [turn | dict.fromkeys(NOTES_OF_MESSAGES, "x") for turn in shape[chat]]
         assert trainable(to_messages(shape | {chat: turns}, WHERE)) == plain
+
+
+@pytest.mark.parametrize("key", sorted(NOTES - NOTES_OF_TEXT) + ["title"])
+def test_a_raw_text_s_class_and_title_are_no_notes(key: str):
+    refused({"text": "a b", key: "x"}, key)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if "text" not in s or "label" in s], ids=lambda s: "/".join(s))

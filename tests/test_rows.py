@@ -76,7 +76,7 @@ SHAPES = {
               [U("q1"), A("a1"), U("q2"), A("a2")], "turns"),
     "ranked answers": ({"prompt": "q", "response": [["a", "b"][:1]]}, [U("q"), A("a")], "prompt/response"),
     "raw text": ({"text": "a b"}, [("text", "a b")], "text"),
-    "raw text of an article": ({"id": 1, "title": "A", "url": "u", "text": "a b"}, [("text", "a b")], "text"),
+    "raw text of an article": ({"id": 1, "url": "u", "text": "a b"}, [("text", "a b")], "text"),
     "more keys": (GOOD | {"id": 7, "source": None}, [U("a"), A("b")], "prompt/completion"),
 }  # fmt: skip
 

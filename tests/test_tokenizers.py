@@ -337,8 +337,8 @@ def test_damaged_sentencepiece_models_are_read_or_refused(tmp_path):
 
 
 BROKEN = {
-    "empty": ("tokenizer.model", b"", "no usable tokenizer"),
-    "no protobuf": ("tokenizer.model", b"\xff" * 64, "no usable tokenizer"),
+    "empty": ("tokenizer.model", b"", "not a usable tokenizer"),
+    "no protobuf": ("tokenizer.model", b"\xff" * 64, "not a usable tokenizer"),
     "no base64": ("qwen.tiktoken", b"IQ== 0\n!!! 1\n", "line 2"),
     "a gap": ("qwen.tiktoken", b"IQ== 0\nIg== 2\n", "line 2"),
     "a token twice": ("qwen.tiktoken", b"IQ== 0\nIQ== 1\n", "line 2"),

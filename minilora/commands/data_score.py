@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console()
     tokenizer = load_tokenizer(args.model, args.adapter)
-    for name, note in folder_notes(args.model, tokenizer).items():
+    for name, note in folder_notes(args.model, tokenizer, args.adapter).items():
         say(f"{name:<12}{note}")
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
     examples, report = load_examples(args.data, tokenizer, settings, seed=args.seed, cache=cache)

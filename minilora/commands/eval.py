@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.model, args.adapter)
-    for name, note in folder_notes(args.model, tokenizer).items():
+    for name, note in folder_notes(args.model, tokenizer, args.adapter).items():
         say(f"{name:<12}{note}", quiet=args.json)
     examples, report = load_examples(args.data, tokenizer, settings)
     opened: dict[str, Any] = opening(args) | {"int8": False}

@@ -6,7 +6,9 @@ from typing import Any, NoReturn
 
 from ..errors import UsageError
 from ..spelling import SWITCH, nearest
+from ..terminal import say
 
+LISTS = {"data", "val", "lora_targets", "ignore_keys", "columns", "model", "adapter"}  # nobody means one of two
 # what LLaMA-Factory calls them
 FOREIGN = {"--model-name-or-path": "--model", "--adapter-name-or-path": "--adapter"}
 
@@ -20,6 +22,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse, but that nothing may be left over; True, False, on, off, ... may stand after a switch."""
         words, known = self._plain_switches(args or []), self._option_string_actions
+        self._refuse_twice(words)
         if self._subparsers is None:
             # before argparse says that something is missing which stands there under another name
             flags = [w for w in words[: words.index("--") if "--" in words else None] if w[:2] == "--" and " " not in w]
@@ -50,6 +53,22 @@ class Parser(argparse.ArgumentParser):
             off = name.startswith("--no-") == on
             words.append(next(n for n in action.option_strings if n.startswith("--no-") == off))
         return words
+
+    def _refuse_twice(self, words: Sequence[str]) -> None:
+        """UsageError for a list that is given in two words, of which one would be lost; a note for any other setting."""
+        given: dict[str, str] = {}
+        for word in words[: words.index("--") if "--" in words else None]:
+            name = word.partition("=")[0]
+            action = self._option_string_actions.get(name)
+            if action is None or isinstance(action, (argparse._AppendAction, argparse._HelpAction)):
+                continue
+            if action.dest in given:
+                first = given[action.dest]
+                both = f"{name} is given twice" if first == name else f"{first} and {name} are one setting"
+                if action.dest in LISTS:
+                    raise UsageError(both, "Give several as one word, with commas.")
+                say(f"note: {both}; the last one counts", quiet=True)
+            given[action.dest] = name
 
     def _unknown(self, word: str) -> UsageError:
         word = word.partition("=")[0]

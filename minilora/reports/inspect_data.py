@@ -1,6 +1,5 @@
 """What the model sees of a file of rows: its tokens, what of them is trained, how long rows are, and what looks wrong."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..model_folder import positions_note
 from ..rows import Row, RowError, fill, open_rows, to_messages, trainable
 from ..rows.duplicates import NearDuplicates
 from ..rows.keys import ignored_notes
-from ..rows.load import ending_note, hashes, render_row, render_within
+from ..rows.load import MARK, ending_note, hashes, render_row, render_within
 from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
 from ..text.template import Message
@@ -23,15 +22,11 @@ from .token_view import Token, tokens_of
 
 KEPT = 5  # places that are kept of each problem
 CHECKED = 200  # rows that are compared with the folder's template
-# marks of chat formats; words of a thought and of a tool call may stand in an answer
-MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>",
-         "[gMASK]", "<sop>", "<eop>", "[INST]", "[/INST]", "<<SYS>>", "### Instruction:", "### Response:", "<s>", "</s>")  # fmt: skip
 LIMITED = {  # setting -> the length that it limits, and its name
     "max_length": ("total", "tokens"),
     "max_source_length": ("source", "masked tokens"),
     "max_target_length": ("target", "trained tokens"),
 }
-MARK = re.compile("|".join(map(re.escape, MARKS)))
 
 
 @dataclass

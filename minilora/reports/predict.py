@@ -105,7 +105,7 @@ def predict(
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    for name, note in folder_notes(model, tokenizer).items():
+    for name, note in folder_notes(model, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     questions = read_questions(data, tokenizer, reading, say)
     then = _settings_there(folder, overwrite).get("dtype")

@@ -21,6 +21,8 @@ NOTES = frozenset((
 ))  # fmt: skip
 # in a message these are what it is about: an attachment, or the tool that ChatGLM3 calls
 CONTENT_OF_MESSAGES = {"meta", "metadata", "file", "filename", "path", "url", "link", "task"}
+# of a raw text they may be what is to be learnt of it
+NOTES_OF_TEXT = NOTES - {"category", "categories", "subcategory", "class_name", "类别", "分类"}
 NOTES_OF_MESSAGES = (NOTES - CONTENT_OF_MESSAGES) | {"finish_reason", "stop_reason", "usage", "logprobs"}
 LOSSES = ("loss", "loss_mask", "weight", "train", "trainable")
 OF_MESSAGE = "message "  # stands before a message's key where both kinds are named

@@ -8,6 +8,7 @@ A row is trained on, or counted under the reason why it is not; none is changed 
 import contextlib
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class Report:
     defined: Counter = field(default_factory=Counter)  # {{key}} -> times it was filled
     undefined: Counter = field(default_factory=Counter)  # {{key}} -> rows that hold it unfilled
     ignored: Counter = field(default_factory=Counter)  # key -> rows that hold it and leave it out on request
+    unanswered: int = 0  # rows whose last message no answer follows
+    marked: int = 0  # rows whose texts hold marks of a chat format
     notes: list[str] = field(default_factory=list)  # how a file was read
 
     def add(self, other: "Report") -> None:
@@ -54,6 +57,8 @@ class Report:
         self.tokens += other.tokens
         self.trained += other.trained
         self.longest = max(self.longest, other.longest)
+        self.unanswered += other.unanswered
+        self.marked += other.marked
         self.first_dropped = self.first_dropped or other.first_dropped
         self.first_broken = self.first_broken or other.first_broken
         self.notes += other.notes
@@ -79,6 +84,10 @@ class Report:
             text += f"\ncut {sum(self.cut.values()):,} of {self.rows:,} rows: {_over(self.cut)}"
         if self.broken:
             text += f"\nleft out {sum(self.broken.values()):,} of {self.rows:,} rows: {counted(self.broken)} (first: {self.first_broken})"
+        if self.unanswered:
+            text += f"\nnote: {self.unanswered:,} rows end with a message that no answer follows; it teaches nothing"
+        if self.marked:
+            text += f"\nnote: {self.marked:,} rows hold marks such as <|im_start|>, which are plain text to the model; inspect data shows them"
         for key, rows in self.undefined.items():
             text += f"\nnote: {rows:,} rows hold {{{{{key}}}}} as it is; --define {key}=TEXT fills it"
         return text
@@ -93,6 +102,10 @@ def counted(reasons: Counter) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
 
 
+# marks of chat formats; words of a thought and of a tool call may stand in an answer
+MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>",
+         "[gMASK]", "<sop>", "<eop>", "[INST]", "[/INST]", "<<SYS>>", "### Instruction:", "### Response:", "<s>", "</s>")  # fmt: skip
+MARK = re.compile("|".join(map(re.escape, MARKS)))
 PLAIN = DataConfig()
 
 
@@ -211,6 +224,8 @@ def _write(
         report.ignored.update(row.ignored)
         report.undefined.update(undefined)
         report.shapes[row.shape] += 1
+        report.unanswered += row.messages[-1]["role"] not in ("assistant", TEXT)
+        report.marked += any(MARK.search(m["content"]) for m in row.messages)
         if over and settings.truncate == "error":
             raise DataError(f"{row.where} is over {over}", "Raise the limit, or say --truncate drop or --truncate cut.")
         if over and not pieces:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from ..text.template import Message
-from .keys import LOSSES, NOTES_OF_MESSAGES, OF_MESSAGE, THOUGHTS, is_trained, refuse_unread, unread
+from .keys import LOSSES, NOTES_OF_MESSAGES, NOTES_OF_TEXT, OF_MESSAGE, THOUGHTS, is_trained, refuse_unread, unread
 from .problems import RowError, quote
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
@@ -169,7 +169,7 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
         lost = unread(row, {*read, "system", "history"}, ignored)
         return _system(row, where) + _history(row, where) + turn, shape, lost
     if TEXT in row:
-        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT, "title"}, ignored)
+        return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT}, ignored, NOTES_OF_TEXT)
     raise RowError("unknown shape", f"{where}: keys {quote(', '.join(map(str, row)))} are of no known shape",
                    "Known are messages, conversations, instruction/output, prompt/response, question/answer, content/summary, "
                    "text/label and text; --columns prompt=NAME,response=NAME names others.")  # fmt: skip

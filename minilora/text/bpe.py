@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import ModelError
-from ..model_folder import MAX_JSON, read_json
+from ..model_folder import MAX_JSON, check_is_itself, read_json
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -121,7 +121,9 @@ def load_json(folder: Path) -> BytePairs:
     """The tokenizer.json of a folder, with the tokens that its tokenizer_config.json adds."""
     path = folder / "tokenizer.json"
     with no_panic(str(path)):
-        return BytePairs.of_json(read_text(path).decode("utf-8"), _added(folder, {}))
+        text = read_text(path)
+        check_is_itself(path, text[:64])
+        return BytePairs.of_json(text.decode("utf-8"), _added(folder, {}))
 
 
 def load_merges(folder: Path) -> BytePairs:

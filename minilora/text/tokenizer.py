@@ -133,6 +133,9 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
     j = read_json(folder / "config.json")
     coder, fixed = _coder(folder, j)
     notes, replaced = {}, {}
+    lost = _not_known(folder, coder)
+    if lost:
+        notes["tokens"] = f"added_tokens.json has tokens that the tokenizer does not know; they are plain text: {lost}"
     if adapter is not None:
         coder, told, replaced = _adapters_coder(adapter, folder, coder)
         notes |= {"tokens": told} if told else {}
@@ -157,6 +160,14 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
     tokenizer = Tokenizer(coder, template)
     tokenizer.notes, tokenizer.replaced = notes | ({"chat": note} if note else {}), replaced
     return tokenizer
+
+
+def _not_known(folder: Path, coder: Coder) -> str:
+    """Tokens of a folder's added_tokens.json, which old tokenizers read, that its tokenizer lacks."""
+    if not (folder / "added_tokens.json").is_file() or not isinstance(coder, bpe.BytePairs):
+        return ""
+    names = [quote(t, 20) for t in read_json(folder / "added_tokens.json") if t not in coder.vocabulary]
+    return ", ".join(names[:4]) + (" ..." if names[4:] else "")
 
 
 def _files_with(text: str, settings: Path) -> dict[str, bytes]:
