@@ -82,15 +82,21 @@ def read_config(folder: Path) -> Config:
         ) from None
 
 
+# how classes of language models are called; ChatGLM's own code has ChatGLMModel
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ChatGLMModel")
+
+
 def keys_not_read(folder: Path) -> str | None:
     """A line with the keys of a folder's config.json that are not known here, if there are any."""
     path = folder / "config.json"
     j = read_json(path)
     names = unknown_keys(j, _family(path, j))
-    if not names:
-        return None
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
-    return f"keys that are not known, and not read: {told}"
+    lines = [f"keys that are not known, and not read: {told}"] if names else []
+    heads = [str(name) for name in j.get("architectures") or () if not str(name).endswith(LANGUAGE_MODELS)]
+    if heads:
+        lines.append(f"architectures names {quote(heads[0], 60)}; it is taken as a language model")
+    return "; ".join(lines) or None
 
 
 def _quantised(j: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from minilora.models.stream import Cache
 
 from .errors import ModelError
 from .model_folder import read_json
+from .rows import quote
 from .text.tokenizer import Tokenizer
 
 
@@ -62,6 +63,28 @@ def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error}", "Correct the file, or take it away.") from None
     return sampling, set(stop)
+
+
+# of generation_config.json: what Sampling and the stop ids take, and what says nothing of the next token
+READ = {"eos_token_id", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
+HARMLESS = {
+    "bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config", "max_length", "max_new_tokens",
+    "use_cache", "cache_implementation", "chat_format", "max_window_size", "return_dict_in_generate", "output_scores",
+    "trust_remote_code",
+}  # fmt: skip
+
+
+def generation_note(folder: Path) -> str | None:
+    """A line where a folder's generation_config.json asks for what answers here do not follow."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        j = read_json(path)
+    except ModelError as error:
+        return error.what
+    other = [quote(k, 40) for k in j if k not in READ | HARMLESS and j[k] not in (None, False, "", [], {}, 0, 1)]
+    return f"{path.name} has keys that answers do not follow: {', '.join(other[:6])}" if other else None
 
 
 @torch.inference_mode()

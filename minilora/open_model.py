@@ -12,6 +12,7 @@ from .adapter import base_note, load_adapter
 from .checkpoint import keys_not_read, load_model
 from .compute import choose, choose_threads, name_of
 from .errors import UsageError
+from .generate import generation_note
 from .lora import merge
 from .model_folder import ADAPTER_CONFIG
 from .text.tokenizer import Tokenizer, check_fits
@@ -45,6 +46,7 @@ def folder_notes(folder: str | Path, tokenizer: Tokenizer, adapter: str | Path |
     found = {
         "config": keys_not_read(folder),
         "files": f"{ADAPTER_CONFIG} and its weights are not read: --adapter does that" if (folder / ADAPTER_CONFIG).is_file() else None,
+        "answers": generation_note(folder),
         "base": base_note(Path(adapter), folder) if adapter else None,
     }  # fmt: skip
     return {name: note for name, note in found.items() if note} | tokenizer.notes

@@ -384,7 +384,7 @@ def test_the_base_that_an_adapter_names_is_told_where_its_weights_cannot_be_comp
     tensors = {k: file.tensor(k).clone() for k in file.entries}
     (adapter / "adapter_model.safetensors").unlink()
     write_tensors(adapter / "adapter_model.safetensors", tensors)
-    assert "made for Qwen/Other-Model" in notes_of(folder, adapter)["base"]
+    assert "made for 'Qwen/Other-Model'" in notes_of(folder, adapter)["base"]
     config = json.loads((adapter / "adapter_config.json").read_text())
     for name in (str(folder), "someone/MODEL/"):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
@@ -416,3 +416,21 @@ def test_questions_without_an_answer_and_marks_are_counted(tmp_path: Path):
     rows.write_text(json.dumps([{"messages": talk}, {"messages": [*talk, more]}]))
     told = str(load_examples(rows, minilora.load_tokenizer(MODEL))[1])
     assert "note: 1 rows end with a message that no answer follows" in told and "note: 1 rows hold marks" in told
+
+
+def test_a_classifier_and_settings_that_answers_do_not_follow_are_told(folder_and_adapter):
+    folder, _ = folder_and_adapter
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForSequenceClassification"]}))
+    generation = {
+        "eos_token_id": 1,
+        "temperature": 0.7,
+        "num_beams": 1,
+        "no_repeat_ngram_size": 3,
+        "stop_strings": ["x"],
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert "Qwen3ForSequenceClassification" in notes_of(folder)["config"]
+    assert "'no_repeat_ngram_size', 'stop_strings'" in notes_of(folder)["answers"]
+    (folder / "generation_config.json").write_text("{bad")
+    assert "not valid JSON" in notes_of(folder)["answers"]
