@@ -413,7 +413,7 @@ def test_compare_gives_its_verdict_then_what_differs_and_marks_the_best(tmp_path
     b = make_run(tmp_path / "b", answers=["一个答案"] * 120, lr=2e-3)
     compare([str(a), str(b)], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    order = ['class="verdict">B answers the test set best', "chance alone would hardly give that", "A is a, B is b.",
+    order = ['class="verdict">B has the highest score on the test set', "chance alone would hardly give that", "A is a, B is b.",
              "What differs", "<td>lr</td>", ">Runs<", 'class="best">100.00', "Differences from A", "What the metrics count"]  # fmt: skip
     places = [page.find(text) for text in order]
     assert -1 not in places and places == sorted(places), list(zip(order, places, strict=True))

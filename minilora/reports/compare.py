@@ -111,7 +111,7 @@ def verdicts(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> li
         tests = len(_shared_metrics(answered, measured)) * (len(answered) - 1)
         values = {run.letter: interval(measured[run.name][CHOSEN]) for run in answered}
         best = max(values, key=lambda letter: values[letter].value)
-        told.append(f"{best} answers the test set best: {CHOSEN} {values[best].value:.2f} of 100.")
+        told.append(f"{best} has the highest score on the test set: {CHOSEN} {values[best].value:.2f} of 100.")
         for run in answered[1:] if len(answered) <= MOST_TOLD else [r for r in answered[1:] if r.letter == best]:
             d = paired(measured[answered[0].name][CHOSEN], measured[run.name][CHOSEN])
             told.append(_significance(answered[0], run, CHOSEN, d, tests))
