@@ -197,10 +197,10 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: 
 
     `round_once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and one N.
     """
+    if _one_call_does(x, w, offset):
+        return F.rms_norm(x, w.shape, w, eps)
     check_same("rms_norm", x=x, w=w)
     _check_width("rms_norm", x, w)
-    if _one_call_does(x, offset):
-        return F.rms_norm(x, w.shape, w, eps)
     return run(_on(x, w), x, w, eps, offset, round_once, None)
 
 
@@ -208,19 +208,20 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual (both [..., N]) as rms_norm gives it, and the sum, in one pass."""
+    if _one_call_does(x, w, offset) and x.shape == residual.shape:
+        s = x + residual
+        return F.rms_norm(s, w.shape, w, eps), s
     check_same("add_rms_norm", x=x, residual=residual, w=w)
     _check_width("add_rms_norm", x, w)
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} must have one shape")
-    if _one_call_does(x, offset):
-        s = x + residual
-        return F.rms_norm(s, w.shape, w, eps), s
     return run(_on(x, w), x, w, eps, offset, round_once, residual)
 
 
-def _one_call_does(x: Tensor, offset: float) -> bool:
+def _one_call_does(x: Tensor, w: Tensor, offset: float) -> bool:
     """Whether torch's own norm serves: in inference (a recomputed block needs the same bits), where nothing is rounded on the way."""
-    return torch.is_inference_mode_enabled() and x.dtype == torch.float32 and not offset and not use_triton(x)
+    fp32 = x.dtype == torch.float32 and w.dtype == torch.float32
+    return torch.is_inference_mode_enabled() and fp32 and not offset and not use_triton(x)
 
 
 def _check_width(op: str, x: Tensor, w: Tensor) -> None:

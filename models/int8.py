@@ -93,5 +93,7 @@ def to_int8(model: Decoder) -> None:
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, Int8Linear([child]))
+    for p in [p for module in (*model.blocks, model.norm) for p in module.parameters()]:
+        p.data = p.data.float()  # of the norms: widened once, not for each token
     model.int8_head = packed(model.head)
     model.compute = torch.float32
