@@ -250,7 +250,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
     words += ["--encoding", config.encoding] if config.encoding else []
     words += ["--ignore-keys", config.ignore_keys] if config.ignore_keys else []
     words += [] if config.device == "auto" else ["--device", config.device]
-    code = _child("predict", *words)
+    code = _child("predict", *words, "--json")  # the scores of all stand in one table at the end
     if code:
         raise _failure(code, f"minilora predict into {output}")
 
@@ -261,7 +261,8 @@ def _child(*words: object) -> int:
     command = [sys.executable, "-P", "-m", "minilora", *map(str, words)]
     with StopSignal() as stop:
         # a group of its own: Ctrl-C on the terminal would reach it beside ours, and two signals end a run at once
-        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, process_group=0)
+        out = subprocess.DEVNULL if "--json" in words else None
+        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, process_group=0, stdout=out)
         told = False
         while True:
             try:
