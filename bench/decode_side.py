@@ -22,10 +22,10 @@ Decode = Callable[[int], None]  # so many tokens after the prompt
 
 def minilora(model: str, int8: bool = False) -> Decode:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from minilora.cpu import before_torch, keep_heap
+    from minilora.cpu import before_torch, tune_memory
 
     before_torch()
-    keep_heap()
+    tune_memory()
     from minilora.generate import generate
     from minilora.open_model import open_model
     from minilora.text.tokenizer import load_tokenizer

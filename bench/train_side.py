@@ -23,10 +23,10 @@ Step = Callable[[list[dict]], float]  # the rows of a step -> its loss
 
 def minilora(args: argparse.Namespace) -> Step:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from minilora.cpu import before_torch, keep_heap
+    from minilora.cpu import before_torch, tune_memory
 
     before_torch()
-    keep_heap()
+    tune_memory()
     import numpy as np
     import torch
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from . import __version__
 from .commands.parser import Parser
-from .cpu import before_torch, keep_heap
+from .cpu import before_torch, tune_memory
 from .errors import MiniloraError, UsageError
 from .terminal import printable
 
@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
             _command(name).flags(sub)
     args = parser.parse_args(argv)
     before_torch()
-    keep_heap()
+    tune_memory()
     return _command(args.command).run(args) or 0
 
 

@@ -154,8 +154,8 @@ def base_note(adapter: Path, folder: Path) -> str | None:
     }
     if not named or named.split("/")[-1].lower() in names:
         return None
-    if "minilora_base" in SafetensorsFile(adapter / WEIGHTS).metadata:
-        return None  # it is compared with the weights when it is loaded
+    if not (adapter / WEIGHTS).is_file() or "minilora_base" in SafetensorsFile(adapter / WEIGHTS).metadata:
+        return None  # loading it will say more, or compare it with the weights
     return f"the adapter was made for {quote(named, 60)}; whether {folder} holds the same weights cannot be seen"
 
 

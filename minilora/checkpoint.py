@@ -93,7 +93,9 @@ def keys_not_read(folder: Path) -> str | None:
     names = unknown_keys(j, _family(path, j))
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
     lines = [f"keys that are not known, and not read: {told}"] if names else []
-    heads = [str(name) for name in j.get("architectures") or () if not str(name).endswith(LANGUAGE_MODELS)]
+    given = j.get("architectures") or []
+    classes = given if isinstance(given, list) else [given]
+    heads = [str(name) for name in classes if not str(name).endswith(LANGUAGE_MODELS)]
     if heads:
         lines.append(f"architectures names {quote(heads[0], 60)}; it is taken as a language model")
     return "; ".join(lines) or None

@@ -33,7 +33,7 @@ def before_torch() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
-def keep_heap() -> None:
+def tune_memory() -> None:
     """Raise glibc's mmap and trim thresholds where there is glibc, and look through all of Python's objects less often."""
     gc.set_threshold(700, 10, 1000)  # torch's modules are a million objects that never go: 0.7 of the demo's 14 seconds
     if not sys.platform.startswith("linux"):

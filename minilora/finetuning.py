@@ -5,7 +5,7 @@ from typing import Any
 
 from minilora.models.decoder import Decoder
 
-from .config import resolve
+from .config import canonical, resolve
 from .data import pack, step_examples
 from .errors import UsageError
 from .lora import adapters
@@ -16,7 +16,7 @@ from .train import learning_rate, optimizer_of, prepare, train_step
 
 # settings of a run that has files
 OF_FILES = {
-    "model", "data", "output", "val", "test", "cache", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
+    "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
 }  # fmt: skip
 OF_MODELS = {"device", "dtype", "compute", "threads", "kernels", "method"}  # load_model has settled them
 
@@ -37,7 +37,7 @@ def finetune(
     a loss that is not finite.
     """
     config = resolve(settings)
-    for name in (OF_FILES | OF_MODELS) & settings.keys():
+    for name in filter((OF_FILES | OF_MODELS).__contains__, map(canonical, settings)):
         why = "nothing is read or written" if name in OF_FILES else "the model is loaded"
         raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
     examples = render_rows(rows, tokenizer, config)

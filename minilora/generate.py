@@ -83,7 +83,9 @@ def generation_note(folder: Path) -> str | None:
         j = read_json(path)
     except ModelError as error:
         return error.what
-    other = [quote(k, 40) for k in j if k not in READ | HARMLESS and j[k] not in (None, False, "", [], {}, 0, 1)]
+    # True is not the neutral 1 of num_beams and others
+    asked = [k for k in j if k not in READ | HARMLESS and (j[k] is True or j[k] not in (None, False, "", [], {}, 0, 1))]
+    other = [quote(k, 40) for k in asked]
     return f"{path.name} has keys that answers do not follow: {', '.join(other[:6])}" if other else None
 
 

@@ -72,7 +72,7 @@ def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def check_before(folder: Path, overwrite: bool) -> None:
-    """OutputInUse for a folder that is not a run folder's, before anything is written there, the lock included."""
+    """OutputInUse for a folder that is not a run's, before anything is written there, the lock included."""
     if folder.is_dir() and not (folder / ".lock").exists():
         check_claim(folder, resume=False, overwrite=overwrite)
 

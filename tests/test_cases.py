@@ -422,15 +422,12 @@ def test_a_classifier_and_settings_that_answers_do_not_follow_are_told(folder_an
     folder, _ = folder_and_adapter
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForSequenceClassification"]}))
-    generation = {
-        "eos_token_id": 1,
-        "temperature": 0.7,
-        "num_beams": 1,
-        "no_repeat_ngram_size": 3,
-        "stop_strings": ["x"],
-    }
+    neutral = {"eos_token_id": 1, "temperature": 0.7, "num_beams": 1}
+    generation = neutral | {"no_repeat_ngram_size": 3, "stop_strings": ["x"], "renormalize_logits": True}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     assert "Qwen3ForSequenceClassification" in notes_of(folder)["config"]
-    assert "'no_repeat_ngram_size', 'stop_strings'" in notes_of(folder)["answers"]
+    assert notes_of(folder)["answers"].endswith("'no_repeat_ngram_size', 'stop_strings', 'renormalize_logits'")
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": 5}))
+    assert "names '5'" in notes_of(folder)["config"]
     (folder / "generation_config.json").write_text("{bad")
     assert "not valid JSON" in notes_of(folder)["answers"]

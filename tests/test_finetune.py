@@ -56,7 +56,8 @@ def test_adapters_that_are_there_are_trained_on(pair: Pair, tmp_path: Path, monk
 @pytest.mark.parametrize(
     "rows, settings, error, told",
     [
-        (ROWS, {"output": "x"}, UsageError, "takes no output"), (ROWS, {"device": "cpu"}, UsageError, "the model is loaded"),
+        (ROWS, {"output": "x"}, UsageError, "takes no output"), (ROWS, {"output_dir": "x"}, UsageError, "takes no output"),
+        (ROWS, {"mix_general": "x"}, UsageError, "takes no mix_general"), (ROWS, {"device": "cpu"}, UsageError, "the model is loaded"),
         (ROWS, {"learning_rat": 1}, UsageError, "learning_rate"), ([], {}, DataError, "no rows"),
         ([ROWS[0], {"question": "a"}], {}, DataError, "row 2"), (ROWS, {"max_length": 4}, DataError, "row 1 is over max_length 4"),
     ],

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from minilora.checkpoint import read_config
 from minilora.config import resolve
 from minilora.console import Console
-from minilora.cpu import keep_heap
+from minilora.cpu import tune_memory
 from minilora.models.qwen import decoder
 from minilora.safetensors import write_tensors
 from minilora.text.bpe import qwen_tokenizer
@@ -95,6 +95,6 @@ def make(output: Path, console: Console) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    keep_heap()
+    tune_memory()
     torch.set_num_threads(2)
     make(Path(sys.argv[1]), Console())
