@@ -35,7 +35,7 @@ def before_torch() -> None:
 
 def tune_memory() -> None:
     """Raise glibc's mmap and trim thresholds where there is glibc, and look through all of Python's objects less often."""
-    gc.set_threshold(700, 10, 1000)  # torch's modules are a million objects that never go: 0.7 of the demo's 14 seconds
+    gc.set_threshold(700, 10, 1000)  # torch's modules are 300,000 objects that never go: 0.5 of the demo's 14 seconds
     if not sys.platform.startswith("linux"):
         return
     try:
