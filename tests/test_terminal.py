@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -70,6 +71,14 @@ class Terminal:
         seen, mark, self.unread = self.unread.partition(words)
         return seen + mark
 
+    def interrupt(self) -> None:
+        """Ctrl-C; once more where it fell between readline's look at the signals and its wait for a key."""
+        for _ in range(HANGS):
+            self.send("\x03")
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+                return
+
     def end(self) -> int:
         """The exit code, when everything has been read."""
         while self._more():
@@ -101,7 +110,9 @@ def test_lines_are_edited_and_a_paste_is_one_text(tmp_path):
         terminal.until("> ")
         terminal.send("\x1b[A\x1b[A\r")
         terminal.until("> ")
-        terminal.send("half a line\x03")
+        terminal.send("half a line")
+        terminal.until("half a line")
+        terminal.interrupt()
         assert terminal.end() == 0 and terminal.all.endswith(f"\r\n{said[1:2]}\r\n")
 
 
