@@ -27,7 +27,7 @@ class Roof:
     def __init__(self, model: str, tokens: int):
         import torch
 
-        from minilora.checkpoint import Tensors
+        from minilora.checkpoint.load import Tensors
 
         shapes = Tensors(Path(model)).shapes.values()
         self.bytes = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes)

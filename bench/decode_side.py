@@ -22,12 +22,12 @@ Decode = Callable[[int], None]  # so many tokens after the prompt
 
 def minilora(model: str, int8: bool = False) -> Decode:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from minilora.cpu import before_torch, tune_memory
+    from minilora.machine.cpu import before_torch, tune_memory
 
     before_torch()
     tune_memory()
+    from minilora.checkpoint.open_model import open_model
     from minilora.generate import generate
-    from minilora.open_model import open_model
     from minilora.text.tokenizer import load_tokenizer
 
     decoder = open_model(model, load_tokenizer(model), say=lambda line: print(line, file=sys.stderr), int8=int8)

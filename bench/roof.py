@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from minilora.cpu import device_name
-from minilora.flops import PEAKS, measured_flops, peak_flops
+from minilora.machine.cpu import device_name
+from minilora.machine.flops import PEAKS, measured_flops, peak_flops
 
 # bytes per second of the memory, data sheets; the longer names first
 BANDWIDTHS = {

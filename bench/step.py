@@ -28,9 +28,9 @@ from bench.roof import machine
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
-from minilora.flops import peak_flops, step_flops
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.lora import LoRALinear, add_lora
+from minilora.machine.flops import peak_flops, step_flops
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
 from minilora.models.stream import Batch, Documents

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.sides import Side, interpreters, spread
-from minilora.cpu import device_name
+from minilora.machine.cpu import device_name
 
 SEED = 42
 HERE = Path(__file__).parent
@@ -55,8 +55,8 @@ class Limit:
     def __init__(self, args: argparse.Namespace, steps: list[list[dict[str, list[int]]]]):
         import torch
 
-        from minilora.checkpoint import find_device, read_config
-        from minilora.compute import choose
+        from minilora.checkpoint.load import find_device, read_config
+        from minilora.machine.compute import choose
         from minilora.models.config import Config
 
         c: Config = read_config(Path(args.model))

@@ -23,18 +23,18 @@ Step = Callable[[list[dict]], float]  # the rows of a step -> its loss
 
 def minilora(args: argparse.Namespace) -> Step:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from minilora.cpu import before_torch, tune_memory
+    from minilora.machine.cpu import before_torch, tune_memory
 
     before_torch()
     tune_memory()
     import numpy as np
     import torch
 
-    from minilora.adapter import load_adapter
-    from minilora.checkpoint import load_model
+    from minilora.checkpoint.adapter import load_adapter
+    from minilora.checkpoint.load import load_model
+    from minilora.checkpoint.open_model import computing
     from minilora.config import resolve
     from minilora.data import Example, make_batch
-    from minilora.open_model import computing
     from minilora.train import train_step
 
     model = load_model(args.model, device=args.device)

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_model": "checkpoint",
-    "save_model": "checkpoint",
+    "load_model": "checkpoint.load",
+    "save_model": "checkpoint.load",
     "add_lora": "lora",
     "merge": "lora",
-    "load_adapter": "adapter",
-    "save_adapter": "adapter",
+    "load_adapter": "checkpoint.adapter",
+    "save_adapter": "checkpoint.adapter",
     "load_tokenizer": "text.tokenizer",
     "finetune": "finetuning",
     "reply": "generate",
 }
 
 if TYPE_CHECKING:
-    from .adapter import load_adapter as load_adapter
-    from .adapter import save_adapter as save_adapter
-    from .checkpoint import load_model as load_model
-    from .checkpoint import save_model as save_model
+    from .checkpoint.adapter import load_adapter as load_adapter
+    from .checkpoint.adapter import save_adapter as save_adapter
+    from .checkpoint.load import load_model as load_model
+    from .checkpoint.load import save_model as save_model
     from .finetuning import finetune as finetune
     from .generate import reply as reply
     from .lora import add_lora as add_lora

@@ -7,9 +7,9 @@ from importlib import import_module
 from types import ModuleType
 
 from . import __version__
-from .commands.parser import Parser
-from .cpu import before_torch, tune_memory
+from .cli.parser import Parser
 from .errors import MiniloraError, UsageError
+from .machine.cpu import before_torch, tune_memory
 from .terminal import printable
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
 
 
 def _command(name: str) -> ModuleType:
-    return import_module(f"minilora.commands.{name}")
+    return import_module(f"minilora.cli.{name}")
 
 
 def _is_text(word: str) -> bool:

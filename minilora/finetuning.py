@@ -9,8 +9,8 @@ from .config import canonical, resolve
 from .data import pack, step_examples
 from .errors import UsageError
 from .lora import adapters
-from .plan import count_steps
 from .rows.load import render_rows
+from .run.schedule import count_steps
 from .text.tokenizer import Tokenizer, check_fits
 from .train import learning_rate, optimizer_of, prepare, train_step
 

@@ -11,7 +11,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.stream import Cache
 
 from .errors import ModelError
-from .model_folder import read_json
+from .files.model_folder import read_json
 from .rows import quote
 from .text.tokenizer import Tokenizer
 

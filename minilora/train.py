@@ -22,28 +22,28 @@ from minilora.kernels.dispatch import kernels_enabled
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 
-from .adapter import save_adapter
-from .checkpoint import find_device, load_model, read_config, save_model
-from .compute import choose, choose_threads, name_of
+from .checkpoint.adapter import save_adapter
+from .checkpoint.load import find_device, load_model, read_config, save_model
+from .checkpoint.open_model import computing
 from .config import TrainConfig, to_yaml
 from .console import Console
-from .cpu import usable_cpus
 from .data import Batch, pack, step_examples
-from .durable import locked, write_file
 from .errors import Diverged, OutOfMemory, Stopped, UsageError
 from .evaluate import evaluate
-from .flops import peak_flops, step_flops
+from .files.atomic import locked, write_file
 from .lora import add_lora, set_dropout_keys
-from .monitor import Monitor, RunConsole, peak_memory_gb, shell, working
-from .open_model import computing
-from .plan import data_record, make_plan
-from .plot import plot_loss
-from .reports.record import TRAINED_ROWS
-from .reports.report import REFRESH, report_quietly
+from .machine.compute import choose, choose_threads, name_of
+from .machine.cpu import usable_cpus
+from .machine.flops import peak_flops, step_flops
+from .report.plot import plot_loss
+from .report.record import TRAINED_ROWS
+from .report.report import REFRESH, report_quietly
 from .rows.dataset import load_data, trained_rows, write_split
-from .run_folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, take_kept
-from .signals import StopSignal
-from .snapshot import trained_parameters
+from .run.folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, take_kept
+from .run.monitor import Monitor, RunConsole, peak_memory_gb, shell, working
+from .run.schedule import data_record, make_plan
+from .run.signals import StopSignal
+from .run.snapshot import trained_parameters
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import compute
+from minilora.machine import compute
 from minilora.text import own_template
 
 LONG_FILES = ("test_interpreter.py", "test_bench.py", "test_demo.py", "test_compile.py")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.proof.rule import allowed, distance
 from minilora import save_model
-from minilora.checkpoint import FAMILIES
+from minilora.checkpoint.load import FAMILIES
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
 

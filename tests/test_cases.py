@@ -11,16 +11,16 @@ from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
-from minilora.checkpoint import read_config
+from minilora.checkpoint.load import read_config
+from minilora.checkpoint.open_model import folder_notes
 from minilora.data import load_examples
 from minilora.demo.show import MODEL
 from minilora.errors import DataError, ModelError
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.kernels.frozen_linear import frozen_linear
 from minilora.models.config_json import rope_of
 from minilora.models.int8 import int8_product, packed
-from minilora.open_model import folder_notes
 from minilora.rows import open_rows, read_rows
-from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.text.template import render_text
 from minilora.text.template_qwen import ChatML
 

@@ -11,10 +11,10 @@ from tiny_chatglm import write_tokenizer
 
 import minilora
 from minilora.__main__ import main
-from minilora.convert import BIN
+from minilora.checkpoint.convert import BIN
 from minilora.data import load_examples
+from minilora.files.safetensors import SafetensorsFile
 from minilora.generate import answer
-from minilora.safetensors import SafetensorsFile
 
 ROWS = [{"prompt": f"数到{n}。", "response": " ".join(map(str, range(1, n + 1))), "history": [["你好", "你好！"]] if n % 2 else []}
         for n in range(1, 9)]  # fmt: skip

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import durable
-from minilora.checkpoint import INDEX, Tensors, load_model, read_config, save_model, write_checkpoint
+from minilora.checkpoint.load import INDEX, Tensors, load_model, read_config, save_model, write_checkpoint
 from minilora.errors import ModelError, UsageError
-from minilora.safetensors import SafetensorsFile, write_tensors
+from minilora.files import atomic as durable
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 GONE = object()

@@ -10,10 +10,10 @@ import yaml
 from tiny import make_model, make_rows
 
 from minilora.__main__ import COMMANDS, main
-from minilora.commands import eval as eval_command
-from minilora.commands import sweep, train
-from minilora.commands.parser import Parser
-from minilora.commands.shared_flags import data_config
+from minilora.cli import eval as eval_command
+from minilora.cli import sweep, train
+from minilora.cli.parser import Parser
+from minilora.cli.shared_flags import data_config
 from minilora.config import ALIASES, GROUPS, NOT_NEEDED, REFUSED, TrainConfig, resolve
 from minilora.errors import UsageError
 from minilora.spelling import HARMFUL, nearest

@@ -9,15 +9,16 @@ from test_families import conversations
 from tiny import make_model, make_rows
 from torch import Tensor
 
-from minilora import add_lora, compute
-from minilora.compute import Rates, choose
+from minilora import add_lora
 from minilora.config import read_yaml, resolve
-from minilora.cpu import usable_cpus
 from minilora.data import make_batch
 from minilora.evaluate import evaluate
 from minilora.generate import generate
 from minilora.kernels import frozen_linear as module
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
+from minilora.machine import compute
+from minilora.machine.compute import Rates, choose
+from minilora.machine.cpu import usable_cpus
 from minilora.models.decoder import Decoder
 from minilora.models.int8 import int8_product, levels, packed, to_int8
 from minilora.train import train
@@ -157,7 +158,7 @@ def test_chat_and_evaluation_follow_it():
 
 
 def test_an_fp16_checkpoint_keeps_its_digits_where_fp32_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from minilora.checkpoint import read_config
+    from minilora.checkpoint.load import read_config
     from minilora.train import dtypes
 
     c, config = read_config(make_model(tmp_path / "model", torch.float16)), resolve({})

@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 from tiny import make_model
 
 from minilora.__main__ import main
-from minilora.checkpoint import FAMILIES, keys_not_read, read_config
+from minilora.checkpoint.load import FAMILIES, keys_not_read, read_config
 from minilora.errors import ModelError
-from minilora.models.config_keys import (
-    DROPOUTS,
-    HARMLESS,
-    NEUTRAL,
-    SPELLINGS,
-    USED,
-    check_keys,
-    unknown_keys,
-)
+from minilora.models.config_keys import DROPOUTS, HARMLESS, NEUTRAL, SPELLINGS, USED, check_keys, unknown_keys
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = {

@@ -15,9 +15,9 @@ from tiny import make_model
 
 import minilora
 from minilora.__main__ import main
-from minilora.checkpoint import INDEX
-from minilora.convert import BIN, BIN_INDEX
-from minilora.unpickle import rewrite
+from minilora.checkpoint.convert import BIN, BIN_INDEX
+from minilora.checkpoint.load import INDEX
+from minilora.checkpoint.unpickle import rewrite
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_every_flag_of_a_command_is_there(page: Path, monkeypatch: pytest.Monkey
     """Parsed as the command line parses them; none is carried out."""
     parsed = []
     for command in commands(page):
-        module = import_module(f"minilora.commands.{command.split()[1]}")
+        module = import_module(f"minilora.cli.{command.split()[1]}")
         monkeypatch.setattr(module, "run", lambda args: parsed.append(args) or 0)
         assert main(shlex.split(command)[1:]) == 0 and parsed, command
         parsed.clear()

@@ -17,13 +17,13 @@ from tiny import ROWS, make_model, make_rows
 
 import minilora.train
 from minilora.__main__ import COMMANDS, main
-from minilora.checkpoint import INDEX
+from minilora.checkpoint.load import INDEX
 from minilora.config import TrainConfig, read_yaml, resolve, to_yaml
-from minilora.durable import problem_of
 from minilora.errors import MiniloraError, UsageError
+from minilora.files.atomic import problem_of
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.models.decoder import Decoder
-from minilora.safetensors import SafetensorsFile, write_tensors
-from minilora.snapshot import rotate, snapshots, step_of
+from minilora.run.snapshot import rotate, snapshots, step_of
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -708,7 +708,7 @@ def test_a_refusal_leaves_no_lock(tmp_path, cli, model, rows):
 
 
 def test_commands_that_can_be_typed():
-    from minilora.monitor import shell
+    from minilora.run.monitor import shell
 
     assert (
         shell("chat", "--model", "a b", "--define", "x=it's") == """minilora chat --model 'a b' --define 'x=it'"'"'s'"""

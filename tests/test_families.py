@@ -11,22 +11,22 @@ from oracle import IDS, OWN, SOP, config_json, randomise, tiny, tiny_folder
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
-from minilora.checkpoint import FAMILIES, empty_model, read_config
+from minilora.checkpoint.load import FAMILIES, empty_model, read_config
+from minilora.checkpoint.verify import wide_logits_of
 from minilora.config import resolve
 from minilora.data import IGNORE, Example, make_batch
 from minilora.errors import ModelError
 from minilora.evaluate import evaluate
-from minilora.flops import attention_flops
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.generate import Sampling, generate
 from minilora.generate_many import generate_many
 from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
+from minilora.machine.flops import attention_flops
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm
 from minilora.models.stream import Cache, Documents
-from minilora.safetensors import SafetensorsFile, write_tensors
 from minilora.train import learning_rate, train_step
-from minilora.verify import wide_logits_of
 
 families = pytest.mark.parametrize("family", OWN)
 

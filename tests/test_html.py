@@ -9,7 +9,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.reports.html import embed, escape, page, table
+from minilora.report.html import embed, escape, page, table
 
 HOSTILE = "</script></title><img src=x onerror=alert(1)>\"'&amp;\u202e\x1b[2J\ud800"
 

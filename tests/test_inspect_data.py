@@ -14,15 +14,15 @@ from tiny import make_model
 from minilora.__main__ import main
 from minilora.config import DataConfig
 from minilora.errors import ModelError
-from minilora.reports.histogram import bins, svg_histogram, text_histogram
-from minilora.reports.inspect_data import Inspection, inspect_data
-from minilora.reports.inspect_data_show import check_words
-from minilora.reports.token_view import tokens_of
+from minilora.report.histogram import bins, svg_histogram, text_histogram
+from minilora.report.token_view import tokens_of
 from minilora.rows import to_messages
 from minilora.rows.duplicates import NearDuplicates, signature
 from minilora.rows.load import render_row
 from minilora.text.template_check import check_template
 from minilora.text.tokenizer import load_tokenizer
+from minilora.tools.inspect_data import Inspection, inspect_data
+from minilora.tools.inspect_data_show import check_words
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 QWEN = load_tokenizer(GOLDEN / "qwen2_5")

@@ -11,11 +11,11 @@ from oracle import IDS, config_json, randomise, tiny, tiny_folder
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
-from minilora.adapter import HARMLESS, READ, REFUSED
+from minilora.checkpoint.adapter import HARMLESS, READ, REFUSED
 from minilora.errors import ModelError, UsageError
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, linears, set_dropout_keys, without_adapters
 from minilora.models.decoder import Decoder
-from minilora.safetensors import SafetensorsFile, write_tensors
 
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 PREFIX = "base_model.model."

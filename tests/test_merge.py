@@ -7,10 +7,10 @@ import torch
 from tiny import make_model
 
 import minilora
-import minilora.merge_folder as merge_module
+import minilora.checkpoint.merge as merge_module
+from minilora.checkpoint.merge import merge_folder
 from minilora.errors import ModelError, OutputInUse
 from minilora.lora import adapters, add_lora
-from minilora.merge_folder import merge_folder
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.reports import metrics
-from minilora.reports.metrics import (
+from minilora.report import metrics
+from minilora.report.metrics import (
     Measured,
     bleu4,
     common_subsequence,

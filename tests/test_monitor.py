@@ -10,11 +10,12 @@ import pytest
 import torch
 from tiny import make_model, make_rows
 
-from minilora import flops, monitor
 from minilora import train as module
 from minilora.config import resolve
 from minilora.console import Console
-from minilora.monitor import Monitor
+from minilora.machine import flops
+from minilora.run import monitor
+from minilora.run.monitor import Monitor
 from minilora.train import train
 
 

@@ -10,7 +10,7 @@ from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
-from minilora.demo.make_model import TEMPLATE
+from docs.demo_model.make_model import TEMPLATE
 from minilora.demo.show import MODEL
 from minilora.errors import ModelError
 from minilora.text import own_template

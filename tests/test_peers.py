@@ -15,9 +15,9 @@ from oracle import IDS, randomise, tiny
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
+from minilora.checkpoint.merge import merge_folder
+from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters
-from minilora.merge_folder import merge_folder
-from minilora.safetensors import SafetensorsFile
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what they warn about while they are imported is theirs

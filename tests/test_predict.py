@@ -7,16 +7,16 @@ import pytest
 from tiny import make_model, make_rows
 
 import minilora
-from minilora import compute
 from minilora.__main__ import main
 from minilora.console import Console
 from minilora.errors import DataError, OutputInUse, Stopped
 from minilora.generate import answer
-from minilora.reports import predict as predict_module
-from minilora.reports.compare import compare
-from minilora.reports.predict import PART, RESULTS, ROWS, predict, read_questions
-from minilora.reports.record import read_json_file
+from minilora.machine import compute
+from minilora.report.compare import compare
+from minilora.report.record import read_json_file
 from minilora.rows.shapes import QUESTIONS
+from minilora.tools import predict as predict_module
+from minilora.tools.predict import PART, RESULTS, ROWS, predict, read_questions
 
 QUIET = Console(quiet=True)
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from minilora.__main__ import main
-from minilora.adapter import load_adapter
-from minilora.checkpoint import load_model
+from minilora.checkpoint.adapter import load_adapter
+from minilora.checkpoint.load import load_model
 from minilora.config import resolve, to_yaml
-from minilora.durable import locked
 from minilora.errors import DataError, Diverged, UsageError
+from minilora.files.atomic import locked
 from minilora.lora import adapters
-from minilora.reports.answers import disagreement
-from minilora.reports.axis import Axis
-from minilora.reports.caveats import caveats
-from minilora.reports.charts import Level, Series, heat_map, histogram, line_chart
-from minilora.reports.compare import compare, comparison, over_the_limit
-from minilora.reports.document import Document
-from minilora.reports.record import Record, read_record
-from minilora.reports.report import adapter_norms, report
-from minilora.reports.verdict import reading, verdict
+from minilora.report.answers import disagreement
+from minilora.report.axis import Axis
+from minilora.report.caveats import caveats
+from minilora.report.charts import Level, Series, heat_map, histogram, line_chart
+from minilora.report.compare import compare, comparison, over_the_limit
+from minilora.report.document import Document
+from minilora.report.record import Record, read_record
+from minilora.report.report import adapter_norms, report
+from minilora.report.verdict import reading, verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>'\"`|*&amp;\u202e"
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from minilora import safetensors
 from minilora.errors import ModelError
-from minilora.safetensors import DTYPES, SafetensorsFile, write_safetensors, write_tensors
+from minilora.files import safetensors
+from minilora.files.safetensors import DTYPES, SafetensorsFile, write_safetensors, write_tensors
 
 FUZZ = settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

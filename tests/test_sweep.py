@@ -14,12 +14,12 @@ from tiny import ROWS, make_model, make_rows
 from minilora.__main__ import main
 from minilora.console import Console
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
-from minilora.reports import sweep as sweep_module
-from minilora.reports.record import Record, read_record
-from minilora.reports.score_table import SHOWN, shortened, show_scores
-from minilora.reports.sweep import RECIPES, combinations, name_of, read_sweep, sweep
+from minilora.report.record import Record, read_record
+from minilora.report.score_table import SHOWN, shortened, show_scores
 from minilora.rows import to_messages
 from minilora.rows.load import hashes
+from minilora.tools import sweep as sweep_module
+from minilora.tools.sweep import RECIPES, combinations, name_of, read_sweep, sweep
 
 QUIET = Console(quiet=True)
 

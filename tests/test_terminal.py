@@ -17,11 +17,11 @@ from typing import Self
 import pytest
 
 import minilora
-from minilora import typed
 from minilora.__main__ import main
-from minilora.chat import is_command
 from minilora.console import Console
 from minilora.demo.show import MODEL
+from minilora.tools import typed
+from minilora.tools.chat import is_command
 
 ROOT = Path(minilora.__file__).parent
 OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so that Ctrl-C reaches it

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tokenizers import models, pre_tokenizers
 
-from minilora.checkpoint import empty_model, read_config
-from minilora.demo.make_model import TEMPLATE
-from minilora.safetensors import write_tensors
+from minilora.checkpoint.load import empty_model, read_config
+from docs.demo_model.make_model import TEMPLATE
+from minilora.files.safetensors import write_tensors
 from minilora.text.bpe import qwen_tokenizer
 
 SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}

@@ -24,15 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench.proof.launches import Launch, recorded
 from bench.proof.sass import blocks, cycles, disassemble, main_loop, operation
-from minilora.kernels import (
-    cross_entropy,
-    linear_cross_entropy,
-    lora_linear_group,
-    lora_swiglu,
-    rms_norm,
-    rope,
-    swiglu,
-)
+from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu, rms_norm, rope, swiglu
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

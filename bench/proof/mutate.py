@@ -24,7 +24,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from minilora.durable import write_file
+from minilora.files.atomic import write_file
 
 ROOT = Path(__file__).parent.parent.parent
 GATE = 0.95

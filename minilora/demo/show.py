@@ -8,14 +8,14 @@ import shutil
 import time
 from pathlib import Path
 
-from minilora.adapter import load_adapter
-from minilora.checkpoint import load_model
+from minilora.checkpoint.adapter import load_adapter
+from minilora.checkpoint.load import load_model
+from minilora.checkpoint.merge import merge_folder
 from minilora.config import read_yaml, resolve
 from minilora.console import Console
 from minilora.errors import OutputInUse
 from minilora.generate import answer, read_generation
-from minilora.merge_folder import merge_folder
-from minilora.monitor import read_metrics, shell
+from minilora.run.monitor import read_metrics, shell
 from minilora.text.tokenizer import load_tokenizer
 from minilora.train import train
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import TrainConfig
-from ..durable import staged_folder
 from ..errors import DataError, UsageError
-from ..model_folder import positions_note
+from ..files.atomic import staged_folder
+from ..files.model_folder import positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
 from .load import Report, ending_note, load_examples

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 
-from ..durable import problem_of, staged_folder
 from ..errors import DataError
+from ..files.atomic import problem_of, staged_folder
 
 IGNORE = -100
 RECORD = np.dtype(

@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..durable import write_file
 from ..errors import ModelError
-from ..model_folder import read_json
+from ..files.atomic import write_file
+from ..files.model_folder import read_json
 from ..rows.problems import quote
 from .template import Message, Template, render_text
 from .template_glm import CHATGLM3

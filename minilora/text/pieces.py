@@ -16,7 +16,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from ..errors import ModelError
-from ..model_folder import read_json
+from ..files.model_folder import read_json
 from .bpe import no_panic, read_text
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")

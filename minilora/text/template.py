@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..model_folder import read_json
+from ..files.model_folder import read_json
 
 
 class Segment(NamedTuple):

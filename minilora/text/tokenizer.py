@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ModelError
-from ..model_folder import check_folder, read_json
+from ..files.model_folder import check_folder, read_json
 from ..rows.problems import quote
 from . import bpe, pieces
 from .own_template import choose

@@ -7,8 +7,8 @@ import torch
 from oracle import OWN, SOP, tiny
 
 from minilora import add_lora
-from minilora.kernel_paths import kernel_paths
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
+from minilora.machine.kernel_paths import kernel_paths
 from minilora.models.stream import Documents
 
 CPU = torch.device("cpu")

@@ -1,0 +1,301 @@
+"""Adapters in PEFT's layout, both ways: adapter_config.json and adapter_model.safetensors.
+
+Since our modules carry the checkpoint's names, a key is `base_model.model.` + path + `.lora_A.weight`. Loading is strict:
+every key must find its linear, every shape must fit, and what would change the mathematics and is not done here (DoRA,
+trained biases, whole modules) is refused, not ignored.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..files.atomic import staged_folder
+from ..files.model_folder import ADAPTER_CONFIG as CONFIG
+from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
+from ..files.model_folder import check_adapter, read_json
+from ..files.safetensors import SafetensorsFile, write_tensors
+from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
+from ..rows import quote
+from .load import check_finite, fingerprint, fold
+
+PREFIX = "base_model.model."
+KINDS = 3  # of mismatches that are shown
+# keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
+REFUSED = (
+    "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
+    "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+READ = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path",
+)  # fmt: skip
+# how an adapter began or was run, and what the names of its tensors say as well
+HARMLESS = (
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "") -> None:
+    """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path."""
+    with staged_folder(Path(folder)) as stage:
+        fill_adapter_folder(model, stage, str(base))
+
+
+def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
+    """The two files of an adapter, into a folder that the caller makes durable."""
+    wrapped = dict(adapters(model))
+    assert wrapped, "the model has no adapters"
+    tensors = {}
+    for path, wrapper in wrapped.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
+    write_tensors(folder / WEIGHTS, tensors, {"minilora_base": fingerprint(base_parameters(model))})
+    (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
+
+
+def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:
+    r = Counter(w.r for w in wrapped.values()).most_common(1)[0][0]
+    alpha = Counter(w.alpha for w in wrapped.values()).most_common(1)[0][0]
+    first = next(iter(wrapped.values()))
+    # a leaf name stands for all its linears; where only some are wrapped, they are named in full
+    bare = {path.split(".")[-1] for path in _linears_without(model)}
+    targets = sorted({path if path.split(".")[-1] in bare else path.split(".")[-1] for path in wrapped})
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": r, "lora_alpha": _number(alpha), "lora_dropout": first.dropout, "use_rslora": first.rslora,
+        "target_modules": targets,
+        "rank_pattern": {p: w.r for p, w in wrapped.items() if w.r != r},
+        "alpha_pattern": {p: _number(w.alpha) for p, w in wrapped.items() if w.alpha != alpha},
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "modules_to_save": None, "use_dora": False, "layers_to_transform": None, "layers_pattern": None, "revision": None,
+    }  # fmt: skip
+
+
+def _linears_without(model: nn.Module) -> list[str]:
+    """Paths of the linears that carry no adapter."""
+    inside = {f"{path}.base" for path, _ in adapters(model)}
+    return [path for path in linears(model) if path not in inside]
+
+
+def _number(x: float) -> float | int:
+    return int(x) if x == int(x) else x
+
+
+def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, allow_partial: bool = False) -> None:
+    """Wrap the linears that a PEFT folder names and copy its tensors in.
+
+    Raises ModelError with every key that does not fit, and with every linear that its config names and its file lacks,
+    unless allow_partial. An adapter that minilora saved also knows its base: any_base lets it onto another one of the
+    same shape.
+    """
+    folder = Path(folder)
+    check_adapter(folder)
+    j = read_json(folder / CONFIG)
+    _refuse_what_is_not_lora(folder, j)
+    if not (folder / WEIGHTS).exists():
+        pickle = (folder / "adapter_model.bin").exists()
+        what = (
+            "the weights are pickle (adapter_model.bin), which can run code when it is read"
+            if pickle
+            else f"no {WEIGHTS}"
+        )
+        raise ModelError(f"{folder}: {what}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
+    refuse_second(model)
+    file = SafetensorsFile(folder / WEIGHTS)
+    plan = _plan(model, folder, j, file)
+    named = _named_by(folder, j, linears(model), plan)
+    lacking = [path for path in named if path not in plan]
+    beyond = [path for path in plan if path not in named] if j.get("target_modules") is not None else []
+    if beyond and not allow_partial:
+        raise ModelError(
+            f"{folder}: its file holds adapters on {len(beyond)} linears that its config leaves out ({', '.join(beyond[:3])}"
+            f"{' ...' if beyond[3:] else ''})",
+            "Take the files of one adapter, or take what the file holds with --allow-partial.",
+        )
+    if lacking and not allow_partial:
+        raise ModelError(
+            f"{folder}: its config names {len(lacking) + len(plan)} linears of this model, its file holds {len(plan)} (missing: "
+            f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''})",
+            "The adapter is cut short: make it again, or take it as it is with --allow-partial.",
+        )
+    tensors = {}
+    for key in file.entries:
+        t = tensors[_path_and_half(key)] = file.tensor(key)
+        if not t.is_floating_point():
+            raise ModelError(f"{folder / WEIGHTS}: {key} is {t.dtype}", "Floating-point numbers belong there.")
+        check_finite(t, f"{folder / WEIGHTS}: {key}")
+    base = file.metadata.get("minilora_base")
+    if base is not None and not any_base and base != fingerprint(base_parameters(model)):
+        raise ModelError(f"{folder} was trained on another base model than this one (same shapes, other weights)",
+                         "Give the base it was trained on, or --any-base to use it on this one.")  # fmt: skip
+    model.requires_grad_(False)
+    for path, (r, alpha) in plan.items():
+        wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
+        with torch.no_grad():
+            wrapper.lora_A.copy_(tensors[path, "A"])
+            wrapper.lora_B.copy_(tensors[path, "B"])
+
+
+def base_note(adapter: Path, folder: Path) -> str | None:
+    """A line where an adapter names another base than the folder, and its file cannot tell whether it is the same model."""
+    named = str(read_json(adapter / CONFIG).get("base_model_name_or_path") or "").replace("\\", "/").rstrip("/")
+    own = str(read_json(folder / "config.json").get("_name_or_path") or "")
+    names = {
+        name.replace("\\", "/").rstrip("/").split("/")[-1].lower() for name in (str(folder.resolve()), own) if name
+    }
+    if not named or named.split("/")[-1].lower() in names:
+        return None
+    if not (adapter / WEIGHTS).is_file() or "minilora_base" in SafetensorsFile(adapter / WEIGHTS).metadata:
+        return None  # loading it will say more, or compare it with the weights
+    return f"the adapter was made for {quote(named, 60)}; whether {folder} holds the same weights cannot be seen"
+
+
+def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
+    kind = j.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
+    start = j.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ModelError(f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
+                         "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.")  # fmt: skip
+    used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
+    if used:
+        raise ModelError(
+            f"{folder / CONFIG} uses {', '.join(used)}",
+            "Only plain LoRA can be read: merge it with PEFT first.",
+        )
+    unknown = [
+        quote(key) for key in j if key not in {*READ, *HARMLESS, *REFUSED} and j[key] not in (None, False, "", [], {})
+    ]
+    if unknown:
+        raise ModelError(f"{folder / CONFIG} has keys that are not known here: {', '.join(unknown[:6])}",
+                         "Take them out if they mean nothing; else merge the adapter with what it was made by.")  # fmt: skip
+    if j.get("use_rslora") not in (None, True, False):
+        raise ModelError(f"{folder / CONFIG}: use_rslora is {j['use_rslora']!r}", "true or false belongs there.")
+    dropout = j.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ModelError(f"{folder / CONFIG}: lora_dropout is {dropout!r}", "A number from 0 to below 1 belongs there.")
+    for key, pattern, kinds in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
+        patterns = j.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ModelError(
+                f"{folder / CONFIG}: {pattern} is {patterns!r}",
+                "An object of patterns and numbers belongs there.",
+            )
+        values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
+        for name, value in values.items():
+            if type(value) not in kinds or not 0 < value < 1e30:
+                raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
+
+
+def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:
+    """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
+    targets = linears(model)
+    problems: defaultdict[str, list[str]] = defaultdict(list)  # what is wrong -> paths
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    beyond: list[str] = []
+    for key, entry in file.entries.items():
+        found = _path_and_half(key)
+        if found is None or found[0].split(".")[-1] in HEADS:
+            beyond.append(key)
+        elif found[0] not in targets:
+            problems["the model has no such linear"].append(found[0])
+        elif found[1] in halves.get(found[0], {}):
+            raise ModelError(
+                f"{folder / WEIGHTS}: {key} stands there a second time", "Keep the tensors of one adapter."
+            )
+        else:
+            halves.setdefault(found[0], {})[found[1]] = entry.shape
+    if beyond:
+        raise ModelError(
+            f"{folder} holds more than adapters on the linears of blocks: {', '.join(beyond[:3])}{' ...' if beyond[3:] else ''} "
+            "(an adapter on the head or the embedding, or a vocabulary that was trained or resized)",
+            "Merge it into its base with PEFT, and use the result as --model.",
+        )
+    plan = {}
+    for path, shapes in halves.items():
+        linear = targets[path]
+        r = _by_pattern(folder, j, "rank_pattern", path, j["r"])
+        wanted = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
+        for h in "AB":
+            if h not in shapes:
+                problems[f"lora_{h} is missing"].append(path)
+            elif shapes[h] != wanted[h]:
+                problems[f"lora_{h} is {list(shapes[h])}, {list(wanted[h])} fits"].append(path)
+        plan[path] = (r, _by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
+    if problems or not plan:
+        kinds = [f"{what}: {fold(dict.fromkeys(paths))}" for what, paths in problems.items()]
+        shown = "\n  ".join(kinds[:KINDS] or ["it holds no adapter"])
+        more = f"\n  and {len(kinds) - KINDS} more kinds of mismatch" if len(kinds) > KINDS else ""
+        base = str(j.get("base_model_name_or_path") or "")[:120]
+        hint = f"It was made for {quote(base)}." if base else "It belongs to another base model."
+        raise ModelError(f"{folder} does not fit this model:\n  {shown}{more}", hint)
+    return plan
+
+
+def _path_and_half(key: str) -> tuple[str, str] | None:
+    """(path of the linear, "A" or "B") of a key, with PEFT's prefix or without, with an adapter's name in it or without."""
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key)
+    return (match[1], match[2]) if match else None
+
+
+def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], held: Iterable[str]) -> list[str]:
+    """The paths of the linears that a config's target_modules and layers_to_transform mean, as PEFT reads them.
+
+    A pattern that is not simple enough to be tried is taken to mean every layer's linears of the names that the file holds.
+    """
+    wanted, layers, left_out = j.get("target_modules"), j.get("layers_to_transform"), j.get("exclude_modules")
+    for key, value in (("target_modules", wanted), ("exclude_modules", left_out)):
+        if value is not None and not isinstance(value, (str, list)):
+            raise ModelError(
+                f"{folder / CONFIG}: {key} is {quote(str(value))}", "Names of modules or a pattern belong there."
+            )
+    if wanted is None:
+        return []
+    leaves = {path.split(".")[-1] for path in held}
+    found = list(targets) if wanted == "all-linear" else [path for path in targets if _meant(wanted, path, leaves)]
+    if layers is not None:
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(layers, list) or not all(type(n) is int for n in layers):
+            raise ModelError(
+                f"{folder / CONFIG}: layers_to_transform is {quote(str(layers))}", "Numbers of layers belong there."
+            )
+        found = [path for path in found if {int(part) for part in path.split(".") if part.isdigit()} & set(layers)]
+    # a pattern that cannot be tried leaves out what the file does not hold
+    return [path for path in found if left_out is None or not _meant(left_out, path, {path.split(".")[-1]} - leaves)]
+
+
+def _meant(wanted: str | list[str], path: str, leaves: set[str]) -> bool:
+    """Whether a linear is among those that names or a pattern stand for; leaves: last names that a pattern too complex to try means."""
+    if isinstance(wanted, list):
+        return any(path == name or path.endswith(f".{name}") for name in wanted)
+    return re.fullmatch(wanted, path) is not None if _is_plain(wanted) else path.split(".")[-1] in leaves
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a stranger's pattern is short and simple enough that matching cannot take for ever: no repeated group, few repetitions."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return len(pattern) <= 200 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+?{]", pattern)) <= 2
+
+
+def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
+    for pattern, value in (j.get(key) or {}).items():
+        if not _is_plain(pattern):
+            what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
+            raise ModelError(what, "Use the modules' names.")
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default

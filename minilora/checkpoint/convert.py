@@ -1,0 +1,122 @@
+"""`minilora convert`: a folder of pickle weights in, the same folder with safetensors out.
+
+ChatGLM-6B and ChatGLM2-6B are published as pickle alone. A pickle can run code when it is read, so nothing here reads one: each
+shard is read in a process of its own (unpickle.py), which takes tensors and nothing else and has bounded memory, time and
+output. What it wrote is then read back by the strict reader. The new folder appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DiskError, ModelError, OutputInUse, UsageError
+from ..files.atomic import staged_folder
+from ..files.model_folder import check_folder, read_json
+from ..files.safetensors import SafetensorsFile
+from .load import INDEX, copy_companions, read_config
+
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class Converted(NamedTuple):
+    tensors: int
+    bytes: int
+
+
+def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = lambda line: None) -> Converted:
+    """Write the folder `output`; `say` gets a line for each shard. Memory is bounded by one shard.
+
+    Raises ModelError for a pickle that holds more than tensors, and for a model that is not supported anyhow.
+    """
+    folder, output = Path(folder), Path(output)
+    check_folder(folder)
+    read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputInUse(f"{output} is not empty", "Give another folder.")
+    shards = _shards(folder)
+    need = sum((folder / shard).stat().st_size for shard in shards)
+    free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.exists())).free
+    if free < need:
+        raise DiskError(f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Free some space.")
+    with staged_folder(output) as stage:
+        places: dict[str, str] = {}
+        size = 0
+        for number, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            _unpickle(folder / shard, stage / name)
+            for tensor, entry in SafetensorsFile(stage / name).entries.items():
+                if tensor in places:
+                    raise ModelError(f"{folder / shard}: {tensor!r} lies in an earlier shard too", "The folder mixes two checkpoints.")  # fmt: skip
+                places[tensor] = name
+                size += entry.end - entry.start
+            say(f"shard {number} of {len(shards)}: {shard} -> {name}")
+        if len(shards) > 1:
+            _check_index(folder, places)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        copy_companions(folder, stage)
+    return Converted(len(places), size)
+
+
+def _shards(folder: Path) -> list[str]:
+    """The names of a folder's pickle files, in order."""
+    if (folder / "model.safetensors").exists() or (folder / INDEX).exists():
+        raise UsageError(f"{folder} holds safetensors already", "Use it as it is.")
+    if not (folder / BIN_INDEX).exists():
+        if not (folder / BIN).is_file():
+            raise ModelError(f"{folder} has neither {BIN} nor {BIN_INDEX}", "Give a folder with pickle weights.")
+        return [BIN]
+    shards = sorted({str(place) for place in _weight_map(folder).values()})
+    for shard in shards:
+        if shard != Path(shard).name or not shard.isprintable() or not shard.endswith(".bin"):
+            raise ModelError(
+                f"{folder / BIN_INDEX}: {shard[:80]!r} is not a file name here", "Do not trust this folder."
+            )
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise ModelError(f"{folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
+                         "Download the missing files.")  # fmt: skip
+    return shards
+
+
+def _weight_map(folder: Path) -> dict[str, Any]:
+    places = read_json(folder / BIN_INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{folder / BIN_INDEX}: weight_map is missing or empty", "Download or copy the file again.")
+    return places
+
+
+def _check_index(folder: Path, found: dict[str, str]) -> None:
+    """ModelError if the shards do not hold the tensors that the index lists."""
+    wrong = sorted(set(_weight_map(folder)) ^ set(found))
+    if wrong:
+        raise ModelError(f"{folder}: {wrong[0]!r} and {len(wrong) - 1:,} more are not as {BIN_INDEX} lists them",
+                         "The index and the shards are of two checkpoints.")  # fmt: skip
+
+
+def _unpickle(pickle: Path, target: Path) -> None:
+    """Have a shard written as safetensors by a process of its own; ModelError with what it says if it cannot."""
+    # -P: nothing that lies in the current folder is imported
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "minilora.checkpoint.unpickle",
+        str(pickle.absolute()),
+        str(target.absolute()),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).absolute().parents[2])}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=False)
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        said = lines[-1][:300] if lines else ""
+        if done.returncode == 6:
+            raise DiskError(f"{target.name}: {said}", "Free some space, or give another folder. Nothing was written.")
+        why = said if done.returncode == 4 else f"the process that read it ended with {done.returncode}"
+        raise ModelError(f"{pickle}: {why}", "Nothing was written. Do not trust this file, or download it again.")
+    SafetensorsFile(target)

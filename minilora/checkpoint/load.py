@@ -1,0 +1,389 @@
+"""A Hugging Face folder in, a Decoder out, and the way back.
+
+config.json names the family and its sizes; the tensors of model.safetensors (or of the shards that
+model.safetensors.index.json lists) carry the names of the Decoder's parameters and are copied into them one at a time. What
+is missing, what is too much and what has another shape is told in one message. Nothing of a folder is executed, and pickle
+is not read.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
+from minilora.models.config import Config
+from minilora.models.config_json import DTYPES
+from minilora.models.config_keys import check_keys, unknown_keys
+from minilora.models.decoder import Decoder
+from minilora.models.layers import pack_weights
+
+from ..errors import ModelError, UsageError
+from ..files.atomic import staged_folder
+from ..files.model_folder import MAX_JSON, check_folder, read_json
+from ..files.safetensors import SafetensorsFile, write_safetensors
+from ..machine.compute import choose
+from ..rows import quote
+
+# by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
+FAMILIES = {
+    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
+}  # fmt: skip
+# the first of these tensors that a folder has tells which family its weights are of
+TELLTALES = {
+    "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
+    "chatglm": "transformer.layers.0.attention.query_key_value.weight",
+    "qwen": "transformer.h.0.attn.c_attn.weight",
+    "glm4": "model.layers.0.post_self_attn_layernorm.weight",
+    "glm": "model.layers.0.mlp.gate_up_proj.weight",
+    "qwen3": "model.layers.0.self_attn.q_norm.weight",
+    "qwen2": "model.layers.0.self_attn.q_proj.bias",
+}
+QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map)")
+MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+# buffers that old checkpoints carry and that follow from config.json
+IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
+# what a folder holds beside weights and belongs to the model
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
+    "ice_text.model", "qwen.tiktoken",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> Config:
+    """The Config of a checkpoint folder; ModelError says which key, and what is supported."""
+    check_folder(folder)
+    path = folder / "config.json"
+    j = read_json(path)
+    family = _family(path, j)
+    if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config", "quantization")):
+        raise ModelError(f"{path}: {_quantised(j)}", "Use the bf16 or fp16 release of this model.")
+    if j.get("pre_seq_len"):
+        raise ModelError(f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
+                         "Use the model without the prefix: take the key out of config.json.")  # fmt: skip
+    try:
+        check_keys(j, family)
+        return FAMILIES[family].config(j)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ModelError(
+            f"{path}: {reason}",
+            f"The file is damaged, or not of a {family} model, or the model needs what is not there yet.",
+        ) from None
+
+
+# how classes of language models are called; ChatGLM's own code has ChatGLMModel
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ChatGLMModel")
+
+
+def keys_not_read(folder: Path) -> str | None:
+    """A line with the keys of a folder's config.json that are not known here, if there are any."""
+    path = folder / "config.json"
+    j = read_json(path)
+    names = unknown_keys(j, _family(path, j))
+    told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+    lines = [f"keys that are not known, and not read: {told}"] if names else []
+    given = j.get("architectures") or []
+    classes = given if isinstance(given, list) else [given]
+    heads = [str(name) for name in classes if not str(name).endswith(LANGUAGE_MODELS)]
+    if heads:
+        lines.append(f"architectures names {quote(heads[0], 60)}; it is taken as a language model")
+    return "; ".join(lines) or None
+
+
+def _quantised(j: dict[str, Any]) -> str:
+    """What a config.json says of its quantisation."""
+    how = j.get("quantization_config") or j.get("compression_config") or j.get("quantization") or {}
+    method = how.get("quant_method") if isinstance(how, dict) else None
+    if method is None and isinstance(how, dict) and {"group_size", "bits"} <= how.keys():
+        method = f"MLX, {how['bits']} bits"
+    bits = j.get("quantization_bit")
+    told = str(method)[:40] if method else f"{bits} bits" if bits else ""
+    return "the weights are quantised" + (f" ({told})" if told else "")
+
+
+def _family(path: Path, j: dict[str, Any]) -> str:
+    """The key in FAMILIES of a config.json; ModelError that names the nearest if it has none."""
+    kind = j.get("model_type")
+    if kind == "chatglm" and ("multi_query_attention" in j or "padded_vocab_size" in j):
+        return "chatglm2"
+    if isinstance(kind, str) and kind in FAMILIES and kind != "chatglm2":
+        return kind
+    nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
+    raise ModelError(
+        f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",
+        f"Supported are {', '.join(MODEL_TYPES)}.",
+    )
+
+
+def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
+    """The Decoder of a Config without memory: its parameters lie on the meta device, laid together as a loaded model's."""
+    with torch.device("meta"):
+        model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
+    pack_weights(model)
+    return model
+
+
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    compute: str = "auto",
+) -> Decoder:
+    """The Decoder of a checkpoint folder, frozen and in evaluation mode.
+
+    dtype is that of the weights in memory, None the checkpoint's own; compute names that of activations and products, auto the
+    fastest one on this machine (compute.py). device None is the GPU if there is one. Beyond the model itself one tensor is in
+    memory at a time. Raises ModelError with every mismatch between the folder and the model.
+    """
+    folder = Path(folder)
+    c = read_config(folder)
+    device = find_device(device)
+    try:
+        model = empty_model(c, dtype)
+    except RuntimeError:
+        raise ModelError(
+            f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
+        ) from None
+    tensors = Tensors(folder)
+    check_shapes(model, tensors, folder)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    pack_weights(model)
+    for name, parameter in model.named_parameters():
+        with tensors.reading(name) as value, torch.no_grad():
+            parameter.copy_(value)
+            check_finite(parameter, f"{folder}: {name}")
+    model.compute = choose(c, model.head.dtype, device, compute).dtype
+    return model
+
+
+def check_finite(t: Tensor, what: str) -> None:
+    """ModelError for a tensor with NaN or infinity in it."""
+    # one pass that stops nothing; only where the sum is not finite the values are looked at, which may just be large
+    if not t.sum().isfinite() and not t.isfinite().all():
+        raise ModelError(
+            f"{what} holds values that are not finite (NaN or infinity)", "Download or make the file again."
+        )
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, None for the GPU if there is one; UsageError if this machine has none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UsageError(
+            f"device {str(name)[:40]!r} cannot be used: {reason}",
+            "Give cpu, or cuda on a machine with a GPU.",
+        ) from None
+    return device
+
+
+class Tensors:
+    """The tensors of a checkpoint folder, by name, in whatever files they lie."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in self._shards():
+            for name in file.entries:
+                if name in self._files:
+                    raise ModelError(
+                        f"{file.path}: tensor {name!r} also lies in {self._files[name].path.name}",
+                        "The folder mixes two checkpoints: download it again.",
+                    )
+                self._files[name] = file
+        self.ignored = [n for n in self._files if IGNORED.fullmatch(n)]
+        self.shapes = {
+            n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)
+        }
+
+    def _shards(self) -> Iterator[SafetensorsFile]:
+        if (self.folder / "model.safetensors").exists():
+            yield SafetensorsFile(self.folder / "model.safetensors")
+            return
+        if not (self.folder / INDEX).exists():
+            self._refuse_without_weights()
+        index = self.folder / INDEX
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
+            raise ModelError(f"{index}: weight_map is missing or empty", "Download or copy the file again.")
+        shards = sorted(set(places.values()))
+        for shard in shards:
+            plain = shard == Path(shard).name and shard.isprintable() and len(shard.encode()) <= 255
+            if not plain or not shard.endswith(".safetensors"):
+                raise ModelError(
+                    f"{index}: {shard[:80]!r} is not a file name in this folder", "Do not trust this folder."
+                )
+        absent = [shard for shard in shards if not (self.folder / shard).is_file()]
+        if absent:
+            raise ModelError(f"{self.folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
+                             "Download the missing files.")  # fmt: skip
+        for shard in shards:
+            file = SafetensorsFile(self.folder / shard)
+            listed = {name for name, place in places.items() if place == shard}
+            wrong = sorted(listed ^ set(file.entries))
+            if wrong:
+                raise ModelError(f"{self.folder / shard}: {fold(wrong)} not where the index says", f"{INDEX} and the shards are of two checkpoints.")  # fmt: skip
+            yield file
+
+    def _refuse_without_weights(self) -> None:
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise ModelError(
+                f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
+                f"Turn them into safetensors: minilora convert {self.folder} OUT",
+            )
+        raise ModelError(
+            f"{self.folder}: no model.safetensors and no {INDEX}",
+            "Give the folder of a Hugging Face checkpoint.",
+        )
+
+    def reading(self, name: str) -> "_Reading":
+        """A context with the tensor of that name, mapped; its pages are given back at the end."""
+        return _Reading(self._files[name], name)
+
+
+class _Reading:
+    def __init__(self, file: SafetensorsFile, name: str):
+        self.file, self.name = file, name
+
+    def __enter__(self) -> Tensor:
+        return self.file.tensor(self.name)
+
+    def __exit__(self, *_) -> None:
+        self.file.forget(self.name)
+
+
+def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
+    """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
+    _check_kind(model.config.family, tensors, folder)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = dict(tensors.shapes)
+    problems = []
+    head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
+    if model.config.tied and {head, embedding} <= found.keys():
+        with tensors.reading(head) as one, tensors.reading(embedding) as other:
+            if one.dtype != other.dtype or not torch.equal(one, other):
+                problems.append(f"{head} differs from the embedding, though config.json ties them")
+    if model.config.tied:
+        found.pop(head, None)
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    if missing:
+        problems.append(f"missing: {fold(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {fold(unexpected)}")
+    both = sorted(wanted.keys() & found.keys())
+    problems += [
+        f"{n} is {list(found[n][1])}, config.json makes it {list(wanted[n])}" for n in both if found[n][1] != wanted[n]
+    ]
+    problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
+    if problems:
+        raise ModelError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems), "Check that config.json and the weights are of one model.")  # fmt: skip
+
+
+def _check_kind(family: str, tensors: Tensors, folder: Path) -> None:
+    """ModelError for weights of another family than config.json says, quantised ones, and P-tuning prefixes."""
+    scale = next((name for name in tensors.shapes if QUANTISED.fullmatch(name)), None)
+    if scale is not None:
+        raise ModelError(
+            f"{folder}: the weights are quantised ({scale})", "Use the bf16 or fp16 release of this model."
+        )
+    if any(".prefix_encoder." in name for name in tensors.shapes):
+        raise ModelError(f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
+                         "Use the model without the prefix.")  # fmt: skip
+    told = next((family for family, name in TELLTALES.items() if name in tensors.shapes), family)
+    if told != family:
+        raise ModelError(f"{folder}: config.json says {family}, the weights are of {told}",
+                         "Take config.json and the weights from one model.")  # fmt: skip
+
+
+def fold(names: Iterable[str]) -> str:
+    """Names on one line, those that differ in the layer number alone as one with a count."""
+    counts: dict[str, list[str]] = {}
+    for name in names:
+        counts.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return ", ".join(g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items())
+
+
+def fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """A short name for a base model: a hash over the names, shapes and first values (as bf16) of its tensors."""
+    digest = hashlib.sha256()
+    for name, p in sorted(parameters.items()):
+        digest.update(f"{name} {list(p.shape)}".encode())
+        digest.update(p.detach().flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_checkpoint(
+    folder: Path,
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    companions: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Fill an empty folder with a checkpoint: the tensors in shards of at most shard_bytes, and the companion files.
+
+    `tensor(name)` is asked for one tensor at a time. The small files (config, tokenizer) are copied from `companions`.
+    """
+    shards: list[list[str]] = [[]]
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in shapes.items()}
+    for name in shapes:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shapes, tensor)
+    else:
+        places = {}
+        for i, names in enumerate(shards, 1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(folder / file, {n: shapes[n] for n in names}, tensor)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    copy_companions(companions, folder)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the small files of a model's folder, and its own Python code as data: it is never run or imported here."""
+    for name in [*COMPANIONS, *own_code(source)]:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def own_code(folder: Path) -> list[str]:
+    """The names of the Python files directly in a folder; a link counts if it stays in it, or in its Hugging Face cache."""
+    here = folder.resolve()
+    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+    files = [p for p in sorted(folder.glob("*.py")) if p.is_file() and p.resolve().parent in homes]
+    return [p.name for p in files if p.stat().st_size <= MAX_JSON]
+
+
+def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
+
+    The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
+    """
+    parameters = dict(model.named_parameters())
+    if any(name.endswith(".lora_A") for name in parameters):
+        raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
+    dtype = model.config.dtype
+    shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+    with staged_folder(Path(folder)) as stage:
+        write_checkpoint(stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes)

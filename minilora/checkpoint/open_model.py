@@ -1,0 +1,70 @@
+"""A model ready to answer: weights loaded, adapter on, threads and dtype as this machine likes them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minilora.models.decoder import Decoder
+from minilora.models.int8 import to_int8
+
+from ..errors import UsageError
+from ..files.model_folder import ADAPTER_CONFIG
+from ..generate import generation_note
+from ..lora import merge
+from ..machine.compute import choose, choose_threads, name_of
+from ..text.tokenizer import Tokenizer, check_fits
+from .adapter import base_note, load_adapter
+from .load import keys_not_read, load_model
+
+
+def open_model(
+    folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None, any_base: bool = False,
+    device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None, int8: bool = False,
+    allow_partial: bool = False,
+) -> Decoder:  # fmt: skip
+    """The Decoder of a folder with its adapter, in evaluation mode; `say` hears how it computes.
+
+    int8 merges the adapter into the weights and rounds them (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
+    """
+    model = load_model(folder, device=device, compute=compute)
+    check_fits(tokenizer, model.config.vocab, Path(folder))
+    if adapter:
+        load_adapter(model, adapter, any_base, allow_partial)
+        model.eval()
+    if model.head.device.type == "cpu":
+        torch.set_num_threads(choose_threads(model.config))
+    if int8:
+        round_to_int8(model)
+    say(computing(model, compute) + (", the adapter merged first" if int8 and adapter else ""))
+    return model
+
+
+def folder_notes(folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None) -> dict[str, str]:
+    """Lines for a header, by name: what of a model's folder, or of an adapter's, is not taken as it stands."""
+    folder = Path(folder)
+    found = {
+        "config": keys_not_read(folder),
+        "files": f"{ADAPTER_CONFIG} and its weights are not read: --adapter does that" if (folder / ADAPTER_CONFIG).is_file() else None,
+        "answers": generation_note(folder),
+        "base": base_note(Path(adapter), folder) if adapter else None,
+    }  # fmt: skip
+    return {name: note for name, note in found.items() if note} | tokenizer.notes
+
+
+def round_to_int8(model: Decoder) -> None:
+    """Merge a model's adapters and put its linears into int8, in place; UsageError on a GPU."""
+    if model.head.device.type != "cpu":
+        raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
+    merge(model)
+    to_int8(model)
+
+
+def computing(model: Decoder, asked: str = "auto") -> str:
+    """How a model computes and why."""
+    device, stored = model.head.device, model.head.dtype
+    threads = torch.get_num_threads()
+    where = f" on {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
+    if model.int8_head is not None:
+        return f"int8 products{where}, float32 beside them: weights rounded by rows, activations by tokens"
+    return f"{name_of(model.compute_dtype)}{where}: {choose(model.config, stored, device, asked).why}"

@@ -1,0 +1,80 @@
+"""Read one pickle of weights and write it as safetensors: the child process of convert.py, and the one place that unpickles.
+
+torch.load with weights_only builds tensors and plain containers and refuses everything else. Beside that the process may not
+take more memory, time or disk than such a file needs, and gets no open file of its parent.
+"""
+
+import errno
+import resource
+import sys
+import zipfile
+from pathlib import Path
+
+BASE_BYTES = 16 << 30  # address space that Python and torch reserve, most of it never touched
+SECONDS, SECONDS_A_GB = 120, 60
+
+
+def limit(size: int) -> None:
+    """Bound what this process may use to read a file of `size` bytes."""
+    bounds = (
+        (resource.RLIMIT_AS, BASE_BYTES + 3 * size),
+        (resource.RLIMIT_CPU, SECONDS + SECONDS_A_GB * size // 10**9),
+        (resource.RLIMIT_FSIZE, size + (64 << 20)),
+        (resource.RLIMIT_CORE, 0),
+    )
+    for kind, most in bounds:
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+
+
+def rewrite(source: Path, target: Path) -> str | None:
+    """Write the tensors of a pickle to `target`; returns what is wrong with it, None if nothing."""
+    import torch
+
+    from ..errors import MiniloraError
+    from ..files.safetensors import NAMES, SafetensorsFile, write_tensors
+
+    try:
+        # a file of torch before 1.6 is no zip archive and cannot be mapped
+        found = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
+    except Exception as error:  # noqa: BLE001 whatever a crafted file makes of the reader
+        text = str(error)
+        unsafe = "Weights only load failed" in text or "Unsupported" in text
+        return (
+            "it holds more than tensors and was not read"
+            if unsafe
+            else f"it cannot be read: {text.partition(chr(10))[0]}"
+        )
+    if not isinstance(found, dict) or not found:
+        return "it holds no tensors by name"
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"{str(name)[:80]!r} is not a tensor"
+        if tensor.layout != torch.strided or tensor.dtype not in NAMES or tensor.is_meta:
+            return f"tensor {name[:80]!r} is {tensor.dtype}, {tensor.layout}"
+    try:
+        write_tensors(target, found)
+        SafetensorsFile(target)  # a name or a shape that the strict reader would not take
+    except (MiniloraError, RuntimeError, MemoryError) as error:
+        return str(error).partition("\n")[0] or "it asks for more memory than there is"
+    return None
+
+
+def main(source: Path, target: Path) -> None:
+    """Bounded, and with an exit code: 4 for a file that is not what it should be, 6 for a disk that is full."""
+    limit(source.stat().st_size)
+    try:
+        wrong = rewrite(source, target)
+    except OSError as error:
+        wrong = "its tensors are larger than the file itself"
+        if error.errno != errno.EFBIG:
+            print(error.strerror, file=sys.stderr)
+            sys.exit(6)
+    if wrong:
+        print(wrong, file=sys.stderr)
+        sys.exit(4)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,156 @@
+"""Files that appear whole or not at all, and folders that one run owns.
+
+A folder is written under a hidden name beside its place, every file is flushed to the disk, a manifest of sizes and hashes
+goes in last, and one rename puts it where it belongs. A crash leaves `.tmp-*` or `.trash-*` names, which the next write
+removes; it never leaves a half folder under a good name.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import OutputInUse
+
+MANIFEST = "MANIFEST.json"
+
+
+@contextmanager
+def staged_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
+    """A new folder to fill; when the block ends well it becomes `target`, replacing what stood there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    stage = target.parent / f".tmp-{target.name}"
+    stage.mkdir()
+    try:
+        yield stage
+        if manifest:
+            _write_manifest(stage)
+        for path in [*stage.rglob("*"), stage]:
+            _sync(path)
+        if target.exists():
+            os.rename(target, target.parent / f".trash-{target.name}")
+        os.rename(stage, target)
+        _sync(target.parent)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
+    finally:
+        _sweep(target)
+
+
+def _sweep(target: Path) -> None:
+    """Take leftovers away; an old folder that was moved aside for one that never came is put back."""
+    trash = target.parent / f".trash-{target.name}"
+    if trash.exists() and not target.exists():
+        os.rename(trash, target)
+    for path in (target.parent / f".tmp-{target.name}", trash):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a small file in one piece: the old content or the new one is there, never a part."""
+    stage = path.parent / f".tmp-{path.name}"
+    try:
+        with open(stage, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(stage, path)
+        _sync(path.parent)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def write_link(link: Path, target: str) -> None:
+    """Point a relative symbolic link at `target`, in one step."""
+    stage = link.parent / f".tmp-{link.name}"
+    stage.unlink(missing_ok=True)
+    os.symlink(target, stage)
+    os.replace(stage, link)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    sums = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a folder that was staged with a manifest; None if every byte is as it was written."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())
+        if not sums:
+            return f"{MANIFEST} is empty"
+        for name, entry in sums.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{name} has {path.stat().st_size:,} of {entry['size']:,} bytes"
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} was changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Own a folder while the block runs; OutputInUse if another process does. The lock ends with the process.
+
+    A folder that is new and stays empty is taken away again.
+    """
+    new = not folder.exists()
+    if not new and not folder.is_dir():
+        raise OutputInUse(f"{folder} is a file", "Give another --output.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise OutputInUse(
+                f"{folder} is in use by {owner}", "Wait for it, stop it, or give another --output."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if new and [p.name for p in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process owns a folder (locked), this one included."""
+    try:
+        with open(folder / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock was ever there, or the file system knows none
+        pass
+    return False

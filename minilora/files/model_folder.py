@@ -1,0 +1,80 @@
+"""What can be said of the folder of a model or an adapter without torch: whether it is one, and its small JSON files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+
+MAX_JSON = 64 << 20
+POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check_is_itself(path: Path, start: bytes) -> None:
+    """ModelError for the first bytes of what is often saved in place of a model's file: a Git LFS pointer, a web page."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path} is a Git LFS pointer, not the file itself", "Run git lfs pull in that folder.")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise ModelError(f"{path} is a web page that was saved under this name", "Download the file itself.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a small file of a model folder; ModelError if it is none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
+        raw = path.read_bytes()
+        check_is_itself(path, raw[:64])
+        value = json.loads(raw)
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}", "Download or copy the file again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", "Download or copy the file again.")
+    return value
+
+
+def check_folder(folder: Path) -> None:
+    """ModelError if this is no folder of a checkpoint, with what it is instead."""
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
+        )
+    if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
+        found = sorted(str(p) for p in (folder / "snapshots").iterdir() if p.is_dir())
+        raise ModelError(
+            f"{folder} is the root of a Hugging Face cache, not a model's folder",
+            f"Give {found[0] if found else 'one of the folders in its snapshots/'}.",
+        )
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
+
+
+def positions_note(folder: Path, longest: int) -> str | None:
+    """A sentence where a row or a prompt is longer than the positions that the folder's model was made for."""
+    j = read_json(folder / "config.json")
+    most = next((j[k] for k in POSITIONS if isinstance(j.get(k), int)), None)
+    if most is None or longest <= most:
+        return None
+    return beyond(longest, most)
+
+
+def beyond(tokens: int, positions: int) -> str:
+    return f"{tokens:,} tokens are more than the {positions:,} positions of the model: what it reads beyond them is noise to it"
+
+
+def check_adapter(folder: Path) -> None:
+    """ModelError if this is no folder of an adapter."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
+    if not (folder / ADAPTER_CONFIG).exists():
+        hint = "Give the folder of an adapter, such as RUN/adapter."
+        if (folder / "checkpoints" / "last" / ADAPTER_CONFIG).exists():  # a run that did not come to its end
+            hint = f"{folder / 'checkpoints' / 'last'} is the newest adapter of this run."
+        elif (folder / "model").is_dir():
+            hint = f"{folder / 'model'} is what this run trained: give it with --model."
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is missing", hint)

@@ -1,0 +1,1 @@
+"""What this machine does best: compute dtype, threads, memory, kernels."""

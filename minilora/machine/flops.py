@@ -1,0 +1,77 @@
+"""How many floating-point operations a training step needs, and how many the machine can do: the two sides of MFU.
+
+With frozen weights a token costs 2N forward and 2N backward (dX; there is no dW), so 4N and not the 6N of full training.
+Adapters cost 6 per parameter. The head is paid for by the tokens that have a target. Attention costs 4 H E n^2 / 2 forward
+for a causal document of n tokens and twice that backward. Recomputation under activation checkpointing is not counted.
+"""
+
+import time
+
+import torch
+
+from minilora.models.config import Config
+from minilora.models.decoder import Decoder
+from minilora.models.stream import Batch, Documents
+
+from ..lora import adapters, linears
+
+# dense bf16 peak of the cards that the benchmarks name, in FLOP/s (vendor data sheets)
+PEAKS = {"H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+
+
+def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
+    """(of every token, of every token with a target beside that) in the linears of a step, forward and backward."""
+    wide = sum(m.weight.numel() for m in linears(model).values())
+    narrow = sum(w.lora_A.numel() + w.lora_B.numel() for _, w in adapters(model))
+    factor = 6 if full else 4
+    return factor * wide + 6 * narrow, factor * model.head.numel()
+
+
+def attention_flops(c: Config, documents: Documents) -> float:
+    """Forward and backward of attention over the documents of a stream, all layers; causal but for the prefixes."""
+    total = 0.0
+    prefix_lens = documents.prefix_lens or [0] * len(documents.lengths)
+    for n, prefix in zip(documents.lengths, prefix_lens, strict=True):
+        ahead = prefix * (prefix - 1) / 2
+        for window in c.windows:
+            w = n if window is None else min(window, n)
+            total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
+    return total
+
+
+def step_flops(model: Decoder, batches: list[Batch], full: bool) -> float:
+    """Operations that the model needs for the batches of one optimizer step."""
+    each, head = flops_per_token(model, full)
+    tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.targets) for b in batches)
+    return each * tokens + head * trained + sum(attention_flops(model.config, b.documents) for b in batches)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the card by its data sheet (bf16); for anything else the best of a few measured matrix products.
+
+    On a CPU the best in any dtype that a run with this one may use: 16-bit products can be slower than fp32's there.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for card, peak in PEAKS.items():
+            if card in name:
+                return peak
+    dtypes = {dtype, torch.float32} if device.type == "cpu" and dtype != torch.float64 else {dtype}
+    return max(measured_flops(device, each) for each in dtypes)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of a few large matrix products."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = spent = float("inf")
+    for _ in range(8):
+        if spent > 0.1 and best < float("inf"):
+            break  # a slow one does not get faster
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent = time.perf_counter() - start
+        best = min(best, spent)
+    return 2 * n**3 / best

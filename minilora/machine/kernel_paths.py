@@ -1,0 +1,48 @@
+"""Which path the operations of a model take on a device: this project's Triton kernels, or PyTorch's operations."""
+
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from minilora.kernels.dispatch import use_triton
+from minilora.kernels.lang import HAVE_TRITON
+from minilora.kernels.lora_linear_group import runs_on_triton
+from minilora.kernels.rms_norm import MAX_WIDTH
+from minilora.models.decoder import Decoder
+from minilora.models.layers import RMSNorm, projection
+
+from ..lora import LoRALinear
+
+
+def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
+    """Lines for people: what of each layer runs where; layers that agree stand on one line. The model may be without data."""
+    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
+    if not use_triton(probe):
+        why = "no GPU" if not probe.is_cuda else "the kernels are off" if HAVE_TRITON else "triton is not installed"
+        return [f"PyTorch for every layer ({why})"]
+    blocks, lines = [_of_block(block, probe) for block in model.blocks], []
+    for (triton, library), numbered in groupby(enumerate(blocks), key=lambda pair: pair[1]):
+        numbers = [n for n, _ in numbered]
+        layers = f"layers {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"
+        lines.append(f"{layers}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}")
+    return [*lines, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
+
+
+def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The operations of a block on Triton, and those on PyTorch."""
+    found: dict[str, bool] = {}
+    for path, module in block.named_modules():
+        linears = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
+        packed = getattr(module, "packed_modules", ())
+        groups = [packed] if packed else []
+        for names in [*groups, *((n,) for n in linears if n not in packed)]:
+            short = path + "." + "/".join(n.removesuffix("_proj") for n in names)
+            found[short] = runs_on_triton(probe, [projection(linears[n]) for n in names])
+        if isinstance(module, RMSNorm):
+            found["rms_norm"] = module.weight.numel() <= MAX_WIDTH and found.get("rms_norm", True)
+        elif isinstance(module, nn.LayerNorm):
+            found["layer_norm"] = False
+    gelu = "layer_norm" in found  # ChatGLM-6B
+    found |= {"rope": True, "gelu" if gelu else "swiglu": not gelu, "attention": False}
+    return tuple(n for n, on in found.items() if on), tuple(n for n, on in found.items() if not on)

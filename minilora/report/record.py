@@ -1,0 +1,169 @@
+"""What a run left behind, read back for a report: its settings, its curve, its data, its answers to a test set."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import read_yaml
+from ..errors import DataError, UsageError
+from ..files.atomic import in_use
+from ..run.monitor import read_metrics
+from .plot import smoothed
+
+TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
+ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass
+class Record:
+    """A run folder, or the folder of a prediction alone (such as the base model's); what is not there is empty."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of optimizer steps
+    val: Curve = field(default_factory=list)  # (step, validation loss)
+    data: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # answers to the test set
+    trained_rows: np.ndarray | None = (
+        None  # uint64 [n, 2]: hashes of the question and of the whole of each training row
+    )
+    in_use: bool = False  # a process owns the folder
+
+    @property
+    def letter(self) -> str:
+        """What a comparison calls the run: "A" of "A: name"."""
+        return self.name.partition(":")[0]
+
+    @property
+    def decoded(self) -> dict[str, Any]:
+        """The settings that the answers were made with."""
+        return self.results.get("settings") or {}
+
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """The answers that have a reference."""
+        return [row for row in self.rows if row["label"]]
+
+    def answers_the_rows_of(self, other: "Record") -> bool:
+        mine, theirs = ([(row.get("question"), row["label"]) for row in run.rows] for run in (self, other))
+        return mine == theirs
+
+    @cached_property
+    def loss(self) -> Curve:
+        return [(m["step"], m["loss"]) for m in self.metrics]
+
+    @cached_property
+    def smooth(self) -> Curve:
+        return list(zip((s for s, _ in self.loss), smoothed([y for _, y in self.loss]), strict=True))
+
+    def along(self, curve: Curve, axis: str) -> Curve:
+        """A curve over steps as one over "tokens" (all tokens read so far) or "time" (seconds)."""
+        if axis == "step":
+            return curve
+        steps = [m["step"] for m in self.metrics]
+        values = (
+            list(accumulate(m["tokens"] for m in self.metrics))
+            if axis == "tokens"
+            else [m["time"] for m in self.metrics]
+        )
+        at = dict(zip(steps, values, strict=True)) | {0: 0}
+        return [(at[step], y) for step, y in curve if step in at]
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """(step, loss) of the lowest validation loss."""
+        finite = [p for p in self.val if math.isfinite(p[1])]
+        return min(finite, key=lambda p: p[1]) if finite else None
+
+    @property
+    def step(self) -> int:
+        """The last step that was taken."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def steps(self) -> int:
+        """The steps that the run is to take."""
+        return self.data.get("steps", self.step)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.metrics) and self.step == self.steps
+
+    @property
+    def going_on(self) -> bool:
+        """Whether a process is training it: one owns the folder, and steps are left."""
+        return self.in_use and not self.finished
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, the median of the steps."""
+        return statistics.median(m["tokens_per_second"] for m in self.metrics) if self.metrics else math.nan
+
+    @property
+    def memory(self) -> float:
+        """Peak in GB."""
+        return max((m["memory_gb"] for m in self.metrics), default=math.nan)
+
+
+def read_record(folder: str | Path) -> Record:
+    """The Record of a run folder or of a prediction's; UsageError if it is neither, DataError for a damaged file."""
+    folder = Path(folder)
+    answers = folder / "predict" if (folder / "predict" / RESULTS).is_file() else folder
+    is_run, has_answers = (folder / "config.yaml").is_file(), (answers / RESULTS).is_file()
+    if not is_run and not has_answers:
+        what = "is not there" if not folder.exists() else "holds neither a run nor a prediction"
+        raise UsageError(f"{folder} {what}", "Give the --output of minilora train or of minilora predict.")
+    record = Record(folder.resolve().name, folder)
+    if is_run:
+        record.in_use = in_use(folder)
+        record.config = read_yaml(folder / "config.yaml")
+        lines = read_metrics(folder / "metrics.jsonl")
+        record.metrics = [m for m in lines if "loss" in m]
+        record.val = [(m["step"], m["val_loss"]) for m in lines if "val_loss" in m]
+        if (folder / "data.json").is_file():
+            record.data = read_json_file(folder / "data.json")
+        if (folder / TRAINED_ROWS).is_file():
+            record.trained_rows = _hashes(folder / TRAINED_ROWS)
+    if has_answers:
+        record.results = read_json_file(answers / RESULTS)
+        record.rows = _answers(answers / ROWS)
+    return record
+
+
+def _hashes(path: Path) -> np.ndarray:
+    raw = path.read_bytes()
+    if len(raw) % 16:
+        raise DataError(f"{path} is damaged", "Delete it, or train again.")
+    return np.frombuffer(raw, "<u8").reshape(-1, 2)
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if all(isinstance(row[key], str) for row in rows for key in ("predict", "label")):
+            return rows
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise DataError(f"{path} is damaged or not there", "Run minilora predict again.")
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """The object of a JSON file of ours; DataError if it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    except ValueError:
+        pass
+    raise DataError(f"{path} is damaged", "Make it again.")

@@ -1,0 +1,186 @@
+"""The folder of a run: whose it is, the state that is saved into it, and going on from there."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minilora.models.decoder import Decoder
+
+from ..config import TrainConfig, must_match
+from ..console import Console
+from ..errors import CheckpointMismatch, DiskError, OutputInUse
+from ..files.atomic import problem_of
+from ..machine.compute import name_of
+from ..report.record import TRAINED_ROWS
+from .schedule import Plan
+from .snapshot import (
+    load_snapshot,
+    newest_snapshot,
+    read_state,
+    rotate,
+    save_snapshot,
+    snapshots,
+    step_of,
+    trained_parameters,
+)
+
+# what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
+OWN = (
+    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", "loss.png", "report.html", "metrics.jsonl",
+    "config.yaml",
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a snapshot stores beside tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    saved: int | None = None  # the step of the newest snapshot
+
+
+@dataclass
+class Run:
+    """A training run: its folder, what it shall do, and how far it is."""
+
+    folder: Path
+    config: TrainConfig
+    plan: Plan
+    model: Decoder
+    optimizer: torch.optim.AdamW
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
+    """OutputInUse unless the run folder is empty, or it is resumed, or the user said that its old run may go."""
+    held = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    is_run = (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("metrics.jsonl", "checkpoints"))
+    if overwrite and held and not is_run:
+        raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
+    if held and not resume and not overwrite:
+        hint = "Go on with --resume, start again with --overwrite, or give another --output."
+        raise OutputInUse(f"{folder} is not empty", hint)
+
+
+def check_before(folder: Path, overwrite: bool) -> None:
+    """OutputInUse for a folder that is not a run's, before anything is written there, the lock included."""
+    if folder.is_dir() and not (folder / ".lock").exists():
+        check_claim(folder, resume=False, overwrite=overwrite)
+
+
+def clear(folder: Path) -> None:
+    """Delete an old run and nothing else; to be called when everything that the new one needs has been read."""
+    for name in OWN:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_disk(folder: Path, model: Decoder, keep: int) -> None:
+    """DiskError now, not at a later save: 12 bytes a trained parameter for each snapshot that is still to come.
+
+    There will be `keep` of them, the best, and the one being written; a resumed run has some already.
+    """
+    to_come = max(keep + 2 - len(snapshots(folder / "checkpoints")), 1)
+    need = 12 * to_come * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        what = f"{folder}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise DiskError(what, "Free some space, or give another --output.")
+
+
+def save(run: Run) -> None:
+    """Write the snapshot of the step that the run has reached, then let older ones go."""
+    at = run.progress
+    state = {
+        "step": at.step,
+        "seconds": at.seconds,
+        "best_loss": at.best_loss,
+        "best_step": at.best_step,
+        "identity": _identity(run),
+        "machine": _machine(run),
+    }
+    folder = run.checkpoints / f"step-{at.step}"
+    save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
+    at.saved = at.step
+    rotate(run.checkpoints, run.config.keep_checkpoints, at.step, at.best_step)
+
+
+def restore(run: Run, console: Console) -> None:
+    """Copy the newest whole snapshot into the run's model and optimizer; CheckpointMismatch if it is of other settings."""
+    folder, skipped = newest_snapshot(run.checkpoints)
+    for line in skipped:
+        console.print(line, highlight=False, markup=False)
+    if folder is None:
+        raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
+    state = read_state(folder)
+    then, now = state["identity"], _identity(run)
+    changed = [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v]
+    if changed:
+        what = f"{folder} is of a run with other settings ({'; '.join(changed)})"
+        raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")
+    load_snapshot(folder, run.model, run.optimizer, run.plan.full)
+    was, is_ = state["machine"], _machine(run)
+    differs = [f"{k} was {was[k]}, is {v}" for k, v in is_.items() if k in was and was[k] != v]
+    note = f" (not bit for bit: {', '.join(differs)})" if differs else ""
+    console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
+    step = step_of(folder)
+    run.progress = Progress(step, state["seconds"], state["best_loss"], state["best_step"], saved=step)
+
+
+def take_kept(run: Run) -> str:
+    """Put the weights of the step that a finished run keeps into its model; returns which step it is, and why.
+
+    Where no step has a lower validation loss than the base model, that is the last one, as the run meant it to be: the best
+    of the worse ones is as a rule the one that has learnt least.
+    """
+    at = run.progress
+    last = f"step {at.step} of {run.plan.steps}, the last"
+    if at.best_step is None or at.best_loss is None:
+        return last
+    lowest = f"the lowest validation loss ({at.best_loss:.4f})"
+    if at.best_step == 0:
+        return f"{last}: {lowest} was before training, so no step is better than the base model on these rows"
+    if at.best_step == at.step:
+        return f"{last}, with {lowest}"
+    best = run.checkpoints / f"step-{at.best_step}"
+    if run.config.keep == "last":
+        return f"{last}, by --keep last; {lowest} is that of {best}"
+    problem = problem_of(best)
+    if problem is not None:
+        return f"{last}: step {at.best_step} had {lowest}, but {best} is damaged ({problem})"
+    load_snapshot(best, run.model, run.optimizer, run.plan.full)
+    return f"step {at.best_step} of {run.plan.steps}, {lowest}"
+
+
+def _identity(run: Run) -> dict:
+    """What decides every loss of a run: its settings, its rows, its base model."""
+    plan = run.plan
+    return {**must_match(run.config), "data": plan.data_hash, "base": plan.base, "steps": plan.steps}
+
+
+def _machine(run: Run) -> dict[str, str | int]:
+    """What the last bits of a float depend on beside the run's identity."""
+    device = run.model.head.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    threads, micro = torch.get_num_threads(), run.plan.micro_tokens
+    return {
+        "torch": torch.__version__,
+        "compute": name_of(run.model.compute_dtype),
+        "threads": threads,
+        "cpu": cpu,
+        "card": card,
+        "micro_tokens": micro,
+    }

@@ -1,0 +1,194 @@
+"""What a run shows and writes while it goes: lines that stay, below them a live one on a terminal, and metrics.jsonl."""
+
+import json
+import os
+import resource
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.live import Live
+from rich.text import Text
+
+from ..console import Console
+from ..files.atomic import write_file
+
+if TYPE_CHECKING:
+    import torch
+
+LINES = 20  # that stay of the steps of a run, about
+PLAIN_EVERY = 30.0  # seconds after which there is another one where there is no terminal
+PATIENCE = 2.0  # seconds after which a step that goes on is shown as such
+RECENT = 20  # steps whose durations make the estimate of what is left
+
+
+class RunConsole(Console):
+    """A console whose reader may go away: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[None]:
+    """Show what is being done while it is done: a line that moves on a terminal, one that stays elsewhere."""
+    if console.is_terminal:
+        with console.status(f" {what}"):
+            yield
+    else:
+        console.print(f"({what})", highlight=False, markup=False)
+        yield
+
+
+class Monitor:
+    """Follows a run of `total` steps from `start`; metrics of steps beyond `start` in an older file are dropped."""
+
+    def __init__(self, path: Path, total: int, start: int, console: Console):
+        self.total, self.start, self.console = total, start, console
+        self._durations: deque[float] = deque(maxlen=RECENT)
+        self._last: dict[str, Any] = {}
+        self._doing, self._since = "measuring the speed of this machine", time.monotonic()
+        self.average, self._weight = 0.0, 0.0
+        self.losses: list[float] = []
+        kept = [line for line in _lines(path) if line.get("step", 0) <= start]
+        if path.exists():
+            write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
+        self._every = max(-(-(total - start) // LINES), 1)
+        self._live = None
+        if console.is_terminal:
+            self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._now)
+        self._printed = time.monotonic()
+        for line in kept:
+            if "loss" in line:
+                self._average(line["loss"])
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+        self._file.close()
+
+    def _average(self, loss: float) -> None:
+        self.losses = [*self.losses[-9:], loss]
+        # exponential, bias-corrected
+        self._weight = 0.9 * self._weight + 0.1
+        self.average += (loss - self.average) * 0.1 / self._weight
+
+    def begin(self, step: int, tokens: int) -> None:
+        """An optimizer step of so many tokens begins."""
+        self._since, self._step = time.monotonic(), (step, tokens)
+        self.reached(0)
+        if step == self.start + 1 and not self._live:
+            self.say(f" step {step}: {tokens:,} tokens")
+
+    def reached(self, tokens: int) -> None:
+        """So many tokens of the step have gone through forward and backward."""
+        step, of = self._step
+        self._doing = f"step {step}: {tokens:,} of {of:,} tokens"
+        if tokens < of and not self._live and time.monotonic() - self._printed > PLAIN_EVERY:
+            self._printed = time.monotonic()
+            self.say(f" {self._doing}")
+
+    def _now(self) -> Text:
+        """What the terminal shows: the last step, and how far the next one is if it takes long."""
+        waited = time.monotonic() - self._since
+        last = self._line(self._last, self.console.width, bar=True) if self._last else None
+        if waited < PATIENCE and last:
+            return last
+        doing = Text(f" {self._doing}, {clock(waited)}", no_wrap=True, overflow="ellipsis")
+        return Text("\n").join([last, doing]) if last else doing
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        self._file.write(json.dumps(metrics) + "\n")
+        if "loss" not in metrics:
+            return
+        self._average(metrics["loss"])
+        if metrics["step"] == self.start + 2:
+            self._durations.clear()  # the first step warmed up
+        self._durations.append(time.monotonic() - self._since)
+        self._last, self._since = metrics, time.monotonic()
+        step = metrics["step"]
+        due = step in (self.start + 1, self.total) or (step - self.start) % self._every == 0
+        if due or (not self._live and time.monotonic() - self._printed > PLAIN_EVERY):
+            self._printed = time.monotonic()
+            self.console.print(self._line(metrics, self.console.width if self._live else None), soft_wrap=True)
+
+    def validating(self) -> None:
+        """The validation rows are being evaluated."""
+        self._doing = "validation rows"
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self, m: dict[str, Any], width: int | None, bar: bool = False) -> Text:
+        """What a step gave, in at most `width` columns: a narrow terminal takes parts away, that of the highest number first."""
+        left = sum(self._durations) / len(self._durations) * (self.total - m["step"])
+        filled = 10 * m["step"] // self.total
+        parts = [
+            (0, f"{m['step']:>{len(str(self.total))}}/{self.total}"),
+            *([(6, "━" * filled + "─" * (10 - filled))] if bar else []),
+            (0, f"loss {m['loss']:.4f}"),
+            (4, f"avg {self.average:.4f}"),
+            (2, f"lr {m['lr']:.1e}"),
+            (3, f"grad {m['grad_norm']:.2f}"),
+            (1, f"ETA {clock(left)}"),
+            (5, f"{m['tokens_per_second']:,.0f} tok/s"),
+            (7, f"{m['memory_gb']:.1f} GB"),
+            (8, f"MFU {100 * m['mfu']:.0f} %"),
+        ]
+        while width is not None and len(parts) > 2 and len("  ".join(text for _, text in parts)) + 2 > width:
+            parts.remove(max(parts))
+        return Text(" " + "  ".join(text for _, text in parts), no_wrap=True, overflow="ellipsis")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last one that was cut by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, one a step."""
+    return _lines(path)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def shell(*words: object) -> str:
+    """A minilora command as it can be typed."""
+    return shlex.join(["minilora", *map(str, words)])
+
+
+def peak_memory_gb(device: "torch.device") -> float:
+    """The most memory so far in GB (10^9 bytes): of the card, or of the process where there is none."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,146 @@
+"""What a training run will do, worked out before it does it: data, steps, and the header that says so."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minilora.models.decoder import Decoder
+
+from .. import __version__
+from ..checkpoint.load import fingerprint
+from ..checkpoint.open_model import folder_notes
+from ..config import TrainConfig
+from ..data import Examples, steps_per_epoch
+from ..lora import adapters, base_parameters
+from ..machine.compute import name_of
+from ..machine.cpu import device_name
+from ..machine.kernel_paths import kernel_paths
+from ..rows.dataset import Data
+from ..text.tokenizer import check_fits
+from .snapshot import trained_parameters
+
+EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that a run follows."""
+
+    train: Examples
+    val: Examples
+    steps: int
+    steps_per_epoch: int
+    rows_per_step: int
+    micro_tokens: int
+    eval_every: int
+    save_every: int
+    full: bool
+    data_hash: str
+    base: str
+    machine: dict[str, str]
+    header: str
+
+
+def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -> Plan:
+    """Steps and streams of a run, and its header; `computing` is what stands there on dtype and threads.
+
+    ModelError if the tokenizer has more ids than the model.
+    """
+    check_fits(data.tokenizer, model.config.vocab, Path(config.model))
+    steps, per_epoch, epochs = count_steps(config, len(data.train))
+    plan = Plan(
+        train=data.train,
+        val=data.val,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        rows_per_step=config.batch_size * config.accumulation,
+        micro_tokens=max(config.micro_tokens or config.max_length, data.train.longest, data.val.longest),
+        eval_every=config.eval_every or per_epoch,
+        save_every=config.save_every or per_epoch,
+        full=config.method == "full",
+        data_hash=data.train.digest() + data.val.digest(),
+        base="" if config.method == "full" else fingerprint(base_parameters(model)),
+        machine={
+            "minilora": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "device": device_name(model.head.device), "computing": computing,
+        },
+        header="",
+    )  # fmt: skip
+    header = _header(config, data, model, plan, epochs, computing)
+    return Plan(**{**plan.__dict__, "header": header})
+
+
+def data_record(data: Data, plan: Plan) -> dict[str, Any]:
+    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes; and what computed."""
+    length, trained = plan.train.column("length"), plan.train.column("trained")
+    return {
+        "rows": data.report.rows,
+        "dropped": {f"over {limit}": n for limit, n in data.report.dropped.items()} | dict(data.report.broken),
+        "cut": {f"over {limit}": n for limit, n in data.report.cut.items()},
+        "train_rows": len(plan.train),
+        "val_rows": len(plan.val),
+        "tokens": int(length.sum()),
+        "trained": int(trained.sum()),
+        "masked_lengths": _counted(length - trained),
+        "trained_lengths": _counted(trained),
+        "steps": plan.steps,
+        "train_hash": plan.train.digest(),
+        "val_hash": plan.val.digest(),
+        "base": plan.base,
+        "machine": plan.machine,
+    }
+
+
+def _counted(lengths: np.ndarray) -> dict[str, int]:
+    return {str(n): int(rows) for n, rows in zip(*np.unique(lengths, return_counts=True), strict=True)}
+
+
+def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
+    """(optimizer steps of a run, steps of an epoch, epochs) for so many rows."""
+    per_epoch = steps_per_epoch(rows, config.batch_size * config.accumulation)
+    epochs = config.epochs
+    if epochs is None:
+        epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
+    steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
+    return steps, per_epoch, epochs
+
+
+def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str) -> str:
+    device = model.head.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    total = sum(p.numel() for p in base_parameters(model).values())
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    c = model.config
+    dtype = name_of(model.head.dtype)
+    template = data.tokenizer.template
+    model_name = Path(config.model).name
+    chat = template.name + (" (the last answer of a row is trained)" if template.last_only else "")
+    lines = [
+        f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
+        f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
+    ]
+    lines += [f"{name:<8}{note}" for name, note in folder_notes(config.model, data.tokenizer).items()]
+    if plan.full:
+        lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")
+    else:
+        wrapped = [w for _, w in adapters(model)]
+        names = " ".join(dict.fromkeys(p.split(".")[-1].removesuffix("_proj") for p, _ in adapters(model)))
+        lines.append(
+            f"lora    r={config.lora_r} alpha={config.lora_alpha:g} (scale {wrapped[0].scale:g})  {names}  {len(wrapped)} linears"
+            f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
+        )
+    indent = "\n        "
+    lines.append("compute " + computing)
+    lines.append("kernels " + indent.join(kernel_paths(model, device)))
+    lines.append("data    " + str(data.report).replace("\n", indent))
+    lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
+    lines.append(
+        f"plan    {plan.rows_per_step} rows a step, {plan.steps_per_epoch:,} steps an epoch, {epochs:g} epochs: {plan.steps:,} steps"
+        if config.max_steps is None
+        else f"plan    {plan.rows_per_step} rows a step, {plan.steps:,} steps"
+    )
+    return "\n".join(lines)

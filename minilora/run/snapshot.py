@@ -1,0 +1,133 @@
+"""The state of a training run on disk: what is trained, the optimizer's moments by parameter name, and where the run stands.
+
+Order and dropout are functions of (seed, step), so there is no other state. A snapshot is a folder that appears whole, with a
+manifest of hashes: `checkpoints/step-N`. The trained part is a PEFT adapter folder, or with method full a Hugging Face folder.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.adapter import fill_adapter_folder
+from ..checkpoint.load import write_checkpoint
+from ..errors import CheckpointMismatch
+from ..files.atomic import problem_of, staged_folder, write_link
+from ..files.model_folder import ADAPTER_WEIGHTS
+from ..files.safetensors import SafetensorsFile, write_tensors
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+MODEL = "model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_snapshot(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    base: Path,
+    full: bool,
+) -> None:
+    """Write `folder`; state is JSON. An older folder of that name is replaced."""
+    with staged_folder(folder, manifest=True) as stage:
+        fill_trained_folder(stage, model, base, full)
+        moments = {}
+        for name, p in trained_parameters(model).items():
+            for key, value in optimizer.state[p].items():
+                moments[f"{key}.{name}"] = value
+        write_tensors(stage / OPTIMIZER, moments)
+        (stage / STATE).write_text(json.dumps(state, indent=1) + "\n")
+
+
+def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) -> None:
+    """What was trained, into an empty folder: an adapter, or with `full` a checkpoint in fp32."""
+    if not full:
+        fill_adapter_folder(model, folder, str(base))
+        return
+    parameters = dict(model.named_parameters())
+    shapes = {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()}
+    write_checkpoint(folder, shapes, parameters.__getitem__, base, shard_bytes=1 << 62)
+
+
+def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> None:
+    """Copy a snapshot's tensors back, bit for bit; CheckpointMismatch if they are not those of this model."""
+    parameters = trained_parameters(model)
+    trained = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS))
+    moments = SafetensorsFile(folder / OPTIMIZER)
+    keys = {name: name if full else f"{PEFT_PREFIX}{name}.weight" for name in parameters}
+    _same_names(folder, set(keys.values()), set(trained.entries))
+    state_keys = ("step", "exp_avg", "exp_avg_sq")
+    wanted = {f"{k}.{name}" for k in state_keys for name in parameters} if moments.entries else set()
+    _same_names(folder, wanted, set(moments.entries))
+    with torch.no_grad():
+        for name, p in parameters.items():
+            value = trained.tensor(keys[name])
+            if value.shape != p.shape:
+                raise CheckpointMismatch(f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}", "Resume with the settings of that run.")  # fmt: skip
+            p.copy_(value)
+            if moments.entries:
+                optimizer.state[p] = {k: _moment(moments.tensor(f"{k}.{name}"), k, p) for k in state_keys}
+
+
+def _moment(value: Tensor, key: str, p: nn.Parameter) -> Tensor:
+    device = p.device if key != "step" or p.is_cuda else torch.device("cpu")
+    return value.clone().to(device)
+
+
+def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
+    if wanted != found:
+        example = min(wanted ^ found)
+        raise CheckpointMismatch(
+            f"{folder} has other tensors than this run, such as {example}",
+            "Resume with the settings of that run.",
+        )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of a snapshot that was verified."""
+    return json.loads((folder / STATE).read_text())
+
+
+def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest snapshot whose every byte is as written, and what was wrong with newer ones."""
+    skipped = []
+    for folder in sorted(snapshots(checkpoints), key=step_of, reverse=True):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, skipped
+        skipped.append(f"skipped {folder.name}: {problem}")
+    return None, skipped
+
+
+def snapshots(checkpoints: Path) -> list[Path]:
+    return [p for p in checkpoints.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
+    """Point `last` at the snapshot of `step` and `best` at its own, then delete all but the newest `keep` and the best.
+
+    Snapshots of later steps are damaged ones that a resumed run has skipped: they do not count.
+    """
+    ordered = sorted((p for p in snapshots(checkpoints) if step_of(p) <= step), key=step_of)
+    write_link(checkpoints / "last", ordered[-1].name)
+    if best is not None and (checkpoints / f"step-{best}").is_dir():
+        write_link(checkpoints / "best", f"step-{best}")
+    for folder in ordered[:-keep]:
+        if step_of(folder) != best:
+            os.rename(folder, checkpoints / f".tmp-{folder.name}")
+    for leftover in checkpoints.glob(".tmp-*"):
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)

@@ -1,0 +1,1 @@
+"""What stands around training: plan, chat, inspect, predict, score, sweep, split."""

@@ -1,0 +1,185 @@
+"""`minilora chat`: talk with a model, with or without its adapter."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.models.decoder import Decoder
+
+from ..checkpoint.open_model import folder_notes, open_model
+from ..files.model_folder import beyond
+from ..generate import Sampling, generate, read_generation, stream_text
+from ..lora import adapters, without_adapters
+from ..terminal import printable, say
+from ..text.template import Message
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from .typed import typed
+
+HELP = """\
+/base          switch the adapter off, or on again
+/greedy        switch sampling off, or on again
+/think         let the model think, or stop it
+/system TEXT   begin a new conversation with this system prompt
+/new           begin a new conversation
+/quit          leave, as Ctrl-D and Ctrl-C do; during an answer Ctrl-C stops it
+A pasted text is one message. The up arrow brings back what was said before."""
+INT8 = "The adapter is merged into the 8-bit weights and cannot be switched off."
+NO_THOUGHTS = "The model's chat format has no place for thoughts: it answers as before."
+COMMANDS = ("/base", "/greedy", "/think", "/system", "/new", "/quit", "/exit", "/help")
+
+
+@dataclass
+class Session:
+    """One conversation with a model and how its next answer is made."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    sampling: Sampling
+    stop: set[int]
+    max_tokens: int
+    generator: torch.Generator
+    messages: list[Message]
+    base: bool = False
+    thinking: bool = False
+    greedy: bool = False
+    asked: int = 0  # tokens of the last prompt
+    answered: int = 0  # tokens of the last answer
+
+    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            self.answered += 1
+            yield token
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Say something; the answer comes piece by piece and joins the conversation when it is whole."""
+        said = [*self.messages, {"role": "user", "content": text}]
+        ids, _ = self.tokenizer.render(said, prompt=True, thinking=self.thinking)
+        self.asked, self.answered = len(ids), 0
+        sampling = replace(self.sampling, temperature=0.0) if self.greedy else self.sampling
+        with without_adapters(self.model) if self.base else nullcontext():
+            tokens = self._counted(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator))
+            pieces = []
+            most = self.model.config.max_positions
+            if len(ids) > most:
+                yield f"[{beyond(len(ids), most)}]\n"
+            try:
+                for piece in stream_text(self.tokenizer, tokens):
+                    pieces.append(piece)
+                    yield piece
+            finally:
+                self.messages = [*said, {"role": "assistant", "content": "".join(pieces)}]
+
+    def notes(self) -> list[str]:
+        """What is to be known of the last answer."""
+        most, total = self.model.config.max_positions, self.asked + self.answered
+        cut = f"the answer was cut at {self.max_tokens:,} tokens: --max-tokens"
+        return [cut] * (self.answered == self.max_tokens) + [beyond(total, most)] * (self.asked <= most < total)
+
+
+def chat(
+    model: str, adapter: str | None = None, system: str | None = None, prompts: list[str] | None = None, greedy: bool = False,
+    max_tokens: int = 1024, think: bool = False, seed: int = 0, temperature: float | None = None, top_p: float | None = None,
+    top_k: int | None = None, **opening: Any,
+) -> None:  # fmt: skip
+    """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
+    folder = Path(model)
+    tokenizer = load_tokenizer(folder, adapter)
+    for name, note in folder_notes(folder, tokenizer, adapter).items():
+        say(f"{name:<8}{note}")
+    int8 = opening.get("int8", False)
+    decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
+    if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
+        print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
+    sampling, stop = read_generation(folder)
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = replace(sampling, **{k: v for k, v in given.items() if v is not None})
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    generator = torch.Generator().manual_seed(seed)
+    session = Session(decoder, tokenizer, sampling, stop | tokenizer.stop_ids, max_tokens, generator, messages,
+                      thinking=think, greedy=greedy or sampling.temperature == 0)  # fmt: skip
+    if think and not tokenizer.template.thinks:
+        say(NO_THOUGHTS)
+    if prompts:
+        for prompt in prompts:
+            say(f"> {prompt}")
+            _show(session, prompt)
+        return
+    sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
+    if sys.stdin.isatty():
+        say(f"{folder.name}{' + ' + adapter if adapter else ''}   /help lists the commands")
+    fixed = "" if adapter and not int8 else INT8 if adapter else "There is no adapter to switch off."
+    for line in typed("> ") if sys.stdin.isatty() else _piped():
+        text = _whole_characters(line).strip()
+        if is_command(text):
+            if not _command(session, text, fixed):
+                return
+        elif text:
+            _show(session, text)
+
+
+def _piped() -> Iterator[str]:
+    try:
+        while True:
+            yield input()
+    except (EOFError, KeyboardInterrupt):
+        return
+
+
+def _whole_characters(text: str) -> str:
+    """Bytes that were no UTF-8 become a replacement sign."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _show(session: Session, text: str) -> None:
+    """Print an answer as it comes, then how fast it came; Ctrl-C ends the answer, not the chat."""
+    start = time.perf_counter()
+    try:
+        for piece in session.reply(text):
+            print(printable(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    for note in session.notes():
+        say(f"[{note}]")
+    if sys.stdout.isatty():
+        print(f"\033[2m{session.answered / max(time.perf_counter() - start, 1e-9):.1f} tokens/s\033[0m")
+
+
+def is_command(text: str) -> bool:
+    """Whether a text is a /command, or one that is mistyped; of several lines, only a known one is."""
+    return text.startswith("/") and ("\n" not in text or text.split()[0] in COMMANDS)
+
+
+def _command(session: Session, text: str, fixed: str) -> bool:
+    """Carry out a /command; False ends the chat. fixed: why the adapter stays as it is, if it does."""
+    name, rest = (*text.split(maxsplit=1), "")[:2]
+    if name in ("/quit", "/exit"):
+        return False
+    if name == "/base":
+        session.base = not session.base and not fixed
+        say(fixed or ("The base model answers now." if session.base else "The adapter is on again."))
+    elif name == "/new":
+        session.messages = [m for m in session.messages if m["role"] == "system"]
+        say("A new conversation begins.")
+    elif name == "/system":
+        session.messages = [{"role": "system", "content": rest}] if rest else []
+        say(f"A new conversation begins, {'with this system prompt' if rest else 'without a system prompt of yours'}.")
+    elif name == "/greedy":
+        session.greedy = not session.greedy
+        if session.sampling.temperature == 0:
+            session.sampling = replace(session.sampling, temperature=1.0)
+        drawn = f"Tokens are drawn now, with {session.sampling.words()}."
+        say("Each token is the likeliest one now." if session.greedy else drawn)
+    elif name == "/think":
+        session.thinking = not session.thinking
+        on = "The model may think now." if session.thinking else "The model answers without thinking now."
+        say(on if session.tokenizer.template.thinks else NO_THOUGHTS)
+    else:
+        say(HELP if name == "/help" else f"There is no command {name}. These are there:\n{HELP}")
+    return True

@@ -1,0 +1,155 @@
+"""`minilora plan`: parameters, tokens, steps and memory of a training, worked out from config.json, and the data if given.
+
+Nothing is loaded but the tokenizer and the rows. Memory is that of the largest stream of the run, by a dry run (dry_run.py).
+Without data every row is taken to be as long as the limits allow.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint.load import empty_model, find_device, read_config
+from ..config import TrainConfig
+from ..data import IGNORE, Batch, Example, pack, step_examples
+from ..errors import UsageError
+from ..files.model_folder import positions_note
+from ..lora import adapters
+from ..machine.compute import name_of, products_rate
+from ..machine.cpu import device_name, memory_gb
+from ..machine.flops import step_flops
+from ..rows.dataset import load_data
+from ..run.monitor import clock
+from ..run.schedule import count_steps
+from ..run.snapshot import trained_parameters
+from ..text.tokenizer import check_fits
+from ..train import dtypes, prepare
+from .dry_run import StepMemory, step_memory
+
+
+def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
+    """What a training would need, as plain values for JSON: on a card with so many 10^9 bytes, or on this machine."""
+    if not config.model:
+        raise UsageError("--model is missing", "minilora plan --model DIR [--data FILE] [settings of train]")
+    c = read_config(Path(config.model))
+    device = find_device(None if config.device == "auto" else config.device)
+    stored, compute = dtypes(config, c, device if card_gb is None else torch.device("cuda"))
+    model = prepare(empty_model(c, stored), config)
+    model.compute = compute
+    parameters = sum(p.numel() for p in empty_model(c).parameters())
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    found: dict[str, Any] = {
+        "model": config.model,
+        "family": c.family,
+        "parameters": parameters,
+        "dtype": name_of(stored),
+        "compute": name_of(compute),
+        "method": config.method,
+        "lora_r": config.lora_r,
+        "linears": sum(1 for _ in adapters(model)),
+        "trained": trained,
+    }
+    prefix = hasattr(c, "sop")
+    if config.data:
+        data = load_data(config)
+        check_fits(data.tokenizer, c.vocab, Path(config.model))
+        steps, per_epoch, epochs = count_steps(config, len(data.train))
+        streams = _streams(config, data.train, per_epoch)
+        found |= {
+            "rows": len(data.train),
+            "report": "\n".join([str(data.report), *data.notes.values()]),
+            "steps": steps,
+            "epochs": epochs,
+            "tokens": data.report.tokens,
+        }
+    else:
+        row = _assumed_row(config, prefix)
+        streams = _streams(config, [row] * (config.batch_size * config.accumulation), 1)
+        found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
+        found["note"] = positions_note(Path(config.model), len(row.ids))
+    largest = max(streams, key=lambda batch: len(batch.ids))
+    memory, flops = step_memory(model, largest), step_flops(model, [largest], config.method == "full")
+    found["step"] = {
+        "rows": config.batch_size * config.accumulation,
+        "tokens": None if config.data else sum(len(batch.ids) for batch in streams),
+        "streams": None if config.data else len(streams),
+        "stream_tokens": len(largest.ids),
+        "stream_trained": len(largest.targets),
+        "flops": flops,
+        "seconds": flops / products_rate(c, stored, compute) if card_gb is None and device.type == "cpu" else None,
+    }
+    found["memory"] = vars(memory) | {"total": memory.total}
+    found["device"] = device_name(device) if card_gb is None else "a card"
+    found["device_gb"] = memory_gb(device) if card_gb is None else card_gb
+    found["most_tokens"] = _most_tokens(memory, largest, found["device_gb"])
+    return found
+
+
+def _assumed_row(config: TrainConfig, prefix: bool) -> Example:
+    """A row as long as the limits allow; where only max_length is given, all of it trained."""
+    source, target = config.max_source_length, config.max_target_length
+    length = min(config.max_length, source + target) if source and target else config.max_length
+    target = min(target or length - 1, length - 1)
+    targets = np.full(length, IGNORE, dtype=np.int64)
+    targets[length - 1 - target : length - 1] = 1
+    return Example(np.zeros(length, dtype=np.int64), targets, "assumed", length - target if prefix else None)
+
+
+def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> list[Batch]:
+    """The streams of the steps of one epoch, as training packs them."""
+    room = max(config.micro_tokens or config.max_length, max(len(e.ids) for e in examples))
+    rows = config.batch_size * config.accumulation
+    return [b for step in range(steps) for b in pack(step_examples(examples, rows, config.seed, step), room)]
+
+
+def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
+    """About how long a stream may be in so much memory, if all that a step makes grows with its tokens."""
+    made = memory.activations + memory.temporaries
+    return max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """A forecast for people."""
+    step, memory = found["step"], found["memory"]
+    share = 100 * found["trained"] / found["parameters"]
+    how = f"r={found['lora_r']}, {found['linears']} linears, " if found["method"] == "lora" else ""
+    lines = [
+        f"model   {found['model']}   {found['family']}, {found['parameters']:,} parameters, {found['dtype']}, computed in {found['compute']}",
+        f"{found['method']:<7} {how}{found['trained']:,} trained ({share:.2f} %), fp32",
+    ]
+    if "rows" in found:
+        lines.append("data    " + found["report"].replace("\n", "\n        "))
+        lines.append(f"plan    {found['steps']:,} steps, {found['epochs']:g} epochs of {found['tokens']:,} tokens")
+    else:
+        lines.append(
+            f"rows    of {found['row_tokens']:,} tokens, {found['row_trained']:,} of them trained (assumed: there is no --data)"
+        )
+        if found["note"]:
+            lines.append(f"note    {found['note']}")
+        lines.append(f"plan    a step has {step['rows']} rows, {step['tokens']:,} tokens, in {step['streams']} streams")
+    lines += [
+        f"stream  {step['stream_tokens']:,} tokens in one pass, {step['stream_trained']:,} trained: {step['flops'] / 1e12:,.3g} TFLOP",
+        "memory  GB",
+    ]
+    notes = {
+        "activations": "kept for the backward pass",
+        "temporaries": "at the peak: gradients on the way, logits of a chunk of rows",
+    }
+    for name, size in memory.items():
+        lines.append(f"        {name:<12} {size / 1e9:>8.3f}   {notes.get(name, '')}".rstrip())
+    left = found["device_gb"] - memory["total"] / 1e9
+    room = f"the {found['device_gb']:,.4g} GB of {found['device']}"
+    verdict = f"fits in {room}, {left:,.1f} free" if left > 0 else f"needs {-left:,.1f} GB more than {room}"
+    lines.append(f"        {verdict}; what the system and the allocator take comes on top")
+    lines.append(f"room    for streams of about {found['most_tokens']:,} tokens (--micro-tokens)")
+    if step["seconds"] is not None:
+        lines.append(f"time    {_duration(step['seconds'])} a stream at least, at the speed of this machine's products")
+    if found["device"] != "a card":
+        lines.append("        (--device-memory 80: the same on a card of 80 GB)")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.2g} s" if seconds < 100 else clock(seconds)

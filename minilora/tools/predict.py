@@ -1,0 +1,312 @@
+"""`minilora predict`: the model's own answers to the questions of a test set, and their scores.
+
+The last answer of each row is the reference; what stands before it is the prompt. A row that ends with a question, or whose
+last answer is empty, has no reference: it is answered and not scored. Nothing is cut: neither a prompt nor a
+reference, whatever the limits of training were; an answer that max_tokens ends is counted. Answers are kept as they come, in
+part.jsonl, so that a stopped prediction goes on. The files are those that LLaMA-Factory writes, with more in them.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from minilora.models.decoder import Decoder
+
+from ..checkpoint.load import fingerprint
+from ..checkpoint.open_model import folder_notes, open_model
+from ..config import DataConfig
+from ..console import Console
+from ..errors import DataError, OutputInUse, Stopped
+from ..files.atomic import locked, write_file
+from ..files.model_folder import ADAPTER_WEIGHTS
+from ..generate import GREEDY, Sampling, read_generation
+from ..generate_many import generate_many
+from ..lora import base_parameters
+from ..machine.compute import name_of
+from ..report.metrics import interval, measured_rows, word_cutter
+from ..report.record import RESULTS, ROWS, read_json_file
+from ..rows import fill, read_rows
+from ..rows.keys import ignored_notes
+from ..rows.load import PLAIN, check_thoughts, hashes
+from ..rows.shapes import TEXT
+from ..run.monitor import PLAIN_EVERY, clock
+from ..run.signals import StopSignal
+from ..text.tokenizer import Tokenizer, load_tokenizer
+
+PART = "part.jsonl"
+# as LLaMA-Factory names what it reports
+FOREIGN = {
+    "predict_bleu-4": "bleu4_char", "predict_rouge-1": "rouge1_words", "predict_rouge-2": "rouge2_words",
+    "predict_rouge-l": "rougeL_words",
+}  # fmt: skip
+
+
+class Question(NamedTuple):
+    """A row of a test set: the prompt's ids, the question alone as text, the reference answer, and where it stands."""
+
+    ids: list[int]
+    text: str
+    label: str  # "" where there is none
+    label_tokens: int  # with the token that ends it, as training counts them
+    where: str
+    hashes: tuple[int, int]  # of the question with all before it, and of the whole row
+
+
+def read_questions(
+    path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN, say: Callable[[str], None] = lambda note: None
+) -> list[Question]:
+    """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer.
+
+    `say` is called with what is to be told of the file and of the keys that are ignored on request.
+    """
+    questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
+    for row in read_rows(path, settings.columns, settings.ignored, settings.encoding, say):
+        ignored.update(row.ignored)
+        fill(row, settings.define)
+        check_thoughts(row, tokenizer)
+        if row.messages[-1]["role"] == "user":
+            row.messages.append({"role": "assistant", "content": ""})
+        *before, last = row.messages
+        if last["role"] != "assistant":
+            hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
+            raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
+        trained, label = [], last["content"] if last["content"].strip() else ""
+        if label:
+            _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
+        text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
+        ids, _ = tokenizer.render(before, prompt=True)
+        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
+    for note in ignored_notes(ignored):
+        say(note)
+    return questions
+
+
+def predict(
+    model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
+    batch: int = 16, reading: DataConfig = PLAIN, sample: bool = False, seed: int = 0, overwrite: bool = False,
+    console: Console | None = None, **opening: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
+
+    A folder that holds the same prediction is left as it is, one that was stopped goes on; any other is OutputInUse.
+    `opening`: as for open_model.
+    """
+    console, folder = console or Console(), Path(output)
+    tokenizer = load_tokenizer(model, adapter)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    for name, note in folder_notes(model, tokenizer, adapter).items():
+        say(f"{name:<8}{note}")
+    questions = read_questions(data, tokenizer, reading, say)
+    then = _settings_there(folder, overwrite).get("dtype")
+    if opening.get("compute", "auto") == "auto" and then in ("float32", "bfloat16"):
+        opening["compute"] = then  # a machine that is busy otherwise may measure otherwise
+    decoder = open_model(model, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
+    sampling, stop = read_generation(Path(model))
+    sampling = sampling if sample else GREEDY
+    settings = {
+        "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
+        "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
+        "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
+        "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
+        "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype),
+        "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
+    }  # fmt: skip
+    _check_output(folder)
+    with locked(folder):
+        done, found = _claim(folder, settings, overwrite)
+        if found is not None:
+            console.print(f"{folder} holds this prediction already", highlight=False, markup=False)
+            return found
+        seconds = _answer(
+            decoder, tokenizer, questions, folder, settings, done, stop, sampling, max_tokens, batch, seed, console
+        )
+        rows = [done[i] for i in range(len(questions))]
+        results = _results(rows, settings, seconds)
+        write_file(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_file(folder / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+        (folder / PART).unlink(missing_ok=True)
+    return results
+
+
+def _hash(texts) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _check_output(folder: Path) -> None:
+    """OutputInUse for a folder that holds something else, before a lock is written there."""
+    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
+    if names - {ROWS, RESULTS, PART}:
+        raise OutputInUse(f"{folder} holds no prediction but {min(names)}", "Give another --output.")
+
+
+def _settings_there(folder: Path, overwrite: bool) -> dict[str, Any]:
+    """The settings of the prediction that a folder holds, or of its beginning; {} where there is none to go on with."""
+    found: Any = None
+    if not overwrite and (folder / RESULTS).exists():
+        found = read_json_file(folder / RESULTS).get("settings")
+    elif not overwrite:
+        found = next(iter(_whole_lines(folder / PART)), None)
+    return found if isinstance(found, dict) else {}
+
+
+def _claim(folder: Path, settings: dict, overwrite: bool) -> tuple[dict[int, dict], dict | None]:
+    """Answers that the folder has already, by row; and its results, if they are of these settings."""
+    if overwrite:
+        for name in (PART, ROWS, RESULTS):
+            (folder / name).unlink(missing_ok=True)
+    hint = "Give another --output, or --overwrite to start again."
+    if (folder / RESULTS).exists():
+        results = read_json_file(folder / RESULTS)
+        if not _same(results.get("settings"), settings):
+            raise OutputInUse(f"{folder} holds a prediction of other weights, rows or decoding", hint)
+        return {}, results
+    lines = _whole_lines(folder / PART)
+    if lines and not _same(lines[0], settings):
+        raise OutputInUse(f"{folder} holds the beginning of a prediction of other weights, rows or decoding", hint)
+    done = {line["row"]: line for line in lines[1:]}
+    head = [settings, *done.values()]
+    write_file(folder / PART, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in head))
+    return done, None
+
+
+def _same(then: Any, now: dict) -> bool:
+    """Folders may have moved; weights, rows and decoding decide."""
+    keys = ("rows_hash", "prompts_hash", "weights_hash", "dtype", "decoding")
+    return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a jsonl file up to one that a crash cut."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _answer(
+    model: Decoder, tokenizer: Tokenizer, questions: list[Question], folder: Path, settings: dict, done: dict[int, dict],
+    stop: set[int], sampling: Sampling, max_tokens: int, batch: int, seed: int, console: Console,
+) -> float:  # fmt: skip
+    """Answer what is not `done` yet, adding each answer to it and to part.jsonl; returns the seconds of this process."""
+    left = [i for i in range(len(questions)) if i not in done]
+    began = shown = time.monotonic()
+    tokens = 0
+    with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
+        prompts = [questions[i].ids for i in left]
+        stops = stop | tokenizer.stop_ids
+        for answer in generate_many(
+            model, prompts, stops, max_tokens, batch, sampling, seed, left, lambda: signal.requested
+        ):
+            question = questions[answer.number]
+            row = {
+                "row": answer.number,
+                "prompt": tokenizer.decode(question.ids, specials=True),
+                "predict": tokenizer.answer(answer.ids),
+                "label": question.label,
+                "question": question.text,
+                "where": question.where,
+                "hashes": [f"{h:016x}" for h in question.hashes],
+                "tokens": len(answer.ids),
+                "label_tokens": question.label_tokens,
+                "cut": answer.cut,
+            }
+            done[answer.number] = row
+            part.write(json.dumps(row, ensure_ascii=False) + "\n")
+            part.flush()
+            os.fsync(part.fileno())
+            tokens += len(answer.ids)
+            now = time.monotonic()
+            if now - shown > PLAIN_EVERY or len(done) == len(questions):
+                shown = now
+                speed, rest = tokens / (now - began), len(questions) - len(done)
+                made = len(done) - (len(questions) - len(left))
+                eta = clock((now - began) / made * rest)
+                text = f" {len(done):>5}/{len(questions)} answers  {speed:,.0f} answer tokens/s  ETA {eta}"
+                console.print(text, highlight=False, markup=False)
+        if len(done) < len(questions):
+            what = f"stopped by {signal.name} after {len(done)} of {len(questions)} answers; they are kept in {folder}"
+            raise Stopped(what, "The same command goes on from there.")
+    return time.monotonic() - began
+
+
+def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]:
+    """What predict_results.json holds."""
+    scored = [row for row in rows if row["label"]]
+    metrics = {}
+    for name, metric in measured_rows(scored).items():
+        metrics[name] = {
+            **{k: round(v, 4) for k, v in interval(metric)._asdict().items()},
+            "definition": metric.definition,
+        }
+    foreign = {name: metrics[ours]["value"] for name, ours in FOREIGN.items() if ours in metrics}
+    lengths = [row["tokens"] for row in rows]
+    return {
+        **foreign,
+        "predict_runtime": round(seconds, 2),
+        "rows": len(rows),
+        "references": len(scored),
+        "cut": sum(row["cut"] for row in rows),
+        "answer_tokens": sum(lengths),
+        "label_tokens": sum(row["label_tokens"] for row in rows),
+        "metrics": metrics,
+        "settings": settings,
+    }
+
+
+def show_results(results: dict[str, Any], console: Console) -> None:
+    """The table of scores, what each name means, and what to beware of."""
+    rows, cut = results["rows"], results["cut"]
+    scored = results.get("references", rows)  # older predictions have one in every row
+    table = Table(box=None, pad_edge=False)
+    table.add_column("metric")
+    for name in ("score", "95 % interval"):
+        table.add_column(name, justify="right")
+    for name, m in results["metrics"].items():
+        table.add_row(name, f"{m['value']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}")
+    if scored:
+        console.print(table)
+    lines = [f"{name}: {m['definition']}" for name, m in results["metrics"].items()]
+    if scored and word_cutter() is None:
+        lines.append("note: no metric on words, jieba is not there (pip install 'minilora[report]')")
+    limit = results["settings"]["decoding"]["max_tokens"]
+    answered = f"{results['answer_tokens']:,} tokens were answered"
+    if not scored:
+        lines.append(
+            f"{rows:,} rows without a reference answer: they are answered, and there is nothing to score. {answered}."
+        )
+    else:
+        of = (
+            f"{rows:,} rows"
+            if scored == rows
+            else f"{scored:,} of {rows:,} rows are scored, the others have no reference answer"
+        )
+        lines.append(
+            f"{of}; intervals are a bootstrap over them. {answered}, the references have {results['label_tokens']:,}."
+        )
+    if cut and limit > 1:  # one token is a label, not a text cut short
+        lines.append(
+            f"note: {cut:,} of {rows:,} answers were cut at {limit:,} tokens; a larger --max-tokens lets them end"
+        )
+    console.print("\n".join(["", *lines]), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+"""Scores of rows for a terminal and as a page: the histogram, the cut-offs, the strangest rows."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..console import Console
+from ..report.charts import READOUT
+from ..report.charts import STYLE as CHARTS
+from ..report.histogram import svg_histogram, text_histogram
+from ..report.html import escape, page, table
+from ..rows.token_store import Examples
+from .score_data import RowScore
+
+EVERY = 5.0  # seconds between two lines of progress
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+NOTE = (
+    "Perplexity is exp of the mean cross-entropy over a row's trained tokens. A high one can mean noise, a wrong answer, "
+    "another language, or simply something new that is worth learning; a short answer scatters more. Read the worst rows "
+    "before a cut-off is chosen."
+)
+
+
+def shown_progress(scores: Iterator[RowScore], rows: int, console: Console) -> Iterator[RowScore]:
+    """The scores, with a line from time to time."""
+    began = shown = time.monotonic()
+    for done, score in enumerate(scores, 1):
+        yield score
+        now = time.monotonic()
+        if now - shown > EVERY:
+            shown = now
+            console.print(f" {done:>7,}/{rows:,} rows  {done / (now - began):,.1f} rows/s", highlight=False)
+
+
+def perplexities(scores: list[RowScore]) -> np.ndarray:
+    return np.array([s.perplexity for s in scores])
+
+
+def to_text(scores: list[RowScore], examples: Examples, marks: Mapping[str, float], worst: int) -> str:
+    """The lines for a terminal."""
+    values = perplexities(scores)
+    total, tokens = sum(s.total for s in scores), sum(s.tokens for s in scores)
+    lines = [
+        f"perplexity  {np.exp(total / tokens):.3f} over all {tokens:,} trained tokens; of a row: half at most {np.median(values):.2f}",
+        "cut-offs    " + ", ".join(f"{100 * q:.0f} % of the rows below {v:.2f}" for q, v in cut_offs(values)),
+        "",
+        *text_histogram(values, marks, log=True),
+    ]
+    for score in strangest(scores, worst):
+        where, value = examples.value(score.number)
+        lines += [
+            "",
+            f"{score.perplexity:>8.2f}  {where}, {score.tokens:,} tokens",
+            f"          {json.dumps(value, ensure_ascii=False)[:300]}",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def cut_offs(values: np.ndarray) -> list[tuple[float, float]]:
+    """(share of rows, the perplexity that so many are at most)."""
+    return list(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True))
+
+
+def strangest(scores: list[RowScore], count: int) -> list[RowScore]:
+    """The rows of highest perplexity."""
+    return sorted(scores, key=lambda s: -s.perplexity)[:count]
+
+
+def to_html(
+    data: str, model: str, scores: list[RowScore], examples: Examples, marks: Mapping[str, float], worst: int
+) -> str:  # fmt: skip
+    """The page."""
+    values = perplexities(scores)
+    cuts = table(["rows below", "perplexity"], [(f"{100 * q:.0f} %", f"{v:.2f}") for q, v in cut_offs(values)])
+    rows = []
+    for score in strangest(scores, worst):
+        where, value = examples.value(score.number)
+        text = escape(json.dumps(value, ensure_ascii=False, indent=1))
+        rows.append(f'<h3>{score.perplexity:.2f} <span class="dim">{escape(where)}, {score.tokens:,} tokens</span></h3><pre>{text}</pre>')  # fmt: skip
+    body = f'<p class="dim">{escape(f"{len(scores):,} rows of {data} under {model}")}</p><p>{NOTE}</p><h2>Perplexity of a row</h2>'
+    body += (
+        svg_histogram(values, marks, "perplexity of a row", log=True)
+        + cuts
+        + f"<h2>The {len(rows)} strangest rows</h2>"
+        + "".join(rows)
+    )
+    return page(f"Perplexity of {Path(data).name}", body, CHARTS, READOUT)

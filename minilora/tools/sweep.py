@@ -1,0 +1,287 @@
+"""`minilora sweep`: one variable, several runs, one page. The file:
+
+    base: {model: DIR, data: rows.json, lr: 2e-4}      # settings of minilora train
+    zip: {max_source_length: [512, 1024], max_target_length: [128, 256]}      # values in step: two runs
+    product: {lora_r: [8, 16]}                         # every combination: times two
+    test: {rows: 100, max_tokens: 256}                 # rows set aside before any limit, or data: FILE; before: true asks the base model
+    smoke: {base: {max_steps: 4}, ...}                 # what --smoke puts in place of the above
+
+Runs go one after the other, each in a process of its own, so that its peak memory is its own. What is done is not done again,
+what was stopped goes on. A path `minilora:demo/mini` lies in the package.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
+from ..console import Console
+from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
+from ..files.atomic import locked, staged_folder, write_file
+from ..report.compare import compare
+from ..report.record import read_record
+from ..report.score_table import LETTERS, shortened, show_scores
+from ..rows import open_rows, to_messages
+from ..rows.load import hashes
+from ..rows.sources import draw, parse_sources
+from ..rows.split import count_of, split
+from ..run.signals import StopSignal
+
+PACKAGE = Path(__file__).parents[1]
+RECIPES = PACKAGE / "recipes"
+SECTIONS = ("base", "zip", "product", "test", "smoke")
+TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
+GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result, too
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: its name, which is its folder's, and its settings."""
+
+    name: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says."""
+
+    points: list[Point]
+    test: dict[str, Any]
+
+
+def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = False) -> Sweep:
+    """The Sweep of a file, or of a recipe by name; `flags` win over its base. UsageError before anything is run."""
+    path = Path(given)
+    if not path.is_file() and (RECIPES / f"{given}.yaml").is_file():
+        path = RECIPES / f"{given}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UsageError(f"{given} is not there", f"Give a yaml file, or one of the recipes: {names}.")
+    spec = read_yaml(path)
+    wrong = next((key for key in spec if key not in SECTIONS), None)
+    if wrong is not None:
+        raise UsageError(f"{path}: unknown section {wrong!r}", f"Sections are {', '.join(SECTIONS)}.")
+    over = _section(spec, "smoke", path) if smoke else {}
+    if smoke and not over:
+        raise UsageError(f"{path} has no section smoke", "Leave --smoke out.")
+    base = _section(spec, "base", path) | _section(over, "base", path) | flags
+    varied = over if over.keys() & {"zip", "product"} else spec
+    test = _section(spec, "test", path) | _section(over, "test", path)
+    if test.keys() - TEST_KEYS or ("data" in test and "rows" in test):
+        raise UsageError(
+            f"{path}: test is {test}",
+            f"It holds data or rows, and perhaps {', '.join(sorted(TEST_KEYS - {'data', 'rows'}))}.",
+        )
+    values = list(combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path)))
+    names = [name_of(v) for v in values]
+    points = []
+    for i, (value, name) in enumerate(zip(values, names, strict=True)):
+        if {canonical(k) for k in value} & {canonical(k) for k in flags}:
+            raise UsageError(f"{path} varies {', '.join(value)}", "A flag cannot set what is varied.")
+        name = f"{name}-{i + 1}" if names.count(name) > 1 else name
+        settings = {k: v for k, v in base.items() if canonical(k) not in {canonical(x) for x in value}}
+        config = resolve(_placed(settings | value), {"output": output / name})
+        points.append(Point(name, config))
+    return Sweep(points, _placed(test))
+
+
+def _section(spec: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    section = spec.get(name) or {}
+    if not isinstance(section, dict):
+        raise UsageError(f"{path}: {name} is {section!r}", "Write lines of `name: value` under it.")
+    return section
+
+
+def _lists(spec: dict[str, Any], name: str, path: Path) -> dict[str, list[Any]]:
+    section = _section(spec, name, path)
+    wrong = next((key for key, values in section.items() if not isinstance(values, list) or not values), None)
+    if wrong is not None:
+        raise UsageError(f"{path}: {name} has {wrong}: {section[wrong]!r}", "A list of values belongs there: [1, 2].")
+    return section
+
+
+def _placed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the paths that lie in the package."""
+    inside = {
+        k: str(PACKAGE / v.removeprefix("minilora:")) for k, v in settings.items() if str(v).startswith("minilora:")
+    }
+    return settings | inside
+
+
+def combinations(zipped: dict[str, list[Any]], crossed: dict[str, list[Any]], path: str) -> list[dict[str, Any]]:
+    """Every value of `zipped` in step, times every combination of `crossed`; one empty point if nothing varies."""
+    lengths = {key: len(values) for key, values in zipped.items()}
+    if len(set(lengths.values())) > 1:
+        raise UsageError(f"{path}: zip has lists of {lengths}", "Lists that go in step are of one length.")
+    if zipped.keys() & crossed.keys():
+        raise UsageError(f"{path}: {min(zipped.keys() & crossed.keys())} stands in zip and in product", "Give it once.")
+    steps = [dict(zip(zipped, values, strict=True)) for values in zip(*zipped.values(), strict=True)] or [{}]
+    crosses = [dict(zip(crossed, values, strict=True)) for values in product(*crossed.values())]
+    return [step | cross for step in steps for cross in crosses]
+
+
+def name_of(values: dict[str, Any]) -> str:
+    """A folder name that says the values; whatever they hold, it is one plain name."""
+    text = ",".join(f"{key}={value}" for key, value in values.items()) or "run"
+    return re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)[:100].strip(".") or "run"
+
+
+def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, console: Console | None = None) -> Path:
+    """Run a sweep, or what is left of it, into a folder; returns the page that compares its runs."""
+    console, folder = console or Console(), Path(output)
+    plan = read_sweep(given, folder, flags, smoke)
+    if len(plan.points) >= len(LETTERS):
+        raise UsageError(
+            f"{given} means {len(plan.points)} runs, and a page compares fewer than {len(LETTERS)}",
+            "Make several sweeps of it.",
+        )
+    if (
+        folder.is_dir()
+        and not (folder / "sweep.json").is_file()
+        and any(not p.name.startswith(".") for p in folder.iterdir())
+    ):
+        raise OutputInUse(f"{folder} is not empty and holds no sweep", "Give another --output.")
+    with locked(folder):
+        write_file(
+            folder / "sweep.json",
+            json.dumps({"file": given, "smoke": smoke, "runs": [p.name for p in plan.points]}) + "\n",
+        )
+        points, test = _with_test(plan, folder, console)
+        failed, names = [], shortened([p.name for p in points], max(console.width - 24, 8))
+        for number, (point, name) in enumerate(zip(points, names, strict=True), 1):
+            console.rule(f"{number} of {len(points)}: {name}", characters="-")
+            code = _train(point)
+            if code:
+                failed.append((point.name, code))
+                continue
+            if test:
+                _predict(point.config, test, folder / point.name / "predict", adapter=True)
+        before = [folder / "before"] if test and plan.test.get("before") else []
+        if before:
+            _predict(points[0].config, test, before[0], adapter=False)
+        runs = [folder / p.name for p in points if p.name not in dict(failed)]
+        compared = [*before, *runs] if len(runs) == 1 else [*runs, *before]
+        page = folder / "compare.html"
+        told = [f"{name} failed with exit code {code}" for name, code in failed]
+        for line in compare([str(run) for run in compared], page, told) if len(compared) > 1 else []:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if compared:
+            console.print()
+            show_scores([read_record(run) for run in compared], console)
+            console.print()
+        for line in told:
+            console.print(f"{line}; the same command tries it again", highlight=False, markup=False, soft_wrap=True)
+    return page
+
+
+def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point], dict[str, Any]]:
+    """The points, and the test set: rows set aside of the data file before any limit, the same for every run."""
+    if "rows" not in plan.test:
+        return plan.points, plan.test
+    sources = {p.config.data for p in plan.points}
+    if len(sources) > 1:
+        raise UsageError("test rows cannot be set aside of several data files", "Give test: data: FILE.")
+    config, target = plan.points[0].config, folder / "data"
+    if not target.is_dir():
+        source, *more = parse_sources(config.data)
+        if more or source.rate != 1:
+            raise UsageError(
+                f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
+            )
+        file = open_rows(source.path, config.columns, config.encoding)
+        if file.note:
+            console.print(f"{source.path}: {file.note}", highlight=False, markup=False, soft_wrap=True)
+        numbers, ignored = draw(source, len(file), config.seed), config.ignored
+        rows = [to_messages(file.value(i), file.where(i), config.columns, ignored) for i in numbers.tolist()]
+        questions = np.array([hashes(row)[0] for row in rows], np.uint64)
+        count = count_of("test", str(plan.test["rows"]), len(rows))
+        rest, side = (numbers[places] for places in split(questions, [count], config.seed))
+        with staged_folder(target) as stage:
+            for name, chosen in (("train", rest), ("test", side)):
+                lines = [json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(chosen.tolist())]
+                (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    points = [
+        Point(p.name, resolve(p.config.__dict__, {"data": target / "train.jsonl", "encoding": ""})) for p in plan.points
+    ]
+    return points, plan.test | {"data": str(target / "test.jsonl")}
+
+
+def _train(point: Point) -> int:
+    """Train a point, or what is left of it; returns 0, or the exit code of a failure that does not end the sweep."""
+    folder = Path(point.config.output)
+    if (folder / "config.yaml").is_file():
+        then = resolve(read_yaml(folder / "config.yaml"))
+        if must_match(then) != must_match(point.config) or (then.model, then.data, then.keep) != (
+            point.config.model,
+            point.config.data,
+            point.config.keep,
+        ):
+            raise OutputInUse(f"{folder} holds a run of other settings", "Give another --output, or delete that run.")
+        if read_record(folder).finished and any((folder / name).is_dir() for name in ("adapter", "model")):
+            return 0
+    if any(folder.glob("checkpoints/step-*")):
+        return _child("train", "--output", folder, "--resume")
+    settings = folder.parent / f"{point.name}.yaml"
+    write_file(settings, to_yaml(point.config))
+    return _child("train", "-c", settings, *(["--overwrite"] if folder.is_dir() and any(folder.glob("*")) else []))
+
+
+def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: bool) -> None:
+    """Answer the test set with the run's adapter (or its whole model), or with the base model."""
+    run = Path(config.output)
+    model = run / "model" if adapter and config.method == "full" else config.model
+    words: list[object] = ["--model", model, "--data", test["data"], "--output", output]
+    if adapter and config.method == "lora":
+        words += ["--adapter", run / "adapter"]
+    for key in ("max_tokens", "batch"):
+        words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []
+    words += [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
+    words += ["--columns", ",".join(f"{k}={v}" for k, v in config.columns.items())] if config.columns else []
+    words += ["--encoding", config.encoding] if config.encoding else []
+    words += ["--ignore-keys", config.ignore_keys] if config.ignore_keys else []
+    words += [] if config.device == "auto" else ["--device", config.device]
+    code = _child("predict", *words, "--json")  # the scores of all stand in one table at the end
+    if code:
+        raise _failure(code, f"minilora predict into {output}")
+
+
+def _child(*words: object) -> int:
+    """Run minilora in a process of its own, and pass a stop request on to it, once; Stopped or an error ends the sweep."""
+    paths = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-P", "-m", "minilora", *map(str, words)]
+    with StopSignal() as stop:
+        # a group of its own: Ctrl-C on the terminal would reach it beside ours, and two signals end a run at once
+        out = subprocess.DEVNULL if "--json" in words else None
+        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, process_group=0, stdout=out)
+        told = False
+        while True:
+            try:
+                code = child.wait(0.3)
+                break
+            except subprocess.TimeoutExpired:
+                if stop.requested and not told:
+                    child.send_signal(signal.SIGTERM)
+                    told = True
+    if stop.requested or code == Stopped.code:
+        raise Stopped(
+            f"stopped by {stop.name or 'a signal'}; what was done is kept", "The same command goes on from there."
+        )
+    if code and code not in GOES_ON_AFTER:
+        raise _failure(code, f"minilora {words[0]}")
+    return code
+
+
+def _failure(code: int, what: str) -> MiniloraError:
+    error = MiniloraError(f"{what} failed", "The line above says why; the same command goes on after it is put right.")
+    error.code = code
+    return error
