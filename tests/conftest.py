@@ -16,7 +16,7 @@ from minilora.text import own_template
 LONG_FILES = ("test_interpreter.py", "test_bench.py", "test_demo.py", "test_compile.py")
 torch.set_num_threads(1)
 # run by test_interpreter.py, in a process of their own
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreter"]
 
 
 @pytest.fixture(autouse=True)

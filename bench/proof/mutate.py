@@ -226,16 +226,16 @@ NEAR = {
     "attention": r"attention|window|prefix|packed",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
-    "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_plans",
+    "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
         ["lora_gemm", "lora_shrink", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
-        r"lora|test_plans|test_far",
+        r"lora|test_kernel_choice|test_far",
     ),
 }
 
 
 # beside the tests that run both ways, by TRITON_INTERPRET
-FILES = {"1": ["tests/interpreter"], "0": ["tests/test_attention.py", "tests/test_plans.py"]}
+FILES = {"1": ["tests/kernels/interpreter"], "0": ["tests/kernels/test_attention.py", "tests/kernels/test_kernel_choice.py"]}
 
 
 def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = None) -> subprocess.CompletedProcess:
@@ -253,11 +253,11 @@ def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = No
 
 def collected(folder: Path, interpret: str) -> list[str]:
     """The tests that the suite runs on Triton's interpreter, or on the torch paths."""
-    files = ["tests/test_kernels.py", "tests/test_lora_linear_group.py", *FILES[interpret]]
+    files = ["tests/kernels/test_kernels.py", "tests/kernels/test_lora_linear_group.py", *FILES[interpret]]
     listed = _pytest(folder, interpret, "--collect-only", "-q", *files).stdout
     names = [line for line in listed.splitlines() if "::" in line]
     if interpret == "1":
-        names = [n for n in names if not n.startswith("tests/test_kernels.py") or re.search(WITH_KERNELS, n)]
+        names = [n for n in names if not n.startswith("tests/kernels/test_kernels.py") or re.search(WITH_KERNELS, n)]
     return names
 
 

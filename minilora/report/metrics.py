@@ -2,7 +2,7 @@
 
 Three different numbers are called BLEU-4 where GLM models are trained, so every name here says what is counted, and
 DEFINITIONS is printed under every table. Scores run from 0 to 100. The values are those of nltk, rouge-chinese and sacreBLEU
-on the same strings (tests/test_metrics.py).
+on the same strings (tests/report/test_metrics.py).
 """
 
 import importlib.util

@@ -20,7 +20,7 @@ from minilora.text.template import render_text
 from minilora.text.template_glm import CHATGLM2
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 EXPECTED = {
     name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8")) for name in ("chatglm3", "qwen1")
 }

@@ -19,7 +19,7 @@ from bench.proof import sass
 from bench.proof.launches import Launch
 from minilora.kernels.lang import PINNED, jit, tl
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((ROOT / "bench/proof/compiled.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program may have
 

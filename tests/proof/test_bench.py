@@ -19,7 +19,7 @@ from bench.proof.traffic import Cost
 from bench.shapes import MODELS
 from minilora.kernels import swiglu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

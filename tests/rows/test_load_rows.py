@@ -19,7 +19,7 @@ from minilora.rows.dataset import load_data, write_split
 from minilora.rows.token_store import TokenCache
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

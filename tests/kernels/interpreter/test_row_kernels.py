@@ -1,4 +1,4 @@
-"""What only the Triton kernels promise, on the interpreter; the rest of their promises are those of tests/test_kernels.py."""
+"""What only the Triton kernels promise, on the interpreter; the rest of their promises are those of tests/kernels/test_kernels.py."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -13,7 +13,7 @@ from minilora.errors import ModelError, UsageError
 from minilora.files import atomic as durable
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 GONE = object()
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -25,7 +25,7 @@ from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.models.decoder import Decoder
 from minilora.run.snapshot import rotate, snapshots, step_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = [
     "--lora-r",
     "4",

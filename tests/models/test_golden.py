@@ -16,7 +16,7 @@ from minilora.data import IGNORE, Example, make_batch
 from minilora.lora import adapters
 from minilora.models.decoder import Decoder
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTED = ["qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4"]
 ORIGINAL = ["chatglm", "chatglm2", "qwen"]
 

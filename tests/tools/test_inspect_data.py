@@ -24,7 +24,7 @@ from minilora.text.tokenizer import load_tokenizer
 from minilora.tools.inspect_data import Inspection, inspect_data
 from minilora.tools.inspect_data_show import check_words
 
-GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 QWEN = load_tokenizer(GOLDEN / "qwen2_5")
 PLAIN = DataConfig()
 JINJA = (

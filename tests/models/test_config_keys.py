@@ -15,7 +15,7 @@ from minilora.checkpoint.load import FAMILIES, keys_not_read, read_config
 from minilora.errors import ModelError
 from minilora.models.config_keys import DROPOUTS, HARMLESS, NEUTRAL, SPELLINGS, USED, check_keys, unknown_keys
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {
     "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What only the Triton kernels of the two cross-entropies promise; the rest is in tests/test_kernels.py."""
+"""What only the Triton kernels of the two cross-entropies promise; the rest is in tests/kernels/test_kernels.py."""
 
 import math
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from minilora.text.own_template import Order, render
 from minilora.text.template import jinja_text
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 BODY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

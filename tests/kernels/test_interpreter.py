@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
-OWN = sorted(p.name for p in (ROOT / "tests" / "interpreter").glob("test_*.py"))
-SHARED = ["tests/test_kernels.py", "tests/test_lora_linear_group.py"]
+ROOT = Path(__file__).parents[2]
+OWN = sorted(p.name for p in (ROOT / "tests" / "kernels" / "interpreter").glob("test_*.py"))
+SHARED = ["tests/kernels/test_kernels.py", "tests/kernels/test_lora_linear_group.py"]
 # operations with kernels, by how their tests are called there; ranks and shapes of LoRA are in own
 ROWS = "rms_norm or swiglu or rope"
 ACC = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and not of_any)"
@@ -19,8 +19,8 @@ ACC = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and no
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(pytest.param([f"tests/interpreter/{name}", "-m", "not long"], id=name) for name in OWN),
-        pytest.param(["tests/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
+        *(pytest.param([f"tests/kernels/interpreter/{name}", "-m", "not long"], id=name) for name in OWN),
+        pytest.param(["tests/kernels/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
         pytest.param([*SHARED, "-k", ROWS], id="shared rows"),
         pytest.param([*SHARED, "-k", ACC], id="shared wide"),
     ],
