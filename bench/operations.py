@@ -20,7 +20,6 @@ from minilora.kernels import (
     cross_entropy,
     linear_cross_entropy,
     lora_linear,
-    lora_linear_group,
     lora_swiglu,
     rms_norm,
     rope,
@@ -170,7 +169,7 @@ def linear(name: str, tokens: int, k: int, n: int, r: int = RANK, p: float = 0.0
     """One linear with an adapter: x, w, bias, a, b, scale."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
-        (x, [(w, bias, adapter)]), cost = lora_linear_group.example(tokens, k, (n,), r, dtype, str(device), p)
+        (x, [(w, bias, adapter)]), cost = lora_linear.group_example(tokens, k, (n,), r, dtype, str(device), p)
         assert adapter is not None
         args = (x, w, bias, adapter.a, adapter.b, adapter.scale, p, adapter.key)
         peers = {
@@ -206,7 +205,7 @@ def members(
     tokens: int, k: int, ns: Sequence[int], ranks: Sequence[int], p: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[Tensor, list[Projection]], Cost]:
     """A group whose ranks may differ; a member of rank 0 has no adapter and no bias."""
-    (x, projections), cost = lora_linear_group.example(tokens, k, tuple(ns), max(ranks), dtype, str(device), p)
+    (x, projections), cost = lora_linear.group_example(tokens, k, tuple(ns), max(ranks), dtype, str(device), p)
     found = []
     for (weight, bias, adapter), r in zip(projections, ranks, strict=True):
         assert adapter is not None
@@ -237,7 +236,7 @@ def group(
         peers = {}
         if not p and all(ranks):
             peers = {label: term_by_term(peer) for label, peer in others.LORA_LINEARS.items()}
-        ours, ref = lora_linear_group.lora_linear_group, lora_linear_group.lora_linear_group_ref
+        ours, ref = lora_linear.lora_linear_group, lora_linear.lora_linear_group_ref
         return Operation(of(ours), of(ref), args, trained, cost, peers)
 
     widths, by = " + ".join(map(str, ns)), ", ".join(map(str, dict.fromkeys(ranks)))

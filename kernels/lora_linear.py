@@ -1,43 +1,278 @@
-"""Linear layer with a low-rank adapter on a frozen weight (LoRA: Hu et al., 2021).
+"""Linear layers with low-rank adapters on frozen weights (LoRA: Hu et al., 2021), one to three of one input: q, k and v, or gate and up.
 
-    y = x W^T + b + s * (dropout(x) A^T) B^T        x [T, K], W [N, K], b [N], A [R, K], B [N, R] -> y [T, N]
+    y_j = x W_j^T + b_j + s_j (drop_j(x) A_j^T) B_j^T    x [T, K], W_j [N_j, K], A_j [R_j, K], B_j [N_j, R_j] -> y_j [T, N_j]
 
-x is read in its own dtype and never copied to fp32: A and B, which are kept in fp32, are cast instead. With S = dropout(x) A^T
-[T, R], which is saved with x, and dS = s * dY B:
+x is read in its own dtype and never copied to fp32: A and B, which are kept in fp32, are cast instead. W_j and b_j are frozen and
+get no gradient. Saved for the backward: x and S_j = drop_j(x) A_j^T [T, R_j]; dropout masks are drawn again. With
+dS_j = s_j dY_j B_j:
 
-    dX = dY W + mask(dS A)        dA = dS^T dropout(x)        dB = s * dY^T S
+    dX = sum over j of dY_j W_j + drop_j(dS_j A_j)      dA_j = dS_j^T drop_j(x)      dB_j = s_j dY_j^T S_j
 
-W and b are frozen and get no gradient. It is the group of one: how it is computed stands in lora_linear_group.
+Widths and ranks may differ, and a projection may have no adapter or no bias. Each one drops x by its own mask, as PEFT does.
+
+On Triton: all S_j from one read of x (lora_shrink), then all y_j in one launch of a GEMM whose accumulators start from
+s_j S_j B_j^T (lora_gemm); for a narrow single layer, both in one pass. Backward: dS and dB from one read of each dY_j, then dX,
+written once, and all dA_j from one read of x. On torch, where widths that are no multiple of 16 go on a GPU too: the library's GEMM,
+to which a second call adds the product of rank R; packed weights (projection.joined) are one GEMM there.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from minilora.kernels import lora_linear_group as group
-from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
-from minilora.kernels.projection import Adapter, Projection
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.kernels import lora_gemm, lora_shrink
+from minilora.kernels.dispatch import library_gemm, run, use_triton
+from minilora.kernels.dropout import NO_DROPOUT, DropoutKey, dropout, dropout_mask, dropped
+from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
+from minilora.kernels.lang import INTERPRETED, rows_of
+from minilora.kernels.projection import Adapter, Projection, check, joined
+
+
+def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """The specification, term by term."""
+    return tuple(_one_ref(x, *p) for p in projections)
+
+
+def _one_ref(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if adapter is None:
+        return y
+    a, b, scale, p, key = adapter
+    return y + scale * (dropout(x, p, key) @ a.to(x.dtype).T @ b.to(x.dtype).T)
 
 
 def lora_linear_ref(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-    p: float = 0.0, key: DropoutKey = NO_DROPOUT,
-) -> Tensor:  # fmt: skip
-    """The specification, term by term."""
-    (y,) = group.lora_linear_group_ref(x, [Projection(w, bias, Adapter(a, b, scale, p, key))])
-    return y
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    key: DropoutKey = NO_DROPOUT,
+) -> Tensor:
+    """The specification of one linear layer with its adapter."""
+    return _one_ref(x, w, bias, Adapter(a, b, scale, p, key))
+
+
+def _with_adapters(frozen: Sequence[Projection], trained: Sequence[Tensor]) -> list[Projection]:
+    """The projections with the a and b of `trained` [a_0, b_0, a_1, ...] in place of their own."""
+    rest = iter(trained)
+    return [
+        p if p.adapter is None else p._replace(adapter=p.adapter._replace(a=next(rest), b=next(rest))) for p in frozen
+    ]
+
+
+class _OnTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
+        projections, rows = _with_adapters(frozen, trained), rows_of(x)
+        adapters = [p.adapter for p in projections if p.adapter]
+        with torch.cuda.device_of(x):
+            if not output_needed:
+                s, ys = lora_shrink.shrink(rows, adapters), _unmade(x, projections)
+            elif len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
+                y, s = lora_gemm.single_pass(rows, projections[0], adapters[0])
+                ys = [y]
+            else:
+                s = lora_shrink.shrink(rows, adapters)
+                ys = lora_gemm.forward(rows, s, projections)
+        ctx.save_for_backward(x, s, *trained)
+        ctx.frozen = frozen
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, s, *trained = ctx.saved_tensors
+        return (
+            None,
+            None,
+            *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
+        )
+
+
+def _triton_gradients(
+    x: Tensor, s: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
+    dys, rows = [rows_of(dy) for dy in dys], rows_of(x)
+    adapters = [p.adapter for p in projections if p.adapter]
+    needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
+    dx, das = None, [None] * len(adapters)
+    with torch.cuda.device_of(x):
+        adapted = [dy for dy, p in zip(dys, projections, strict=True) if p.adapter]
+        ds, dbs = lora_shrink.expand_backward(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
+        if needs_x and ds is not None:
+            dx = lora_gemm.input_gradient(dys, ds, projections)
+        if any(needs_a) and ds is not None:
+            das = lora_shrink.shrink_backward(rows, ds, adapters)
+    found = [d for pair in zip(das, dbs, strict=True) for d in pair]
+    trained = [t for a in adapters for t in (a.a, a.b)]
+    return dx, *(
+        d.to(t.dtype) if needed and d is not None else None
+        for d, t, needed in zip(found, trained, needs[1:], strict=True)
+    )
+
+
+class _OnTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
+        projections = _with_adapters(frozen, trained)
+        shrunk = _shrink(x, [p.adapter for p in projections if p.adapter])
+        ctx.save_for_backward(x, *shrunk, *trained)
+        ctx.frozen, rest = frozen, iter(shrunk)
+        if not output_needed:
+            return tuple(_unmade(x, projections))
+        ys = _wide(x, projections)
+        for y, p in zip(ys, projections, strict=True):
+            if p.adapter:
+                y.addmm_(next(rest), _scaled(p.adapter, x.dtype).T)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, *saved = ctx.saved_tensors
+        shrunk, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
+        return (
+            None,
+            None,
+            *_torch_gradients(x, shrunk, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
+        )
+
+
+def _torch_gradients(
+    x: Tensor, shrunk: Sequence[Tensor], projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
+    needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
+    dx, found, number = None, [], 0
+    for dy, p in zip(dys, projections, strict=True):
+        if needs_x:
+            dx = add_input_gradient(dx, dy, p.weight)
+        if p.adapter is None:
+            continue
+        a, b, scale, rate, key = p.adapter
+        da = db = None
+        if needs_b[number]:
+            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(scale)
+        if needs_x or needs_a[number]:
+            ds = dy @ _scaled(p.adapter, dy.dtype)
+            mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
+            if needs_a[number]:
+                da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)
+            if dx is not None:
+                low = a.to(dy.dtype)
+                dx = dx.addmm_(ds, low) if mask is None else dx.add_(dropped(ds @ low, mask, rate))
+        found += [da, db]
+        number += 1
+    return dx, *found
+
+
+def _unmade(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """Memory as it comes, in the shape of the outputs."""
+    return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
+
+
+def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """x W_j^T + b_j: column ranges of one product where the weights lie one behind the other."""
+    whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
+    if whole is None:
+        return [frozen_linear(x, p.weight, p.bias) for p in projections]
+    ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([whole.new_zeros(n) if b is None else b for n, b in zip(ns, biases, strict=True)])
+    return list(torch.split_with_sizes(frozen_linear(x, whole, bias), ns, 1))
+
+
+def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
+    """S_j of every adapter; one product for all where nothing is dropped."""
+    if len(adapters) > 1 and not any(a.p for a in adapters):
+        ranks = [a.a.shape[0] for a in adapters]
+        return list((x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T).split(ranks, dim=1))
+    masks = [dropout_mask((x.shape[0], x.shape[1]), a.p, a.key, x.device) if a.p else None for a in adapters]
+    return [dropped(x, mask, a.p) @ a.a.to(x.dtype).T for mask, a in zip(masks, adapters, strict=True)]
+
+
+def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """scale * b in a dtype, multiplied in the wider one of the two."""
+    return (adapter.b.to(torch.promote_types(adapter.b.dtype, dtype)) * adapter.scale).to(dtype)
+
+
+def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_needed: bool = True) -> tuple[Tensor, ...]:
+    """y_j [T, N_j] of every projection of x [T, K], in the dtype of x; ValueError if they do not fit together.
+
+    Outputs may be column ranges of one matrix. Where only the gradients are wanted, of a layer that is computed again and whose
+    output nobody reads (models/recompute.py), no output is made: what comes back is memory as it comes.
+    """
+    # token by token in inference, the model's linears have been checked with the prompt
+    if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
+        check(x, projections)
+    trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
+    on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
+    return run(on, projections, output_needed, x, *trained)
 
 
 def lora_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-    p: float = 0.0, key: DropoutKey = NO_DROPOUT,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    key: DropoutKey = NO_DROPOUT,
+) -> Tensor:
     """F.linear(x, w, bias) + scale * (dropout(x) A^T) B^T for x [T, K]; p is the dropout rate, key its mask's name."""
-    (y,) = group.lora_linear_group(x, [Projection(w, bias, Adapter(a, b, scale, p, key))])
+    (y,) = lora_linear_group(x, [Projection(w, bias, Adapter(a, b, scale, p, key))])
     return y
 
 
+def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """On a GPU in 16 bits and for widths in sixteens, for which the tiles are made (rows that lie otherwise can't be copied
+    asynchronously), with an adapter, unless the library's GEMM is asked for."""
+    there = (
+        x.numel() > 0 and any(p.adapter for p in projections) and all(p.weight.dtype == x.dtype for p in projections)
+    )
+    sizes = (x.shape[1], *(p.weight.shape[0] for p in projections))
+    fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
+    return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device
+
+
+def group_example(
+    tokens: int, k: int, ns: tuple[int, ...], r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
+) -> tuple[tuple[Tensor, list[Projection]], dict]:
+    """Arguments of one call with N of ns, and the flops and bytes that a perfect forward and backward need."""
+    kept = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(tokens, k, device=device, dtype=dtype)
+    projections = []
+    for j, n in enumerate(ns):
+        weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
+        a, b = torch.randn(r, k, device=device, dtype=kept) * k**-0.5, torch.randn(n, r, device=device, dtype=kept)
+        bias = torch.randn(n, device=device, dtype=dtype)
+        projections.append(Projection(weight, bias, Adapter(a, b, 2.0, p, DropoutKey(0, 0, 0, j))))
+    size, n, count = x.element_size(), sum(ns), len(ns)
+    adapters = kept.itemsize * r * (count * k + n)
+    low = size * tokens * r * count
+    return (x, projections), {
+        "flops": 2 * tokens * (k * n + r * (count * k + n)),
+        "bytes": size * (tokens * (k + n) + k * n + n) + adapters + low,
+        "backward_flops": 2 * tokens * (k * n + 2 * r * (count * k + n)),
+        "backward_bytes": size * (tokens * (2 * k + n) + k * n) + 2 * adapters + low,
+    }
+
+
 def example(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:
-    """Arguments of one call, and the flops and bytes that a perfect forward and backward need."""
-    (x, [(w, bias, adapter)]), cost = group.example(tokens, k, (n,), r, dtype, device)
+    """The same for lora_linear."""
+    (x, [(w, bias, adapter)]), cost = group_example(tokens, k, (n,), r, dtype, device)
     assert adapter is not None
     return (x, w, bias, adapter.a, adapter.b, adapter.scale), cost

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.kernels import lora_linear_group as group
-from minilora.kernels import lora_shrink
+from minilora.kernels import lora_linear, lora_shrink
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.lora_gemm import (
     GROUP_ROWS,
@@ -39,7 +38,7 @@ DUAL = {  # by card, as in lora_gemm: BN columns of each of the two
 
 def lora_swiglu_ref(x: Tensor, projections: Sequence[Projection]) -> Tensor:
     """The specification: two projections of x [T, K], gate and up, or one that is both -> [T, F]."""
-    ys = group.lora_linear_group_ref(x, projections)
+    ys = lora_linear.lora_linear_group_ref(x, projections)
     return swiglu_ref(*ys) if len(ys) == 2 else swiglu_fused_ref(*ys)
 
 
@@ -121,9 +120,9 @@ def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
     with torch.no_grad():
         pair = projections if len(projections) == 2 else _halves(projections[0])
         weight = joined([p.weight for p in pair])
-        if weight is not None and group.runs_on_triton(x, pair):
+        if weight is not None and lora_linear.runs_on_triton(x, pair):
             return _on_triton(x, weight, pair)
-        ys = group.lora_linear_group(x, projections)
+        ys = lora_linear.lora_linear_group(x, projections)
         return swiglu(*ys) if len(ys) == 2 else swiglu_fused(*ys)
 
 
@@ -131,7 +130,7 @@ def example(
     tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
 ) -> tuple[tuple[Tensor, list[Projection]], dict]:
     """Arguments of one call, and the flops and bytes that a perfect one needs."""
-    (x, projections), cost = group.example(tokens, k, (n, n), r, dtype, device, p)
+    (x, projections), cost = lora_linear.group_example(tokens, k, (n, n), r, dtype, device, p)
     weights = join([p.weight for p in projections])
     projections = [p._replace(weight=weight) for p, weight in zip(projections, weights, strict=True)]
     return (x, projections), {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}
@@ -141,5 +140,5 @@ def fused_example(
     tokens: int, k: int, n: int, r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
 ) -> tuple[tuple[Tensor, list[Projection]], dict]:
     """The same of one projection that is both."""
-    args, cost = group.example(tokens, k, (2 * n,), r, dtype, device, p)
+    args, cost = lora_linear.group_example(tokens, k, (2 * n,), r, dtype, device, p)
     return args, {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
-from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.models.layers import Adapted
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
-from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.lora_swiglu import lora_swiglu
 from minilora.kernels.projection import Projection
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm

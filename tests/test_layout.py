@@ -132,7 +132,6 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.lang",
         "minilora.kernels.lora_gemm",
         "minilora.kernels.lora_linear",
-        "minilora.kernels.lora_linear_group",
         "minilora.kernels.lora_shrink",
         "minilora.kernels.projection",
     }

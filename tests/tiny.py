@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from tokenizers import models, pre_tokenizers
 
-from minilora.checkpoint.load import empty_model, read_config
 from docs.demo_model.make_model import TEMPLATE
+from minilora.checkpoint.load import empty_model, read_config
 from minilora.files.safetensors import write_tensors
 from minilora.text.bpe import qwen_tokenizer
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench.proof.launches import Launch, recorded
 from bench.proof.sass import blocks, cycles, disassemble, main_loop, operation
-from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu, rms_norm, rope, swiglu
+from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_swiglu, rms_norm, rope, swiglu
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,12 +68,12 @@ def _rope_sections(dtype: torch.dtype) -> None:
 
 def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Callable[[torch.dtype], None]:
     def once(dtype: torch.dtype) -> None:
-        (x, projections), _ = lora_linear_group.example(TOKENS, k, ns, r, dtype, "meta", p)
+        (x, projections), _ = lora_linear.group_example(TOKENS, k, ns, r, dtype, "meta", p)
         for projection in projections:
             assert projection.adapter
             projection.adapter.a.requires_grad_()
             projection.adapter.b.requires_grad_()
-        ys = lora_linear_group.lora_linear_group(x.requires_grad_(), projections)
+        ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
     return once

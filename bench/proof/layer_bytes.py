@@ -17,7 +17,7 @@ from bench.proof.launches import Launch, recorded
 from bench.proof.traffic import Cost, lora_group
 from bench.shapes import MODELS, Shape
 from minilora.kernels.dropout import DropoutKey
-from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 
 

@@ -28,7 +28,7 @@ from minilora.files.atomic import write_file
 
 ROOT = Path(__file__).parent.parent.parent
 GATE = 0.95
-LEFT_ALONE = re.compile(r"_ref$|^example$|^_tile|^_grid|^_config|^use_triton$|^kernels_enabled$")
+LEFT_ALONE = re.compile(r"_ref$|example$|^_tile|^_grid|^_config|^use_triton$|^kernels_enabled$")
 # operations whose shared tests run on the interpreter too
 WITH_KERNELS = r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy|lora_linear"
 SECONDS = 600  # for the tests of one fault
@@ -228,14 +228,17 @@ NEAR = {
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
-        ["lora_gemm", "lora_shrink", "lora_linear", "lora_linear_group", "lora_swiglu", "projection"],
+        ["lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"],
         r"lora|test_kernel_choice|test_far",
     ),
 }
 
 
 # beside the tests that run both ways, by TRITON_INTERPRET
-FILES = {"1": ["tests/kernels/interpreter"], "0": ["tests/kernels/test_attention.py", "tests/kernels/test_kernel_choice.py"]}
+FILES = {
+    "1": ["tests/kernels/interpreter"],
+    "0": ["tests/kernels/test_attention.py", "tests/kernels/test_kernel_choice.py"],
+}
 
 
 def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = None) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ from torch import nn
 
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import HAVE_TRITON
-from minilora.kernels.lora_linear_group import runs_on_triton
+from minilora.kernels.lora_linear import runs_on_triton
 from minilora.kernels.rms_norm import MAX_WIDTH
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm, projection

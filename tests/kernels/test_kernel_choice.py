@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from bench.proof.launches import recorded
 from minilora.kernels import linear_cross_entropy
 from minilora.kernels.dispatch import architecture, compile_for, use_library_gemm
-from minilora.kernels.lora_linear_group import lora_linear_group
+from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 
 SINGLE, TWO = ["_single_pass_kernel"], ["_shrink_kernel", "_forward_kernel"]

@@ -9,7 +9,7 @@ from oracle import check_op
 from torch import Tensor
 
 from minilora.kernels.dropout import DropoutKey
-from minilora.kernels.lora_linear_group import lora_linear_group, lora_linear_group_ref
+from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
 from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
 from minilora.kernels.projection import Adapter, Projection, join, joined
 

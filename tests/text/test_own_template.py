@@ -9,8 +9,8 @@ import pytest
 from tiny import make_model, make_rows
 
 import minilora
-from minilora.__main__ import main
 from docs.demo_model.make_model import TEMPLATE
+from minilora.__main__ import main
 from minilora.demo.show import MODEL
 from minilora.errors import ModelError
 from minilora.text import own_template

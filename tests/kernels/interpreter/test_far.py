@@ -14,7 +14,7 @@ from oracle import upstream
 from torch import Tensor
 from triton.runtime import interpreter
 
-from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear_group, lora_shrink
+from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear, lora_shrink
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lang import accum_dtype
 from minilora.kernels.projection import Adapter, Projection
@@ -37,14 +37,14 @@ def gradients(out: list[Tensor], dys: list[Tensor], leaves: list[Tensor]) -> lis
 def test_rows_of_a_linear_far_apart(where: str, single: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lora_gemm, "single_pass_wins", lambda *_: single)
     torch.manual_seed(0)
-    (x, (p,)), _ = lora_linear_group.example(3, 21, (3,), 2, torch.float16)
+    (x, (p,)), _ = lora_linear.group_example(3, 21, (3,), 2, torch.float16)
     assert p.adapter
     leaves = [x.requires_grad_(), p.adapter.a.requires_grad_(), p.adapter.b.requires_grad_()]
-    dy = upstream(lora_linear_group.lora_linear_group(x, [p])[0])
+    dy = upstream(lora_linear.lora_linear_group(x, [p])[0])
 
     def results(x: Tensor, p: Projection, dy: Tensor) -> list[Tensor]:
         leaves[0] = x
-        return gradients([lora_linear_group.lora_linear_group(x, [p])[0]], [dy], leaves)
+        return gradients([lora_linear.lora_linear_group(x, [p])[0]], [dy], leaves)
 
     expected = results(x, p, dy)
     match where:

@@ -15,7 +15,7 @@ from oracle import as_wrong_as, check_op, run, upstream, widen
 from test_row_kernels import guarded, in_nan
 from torch import Tensor
 
-from minilora.kernels import lora_gemm, lora_linear, lora_linear_group, lora_shrink, lora_swiglu
+from minilora.kernels import lora_gemm, lora_linear, lora_shrink, lora_swiglu
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref, keep_mask, philox_key, threshold
 from minilora.kernels.lang import jit, tl
@@ -81,7 +81,7 @@ def group(
     def of(function: Callable) -> Callable:
         return lambda x, *flat: torch.cat(function(x, projections(flat)), dim=1)
 
-    ours, ref = lora_linear_group.lora_linear_group, lora_linear_group.lora_linear_group_ref
+    ours, ref = lora_linear.lora_linear_group, lora_linear.lora_linear_group_ref
     return of(ours), of(ref), tensors, tuple(trained)
 
 
@@ -227,7 +227,7 @@ def test_each_input_alone_gets_the_gradient_that_it_gets_among_all(name: str):
 
 def test_what_is_not_wanted_is_not_computed():
     """Layer 0 needs no dX; a frozen adapter no dA and dB."""
-    x, (w, bias, adapter) = lora_linear_group.example(5, 7, (3,), 2, torch.float32)[0][0], one_layer()
+    x, (w, bias, adapter) = lora_linear.group_example(5, 7, (3,), 2, torch.float32)[0][0], one_layer()
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
@@ -247,7 +247,7 @@ def test_what_is_not_wanted_is_not_computed():
 
 
 def one_layer() -> Projection:
-    return lora_linear_group.example(5, 7, (3,), 2, torch.float32)[0][1][0]
+    return lora_linear.group_example(5, 7, (3,), 2, torch.float32)[0][1][0]
 
 
 def test_a_second_derivative_is_refused():
@@ -289,10 +289,10 @@ def test_the_switches_choose_the_path():
 
 def test_joined_weights_give_the_same_bits():
     """The kernels read each member from where it lies."""
-    (x, projections), _ = lora_linear_group.example(9, 7, (5, 3), 2, torch.float32)
+    (x, projections), _ = lora_linear.group_example(9, 7, (5, 3), 2, torch.float32)
     weights = join([p.weight for p in projections])
     moved = [p._replace(weight=w) for p, w in zip(projections, weights, strict=True)]
-    both = (lora_linear_group.lora_linear_group(x, p) for p in (projections, moved))
+    both = (lora_linear.lora_linear_group(x, p) for p in (projections, moved))
     assert equal(*(list(ys) for ys in both))
 
 
@@ -360,7 +360,7 @@ def test_forward_and_backward_of_each_member_drop_by_its_own_mask():
     projections = [
         Projection(torch.zeros(4, 30), None, Adapter(a, b, 1.0, 0.5, k)) for b, a, k in zip(*ones, keys, strict=True)
     ]
-    ys = lora_linear_group.lora_linear_group(x, projections)
+    ys = lora_linear.lora_linear_group(x, projections)
     torch.autograd.backward(ys, [torch.ones(20, 4)] * 2)
     masks = [dropout_mask_ref((20, 30), 0.5, k) for k in keys]
     for y, a, mask in zip(ys, ones[1], masks, strict=True):

@@ -10,7 +10,7 @@ from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
 from bench.proof import traffic
-from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear_group, lora_swiglu
+from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_swiglu
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
 
@@ -23,10 +23,10 @@ def gradients(*leaves: Tensor) -> list[Tensor]:
 
 def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Call:
     def call() -> list[Tensor]:
-        (x, frozen), _ = lora_linear_group.example(tokens, k, ns, r, torch.bfloat16, "cpu", p)
+        (x, frozen), _ = lora_linear.group_example(tokens, k, ns, r, torch.bfloat16, "cpu", p)
         x.requires_grad_()
         trained = [t.requires_grad_() for q in frozen if q.adapter for t in (q.adapter.a, q.adapter.b)]
-        ys = lora_linear_group.lora_linear_group(x, frozen)
+        ys = lora_linear.lora_linear_group(x, frozen)
         torch.autograd.backward(ys, [upstream(y) for y in ys])
         return [*ys, *gradients(x, *trained)]
 
