@@ -144,9 +144,7 @@ def liger(op: str) -> dict[str, Callable[..., Any]]:
 def _liger() -> dict[str, Callable[..., Any]]:
     try:
         from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore
-        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore
-            LigerFusedLinearCrossEntropyFunction,
-        )
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction  # pyright: ignore
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore
         from liger_kernel.ops.rope import LigerRopeFunction  # pyright: ignore
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore

@@ -48,17 +48,43 @@ def stages(out: Path, toy: bool) -> list[Stage]:
             bench("Parity", "parity.json", 0.35, "proof.parity", "--toy", "--dtypes", "bfloat16"),
             *sanitized(0.1),
             bench("Kernels", "kernels.json", 0.25, "kernels", "--models", "toy", "--tokens", "16", "--rounds", "1"),
-            bench("Training steps", "steps.json", 0.15, "step", "--models", "toy", "--tokens", "16", "--document", "8", "--rounds", "1"),
-        ]  # fmt: skip
+            bench(
+                "Training steps",
+                "steps.json",
+                0.15,
+                "step",
+                "--models",
+                "toy",
+                "--tokens",
+                "16",
+                "--document",
+                "8",
+                "--rounds",
+                "1",
+            ),
+        ]
     rest = ("qwen2.5-0.5b", "qwen3-8b", "glm-4-9b", "chatglm-6b")
     return [
         machine,
         bench("Parity", "parity.json", 0.25, "proof.parity"),
         *sanitized(0.08),
-        bench("Kernels at the sizes of Qwen2.5-7B", "kernels.json", 0.22, "kernels", "--models", "qwen2.5-7b", "--compile"),
-        bench("Training steps", "steps.json", 0.2, "step", "--models", "qwen2.5-0.5b", "qwen2.5-7b", "qwen2.5-1.5b", "--compile", "qwen2.5-0.5b"),
+        bench(
+            "Kernels at the sizes of Qwen2.5-7B", "kernels.json", 0.22, "kernels", "--models", "qwen2.5-7b", "--compile"
+        ),
+        bench(
+            "Training steps",
+            "steps.json",
+            0.2,
+            "step",
+            "--models",
+            "qwen2.5-0.5b",
+            "qwen2.5-7b",
+            "qwen2.5-1.5b",
+            "--compile",
+            "qwen2.5-0.5b",
+        ),
         bench("Kernels at other sizes", "kernels-rest.json", 0.12, "kernels", "--models", *rest, "--rounds", "10"),
-    ]  # fmt: skip
+    ]
 
 
 def sanitized(share: float) -> list[Stage]:
@@ -77,11 +103,15 @@ def sanitized(share: float) -> list[Stage]:
     ]
     return [
         Stage(
-            f"compute-sanitizer {tool}", f"{tool}.txt", share / 2,
-            [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", *run], timed=False,
+            f"compute-sanitizer {tool}",
+            f"{tool}.txt",
+            share / 2,
+            [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", *run],
+            timed=False,
         )
-        for tool in ("memcheck", "racecheck") if found
-    ]  # fmt: skip
+        for tool in ("memcheck", "racecheck")
+        if found
+    ]
 
 
 def run(stage: Stage, out: Path, seconds: float) -> tuple[str, str]:
@@ -93,9 +123,14 @@ def run(stage: Stage, out: Path, seconds: float) -> tuple[str, str]:
     limit = seconds + (REPORTING if stage.timed else 0)
     # a session of its own: a stage that is stopped takes its workers with it
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **plain}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        cwd=ROOT,
+        env={**os.environ, **plain},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         said, _ = process.communicate(timeout=limit)
         end = "done" if process.returncode == 0 else f"**failed** with exit code {process.returncode}"

@@ -126,9 +126,12 @@ def _cpu_backward(
         dtype = torch.float32 if wide else q.dtype
         stream = (x[span].to(dtype) for x in (dout, q, k, v, out))
         parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_heads_first(*stream), lse[span].transpose(0, 1).unsqueeze(0),
-            0.0, mask is None, attn_mask=_additive(mask, dtype)
-        )  # fmt: skip
+            *_heads_first(*stream),
+            lse[span].transpose(0, 1).unsqueeze(0),
+            0.0,
+            mask is None,
+            attn_mask=_additive(mask, dtype),
+        )
         grads.append([part.squeeze(0).transpose(0, 1).to(q.dtype) for part in parts])
     return tuple(_whole(list(parts)) for parts in zip(*grads, strict=True))
 

@@ -78,8 +78,17 @@ def store_zeros(out_ptr, V, first, last, BLOCK: tl.constexpr, ACC: tl.constexpr)
 
 @jit
 def _fwd_kernel(
-    logits_ptr, targets_ptr, loss_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    logits_ptr,
+    targets_ptr,
+    loss_ptr,
+    stats_ptr,
+    dlogits_ptr,
+    scale_ptr,
+    stride,
+    V,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One row a program. stats_ptr is None where no backward follows, dlogits_ptr where the gradient is not made here."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -119,8 +128,17 @@ def _fwd_kernel(
 
 @jit
 def _bwd_kernel(
-    logits_ptr, targets_ptr, stats_ptr, dlogits_ptr, scale_ptr, stride, V, blocks, BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    logits_ptr,
+    targets_ptr,
+    stats_ptr,
+    dlogits_ptr,
+    scale_ptr,
+    stride,
+    V,
+    blocks,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One stretch of one row a program."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
@@ -133,9 +151,7 @@ def _bwd_kernel(
         peak, others = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
         true = true_logit(logits_ptr, target, V, ACC)
         scale = tl.load(scale_ptr).to(ACC)
-        store_gradient(
-            dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, first, first + BLOCK, BLOCK, ACC
-        )  # fmt: skip
+        store_gradient(dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, first, first + BLOCK, BLOCK, ACC)
 
 
 @jit
@@ -170,8 +186,17 @@ class _OnTriton(torch.autograd.Function):
         if m:
             with torch.cuda.device_of(logits):
                 _fwd_kernel[(m,)](
-                    rows, targets, losses, stats, dlogits, scale, rows.stride(0), v, ACC=accum_dtype(logits.dtype), **row_tile(v, BLOCK)
-                )  # fmt: skip
+                    rows,
+                    targets,
+                    losses,
+                    stats,
+                    dlogits,
+                    scale,
+                    rows.stride(0),
+                    v,
+                    ACC=accum_dtype(logits.dtype),
+                    **row_tile(v, BLOCK),
+                )
         ctx.early, ctx.dlogits = scale is not None, dlogits
         if not ctx.early:
             ctx.save_for_backward(logits, targets, stats)

@@ -82,9 +82,23 @@ def linear_cross_entropy_ref(x: Tensor, head: Tensor, targets: Tensor) -> Tensor
 
 @jit(do_not_specialize=["rows", "row_tiles"], do_not_specialize_on_alignment=["parts"])
 def _logits_kernel(
-    x_ptr, head_ptr, targets_ptr, logits_ptr, partial_ptr, x_stride, head_stride, rows, V, D, row_tiles, parts,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    head_ptr,
+    targets_ptr,
+    logits_ptr,
+    partial_ptr,
+    x_stride,
+    head_stride,
+    rows,
+    V,
+    D,
+    row_tiles,
+    parts,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One tile of logits a program; the tiles that read the same rows of the head run one after the other.
 
     partial_ptr [rows, parts] takes log-sum-exp of half a tile without the true class, true_ptr [rows] the true logit; logits_ptr is
@@ -141,9 +155,21 @@ def _true_logit(row_ptr, head_ptr, target, head_stride, V, D, ACC: tl.constexpr)
 
 @jit(do_not_specialize_on_alignment=["parts"])
 def _softmax_kernel(
-    logits_ptr, partial_ptr, x_ptr, head_ptr, targets_ptr, loss_ptr, x_stride, head_stride, V, D, parts,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    logits_ptr,
+    partial_ptr,
+    x_ptr,
+    head_ptr,
+    targets_ptr,
+    loss_ptr,
+    x_stride,
+    head_stride,
+    V,
+    D,
+    parts,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One row a program; logits_ptr, overwritten with the gradient, is None where none is wanted."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -168,9 +194,19 @@ def _softmax_kernel(
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["column_tiles"])
 def _dhead_kernel(
-    p_ptr, x_ptr, dhead_ptr, x_stride, rows, V, D, column_tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    p_ptr,
+    x_ptr,
+    dhead_ptr,
+    x_stride,
+    rows,
+    V,
+    D,
+    column_tiles,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """dhead [V, D] += P^T x, one tile a program."""
     first = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS
     start = tl.program_id(0) % column_tiles * COLUMNS
@@ -272,13 +308,35 @@ class _OnTriton(_OnTorch):
                     kept = logits if gradient else None
                     row_tiles = cdiv(n, tile.rows)
                     _logits_kernel[(row_tiles * parts // 2,)](
-                        rows, head, target, kept, partial, x.stride(0), head.stride(0), n, v, d, row_tiles, parts,
-                        **_launch(tile, x.dtype)
-                    )  # fmt: skip
+                        rows,
+                        head,
+                        target,
+                        kept,
+                        partial,
+                        x.stride(0),
+                        head.stride(0),
+                        n,
+                        v,
+                        d,
+                        row_tiles,
+                        parts,
+                        **_launch(tile, x.dtype),
+                    )
                     _softmax_kernel[(n,)](
-                        kept, partial, rows, head, target, loss, x.stride(0), head.stride(0), v, d, parts,
-                        PARTS=next_power_of_2(parts), **options
-                    )  # fmt: skip
+                        kept,
+                        partial,
+                        rows,
+                        head,
+                        target,
+                        loss,
+                        x.stride(0),
+                        head.stride(0),
+                        v,
+                        d,
+                        parts,
+                        PARTS=next_power_of_2(parts),
+                        **options,
+                    )
                 else:
                     torch.mm(rows, head.T, out=logits)
                     dlogits = logits if gradient else None

@@ -151,10 +151,31 @@ def swizzle_tile(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
 
 @jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x_ptr, s_ptr, w_ptrs, bias_ptrs, b_ptrs, y_ptrs, scales, ns, bias_ns, ranks, s_index, w_strides, x_stride, rows, K,
-    col_tiles, COUNT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    s_ptr,
+    w_ptrs,
+    bias_ptrs,
+    b_ptrs,
+    y_ptrs,
+    scales,
+    ns,
+    bias_ns,
+    ranks,
+    s_index,
+    w_strides,
+    x_stride,
+    rows,
+    K,
+    col_tiles,
+    COUNT: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
     # which projection the column tile belongs to, and what is its own: tiles of all projections lie in a row
     index, start, first, scale = 0, 0, 0, scales[0]
@@ -211,10 +232,31 @@ def _add_ds_a(
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
 def _input_gradient_kernel(
-    dx_ptr, ds_ptr, dy_ptrs, w_ptrs, ns, dy_strides, w_strides, a_ptrs, ranks, seeds, thresholds, rows, K,
-    col_tiles, COUNT: tl.constexpr, ADAPTED: tl.constexpr, DROPOUT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    dx_ptr,
+    ds_ptr,
+    dy_ptrs,
+    w_ptrs,
+    ns,
+    dy_strides,
+    w_strides,
+    a_ptrs,
+    ranks,
+    seeds,
+    thresholds,
+    rows,
+    K,
+    col_tiles,
+    COUNT: tl.constexpr,
+    ADAPTED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """A tile of dX is BM rows by BN of the K columns; the loop runs over the N of every projection, BK at a time."""
     row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
     top = row_tile.to(tl.int64) * BM
@@ -259,9 +301,29 @@ def _input_gradient_kernel(
 
 @jit(do_not_specialize=["rows"])
 def _single_pass_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, scale, N, bias_n, rank, w_stride, x_stride, rows, K, col_tiles,
-    PADDED_R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    a_ptr,
+    b_ptr,
+    y_ptr,
+    s_ptr,
+    scale,
+    N,
+    bias_n,
+    rank,
+    w_stride,
+    x_stride,
+    rows,
+    K,
+    col_tiles,
+    PADDED_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One projection without dropout; every tile of columns makes S for itself, the first one stores it."""
     row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
     top = row_tile.to(tl.int64) * BM
@@ -302,10 +364,20 @@ def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Ten
     weights = [rows_of(p.weight) for p in projections]
     col_tiles = sum(cdiv(w.shape[0], options["BN"]) for w in weights)
     _forward_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        x, s, tuple(weights), y_ptrs=tuple(ys), ns=tuple(w.shape[0] for w in weights), **per_projection_args(projections),
-        w_strides=tuple(w.stride(0) for w in weights), x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles,
-        GROUP=GROUP_ROWS, **options,
-    )  # fmt: skip
+        x,
+        s,
+        tuple(weights),
+        y_ptrs=tuple(ys),
+        ns=tuple(w.shape[0] for w in weights),
+        **per_projection_args(projections),
+        w_strides=tuple(w.stride(0) for w in weights),
+        x_stride=x.stride(0),
+        rows=rows,
+        K=k,
+        col_tiles=col_tiles,
+        GROUP=GROUP_ROWS,
+        **options,
+    )
     return ys
 
 
@@ -320,10 +392,22 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Proj
     dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
     col_tiles = cdiv(k, options["BN"])
     _input_gradient_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        dx, ds, tuple(dys), tuple(weights), tuple(w.shape[0] for w in weights), tuple(dy.stride(0) for dy in dys),
-        tuple(w.stride(0) for w in weights), tuple(a.a.contiguous() for a in adapters),
-        tuple(a.a.shape[0] for a in adapters), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **masks, **options,
-    )  # fmt: skip
+        dx,
+        ds,
+        tuple(dys),
+        tuple(weights),
+        tuple(w.shape[0] for w in weights),
+        tuple(dy.stride(0) for dy in dys),
+        tuple(w.stride(0) for w in weights),
+        tuple(a.a.contiguous() for a in adapters),
+        tuple(a.a.shape[0] for a in adapters),
+        rows=rows,
+        K=k,
+        col_tiles=col_tiles,
+        GROUP=GROUP_ROWS,
+        **masks,
+        **options,
+    )
     return dx
 
 
@@ -337,8 +421,23 @@ def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, 
     s = torch.empty((1, rows, options["PADDED_R"]), dtype=x.dtype, device=x.device)
     col_tiles = cdiv(n, options["BN"])
     _single_pass_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        x, weight, weight if bias is None else bias.contiguous(), a.a.contiguous(), a.b.contiguous(), y, s,
-        scale=a.factor, N=n, bias_n=0 if bias is None else n, rank=a.a.shape[0], w_stride=weight.stride(0),
-        x_stride=x.stride(0), rows=rows, K=k, col_tiles=col_tiles, GROUP=GROUP_ROWS, **options,
-    )  # fmt: skip
+        x,
+        weight,
+        weight if bias is None else bias.contiguous(),
+        a.a.contiguous(),
+        a.b.contiguous(),
+        y,
+        s,
+        scale=a.factor,
+        N=n,
+        bias_n=0 if bias is None else n,
+        rank=a.a.shape[0],
+        w_stride=weight.stride(0),
+        x_stride=x.stride(0),
+        rows=rows,
+        K=k,
+        col_tiles=col_tiles,
+        GROUP=GROUP_ROWS,
+        **options,
+    )
     return y, s

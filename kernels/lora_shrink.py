@@ -48,9 +48,25 @@ SUM = {arch: {"BLOCK": 1024, "num_warps": 4} for arch in (0, 80, 86, 90)}
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
 def _shrink_kernel(
-    x_ptr, out_ptr, a_ptrs, ranks, seeds, thresholds, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
-    DROPOUT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    out_ptr,
+    a_ptrs,
+    ranks,
+    seeds,
+    thresholds,
+    x_stride,
+    rows,
+    K,
+    span,
+    blocks,
+    COUNT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """A program: BM rows, `span` of the K columns, R of the columns of every S_j; out [K / span, COUNT, rows, PADDED_R]."""
     tiles = tl.cdiv(rows, BM)
     # programs that read the same x run side by side, so that the second one finds it in the cache; so below, too
@@ -96,10 +112,28 @@ def _over_warps(x, WARPS: tl.constexpr):
 
 @jit(do_not_specialize=["rows", "row_tiles", "tiles"])
 def _expand_backward_kernel(
-    dy_ptrs, dy_strides, b_ptrs, s_ptr, ds_ptr, db_ptr, scales, ns, ranks, rows, row_tiles, tiles, blocks, N,
-    COUNT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, WARPS: tl.constexpr,
-    ACC: tl.constexpr
-):  # fmt: skip
+    dy_ptrs,
+    dy_strides,
+    b_ptrs,
+    s_ptr,
+    ds_ptr,
+    db_ptr,
+    scales,
+    ns,
+    ranks,
+    rows,
+    row_tiles,
+    tiles,
+    blocks,
+    N,
+    COUNT: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    WARPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """A program: ROWS rows, `tiles` times BN of the columns of one dY_j, R of the columns of S_j; its warps share out the rows.
 
     ds [ranges of all projections, rows, PADDED_R], db [row tiles, columns of all projections, PADDED_R]; None where it is not wanted.
@@ -143,9 +177,25 @@ def _expand_backward_kernel(
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds", "span"])
 def _shrink_backward_kernel(
-    x_ptr, ds_ptr, out_ptr, ranks, seeds, thresholds, x_stride, rows, K, span, blocks, COUNT: tl.constexpr,
-    DROPOUT: tl.constexpr, PADDED_R: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    ds_ptr,
+    out_ptr,
+    ranks,
+    seeds,
+    thresholds,
+    x_stride,
+    rows,
+    K,
+    span,
+    blocks,
+    COUNT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PADDED_R: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """A program: BK of the K columns, `span` rows, R of the rows of every dA_j; out [rows / span, COUNT, PADDED_R, K]."""
     tiles = tl.cdiv(K, BK)
     r, rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
@@ -193,9 +243,18 @@ def shrink(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     s = torch.empty((len(adapters), rows, width), dtype=x.dtype, device=x.device)
     out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=_accum_dtype(x), device=x.device)
     _shrink_kernel[(row_tiles * blocks * parts,)](
-        x, out, tuple(a.a.contiguous() for a in adapters), tuple(a.a.shape[0] for a in adapters), x_stride=x.stride(0), rows=rows, K=k,
-        span=span, blocks=blocks, **dropout_args(adapters), **options,
-    )  # fmt: skip
+        x,
+        out,
+        tuple(a.a.contiguous() for a in adapters),
+        tuple(a.a.shape[0] for a in adapters),
+        x_stride=x.stride(0),
+        rows=rows,
+        K=k,
+        span=span,
+        blocks=blocks,
+        **dropout_args(adapters),
+        **options,
+    )
     return s if parts == 1 else _sum(out, s)
 
 
@@ -222,10 +281,23 @@ def expand_backward(
     if needs_db:
         db = torch.empty((row_tiles, sum(ns), width), dtype=_accum_dtype(s), device=s.device)
     _expand_backward_kernel[(row_tiles * blocks * sum(ranges),)](
-        tuple(dys), tuple(dy.stride(0) for dy in dys), tuple(a.b.contiguous() for a in adapters), s, ds, db,
-        tuple(a.factor for a in adapters), tuple(ns), tuple(a.a.shape[0] for a in adapters), rows, row_tiles, tiles,
-        blocks, sum(ns), WARPS=options["num_warps"], **options,
-    )  # fmt: skip
+        tuple(dys),
+        tuple(dy.stride(0) for dy in dys),
+        tuple(a.b.contiguous() for a in adapters),
+        s,
+        ds,
+        db,
+        tuple(a.factor for a in adapters),
+        tuple(ns),
+        tuple(a.a.shape[0] for a in adapters),
+        rows,
+        row_tiles,
+        tiles,
+        blocks,
+        sum(ns),
+        WARPS=options["num_warps"],
+        **options,
+    )
     if ds is not None:
         whole = torch.empty(s.shape, dtype=s.dtype, device=s.device)
         for part, out in zip(ds.split(ranges), whole, strict=True):
@@ -247,9 +319,18 @@ def shrink_backward(x: Tensor, ds: Tensor, adapters: Sequence[Adapter]) -> list[
     parts, span = _split(rows, options["BM"], tiles * blocks, x)
     out = torch.empty((parts, count, width, k), dtype=_accum_dtype(x), device=x.device)
     _shrink_backward_kernel[(tiles * blocks * parts,)](
-        x, ds, out, tuple(a.a.shape[0] for a in adapters), x_stride=x.stride(0), rows=rows, K=k,
-        span=span, blocks=blocks, **dropout_args(adapters), **options,
-    )  # fmt: skip
+        x,
+        ds,
+        out,
+        tuple(a.a.shape[0] for a in adapters),
+        x_stride=x.stride(0),
+        rows=rows,
+        K=k,
+        span=span,
+        blocks=blocks,
+        **dropout_args(adapters),
+        **options,
+    )
     whole = out[0] if parts == 1 else _sum(out, torch.empty(tuple(out.shape[1:]), dtype=out.dtype, device=out.device))
     return [d[: a.a.shape[0]] for d, a in zip(whole, adapters, strict=True)]
 

@@ -44,10 +44,28 @@ def lora_swiglu_ref(x: Tensor, projections: Sequence[Projection]) -> Tensor:
 
 @jit(do_not_specialize=["rows"])
 def _dual_kernel(
-    x_ptr, s_ptr, w_ptr, bias_ptrs, b_ptrs, h_ptr, scales, bias_ns, ranks, s_index, x_stride, rows, K, N,
-    PADDED_R: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    s_ptr,
+    w_ptr,
+    bias_ptrs,
+    b_ptrs,
+    h_ptr,
+    scales,
+    bias_ns,
+    ranks,
+    s_index,
+    x_stride,
+    rows,
+    K,
+    N,
+    PADDED_R: tl.constexpr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
     top = row_tile.to(tl.int64) * BM
     row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]

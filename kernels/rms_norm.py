@@ -47,9 +47,23 @@ def add_rms_norm_ref(
 
 @jit(do_not_specialize=["rows"])
 def _fwd_kernel(
-    x_ptr, residual_ptr, w_ptr, s_ptr, y_ptr, rstd_ptr, x_stride, residual_stride, rows, N, eps, offset,
-    ROUND_ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    w_ptr,
+    s_ptr,
+    y_ptr,
+    rstd_ptr,
+    x_stride,
+    residual_stride,
+    rows,
+    N,
+    eps,
+    offset,
+    ROUND_ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """residual_ptr and s_ptr are None where nothing is added."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -69,9 +83,24 @@ def _fwd_kernel(
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["tiles"])
 def _bwd_kernel(
-    dy_ptr, ds_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, ds_stride, x_stride, rows, N, offset, tiles,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    w_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    dy_stride,
+    ds_stride,
+    x_stride,
+    rows,
+    N,
+    offset,
+    tiles,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """`tiles` times ROWS rows a program; dx_ptr, partial_ptr: None where that gradient is not wanted; ds_ptr: where none is."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
@@ -117,9 +146,22 @@ class _OnTriton(torch.autograd.Function):
         if count:
             with torch.cuda.device_of(x):
                 _fwd_kernel[(cdiv(count, tile["ROWS"]),)](
-                    rows, added, w, s, y, rstd, rows.stride(0), 0 if added is None else added.stride(0), count, n, eps,
-                    offset, ROUND_ONCE=round_once, ACC=accum_dtype(x.dtype), **tile
-                )  # fmt: skip
+                    rows,
+                    added,
+                    w,
+                    s,
+                    y,
+                    rstd,
+                    rows.stride(0),
+                    0 if added is None else added.stride(0),
+                    count,
+                    n,
+                    eps,
+                    offset,
+                    ROUND_ONCE=round_once,
+                    ACC=accum_dtype(x.dtype),
+                    **tile,
+                )
         ctx.save_for_backward(x if s is None else s, w, rstd)
         ctx.offset = offset
         return y if s is None else (y, s)
@@ -145,9 +187,23 @@ class _OnTriton(torch.autograd.Function):
         if programs:
             with torch.cuda.device_of(x):
                 _bwd_kernel[(programs,)](
-                    dy, ds, rows, w, rstd, dx, partial, dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0),
-                    count, n, ctx.offset, each, ACC=accum_dtype(x.dtype), **tile
-                )  # fmt: skip
+                    dy,
+                    ds,
+                    rows,
+                    w,
+                    rstd,
+                    dx,
+                    partial,
+                    dy.stride(0),
+                    0 if ds is None else ds.stride(0),
+                    rows.stride(0),
+                    count,
+                    n,
+                    ctx.offset,
+                    each,
+                    ACC=accum_dtype(x.dtype),
+                    **tile,
+                )
         dw = None if partial is None else partial.sum(0).to(w.dtype)
         return _to_both(ctx, dx, dw)
 

@@ -46,10 +46,24 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
 
 @jit
 def _rotate_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, token_stride, head_stride, H, R, SIZE, HALF, groups,
-    SIGN: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    token_stride,
+    head_stride,
+    H,
+    R,
+    SIZE,
+    HALF,
+    groups,
+    SIGN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF turn."""
     angle = (tl.program_id(0) // groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
     token, section = angle // R, angle % R
@@ -95,9 +109,22 @@ def _rotate_on_triton(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleave
     if tokens:
         with torch.cuda.device_of(x):
             _rotate_kernel[(tokens * sections * groups,)](
-                x, cos, sin, y, x.stride(0), x.stride(1), heads, sections, size, half, groups,
-                SIGN=sign, INTERLEAVED=interleaved, ACC=accum_dtype(x.dtype), **tile
-            )  # fmt: skip
+                x,
+                cos,
+                sin,
+                y,
+                x.stride(0),
+                x.stride(1),
+                heads,
+                sections,
+                size,
+                half,
+                groups,
+                SIGN=sign,
+                INTERLEAVED=interleaved,
+                ACC=accum_dtype(x.dtype),
+                **tile,
+            )
     return y
 
 

@@ -41,9 +41,20 @@ def _fwd_kernel(g_ptr, u_ptr, h_ptr, g_stride, u_stride, F, blocks, BLOCK: tl.co
 
 @jit
 def _bwd_kernel(
-    dh_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dh_stride, g_stride, u_stride, d_stride, F, blocks,
-    BLOCK: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+    dh_ptr,
+    g_ptr,
+    u_ptr,
+    dg_ptr,
+    du_ptr,
+    dh_stride,
+    g_stride,
+    u_stride,
+    d_stride,
+    F,
+    blocks,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """dg_ptr or du_ptr is None where that gradient is not wanted; d_stride is the row stride of both."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -109,9 +120,19 @@ class _OnTriton(torch.autograd.Function):
         if g.numel():
             with torch.cuda.device_of(g):
                 _bwd_kernel[grid](
-                    dh, rows_g, rows_u, to_g, to_u, dh.stride(0), rows_g.stride(0), rows_u.stride(0),
-                    f if u is not None else 2 * f, f, ACC=accum_dtype(g.dtype), **options
-                )  # fmt: skip
+                    dh,
+                    rows_g,
+                    rows_u,
+                    to_g,
+                    to_u,
+                    dh.stride(0),
+                    rows_g.stride(0),
+                    rows_u.stride(0),
+                    f if u is not None else 2 * f,
+                    f,
+                    ACC=accum_dtype(g.dtype),
+                    **options,
+                )
         return dg, du
 
 

@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
             return fail(
-                7,
-                f"out of memory: {str(error).splitlines()[0]}",
-                "Close other programs, or use a smaller model.",
+                7, f"out of memory: {str(error).splitlines()[0]}", "Close other programs, or use a smaller model."
             )
         traceback.print_exc()
         return fail(70, "this is a bug of minilora", "Please report it with the lines above.")

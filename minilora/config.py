@@ -288,9 +288,14 @@ def _allowed(name: str, kind: Any) -> str:
         return f"It can be {', '.join(get_args(kind))}"
     number = "a whole number" if kind is int else "a number"
     bounds = (
-        " above 0" if name in POSITIVE else " from 0 on" if name in NOT_NEGATIVE
-        else " from 0 to below 1" if name in BELOW_ONE else ""
-    )  # fmt: skip
+        " above 0"
+        if name in POSITIVE
+        else " from 0 on"
+        if name in NOT_NEGATIVE
+        else " from 0 to below 1"
+        if name in BELOW_ONE
+        else ""
+    )
     what = {bool: "true or false", str: "a text", dict: "NAME=TEXT"}.get(kind, number + bounds)
     return f"It can be {what}"
 

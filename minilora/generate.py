@@ -91,9 +91,13 @@ def generation_note(folder: Path) -> str | None:
 
 @torch.inference_mode()
 def generate(
-    model: Decoder, ids: list[int], stop: set[int], max_tokens: int, sampling: Sampling = GREEDY,
+    model: Decoder,
+    ids: list[int],
+    stop: set[int],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[int]:
     """The tokens that follow ids, one at a time, up to and without the first of `stop`; at most max_tokens."""
     cache = Cache(model.config.layers)
     device = model.head.device
@@ -144,18 +148,26 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def answer(
-    model: Decoder, tokenizer: Tokenizer, messages: list[dict], stop: set[int], max_tokens: int = 128,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    stop: set[int],
+    max_tokens: int = 128,
     sampling: Sampling = GREEDY,
-) -> str:  # fmt: skip
+) -> str:
     """The assistant's whole next message in a chat, thinking off."""
     ids, _ = tokenizer.render(messages, prompt=True)
     return tokenizer.answer(list(generate(model, ids, stop | tokenizer.stop_ids, max_tokens, sampling)))
 
 
 def reply(
-    model: Decoder, tokenizer: Tokenizer, messages: list[dict], max_tokens: int = 512, sampling: Sampling = GREEDY,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    max_tokens: int = 512,
+    sampling: Sampling = GREEDY,
     seed: int | None = None,
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """The assistant's next message in a chat, piece by piece as it is written, thinking off; the same seed draws the same."""
     ids, _ = tokenizer.render(messages, prompt=True)
     generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -117,9 +117,16 @@ class _Open:
 
 @torch.inference_mode()
 def generate_many(
-    model: Decoder, prompts: list[list[int]], stop: set[int], max_tokens: int, slots: int = 16,
-    sampling: Sampling = GREEDY, seed: int = 0, numbers: list[int] | None = None, halt: Callable[[], bool] | None = None,
-) -> Iterator[Answer]:  # fmt: skip
+    model: Decoder,
+    prompts: list[list[int]],
+    stop: set[int],
+    max_tokens: int,
+    slots: int = 16,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    numbers: list[int] | None = None,
+    halt: Callable[[], bool] | None = None,
+) -> Iterator[Answer]:
     """The answers to prompts in the order in which they end, `slots` at a time, the longest prompts first.
 
     `numbers` are the names of the prompts, by default 0, 1, ...; a prompt's draws follow from (seed, number) alone. Greedy answers are those of one prompt alone

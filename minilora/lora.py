@@ -80,9 +80,14 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def add_lora(
-    model: nn.Module, targets: str | list[str] = "all-linear", r: int = 16, alpha: float = 32, dropout: float = 0.0,
-    rslora: bool = False, seed: int = 0,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    targets: str | list[str] = "all-linear",
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> None:
     """Freeze a model and wrap the targeted linears with new adapters, B zero: the model computes what it did.
 
     targets: "all-linear", "attention", "mlp", names of linears (a list, or one string with commas), or a regular
@@ -137,8 +142,7 @@ def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
     if missing:
         leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
         raise UsageError(
-            f"no linear is called {', '.join(missing)}",
-            f"The model has {leaves}; or give all-linear, attention, mlp.",
+            f"no linear is called {', '.join(missing)}", f"The model has {leaves}; or give all-linear, attention, mlp."
         )
     return found
 

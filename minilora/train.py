@@ -147,9 +147,14 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def train_step(
-    model: Decoder, optimizer: torch.optim.Optimizer, batches: list[Batch], config: TrainConfig, step: int,
-    stop: StopSignal | None = None, reached: Callable[[int], object] = lambda tokens: None,
-) -> tuple[float, float]:  # fmt: skip
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    config: TrainConfig,
+    step: int,
+    stop: StopSignal | None = None,
+    reached: Callable[[int], object] = lambda tokens: None,
+) -> tuple[float, float]:
     """One optimizer step on the batches of a step; returns (loss, gradient norm before clipping).
 
     The learning rate is the one the optimizer has; `reached` hears how many tokens are through. Raises Diverged before anything is changed if either is not finite,

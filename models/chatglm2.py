@@ -83,9 +83,15 @@ def config(j: dict[str, Any]) -> Config:
     Raises ValueError naming the key for what is not supported.
     """
     only(
-        {"multi_query_attention": False} | j, "ChatGLM2 and later", multi_query_attention=True, rmsnorm=True, post_layer_norm=True, add_bias_linear=False,
-        apply_residual_connection_post_layernorm=False, original_rope=True,
-    )  # fmt: skip
+        {"multi_query_attention": False} | j,
+        "ChatGLM2 and later",
+        multi_query_attention=True,
+        rmsnorm=True,
+        post_layer_norm=True,
+        add_bias_linear=False,
+        apply_residual_connection_post_layernorm=False,
+        original_rope=True,
+    )
     layers, width = whole(j, "num_layers", most=1000), whole(j, "hidden_size")
     heads, kv_heads = whole(j, "num_attention_heads"), whole(j, "multi_query_group_num")
     head_size = whole(j, "kv_channels", 128)

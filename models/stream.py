@@ -118,10 +118,7 @@ class Cache:
         end = self.length + k.shape[0]
         store = self._store[layer]
         if store is None or store[0].shape[0] < end:
-            bigger = (
-                k.new_empty(max(2 * end, 64), *k.shape[1:]),
-                v.new_empty(max(2 * end, 64), *v.shape[1:]),
-            )
+            bigger = (k.new_empty(max(2 * end, 64), *k.shape[1:]), v.new_empty(max(2 * end, 64), *v.shape[1:]))
             if store is not None:
                 for new, old in zip(bigger, store, strict=True):
                     new[: self.length] = old[: self.length]

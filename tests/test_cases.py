@@ -35,9 +35,12 @@ def test_an_adapter_that_holds_nan_is_refused_by_every_command(tmp_path: Path, c
     rows, adapter = make_rows(tmp_path / "rows.json"), CASES / "adapter-nan" / "nan"
     both = ["--model", str(MODEL), "--adapter", str(adapter)]
     for words in (
-        ["chat", "--prompt", "hi"], ["eval", "--data", str(rows)], ["predict", "--data", str(rows), "--output", str(tmp_path / "p")],
-        ["merge", "--output", str(tmp_path / "m")], ["data", "score", "--data", str(rows)],
-    ):  # fmt: skip
+        ["chat", "--prompt", "hi"],
+        ["eval", "--data", str(rows)],
+        ["predict", "--data", str(rows), "--output", str(tmp_path / "p")],
+        ["merge", "--output", str(tmp_path / "m")],
+        ["data", "score", "--data", str(rows)],
+    ):
         command = words[:2] if words[0] == "data" else words[:1]
         assert main([*command, *both, *words[len(command) :]]) == 4
         assert "lora_" in (err := capsys.readouterr().err) and "not finite" in err
@@ -249,17 +252,7 @@ def test_inspect_data_ends_with_3_where_nothing_can_be_used(tmp_path: Path):
 def test_a_run_folder_of_any_name_draws_its_picture(tmp_path: Path, name: str):
     pytest.importorskip("matplotlib")
     model, rows = make_model(tmp_path / "m"), make_rows(tmp_path / "rows.json")
-    words = [
-        "train",
-        "--model",
-        str(model),
-        "--data",
-        str(rows),
-        "--output",
-        str(tmp_path / name),
-        "--max-steps",
-        "1",
-    ]
+    words = ["train", "--model", str(model), "--data", str(rows), "--output", str(tmp_path / name), "--max-steps", "1"]
     assert main(words) == 0  # warnings are errors here
     assert (tmp_path / name / "loss.png").stat().st_size > 1000
 

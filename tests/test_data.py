@@ -179,8 +179,7 @@ def test_a_template_of_another_generation():
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "{}", '{"model": {}}', '{"added_tokens": 5}', "x" * 100, '{"added_tokens": [{}]}'],
+    "content", ["", "{", "[]", "{}", '{"model": {}}', '{"added_tokens": 5}', "x" * 100, '{"added_tokens": [{}]}']
 )
 def test_a_broken_tokenizer(tmp_path, content):
     folder = make_model(tmp_path / "m")

@@ -9,17 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # what a folder may import of ours; the order is the order of the layers
-BELOW = {
-    "kernels": ("minilora.kernels",),
-    "models": ("minilora.kernels", "minilora.models"),
-    "minilora": ("minilora",),
-}
+BELOW = {"kernels": ("minilora.kernels",), "models": ("minilora.kernels", "minilora.models"), "minilora": ("minilora",)}
 THIRD_PARTY_OF_KERNELS = {"torch", "triton", "numpy"}
 PEERS = {"transformers", "peft", "accelerate", "datasets"}
 SOURCES = [
-    p for folder in BELOW for p in sorted((ROOT / folder).rglob("*.py"))
+    p
+    for folder in BELOW
+    for p in sorted((ROOT / folder).rglob("*.py"))
     if not {"kernels", "models"} & set(p.relative_to(ROOT).parts[1:-1])  # the links in minilora/
-]  # fmt: skip
+]
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 
 

@@ -341,11 +341,7 @@ def peft_folder(folder: Path, ranks: dict[str, int], **config: Any) -> Path:
     return folder
 
 
-Q0, Q1, UP1 = (
-    "model.layers.0.self_attn.q_proj",
-    "model.layers.1.self_attn.q_proj",
-    "model.layers.1.mlp.up_proj",
-)
+Q0, Q1, UP1 = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj")
 
 
 @pytest.mark.parametrize("left_out", [r".*up_proj", ["up_proj"]])

@@ -173,10 +173,7 @@ def assert_peft_holds_exactly(theirs: Any, folder: Path) -> None:
 def test_our_unequal_ranks_open_in_peft(base: Path, tmp_path: Path):
     """rank_pattern and alpha_pattern as we write them, read by peft."""
     save_their_adapter(
-        base,
-        tmp_path / "theirs",
-        rank_pattern={"q_proj": 5, "layers.1.mlp.down_proj": 2},
-        alpha_pattern={"v_proj": 3},
+        base, tmp_path / "theirs", rank_pattern={"q_proj": 5, "layers.1.mlp.down_proj": 2}, alpha_pattern={"v_proj": 3}
     )
     model = load_model(base)
     load_adapter(model, tmp_path / "theirs")

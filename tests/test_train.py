@@ -100,10 +100,7 @@ def test_the_run_folder(run):
         "metrics.jsonl",
         "trained_rows.u64",
     }
-    assert {p.name for p in (folder / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    assert {p.name for p in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_finished_run_is_not_overwritten_by_chance(run):

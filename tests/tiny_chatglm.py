@@ -16,12 +16,23 @@ def ice_text(first_release: bool = False) -> bytes:
     white = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=110 if first_release else 460, unk_id=0, bos_id=1,
-        eos_id=2, pad_id=3, pad_piece="<pad>", user_defined_symbols=["<n>", *([] if first_release else white)],
-        control_symbols=[] if first_release else list(CHATGLM_SPECIALS), byte_fallback=not first_release,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        vocab_size=110 if first_release else 460,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        pad_piece="<pad>",
+        user_defined_symbols=["<n>", *([] if first_release else white)],
+        control_symbols=[] if first_release else list(CHATGLM_SPECIALS),
+        byte_fallback=not first_release,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
         num_threads=1,
-    )  # fmt: skip
+    )
     return model.getvalue()
 
 
@@ -36,5 +47,9 @@ def write_tokenizer(folder: Path, first_release: bool = False) -> dict[str, int]
         ids = {name: IMAGE_IDS + model.vocab_size() + i for i, name in enumerate(CHATGLM_SPECIALS)}
     else:
         ids = {name: model.piece_to_id(name) for name in CHATGLM_SPECIALS}
-    return {"bos_token_id": ids["<sop>"], "eos_token_id": ids["<eop>"], "mask_token_id": ids["[MASK]"],
-            "gmask_token_id": ids["[gMASK]"]}  # fmt: skip
+    return {
+        "bos_token_id": ids["<sop>"],
+        "eos_token_id": ids["<eop>"],
+        "mask_token_id": ids["[MASK]"],
+        "gmask_token_id": ids["[gMASK]"],
+    }

@@ -63,11 +63,12 @@ def launches(
 
     projections = [
         Projection(
-            torch.empty(n, k, device="meta", dtype=x.dtype), None,
+            torch.empty(n, k, device="meta", dtype=x.dtype),
+            None,
             Adapter(empty(rank, k), empty(n, rank), 2.0, p, DropoutKey(0, 0, 0, j)),
         )
         for j, n in enumerate(ns)
-    ]  # fmt: skip
+    ]
     with recorded(arch) as made:
         ys = lora_linear_group(x, projections)
         there = len(made)
@@ -79,9 +80,11 @@ def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: i
     there, back = launches(tokens, k, ns, rank, p, arch)
     wide = 2 * tokens * k * sum(ns)
     return Cost(
-        wide + sum(map(narrow_work, there)), sum(map(moved, there)),
-        wide + sum(map(narrow_work, back)), sum(map(moved, back)),
-    )  # fmt: skip
+        wide + sum(map(narrow_work, there)),
+        sum(map(moved, there)),
+        wide + sum(map(narrow_work, back)),
+        sum(map(moved, back)),
+    )
 
 
 def partial_sums(tokens: int, k: int, ns: list[int], rank: int, arch: int = 80) -> int:

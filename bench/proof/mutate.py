@@ -228,8 +228,7 @@ NEAR = {
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
-        ["lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"],
-        r"lora|test_kernel_choice|test_far",
+        ["lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"], r"lora|test_kernel_choice|test_far"
     ),
 }
 
@@ -243,12 +242,7 @@ FILES = {
 
 def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-m", "not long", "-p", "no:cacheprovider", *args]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": interpret,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )

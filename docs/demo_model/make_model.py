@@ -84,8 +84,7 @@ def make(output: Path, console: Console) -> None:
         (start / "chat_template.jinja").write_text(TEMPLATE)
         write_tensors(start / "model.safetensors", start_weights(start))
         rows.write_text(
-            "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats),
-            encoding="utf-8",
+            "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats), encoding="utf-8"
         )
         run = Path(work) / "run"
         model = train(resolve(SETTINGS, {"model": start, "data": rows, "output": run}), console=console)

@@ -70,14 +70,26 @@ def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict
     bare = {path.split(".")[-1] for path in _linears_without(model)}
     targets = sorted({path if path.split(".")[-1] in bare else path.split(".")[-1] for path in wrapped})
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": r, "lora_alpha": _number(alpha), "lora_dropout": first.dropout, "use_rslora": first.rslora,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
         "target_modules": targets,
         "rank_pattern": {p: w.r for p, w in wrapped.items() if w.r != r},
         "alpha_pattern": {p: _number(w.alpha) for p, w in wrapped.items() if w.alpha != alpha},
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-        "modules_to_save": None, "use_dora": False, "layers_to_transform": None, "layers_pattern": None, "revision": None,
-    }  # fmt: skip
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "revision": None,
+    }
 
 
 def _linears_without(model: nn.Module) -> list[str]:
@@ -135,8 +147,10 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
         check_finite(t, f"{folder / WEIGHTS}: {key}")
     base = file.metadata.get("minilora_base")
     if base is not None and not any_base and base != fingerprint(base_parameters(model)):
-        raise ModelError(f"{folder} was trained on another base model than this one (same shapes, other weights)",
-                         "Give the base it was trained on, or --any-base to use it on this one.")  # fmt: skip
+        raise ModelError(
+            f"{folder} was trained on another base model than this one (same shapes, other weights)",
+            "Give the base it was trained on, or --any-base to use it on this one.",
+        )
     model.requires_grad_(False)
     for path, (r, alpha) in plan.items():
         wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
@@ -165,20 +179,23 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
     start = j.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ModelError(f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
-                         "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.")  # fmt: skip
+        raise ModelError(
+            f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
+            "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.",
+        )
     used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
     if used:
         raise ModelError(
-            f"{folder / CONFIG} uses {', '.join(used)}",
-            "Only plain LoRA can be read: merge it with PEFT first.",
+            f"{folder / CONFIG} uses {', '.join(used)}", "Only plain LoRA can be read: merge it with PEFT first."
         )
     unknown = [
         quote(key) for key in j if key not in {*READ, *HARMLESS, *REFUSED} and j[key] not in (None, False, "", [], {})
     ]
     if unknown:
-        raise ModelError(f"{folder / CONFIG} has keys that are not known here: {', '.join(unknown[:6])}",
-                         "Take them out if they mean nothing; else merge the adapter with what it was made by.")  # fmt: skip
+        raise ModelError(
+            f"{folder / CONFIG} has keys that are not known here: {', '.join(unknown[:6])}",
+            "Take them out if they mean nothing; else merge the adapter with what it was made by.",
+        )
     if j.get("use_rslora") not in (None, True, False):
         raise ModelError(f"{folder / CONFIG}: use_rslora is {j['use_rslora']!r}", "true or false belongs there.")
     dropout = j.get("lora_dropout") or 0.0
@@ -188,8 +205,7 @@ def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         patterns = j.get(pattern) or {}
         if not isinstance(patterns, dict):
             raise ModelError(
-                f"{folder / CONFIG}: {pattern} is {patterns!r}",
-                "An object of patterns and numbers belongs there.",
+                f"{folder / CONFIG}: {pattern} is {patterns!r}", "An object of patterns and numbers belongs there."
             )
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
         for name, value in values.items():

@@ -51,7 +51,10 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
             _unpickle(folder / shard, stage / name)
             for tensor, entry in SafetensorsFile(stage / name).entries.items():
                 if tensor in places:
-                    raise ModelError(f"{folder / shard}: {tensor!r} lies in an earlier shard too", "The folder mixes two checkpoints.")  # fmt: skip
+                    raise ModelError(
+                        f"{folder / shard}: {tensor!r} lies in an earlier shard too",
+                        "The folder mixes two checkpoints.",
+                    )
                 places[tensor] = name
                 size += entry.end - entry.start
             say(f"shard {number} of {len(shards)}: {shard} -> {name}")
@@ -79,8 +82,10 @@ def _shards(folder: Path) -> list[str]:
             )
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
-        raise ModelError(f"{folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
-                         "Download the missing files.")  # fmt: skip
+        raise ModelError(
+            f"{folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
+            "Download the missing files.",
+        )
     return shards
 
 
@@ -95,8 +100,10 @@ def _check_index(folder: Path, found: dict[str, str]) -> None:
     """ModelError if the shards do not hold the tensors that the index lists."""
     wrong = sorted(set(_weight_map(folder)) ^ set(found))
     if wrong:
-        raise ModelError(f"{folder}: {wrong[0]!r} and {len(wrong) - 1:,} more are not as {BIN_INDEX} lists them",
-                         "The index and the shards are of two checkpoints.")  # fmt: skip
+        raise ModelError(
+            f"{folder}: {wrong[0]!r} and {len(wrong) - 1:,} more are not as {BIN_INDEX} lists them",
+            "The index and the shards are of two checkpoints.",
+        )
 
 
 def _unpickle(pickle: Path, target: Path) -> None:

@@ -69,8 +69,10 @@ def read_config(folder: Path) -> Config:
     if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config", "quantization")):
         raise ModelError(f"{path}: {_quantised(j)}", "Use the bf16 or fp16 release of this model.")
     if j.get("pre_seq_len"):
-        raise ModelError(f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
-                         "Use the model without the prefix: take the key out of config.json.")  # fmt: skip
+        raise ModelError(
+            f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
+            "Use the model without the prefix: take the key out of config.json.",
+        )
     try:
         check_keys(j, family)
         return FAMILIES[family].config(j)
@@ -187,8 +189,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UsageError(
-            f"device {str(name)[:40]!r} cannot be used: {reason}",
-            "Give cpu, or cuda on a machine with a GPU.",
+            f"device {str(name)[:40]!r} cannot be used: {reason}", "Give cpu, or cuda on a machine with a GPU."
         ) from None
     return device
 
@@ -231,14 +232,19 @@ class Tensors:
                 )
         absent = [shard for shard in shards if not (self.folder / shard).is_file()]
         if absent:
-            raise ModelError(f"{self.folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
-                             "Download the missing files.")  # fmt: skip
+            raise ModelError(
+                f"{self.folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
+                "Download the missing files.",
+            )
         for shard in shards:
             file = SafetensorsFile(self.folder / shard)
             listed = {name for name, place in places.items() if place == shard}
             wrong = sorted(listed ^ set(file.entries))
             if wrong:
-                raise ModelError(f"{self.folder / shard}: {fold(wrong)} not where the index says", f"{INDEX} and the shards are of two checkpoints.")  # fmt: skip
+                raise ModelError(
+                    f"{self.folder / shard}: {fold(wrong)} not where the index says",
+                    f"{INDEX} and the shards are of two checkpoints.",
+                )
             yield file
 
     def _refuse_without_weights(self) -> None:
@@ -249,8 +255,7 @@ class Tensors:
                 f"Turn them into safetensors: minilora convert {self.folder} OUT",
             )
         raise ModelError(
-            f"{self.folder}: no model.safetensors and no {INDEX}",
-            "Give the folder of a Hugging Face checkpoint.",
+            f"{self.folder}: no model.safetensors and no {INDEX}", "Give the folder of a Hugging Face checkpoint."
         )
 
     def reading(self, name: str) -> "_Reading":
@@ -294,7 +299,10 @@ def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     ]
     problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
     if problems:
-        raise ModelError(f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems), "Check that config.json and the weights are of one model.")  # fmt: skip
+        raise ModelError(
+            f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems),
+            "Check that config.json and the weights are of one model.",
+        )
 
 
 def _check_kind(family: str, tensors: Tensors, folder: Path) -> None:
@@ -305,12 +313,16 @@ def _check_kind(family: str, tensors: Tensors, folder: Path) -> None:
             f"{folder}: the weights are quantised ({scale})", "Use the bf16 or fp16 release of this model."
         )
     if any(".prefix_encoder." in name for name in tensors.shapes):
-        raise ModelError(f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
-                         "Use the model without the prefix.")  # fmt: skip
+        raise ModelError(
+            f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
+            "Use the model without the prefix.",
+        )
     told = next((family for family, name in TELLTALES.items() if name in tensors.shapes), family)
     if told != family:
-        raise ModelError(f"{folder}: config.json says {family}, the weights are of {told}",
-                         "Take config.json and the weights from one model.")  # fmt: skip
+        raise ModelError(
+            f"{folder}: config.json says {family}, the weights are of {told}",
+            "Take config.json and the weights from one model.",
+        )
 
 
 def fold(names: Iterable[str]) -> str:

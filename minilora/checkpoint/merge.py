@@ -27,9 +27,16 @@ from .verify import Proof, logits_of, prompt_ids, prove, stored_logits_of, wide_
 
 
 def merge_folder(
-    model: str | Path, adapter: str | Path, output: str | Path, shard_bytes: int = SHARD_BYTES, any_base: bool = False,
-    allow_partial: bool = False, device: str | None = None, compute: str = "auto", say: Callable[[str], Any] = lambda line: None,
-) -> Proof:  # fmt: skip
+    model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    shard_bytes: int = SHARD_BYTES,
+    any_base: bool = False,
+    allow_partial: bool = False,
+    device: str | None = None,
+    compute: str = "auto",
+    say: Callable[[str], Any] = lambda line: None,
+) -> Proof:
     """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold.
 
     A tokenizer or chat template of the adapter's own goes into the new folder; `say` hears of it.

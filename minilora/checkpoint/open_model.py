@@ -19,10 +19,16 @@ from .load import keys_not_read, load_model
 
 
 def open_model(
-    folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None, any_base: bool = False,
-    device: str | None = None, compute: str = "auto", say: Callable[[str], object] = lambda line: None, int8: bool = False,
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    adapter: str | Path | None = None,
+    any_base: bool = False,
+    device: str | None = None,
+    compute: str = "auto",
+    say: Callable[[str], object] = lambda line: None,
+    int8: bool = False,
     allow_partial: bool = False,
-) -> Decoder:  # fmt: skip
+) -> Decoder:
     """The Decoder of a folder with its adapter, in evaluation mode; `say` hears how it computes.
 
     int8 merges the adapter into the weights and rounds them (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.

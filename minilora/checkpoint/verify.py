@@ -87,12 +87,7 @@ def prove(
     allowed = 2 * _largest(plain, truth) + 1e-6 * scale
     tokens = sum(len(t) for t in truth)
     return Proof(
-        _largest(merged, truth),
-        allowed,
-        _largest(adapted, base),
-        _same(merged, truth),
-        _same(plain, truth),
-        tokens,
+        _largest(merged, truth), allowed, _largest(adapted, base), _same(merged, truth), _same(plain, truth), tokens
     )
 
 

@@ -29,5 +29,17 @@ def run(args: argparse.Namespace) -> None:
     say(f"loading {args.model}")
     from ..tools.chat import chat
 
-    chat(args.model, args.adapter, args.system, args.prompt, args.greedy, args.max_tokens, args.think, args.seed,
-         args.temperature, args.top_p, args.top_k, **opening(args))  # fmt: skip
+    chat(
+        args.model,
+        args.adapter,
+        args.system,
+        args.prompt,
+        args.greedy,
+        args.max_tokens,
+        args.think,
+        args.seed,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        **opening(args),
+    )

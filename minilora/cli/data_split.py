@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> None:
     from ..tools.split_files import split_files
 
     wanted = {name: text for name in ("val", "test") if (text := getattr(args, name)) is not None}
-    lines = split_files(args.data, wanted, Path(args.output), data_config(args), args.drop_duplicates, args.seed)  # fmt: skip
+    lines = split_files(args.data, wanted, Path(args.output), data_config(args), args.drop_duplicates, args.seed)
     say("\n".join(lines))

@@ -40,8 +40,18 @@ def run(args: argparse.Namespace) -> int:
     from ..tools.inspect_data_show import show, to_html
 
     tokenizer = load_tokenizer(args.model)
-    result = inspect_data(args.data, Path(args.model), tokenizer, settings, args.samples, args.row, args.only_problems,
-                          args.val, args.check_template, args.seed)  # fmt: skip
+    result = inspect_data(
+        args.data,
+        Path(args.model),
+        tokenizer,
+        settings,
+        args.samples,
+        args.row,
+        args.only_problems,
+        args.val,
+        args.check_template,
+        args.seed,
+    )
     show(result, Console())
     if args.html:
         write_file(Path(args.html), to_html(result, Path(args.model)))

@@ -43,9 +43,19 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console(stderr=args.json)
     results = predict(
-        args.model, args.data, args.output, args.adapter, args.max_tokens, args.batch, reading,
-        args.sample, args.seed, args.overwrite, console, **opening(args),
-    )  # fmt: skip
+        args.model,
+        args.data,
+        args.output,
+        args.adapter,
+        args.max_tokens,
+        args.batch,
+        reading,
+        args.sample,
+        args.seed,
+        args.overwrite,
+        console,
+        **opening(args),
+    )
     if args.json:
         say(json.dumps(results, ensure_ascii=False, indent=1))
     else:

@@ -9,9 +9,12 @@ from .shared_flags import between
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder; its report.html is written anew")
     parser.add_argument(
-        "--samples", type=between(int, 0, 200), default=0, metavar="N",
+        "--samples",
+        type=between(int, 0, 200),
+        default=0,
+        metavar="N",
         help="answer N rows with the base model and with the adapter first [0]",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -99,10 +99,7 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
         raise refuse("the header does not begin with '{'")
     try:
         header = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_no_constant,
-            parse_int=_not_negative,
+            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_not_negative
         )
     except (ValueError, RecursionError) as error:
         raise refuse(f"the header is not valid JSON ({error})") from None
@@ -185,7 +182,7 @@ def write_safetensors(
 ) -> None:
     """Write a file of the named tensors; `tensor(name)` is asked for one at a time, in any order, and must fit its shape.
 
-    The bytes are on the disk when this returns. The caller gives a name that does not exist yet (see durable.py).
+    The bytes are on the disk when this returns. The caller gives a name that does not exist yet (see atomic.py).
     """
     names = sorted(shapes, key=lambda n: (-shapes[n][0].itemsize, n))  # widest first: every tensor lies aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -200,12 +197,7 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in names:
             value = tensor(name)
-            assert (value.dtype, tuple(value.shape)) == shapes[name], (
-                name,
-                value.dtype,
-                value.shape,
-                shapes[name],
-            )
+            assert (value.dtype, tuple(value.shape)) == shapes[name], (name, value.dtype, value.shape, shapes[name])
             file.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

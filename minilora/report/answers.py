@@ -27,8 +27,10 @@ def answers(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
         _rating(page, answered[0], answered[1], cut)
     page.heading("Answers side by side")
     same = sum(len({run.rows[i]["predict"] for run in answered}) == 1 for i in range(count))
-    page.text(f"The {len(shown):,} of {count:,} rows in which the answers differ most (by ROUGE-L of characters between answers); "
-              f"in {same:,} rows all answers are the same.")  # fmt: skip
+    page.text(
+        f"The {len(shown):,} of {count:,} rows in which the answers differ most (by ROUGE-L of characters between answers); "
+        f"in {same:,} rows all answers are the same."
+    )
     scored = {i: n for n, i in enumerate(i for i, row in enumerate(answered[0].rows) if row["label"])}
     for i in shown:
         row = answered[0].rows[i]
@@ -52,8 +54,9 @@ def _rating(page: Document, a: Record, b: Record, cut: Callable[[str], str]) -> 
         [a.rows[i].get("question", ""), a.rows[i]["label"], a.rows[i]["predict"], b.rows[i]["predict"]] for i in drawn
     ]
     page.heading(f"Rate {a.letter} against {b.letter} without knowing which is which")
-    page.text(f"{len(drawn):,} rows drawn at random from the {len(differing):,} in which the two differ, "
-              f"of {len(a.rows):,}.")  # fmt: skip
+    page.text(
+        f"{len(drawn):,} rows drawn at random from the {len(differing):,} in which the two differ, of {len(a.rows):,}."
+    )
     page.add(rating_block([list(map(cut, row)) for row in texts], a.name, b.name), "(The rating is on the HTML page.)")
 
 

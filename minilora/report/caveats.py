@@ -59,8 +59,10 @@ def _answers(a: Record, b: Record) -> list[str]:
         found.append(f"answered in {a.decoded.get('dtype')} and in {b.decoded.get('dtype')}")
     theirs = [m for m in _metrics(a).keys() | _metrics(b).keys() if _definition(a, m) != _definition(b, m)]
     if theirs:
-        found.append(f"were scored by another metric when they were predicted ({', '.join(sorted(theirs))}); "
-                     "the table below scores both anew, in one way")  # fmt: skip
+        found.append(
+            f"were scored by another metric when they were predicted ({', '.join(sorted(theirs))}); "
+            "the table below scores both anew, in one way"
+        )
     return found
 
 

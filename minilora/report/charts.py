@@ -120,8 +120,10 @@ def line_chart(
         at = f'x="{_percent(place)}" y="{_percent(1 - up.share(best[1]))}"'
         above = up.share(best[1]) < 0.85
         ring = at.replace("x=", "cx=").replace(" y=", " cy=")
-        parts.append(f'<circle {ring} r="7" fill="none" stroke="var(--good)" stroke-width="2"/>'
-                     f'<text {at} dy="{-12 if above else 22}" text-anchor="{anchor}">best {best[1]:.4g}</text>')  # fmt: skip
+        parts.append(
+            f'<circle {ring} r="7" fill="none" stroke="var(--good)" stroke-width="2"/>'
+            f'<text {at} dy="{-12 if above else 22}" text-anchor="{anchor}">best {best[1]:.4g}</text>'
+        )
     named = [s for s, _ in kept] if any(s.name for s, _ in kept) else []
     return _figure(parts, x, y, named, _values(x, across, [points for _, points in kept]))
 
@@ -148,9 +150,15 @@ def histogram(counts: Sequence[dict[int, int]], names: Sequence[str], x: str, le
 
 
 def outlines(
-    edges: Sequence[float], counts: Sequence[Sequence[int]], said: Sequence[str], names: Sequence[str], x: str,
-    levels: Sequence[Level], log: bool = False, note: str = "",
-) -> str:  # fmt: skip
+    edges: Sequence[float],
+    counts: Sequence[Sequence[int]],
+    said: Sequence[str],
+    names: Sequence[str],
+    x: str,
+    levels: Sequence[Level],
+    log: bool = False,
+    note: str = "",
+) -> str:
     """Counts [sets][n] of the bins between edges [n + 1], whose names are said [n], as outlines; log: even factors across."""
     across = Axis(edges[0], max(edges[-1], *(level.value for level in levels), 0 if log else 6), log)
     most = max(n for row in counts for n in row)
@@ -215,27 +223,35 @@ def _grid(across: Axis, up: Axis, whole: bool = False) -> str:
     for value in up.ticks(5):
         if not whole or value == round(value):
             y = _percent(1 - up.share(value))
-            parts.append(f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-                         f'<text x="0" dx="-6" y="{y}" dy="4" text-anchor="end">{short(value)}</text>')  # fmt: skip
+            parts.append(
+                f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="var(--line)"/>'
+                f'<text x="0" dx="-6" y="{y}" dy="4" text-anchor="end">{short(value)}</text>'
+            )
     for value in across.ticks():
         x = _percent(across.share(value))
-        parts.append(f'<line x1="{x}" x2="{x}" y1="100%" y2="99%" stroke="var(--dim)"/>'
-                     f'<text x="{x}" y="100%" dy="16" text-anchor="middle">{short(value)}</text>')  # fmt: skip
+        parts.append(
+            f'<line x1="{x}" x2="{x}" y1="100%" y2="99%" stroke="var(--dim)"/>'
+            f'<text x="{x}" y="100%" dy="16" text-anchor="middle">{short(value)}</text>'
+        )
     return "".join(parts)
 
 
 def _across(up: Axis, level: Level) -> str:
     y = _percent(1 - up.share(level.value))
-    return (f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="{COLOURS[level.look % 4]}" stroke-dasharray="5 4"/>'
-            f'<text x="100%" dx="-4" y="{y}" dy="-5" text-anchor="end">{escape(level.name)}</text>')  # fmt: skip
+    return (
+        f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="{COLOURS[level.look % 4]}" stroke-dasharray="5 4"/>'
+        f'<text x="100%" dx="-4" y="{y}" dy="-5" text-anchor="end">{escape(level.name)}</text>'
+    )
 
 
 def _upright(across: Axis, level: Level, number: int) -> str:
     share = across.share(level.value)
     x, right = _percent(share), share > 0.5
-    return (f'<line x1="{x}" x2="{x}" y1="0" y2="100%" stroke="{COLOURS[level.look % 4]}" stroke-dasharray="5 4"/>'
-            f'<text x="{x}" dx="{-5 if right else 5}" y="0" dy="{10 + 16 * number}" '
-            f'text-anchor="{"end" if right else "start"}">{escape(level.name)}</text>')  # fmt: skip
+    return (
+        f'<line x1="{x}" x2="{x}" y1="0" y2="100%" stroke="{COLOURS[level.look % 4]}" stroke-dasharray="5 4"/>'
+        f'<text x="{x}" dx="{-5 if right else 5}" y="0" dy="{10 + 16 * number}" '
+        f'text-anchor="{"end" if right else "start"}">{escape(level.name)}</text>'
+    )
 
 
 def _stretched(lines: Iterable[str]) -> str:
@@ -279,9 +295,14 @@ def _values(x: str, across: Axis, series: Sequence[Sequence[Sequence[Any]]]) -> 
 
 
 def _figure(
-    parts: Iterable[str], x: str, y: str, legend: Sequence[Series] = (), values: str = "", note: str = "",
+    parts: Iterable[str],
+    x: str,
+    y: str,
+    legend: Sequence[Series] = (),
+    values: str = "",
+    note: str = "",
     looks: tuple[str, str] = ("", ""),
-) -> str:  # fmt: skip
+) -> str:
     """A figure: what y is, the picture, what x is, the legend, a note. values: what READOUT reads; looks: CSS of figure and picture."""
     items = "".join(
         f'<span><svg width="30" height="10" aria-hidden="true"><line x1="0" x2="30" y1="5" y2="5" {s.stroke}/></svg> '

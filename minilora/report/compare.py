@@ -99,8 +99,11 @@ def _differences(page: Document, runs: list[Record]) -> None:
         page.text("The settings are the same." if len(trained) > 1 else "Only one of them was trained.")
     seeds = {run.config.get("seed") for run in trained}
     if len(trained) > 1 and len(seeds) == 1:
-        page.text("Each setting was trained with one seed. Another seed moves scores too; what is said of p below is about the "
-                  "test rows alone.", "note")  # fmt: skip
+        page.text(
+            "Each setting was trained with one seed. Another seed moves scores too; what is said of p below is about the "
+            "test rows alone.",
+            "note",
+        )
 
 
 def verdicts(runs: list[Record], measured: dict[str, dict[str, Measured]]) -> list[str]:
@@ -182,9 +185,12 @@ def _scores(page: Document, runs: list[Record], measured: dict[str, dict[str, Me
             lines.append(line)
         head = [h for run in others for h in (f"{run.letter} - {first.letter}", "p")]
         page.table(["metric", *head], lines)
-    page.text("Bold is the best of a row. In brackets: 95 % intervals of a bootstrap over rows, paired for differences. p: how often swapping the two answers of "
-              "rows at random gives a difference as large (1,000 draws, two-sided); with many metrics in a table, a small p comes up "
-              "by chance too.", "dim")  # fmt: skip
+    page.text(
+        "Bold is the best of a row. In brackets: 95 % intervals of a bootstrap over rows, paired for differences. p: how often swapping the two answers of "
+        "rows at random gives a difference as large (1,000 draws, two-sided); with many metrics in a table, a small p comes up "
+        "by chance too.",
+        "dim",
+    )
     with page.fold("What the metrics count"):
         page.words((name, measured[first.name][name].definition) for name in names)
 
@@ -216,10 +222,13 @@ def _losses(page: Document, runs: list[Record]) -> None:
         series = [Series(run.name, run.val, i, dots=True) for i, run in validated]
         page.charts(line_chart(series, "step", "validation loss (nats a token)"))
     drawn = [
-        line_chart([Series(run.name, run.along(run.smooth, axis), i) for i, run in enumerate(trained)],
-                   label, "training loss, smoothed (nats a token)")
+        line_chart(
+            [Series(run.name, run.along(run.smooth, axis), i) for i, run in enumerate(trained)],
+            label,
+            "training loss, smoothed (nats a token)",
+        )
         for axis, label in AXES.items()
-    ]  # fmt: skip
+    ]
     page.charts(drawn[0])
     with page.fold("The training losses by tokens and by time"):
         page.charts(*drawn[1:])
@@ -236,7 +245,13 @@ def loss_rows(runs: list[Record]) -> list[list[str]]:
     low = [-y for y in smooth] if trained_alike else []
     return [
         ["training loss at the end, smoothed", *marked([f"{y:.4f}" for y in smooth], low)],
-        ["validation loss at the end", *marked([f"{y:.4f}" if run.val else "none" for run, y in zip(runs, at_end, strict=True)], [-y for y in at_end] if alike else [])],
+        [
+            "validation loss at the end",
+            *marked(
+                [f"{y:.4f}" if run.val else "none" for run, y in zip(runs, at_end, strict=True)],
+                [-y for y in at_end] if alike else [],
+            ),
+        ],
         ["best validation loss", *marked(told, [-y for y in best] if alike else [])],
         ["steps", *(f"{run.step:,}" for run in runs)],
         ["tokens read", *(f"{sum(m['tokens'] for m in run.metrics):,}" for run in runs)],
@@ -244,7 +259,7 @@ def loss_rows(runs: list[Record]) -> list[list[str]]:
         ["time", *(clock(run.metrics[-1]["time"]) for run in runs)],
         ["tokens a second, median", *marked([f"{run.speed:,.0f}" for run in runs], [run.speed for run in runs])],
         ["peak memory", *marked([f"{run.memory:.2f} GB" for run in runs], [-run.memory for run in runs])],
-    ]  # fmt: skip
+    ]
 
 
 def marked(cells: list[str], values: list[float]) -> list[str]:
@@ -262,17 +277,22 @@ def _lengths(page: Document, runs: list[Record]) -> None:
     if known:
         page.heading("Rows and lengths")
         shares = [100 * run.data["trained"] / max(run.data["tokens"], 1) for run in known]
-        page.table(["", *(run.letter for run in known)], [
-            ["rows", *(f"{run.data['rows']:,}" for run in known)],
-            *([what, *(reasons(run, what) for run in known)] for what in ("dropped", "cut")),
-            ["trained on", *(f"{run.data['train_rows']:,}" for run in known)],
-            ["validated on", *(f"{run.data['val_rows']:,}" for run in known)],
-            ["tokens an epoch", *(f"{run.data['tokens']:,}" for run in known)],
-            ["of these trained", *(f"{share:.0f} %" for share in shares)],
-        ])  # fmt: skip
+        page.table(
+            ["", *(run.letter for run in known)],
+            [
+                ["rows", *(f"{run.data['rows']:,}" for run in known)],
+                *([what, *(reasons(run, what) for run in known)] for what in ("dropped", "cut")),
+                ["trained on", *(f"{run.data['train_rows']:,}" for run in known)],
+                ["validated on", *(f"{run.data['val_rows']:,}" for run in known)],
+                ["tokens an epoch", *(f"{run.data['tokens']:,}" for run in known)],
+                ["of these trained", *(f"{share:.0f} %" for share in shares)],
+            ],
+        )
         figures = []
-        for key, label, limit in (("masked_lengths", "masked tokens (the question)", "max_source_length"),
-                                  ("trained_lengths", "trained tokens (the answers)", "max_target_length")):  # fmt: skip
+        for key, label, limit in (
+            ("masked_lengths", "masked tokens (the question)", "max_source_length"),
+            ("trained_lengths", "trained tokens (the answers)", "max_target_length"),
+        ):
             alike: dict[str, list[Record]] = {}
             for run in known:
                 alike.setdefault(json.dumps(run.data.get(key) or {}), []).append(run)
@@ -305,6 +325,8 @@ def over_the_limit(runs: list[Record]) -> list[str]:
         name = "max_target_length" if run.config.get("max_target_length") else "max_length"
         over = sum(n > limit for n in lengths)
         share = 100 * over / len(lengths)
-        lines.append(f"{run.letter}: {over:,} of {len(lengths):,} test references ({share:.0f} %) are longer than its {name} of {limit:,} "
-                     f"tokens; the longest has {max(lengths):,}. They are scored whole.")  # fmt: skip
+        lines.append(
+            f"{run.letter}: {over:,} of {len(lengths):,} test references ({share:.0f} %) are longer than its {name} of {limit:,} "
+            f"tokens; the longest has {max(lengths):,}. They are scored whole."
+        )
     return lines

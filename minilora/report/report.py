@@ -47,14 +47,20 @@ def run_page(run: Record) -> Document:
     page = Document(f"Run {run.name}", refresh=REFRESH if run.going_on else 0)
     page.verdict(verdict(run))
     if run.going_on:
-        page.text(f"Written at {time.strftime('%H:%M:%S')}. This page loads itself anew every {REFRESH} seconds; training writes it "
-                  f"at its checkpoints, {shell('report', run.folder)} at any time.", "dim")  # fmt: skip
+        page.text(
+            f"Written at {time.strftime('%H:%M:%S')}. This page loads itself anew every {REFRESH} seconds; training writes it "
+            f"at its checkpoints, {shell('report', run.folder)} at any time.",
+            "dim",
+        )
     if run.metrics:
         page.numbers(headline(run))
     made = run.data.get("machine") or {}
     if made:
-        page.text(f"minilora {made['minilora']}, torch {made['torch']}, python {made['python']}, on {made['device']}; "
-                  f"computed in {made['computing']}", "dim")  # fmt: skip
+        page.text(
+            f"minilora {made['minilora']}, torch {made['torch']}, python {made['python']}, on {made['device']}; "
+            f"computed in {made['computing']}",
+            "dim",
+        )
     if run.metrics:
         _curves(page, run)
     _data(page, run)
@@ -105,8 +111,14 @@ def _curves(page: Document, run: Record) -> None:
     if len(run.val) > 1:
         smooth = dict(run.smooth)
         with page.fold(f"The {len(run.val):,} validation losses"):
-            rows = [[f"{s:,}", Best(f"{y:.4f} (best)") if run.best and s == run.best[0] else f"{y:.4f}", f"{smooth[s]:.4f}" if s in smooth else "none"]
-                    for s, y in run.val]  # fmt: skip
+            rows = [
+                [
+                    f"{s:,}",
+                    Best(f"{y:.4f} (best)") if run.best and s == run.best[0] else f"{y:.4f}",
+                    f"{smooth[s]:.4f}" if s in smooth else "none",
+                ]
+                for s, y in run.val
+            ]
             page.table(["step", "validation loss", "training loss, smoothed"], rows)
     page.heading("Optimizer and speed")
     clip = run.config.get("clip")
@@ -140,12 +152,16 @@ def _data(page: Document, run: Record) -> None:
     data = run.data
     page.heading("Rows and lengths")
     share = 100 * data["trained"] / max(data["tokens"], 1)
-    page.text(f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on; dropped: {reasons(run, 'dropped')}; "
-              f"cut: {reasons(run, 'cut')}. "
-              f"{data['tokens']:,} tokens an epoch, {share:.0f} % of them trained.")  # fmt: skip
+    page.text(
+        f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on; dropped: {reasons(run, 'dropped')}; "
+        f"cut: {reasons(run, 'cut')}. "
+        f"{data['tokens']:,} tokens an epoch, {share:.0f} % of them trained."
+    )
     figures = []
-    for key, label, limit in (("masked_lengths", "masked tokens of a row", "max_source_length"),
-                              ("trained_lengths", "trained tokens of a row", "max_target_length")):  # fmt: skip
+    for key, label, limit in (
+        ("masked_lengths", "masked tokens of a row", "max_source_length"),
+        ("trained_lengths", "trained tokens of a row", "max_target_length"),
+    ):
         counts = {int(n): rows for n, rows in data[key].items()}
         at = run.config.get(limit)
         figures.append(histogram([counts], [label], label, [Level(at, f"{limit} {at}")] if at else []))
@@ -168,8 +184,10 @@ def _adapter(page: Document, run: Record) -> None:
             cells[layer[2].split(".")[-1], layer[1]] = norm
         else:
             rest.append(f"{path} {norm:.3g}")
-    page.text("Frobenius norm of scale x B A, the change that each adapter makes to its weight, by layer."
-              + (f" Beside them: {', '.join(rest)}." if rest else ""))  # fmt: skip
+    page.text(
+        "Frobenius norm of scale x B A, the change that each adapter makes to its weight, by layer."
+        + (f" Beside them: {', '.join(rest)}." if rest else "")
+    )
     if cells:
         page.charts(heat_map(cells, "layer", "module"))
     still = [path for path, norm in norms.items() if norm == 0]
@@ -226,8 +244,16 @@ def make_samples(run: Record, count: int) -> None:
     after = answers()
     with without_adapters(model):
         before = answers()
-    lines = [{"question": questions[i].text, "label": questions[i].label, "before": before[i], "after": after[i],
-              "where": questions[i].where} for i in chosen]  # fmt: skip
+    lines = [
+        {
+            "question": questions[i].text,
+            "label": questions[i].label,
+            "before": before[i],
+            "after": after[i],
+            "where": questions[i].where,
+        }
+        for i in chosen
+    ]
     write_file(run.folder / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

@@ -53,7 +53,7 @@ def _characters(
 
 def _character(
     ids: list[int], trained: list[bool], start: int, names: dict[int, str], tokenizer: Tokenizer
-) -> tuple[int, str]:  # fmt: skip
+) -> tuple[int, str]:
     """(end, text) of the first run from `start` that is text; a token alone, as <0x..>, if none of a few is."""
     # SentencePiece drops the blank in front of a text: it shows only behind another token
     before = ids[start - 1 : start] if start and ids[start - 1] not in names else []

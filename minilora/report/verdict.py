@@ -24,8 +24,10 @@ def verdict(run: Record) -> str:
     if run.best is None or len(run.val) < 2:
         first, last = run.loss[0][1], run.smooth[-1][1]
         how = "fell" if last < first else "did not fall: it went"
-        return (f"The training loss {how} from {first:.3g} to {last:.3g}; without validation rows it cannot be seen "
-                "what was learnt beyond the training rows (--val 0.05).")  # fmt: skip
+        return (
+            f"The training loss {how} from {first:.3g} to {last:.3g}; without validation rows it cannot be seen "
+            "what was learnt beyond the training rows (--val 0.05)."
+        )
     (step, best), first, last = run.best, run.val[0], run.val[-1]
     if step == 0:
         return f"Training made it worse: the validation loss was lowest before training ({best:.4g}, and {last[1]:.4g} at the end)."
@@ -66,8 +68,10 @@ def reading(run: Record) -> list[str]:
     lines = [*stopped, _trend(losses, run.finished)]
     end, low = run.smooth[-1][1], min(y for _, y in run.smooth)
     if end > 1.5 * low and end > low + 0.3:
-        lines.append(f"The smoothed training loss ends at {end:.3g}, well above its lowest value of {low:.3g}: it may be diverging. "
-                     "A lower lr is the first thing to try.")  # fmt: skip
+        lines.append(
+            f"The smoothed training loss ends at {end:.3g}, well above its lowest value of {low:.3g}: it may be diverging. "
+            "A lower lr is the first thing to try."
+        )
     return [*lines, *filter(None, [_spikes(run)]), _validation(run)]
 
 
@@ -103,13 +107,17 @@ def _validation(run: Record) -> str:
         return "There are no validation losses over time: whether the run over-fits cannot be seen (--val 0.05)."
     (best_step, best), last = run.best, run.val[-1][1]
     if best_step == 0:
-        return (f"Validation was best before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
-                "or the lr is too high.")  # fmt: skip
+        return (
+            f"Validation was best before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
+            "or the lr is too high."
+        )
     if over_fitted(run):
         kept = "model/" if run.config.get("method") == "full" else "adapter/"
         place = kept if run.config.get("keep") == "best" and run.finished else "checkpoints/best"
-        return (f"Validation was best at step {best_step:,} ({best:.4g}) and is {last:.4g} at the end while training went on: "
-                f"that is how over-fitting looks. {place} holds the best step; fewer epochs would do.")  # fmt: skip
+        return (
+            f"Validation was best at step {best_step:,} ({best:.4g}) and is {last:.4g} at the end while training went on: "
+            f"that is how over-fitting looks. {place} holds the best step; fewer epochs would do."
+        )
     gap = last - run.smooth[-1][1]
     more = f" It ends {gap:.2g} above the training loss." if gap > 0.5 * max(run.smooth[-1][1], 0.1) else ""
     return f"Validation loss is {last:.4g} at the end, the best is {best:.4g} at step {best_step:,}: no over-fitting is seen.{more}"

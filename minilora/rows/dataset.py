@@ -48,8 +48,7 @@ def load_data(config: TrainConfig) -> Data:
     idle = [key for key in config.define if not report.defined[key]]
     if idle:
         raise UsageError(
-            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}",
-            "Correct the name or leave it out.",
+            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}", "Correct the name or leave it out."
         )
     wanted = {name: getattr(config, name) for name in ("val", "test") if getattr(config, name)}
     if val_path is not None:

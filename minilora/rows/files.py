@@ -108,9 +108,12 @@ def find_data(path: str | Path) -> tuple[Path, Path | None]:
 
 
 def read_rows(
-    path: str | Path, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset(), encoding: str = "",
+    path: str | Path,
+    columns: dict[str, str] | None = None,
+    ignored: frozenset[str] = frozenset(),
+    encoding: str = "",
     say: Callable[[str], None] = lambda note: None,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[Row]:
     """The conversations of a file, one after the other; RowError for the first row that is none, or of which a key is lost.
 
     `say` is called with how the file was read if that was a choice.

@@ -30,8 +30,11 @@ class JsonLines:
             number += 1
             digest.update(raw)
             if len(raw) > MAX_LINE:
-                raise RowError("line too long", f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB",
-                               "A row belongs on a line of its own.")  # fmt: skip
+                raise RowError(
+                    "line too long",
+                    f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB",
+                    "A row belongs on a line of its own.",
+                )
             if (raw.removeprefix(BOM) if number == 1 else raw).strip():
                 self._offsets.append(offset)
                 self._lines.append(number)
@@ -77,8 +80,11 @@ class JsonArray:
         if len(raw) > MAX_LINE:
             for number, value in enumerate(self._values):
                 if len(json.dumps(value, ensure_ascii=False)) > MAX_LINE:
-                    raise RowError("line too long", f"{self.where(number)} is longer than {MAX_LINE >> 20} MiB",
-                                   "Make several rows of it.")  # fmt: skip
+                    raise RowError(
+                        "line too long",
+                        f"{self.where(number)} is longer than {MAX_LINE >> 20} MiB",
+                        "Make several rows of it.",
+                    )
 
     def __len__(self) -> int:
         return len(self._values)

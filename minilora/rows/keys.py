@@ -32,9 +32,10 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 def unread(value: dict, read: set[str], ignored: frozenset[str], notes: frozenset[str] = NOTES) -> list[str]:
     """The keys that hold something and are neither read, nor notes, nor ignored on request."""
     return [
-        str(key) for key, held in value.items()
+        str(key)
+        for key, held in value.items()
         if key not in read and str(key).lower() not in notes and key not in ignored and held not in (None, "", [], {})
-    ]  # fmt: skip
+    ]
 
 
 def refuse_unread(keys: tuple[str, ...], where: str) -> None:

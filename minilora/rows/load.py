@@ -130,10 +130,16 @@ def load_examples(
     for source in sources:
         file = open_rows(source.path, settings.columns, settings.encoding)
         numbers = draw(source, len(file), seed)
-        key = "" if cache is None else cache.key(
-            file=file.sha256, rows=hashlib.sha256(numbers.tobytes()).hexdigest(), template=repr(tokenizer.template),
-            **settings.data_settings(),
-        )  # fmt: skip
+        key = (
+            ""
+            if cache is None
+            else cache.key(
+                file=file.sha256,
+                rows=hashlib.sha256(numbers.tobytes()).hexdigest(),
+                template=repr(tokenizer.template),
+                **settings.data_settings(),
+            )
+        )
         held = cache.load(key, file, source.rate) if cache is not None else None
         if held is None:
             store, report = _tokenize(file, numbers, tokenizer, settings, source.rate, cache, key)
@@ -151,8 +157,10 @@ def load_examples(
     if not total.examples:
         first = total.first_dropped or total.first_broken
         why = ", ".join([*total.dropped, *total.broken])
-        raise DataError(f"{path}: all {total.rows:,} rows are {'too long' if total.dropped else 'left out'} (first: {first}; {why})",
-                        "Raise the limit, or shorten the rows." if total.dropped else "Correct the rows.")  # fmt: skip
+        raise DataError(
+            f"{path}: all {total.rows:,} rows are {'too long' if total.dropped else 'left out'} (first: {first}; {why})",
+            "Raise the limit, or shorten the rows." if total.dropped else "Correct the rows.",
+        )
     return Examples(stores), total
 
 
@@ -185,8 +193,14 @@ def _report_of(notes: dict[str, Any]) -> Report:
 
 
 def _tokenize(
-    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, rate: float, cache: TokenCache | None, key: str
-) -> tuple[TokenStore, Report]:  # fmt: skip
+    file: RowFile,
+    numbers: np.ndarray,
+    tokenizer: Tokenizer,
+    settings: DataConfig,
+    rate: float,
+    cache: TokenCache | None,
+    key: str,
+) -> tuple[TokenStore, Report]:
     """Render the rows of a file into a store, in the cache's folder if there is a cache."""
     report = Report(ignored=Counter(dict.fromkeys(settings.ignored, 0)))
     if cache is None:
@@ -206,7 +220,7 @@ def _tokenize(
 
 def _write(
     file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, report: Report, writer: Writer
-) -> tuple[np.ndarray, str]:  # fmt: skip
+) -> tuple[np.ndarray, str]:
     for number in numbers.tolist():
         report.rows += 1
         try:

@@ -170,9 +170,12 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
         return _system(row, where) + _history(row, where) + turn, shape, lost
     if TEXT in row:
         return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT}, ignored, NOTES_OF_TEXT)
-    raise RowError("unknown shape", f"{where}: keys {quote(', '.join(map(str, row)))} are of no known shape",
-                   "Known are messages, conversations, instruction/output, prompt/response, question/answer, content/summary, "
-                   "text/label and text; --columns prompt=NAME,response=NAME names others.")  # fmt: skip
+    raise RowError(
+        "unknown shape",
+        f"{where}: keys {quote(', '.join(map(str, row)))} are of no known shape",
+        "Known are messages, conversations, instruction/output, prompt/response, question/answer, content/summary, "
+        "text/label and text; --columns prompt=NAME,response=NAME names others.",
+    )
 
 
 def _question_and_answer(row: dict, pair: tuple[str, str | None], where: str) -> tuple[list[Message], set[str]]:

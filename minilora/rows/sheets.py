@@ -52,7 +52,14 @@ def read_csv(path: Path, encoding: str) -> Sheet:
                 header = header_of(cells, f"{path}, line {start}")
             elif len(cells) != len(header):
                 what = f"{path}, line {start} has {len(cells)} cells, the header {len(header)}"
-                records.append((f"line {start}", RowError("other number of cells", what, "Put a text that holds a comma or a line end in quotes.")))  # fmt: skip
+                records.append(
+                    (
+                        f"line {start}",
+                        RowError(
+                            "other number of cells", what, "Put a text that holds a comma or a line end in quotes."
+                        ),
+                    )
+                )
             else:
                 records.append((f"line {start}", dict(zip(header, cells, strict=True))))
     except csv.Error as error:

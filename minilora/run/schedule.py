@@ -65,11 +65,14 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -
         data_hash=data.train.digest() + data.val.digest(),
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
         machine={
-            "minilora": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "device": device_name(model.head.device), "computing": computing,
+            "minilora": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": device_name(model.head.device),
+            "computing": computing,
         },
         header="",
-    )  # fmt: skip
+    )
     header = _header(config, data, model, plan, epochs, computing)
     return Plan(**{**plan.__dict__, "header": header})
 

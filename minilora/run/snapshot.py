@@ -31,12 +31,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_snapshot(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    base: Path,
-    full: bool,
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], base: Path, full: bool
 ) -> None:
     """Write `folder`; state is JSON. An older folder of that name is replaced."""
     with staged_folder(folder, manifest=True) as stage:
@@ -73,7 +68,10 @@ def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, p in parameters.items():
             value = trained.tensor(keys[name])
             if value.shape != p.shape:
-                raise CheckpointMismatch(f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}", "Resume with the settings of that run.")  # fmt: skip
+                raise CheckpointMismatch(
+                    f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}",
+                    "Resume with the settings of that run.",
+                )
             p.copy_(value)
             if moments.entries:
                 optimizer.state[p] = {k: _moment(moments.tensor(f"{k}.{name}"), k, p) for k in state_keys}
@@ -88,8 +86,7 @@ def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
     if wanted != found:
         example = min(wanted ^ found)
         raise CheckpointMismatch(
-            f"{folder} has other tensors than this run, such as {example}",
-            "Resume with the settings of that run.",
+            f"{folder} has other tensors than this run, such as {example}", "Resume with the settings of that run."
         )
 
 

@@ -173,8 +173,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except ValueError:
             raise ModelError(f"{path}, line {number}: no token and rank", "Download or copy the file again.") from None
         if int(rank) != len(ranks) - 1:
-            raise ModelError(f"{path}, line {number}: rank {int(rank)}; {number - 1} belongs there, and each token once",
-                             "Download or copy the file again.")  # fmt: skip
+            raise ModelError(
+                f"{path}, line {number}: rank {int(rank)}; {number - 1} belongs there, and each token once",
+                "Download or copy the file again.",
+            )
     if any(bytes([b]) not in ranks for b in range(256)):
         raise ModelError(f"{path}: not every byte has a token", "Download or copy the file again.")
     return ranks

@@ -91,13 +91,16 @@ def load_chatglm(folder: Path) -> BlankPieces:
         settings = read_json(folder / "tokenizer_config.json")
     offset = settings.get("num_image_tokens", IMAGE_IDS)
     if type(offset) is not int or not 0 <= offset < 1 << 30:
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: num_image_tokens is {str(offset)[:40]}",
-                         f"It is 0 or {IMAGE_IDS}.")  # fmt: skip
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: num_image_tokens is {str(offset)[:40]}", f"It is 0 or {IMAGE_IDS}."
+        )
     pieces = BlankPieces(model, offset=offset)
     start, wanted = pieces.specials.get("<sop>"), config.get("bos_token_id", 150004)
     if start != wanted:
-        raise ModelError(f"{path}: <sop> is {start}, config.json has {str(wanted)[:40]} (bos_token_id)",
-                         "They are of two generations: take the tokenizer's files and config.json from one folder.")  # fmt: skip
+        raise ModelError(
+            f"{path}: <sop> is {start}, config.json has {str(wanted)[:40]} (bos_token_id)",
+            "They are of two generations: take the tokenizer's files and config.json from one folder.",
+        )
     return pieces
 
 

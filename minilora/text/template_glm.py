@@ -44,8 +44,10 @@ class Rounds(Template):
         turns = [m for m in messages if m["role"] != "system"]
         for i, message in enumerate(turns):
             if message["role"] != ("user", "assistant")[i % 2]:
-                raise DataError(f"a message has the role {str(message['role'])[:40]!r}, {('user', 'assistant')[i % 2]} is due",
-                                f"In {self.name}'s rounds a question and an answer take turns.")  # fmt: skip
+                raise DataError(
+                    f"a message has the role {str(message['role'])[:40]!r}, {('user', 'assistant')[i % 2]} is due",
+                    f"In {self.name}'s rounds a question and an answer take turns.",
+                )
         if not turns or (prompt and turns[-1]["role"] == "assistant"):
             raise DataError(f"a chat of {self.name} has no question at its end", "Ask something.")
         answer = turns[-1]["content"] if turns[-1]["role"] == "assistant" else None

@@ -106,12 +106,7 @@ class ChatML(Template):
 
 
 def _empty_thought() -> list[Segment]:
-    return [
-        Segment("<think>", special=True),
-        Segment("\n\n"),
-        Segment("</think>", special=True),
-        Segment("\n\n"),
-    ]
+    return [Segment("<think>", special=True), Segment("\n\n"), Segment("</think>", special=True), Segment("\n\n")]
 
 
 def _close_thought(said: str, number: int) -> list[Segment]:

@@ -78,9 +78,13 @@ class Tokenizer:
         return self.template.answer_of(self.decode(ids))
 
     def render(
-        self, messages: list[Message], prompt: bool = False, thinking: bool = False, loss_on: str = "all",
+        self,
+        messages: list[Message],
+        prompt: bool = False,
+        thinking: bool = False,
+        loss_on: str = "all",
         train_end: bool = True,
-    ) -> tuple[list[int], list[bool]]:  # fmt: skip
+    ) -> tuple[list[int], list[bool]]:
         """The ids of a chat and, for each, whether it is trained: the answers and, with train_end, the token that ends each.
 
         prompt opens the assistant's next turn. loss_on is "all" (every answer that the template can train) or "last"; a
@@ -108,8 +112,7 @@ class Tokenizer:
         missing = [t for t in texts if t not in self.specials]
         if missing:
             raise ModelError(
-                f"the tokenizer has no token {missing[0]!r}",
-                "The tokenizer and the model are of two generations.",
+                f"the tokenizer has no token {missing[0]!r}", "The tokenizer and the model are of two generations."
             )
         return [self.specials[t] for t in texts]
 
@@ -185,8 +188,10 @@ def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Sequence[Template]]:
     if (folder / "ice_text.model").is_file() or first:
         if not first or not (folder / "ice_text.model").is_file():
             has = "has an ice_text.model" if not first else "has no ice_text.model"
-            raise ModelError(f"{folder} {has}, and config.json is {'' if first else 'not '}ChatGLM-6B's",
-                             "Take the tokenizer's files and config.json from one folder.")  # fmt: skip
+            raise ModelError(
+                f"{folder} {has}, and config.json is {'' if first else 'not '}ChatGLM-6B's",
+                "Take the tokenizer's files and config.json from one folder.",
+            )
         return pieces.load_chatglm(folder), [CHATGLM]
     if (folder / "qwen.tiktoken").is_file():
         return bpe.load_qwen1(folder), [QWEN1]
@@ -266,5 +271,7 @@ def _own_code(folder: Path) -> str:
 def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path | str) -> None:
     """ModelError if the tokenizer has more ids than the model has rows."""
     if tokenizer.size > vocab:
-        raise ModelError(f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model {vocab} rows",
-                         "They are of two generations: take both from one folder.")  # fmt: skip
+        raise ModelError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1}, the model {vocab} rows",
+            "They are of two generations: take both from one folder.",
+        )

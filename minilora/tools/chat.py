@@ -83,10 +83,19 @@ class Session:
 
 
 def chat(
-    model: str, adapter: str | None = None, system: str | None = None, prompts: list[str] | None = None, greedy: bool = False,
-    max_tokens: int = 1024, think: bool = False, seed: int = 0, temperature: float | None = None, top_p: float | None = None,
-    top_k: int | None = None, **opening: Any,
-) -> None:  # fmt: skip
+    model: str,
+    adapter: str | None = None,
+    system: str | None = None,
+    prompts: list[str] | None = None,
+    greedy: bool = False,
+    max_tokens: int = 1024,
+    think: bool = False,
+    seed: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    **opening: Any,
+) -> None:
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
     folder = Path(model)
     tokenizer = load_tokenizer(folder, adapter)
@@ -101,8 +110,17 @@ def chat(
     sampling = replace(sampling, **{k: v for k, v in given.items() if v is not None})
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     generator = torch.Generator().manual_seed(seed)
-    session = Session(decoder, tokenizer, sampling, stop | tokenizer.stop_ids, max_tokens, generator, messages,
-                      thinking=think, greedy=greedy or sampling.temperature == 0)  # fmt: skip
+    session = Session(
+        decoder,
+        tokenizer,
+        sampling,
+        stop | tokenizer.stop_ids,
+        max_tokens,
+        generator,
+        messages,
+        thinking=think,
+        greedy=greedy or sampling.temperature == 0,
+    )
     if think and not tokenizer.template.thinks:
         say(NO_THOUGHTS)
     if prompts:

@@ -76,9 +76,17 @@ class Inspection:
 
 
 def inspect_data(
-    path: str, model: Path, tokenizer: Tokenizer, settings: DataConfig, samples: int = 3, row: int | None = None,
-    only_problems: bool = False, val: str | None = None, compare: bool = False, seed: int = 42,
-) -> Inspection:  # fmt: skip
+    path: str,
+    model: Path,
+    tokenizer: Tokenizer,
+    settings: DataConfig,
+    samples: int = 3,
+    row: int | None = None,
+    only_problems: bool = False,
+    val: str | None = None,
+    compare: bool = False,
+    seed: int = 42,
+) -> Inspection:
     """Read every row of the sources in `path` as training would, and tell what is there.
 
     samples: how many rows are kept to look at: the first ones, or the first with problems; row: that one alone (1, 2, ...).

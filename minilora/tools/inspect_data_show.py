@@ -54,7 +54,7 @@ def check_words(result: Inspection) -> str:
     words = f"{check.same:,} of {check.chats:,} compared rows have the ids of the folder's own chat template"
     if check.first is not None:
         d = check.first
-        words += f"; first difference: {result.checked[d.chat]}, token {d.token}, after {quote(d.before)}: ours {quote(d.ours)} {d.our_ids}, its {quote(d.theirs)} {d.their_ids}"  # fmt: skip
+        words += f"; first difference: {result.checked[d.chat]}, token {d.token}, after {quote(d.before)}: ours {quote(d.ours)} {d.our_ids}, its {quote(d.theirs)} {d.their_ids}"
     return words + (f"; it refused a row: {quote(check.error, 200)}" if check.error else "")
 
 

@@ -70,15 +70,22 @@ def _sizes(model: Decoder) -> dict[str, Any]:
         "family": c.family,
         "dtype": str(c.dtype).removeprefix("torch."),
         "sizes": {
-            "layers": c.layers, "width": c.width, "heads": c.heads, "kv_heads": c.kv_heads, "head_size": c.head_size,
-            "ffn": c.ffn, "vocab": c.vocab, "max_positions": c.max_positions, "tied": c.tied,
+            "layers": c.layers,
+            "width": c.width,
+            "heads": c.heads,
+            "kv_heads": c.kv_heads,
+            "head_size": c.head_size,
+            "ffn": c.ffn,
+            "vocab": c.vocab,
+            "max_positions": c.max_positions,
+            "tied": c.tied,
         },
         "parameters": sum(parameters.values()),
         "parameters_of": {
             "linears": sum(m.weight.numel() for m in linears(model).values()),
             "head": model.head.numel(),
         },
-    }  # fmt: skip
+    }
 
 
 def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:

@@ -90,10 +90,19 @@ def read_questions(
 
 
 def predict(
-    model: str | Path, data: str | Path, output: str | Path, adapter: str | Path | None = None, max_tokens: int = 512,
-    batch: int = 16, reading: DataConfig = PLAIN, sample: bool = False, seed: int = 0, overwrite: bool = False,
-    console: Console | None = None, **opening: Any,
-) -> dict[str, Any]:  # fmt: skip
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    adapter: str | Path | None = None,
+    max_tokens: int = 512,
+    batch: int = 16,
+    reading: DataConfig = PLAIN,
+    sample: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **opening: Any,
+) -> dict[str, Any]:
     """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
 
     A folder that holds the same prediction is left as it is, one that was stopped goes on; any other is OutputInUse.
@@ -206,9 +215,19 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _answer(
-    model: Decoder, tokenizer: Tokenizer, questions: list[Question], folder: Path, settings: dict, done: dict[int, dict],
-    stop: set[int], sampling: Sampling, max_tokens: int, batch: int, seed: int, console: Console,
-) -> float:  # fmt: skip
+    model: Decoder,
+    tokenizer: Tokenizer,
+    questions: list[Question],
+    folder: Path,
+    settings: dict,
+    done: dict[int, dict],
+    stop: set[int],
+    sampling: Sampling,
+    max_tokens: int,
+    batch: int,
+    seed: int,
+    console: Console,
+) -> float:
     """Answer what is not `done` yet, adding each answer to it and to part.jsonl; returns the seconds of this process."""
     left = [i for i in range(len(questions)) if i not in done]
     began = shown = time.monotonic()

@@ -71,7 +71,7 @@ def strangest(scores: list[RowScore], count: int) -> list[RowScore]:
 
 def to_html(
     data: str, model: str, scores: list[RowScore], examples: Examples, marks: Mapping[str, float], worst: int
-) -> str:  # fmt: skip
+) -> str:
     """The page."""
     values = perplexities(scores)
     cuts = table(["rows below", "perplexity"], [(f"{100 * q:.0f} %", f"{v:.2f}") for q, v in cut_offs(values)])
@@ -79,7 +79,9 @@ def to_html(
     for score in strangest(scores, worst):
         where, value = examples.value(score.number)
         text = escape(json.dumps(value, ensure_ascii=False, indent=1))
-        rows.append(f'<h3>{score.perplexity:.2f} <span class="dim">{escape(where)}, {score.tokens:,} tokens</span></h3><pre>{text}</pre>')  # fmt: skip
+        rows.append(
+            f'<h3>{score.perplexity:.2f} <span class="dim">{escape(where)}, {score.tokens:,} tokens</span></h3><pre>{text}</pre>'
+        )
     body = f'<p class="dim">{escape(f"{len(scores):,} rows of {data} under {model}")}</p><p>{NOTE}</p><h2>Perplexity of a row</h2>'
     body += (
         svg_histogram(values, marks, "perplexity of a row", log=True)

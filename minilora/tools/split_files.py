@@ -97,8 +97,10 @@ def _near(sides: dict[str, np.ndarray], rows: list[Row]) -> tuple[list[dict[str,
     told.append("leakage  no question stands on two sides")
     if found:
         first = found[0]
-        told.append(f"         {len(found):,} rows of val and test are nearly a training row (first: {first['row']}, about "
-                    f"{100 * first['alike']:.0f} % like {first['train']}); split.json names them")  # fmt: skip
+        told.append(
+            f"         {len(found):,} rows of val and test are nearly a training row (first: {first['row']}, about "
+            f"{100 * first['alike']:.0f} % like {first['train']}); split.json names them"
+        )
     return found, told
 
 

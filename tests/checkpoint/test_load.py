@@ -140,10 +140,13 @@ def test_every_mismatch_stands_in_one_message(tmp_path):
     weights["model.layers.1.input_layernorm.weight"] = torch.ones(64, dtype=torch.int32)
     message = refusal(make(tmp_path / "m", weights))
     for part in (
-        "model.norm.weight", "model.layers.*.self_attn.q_proj.weight (2 tensors)", "unexpected: model.layers.0.surprise",
-        "model.layers.7.mlp.up_proj.weight", f"{EMBEDDING} is [127, 64], config.json makes it [128, 64]",
+        "model.norm.weight",
+        "model.layers.*.self_attn.q_proj.weight (2 tensors)",
+        "unexpected: model.layers.0.surprise",
+        "model.layers.7.mlp.up_proj.weight",
+        f"{EMBEDDING} is [127, 64], config.json makes it [128, 64]",
         "model.layers.1.input_layernorm.weight is torch.int32",
-    ):  # fmt: skip
+    ):
         assert part in message
 
 
@@ -263,14 +266,7 @@ def test_values_of_every_wrong_kind_in_config_json(tmp_path):
         float("nan"),
     ]
     refused = 0
-    for key in [
-        *good,
-        "rope_scaling",
-        "rope_theta",
-        "torch_dtype",
-        "quantization_config",
-        "use_sliding_window",
-    ]:
+    for key in [*good, "rope_scaling", "rope_theta", "torch_dtype", "quantization_config", "use_sliding_window"]:
         for value in wrong:
             (folder / "config.json").write_text(json.dumps(good | {key: value}))
             try:

@@ -96,14 +96,7 @@ def test_what_has_no_meaning_here_is_told_as_a_flag(name: str, capsys):
 def test_a_hint_does_no_harm():
     flags = [*(f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)), *(f"--{a}" for a in ALIASES), *HARMFUL]
     assert not nearest("--adapter_name_or_path", flags) and not nearest("--lr_rate", flags)
-    for word in (
-        "--override",
-        "--over-write-all",
-        "--overview",
-        "--no-overwrite",
-        "--write",
-        "--allow-partials-not",
-    ):
+    for word in ("--override", "--over-write-all", "--overview", "--no-overwrite", "--write", "--allow-partials-not"):
         assert nearest(word, flags) not in HARMFUL
     assert nearest("--overwrit", flags) == "--overwrite"  # nearly the same word
     slips = {

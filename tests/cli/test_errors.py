@@ -134,10 +134,7 @@ TYPED = {
     "switch": (["train", "--rslora=maybe"], "--rslora is 'maybe'", "--rslora or --no-rslora"),
     "nothing given": (["train"], "--model is missing"),
     "define": (["train", "--define", "name"], "define is 'name'", "NAME=TEXT"),
-    "define for eval": (
-        ["eval", "--model", "{model}", "--data", "{rows}", "--define", "x"],
-        "define is 'x'",
-    ),
+    "define for eval": (["eval", "--model", "{model}", "--data", "{rows}", "--define", "x"], "define is 'x'"),
     "define that no row has": (["{train}", "--define", "nme=Bo"], "no row of", "{{nme}}"),
     "resume and overwrite": (["train", "--resume", "--overwrite"], "exclude each other"),
     "resume nowhere": (["train", "--resume"], "--output is missing"),
@@ -261,11 +258,7 @@ def test_what_the_data_holds(tmp_path, cli, model, command, case):
 
 
 def test_more_validation_rows_than_rows(tmp_path, cli, model, rows):
-    check(
-        cli("train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--val", "14"),
-        3,
-        "of 14 rows",
-    )
+    check(cli("train", "--model", model, "--data", rows, "--output", tmp_path / "out", "--val", "14"), 3, "of 14 rows")
     assert not list(tmp_path.iterdir())
 
 
@@ -303,10 +296,7 @@ MODEL = {
     "not its weights": (change_config(num_hidden_layers=4), "does not fit its config.json", "model.layers.*"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
-    "broken tokenizer": (
-        lambda folder: (folder / "tokenizer.json").write_text("{"),
-        "is not a usable tokenizer",
-    ),
+    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "is not a usable tokenizer"),
     "no folder": (shutil.rmtree, "is not a folder"),
 }
 
@@ -324,11 +314,7 @@ def test_a_tokenizer_larger_than_the_model(tmp_path, cli, rows, finished, comman
     small = make_model(tmp_path / "m", vocab_size=258)
     more = {"train": ["--data", rows, "--output", tmp_path / "out"], "eval": ["--data", rows], "chat": ["--prompt", "x"],
             "merge": ["--adapter", finished / "adapter", "--any-base", "--output", tmp_path / "out"]}  # fmt: skip
-    check(
-        cli(command, "--model", small, *more[command]),
-        4,
-        "the tokenizer has ids up to 258, the model 258 rows",
-    )
+    check(cli(command, "--model", small, *more[command]), 4, "the tokenizer has ids up to 258, the model 258 rows")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -340,10 +326,7 @@ def test_an_adapter_of_another_base(tmp_path, cli, model, finished, command):
     write_tensors(other / "model.safetensors", {n: file.tensor(n) + 1 for n in file.entries})
     more = ["--prompt", "x"] if command == "chat" else ["--output", tmp_path / "out"]
     check(
-        cli(command, "--model", other, "--adapter", finished / "adapter", *more),
-        4,
-        "another base model",
-        "--any-base",
+        cli(command, "--model", other, "--adapter", finished / "adapter", *more), 4, "another base model", "--any-base"
     )
     assert not (tmp_path / "out").exists()
 
@@ -366,20 +349,14 @@ ADAPTER = {
     "rank": (lambda folder: change_adapter(folder, r="4"), "r is '4'"),
     "dropout": (lambda folder: change_adapter(folder, lora_dropout="x"), "lora_dropout is 'x'"),
     "patterns": (lambda folder: change_adapter(folder, rank_pattern=["q_proj"]), "rank_pattern is"),
-    "alpha": (
-        lambda folder: change_adapter(folder, alpha_pattern={"q_proj": "8"}),
-        "alpha_pattern 'q_proj' is '8'",
-    ),
+    "alpha": (lambda folder: change_adapter(folder, alpha_pattern={"q_proj": "8"}), "alpha_pattern 'q_proj' is '8'"),
     "regex bomb": (lambda folder: change_adapter(folder, rank_pattern={"(a+)+$": 4}), "too complex"),
     "slow regex": (lambda folder: change_adapter(folder, rank_pattern={".*" * 12 + "x!": 4}), "too complex"),
     "changed base": (
         lambda folder: change_adapter(folder, init_lora_weights="pissa_niter_16"),
         "changes the base weights",
     ),
-    "pickle": (
-        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
-        "pickle",
-    ),
+    "pickle": (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), "pickle"),
 }
 
 
@@ -487,15 +464,9 @@ def flip(path: Path) -> None:
 
 DAMAGE = {
     "bit": (lambda step: flip(step / "optimizer.safetensors"), "optimizer.safetensors was changed"),
-    "length": (
-        lambda step: os.truncate(step / "optimizer.safetensors", 100),
-        "optimizer.safetensors has 100 of",
-    ),
+    "length": (lambda step: os.truncate(step / "optimizer.safetensors", 100), "optimizer.safetensors has 100 of"),
     "empty": (lambda step: os.truncate(step / "MANIFEST.json", 0), "MANIFEST.json is damaged"),
-    "file": (
-        lambda step: (step / "adapter_model.safetensors").unlink(),
-        "adapter_model.safetensors is missing",
-    ),
+    "file": (lambda step: (step / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
     "manifest": (lambda step: (step / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
 }
 
@@ -560,13 +531,7 @@ def test_a_disk_that_fills_up(cli, model, rows, small_disk, monkeypatch):
     monkeypatch.setattr(minilora.train, "check_disk", lambda *_: None)  # it fills up later, by others
     run = small_disk(1800) / "run"
     more = ["--max-steps", "60", "--keep-checkpoints", "60"]
-    check(
-        train(cli, run, model, rows, *more),
-        6,
-        str(run),
-        "No space left",
-        "What was there before is untouched",
-    )
+    check(train(cli, run, model, rows, *more), 6, str(run), "No space left", "What was there before is untouched")
     saved = intact(run)
     assert saved == list(range(1, saved[-1] + 1)) and 2 < saved[-1] < 60
     small_disk(20_000)
@@ -643,12 +608,7 @@ def test_a_file_that_may_not_grow(cli, run, finished):
         shutil.rmtree(run / "checkpoints" / f"step-{step}")
     shutil.rmtree(run / "adapter")
     before = tree(run / "checkpoints" / "step-2")
-    check(
-        end(process("train", "--output", run, "--resume", limit="ulimit -f 16; ")),
-        6,
-        "File too large",
-        str(run),
-    )
+    check(end(process("train", "--output", run, "--resume", limit="ulimit -f 16; ")), 6, "File too large", str(run))
     assert intact(run) == [2] and tree(run / "checkpoints" / "step-2") == before and not (run / "adapter").exists()
     assert cli("train", "--output", run, "--resume")[0] == 0
     assert tree(run / "adapter") == tree(finished / "adapter")

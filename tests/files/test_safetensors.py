@@ -22,8 +22,11 @@ FUZZ = settings(deadline=None, max_examples=600, suppress_health_check=[HealthCh
 def every_kind() -> dict[str, torch.Tensor]:
     """A tensor of every dtype, in the shapes that go wrong: 0-d, empty, odd sizes, non-contiguous."""
     torch.manual_seed(0)
-    tensors = {f"{name}.{i}": (torch.randn(shape) * 50).to(dtype)
-               for name, dtype in DTYPES.items() for i, shape in enumerate([(), (0,), (3, 0, 2), (5,), (2, 3, 1)])}  # fmt: skip
+    tensors = {
+        f"{name}.{i}": (torch.randn(shape) * 50).to(dtype)
+        for name, dtype in DTYPES.items()
+        for i, shape in enumerate([(), (0,), (3, 0, 2), (5,), (2, 3, 1)])
+    }
     return tensors | {
         "strided": torch.randn(4, 6).T,
         "多字节 name": torch.ones(1),
@@ -244,14 +247,15 @@ def accepts(path: Path) -> bool:
     return True
 
 
-GOOD = '{"__metadata__":{"a":"b"},"v":{"dtype":"I8","shape":[],"data_offsets":[0,1]},' \
-       '"w":{"dtype":"BF16","shape":[2,1],"data_offsets":[1,5]},"z":{"dtype":"I64","shape":[0],"data_offsets":[5,5]}}'  # fmt: skip
+GOOD = (
+    '{"__metadata__":{"a":"b"},"v":{"dtype":"I8","shape":[],"data_offsets":[0,1]},'
+    '"w":{"dtype":"BF16","shape":[2,1],"data_offsets":[1,5]},"z":{"dtype":"I64","shape":[0],"data_offsets":[5,5]}}'
+)
 PIECES = ["0", "-0", "1", "5", "1e0", "18446744073709551616", "9223372036854775808", '"v"', '"w"', '""', "null", "true", "NaN",
           '"F32"', '"U8"', '"BOOL"', '"F8_E4M3"', "[", "]", "{", "}", ",", ":", " ", "\\ud800", "\\u0000", "\0", "[0,0]", "[1,5]",
           '"data_offsets"', '"shape"', '"__metadata__"', "4294967296,4294967296,", "0,"]  # fmt: skip
 edits = st.lists(
-    st.tuples(st.integers(0, len(GOOD)), st.integers(0, 3), st.sampled_from(PIECES) | st.text(max_size=2)),
-    max_size=3,
+    st.tuples(st.integers(0, len(GOOD)), st.integers(0, 3), st.sampled_from(PIECES) | st.text(max_size=2)), max_size=3
 )
 
 
@@ -277,10 +281,7 @@ def test_fuzzed_bytes(tmp_path, places):
 
 sizes = st.integers(-1, 3) | st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, True, 1.0, None, "1"])
 entries = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from([*DTYPES, "F8_E5M2", "U64", "x", 1]),
-        "shape": st.lists(sizes, max_size=3) | sizes,
-    },
+    {"dtype": st.sampled_from([*DTYPES, "F8_E5M2", "U64", "x", 1]), "shape": st.lists(sizes, max_size=3) | sizes},
     optional={"data_offsets": st.lists(sizes, min_size=2, max_size=2) | sizes, "more": sizes},
 )
 

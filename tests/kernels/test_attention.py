@@ -165,9 +165,16 @@ def stand_in_forward(
 
 
 def stand_in_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *form: Any,
-    window_size_left: int, window_size_right: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *form: Any,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
     seed, offset = form[-2:]
     assert seed.dtype == torch.uint64 and seed.shape == (2,) and offset.numel() == 0
     group = q.shape[1] // k.shape[1]

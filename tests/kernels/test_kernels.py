@@ -559,9 +559,10 @@ def test_cached_attention_is_the_end_of_the_whole(dtype: torch.dtype, groups: in
         check_op(
             lambda q, k, v, n=n: attention.attention_cached(q[-n:], k, v, window),
             lambda q, k, v, n=n: attention.attention_ref(q, k, v, cu_seqlens, window)[-n:],
-            (q, k, v), (0, 1, 2),
+            (q, k, v),
+            (0, 1, 2),
             lambda q, k, v, n=n: plain_attention(q, k, v, cu_seqlens, window)[-n:],
-        )  # fmt: skip
+        )
 
 
 # lora_linear
@@ -737,12 +738,7 @@ def test_cross_entropy_of_a_real_vocabulary(dtype: torch.dtype):
 def test_cross_entropy_of_huge_logits(dtype: torch.dtype):
     """exp(logit) alone would overflow."""
     x, head, targets = example(linear_cross_entropy, 17, 23, 31, dtype)
-    check_op(
-        cross_entropy_in_chunks,
-        linear_cross_entropy.linear_cross_entropy_ref,
-        (1000 * x, head, targets),
-        (0, 1),
-    )
+    check_op(cross_entropy_in_chunks, linear_cross_entropy.linear_cross_entropy_ref, (1000 * x, head, targets), (0, 1))
 
 
 @pytest.mark.parametrize("trained", [(0,), (0, 1)])

@@ -16,8 +16,14 @@ from minilora.data import load_examples
 from minilora.files.safetensors import SafetensorsFile
 from minilora.generate import answer
 
-ROWS = [{"prompt": f"数到{n}。", "response": " ".join(map(str, range(1, n + 1))), "history": [["你好", "你好！"]] if n % 2 else []}
-        for n in range(1, 9)]  # fmt: skip
+ROWS = [
+    {
+        "prompt": f"数到{n}。",
+        "response": " ".join(map(str, range(1, n + 1))),
+        "history": [["你好", "你好！"]] if n % 2 else [],
+    }
+    for n in range(1, 9)
+]
 SETTINGS = ["--lora-r", "4", "--lr", "1e-2", "--batch-size", "4", "--max-length", "120", "--device", "cpu"]
 
 
@@ -38,9 +44,16 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def rows(tmp_path) -> Path:
     path = tmp_path / "rows.json"
-    rows = [{"messages": [m for q, a in row["history"] + [[row["prompt"], row["response"]]]
-                          for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]}
-            for row in ROWS]  # fmt: skip
+    rows = [
+        {
+            "messages": [
+                m
+                for q, a in row["history"] + [[row["prompt"], row["response"]]]
+                for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+            ]
+        }
+        for row in ROWS
+    ]
     path.write_text(json.dumps(rows))
     return path
 
@@ -108,8 +121,11 @@ def test_inspect_and_plan(folder, tmp_path, capsys):
     assert found["family"] == "chatglm" and found["template"] == "chatglm" and found["problems"] == []
     assert [s["token"] for s in found["stop"]] == ["<eop>"]
     assert {row["name"].split(".")[-1] for row in found["linears"]} == {
-        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"
-    }  # fmt: skip
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
     assert main(["plan", "--model", str(folder), "--max-length", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["activations"] > 0
 
@@ -154,8 +170,14 @@ def test_one_line_and_exit_code_4(folder, rows, tmp_path, capsys):
 @pytest.mark.long
 def test_an_eighth_of_the_width(tmp_path, rows):
     """28 layers and 32 heads, random: trains, resumes, merges and answers."""
-    folder = make_folder(tmp_path / "m", vocab_size=130528, hidden_size=512, num_layers=28, num_attention_heads=32,
-                         inner_hidden_size=2048)  # fmt: skip
+    folder = make_folder(
+        tmp_path / "m",
+        vocab_size=130528,
+        hidden_size=512,
+        num_layers=28,
+        num_attention_heads=32,
+        inner_hidden_size=2048,
+    )
     run = ["train", "--model", str(folder), "--data", str(rows), "--output", str(tmp_path / "run"), *SETTINGS]
     assert main([*run, "--max-steps", "4", "--save-every", "2"]) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")

@@ -27,7 +27,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes
 # of the binding pipe's cycles those that the tensor cores or the memory need; the rates are published, but not how two pipes
 # stand in each other's way, so 0.9 where the name of a row has none of these
 SHARE = {
-    r"dropout lora_shrink._shrink_backward_kernel .* sm_[89]0": 0.75,  # the draw of the masks
+    r"dropout lora_shrink._shrink_backward_kernel .* sm_[89]0": 0.75  # the draw of the masks
 }
 
 
@@ -48,9 +48,14 @@ def test_what_the_kernels_need_is_what_is_committed(only: str, one: bool, tmp_pa
     command = [sys.executable, "-W", "error", "-m", "bench.proof.compile", "--only", only, "--cache", str(tmp_path)]
     command += ["--one"] * one
     result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=3600,
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=3600,
         check=False,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout)["kernels"]
     expected = {name: row for name, row in COMMITTED["kernels"].items() if set(only.split()) <= set(name.split())}

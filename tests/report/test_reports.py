@@ -62,8 +62,20 @@ def make_run(folder, losses=None, val=(), answers=None, label="一个答案", **
     lines = [{"step": s, "val_loss": v} for s, v in val if s == 0]
     for i, loss in enumerate(losses, 1):
         more = {"val_loss": dict(val)[i]} if i in dict(val) else {}
-        lines.append({"step": i, "loss": loss, "lr": 1e-3, "grad_norm": 1.5 - i / 100, "tokens": 100, "target_tokens": 40,
-                      "tokens_per_second": 50.0, "memory_gb": 1.0, "time": i * 2.0, **more})  # fmt: skip
+        lines.append(
+            {
+                "step": i,
+                "loss": loss,
+                "lr": 1e-3,
+                "grad_norm": 1.5 - i / 100,
+                "tokens": 100,
+                "target_tokens": 40,
+                "tokens_per_second": 50.0,
+                "memory_gb": 1.0,
+                "time": i * 2.0,
+                **more,
+            }
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"rows": 10, "dropped": {"over max_target_length 4": 2, "empty answer": 1}, "cut": {}, "train_rows": 8, "val_rows": 0, "tokens": 1000,
             "trained": 400, "masked_lengths": {"5": 3, "9": 5}, "trained_lengths": {"4": 8}, "steps": len(losses),
@@ -76,8 +88,20 @@ def make_run(folder, losses=None, val=(), answers=None, label="一个答案", **
 
 def write_answers(folder, answers, label="一个答案", **settings):
     folder.mkdir(exist_ok=True, parents=True)
-    rows = [{"row": i, "prompt": "p", "predict": a, "label": label, "question": f"q{i}", "where": f"test.json, row {i + 1}",
-             "tokens": len(a), "label_tokens": len(label) + 1, "cut": False} for i, a in enumerate(answers)]  # fmt: skip
+    rows = [
+        {
+            "row": i,
+            "prompt": "p",
+            "predict": a,
+            "label": label,
+            "question": f"q{i}",
+            "where": f"test.json, row {i + 1}",
+            "tokens": len(a),
+            "label_tokens": len(label) + 1,
+            "cut": False,
+        }
+        for i, a in enumerate(answers)
+    ]
     (folder / "generated_predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     decoding = {"max_tokens": 50, "greedy": True}
     results = {"metrics": {"exact": {"value": 1, "definition": "d"}},
@@ -422,8 +446,9 @@ def test_compare_gives_its_verdict_then_what_differs_and_marks_the_best(tmp_path
     sides = page.partition('<div class="sides">')[2].partition('<div class="sides">')[0]
     assert [text.split(" (")[0] for text in re.findall(r'class="dim">([^<]+)<', sides)] == ["reference", "A: a", "B: b"]
     # lengths that are the same are one line with both names
-    assert "[[5,0" not in page and [len(json.loads(attrs["data-values"])["series"]) for tag, attrs in Seen(page).tags
-                                    if tag == "figure"] == [2, 2, 2, 1, 1]  # fmt: skip
+    assert "[[5,0" not in page and [
+        len(json.loads(attrs["data-values"])["series"]) for tag, attrs in Seen(page).tags if tag == "figure"
+    ] == [2, 2, 2, 1, 1]
 
 
 def test_ticks_are_few_and_round():

@@ -70,9 +70,11 @@ def test_an_unknown_key_of_a_row_is_refused(shape: dict, key: str, value: Any):
 
 
 @given(
-    key=KEYS.filter(lambda k: k not in {*LOSSES, *THOUGHTS, "role", "content", "from", "value"}), value=CONTENT,
-    shape=st.sampled_from(TALKS), place=st.sampled_from([0, 1]),
-)  # fmt: skip
+    key=KEYS.filter(lambda k: k not in {*LOSSES, *THOUGHTS, "role", "content", "from", "value"}),
+    value=CONTENT,
+    shape=st.sampled_from(TALKS),
+    place=st.sampled_from([0, 1]),
+)
 def test_an_unknown_key_of_a_message_is_refused(shape: dict, key: str, value: Any, place: int):
     def of(more: dict) -> dict:
         return {chat: [m | more if i == place else m for i, m in enumerate(turns)] for chat, turns in shape.items()}
@@ -121,8 +123,12 @@ def test_every_key_that_is_read_changes_the_tokens(shape: dict, tokenizer):
         more += [{k: "more"} for k in QUESTIONS if asked and k not in shape]
     else:
         first, last = shape[chat]
-        more += [{chat: [turn | {k: v + "!"} if turn is changed else turn for turn in shape[chat]]}
-                 for changed in shape[chat] for k, v in changed.items() if k in ("content", "value")]  # fmt: skip
+        more += [
+            {chat: [turn | {k: v + "!"} if turn is changed else turn for turn in shape[chat]]}
+            for changed in shape[chat]
+            for k, v in changed.items()
+            if k in ("content", "value")
+        ]
         twice = {chat: [first, last, first, last]}
         plain_twice = rendered(twice)
         for key in LOSSES:
@@ -241,9 +247,12 @@ def test_ways_out_through_the_command_line(tmp_path: Path, capsys):
     )
     given = [*words[1:], "--ignore-keys", "label,context,lable"]
     for command in (
-        ["inspect", "data"], ["eval"], ["data", "score"], ["train", "--max-steps", "1", "--output", str(tmp_path / "run")],
+        ["inspect", "data"],
+        ["eval"],
+        ["data", "score"],
+        ["train", "--max-steps", "1", "--output", str(tmp_path / "run")],
         ["predict", "--max-tokens", "1", "--output", str(tmp_path / "out")],
-    ):  # fmt: skip
+    ):
         capsys.readouterr()
         assert main([*command, *given]) == 0
         out = capsys.readouterr().out

@@ -396,7 +396,10 @@ def test_dialogues_of_turns_a_line(tmp_path):
 def test_raw_text(tmp_path):
     path = write(tmp_path / "x.txt", raw="eins\u2028zwei\r\n\n drei\n")
     found = list(read_rows(path))
-    assert [(r.messages[0]["content"], r.where) for r in found] == [("eins\u2028zwei", f"{path}, line 1"), (" drei", f"{path}, line 3")]  # fmt: skip
+    assert [(r.messages[0]["content"], r.where) for r in found] == [
+        ("eins\u2028zwei", f"{path}, line 1"),
+        (" drei", f"{path}, line 3"),
+    ]
 
 
 def test_columns(tmp_path):
@@ -423,7 +426,10 @@ def test_folders(tmp_path):
 
 
 @FUZZ
-@given(places=st.dictionaries(st.integers(0, 60), st.integers(0, 255), max_size=4), encoding=st.sampled_from(["utf-8", "gb18030", "utf-16"]))  # fmt: skip
+@given(
+    places=st.dictionaries(st.integers(0, 60), st.integers(0, 255), max_size=4),
+    encoding=st.sampled_from(["utf-8", "gb18030", "utf-16"]),
+)
 def test_fuzzed_csv_is_read_or_refused(tmp_path, places, encoding):
     raw = bytearray((HEAD + '你好,"世界,\r\n二"\r\nc,d\r\n').encode(encoding))
     for place, value in places.items():

@@ -126,7 +126,11 @@ def test_examples_come_back_from_the_disk():
 
 
 @QUICK
-@given(questions=st.lists(st.integers(0, 2**64 - 1), min_size=3, max_size=60), counts=st.lists(st.integers(1, 9), min_size=1, max_size=2), seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    questions=st.lists(st.integers(0, 2**64 - 1), min_size=3, max_size=60),
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    seed=st.integers(0, 2**31),
+)
 def test_no_question_stands_on_two_sides(questions, counts, seed):
     keys = np.array(questions, dtype=np.uint64)
     try:

@@ -32,9 +32,13 @@ def texts(path: Path) -> list[list[str]]:
 
 def test_every_sheet_with_a_header_is_read_and_the_others_are_told(tmp_path: Path):
     path, book = sheets(
-        tmp_path / "x.xlsx", 说明=[["made by Li"]], 一月=[HEAD, ["a", "b"]], 二月=[["title"], HEAD, ["c", "d"]],
-        old=[HEAD, ["e", "f"]], empty=[],
-    )  # fmt: skip
+        tmp_path / "x.xlsx",
+        说明=[["made by Li"]],
+        一月=[HEAD, ["a", "b"]],
+        二月=[["title"], HEAD, ["c", "d"]],
+        old=[HEAD, ["e", "f"]],
+        empty=[],
+    )
     book["old"].sheet_state = "hidden"
     book.save(path)
     assert texts(path) == [["a", "b"], ["c", "d"]]

@@ -108,8 +108,10 @@ def test_a_long_step_says_how_far_it_is(tmp_path: Path, clock: Clock):
             clock.now += 45
             shown.reached(tokens)
     assert text.getvalue().splitlines() == [
-        " step 1: 8,192 tokens", " step 1: 2,048 of 8,192 tokens", " step 1: 4,096 of 8,192 tokens"
-    ]  # fmt: skip
+        " step 1: 8,192 tokens",
+        " step 1: 2,048 of 8,192 tokens",
+        " step 1: 4,096 of 8,192 tokens",
+    ]
 
 
 def test_a_terminal_shows_the_step_that_goes_on(tmp_path: Path, clock: Clock):

@@ -225,9 +225,12 @@ def test_every_command_with_an_adapter_tells_and_uses_its_own_template(folder: P
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
     both = ["--model", str(folder), "--adapter", str(adapter)]
     for words in (
-        ["chat", "--prompt", "hi", "--max-tokens", "2"], ["eval", "--data", str(rows)], ["data", "score", "--data", str(rows)],
-        ["predict", "--data", str(rows), "--output", str(tmp_path / "p"), "--max-tokens", "2"], ["merge", "--output", str(tmp_path / "m")],
-    ):  # fmt: skip
+        ["chat", "--prompt", "hi", "--max-tokens", "2"],
+        ["eval", "--data", str(rows)],
+        ["data", "score", "--data", str(rows)],
+        ["predict", "--data", str(rows), "--output", str(tmp_path / "p"), "--max-tokens", "2"],
+        ["merge", "--output", str(tmp_path / "m")],
+    ):
         command = words[:2] if words[0] == "data" else words[:1]
         assert main([*command, *both, *words[len(command) :]]) == 0
         said = capsys.readouterr().out

@@ -137,8 +137,9 @@ def test_leaks_into_the_validation_rows(tmp_path, model):
     train, val = write(tmp_path / "a", ROWS[0], ROWS[9]), write(tmp_path / "b", ROWS[2], ROWS[3], ROWS[7])
     problems = inspect_data(str(train), model, load_tokenizer(model), PLAIN, val=str(val)).problems
     assert {kind: p.rows for kind, p in problems.items()} == {
-        "a validation row asks what a training row asks": 1, "a validation row is nearly a training row": 1,
-    }  # fmt: skip
+        "a validation row asks what a training row asks": 1,
+        "a validation row is nearly a training row": 1,
+    }
 
 
 def test_a_stop_token_that_is_missing_is_seen(tmp_path, model):
@@ -156,7 +157,24 @@ def test_the_command_and_its_page(tmp_path, model, capsys):
     hostile = {"prompt": "<script>alert(1)</script>\x1b[2J", "completion": "[bold]x[/] \u202e"}
     path = write(tmp_path / "x<b>.jsonl", hostile, *ROWS)
     page = tmp_path / "page.html"
-    assert main(["inspect", "data", "--model", str(model), "--data", str(path), "--html", str(page), "-n", "20", "--check-template"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "inspect",
+                "data",
+                "--model",
+                str(model),
+                "--data",
+                str(path),
+                "--html",
+                str(page),
+                "-n",
+                "20",
+                "--check-template",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "\x1b[2J" not in out and "⟨U+001B⟩[2J" in out and "[bold]x[/] ⟨U+202E⟩" in out
     assert (

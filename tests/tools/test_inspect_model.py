@@ -30,8 +30,11 @@ def test_a_whole_folder(inspect, tmp_path):
     names = [row["name"].split(".")[-1] for row in found["linears"]]
     assert names == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert found["linears"][0] == {
-        "name": "model.layers.*.self_attn.q_proj", "shape": [64, 32], "bias": False, "count": 2
-    }  # fmt: skip
+        "name": "model.layers.*.self_attn.q_proj",
+        "shape": [64, 32],
+        "bias": False,
+        "count": 2,
+    }
     assert found["parameters"] == 260 * 32 + 32 + 2 * (32 * (64 + 32 + 32 + 64) + 3 * 32 * 56 + 2 * 32 + 2 * 16)
     assert {s["token"] for s in found["stop"]} == {"<|im_end|>", "<|endoftext|>"}
     assert found["code"] == ["modeling_own.py"] and found["ignored"] == []

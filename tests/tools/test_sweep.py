@@ -57,7 +57,11 @@ def test_flags_win_and_aliases_are_one_setting(tmp_path):
     )
     plan = read_sweep(path, tmp_path / "out", {"model": "other"})
     assert [(p.config.lora_r, p.config.lr, p.config.model) for p in plan.points] == [
-        (4, 1, "other"), (4, 2, "other"), (8, 1, "other"), (8, 2, "other")]  # fmt: skip
+        (4, 1, "other"),
+        (4, 2, "other"),
+        (8, 1, "other"),
+        (8, 2, "other"),
+    ]
     assert plan.points[0].name == "lora_rank=4,lr=1" and plan.points[0].config.output == str(
         tmp_path / "out" / "lora_rank=4,lr=1"
     )

@@ -213,6 +213,10 @@ def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys, words):
 
 def test_there_is_one_door_to_the_terminal():
     """What prints by itself is known; all others go through terminal.say or console.Console."""
-    printing = {str(p.relative_to(ROOT)) for folder in (ROOT, ROOT / "kernels", ROOT / "models") for p in folder.rglob("*.py")
-                if re.search(r"(?<!\.)\bprint\(|sys\.stdout\.write|rich\.console import Console", p.read_text())}  # fmt: skip
+    printing = {
+        str(p.relative_to(ROOT))
+        for folder in (ROOT, ROOT / "kernels", ROOT / "models")
+        for p in folder.rglob("*.py")
+        if re.search(r"(?<!\.)\bprint\(|sys\.stdout\.write|rich\.console import Console", p.read_text())
+    }
     assert printing == {"__main__.py", "chat.py", "console.py", "terminal.py", "typed.py", "unpickle.py"}

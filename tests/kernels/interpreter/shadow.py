@@ -196,10 +196,16 @@ def shadow(order: Callable[[int], Sequence[int]] | None = None) -> Iterator[list
     with (
         patch.object(executor, "_init_args_hst", placed),
         patch.multiple(
-            builder, set_grid_dim=dim, set_grid_idx=index, create_barrier=barrier, create_masked_load=masked_load,
-            create_masked_store=masked_store, create_atomic_rmw=atomic, create_atomic_cas=atomic,
+            builder,
+            set_grid_dim=dim,
+            set_grid_idx=index,
+            create_barrier=barrier,
+            create_masked_load=masked_load,
+            create_masked_store=masked_store,
+            create_atomic_rmw=atomic,
+            create_atomic_cas=atomic,
         ),
-    ):  # fmt: skip
+    ):
         yield launches
 
 

@@ -188,8 +188,11 @@ def test_any_shape_any_mask(rows: int, width: int, v: int, chunk: int, mask: int
     targets[[i for i in range(rows) if mask >> i & 1]] = IGNORED
     check_op(summed, summed_ref, (x @ head.T, targets), (0,))
     check_op(
-        lambda x, w, t: lce.linear_cross_entropy(x, w, t, chunk), lce.linear_cross_entropy_ref, (x, head, targets), (0, 1)
-    )  # fmt: skip
+        lambda x, w, t: lce.linear_cross_entropy(x, w, t, chunk),
+        lce.linear_cross_entropy_ref,
+        (x, head, targets),
+        (0, 1),
+    )
 
 
 @dtypes

@@ -156,9 +156,22 @@ def test_the_last_row_of_a_large_chunk_of_logits():
     targets, loss = torch.full((ROWS,), target), torch.empty(ROWS)
     with last_program():
         linear_cross_entropy._softmax_kernel[(ROWS,)](
-            logits, partial, x.expand(ROWS, -1), head, targets, loss, 0, 16, WIDTH, 16, parts, PARTS=parts, BLOCK=1024,
-            ACC=accum_dtype(logits.dtype), num_warps=4,
-        )  # fmt: skip
+            logits,
+            partial,
+            x.expand(ROWS, -1),
+            head,
+            targets,
+            loss,
+            0,
+            16,
+            WIDTH,
+            16,
+            parts,
+            PARTS=parts,
+            BLOCK=1024,
+            ACC=accum_dtype(logits.dtype),
+            num_warps=4,
+        )
     truth = row.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(truth, targets[-1])
     expected.backward()

@@ -52,9 +52,14 @@ def plan(single: bool) -> Iterator[None]:
 
 
 def group(
-    ranks: tuple[int, ...], ns: tuple[int, ...], biases: tuple[bool, ...], p: float, dtype: torch.dtype, tokens: int = 35,
+    ranks: tuple[int, ...],
+    ns: tuple[int, ...],
+    biases: tuple[bool, ...],
+    p: float,
+    dtype: torch.dtype,
+    tokens: int = 35,
     k: int = 37,
-) -> tuple[Callable, Callable, list[Tensor], tuple[int, ...]]:  # fmt: skip
+) -> tuple[Callable, Callable, list[Tensor], tuple[int, ...]]:
     """The group and its specification as functions of x and the flat tensors; these; and the places of the trained ones.
 
     The outputs stand side by side in one matrix.
@@ -161,8 +166,9 @@ def test_tiles_change_rounding_only(name: str, monkeypatch: pytest.MonkeyPatch):
     op, ref, args, trained = group(*GROUPS[name], torch.float32, 45)
     for table, tile in (
         (lora_gemm.GEMM, {"BM": 16, "BN": 64, "BK": 16}),
-        (lora_shrink.SHRINK, {"BM": 32, "BK": 16}), (lora_shrink.EXPAND_BACKWARD, {"ROWS": 64, "BN": 32}),
-    ):  # fmt: skip
+        (lora_shrink.SHRINK, {"BM": 32, "BK": 16}),
+        (lora_shrink.EXPAND_BACKWARD, {"ROWS": 64, "BN": 32}),
+    ):
         monkeypatch.setitem(table, 0, {**table[0], **tile})
     with plan(single=False):
         check_op(op, ref, args, trained)
@@ -191,8 +197,10 @@ def test_expanded_and_transposed_inputs_and_gradients():
     op, _, (x, *others), trained = group(*GROUPS["one without adapter"], torch.float32)
     dy = upstream(op(x, *others))
     for odd_x, odd_dy in (
-        (x[:1].expand_as(x), dy[:1].expand_as(dy)), (x.T.contiguous().T, dy[:1, :1].expand_as(dy)), (x, dy.T.contiguous().T),
-    ):  # fmt: skip
+        (x[:1].expand_as(x), dy[:1].expand_as(dy)),
+        (x.T.contiguous().T, dy[:1, :1].expand_as(dy)),
+        (x, dy.T.contiguous().T),
+    ):
         expected = run(op, [odd_x.contiguous(), *others], trained, odd_dy.contiguous())
         assert equal(run(op, [odd_x, *others], trained, odd_dy), expected)
 
@@ -239,8 +247,10 @@ def test_what_is_not_wanted_is_not_computed():
             patch.setattr(module, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
         leaves = [x, w, bias, adapter.a, adapter.b, 2.0]
         for trained, expected in (
-            ((0,), ["expand_backward", "input_gradient"]), ((3,), ["expand_backward", "shrink_backward"]), ((4,), ["expand_backward"]),
-        ):  # fmt: skip
+            ((0,), ["expand_backward", "input_gradient"]),
+            ((3,), ["expand_backward", "shrink_backward"]),
+            ((4,), ["expand_backward"]),
+        ):
             run(lora_linear.lora_linear, leaves, trained)
             assert calls == expected
             calls.clear()
