@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.proof.rule import allowed, distance
 from minilora import save_model
 from minilora.checkpoint.load import FAMILIES
+from minilora.data import IGNORE, Example
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
 
@@ -137,3 +139,19 @@ def randomise(model: torch.nn.Module, seed: int = 1) -> None:
 
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 57, 60, 0, 23])
+
+
+def conversation(family: str, source: int, answer: int, seed: int) -> Example:
+    """A document of random ids, its answer trained; for ChatGLM-6B with <sop> between the two."""
+    ids = np.random.default_rng(seed).integers(1, SOP, source + answer)
+    prefix = None
+    if family == "chatglm":
+        ids[source], prefix = SOP, source
+    targets = np.full_like(ids, IGNORE)
+    targets[source:-1] = ids[source + 1 :]
+    return Example(ids, targets, f"row {seed}", prefix)
+
+
+def conversations(family: str) -> list[Example]:
+    """Of several lengths; two go beyond the trained length of the tiny Qwen-1."""
+    return [conversation(family, *sizes, seed) for seed, sizes in enumerate([(5, 4), (1, 8), (12, 3), (7, 20)])]

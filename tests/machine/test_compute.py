@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import OWN, as_wrong_as, randomise, tiny
-from test_families import conversations
+from oracle import OWN, as_wrong_as, conversations, randomise, tiny
 from tiny import make_model, make_rows
 from torch import Tensor
 

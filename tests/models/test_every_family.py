@@ -4,17 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from oracle import IDS, OWN, SOP, config_json, randomise, tiny, tiny_folder
+from oracle import IDS, OWN, SOP, config_json, conversation, conversations, randomise, tiny, tiny_folder
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.checkpoint.load import FAMILIES, empty_model, read_config
 from minilora.checkpoint.verify import wide_logits_of
 from minilora.config import resolve
-from minilora.data import IGNORE, Example, make_batch
+from minilora.data import Example, make_batch
 from minilora.errors import ModelError
 from minilora.evaluate import evaluate
 from minilora.files.safetensors import SafetensorsFile, write_tensors
@@ -29,22 +28,6 @@ from minilora.models.stream import Cache, Documents
 from minilora.train import learning_rate, train_step
 
 families = pytest.mark.parametrize("family", OWN)
-
-
-def conversation(family: str, source: int, answer: int, seed: int) -> Example:
-    """A document of random ids, its answer trained; for ChatGLM-6B with <sop> between the two."""
-    ids = np.random.default_rng(seed).integers(1, SOP, source + answer)
-    prefix = None
-    if family == "chatglm":
-        ids[source], prefix = SOP, source
-    targets = np.full_like(ids, IGNORE)
-    targets[source:-1] = ids[source + 1 :]
-    return Example(ids, targets, f"row {seed}", prefix)
-
-
-def conversations(family: str) -> list[Example]:
-    """Of several lengths; two go beyond the trained length of the tiny Qwen-1."""
-    return [conversation(family, *sizes, seed) for seed, sizes in enumerate([(5, 4), (1, 8), (12, 3), (7, 20)])]
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Decoder:

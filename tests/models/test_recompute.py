@@ -5,8 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from oracle import OWN, randomise, tiny
-from test_families import conversations
+from oracle import OWN, conversations, randomise, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry

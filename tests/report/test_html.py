@@ -2,31 +2,16 @@
 
 import base64
 import hashlib
-import html.parser
 import json
 import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seen import Seen
 
 from minilora.report.html import embed, escape, page, table
 
 HOSTILE = "</script></title><img src=x onerror=alert(1)>\"'&amp;\u202e\x1b[2J\ud800"
-
-
-class Seen(html.parser.HTMLParser):
-    """The tags of a page and the text between them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_a_hostile_text_stays_text():

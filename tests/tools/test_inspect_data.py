@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_html import Seen
+from seen import Seen
 from tiny import make_model
 
 from minilora.__main__ import main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_html import Seen
+from seen import Seen
 from tiny import make_model
 
 import minilora
