@@ -1,7 +1,8 @@
 """What every operation asks first: Triton or torch, and whether its tensors belong together."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ class _NoContext:
         pass
 
 
-def run(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), or its forward alone where no gradient is recorded: a token's worth of work is less than autograd's."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_NoContext(), *args)
+def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply, or its forward alone where no gradient is recorded: a token's worth of work is less than autograd's."""
+    return function.apply if torch.is_grad_enabled() else partial(function.forward, _NoContext())
 
 
 def check_same(op: str, **tensors: Tensor) -> None:

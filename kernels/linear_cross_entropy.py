@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels.cross_entropy import IGNORED, Softmax, blocks_of, check_targets
-from minilora.kernels.dispatch import architecture, check_same, library_gemm, run, use_triton
+from minilora.kernels.dispatch import architecture, check_same, library_gemm, recording, use_triton
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import (
     INTERPRET,
@@ -378,7 +378,7 @@ def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: i
     if chunk_rows < 1:
         raise ValueError(f"linear_cross_entropy: chunks of {chunk_rows} rows")
     on = _OnTriton if use_triton(x) and head.dtype == x.dtype else _OnTorch
-    return run(on, x, head, targets, chunk_rows)
+    return recording(on)(x, head, targets, chunk_rows)
 
 
 def example(rows: int, width: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple, dict]:

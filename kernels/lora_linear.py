@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.kernels import lora_gemm, lora_shrink
-from minilora.kernels.dispatch import library_gemm, run, use_triton
+from minilora.kernels.dispatch import library_gemm, recording, use_triton
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
@@ -131,8 +131,12 @@ class _OnTorch(torch.autograd.Function):
         ctx.frozen, rest = frozen, iter(shrunk)
         if not output_needed:
             return tuple(_unmade(x, projections))
-        ys = _wide(x, projections)
-        for y, p in zip(ys, projections, strict=True):
+        ys: list[Tensor] = []
+        for weight, bias, ns in _products(projections, x.dtype):  # x W^T + b
+            plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
+            y = F.linear(x, weight, bias) if plain else frozen_linear(x, weight, bias)
+            ys += y.split_with_sizes(ns, 1)
+        for y, p in zip(ys, projections, strict=True):  # + S (s B)^T
             if p.adapter:
                 y.addmm_(next(rest), _scaled(p.adapter, x.dtype).T)
         return tuple(ys)
@@ -182,16 +186,19 @@ def _unmade(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
 
 
-def _wide(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """x W_j^T + b_j: column ranges of one product where the weights lie one behind the other."""
+def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None, list[int]]]:
+    """(weight, bias, widths N_j) of each product with x: one in all where the weights are packed, else one a projection."""
+    ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
     whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
     if whole is None:
-        return [frozen_linear(x, p.weight, p.bias) for p in projections]
-    ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
+        return [
+            (p.weight, None if p.bias is None else p.bias.to(dtype), [n]) for p, n in zip(projections, ns, strict=True)
+        ]
     bias = None
     if any(b is not None for b in biases):
-        bias = torch.cat([whole.new_zeros(n) if b is None else b for n, b in zip(ns, biases, strict=True)])
-    return list(torch.split_with_sizes(frozen_linear(x, whole, bias), ns, 1))
+        zeros = (whole.new_zeros(n, dtype=dtype) for n in ns)
+        bias = torch.cat([zero if b is None else b.to(dtype) for b, zero in zip(biases, zeros, strict=True)])
+    return [(whole, bias, ns)]
 
 
 def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
@@ -219,7 +226,7 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_neede
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
     on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
-    return run(on, projections, output_needed, x, *trained)
+    return recording(on)(projections, output_needed, x, *trained)
 
 
 def lora_linear(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same, run, use_triton
+from minilora.kernels.dispatch import check_same, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl
 
 MAX_WIDTH = 8192  # of a row that a program can hold without spilling
@@ -257,7 +257,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: 
         return F.rms_norm(x, w.shape, w, eps)
     check_same("rms_norm", x=x, w=w)
     _check_width("rms_norm", x, w)
-    return run(_on(x, w), x, w, eps, offset, round_once, None)
+    return recording(_on(x, w))(x, w, eps, offset, round_once, None)
 
 
 def add_rms_norm(
@@ -271,7 +271,7 @@ def add_rms_norm(
     _check_width("add_rms_norm", x, w)
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} must have one shape")
-    return run(_on(x, w), x, w, eps, offset, round_once, residual)
+    return recording(_on(x, w))(x, w, eps, offset, round_once, residual)
 
 
 def _one_call_does(x: Tensor, w: Tensor, offset: float) -> bool:

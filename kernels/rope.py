@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same, run, use_triton
+from minilora.kernels.dispatch import check_same, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, store, tl
 
 
@@ -197,7 +197,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
             "it takes [T, H, E] and twice [T, P/2] or [T, R, P/2], P <= E / R"
         )
     on = _OnTriton if use_triton(x, cos, sin) else _OnTorch
-    return run(on, x, cos, sin, interleaved)
+    return recording(on)(x, cos, sin, interleaved)
 
 
 def example(

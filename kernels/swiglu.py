@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same, run, use_triton
+from minilora.kernels.dispatch import check_same, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rows_of, store, tl
 
 
@@ -166,7 +166,7 @@ def swiglu(g: Tensor, u: Tensor) -> Tensor:
     check_same("swiglu", g=g, u=u)
     if g.shape != u.shape:
         raise ValueError(f"swiglu: g {list(g.shape)} and u {list(u.shape)} must have one shape")
-    return run(_OnTriton if use_triton(g, u) else _OnTorch, g, u)
+    return recording(_OnTriton if use_triton(g, u) else _OnTorch)(g, u)
 
 
 def swiglu_fused(gu: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def swiglu_fused(gu: Tensor) -> Tensor:
     check_same("swiglu_fused", gu=gu)
     if gu.dim() == 0 or gu.shape[-1] % 2:
         raise ValueError(f"swiglu_fused: gu {list(gu.shape)}; it takes [..., 2F]")
-    return run(_OnTriton if use_triton(gu) else _OnTorch, gu, None)
+    return recording(_OnTriton if use_triton(gu) else _OnTorch)(gu, None)
 
 
 def example(rows: int, f: int, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, Tensor], dict]:

@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Part(nn.Module):
-    """One of the linears of an Int8Linear under its own name; `layers.project` asks for all of them at once."""
+    """One of the linears of an Int8Linear under its own name; `layers.each` asks for all of them at once."""
 
     def __init__(self, whole: Int8Linear, number: int):
         super().__init__()

@@ -22,6 +22,7 @@ Words:
     recompute     activation checkpointing: the forward of a block again, in the backward
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -108,37 +109,35 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """What each of several linears makes of the same x [T, K], in one operation that reads x once where all are `can_fuse`."""
-    if can_fuse(*linears):
-        return lora_linear_group(x, [projection(linear) for linear in linears])
+def projections(*linears: nn.Module) -> list[Projection] | None:
+    """Linears of one input as the kernels take them together: frozen or with an adapter. None where one is trained or foreign."""
+    for linear in linears:
+        frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
+        if not frozen and not isinstance(linear, Adapted):
+            return None
+    return [projection(linear) for linear in linears]
+
+
+def each(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """What each of several linears makes of the same x [T, K], where the kernels do not take them."""
     first = linears[0]
     if isinstance(first, Int8Part):
-        return torch.split_with_sizes(first.whole(x), first.whole.sizes, -1)
-    return tuple(linear(x) for linear in linears)
+        return first.whole(x).split_with_sizes(first.whole.sizes, -1)
+    return [linear(x) for linear in linears]
 
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
-    if can_fuse(gate, up) and not torch.is_grad_enabled():
-        return lora_swiglu(x, [projection(gate), projection(up)])
-    return swiglu(*project(x, gate, up))
+    fused = projections(gate, up)
+    if fused is None:
+        return swiglu(*each(x, gate, up))
+    return swiglu(*lora_linear_group(x, fused)) if torch.is_grad_enabled() else lora_swiglu(x, fused)
 
 
 def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
     """The same of one linear that is both, the gate's rows first."""
-    if can_fuse(gate_up) and not torch.is_grad_enabled():
-        return lora_swiglu(x, [projection(gate_up)])
-    return swiglu_fused(gate_up(x))
-
-
-def can_fuse(*linears: nn.Module) -> bool:
-    """Whether the kernels can take these linears: frozen ones and those with an adapter, not trained or foreign ones."""
-    for linear in linears:
-        frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
-        if not frozen and not isinstance(linear, Adapted):
-            return False
-    return True
+    fused = None if torch.is_grad_enabled() else projections(gate_up)
+    return swiglu_fused(gate_up(x)) if fused is None else lora_swiglu(x, fused)
 
 
 def pack_weights(model: nn.Module) -> None:
@@ -189,7 +188,9 @@ class Attention(nn.Module):
         self.qk_norm = c.qk_norm
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
+        linears = self.q_proj, self.k_proj, self.v_proj
+        fused = projections(*linears)
+        qkv = lora_linear_group(x, fused) if fused else each(x, *linears)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -26,7 +26,7 @@ from minilora.tools.chat import is_command
 
 ROOT = Path(minilora.__file__).parent
 OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so that Ctrl-C reaches it
-LINES = "from minilora.typed import typed; print([*typed('> ')])"
+LINES = "from minilora.tools.typed import typed; print([*typed('> ')])"
 CHAT = "import sys; from minilora.__main__ import main; sys.exit(main(sys.argv[1:]))"
 HANGS = 120  # seconds without a word
 
