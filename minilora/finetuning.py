@@ -10,9 +10,10 @@ from .data import pack, step_examples
 from .errors import UsageError
 from .lora import adapters
 from .rows.load import render_rows
-from .run.schedule import count_steps
+from .run.schedule import count_steps, learning_rate
+from .run.setup import optimizer_of, prepare
 from .text.tokenizer import Tokenizer, check_fits
-from .train import learning_rate, optimizer_of, prepare, train_step
+from .train import train_step
 
 # settings of a run that has files
 OF_FILES = {

@@ -79,6 +79,11 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def add_lora(
     model: nn.Module,
     targets: str | list[str] = "all-linear",

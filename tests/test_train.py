@@ -17,7 +17,8 @@ from minilora.data import load_examples
 from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate
 from minilora.lora import adapters
-from minilora.train import learning_rate, train
+from minilora.run.schedule import learning_rate
+from minilora.train import train
 
 QUIET = Console(quiet=True)
 KEYS = {

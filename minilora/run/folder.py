@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, the state that is saved into it, and going on from there."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +9,16 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..config import TrainConfig, must_match
+from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import problem_of
+from ..files.atomic import problem_of, write_file
+from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..report.record import TRAINED_ROWS
-from .schedule import Plan
-from .snapshot import (
-    load_snapshot,
-    newest_snapshot,
-    read_state,
-    rotate,
-    save_snapshot,
-    snapshots,
-    step_of,
-    trained_parameters,
-)
+from ..rows.dataset import Data, trained_rows, write_split
+from .schedule import Plan, data_record
+from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
 # what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
 OWN = (
@@ -98,6 +92,14 @@ def check_disk(folder: Path, model: Decoder, keep: int) -> None:
     if free < need:
         what = f"{folder}: checkpoints need {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
         raise DiskError(what, "Free some space, or give another --output.")
+
+
+def write_beginning(run: Run, data: Data) -> None:
+    """Write what a run knows before its first step: its settings, what became of its rows, and which rows it trains on."""
+    write_file(run.folder / "config.yaml", to_yaml(run.config))
+    write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan)) + "\n")
+    write_file(run.folder / TRAINED_ROWS, trained_rows(run.plan.train).astype("<u8").tobytes())
+    write_split(run.folder / "data", data)
 
 
 def save(run: Run) -> None:

@@ -21,6 +21,9 @@ from ..files.atomic import write_file
 if TYPE_CHECKING:
     import torch
 
+    from ..data import Batch
+    from .folder import Run
+
 LINES = 20  # that stay of the steps of a run, about
 PLAIN_EVERY = 30.0  # seconds after which there is another one where there is no terminal
 PATIENCE = 2.0  # seconds after which a step that goes on is shown as such
@@ -152,6 +155,26 @@ class Monitor:
         while width is not None and len(parts) > 2 and len("  ".join(text for _, text in parts)) + 2 > width:
             parts.remove(max(parts))
         return Text(" " + "  ".join(text for _, text in parts), no_wrap=True, overflow="ellipsis")
+
+
+def step_metrics(
+    run: "Run", batches: "list[Batch]", loss: float, grad_norm: float, seconds: float, mfu: float
+) -> dict[str, Any]:
+    """The line of metrics.jsonl for the step just taken."""
+    tokens = sum(len(b.ids) for b in batches)
+    return {
+        "step": run.progress.step,
+        "epoch": round(run.progress.step / run.plan.steps_per_epoch, 4),
+        "loss": loss,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+        "tokens": tokens,
+        "target_tokens": sum(len(b.targets) for b in batches),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "mfu": round(mfu, 4),
+        "memory_gb": round(peak_memory_gb(run.model.head.device), 3),
+        "time": round(run.progress.seconds, 3),
+    }
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a training run will do, worked out before it does it: data, steps, and the header that says so."""
 
+import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,12 @@ from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import folder_notes
 from ..config import TrainConfig
 from ..data import Examples, steps_per_epoch
-from ..lora import adapters, base_parameters
+from ..lora import adapters, base_parameters, trained_parameters
 from ..machine.compute import name_of
 from ..machine.cpu import device_name
 from ..machine.kernel_paths import kernel_paths
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
-from .snapshot import trained_parameters
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 
@@ -110,6 +110,16 @@ def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
         epochs = min(max(EPOCHS, -(-MIN_STEPS // per_epoch)), MAX_EPOCHS)
     steps = max(1, round(epochs * per_epoch)) if config.max_steps is None else config.max_steps
     return steps, per_epoch, epochs
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate of step 0, 1, ... of `steps`: linear warmup to config.lr, then the schedule towards 0."""
+    warmup = round(config.warmup * steps) if config.warmup < 1 else min(int(config.warmup), steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return config.lr * shape[config.schedule]
 
 
 def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str) -> str:

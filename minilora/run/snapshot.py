@@ -13,21 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.adapter import fill_adapter_folder
+from ..checkpoint.adapter import PREFIX, fill_adapter_folder
 from ..checkpoint.load import write_checkpoint
 from ..errors import CheckpointMismatch
 from ..files.atomic import problem_of, staged_folder, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.safetensors import SafetensorsFile, write_tensors
+from ..lora import trained_parameters
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 MODEL = "model.safetensors"
-PEFT_PREFIX = "base_model.model."
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer moves, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_snapshot(
@@ -59,7 +54,7 @@ def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     parameters = trained_parameters(model)
     trained = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS))
     moments = SafetensorsFile(folder / OPTIMIZER)
-    keys = {name: name if full else f"{PEFT_PREFIX}{name}.weight" for name in parameters}
+    keys = {name: name if full else f"{PREFIX}{name}.weight" for name in parameters}
     _same_names(folder, set(keys.values()), set(trained.entries))
     state_keys = ("step", "exp_avg", "exp_avg_sq")
     wanted = {f"{k}.{name}" for k in state_keys for name in parameters} if moments.entries else set()

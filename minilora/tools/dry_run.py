@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from minilora.models.decoder import Decoder
 
 from ..data import Batch
-from ..run.snapshot import trained_parameters
+from ..lora import trained_parameters
 
 aten = torch.ops.aten
 ALIKE = 3  # layers that are run

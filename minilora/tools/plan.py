@@ -16,16 +16,15 @@ from ..config import TrainConfig
 from ..data import IGNORE, Batch, Example, pack, step_examples
 from ..errors import UsageError
 from ..files.model_folder import positions_note
-from ..lora import adapters
+from ..lora import adapters, trained_parameters
 from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
 from ..machine.flops import step_flops
 from ..rows.dataset import load_data
 from ..run.monitor import clock
 from ..run.schedule import count_steps
-from ..run.snapshot import trained_parameters
+from ..run.setup import dtypes, prepare
 from ..text.tokenizer import check_fits
-from ..train import dtypes, prepare
 from .dry_run import StepMemory, step_memory
 
 

@@ -158,7 +158,7 @@ def test_chat_and_evaluation_follow_it():
 
 def test_an_fp16_checkpoint_keeps_its_digits_where_fp32_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from minilora.checkpoint.load import read_config
-    from minilora.train import dtypes
+    from minilora.run.setup import dtypes
 
     c, config = read_config(make_model(tmp_path / "model", torch.float16)), resolve({})
     stub(monkeypatch, 0.1)

@@ -25,7 +25,8 @@ from minilora.machine.flops import attention_flops
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm
 from minilora.models.stream import Cache, Documents
-from minilora.train import learning_rate, train_step
+from minilora.run.schedule import learning_rate
+from minilora.train import train_step
 
 families = pytest.mark.parametrize("family", OWN)
 

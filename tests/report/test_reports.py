@@ -276,7 +276,10 @@ def test_adapter_norms_are_those_of_the_product(tmp_path, monkeypatch):
     model, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
     run, pages = tmp_path / "run", []
     monkeypatch.setattr("minilora.train.REFRESH", -1)  # at every checkpoint, however soon
-    monkeypatch.setattr("minilora.train.report_quietly", lambda folder: pages.append(report(folder).read_text()))
+    for module in ("train", "run.ending"):
+        monkeypatch.setattr(
+            f"minilora.{module}.report_quietly", lambda folder: pages.append(report(folder).read_text())
+        )
     words = [
         "--model",
         model,

@@ -12,8 +12,8 @@ from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.config import resolve
 from minilora.data import load_examples, make_batch, pack
+from minilora.run.setup import prepare
 from minilora.tools.dry_run import _Live, step_memory
-from minilora.train import prepare
 
 FLAGS = {"lora_r": 8, "dtype": "bfloat16"}
 

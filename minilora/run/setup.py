@@ -1,0 +1,65 @@
+"""The model and the optimizer of a run: loaded, adapted, in the dtypes that it keeps and computes in."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minilora.kernels.dispatch import kernels_enabled
+from minilora.models.config import Config
+from minilora.models.decoder import Decoder
+
+from ..checkpoint.load import find_device, load_model, read_config
+from ..config import TrainConfig
+from ..errors import UsageError
+from ..lora import add_lora, trained_parameters
+from ..machine.compute import choose, choose_threads, name_of
+from ..machine.cpu import usable_cpus
+
+
+def load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
+    """The model as the run trains it, and the config with the dtype and the threads that it computes with."""
+    c, device = read_config(Path(config.model)), find_device(None if config.device == "auto" else config.device)
+    stored, compute = dtypes(config, c, device)
+    model = prepare(load_model(config.model, stored, device, name_of(compute)), config)
+    if device.type == "cpu":
+        torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
+    settled = name_of(compute) if compute != torch.float64 else "auto"
+    return model, replace(config, compute=settled, threads=torch.get_num_threads())
+
+
+def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """What a run keeps the base's weights in, and what it computes in."""
+    if config.method == "full":
+        if config.compute == "bfloat16":
+            raise UsageError("--method full computes in float32", "Leave --compute out.")
+        return torch.float32, torch.float32
+    stored = {"auto": c.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    compute = choose(c, stored, device, config.compute).dtype
+    if compute == torch.float16:  # in which gradients would underflow
+        stored = compute = torch.bfloat16
+    return stored, compute
+
+
+def prepare(model: Decoder, config: TrainConfig) -> Decoder:
+    """Make a loaded model what the run trains: adapters in place, or every weight freed."""
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
+        add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
+    model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+    return model.train()
+
+
+def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW on what is trained."""
+    parameters = list(trained_parameters(model).values())
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+def kernels(config: TrainConfig) -> AbstractContextManager[None]:
+    """The kernels that the config asks for, while the run lasts."""
+    return kernels_enabled(False) if config.kernels == "off" else nullcontext()
