@@ -27,7 +27,7 @@ class Roof:
     def __init__(self, model: str, tokens: int):
         import torch
 
-        from minilora.checkpoint.load import Tensors
+        from minilora.files.tensors import Tensors
 
         shapes = Tensors(Path(model)).shapes.values()
         self.bytes = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.stream import Cache
 
 from .errors import ModelError
-from .files.model_folder import read_json
+from .files.model_folder import Folder, ModelFolder
 from .rows import quote
 from .text.tokenizer import Tokenizer
 
@@ -39,12 +38,12 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def read_generation(folder: Path) -> tuple[Sampling, set[int]]:
+def read_generation(folder: Folder) -> tuple[Sampling, set[int]]:
     """The sampling and the stop ids of a folder's generation_config.json; greedy and none where it has none."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
+    folder = ModelFolder.of(folder)
+    path, j = folder / "generation_config.json", folder.generation_config
+    if not j:
         return GREEDY, set()
-    j = read_json(path)
     stop = j.get("eos_token_id")
     stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
 
@@ -74,19 +73,16 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def generation_note(folder: Path) -> str | None:
+def generation_note(folder: ModelFolder) -> str | None:
     """A line where a folder's generation_config.json asks for what answers here do not follow."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
     try:
-        j = read_json(path)
+        j = folder.generation_config
     except ModelError as error:
         return error.what
     # True is not the neutral 1 of num_beams and others
     asked = [k for k in j if k not in READ | HARMLESS and (j[k] is True or j[k] not in (None, False, "", [], {}, 0, 1))]
     other = [quote(k, 40) for k in asked]
-    return f"{path.name} has keys that answers do not follow: {', '.join(other[:6])}" if other else None
+    return f"generation_config.json has keys that answers do not follow: {', '.join(other[:6])}" if other else None
 
 
 @torch.inference_mode()

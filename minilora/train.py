@@ -23,6 +23,7 @@ from .data import Batch, pack, step_examples
 from .errors import Diverged, Stopped, UsageError
 from .evaluate import evaluate
 from .files.atomic import locked
+from .files.model_folder import ModelFolder
 from .lora import set_dropout_keys, trained_parameters
 from .machine.flops import peak_flops, step_flops
 from .report.report import REFRESH, report_quietly
@@ -50,11 +51,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     with page_of_the_end(folder), memory_hint(), locked(folder), kernels(config):
         check_claim(folder, resume, overwrite)
         with working(console, "reading the rows"):
-            data = load_data(config)
+            base = ModelFolder(config.model)
+            data = load_data(config, base)
         with working(console, "loading the weights"):
             asked = config.compute
-            model, config = load(config)
-            plan = make_plan(config, data, model, computing(model, asked))
+            model, config = load(config, base)
+            plan = make_plan(config, base, data, model, computing(model, asked))
         console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
         run = Run(folder, config, plan, model, optimizer_of(model, config), Progress())
         if resume:

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..files.atomic import staged_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
-from ..files.model_folder import check_adapter, read_json
+from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
 from ..rows import quote
@@ -102,16 +102,15 @@ def _number(x: float) -> float | int:
     return int(x) if x == int(x) else x
 
 
-def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, allow_partial: bool = False) -> None:
+def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow_partial: bool = False) -> None:
     """Wrap the linears that a PEFT folder names and copy its tensors in.
 
     Raises ModelError with every key that does not fit, and with every linear that its config names and its file lacks,
     unless allow_partial. An adapter that minilora saved also knows its base: any_base lets it onto another one of the
     same shape.
     """
-    folder = Path(folder)
-    check_adapter(folder)
-    j = read_json(folder / CONFIG)
+    folder = ModelFolder.of(folder)
+    j, folder = folder.adapter_config, folder.path
     _refuse_what_is_not_lora(folder, j)
     if not (folder / WEIGHTS).exists():
         pickle = (folder / "adapter_model.bin").exists()
@@ -159,12 +158,12 @@ def load_adapter(model: nn.Module, folder: str | Path, any_base: bool = False, a
             wrapper.lora_B.copy_(tensors[path, "B"])
 
 
-def base_note(adapter: Path, folder: Path) -> str | None:
+def base_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:
     """A line where an adapter names another base than the folder, and its file cannot tell whether it is the same model."""
-    named = str(read_json(adapter / CONFIG).get("base_model_name_or_path") or "").replace("\\", "/").rstrip("/")
-    own = str(read_json(folder / "config.json").get("_name_or_path") or "")
+    named = str(adapter.adapter_config.get("base_model_name_or_path") or "").replace("\\", "/").rstrip("/")
+    own = str(folder.config.get("_name_or_path") or "")
     names = {
-        name.replace("\\", "/").rstrip("/").split("/")[-1].lower() for name in (str(folder.resolve()), own) if name
+        name.replace("\\", "/").rstrip("/").split("/")[-1].lower() for name in (str(folder.path.resolve()), own) if name
     }
     if not named or named.split("/")[-1].lower() in names:
         return None

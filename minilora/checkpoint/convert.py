@@ -18,7 +18,8 @@ from ..errors import DiskError, ModelError, OutputInUse, UsageError
 from ..files.atomic import staged_folder
 from ..files.model_folder import check_folder, read_json
 from ..files.safetensors import SafetensorsFile
-from .load import INDEX, copy_companions, read_config
+from ..files.tensors import INDEX
+from .load import copy_companions, read_config
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

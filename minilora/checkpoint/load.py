@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from minilora.models.layers import pack_weights
 
 from ..errors import ModelError, UsageError
 from ..files.atomic import staged_folder
-from ..files.model_folder import MAX_JSON, check_folder, read_json
-from ..files.safetensors import SafetensorsFile, write_safetensors
+from ..files.model_folder import MAX_JSON, Folder, ModelFolder
+from ..files.safetensors import write_safetensors
+from ..files.tensors import INDEX, Tensors, fold
 from ..machine.compute import choose
 from ..rows import quote
 
@@ -49,9 +50,6 @@ TELLTALES = {
 QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map)")
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
-# buffers that old checkpoints carry and that follow from config.json
-IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
 # what a folder holds beside weights and belongs to the model
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -60,11 +58,10 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Folder) -> Config:
     """The Config of a checkpoint folder; ModelError says which key, and what is supported."""
-    check_folder(folder)
-    path = folder / "config.json"
-    j = read_json(path)
+    folder = ModelFolder.of(folder)
+    path, j = folder / "config.json", folder.config
     family = _family(path, j)
     if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config", "quantization")):
         raise ModelError(f"{path}: {_quantised(j)}", "Use the bf16 or fp16 release of this model.")
@@ -88,10 +85,10 @@ def read_config(folder: Path) -> Config:
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ChatGLMModel")
 
 
-def keys_not_read(folder: Path) -> str | None:
+def keys_not_read(folder: Folder) -> str | None:
     """A line with the keys of a folder's config.json that are not known here, if there are any."""
-    path = folder / "config.json"
-    j = read_json(path)
+    folder = ModelFolder.of(folder)
+    path, j = folder / "config.json", folder.config
     names = unknown_keys(j, _family(path, j))
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
     lines = [f"keys that are not known, and not read: {told}"] if names else []
@@ -137,10 +134,7 @@ def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
 
 
 def load_model(
-    folder: str | Path,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    compute: str = "auto",
+    folder: Folder, dtype: torch.dtype | None = None, device: str | torch.device | None = None, compute: str = "auto"
 ) -> Decoder:
     """The Decoder of a checkpoint folder, frozen and in evaluation mode.
 
@@ -148,7 +142,7 @@ def load_model(
     fastest one on this machine (compute.py). device None is the GPU if there is one. Beyond the model itself one tensor is in
     memory at a time. Raises ModelError with every mismatch between the folder and the model.
     """
-    folder = Path(folder)
+    folder = ModelFolder.of(folder)
     c = read_config(folder)
     device = find_device(device)
     try:
@@ -157,8 +151,8 @@ def load_model(
         raise ModelError(
             f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
         ) from None
-    tensors = Tensors(folder)
-    check_shapes(model, tensors, folder)
+    tensors = folder.tensors
+    check_shapes(model, tensors)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     pack_weights(model)
     for name, parameter in model.named_parameters():
@@ -194,89 +188,9 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-class Tensors:
-    """The tensors of a checkpoint folder, by name, in whatever files they lie."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._files: dict[str, SafetensorsFile] = {}
-        for file in self._shards():
-            for name in file.entries:
-                if name in self._files:
-                    raise ModelError(
-                        f"{file.path}: tensor {name!r} also lies in {self._files[name].path.name}",
-                        "The folder mixes two checkpoints: download it again.",
-                    )
-                self._files[name] = file
-        self.ignored = [n for n in self._files if IGNORED.fullmatch(n)]
-        self.shapes = {
-            n: (f.entries[n].dtype, f.entries[n].shape) for n, f in self._files.items() if not IGNORED.fullmatch(n)
-        }
-
-    def _shards(self) -> Iterator[SafetensorsFile]:
-        if (self.folder / "model.safetensors").exists():
-            yield SafetensorsFile(self.folder / "model.safetensors")
-            return
-        if not (self.folder / INDEX).exists():
-            self._refuse_without_weights()
-        index = self.folder / INDEX
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
-            raise ModelError(f"{index}: weight_map is missing or empty", "Download or copy the file again.")
-        shards = sorted(set(places.values()))
-        for shard in shards:
-            plain = shard == Path(shard).name and shard.isprintable() and len(shard.encode()) <= 255
-            if not plain or not shard.endswith(".safetensors"):
-                raise ModelError(
-                    f"{index}: {shard[:80]!r} is not a file name in this folder", "Do not trust this folder."
-                )
-        absent = [shard for shard in shards if not (self.folder / shard).is_file()]
-        if absent:
-            raise ModelError(
-                f"{self.folder}: {', '.join(absent)} missing ({len(absent)} of {len(shards)} shards)",
-                "Download the missing files.",
-            )
-        for shard in shards:
-            file = SafetensorsFile(self.folder / shard)
-            listed = {name for name, place in places.items() if place == shard}
-            wrong = sorted(listed ^ set(file.entries))
-            if wrong:
-                raise ModelError(
-                    f"{self.folder / shard}: {fold(wrong)} not where the index says",
-                    f"{INDEX} and the shards are of two checkpoints.",
-                )
-            yield file
-
-    def _refuse_without_weights(self) -> None:
-        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if pickles:
-            raise ModelError(
-                f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
-                f"Turn them into safetensors: minilora convert {self.folder} OUT",
-            )
-        raise ModelError(
-            f"{self.folder}: no model.safetensors and no {INDEX}", "Give the folder of a Hugging Face checkpoint."
-        )
-
-    def reading(self, name: str) -> "_Reading":
-        """A context with the tensor of that name, mapped; its pages are given back at the end."""
-        return _Reading(self._files[name], name)
-
-
-class _Reading:
-    def __init__(self, file: SafetensorsFile, name: str):
-        self.file, self.name = file, name
-
-    def __enter__(self) -> Tensor:
-        return self.file.tensor(self.name)
-
-    def __exit__(self, *_) -> None:
-        self.file.forget(self.name)
-
-
-def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
+def check_shapes(model: Decoder, tensors: Tensors) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
-    _check_kind(model.config.family, tensors, folder)
+    _check_kind(model.config.family, tensors)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = dict(tensors.shapes)
     problems = []
@@ -300,37 +214,29 @@ def check_shapes(model: Decoder, tensors: Tensors, folder: Path) -> None:
     problems += [f"{n} is {found[n][0]}" for n in both if found[n][0] not in DTYPES.values()]
     if problems:
         raise ModelError(
-            f"{folder} does not fit its config.json:\n  " + "\n  ".join(problems),
+            f"{tensors.folder} does not fit its config.json:\n  " + "\n  ".join(problems),
             "Check that config.json and the weights are of one model.",
         )
 
 
-def _check_kind(family: str, tensors: Tensors, folder: Path) -> None:
+def _check_kind(family: str, tensors: Tensors) -> None:
     """ModelError for weights of another family than config.json says, quantised ones, and P-tuning prefixes."""
     scale = next((name for name in tensors.shapes if QUANTISED.fullmatch(name)), None)
     if scale is not None:
         raise ModelError(
-            f"{folder}: the weights are quantised ({scale})", "Use the bf16 or fp16 release of this model."
+            f"{tensors.folder}: the weights are quantised ({scale})", "Use the bf16 or fp16 release of this model."
         )
     if any(".prefix_encoder." in name for name in tensors.shapes):
         raise ModelError(
-            f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
+            f"{tensors.folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
             "Use the model without the prefix.",
         )
     told = next((family for family, name in TELLTALES.items() if name in tensors.shapes), family)
     if told != family:
         raise ModelError(
-            f"{folder}: config.json says {family}, the weights are of {told}",
+            f"{tensors.folder}: config.json says {family}, the weights are of {told}",
             "Take config.json and the weights from one model.",
         )
-
-
-def fold(names: Iterable[str]) -> str:
-    """Names on one line, those that differ in the layer number alone as one with a count."""
-    counts: dict[str, list[str]] = {}
-    for name in names:
-        counts.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    return ", ".join(g[0] if len(g) == 1 else f"{pattern} ({len(g)} tensors)" for pattern, g in counts.items())
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:

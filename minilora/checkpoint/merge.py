@@ -18,16 +18,18 @@ from minilora.models.decoder import Decoder
 
 from ..errors import DiskError, ModelError, OutputInUse
 from ..files.atomic import staged_folder
+from ..files.model_folder import Folder, ModelFolder
+from ..files.tensors import Tensors
 from ..lora import adapters, without_adapters
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter
-from .load import SHARD_BYTES, Tensors, load_model, write_checkpoint
+from .load import SHARD_BYTES, load_model, write_checkpoint
 from .open_model import folder_notes
 from .verify import Proof, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
 def merge_folder(
-    model: str | Path,
+    model: Folder,
     adapter: str | Path,
     output: str | Path,
     shard_bytes: int = SHARD_BYTES,
@@ -41,7 +43,7 @@ def merge_folder(
 
     A tokenizer or chat template of the adapter's own goes into the new folder; `say` hears of it.
     """
-    model, output = Path(model), Path(output)
+    model, output = ModelFolder.of(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
     decoder = load_model(model, device=device, compute=compute)
@@ -53,7 +55,7 @@ def merge_folder(
         say(f"{name:<8}{note}")
     check_fits(tokenizer, decoder.config.vocab, model)
     prompts = prompt_ids(tokenizer)
-    tensors = Tensors(model)
+    tensors = model.tensors
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
@@ -68,7 +70,7 @@ def merge_folder(
             return wrapped[name].merged_weight(stored) if name in wrapped else stored.clone()
 
     with staged_folder(output) as stage:
-        write_checkpoint(stage, tensors.shapes, tensor, model, shard_bytes)
+        write_checkpoint(stage, tensors.shapes, tensor, model.path, shard_bytes)
         for name, content in tokenizer.replaced.items():
             (stage / name).write_bytes(content)
         written = Tensors(stage)

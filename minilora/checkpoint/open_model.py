@@ -1,7 +1,6 @@
 """A model ready to answer: weights loaded, adapter on, threads and dtype as this machine likes them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -9,7 +8,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.int8 import to_int8
 
 from ..errors import UsageError
-from ..files.model_folder import ADAPTER_CONFIG
+from ..files.model_folder import ADAPTER_CONFIG, Folder, ModelFolder
 from ..generate import generation_note
 from ..lora import merge
 from ..machine.compute import choose, choose_threads, name_of
@@ -19,9 +18,9 @@ from .load import keys_not_read, load_model
 
 
 def open_model(
-    folder: str | Path,
+    folder: Folder,
     tokenizer: Tokenizer,
-    adapter: str | Path | None = None,
+    adapter: Folder | None = None,
     any_base: bool = False,
     device: str | None = None,
     compute: str = "auto",
@@ -34,7 +33,7 @@ def open_model(
     int8 merges the adapter into the weights and rounds them (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
     """
     model = load_model(folder, device=device, compute=compute)
-    check_fits(tokenizer, model.config.vocab, Path(folder))
+    check_fits(tokenizer, model.config.vocab, folder)
     if adapter:
         load_adapter(model, adapter, any_base, allow_partial)
         model.eval()
@@ -46,14 +45,14 @@ def open_model(
     return model
 
 
-def folder_notes(folder: str | Path, tokenizer: Tokenizer, adapter: str | Path | None = None) -> dict[str, str]:
+def folder_notes(folder: Folder, tokenizer: Tokenizer, adapter: Folder | None = None) -> dict[str, str]:
     """Lines for a header, by name: what of a model's folder, or of an adapter's, is not taken as it stands."""
-    folder = Path(folder)
+    folder = ModelFolder.of(folder)
     found = {
         "config": keys_not_read(folder),
         "files": f"{ADAPTER_CONFIG} and its weights are not read: --adapter does that" if (folder / ADAPTER_CONFIG).is_file() else None,
         "answers": generation_note(folder),
-        "base": base_note(Path(adapter), folder) if adapter else None,
+        "base": base_note(ModelFolder.of(adapter), folder) if adapter else None,
     }  # fmt: skip
     return {name: note for name, note in found.items() if note} | tokenizer.notes
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..files.model_folder import check_adapter, check_folder, read_json
+from ..files.model_folder import ModelFolder, check_adapter
 from ..terminal import say  # noqa: F401 for all commands
 
 
@@ -11,8 +11,7 @@ def check_paths(
 ) -> None:
     """ModelError or DataError for a path of a command that is not what it should be, UsageError for an encoding; None is not looked at."""
     if model:
-        check_folder(Path(model))
-        read_json(Path(model) / "config.json")
+        ModelFolder(model).config  # noqa: B018 read, or refused
     if adapter:
         check_adapter(Path(adapter))
     if data:

@@ -36,19 +36,21 @@ def run(args: argparse.Namespace) -> None:
     from ..console import Console
     from ..data import load_examples
     from ..files.atomic import write_file
+    from ..files.model_folder import ModelFolder
     from ..rows.token_store import TokenCache
     from ..text.tokenizer import load_tokenizer
     from ..tools.score_data import kept, score_lines, score_rows, write_kept
     from ..tools.score_data_show import shown_progress, to_html, to_text
 
     console = Console()
-    tokenizer = load_tokenizer(args.model, args.adapter)
-    for name, note in folder_notes(args.model, tokenizer, args.adapter).items():
+    folder = ModelFolder(args.model)
+    tokenizer = load_tokenizer(folder, args.adapter)
+    for name, note in folder_notes(folder, tokenizer, args.adapter).items():
         say(f"{name:<12}{note}")
     cache = TokenCache(Path(args.cache), Path(args.model)) if args.cache else None
     examples, report = load_examples(args.data, tokenizer, settings, seed=args.seed, cache=cache)
     console.print(f"data        {report}", highlight=False, markup=False, soft_wrap=True)
-    model = open_model(args.model, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}"), **opening(args))
+    model = open_model(folder, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}"), **opening(args))
     scores = list(shown_progress(score_rows(model, examples, settings.max_length), len(examples), console))
     if args.scores:
         write_file(Path(args.scores), "".join(score_lines(scores, examples)))

@@ -27,15 +27,17 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoint.open_model import folder_notes, open_model, round_to_int8
     from ..data import load_examples
     from ..evaluate import evaluate
+    from ..files.model_folder import ModelFolder
     from ..text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.model, args.adapter)
-    for name, note in folder_notes(args.model, tokenizer, args.adapter).items():
+    folder = ModelFolder(args.model)
+    tokenizer = load_tokenizer(folder, args.adapter)
+    for name, note in folder_notes(folder, tokenizer, args.adapter).items():
         say(f"{name:<12}{note}", quiet=args.json)
     examples, report = load_examples(args.data, tokenizer, settings)
     opened: dict[str, Any] = opening(args) | {"int8": False}
     model = open_model(
-        args.model, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}", quiet=args.json), **opened
+        folder, tokenizer, args.adapter, say=lambda how: say(f"compute     {how}", quiet=args.json), **opened
     )
     score = evaluate(model, examples, settings.max_length)
     rounded = None

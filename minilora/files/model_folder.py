@@ -1,10 +1,14 @@
-"""What can be said of the folder of a model or an adapter without torch: whether it is one, and its small JSON files."""
+"""The folder of a model or an adapter, without torch: whether it is one, and its small JSON files, each opened once."""
 
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from .tensors import Tensors
 
 MAX_JSON = 64 << 20
 POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
@@ -54,13 +58,63 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
 
 
-def positions_note(folder: Path, longest: int) -> str | None:
+class ModelFolder:
+    """A folder whose files are read when they are first asked for, and not again: it is opened once and passed on.
+
+    `folder / name` is the path of a file in it. Raises ModelError for a file that is broken.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, folder: "Folder") -> Self:
+        return folder if isinstance(folder, cls) else cls(folder)  # pyright: ignore[reportArgumentType]
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; ModelError, which says what the folder is instead, if it has none."""
+        check_folder(self.path)
+        return read_json(self / "config.json")
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self._optional("tokenizer_config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return self._optional("generation_config.json")
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        check_adapter(self.path)
+        return read_json(self / ADAPTER_CONFIG)
+
+    @cached_property
+    def tensors(self) -> "Tensors":
+        """The tensors of its safetensors files, by name."""
+        from .tensors import Tensors
+
+        return Tensors(self.path)
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        return read_json(self / name) if (self / name).is_file() else {}
+
+
+Folder = str | Path | ModelFolder
+
+
+def positions_note(folder: Folder, longest: int) -> str | None:
     """A sentence where a row or a prompt is longer than the positions that the folder's model was made for."""
-    j = read_json(folder / "config.json")
+    j = ModelFolder.of(folder).config
     most = next((j[k] for k in POSITIONS if isinstance(j.get(k), int)), None)
-    if most is None or longest <= most:
-        return None
-    return beyond(longest, most)
+    return None if most is None or longest <= most else beyond(longest, most)
 
 
 def beyond(tokens: int, positions: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..errors import DataError, UsageError
 from ..files.atomic import staged_folder
-from ..files.model_folder import positions_note
+from ..files.model_folder import ModelFolder, positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
 from .load import Report, ending_note, load_examples
@@ -31,10 +31,11 @@ class Data:
     seed: int
 
 
-def load_data(config: TrainConfig) -> Data:
+def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
     """Read, render and count the rows of a run; the validation rows are a file's, or taken out of the training rows."""
-    tokenizer = load_tokenizer(config.model)
-    cache = TokenCache(Path(config.cache), Path(config.model)) if config.cache else None
+    folder = folder or ModelFolder(config.model)
+    tokenizer = load_tokenizer(folder)
+    cache = TokenCache(Path(config.cache), folder.path) if config.cache else None
 
     def load(path: str | Path) -> tuple[Examples, Report]:
         return load_examples(path, tokenizer, config, config.seed, cache)
@@ -66,7 +67,7 @@ def load_data(config: TrainConfig) -> Data:
     if len(both):
         rows = int(np.isin(val.column("question"), both).sum())
         notes["note"] = f"{rows:,} validation rows ask what a training row asks: their loss says little"
-    beyond = positions_note(Path(config.model), max(train.longest, val.longest))
+    beyond = positions_note(folder, max(train.longest, val.longest))
     if beyond:
         notes["long"] = beyond
     if not config.train_end:

@@ -3,7 +3,6 @@
 import math
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import folder_notes
 from ..config import TrainConfig
 from ..data import Examples, steps_per_epoch
+from ..files.model_folder import ModelFolder
 from ..lora import adapters, base_parameters, trained_parameters
 from ..machine.compute import name_of
 from ..machine.cpu import device_name
@@ -45,12 +45,12 @@ class Plan:
     header: str
 
 
-def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -> Plan:
+def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, computing: str) -> Plan:
     """Steps and streams of a run, and its header; `computing` is what stands there on dtype and threads.
 
     ModelError if the tokenizer has more ids than the model.
     """
-    check_fits(data.tokenizer, model.config.vocab, Path(config.model))
+    check_fits(data.tokenizer, model.config.vocab, folder)
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     plan = Plan(
         train=data.train,
@@ -73,7 +73,7 @@ def make_plan(config: TrainConfig, data: Data, model: Decoder, computing: str) -
         },
         header="",
     )
-    header = _header(config, data, model, plan, epochs, computing)
+    header = _header(config, folder, data, model, plan, epochs, computing)
     return Plan(**{**plan.__dict__, "header": header})
 
 
@@ -122,7 +122,9 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * shape[config.schedule]
 
 
-def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str) -> str:
+def _header(
+    config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str
+) -> str:
     device = model.head.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     total = sum(p.numel() for p in base_parameters(model).values())
@@ -130,13 +132,13 @@ def _header(config: TrainConfig, data: Data, model: Decoder, plan: Plan, epochs:
     c = model.config
     dtype = name_of(model.head.dtype)
     template = data.tokenizer.template
-    model_name = Path(config.model).name
+    model_name = folder.path.name
     chat = template.name + (" (the last answer of a row is trained)" if template.last_only else "")
     lines = [
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
     ]
-    lines += [f"{name:<8}{note}" for name, note in folder_notes(config.model, data.tokenizer).items()]
+    lines += [f"{name:<8}{note}" for name, note in folder_notes(folder, data.tokenizer).items()]
     if plan.full:
         lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")
     else:

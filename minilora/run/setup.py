@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -13,16 +12,17 @@ from minilora.models.decoder import Decoder
 from ..checkpoint.load import find_device, load_model, read_config
 from ..config import TrainConfig
 from ..errors import UsageError
+from ..files.model_folder import ModelFolder
 from ..lora import add_lora, trained_parameters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 
 
-def load(config: TrainConfig) -> tuple[Decoder, TrainConfig]:
+def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig]:
     """The model as the run trains it, and the config with the dtype and the threads that it computes with."""
-    c, device = read_config(Path(config.model)), find_device(None if config.device == "auto" else config.device)
+    c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device)
-    model = prepare(load_model(config.model, stored, device, name_of(compute)), config)
+    model = prepare(load_model(folder, stored, device, name_of(compute)), config)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     settled = name_of(compute) if compute != torch.float64 else "auto"

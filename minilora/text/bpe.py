@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import ModelError
-from ..files.model_folder import MAX_JSON, check_is_itself, read_json
+from ..files.model_folder import MAX_JSON, ModelFolder, check_is_itself
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -117,7 +117,7 @@ def no_panic(what: str) -> Iterator[None]:
         ) from None
 
 
-def load_json(folder: Path) -> BytePairs:
+def load_json(folder: ModelFolder) -> BytePairs:
     """The tokenizer.json of a folder, with the tokens that its tokenizer_config.json adds."""
     path = folder / "tokenizer.json"
     with no_panic(str(path)):
@@ -126,7 +126,7 @@ def load_json(folder: Path) -> BytePairs:
         return BytePairs.of_json(text.decode("utf-8"), _added(folder, {}))
 
 
-def load_merges(folder: Path) -> BytePairs:
+def load_merges(folder: ModelFolder) -> BytePairs:
     """The vocab.json and merges.txt of a Qwen folder."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not merges.is_file():
@@ -136,17 +136,17 @@ def load_merges(folder: Path) -> BytePairs:
         return BytePairs.of_merges(*models.BPE.read_file(str(vocab), str(merges)), QWEN_SPLIT, True, added)
 
 
-def load_qwen1(folder: Path) -> BytePairs:
+def load_qwen1(folder: ModelFolder) -> BytePairs:
     """The qwen.tiktoken of a Qwen-1 folder."""
     return _load_ranks(folder, folder / "qwen.tiktoken", QWEN_SPLIT, True, QWEN1_SPECIALS)
 
 
-def load_glm4(folder: Path) -> BytePairs:
+def load_glm4(folder: ModelFolder) -> BytePairs:
     """The tokenizer.model of a GLM-4-9B folder in the layout of its original code."""
     return _load_ranks(folder, folder / "tokenizer.model", GLM_SPLIT, False, GLM4_SPECIALS)
 
 
-def _load_ranks(folder: Path, path: Path, split: str, nfc: bool, specials: tuple[str, ...]) -> BytePairs:
+def _load_ranks(folder: ModelFolder, path: Path, split: str, nfc: bool, specials: tuple[str, ...]) -> BytePairs:
     ranks = read_ranks(path)
     letters = _letters()
     text = {token: "".join(letters[b] for b in token) for token in ranks}
@@ -220,11 +220,10 @@ def around(bpe: models.BPE, pattern: str, nfc: bool) -> tokenizers.Tokenizer:
     return built
 
 
-def _added(folder: Path, usual: dict[str, int]) -> list[Added]:
+def _added(folder: ModelFolder, usual: dict[str, int]) -> list[Added]:
     """The tokens beside the vocabulary, by their ids: those of tokenizer_config.json, or the usual ones."""
     tokens = [Added(content, i) for content, i in usual.items()]
-    if (folder / "tokenizer_config.json").is_file():
-        table = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-        if table:
-            tokens = [Added(t["content"], int(i), bool(t.get("special"))) for i, t in table.items()]
+    table = folder.tokenizer_config.get("added_tokens_decoder")
+    if table:
+        tokens = [Added(t["content"], int(i), bool(t.get("special"))) for i, t in table.items()]
     return sorted(tokens, key=lambda t: t.id)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ModelError
 from ..files.atomic import write_file
-from ..files.model_folder import read_json
+from ..files.model_folder import ModelFolder
 from ..rows.problems import quote
 from .template import Message, Template, render_text
 from .template_glm import CHATGLM3
@@ -59,7 +59,7 @@ Rendered = tuple[str | None, str | None]  # the text, or why there is none
 
 
 def choose(
-    folder: Path, text: str | None, formats: Callable[[str | None], Sequence[Template]]
+    folder: ModelFolder, text: str | None, formats: Callable[[str | None], Sequence[Template]]
 ) -> tuple[Template, str | None]:
     """The built-in format for a folder whose chat template has that text, and what a user should know of how the two differ.
 
@@ -89,7 +89,7 @@ def _orders(messages: list[Message]) -> list[Order]:
     return [Order(messages), Order(asked, prompt=True), Order(asked, prompt=True, thinking=True)]
 
 
-def _texts_of_probes(folder: Path, text: str) -> dict[str, list[Rendered]]:
+def _texts_of_probes(folder: ModelFolder, text: str) -> dict[str, list[Rendered]]:
     """What a template makes of each probe."""
     orders = [order for messages in PROBES.values() for order in _orders(messages)]
     flat = iter(_cached(folder, text, orders))
@@ -156,7 +156,7 @@ def _words(template: Template, unlike: list[Unlike]) -> str | None:
     return f"{told}; after {quote(before)} it writes {quote(its)}, {name} {quote(ours)}"
 
 
-def _cached(folder: Path, text: str, orders: list[Order]) -> list[Rendered]:
+def _cached(folder: ModelFolder, text: str, orders: list[Order]) -> list[Rendered]:
     """The texts of orders from the user's cache, or rendered and put there; a cache that cannot be used is no error."""
     variables = _variables(folder)
     key = _hash(json.dumps([text, variables, orders, _hash(CHILD.read_text(encoding="utf-8"))]))
@@ -174,7 +174,7 @@ def _cached(folder: Path, text: str, orders: list[Order]) -> list[Rendered]:
     return found
 
 
-def render(folder: Path, text: str, orders: Sequence[Order]) -> list[Rendered]:
+def render(folder: ModelFolder, text: str, orders: Sequence[Order]) -> list[Rendered]:
     """What a chat template makes of conversations; ModelError if it does not end in time and in bounds."""
     order = {
         "template": text,
@@ -201,16 +201,14 @@ def render(folder: Path, text: str, orders: Sequence[Order]) -> list[Rendered]:
         raise ModelError(what, "It is not a template that chats are written with.") from None
 
 
-def _variables(folder: Path) -> dict[str, Any]:
+def _variables(folder: ModelFolder) -> dict[str, Any]:
     """What a template may name beside the messages: the special tokens of tokenizer_config.json."""
     variables: dict[str, Any] = {"tools": None}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = settings.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                variables[name] = token
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = folder.tokenizer_config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            variables[name] = token
     return variables
 
 

@@ -11,12 +11,11 @@ after ids for images (first releases), or at 0. The first releases also ship the
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
 from ..errors import ModelError
-from ..files.model_folder import read_json
+from ..files.model_folder import ModelFolder
 from .bpe import no_panic, read_text
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -78,24 +77,20 @@ class BlankPieces(Pieces):
         return re.sub(r"<\|blank_(\d{1,2})\|>", lambda blanks: " " * int(blanks[1]), text)
 
 
-def load_chatglm(folder: Path) -> BlankPieces:
+def load_chatglm(folder: ModelFolder) -> BlankPieces:
     """The ice_text.model of a ChatGLM-6B folder, of either layout; ModelError if it is not the layout of config.json."""
     path = folder / "ice_text.model"
-    config = read_json(folder / "config.json")
     raw = read_text(path)
     model = _model(raw, path)
     if model.piece_to_id("[gMASK]") == model.unk_id():
         model = _model(raw + _missing_pieces(), path)
-    settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-    offset = settings.get("num_image_tokens", IMAGE_IDS)
+    offset = folder.tokenizer_config.get("num_image_tokens", IMAGE_IDS)
     if type(offset) is not int or not 0 <= offset < 1 << 30:
         raise ModelError(
             f"{folder / 'tokenizer_config.json'}: num_image_tokens is {str(offset)[:40]}", f"It is 0 or {IMAGE_IDS}."
         )
     pieces = BlankPieces(model, offset=offset)
-    start, wanted = pieces.specials.get("<sop>"), config.get("bos_token_id", 150004)
+    start, wanted = pieces.specials.get("<sop>"), folder.config.get("bos_token_id", 150004)
     if start != wanted:
         raise ModelError(
             f"{path}: <sop> is {start}, config.json has {str(wanted)[:40]} (bos_token_id)",
@@ -104,7 +99,7 @@ def load_chatglm(folder: Path) -> BlankPieces:
     return pieces
 
 
-def load_chatglm2(folder: Path, roles: bool) -> Pieces:
+def load_chatglm2(folder: ModelFolder, roles: bool) -> Pieces:
     """The tokenizer.model of a ChatGLM2 folder, or with `roles` of a ChatGLM3 folder."""
     path = folder / "tokenizer.model"
     return Pieces(_model(read_text(path), path), CHATGLM3_SPECIALS if roles else CHATGLM2_SPECIALS)

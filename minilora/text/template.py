@@ -7,10 +7,9 @@ formats is used (own_template.py); what it writes is never trained itself.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..files.model_folder import read_json
+from ..files.model_folder import Folder, ModelFolder
 
 
 class Segment(NamedTuple):
@@ -72,26 +71,22 @@ def render_text(segments: list[Segment]) -> str:
     return "".join(s.text for s in segments)
 
 
-def jinja_text(folder: Path) -> str | None:
+def jinja_text(folder: Folder) -> str | None:
     """The folder's own chat template, unread, if it has one: chat_template.jinja goes before tokenizer_config.json."""
+    folder = ModelFolder.of(folder)
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    text = _in_settings(folder)
+    text = folder.tokenizer_config.get("chat_template")
     if isinstance(text, list):  # several named templates
         text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
     return text if isinstance(text, str) else None
 
 
-def jinja_note(folder: Path) -> str | None:
+def jinja_note(folder: ModelFolder) -> str | None:
     """What a user should know of chat templates in a folder that jinja_text does not give."""
-    text, given = jinja_text(folder), _in_settings(folder)
+    text, given = jinja_text(folder), folder.tokenizer_config.get("chat_template")
     if text is None and given is not None:
         return "tokenizer_config.json has chat templates, and none that is a text or is named default"
     if text is not None and isinstance(given, str) and given.strip() != text.strip():
         return "chat_template.jinja is used; tokenizer_config.json has another chat_template"
     return None
-
-
-def _in_settings(folder: Path) -> Any:
-    path = folder / "tokenizer_config.json"
-    return read_json(path).get("chat_template") if path.is_file() else None

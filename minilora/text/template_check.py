@@ -1,10 +1,10 @@
 """Are our ids those of the folder's own chat template? The Jinja text is rendered in a process without rights, and compared."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ModelError
+from ..files.model_folder import Folder, ModelFolder
 from .own_template import Order, render
 from .template import Message, jinja_text
 from .tokenizer import Tokenizer
@@ -33,11 +33,12 @@ class TemplateCheck(NamedTuple):
     error: str | None
 
 
-def check_template(folder: Path, tokenizer: Tokenizer, chats: Sequence[list[Message]]) -> TemplateCheck:
+def check_template(folder: Folder, tokenizer: Tokenizer, chats: Sequence[list[Message]]) -> TemplateCheck:
     """Compare the ids of whole chats, and of the prompt of each one's last answer, with those of the folder's template.
 
     Raises ModelError if the folder has no template, or it does not end in time.
     """
+    folder = ModelFolder.of(folder)
     text = jinja_text(folder)
     if text is None:
         raise ModelError(f"{folder} has no chat template of its own", "There is nothing to compare with.")

@@ -8,10 +8,10 @@ known to write (own_template.py).
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from ..errors import DataError, ModelError
+from ..files.model_folder import ModelFolder
 from .template import Message, Segment, Template
 
 
@@ -120,7 +120,7 @@ DEEPSEEK_R1 = ChatML("deepseek-r1", None, "always", True, "<｜end▁of▁senten
 
 
 def qwen_formats(
-    folder: Path, jinja: str | None, specials: set[str], model_type: str | None, system: str | None
+    folder: ModelFolder, jinja: str | None, specials: set[str], model_type: str | None, system: str | None
 ) -> list[ChatML]:
     """The formats that a folder with these tokens can have, the likeliest first; ModelError if there is none.
 

@@ -9,11 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ModelError
-from ..files.model_folder import check_folder, read_json
+from ..files.model_folder import Folder, ModelFolder, read_json
 from ..rows.problems import quote
 from . import bpe, pieces
 from .own_template import choose
@@ -126,15 +125,13 @@ class Tokenizer:
         return ids.index(self.specials["<sop>"]) if self.template == CHATGLM else None
 
 
-def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(folder: Folder, adapter: Folder | None = None) -> Tokenizer:
     """The Tokenizer of a checkpoint folder; a tokenizer or a chat template of the adapter's own goes before the folder's.
 
     ModelError if it has none, or a broken one, or another generation's.
     """
-    folder, adapter = Path(folder), None if adapter is None else Path(adapter)
-    check_folder(folder)
-    j = read_json(folder / "config.json")
-    coder, fixed = _coder(folder, j)
+    folder, adapter = ModelFolder.of(folder), None if adapter is None else ModelFolder.of(adapter)
+    coder, fixed = _coder(folder)
     notes, replaced = {}, {}
     lost = _not_known(folder, coder)
     if lost:
@@ -143,9 +140,9 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
         coder, told, replaced = _adapters_coder(adapter, folder, coder)
         notes |= {"tokens": told} if told else {}
 
-    def template_of(place: Path, text: str | None) -> tuple[Template, str | None]:
+    def template_of(place: ModelFolder, text: str | None) -> tuple[Template, str | None]:
         def formats(system: str | None) -> Sequence[Template]:
-            return fixed or _formats(coder, folder, j.get("model_type"), text, system)
+            return fixed or _formats(coder, folder, text, system)
 
         return choose(place, text, formats)
 
@@ -165,7 +162,7 @@ def load_tokenizer(folder: str | Path, adapter: str | Path | None = None) -> Tok
     return tokenizer
 
 
-def _not_known(folder: Path, coder: Coder) -> str:
+def _not_known(folder: ModelFolder, coder: Coder) -> str:
     """Tokens of a folder's added_tokens.json, which old tokenizers read, that its tokenizer lacks."""
     if not (folder / "added_tokens.json").is_file() or not isinstance(coder, bpe.BytePairs):
         return ""
@@ -173,18 +170,18 @@ def _not_known(folder: Path, coder: Coder) -> str:
     return ", ".join(names[:4]) + (" ..." if names[4:] else "")
 
 
-def _files_with(text: str, settings: Path) -> dict[str, bytes]:
+def _files_with(text: str, settings: ModelFolder) -> dict[str, bytes]:
     """The files of a folder that shall have a chat template: its own file, and tokenizer_config.json, where older readers look."""
     files = {"chat_template.jinja": text.encode()}
     if (settings / "tokenizer_config.json").is_file():
-        j = read_json(settings / "tokenizer_config.json") | {"chat_template": text}
+        j = settings.tokenizer_config | {"chat_template": text}
         files["tokenizer_config.json"] = json.dumps(j, ensure_ascii=False, indent=2).encode()
     return files
 
 
-def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Sequence[Template]]:
+def _coder(folder: ModelFolder) -> tuple[Coder, Sequence[Template]]:
     """The coder of a folder, and the formats where the tokenizer's files leave little choice."""
-    first = _is_chatglm_6b(j)
+    first = _is_chatglm_6b(folder.config)
     if (folder / "ice_text.model").is_file() or first:
         if not first or not (folder / "ice_text.model").is_file():
             has = "has an ice_text.model" if not first else "has no ice_text.model"
@@ -200,7 +197,7 @@ def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Sequence[Template]]:
     if (folder / "tokenizer.model").is_file():
         if bpe.is_ranks(folder / "tokenizer.model"):
             return bpe.load_glm4(folder), [GLM4_OWN, replace(GLM4_OWN, skips_empty=True)]
-        template = _chatglm2_or_3(folder, j)
+        template = _chatglm2_or_3(folder)
         return pieces.load_chatglm2(folder, roles=template == CHATGLM3), [template]
     if (folder / "vocab.json").is_file():
         return bpe.load_merges(folder), []
@@ -210,15 +207,17 @@ def _coder(folder: Path, j: dict[str, Any]) -> tuple[Coder, Sequence[Template]]:
     )
 
 
-def _formats(
-    coder: Coder, folder: Path, model_type: str | None, jinja: str | None, system: str | None
-) -> Sequence[Template]:
+def _formats(coder: Coder, folder: ModelFolder, jinja: str | None, system: str | None) -> Sequence[Template]:
     """The formats that the special tokens of a folder allow, the likeliest first."""
     roles = {"<|user|>", "<|assistant|>"} <= coder.specials.keys() and "<|im_start|>" not in coder.specials
-    return glm_formats() if roles else qwen_formats(folder, jinja, set(coder.specials), model_type, system)
+    if roles:
+        return glm_formats()
+    return qwen_formats(folder, jinja, set(coder.specials), folder.config.get("model_type"), system)
 
 
-def _adapters_coder(adapter: Path, folder: Path, coder: Coder) -> tuple[Coder, str | None, dict[str, bytes]]:
+def _adapters_coder(
+    adapter: ModelFolder, folder: ModelFolder, coder: Coder
+) -> tuple[Coder, str | None, dict[str, bytes]]:
     """The adapter's own coder where it has one that differs from its base's, a line that says so, and its files."""
     if (adapter / "tokenizer.json").is_file() and isinstance(coder, bpe.BytePairs):
         its = bpe.load_json(adapter)
@@ -244,15 +243,13 @@ def _is_chatglm_6b(j: dict[str, Any]) -> bool:
     return j.get("model_type") == "chatglm" and not {"multi_query_attention", "padded_vocab_size"} & j.keys()
 
 
-def _chatglm2_or_3(folder: Path, j: dict[str, Any]) -> Template:
+def _chatglm2_or_3(folder: ModelFolder) -> Template:
     """ChatGLM2 or ChatGLM3, by the role tokens that ChatGLM3's code and chat template name, or by the published name."""
-    settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
+    settings = folder.tokenizer_config
     for text in (str(settings.get("chat_template", "")), _own_code(folder)):
         if text:
             return CHATGLM3 if "<|assistant|>" in text or "<|{{" in text else CHATGLM2
-    names = f"{settings.get('name_or_path')} {j.get('_name_or_path')} {folder.name}".lower()
+    names = f"{settings.get('name_or_path')} {folder.config.get('_name_or_path')} {folder.path.name}".lower()
     found = set(re.findall(r"chatglm([23])", names))
     if len(found) == 1:
         return CHATGLM3 if found == {"3"} else CHATGLM2
@@ -262,13 +259,13 @@ def _chatglm2_or_3(folder: Path, j: dict[str, Any]) -> Template:
     )
 
 
-def _own_code(folder: Path) -> str:
+def _own_code(folder: ModelFolder) -> str:
     """The text of the folder's own tokenizer code, which is read and never run."""
     path = folder / "tokenization_chatglm.py"
     return bpe.read_text(path).decode("utf-8", "replace") if path.is_file() else ""
 
 
-def check_fits(tokenizer: Tokenizer, vocab: int, folder: Path | str) -> None:
+def check_fits(tokenizer: Tokenizer, vocab: int, folder: Folder) -> None:
     """ModelError if the tokenizer has more ids than the model has rows."""
     if tokenizer.size > vocab:
         raise ModelError(

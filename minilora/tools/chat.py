@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from minilora.models.decoder import Decoder
 
 from ..checkpoint.open_model import folder_notes, open_model
-from ..files.model_folder import beyond
+from ..files.model_folder import ModelFolder, beyond
 from ..generate import Sampling, generate, read_generation, stream_text
 from ..lora import adapters, without_adapters
 from ..terminal import printable, say
@@ -97,7 +96,7 @@ def chat(
     **opening: Any,
 ) -> None:
     """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
-    folder = Path(model)
+    folder = ModelFolder(model)
     tokenizer = load_tokenizer(folder, adapter)
     for name, note in folder_notes(folder, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
@@ -130,7 +129,7 @@ def chat(
         return
     sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
     if sys.stdin.isatty():
-        say(f"{folder.name}{' + ' + adapter if adapter else ''}   /help lists the commands")
+        say(f"{folder.path.name}{' + ' + adapter if adapter else ''}   /help lists the commands")
     fixed = "" if adapter and not int8 else INT8 if adapter else "There is no adapter to switch off."
     for line in typed("> ") if sys.stdin.isatty() else _piped():
         text = _whole_characters(line).strip()

@@ -5,25 +5,16 @@ folder with a config.json alone is told as far as it goes. What would stop a tra
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.load import (
-    COMPANIONS,
-    INDEX,
-    Tensors,
-    check_shapes,
-    empty_model,
-    keys_not_read,
-    own_code,
-    read_config,
-)
+from ..checkpoint.load import COMPANIONS, check_shapes, empty_model, keys_not_read, own_code, read_config
 from ..errors import ModelError
-from ..files.model_folder import check_folder, read_json
+from ..files.model_folder import Folder, ModelFolder
+from ..files.tensors import INDEX
 from ..generate import read_generation
 from ..lora import add_lora, linears, matching
 from ..machine.kernel_paths import kernel_paths
@@ -32,13 +23,13 @@ from ..text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 
 
-def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
+def describe(folder: Folder, targets: str = "all-linear") -> dict[str, Any]:
     """A model folder as plain values for JSON; `problems` lists what and what to do, and is empty if it can be trained.
 
     Raises ModelError if there is no config.json that could be read, UsageError for targets that no linear has.
     """
-    check_folder(folder)
-    j = read_json(folder / "config.json")
+    folder = ModelFolder.of(folder)
+    j = folder.config
     found: dict[str, Any] = {
         "folder": str(folder),
         "model_type": j.get("model_type"),
@@ -60,7 +51,7 @@ def describe(folder: Path, targets: str = "all-linear") -> dict[str, Any]:
         found["unknown_keys"] = keys_not_read(folder)
     except ModelError:
         found["unknown_keys"] = None  # of a family that is not here, which is among the problems
-    return found | {"code": own_code(folder), "ignored": _ignored(folder)}
+    return found | {"code": own_code(folder.path), "ignored": _ignored(folder)}
 
 
 def _sizes(model: Decoder) -> dict[str, Any]:
@@ -108,23 +99,23 @@ def _kernels(model: Decoder, targets: str) -> list[str]:
     return kernel_paths(adapted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _has_weights(folder: Path) -> bool:
-    return (folder / INDEX).exists() or any(p.suffix in WEIGHTS for p in folder.iterdir())
+def _has_weights(folder: ModelFolder) -> bool:
+    return (folder / INDEX).exists() or any(p.suffix in WEIGHTS for p in folder.path.iterdir())
 
 
-def _weights(folder: Path, model: Decoder | None) -> dict[str, Any]:
-    tensors = Tensors(folder)
+def _weights(folder: ModelFolder, model: Decoder | None) -> dict[str, Any]:
+    tensors = folder.tensors
     size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     if model is not None:
-        check_shapes(model, tensors, folder)
+        check_shapes(model, tensors)
     return {"weights": {"tensors": len(tensors.shapes), "bytes": size, "ignored": sorted(tensors.ignored)}}
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def _has_tokenizer(folder: ModelFolder) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
+def _chat(folder: ModelFolder, model: Decoder | None) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     if model is not None:
         check_fits(tokenizer, model.config.vocab, folder)
@@ -140,10 +131,10 @@ def _chat(folder: Path, model: Decoder | None) -> dict[str, Any]:
     }
 
 
-def _ignored(folder: Path) -> list[str]:
+def _ignored(folder: ModelFolder) -> list[str]:
     """Names in the folder that minilora does not read."""
-    read = {*COMPANIONS, *own_code(folder), INDEX}
-    names = sorted(p.name for p in folder.iterdir() if p.name not in read and p.suffix != ".safetensors")
+    read = {*COMPANIONS, *own_code(folder.path), INDEX}
+    names = sorted(p.name for p in folder.path.iterdir() if p.name not in read and p.suffix != ".safetensors")
     return [name for name in names if not name.startswith(".")]
 
 

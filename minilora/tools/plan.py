@@ -5,7 +5,6 @@ Without data every row is taken to be as long as the limits allow.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from ..checkpoint.load import empty_model, find_device, read_config
 from ..config import TrainConfig
 from ..data import IGNORE, Batch, Example, pack, step_examples
 from ..errors import UsageError
-from ..files.model_folder import positions_note
+from ..files.model_folder import ModelFolder, positions_note
 from ..lora import adapters, trained_parameters
 from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
@@ -32,7 +31,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     """What a training would need, as plain values for JSON: on a card with so many 10^9 bytes, or on this machine."""
     if not config.model:
         raise UsageError("--model is missing", "minilora plan --model DIR [--data FILE] [settings of train]")
-    c = read_config(Path(config.model))
+    folder = ModelFolder(config.model)
+    c = read_config(folder)
     device = find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device if card_gb is None else torch.device("cuda"))
     model = prepare(empty_model(c, stored), config)
@@ -52,8 +52,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     }
     prefix = hasattr(c, "sop")
     if config.data:
-        data = load_data(config)
-        check_fits(data.tokenizer, c.vocab, Path(config.model))
+        data = load_data(config, folder)
+        check_fits(data.tokenizer, c.vocab, folder)
         steps, per_epoch, epochs = count_steps(config, len(data.train))
         streams = _streams(config, data.train, per_epoch)
         found |= {
@@ -67,7 +67,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         row = _assumed_row(config, prefix)
         streams = _streams(config, [row] * (config.batch_size * config.accumulation), 1)
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
-        found["note"] = positions_note(Path(config.model), len(row.ids))
+        found["note"] = positions_note(folder, len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
     memory, flops = step_memory(model, largest), step_flops(model, [largest], config.method == "full")
     found["step"] = {

@@ -26,7 +26,7 @@ from ..config import DataConfig
 from ..console import Console
 from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
-from ..files.model_folder import ADAPTER_WEIGHTS
+from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
 from ..generate import GREEDY, Sampling, read_generation
 from ..generate_many import generate_many
 from ..lora import base_parameters
@@ -109,19 +109,20 @@ def predict(
     `opening`: as for open_model.
     """
     console, folder = console or Console(), Path(output)
-    tokenizer = load_tokenizer(model, adapter)
+    base = ModelFolder.of(model)
+    tokenizer = load_tokenizer(base, adapter)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    for name, note in folder_notes(model, tokenizer, adapter).items():
+    for name, note in folder_notes(base, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     questions = read_questions(data, tokenizer, reading, say)
     then = _settings_there(folder, overwrite).get("dtype")
     if opening.get("compute", "auto") == "auto" and then in ("float32", "bfloat16"):
         opening["compute"] = then  # a machine that is busy otherwise may measure otherwise
-    decoder = open_model(model, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
-    sampling, stop = read_generation(Path(model))
+    decoder = open_model(base, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
+    sampling, stop = read_generation(base)
     sampling = sampling if sample else GREEDY
     settings = {
         "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),

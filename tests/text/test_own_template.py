@@ -13,6 +13,7 @@ from docs.demo_model.make_model import TEMPLATE
 from minilora.__main__ import main
 from minilora.demo.show import MODEL
 from minilora.errors import ModelError
+from minilora.files.model_folder import ModelFolder
 from minilora.text import own_template
 from minilora.text.own_template import Order, render
 from minilora.text.template import jinja_text
@@ -129,7 +130,7 @@ def test_without_jinja2_it_is_said_that_nothing_was_compared(folder: Path, monke
 def test_a_template_that_is_not_rendered_in_bounds_is_said(folder: Path, monkeypatch):
     monkeypatch.setattr(own_template, "CHILD", folder / "no such file")
     with pytest.raises(ModelError, match="in time and in bounds"):
-        render(folder, BODY, [Order([])])
+        render(ModelFolder(folder), BODY, [Order([])])
 
     def stopped(*_):
         raise ModelError("it was stopped", "")
@@ -150,13 +151,13 @@ ERRORS = {
 
 @pytest.mark.parametrize(("expression", "error"), ERRORS.items(), ids=ERRORS)
 def test_an_error_of_a_template_is_shown_as_itself(folder: Path, expression: str, error: str):
-    assert render(folder, "{{ " + expression + " }}", [Order([])]) == [(None, error)]
+    assert render(ModelFolder(folder), "{{ " + expression + " }}", [Order([])]) == [(None, error)]
 
 
 def test_a_template_may_use_what_transformers_gives_it(folder: Path):
     text = "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}{{ '\\N{DIGIT ONE}' }}{{ [1] | tojson(indent=1) }}{{ eos_token }}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
-    ((found, error),) = render(folder, text, [Order([])])
+    ((found, error),) = render(ModelFolder(folder), text, [Order([])])
     assert error is None and found is not None and found[:2] == "20" and found[4:] == "1[\n 1\n]<end>"
 
 
