@@ -5,7 +5,7 @@
 x [T, H, E]; cos, sin [T, P/2] in the dtype of x, made by `rope_angles` from the positions of the batch, so that packed
 documents restart. The first P <= E elements of a head turn, the rest pass through. Angle i turns the pair (i, i + P/2)
 (half-split, GPT-NeoX), or (2i, 2i + 1) when interleaved (GPT-J). With cos, sin [T, R, P/2] a head is R sections of E/R
-elements, each turned so by a row of its own: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
+elements, each rotated so by a row of its own: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
 
 Nothing of x is saved: the backward is the same rotation with -sin. A program of the kernel turns one section of some heads
 of one token.
@@ -34,12 +34,12 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     """The specification: x [T, H, E], cos and sin [T, P/2] or [T, R, P/2] -> [T, H, E]."""
     if cos.dim() == 3:
         sections = x.chunk(cos.shape[1], dim=-1)
-        turned = [rope_ref(s, cos[:, i], sin[:, i], interleaved) for i, s in enumerate(sections)]
-        return torch.cat(turned, dim=-1)
+        rotated = [rope_ref(s, cos[:, i], sin[:, i], interleaved) for i, s in enumerate(sections)]
+        return torch.cat(rotated, dim=-1)
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
-    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = turning.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    rotary, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = rotary.unflatten(-1, (half, 2)).unbind(-1) if interleaved else rotary.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1), rest), dim=-1)
 
@@ -77,8 +77,8 @@ def _rotate_kernel(
         both = tl.arange(0, 2 * BLOCK)[None, :]
         inside = (head < H) & (both < 2 * HALF)
         first, second = tl.split(tl.reshape(load(x + both, inside, ACC), (HEADS, BLOCK, 2)))
-        turned = tl.join(first * cos - second * sin, second * cos + first * sin)
-        store(y + both, tl.reshape(turned, (HEADS, 2 * BLOCK)), inside)
+        rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
+        store(y + both, tl.reshape(rotated, (HEADS, 2 * BLOCK)), inside)
     else:
         inside = (head < H) & (col < HALF)
         first, second = load(x + col, inside, ACC), load(x + HALF + col, inside, ACC)

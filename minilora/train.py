@@ -29,7 +29,7 @@ from .machine.flops import peak_flops, step_flops
 from .report.report import REFRESH, report_quietly
 from .rows.dataset import load_data
 from .run.ending import finish, memory_hint, page_of_the_end, state_saved
-from .run.folder import Progress, Run, check_before, check_claim, check_disk, clear, restore, save, write_beginning
+from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning
 from .run.monitor import Monitor, RunConsole, step_metrics, working
 from .run.schedule import learning_rate, make_plan
 from .run.setup import kernels, load, optimizer_of
@@ -47,9 +47,9 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder = Path(config.output)
     if not resume:
-        check_before(folder, overwrite)
+        check_unlocked(folder, overwrite)
     with page_of_the_end(folder), memory_hint(), locked(folder), kernels(config):
-        check_claim(folder, resume, overwrite)
+        check_output(folder, resume, overwrite)
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)
             data = load_data(config, base)

@@ -51,7 +51,7 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     _one_rope(j)
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     theta = positive(scaling, "rope_theta", positive(j, "rope_theta", 10000.0))
-    _agree(j, scaling, "rope_theta")
+    _check_same(j, scaling, "rope_theta")
     if scaling.get("type") is not None and scaling.get("rope_type") not in (None, scaling["type"]):
         raise ValueError(f"rope_type {scaling['rope_type']!r} and type {scaling['type']!r} contradict each other")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -83,7 +83,7 @@ def rope_of(j: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     )
 
 
-def _agree(j: dict[str, Any], scaling: dict[str, Any], key: str) -> None:
+def _check_same(j: dict[str, Any], scaling: dict[str, Any], key: str) -> None:
     """ValueError for a key that says one thing in the rope settings and another beside them."""
     inside, beside = scaling.get(key), j.get(key)
     if inside is not None and beside is not None and inside != beside:
@@ -110,7 +110,7 @@ def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
     """How many elements of a head turn: `partial_rotary_factor`, in rope_parameters (transformers 5) or beside it (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     share = positive(scaling, "partial_rotary_factor", positive(j, "partial_rotary_factor", default))
-    _agree(j, scaling, "partial_rotary_factor")
+    _check_same(j, scaling, "partial_rotary_factor")
     rotary = int(head_size * share)
     if share > 1 or rotary % 2 or not rotary:
         raise ValueError(f"partial_rotary_factor {share:g} of a head of {head_size}: an even number must turn")

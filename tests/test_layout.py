@@ -19,6 +19,16 @@ SOURCES = [
     if not {"kernels", "models"} & set(p.relative_to(ROOT).parts[1:-1])  # the links in minilora/
 ]
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+# private words that had a name in the field, and that name
+OLD_WORDS = {
+    "agree": "check_same", "card": "arch, or gpu", "check_before": "check_unlocked",
+    "check_claim": "check_output", "drops": "dropout_args", "durable": "atomic",
+    "foreign_flags": "alias_flags", "joint": "projections", "keep_heap": "tune_malloc", "key_dropout": "set_dropout_keys",
+    "lay_together": "pack_weights", "low_gradients": "expand_backward", "lows": "shrink", "lora_narrow": "lora_shrink",
+    "members": "per_projection_args", "once": "round_once", "problem_of": "verify_manifest",
+    "seams": "cu_seqlens", "sight": "mask_spec", "staged_folder": "atomic_folder", "stretch": "logn_scale",
+    "together": "packed_modules", "turn_kernel": "rotate_kernel", "turned": "rotated", "wider": "accum_dtype",
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
@@ -56,6 +66,16 @@ def test_one_name_for_one_module(path: Path):
 @every_source
 def test_peers_are_no_dependency(path: Path):
     assert {name for name in imports(path) if within(name, PEERS)} == set()
+
+
+@every_source
+def test_no_old_word_is_left(path: Path):
+    """A class counts as the variable that would hold it: _Sight is sight."""
+    names = {path.stem}
+    for node in ast.walk(ast.parse(path.read_text())):
+        named = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname")]
+        names |= {name.strip("_").lower() for name in named if isinstance(name, str)}
+    assert {old: OLD_WORDS[old] for old in OLD_WORDS.keys() & names} == {}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)

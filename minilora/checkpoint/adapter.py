@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..files.atomic import staged_folder
+from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
@@ -46,7 +46,7 @@ HARMLESS = (
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "") -> None:
     """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path."""
-    with staged_folder(Path(folder)) as stage:
+    with atomic_folder(Path(folder)) as stage:
         fill_adapter_folder(model, stage, str(base))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, OutputInUse, UsageError
-from ..files.atomic import staged_folder
+from ..files.atomic import atomic_folder
 from ..files.model_folder import check_folder, read_json
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
@@ -44,7 +44,7 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
     free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.exists())).free
     if free < need:
         raise DiskError(f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Free some space.")
-    with staged_folder(output) as stage:
+    with atomic_folder(output) as stage:
         places: dict[str, str] = {}
         size = 0
         for number, shard in enumerate(shards, 1):

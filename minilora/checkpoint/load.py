@@ -26,7 +26,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
 
 from ..errors import ModelError, UsageError
-from ..files.atomic import staged_folder
+from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, Folder, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, Tensors, fold
@@ -303,5 +303,5 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
     dtype = model.config.dtype
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
-    with staged_folder(Path(folder)) as stage:
+    with atomic_folder(Path(folder)) as stage:
         write_checkpoint(stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes)

@@ -17,7 +17,7 @@ from torch import Tensor
 from minilora.models.decoder import Decoder
 
 from ..errors import DiskError, ModelError, OutputInUse
-from ..files.atomic import staged_folder
+from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
 from ..lora import adapters, without_adapters
@@ -69,7 +69,7 @@ def merge_folder(
         with tensors.reading(name) as stored:
             return wrapped[name].merged_weight(stored) if name in wrapped else stored.clone()
 
-    with staged_folder(output) as stage:
+    with atomic_folder(output) as stage:
         write_checkpoint(stage, tensors.shapes, tensor, model.path, shard_bytes)
         for name, content in tokenizer.replaced.items():
             (stage / name).write_bytes(content)

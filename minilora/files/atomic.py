@@ -20,7 +20,7 @@ MANIFEST = "MANIFEST.json"
 
 
 @contextmanager
-def staged_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
     """A new folder to fill; when the block ends well it becomes `target`, replacing what stood there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
@@ -93,8 +93,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def problem_of(folder: Path) -> str | None:
-    """What is wrong with a folder that was staged with a manifest; None if every byte is as it was written."""
+def verify_manifest(folder: Path) -> str | None:
+    """What is wrong with a folder that was written with a manifest; None if every byte is as it was written."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())
         if not sums:

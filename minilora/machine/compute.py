@@ -92,8 +92,8 @@ def choose_threads(c: Config) -> int:
     most = min(torch.get_num_threads(), usable_cpus())
     if most == 1:
         return 1
-    alone, together = (_with_threads(n, min(c.width, LARGEST), min(c.ffn, LARGEST)) for n in (1, most))
-    return most if alone > TINY or alone > WORTH * together else 1
+    alone, shared = (_with_threads(n, min(c.width, LARGEST), min(c.ffn, LARGEST)) for n in (1, most))
+    return most if alone > TINY or alone > WORTH * shared else 1
 
 
 @lru_cache

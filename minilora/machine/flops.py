@@ -53,8 +53,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for card, peak in PEAKS.items():
-            if card in name:
+        for gpu, peak in PEAKS.items():
+            if gpu in name:
                 return peak
     dtypes = {dtype, torch.float32} if device.type == "cpu" and dtype != torch.float64 else {dtype}
     return max(measured_flops(device, each) for each in dtypes)

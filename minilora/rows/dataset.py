@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import TrainConfig
 from ..errors import DataError, UsageError
-from ..files.atomic import staged_folder
+from ..files.atomic import atomic_folder
 from ..files.model_folder import ModelFolder, positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
@@ -100,7 +100,7 @@ def write_split(folder: Path, data: Data) -> None:
     """Write each side that was split off as NAME.jsonl, its rows as their file has them, and split.json with their hashes."""
     if not data.taken:
         return
-    with staged_folder(folder) as stage:
+    with atomic_folder(folder) as stage:
         table = {"seed": data.seed, "rows": {"train": len(data.train)}, "hashes": {}}
         for name, examples in data.taken.items():
             values = [examples.value(i) for i in range(len(examples))]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, overload
 import numpy as np
 
 from ..errors import DataError
-from ..files.atomic import problem_of, staged_folder
+from ..files.atomic import atomic_folder, verify_manifest
 
 IGNORE = -100
 RECORD = np.dtype(
@@ -198,7 +198,7 @@ class TokenCache:
     def load(self, key: str, source: Places, rate: float) -> tuple[TokenStore, dict] | None:
         """A store and its notes if it is there and every byte is as it was written."""
         folder = self.folder / key
-        if not folder.is_dir() or problem_of(folder) is not None:
+        if not folder.is_dir() or verify_manifest(folder) is not None:
             return None
         notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
         records = np.fromfile(folder / "records", RECORD)
@@ -206,7 +206,7 @@ class TokenCache:
 
     def write(self, key: str) -> Any:
         """A new folder to fill, as a context; it appears whole or not at all."""
-        return staged_folder(self.folder / key, manifest=True)
+        return atomic_folder(self.folder / key, manifest=True)
 
 
 def unnamed_file() -> BinaryIO:

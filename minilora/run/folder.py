@@ -12,7 +12,7 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import problem_of, write_file
+from ..files.atomic import verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..report.record import TRAINED_ROWS
@@ -54,8 +54,8 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
-    """OutputInUse unless the run folder is empty, or it is resumed, or the user said that its old run may go."""
+def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
+    """OutputInUse unless the run folder is empty, or is resumed, or holds a run that the user lets us delete."""
     held = [p for p in folder.iterdir() if not p.name.startswith(".")]
     is_run = (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("metrics.jsonl", "checkpoints"))
     if overwrite and held and not is_run:
@@ -65,10 +65,10 @@ def check_claim(folder: Path, resume: bool, overwrite: bool) -> None:
         raise OutputInUse(f"{folder} is not empty", hint)
 
 
-def check_before(folder: Path, overwrite: bool) -> None:
-    """OutputInUse for a folder that is not a run's, before anything is written there, the lock included."""
+def check_unlocked(folder: Path, overwrite: bool) -> None:
+    """The same for a folder that no run has locked yet, so that not even a lock file is written where none belongs."""
     if folder.is_dir() and not (folder / ".lock").exists():
-        check_claim(folder, resume=False, overwrite=overwrite)
+        check_output(folder, resume=False, overwrite=overwrite)
 
 
 def clear(folder: Path) -> None:
@@ -159,7 +159,7 @@ def take_kept(run: Run) -> str:
     best = run.checkpoints / f"step-{at.best_step}"
     if run.config.keep == "last":
         return f"{last}, by --keep last; {lowest} is that of {best}"
-    problem = problem_of(best)
+    problem = verify_manifest(best)
     if problem is not None:
         return f"{last}: step {at.best_step} had {lowest}, but {best} is damaged ({problem})"
     load_snapshot(best, run.model, run.optimizer, run.plan.full)
@@ -175,7 +175,7 @@ def _identity(run: Run) -> dict:
 def _machine(run: Run) -> dict[str, str | int]:
     """What the last bits of a float depend on beside the run's identity."""
     device = run.model.head.device
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     cpu = torch.backends.cpu.get_cpu_capability()
     threads, micro = torch.get_num_threads(), run.plan.micro_tokens
     return {
@@ -183,6 +183,6 @@ def _machine(run: Run) -> dict[str, str | int]:
         "compute": name_of(run.model.compute_dtype),
         "threads": threads,
         "cpu": cpu,
-        "card": card,
+        "card": gpu,
         "micro_tokens": micro,
     }

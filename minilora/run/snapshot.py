@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoint.adapter import PREFIX, fill_adapter_folder
 from ..checkpoint.load import write_checkpoint
 from ..errors import CheckpointMismatch
-from ..files.atomic import problem_of, staged_folder, write_link
+from ..files.atomic import atomic_folder, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import trained_parameters
@@ -29,7 +29,7 @@ def save_snapshot(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], base: Path, full: bool
 ) -> None:
     """Write `folder`; state is JSON. An older folder of that name is replaced."""
-    with staged_folder(folder, manifest=True) as stage:
+    with atomic_folder(folder, manifest=True) as stage:
         fill_trained_folder(stage, model, base, full)
         moments = {}
         for name, p in trained_parameters(model).items():
@@ -94,7 +94,7 @@ def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest snapshot whose every byte is as written, and what was wrong with newer ones."""
     skipped = []
     for folder in sorted(snapshots(checkpoints), key=step_of, reverse=True):
-        problem = problem_of(folder)
+        problem = verify_manifest(folder)
         if problem is None:
             return folder, skipped
         skipped.append(f"skipped {folder.name}: {problem}")

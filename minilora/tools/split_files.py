@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError, OutputInUse, UsageError
-from ..files.atomic import staged_folder
+from ..files.atomic import atomic_folder
 from ..rows import Row, RowError, open_rows, to_messages
 from ..rows.duplicates import NearDuplicates
 from ..rows.load import counted, hashes
@@ -50,7 +50,7 @@ def split_files(
     }
     table: dict[str, Any] = {"seed": seed, "sources": sums, "rows": {}, "near": [], "hashes": {}}
     table["near"], told = _near(sides, rows)
-    with staged_folder(output) as stage:
+    with atomic_folder(output) as stage:
         for name, part in sides.items():
             text = "".join(json.dumps(values[i], ensure_ascii=False) + "\n" for i in part.tolist())
             (stage / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ import numpy as np
 from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
 from ..console import Console
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
-from ..files.atomic import locked, staged_folder, write_file
+from ..files.atomic import atomic_folder, locked, write_file
 from ..report.compare import compare
 from ..report.record import read_record
 from ..report.score_table import LETTERS, shortened, show_scores
@@ -206,7 +206,7 @@ def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point]
         questions = np.array([hashes(row)[0] for row in rows], np.uint64)
         count = count_of("test", str(plan.test["rows"]), len(rows))
         rest, side = (numbers[places] for places in split(questions, [count], config.seed))
-        with staged_folder(target) as stage:
+        with atomic_folder(target) as stage:
             for name, chosen in (("train", rest), ("test", side)):
                 lines = [json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(chosen.tolist())]
                 (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 
 from minilora.checkpoint.load import INDEX, Tensors, load_model, read_config, save_model, write_checkpoint
 from minilora.errors import ModelError, UsageError
-from minilora.files import atomic as durable
+from minilora.files.atomic import atomic_folder
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -363,7 +363,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call, n
 
 
 def test_a_failing_tensor_leaves_what_was_there(tmp_path):
-    with pytest.raises(ZeroDivisionError), durable.staged_folder(tmp_path / "out") as stage:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out") as stage:
         write_checkpoint(stage, {"w": (torch.float32, (1,))}, lambda name: torch.ones(1) / (1 // 0), GOLDEN / "qwen3")
     assert not list(tmp_path.iterdir())
 
@@ -372,6 +372,6 @@ def test_a_folder_moved_aside_by_a_crash_comes_back(tmp_path):
     (tmp_path / ".trash-out").mkdir()
     (tmp_path / ".trash-out" / "precious").write_text("x")
     (tmp_path / ".tmp-out").mkdir()
-    with pytest.raises(KeyError), durable.staged_folder(tmp_path / "out"):
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "out"):
         raise KeyError
     assert files_of(tmp_path) == {"out/precious": b"x"}

@@ -20,7 +20,7 @@ from minilora.__main__ import COMMANDS, main
 from minilora.checkpoint.load import INDEX
 from minilora.config import TrainConfig, read_yaml, resolve, to_yaml
 from minilora.errors import MiniloraError, UsageError
-from minilora.files.atomic import problem_of
+from minilora.files.atomic import verify_manifest
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.models.decoder import Decoder
 from minilora.run.snapshot import rotate, snapshots, step_of
@@ -104,7 +104,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 def intact(run: Path) -> list[int]:
     """The steps of a run's checkpoints, all of which must verify; no leftovers."""
     assert not list(run.rglob(".tmp-*")) and not list(run.rglob(".trash-*"))
-    assert all(problem_of(folder) is None for folder in snapshots(run / "checkpoints"))
+    assert all(verify_manifest(folder) is None for folder in snapshots(run / "checkpoints"))
     return sorted(map(step_of, snapshots(run / "checkpoints")))
 
 
@@ -491,7 +491,7 @@ def test_retention_counts_no_damaged_checkpoint(run):
     (checkpoints / ".tmp-step-9").mkdir()
     rotate(checkpoints, keep=1, step=3, best=None)
     assert sorted(os.listdir(checkpoints)) == ["last", "step-3", "step-4"]
-    assert os.readlink(checkpoints / "last") == "step-3" and problem_of(checkpoints / "step-3") is None
+    assert os.readlink(checkpoints / "last") == "step-3" and verify_manifest(checkpoints / "step-3") is None
 
 
 # while it runs
