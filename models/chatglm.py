@@ -1,16 +1,16 @@
 """ChatGLM-6B, the first one (model_type `chatglm` without `multi_query_attention`).
 
-A GLM (Du et al., 2022), unlike anything after it:
+A GLM (Du et al., 2022) with a block that no later model has:
 
     a = LN(x)    h = sqrt(56) * a + attention(a)    b = LN(h)    y = sqrt(56) * b + MLP(b)
 
-The residual carries the normalised input; sqrt(56) is sqrt(2 * 28 layers), and stays that in the original code whatever
-num_layers is. The MLP is GELU (tanh form) without a gate. Every linear has a bias. The rows of query_key_value are q, k, v of
-the first head, then of the next.
+The residual carries the normalised input; sqrt(56) is sqrt(2 * 28 layers); the original code has it as a
+constant, whatever num_layers is. The MLP is GELU (tanh form) without a gate. Every linear has a bias. The rows of query_key_value
+are q, k, v of the first head, then of the next.
 
-A document is `prompt [gMASK] <sop> answer <eop>`. All that stands before <sop> sees each other; from there on it is causal. A
-token has two positions: the first half of each head turns by the one in the prompt, which stands still at [gMASK], the second
-half by the one in the answer, which counts from <sop> = 1 (stream.Documents).
+A document is `prompt [gMASK] <sop> answer <eop>`. The tokens before <sop> all see each other; from <sop> on attention is causal. A
+token has two positions: the first half of each head rotates by the position in the prompt, which stays that of [gMASK] from there
+on, the second half by the position in the answer, which counts from <sop> = 1 (stream.Documents).
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,7 @@ from .config import Config
 from .config_json import dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import LayerNorm, Linear
-from .rotary import inverse_frequencies
-from .stream import Cache, Context, Documents
+from .stream import Cache, Context, Documents, inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5
@@ -83,7 +82,7 @@ class ChatGLM(Decoder):
         self.sop = c.sop
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """Rounded to fp16, as the published weights were trained; the angles are fp32."""
+        """Rounded to fp16, as in the training of the published weights; the angles are fp32."""
         exact, factor = inverse_frequencies(self.config, device, torch.float32)
         return exact.half().to(torch.promote_types(dtype, torch.float32)), factor
 
@@ -103,15 +102,15 @@ def decoder(c: ChatGLMConfig) -> Decoder:
 
 
 def config(j: dict[str, Any]) -> ChatGLMConfig:
-    """Config of ChatGLM-6B's config.json; keys that it lacks mean the first release, of vocabulary 150528.
+    """Config of ChatGLM-6B's config.json; missing keys have the values of the first release, with its vocabulary of 150528.
 
-    Raises ValueError naming the key for what is not supported.
+    Raises ValueError that names the key whose value is not supported.
     """
     only(j, "ChatGLM-6B", position_encoding_2d=True)
     layers, width = whole(j, "num_layers", 28, 1000), whole(j, "hidden_size", 4096)
     heads = whole(j, "num_attention_heads", 32)
     if width % heads or width // heads % 4:
-        raise ValueError(f"hidden_size {width} of {heads} heads: both halves of a head turn, in pairs")
+        raise ValueError(f"hidden_size {width} of {heads} heads: both halves of a head rotate, in pairs")
     return ChatGLMConfig(
         family="chatglm",
         layers=layers,
@@ -122,14 +121,8 @@ def config(j: dict[str, Any]) -> ChatGLMConfig:
         ffn=whole(j, "inner_hidden_size", 16384),
         vocab=whole(j, "vocab_size", 150528),
         eps=positive(j, "layernorm_epsilon", 1e-5),
-        rope_theta=10000.0,
-        rope_scale=1.0,
-        yarn=None,
         rotary=width // heads // 2,
-        interleaved=False,
-        windows=(None,) * layers,
         qkv_bias=True,
-        qk_norm=False,
         tied=flag(j, "tie_word_embeddings", True),
         max_positions=whole(j, "max_sequence_length", 2048),
         dtype=dtype_of(j),

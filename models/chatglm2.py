@@ -1,10 +1,10 @@
 """ChatGLM2, ChatGLM3 and GLM-4-9B in the layout of their original code (model_type `chatglm`, told apart from ChatGLM-6B).
 
 The same model as `glm` under other names: one matrix holds all queries, then all keys, then all values; dense_h_to_4h holds
-the gate's rows, then up's; neighbours turn as a pair in the first half of each head. Its RMS norm multiplies by the weight
-before it rounds.
+the gate's rows, then up's; adjacent elements rotate as a pair in the first half of each head. Its RMS norm multiplies by the
+weight before it rounds.
 
-A config.json of long context has a `rope_ratio`. ChatGLM3 and GLM-4 multiply the rotary base by it; ChatGLM2 divides the
+The config.json of a long-context model has a `rope_ratio`. ChatGLM3 and GLM-4 multiply the rotary base by it; ChatGLM2 divides the
 positions by it.
 """
 
@@ -80,7 +80,7 @@ def decoder(c: Config) -> Decoder:
 def config(j: dict[str, Any]) -> Config:
     """Config of the config.json of a ChatGLM2, ChatGLM3 or GLM-4-9B folder.
 
-    Raises ValueError naming the key for what is not supported.
+    Raises ValueError that names the key whose value is not supported.
     """
     only(
         {"multi_query_attention": False} | j,
@@ -98,7 +98,7 @@ def config(j: dict[str, Any]) -> Config:
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of multi_query_group_num {kv_heads}")
     if head_size % 4:
-        raise ValueError(f"kv_channels is {head_size}; half of a head turns, in pairs")
+        raise ValueError(f"kv_channels is {head_size}; half of a head rotates, in pairs")
     base, divisor = _rope(j)
     return Config(
         family="chatglm2",
@@ -112,12 +112,9 @@ def config(j: dict[str, Any]) -> Config:
         eps=positive(j, "layernorm_epsilon", 1e-5),
         rope_theta=base,
         rope_scale=divisor,
-        yarn=None,
         rotary=head_size // 2,
         interleaved=True,
-        windows=(None,) * layers,
         qkv_bias=flag(j, "add_qkv_bias", False),
-        qk_norm=False,
         tied=flag(j, "tie_word_embeddings", False),
         max_positions=whole(j, "seq_length", 2048),
         dtype=dtype_of(j),
@@ -125,9 +122,9 @@ def config(j: dict[str, Any]) -> Config:
 
 
 def _rope(j: dict[str, Any]) -> tuple[float, float]:
-    """The rotary base, and what positions are divided by: the two meanings of rope_ratio.
+    """The rotary base and the divisor of positions: the two meanings of rope_ratio.
 
-    ChatGLM2 and ChatGLM3 have the same sizes; only the name that the folder was published under tells which one it is.
+    ChatGLM2 and ChatGLM3 have the same sizes; only the name under which the folder was published tells them apart.
     """
     ratio = positive(j, "rope_ratio", 1.0)
     name = str(j.get("_name_or_path"))

@@ -17,9 +17,9 @@ class Yarn:
     truncate: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """The sizes and switches of one checkpoint, read from its config.json."""
+    """The sizes of one checkpoint, which every family has, and the switches, of which a family sets those that differ."""
 
     family: str
     layers: int
@@ -30,14 +30,18 @@ class Config:
     ffn: int
     vocab: int
     eps: float
-    rope_theta: float
-    rope_scale: float  # positions are divided by it
-    yarn: Yarn | None
-    rotary: int  # how many elements of a head turn, from the first on
-    interleaved: bool  # the pairs that turn are (2i, 2i + 1), not (i, i + rotary / 2)
-    windows: tuple[int | None, ...]  # a layer: how many keys a query sees, None for all
-    qkv_bias: bool
-    qk_norm: bool
-    tied: bool
+    rotary: int  # how many elements of a head rotate, from the first on
     max_positions: int
     dtype: torch.dtype
+
+    rope_theta: float = 10000.0
+    rope_scale: float = 1.0  # positions are divided by it
+    yarn: Yarn | None = None
+    interleaved: bool = False  # the pairs that rotate are (2i, 2i + 1), not (i, i + rotary / 2)
+    windows: tuple[int | None, ...] = ()  # a layer: how many keys a query sees, None for all; empty: all in every layer
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None

@@ -107,13 +107,13 @@ def _one_rope(j: dict[str, Any]) -> None:
 
 
 def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
-    """How many elements of a head turn: `partial_rotary_factor`, in rope_parameters (transformers 5) or beside it (4)."""
+    """How many elements of a head rotate: `partial_rotary_factor`, in rope_parameters (transformers 5) or beside it (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     share = positive(scaling, "partial_rotary_factor", positive(j, "partial_rotary_factor", default))
     _check_same(j, scaling, "partial_rotary_factor")
     rotary = int(head_size * share)
     if share > 1 or rotary % 2 or not rotary:
-        raise ValueError(f"partial_rotary_factor {share:g} of a head of {head_size}: an even number must turn")
+        raise ValueError(f"partial_rotary_factor {share:g} of a head of {head_size}: an even number must rotate")
     return rotary
 
 

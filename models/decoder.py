@@ -18,8 +18,7 @@ from .config import Config
 from .int8 import int8_product
 from .layers import Linear, RMSNorm
 from .recompute import recomputed
-from .rotary import inverse_frequencies
-from .stream import Batch, Cache, Context, Documents
+from .stream import Batch, Cache, Context, Documents, inverse_frequencies
 
 
 class Names(NamedTuple):

@@ -1,8 +1,8 @@
 """GLM in transformers' layout: GLM-4-9B-*-hf and GLM-Edge (`glm`), GLM-4-0414 and GLM-Z1 (`glm4`).
 
-Pre-norm blocks of grouped-query attention and SwiGLU, as Qwen's, with two differences: neighbours turn as a pair, in the
-first half of each head alone (GLM-Edge: all of it), and the gate and up projections are one matrix. `glm4` puts a norm after
-attention and after the MLP as well; its `post_attention_layernorm` is still the norm before the MLP.
+Pre-norm blocks of grouped-query attention and SwiGLU, as in Qwen, with two differences: adjacent elements rotate as a pair, in
+the first half of each head only (GLM-Edge: the whole head), and the gate and up projections are one matrix. `glm4` adds a norm
+after attention and one after the MLP; its `post_attention_layernorm` is still the norm before the MLP.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from .stream import Context
 
 
 class SandwichBlock(nn.Module):
-    """`glm4`: what attention and the MLP put out is normed before it is added."""
+    """`glm4`: the outputs of attention and of the MLP are normalised before they are added."""
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -41,13 +41,13 @@ def decoder(c: Config) -> Decoder:
 def config(j: dict[str, Any]) -> Config:
     """Config of a `glm` or `glm4` config.json, in the spelling of transformers 4 or 5.
 
-    Raises ValueError naming the key for what these families do not have or what is not supported.
+    Raises ValueError that names the key whose value is not supported.
     """
     family = j["model_type"]
     only(j, family, hidden_act="silu")
     layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
-    head_size = whole(j, "head_dim", width // heads if "head_dim" in j else 128)  # what transformers takes null for
+    head_size = whole(j, "head_dim", width // heads if "head_dim" in j else 128)  # transformers reads null so
     kv_heads = whole(j, "num_key_value_heads", 2)
     max_positions = whole(j, "max_position_embeddings", 131072)
     theta, yarn = rope_of(j, max_positions)
@@ -64,13 +64,10 @@ def config(j: dict[str, Any]) -> Config:
         vocab=whole(j, "vocab_size"),
         eps=positive(j, "rms_norm_eps", 1.5625e-07),
         rope_theta=theta,
-        rope_scale=1.0,
         yarn=yarn,
         rotary=rotary_of(j, head_size, 0.5),
         interleaved=True,
-        windows=(None,) * layers,
         qkv_bias=flag(j, "attention_bias", True),
-        qk_norm=False,
         tied=flag(j, "tie_word_embeddings", False),
         max_positions=max_positions,
         dtype=dtype_of(j),

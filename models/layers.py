@@ -162,7 +162,7 @@ def projection(linear: nn.Module) -> Projection:
 
 
 def rotated(q: Tensor, k: Tensor, context: Context, interleaved: bool) -> tuple[Tensor, ...]:
-    """q [T, H, E] and k [T, G, E] turned to their places; in one call where a copy costs less than a second one."""
+    """q [T, H, E] and k [T, G, E] rotated by their positions; in one call where a copy costs less than a second one."""
     if q.shape[0] > FEW_ROWS:
         return rope(q, context.cos, context.sin, interleaved), rope(k, context.cos, context.sin, interleaved)
     both = rope(torch.cat((q, k), dim=1), context.cos, context.sin, interleaved)
@@ -176,7 +176,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.head_size, self.window = layer, c.head_size, c.windows[layer]
+        self.layer, self.head_size, self.window = layer, c.head_size, c.window(layer)
         self.interleaved = c.interleaved
         self.q_proj = Linear(c.width, c.heads * c.head_size, bias=c.qkv_bias)
         self.k_proj = Linear(c.width, c.kv_heads * c.head_size, bias=c.qkv_bias)

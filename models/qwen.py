@@ -1,7 +1,7 @@
 """Qwen dense: Qwen1.5, Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen (`qwen2`) and Qwen3 (`qwen3`).
 
-Both are pre-norm blocks of grouped-query attention and SwiGLU. Qwen2 has biases on q, k and v; Qwen3 has none, but an
-RMS norm on each head of q and k before the rotation, and a head size of its own.
+Both are pre-norm blocks of grouped-query attention and SwiGLU. Qwen2 has biases on q, k and v; Qwen3 has none, but it has an
+RMS norm on each head of q and k before the rotation, and its config.json gives the head size.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def decoder(c: Config) -> Decoder:
 def config(j: dict[str, Any]) -> Config:
     """Config of a `qwen2` or `qwen3` config.json, in the spelling of transformers 4 or 5.
 
-    Raises ValueError naming the key for what these families do not have or what is not supported.
+    Raises ValueError that names the key whose value is not supported.
     """
     family = j["model_type"]
     only(j, family, hidden_act="silu", attention_bias=False, qkv_bias=family == "qwen2", use_qk_norm=family == "qwen3")
@@ -39,10 +39,8 @@ def config(j: dict[str, Any]) -> Config:
         vocab=whole(j, "vocab_size"),
         eps=positive(j, "rms_norm_eps", 1e-6),
         rope_theta=theta,
-        rope_scale=1.0,
         yarn=yarn,
         rotary=head_size,
-        interleaved=False,
         windows=_windows(j, layers),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",

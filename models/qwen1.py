@@ -1,8 +1,8 @@
-"""Qwen-1 (model_type `qwen`): pre-norm blocks, c_attn holds all queries, then all keys, then all values; w2 is the gate.
+"""Qwen-1 (model_type `qwen`): pre-norm blocks. c_attn holds all queries, then all keys, then all values; w2 is the gate.
 
-In evaluation alone, and for documents longer than seq_length alone, two things reach beyond the trained length: the rotary
-base grows with the document's length (dynamic NTK; for decoding it stays what the prompt made it), and the query at place i
-is multiplied by log(i) / log(seq_length) ("logn"). Training uses neither.
+Two things extend the context beyond the trained length, in evaluation only and for documents longer than seq_length only: the
+rotary base grows with the document's length (dynamic NTK; in decoding it stays as the prompt set it), and the query at position
+i is multiplied by log(i) / log(seq_length) ("logn"). Training uses neither.
 """
 
 import math
@@ -18,8 +18,7 @@ from .config import Config
 from .config_json import DTYPES, dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import Linear, RMSNorm, gated
-from .rotary import inverse_frequencies
-from .stream import Cache, Context, Documents
+from .stream import Cache, Context, Documents, inverse_frequencies
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
 # what the first revision of August 2023 called its keys
@@ -85,7 +84,7 @@ class Qwen1(Decoder):
         self.trained_length, self.ntk, self.logn = c.trained_length, c.ntk, c.logn
 
     def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
-        """The Context of a stream; in evaluation what reaches beyond the trained length."""
+        """The Context of a stream; in evaluation with dynamic NTK and logn."""
         context = super().context(documents, dtype, cache)
         if self.training:
             return context
@@ -104,7 +103,7 @@ class Qwen1(Decoder):
         return context
 
     def _base(self, length: int) -> float:
-        """The rotary base for a document of that length."""
+        """The rotary base for a document of this length."""
         c = self.config
         if not self.ntk:
             return c.rope_theta
@@ -119,7 +118,7 @@ def decoder(c: Qwen1Config) -> Decoder:
 def config(j: dict[str, Any]) -> Qwen1Config:
     """Config of a Qwen-1 config.json, of the first revision too.
 
-    Raises ValueError naming the key for what is not supported.
+    Raises ValueError that names the key whose value is not supported.
     """
     j = {ALIASES[k]: v for k, v in j.items() if k in ALIASES} | j
     only(j, "Qwen-1", no_bias=True)
@@ -130,9 +129,9 @@ def config(j: dict[str, Any]) -> Qwen1Config:
     share = positive(j, "rotary_pct", 1.0)
     rotary = int(head_size * share)
     if share > 1 or rotary % 2 or rotary < 4:
-        raise ValueError(f"rotary_pct {share:g} of kv_channels {head_size}: an even number of elements must turn")
+        raise ValueError(f"rotary_pct {share:g} of kv_channels {head_size}: an even number of elements must rotate")
     if ffn % 2:
-        raise ValueError(f"intermediate_size is {ffn}; Qwen-1 means twice the width of its MLP by it")
+        raise ValueError(f"intermediate_size is {ffn}; in Qwen-1 it is twice the width of the MLP")
     max_positions = whole(j, "max_position_embeddings", 8192)
     return Qwen1Config(
         family="qwen",
@@ -145,13 +144,8 @@ def config(j: dict[str, Any]) -> Qwen1Config:
         vocab=whole(j, "vocab_size"),
         eps=positive(j, "layer_norm_epsilon", 1e-6),
         rope_theta=positive(j, "rotary_emb_base", 10000.0),
-        rope_scale=1.0,
-        yarn=None,
         rotary=rotary,
-        interleaved=False,
-        windows=(None,) * layers,
         qkv_bias=True,
-        qk_norm=False,
         tied=flag(j, "tie_word_embeddings", False),
         max_positions=max_positions,
         dtype=_dtype(j),
@@ -162,7 +156,7 @@ def config(j: dict[str, Any]) -> Qwen1Config:
 
 
 def _dtype(j: dict[str, Any]) -> torch.dtype:
-    """Qwen-1 names its dtype by a switch; bf16, in which it was published, where none is set."""
+    """Qwen-1 sets one of three switches for its dtype; bf16, as it was published, where none is set."""
     if j.get("dtype") or j.get("torch_dtype"):
         return dtype_of(j)
     return next((DTYPES[name] for short, name in _SWITCHES.items() if j.get(short)), torch.bfloat16)

@@ -1,7 +1,8 @@
-"""A flat stream of tokens: the documents in it, what a step trains of it, and what attention needs to know of it."""
+"""A flat stream of tokens: its documents, the batch that a step learns from, and what blocks need beside x."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from minilora.kernels.attention import attention, attention_cached, attention_forward
 
+from .config import Config
+
 
 @dataclass(frozen=True)
 class Documents:
     """The documents of a stream of T tokens, laid end to end without padding.
 
-    cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each. In a prefix
-    LM the first prefix_lens[i] tokens of a document all see each other, and positions are [2, T]; None: causal throughout.
+    cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each document. In a
+    prefix LM the first prefix_lens[i] tokens of document i all see each other, and positions are [2, T]; None: all is causal.
     """
 
     cu_seqlens: list[int]
@@ -31,7 +34,7 @@ class Documents:
         starts: Sequence[int] | None = None,
         device: torch.device | None = None,
     ) -> Documents:
-        """Documents of these lengths; with starts, each goes on after so many tokens that a cache holds."""
+        """Documents of these lengths; with starts, document i continues after starts[i] tokens that a cache holds."""
         cu_seqlens, parts = [0], []
         for i, length in enumerate(lengths):
             start = starts[i] if starts else 0
@@ -50,8 +53,8 @@ class Documents:
 def _positions(start: int, end: int, prefix_len: int | None, device: torch.device | None) -> Tensor:
     """Positions [n] of the tokens from start to end of a document; [2, n] where it begins with a bidirectional prefix.
 
-    Then the first row counts the prefix and stands still at its last token, and the second row counts what follows from 1
-    (the 2-D positions of GLM; Du et al., 2022).
+    Then the first row counts the prefix and stays at its last token, and the second row counts from 1 what follows it (the 2-D
+    positions of GLM; Du et al., 2022).
     """
     position = torch.arange(start, end, device=device)
     if prefix_len is None:
@@ -77,16 +80,40 @@ class Batch:
         return Batch(ids, self.documents.to(device), index, targets, self.where)
 
 
+def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Rotary frequencies [P/2] in fp32 (fp64 if dtype is) and the factor on cos and sin, P = c.rotary.
+
+    Positions rotate by them (Su et al., 2021); YaRN slows the slow ones down (Peng et al., 2023).
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, c.rotary, 2, device=device, dtype=torch.int64).to(wide) / c.rotary
+    frequencies = 1.0 / c.rope_theta**exponents / c.rope_scale
+    yarn = c.yarn
+    if yarn is None:
+        return frequencies, 1.0
+
+    def dimension(rotations: float) -> float:  # the dimension that rotates so often over the original length
+        return c.rotary * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, c.rotary - 1)
+    ramp = (torch.arange(c.rotary // 2, device=device, dtype=wide) - low) / max(high - low, 0.001)
+    slow = ramp.clamp(0, 1)
+    return frequencies / yarn.factor * slow + frequencies * (1 - slow), yarn.attention_factor
+
+
 @dataclass
 class Context:
-    """What the blocks of a forward pass know beside x: rotary angles, the documents, and the key/value cache if there is one."""
+    """What the blocks of a forward pass read beside x: rotary angles, the documents, and the key/value cache if there is one."""
 
     cos: Tensor  # [T, P/2]; [T, 2, P/2] for two rows of positions
     sin: Tensor
     documents: Documents
     cache: Cache | None = None
     logn_scale: Tensor | None = None  # [T, 1, 1], on the queries of long documents (Qwen-1)
-    # of a block that is recomputed: attention's output and log-sum-exp, once the first pass has left them here
+    # of a block that is recomputed: attention's output and log-sum-exp, which the first pass leaves here
     saved_attention: list[tuple[Tensor, Tensor | None]] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -109,12 +136,12 @@ class Cache:
 
     def __init__(self, layers: int):
         self.length = 0
-        self.prompt_lens: list[int] = []  # tokens of the first pass, of each document
-        self.prefix_lens: list[int] | None = None  # how many of them see each other, where not all is causal
+        self.prompt_lens: list[int] = []  # of each document, tokens of the first pass
+        self.prefix_lens: list[int] | None = None  # how many of them all see each other; None: all is causal
         self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new tokens' k and v [T, G, E] of a layer; return all of that layer's."""
+        """Append k and v [T, G, E] of the new tokens in a layer; return all of that layer [length + T, G, E]."""
         end = self.length + k.shape[0]
         store = self._store[layer]
         if store is None or store[0].shape[0] < end:
@@ -129,5 +156,5 @@ class Cache:
         return keys[:end], values[:end]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of new tokens q [T, H, E] to what `extend` gave -> [T, H, E]."""
+        """Attention of new tokens q [T, H, E] to what `extend` returned -> [T, H, E]."""
         return attention_cached(q, k, v, window)

@@ -33,7 +33,7 @@ def attention_flops(c: Config, documents: Documents) -> float:
     prefix_lens = documents.prefix_lens or [0] * len(documents.lengths)
     for n, prefix in zip(documents.lengths, prefix_lens, strict=True):
         ahead = prefix * (prefix - 1) / 2
-        for window in c.windows:
+        for window in map(c.window, range(c.layers)):
             w = n if window is None else min(window, n)
             total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
     return total
