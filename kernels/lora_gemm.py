@@ -1,11 +1,11 @@
-"""The wide products of linear layers with adapters, each output written once: the kernels of lora_linear_group.
+"""The wide products of linear layers with adapters, each output written once: the GEMMs of lora_linear_group.
 
     y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + mask_j(dS_j A_j)
 
-with S_j, dS_j, mask_j and s_j of lora_shrink. The accumulator of a tile starts from the narrow product; then comes the loop over
-the wide one. Under masks dX gets its narrow products after the loop. A tile belongs to one projection of the group, so that any
-widths go together; tensors of the projections come as tuples. A projection without an adapter has rank 0. A and B are read in fp32 and
-rounded to the dtype of x on the way into the tensor cores.
+S_j, dS_j, mask_j and s_j are those of lora_shrink. The accumulator of a tile starts from the product over R; the loop over the
+base weight goes on from there. Under dropout dX gets its products over R after the loop, one mask at a time. A tile belongs to one
+projection of the group, so widths may differ; the tensors of the projections come as tuples. A projection without an adapter has
+rank 0. A and B are read in fp32 and rounded to the dtype of x on their way into the tensor cores.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -33,7 +33,7 @@ from minilora.kernels.lang import (
 )
 from minilora.kernels.projection import Adapter, Projection
 
-# by card; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
+# by architecture; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
 GEMM = {
     0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
     80: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
@@ -51,30 +51,30 @@ GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cach
 
 
 def arch(x: Tensor) -> int:
-    """0 for the interpreter, 80 or 90 for a card with their shared memory, 86 for any other."""
+    """0 for the interpreter, 80 or 90 for a GPU with as much shared memory as an A100 or H100, 86 for any other."""
     found = 0 if INTERPRETED else architecture(x.device)
     return 90 if found in (90, 100, 103) else found if found in (0, 80) else 86
 
 
 def configuration(table: dict, x: Tensor) -> dict:
-    """The launch options of a table for the card that x is on."""
+    """The launch options of a table for the GPU that x is on."""
     return {**table[arch(x)], "ACC": accum_dtype(x.dtype), **PINNED}
 
 
 def launch_options(table: dict, x: Tensor, adapters: Sequence[Adapter]) -> dict:
-    """The same for a kernel with the adapters' narrow products."""
+    """The same for a kernel that multiplies with the adapters."""
     options, width = configuration(table, x), padded_rank(adapters)
     return {**options, "COUNT": len(adapters), "PADDED_R": width, "R": min(options["R"], width)}
 
 
 def padded_rank(adapters: Sequence[Adapter]) -> int:
-    """Columns that every adapter of a group has in S: 16, 32 or a multiple of 64."""
+    """Columns of S that every adapter of a group gets: 16, 32 or a multiple of 64."""
     rank = max(a.a.shape[0] for a in adapters)
     return 16 if rank <= 16 else 32 if rank <= 32 else cdiv(rank, 64) * 64
 
 
 def dropout_args(adapters: Sequence[Adapter]) -> dict:
-    """The arguments of a kernel that draws masks: keys and thresholds; and whether there is anything to draw."""
+    """The arguments of a kernel that draws dropout masks: keys, thresholds, and whether there is anything to draw."""
     return {
         "seeds": tuple(philox_key(a.key) for a in adapters),
         "thresholds": tuple(threshold(a.p) for a in adapters),
@@ -83,7 +83,7 @@ def dropout_args(adapters: Sequence[Adapter]) -> dict:
 
 
 def per_projection_args(projections: Sequence[Projection]) -> dict:
-    """What a kernel adds to x W^T, by projection; one without bias or adapter has none of its columns or ranks."""
+    """What a kernel adds to x W^T, by projection; one without a bias has 0 columns of it, one without an adapter rank 0."""
     some = next(p.adapter.b for p in projections if p.adapter)
     b = [p.adapter.b.contiguous() if p.adapter else some for p in projections]
     adapted = [p.adapter is not None for p in projections]
@@ -100,17 +100,17 @@ def per_projection_args(projections: Sequence[Projection]) -> dict:
 def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
     """Whether x A^T inside the loop of x W^T, once a tile of columns, beats a pass over x of its own.
 
-    The pass costs the time to read x; in the loop it is 2 operations more, for each column of S, for each value of x and every tile of columns. These
-    products are bound by operations, so that bytes are not to be bought with them: at most REPEATS tiles make S again, of at most
-    32 columns, which takes less than half of the time to read x on an A100 (128 operations at 312 TFLOP/s, 2 bytes at 2.0 TB/s).
-    Masks and wider S ask for more of shared memory than the tensor cores wait for.
+    A pass of its own costs the time to read x. In the loop, every tile of columns pays 2 operations for each value of x and each
+    column of S, and these products are bound by operations, so they must not be spent to save bytes. Hence at most REPEATS tiles
+    make S, of at most 32 columns: on an A100 that takes less than half of the time to read x (128 operations at 312 TFLOP/s,
+    2 bytes at 2.0 TB/s). Masks and a wider S would need more shared memory, so that fewer tiles would be in flight.
     """
     return adapter.p == 0 and cdiv(n, SINGLE[arch(x)]["BN"]) <= REPEATS and padded_rank([adapter]) <= 32
 
 
 @jit
-def operand(ptrs, mask, ACC: tl.constexpr):
-    """What tl.dot takes: 16 bits as they lie in memory, so that the copy is asynchronous; widened where bits lie (lang)."""
+def load_operand(ptrs, mask, ACC: tl.constexpr):
+    """A tile for tl.dot: 16 bits as they are in memory, so that the copy is asynchronous; the interpreter widens them (lang)."""
     if INTERPRET:
         return load(ptrs, mask, ACC)
     else:
@@ -118,7 +118,7 @@ def operand(ptrs, mask, ACC: tl.constexpr):
 
 
 @jit
-def narrowed(x, DTYPE: tl.constexpr):
+def as_operand(x, DTYPE: tl.constexpr):
     """x rounded to DTYPE for tl.dot."""
     if INTERPRET:
         return rounded(x, DTYPE)
@@ -133,20 +133,20 @@ def dot(a, b, acc):
 
 @jit
 def select(values, index, COUNT: tl.constexpr):
-    """values[index] of a tuple, for a projection that is known only when the kernel runs."""
+    """values[index] of a tuple, for an index that is known only when the kernel runs."""
     value = values[0]
-    for j in tl.static_range(1, COUNT):
-        value = tl.where(index == j, values[j], value)
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(index == i, values[i], value)
     return value
 
 
 @jit
-def swizzle_tile(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
+def swizzle_tile(i_tile, row_tiles, col_tiles, GROUP: tl.constexpr):
     """(row tile, column tile) of a program: GROUP row tiles share their columns while these are in the cache."""
-    group = tile // (GROUP * col_tiles)
-    height = min(row_tiles - group * GROUP, GROUP)
-    within = tile % (GROUP * col_tiles)
-    return group * GROUP + within % height, within // height
+    i_group = i_tile // (GROUP * col_tiles)
+    height = min(row_tiles - i_group * GROUP, GROUP)
+    within = i_tile % (GROUP * col_tiles)
+    return i_group * GROUP + within % height, within // height
 
 
 @jit(do_not_specialize=["rows"])
@@ -176,58 +176,58 @@ def _forward_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
-    # which projection the column tile belongs to, and what is its own: tiles of all projections lie in a row
-    index, start, first, scale = 0, 0, 0, scales[0]
-    for j in tl.static_range(1, COUNT):
-        start += tl.cdiv(ns[j - 1], BN)
-        index, first = tl.where(col_tile >= start, j, index), tl.where(col_tile >= start, start, first)
-        scale = tl.where(col_tile >= start, scales[j], scale)
-    w_ptr, bias_ptr = select(w_ptrs, index, COUNT), select(bias_ptrs, index, COUNT)
-    b_ptr, y_ptr = select(b_ptrs, index, COUNT), select(y_ptrs, index, COUNT)
-    rank, which_s = select(ranks, index, COUNT), select(s_index, index, COUNT)
-    n, bias_n, w_stride = select(ns, index, COUNT), select(bias_ns, index, COUNT), select(w_strides, index, COUNT)
+    """A program: BM rows by BN columns of one y_j. The column tiles of all projections are counted through."""
+    i_m, i_n = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    # which projection j the column tile belongs to, the first of whose tiles is `first`
+    j, start, first, scale = 0, 0, 0, scales[0]
+    for i in tl.static_range(1, COUNT):
+        start += tl.cdiv(ns[i - 1], BN)
+        j, first = tl.where(i_n >= start, i, j), tl.where(i_n >= start, start, first)
+        scale = tl.where(i_n >= start, scales[i], scale)
+    w_ptr, bias_ptr = select(w_ptrs, j, COUNT), select(bias_ptrs, j, COUNT)
+    b_ptr, y_ptr = select(b_ptrs, j, COUNT), select(y_ptrs, j, COUNT)
+    rank, i_s = select(ranks, j, COUNT), select(s_index, j, COUNT)
+    n, bias_n, w_stride = select(ns, j, COUNT), select(bias_ns, j, COUNT), select(w_strides, j, COUNT)
     # rows beyond the end read the last row, columns the last column: no mask in the loops, only at the store
-    top = row_tile.to(tl.int64) * BM
-    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
-    col = (col_tile - first) * BN + tl.arange(0, BN)[None, :]
-    col_in = tl.minimum(col, n - 1).to(tl.int64)
-    # expand: acc = s_j S_j B_j^T, R ranks at a time                              [BM, R] x [R, BN]
-    acc = tl.zeros((BM, BN), ACC)
-    s_ptr += which_s.to(tl.int64) * rows * PADDED_R
+    top = i_m.to(tl.int64) * BM
+    o_m = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    o_n = (i_n - first) * BN + tl.arange(0, BN)[None, :]
+    o_w = tl.minimum(o_n, n - 1).to(tl.int64)
+    # expand: y = s_j S_j B_j^T, R ranks at a time                                          [BM, R] x [R, BN]
+    b_y = tl.zeros((BM, BN), ACC)
+    s_ptr += i_s.to(tl.int64) * rows * PADDED_R
     for start_r in tl.range(0, PADDED_R, R, num_stages=1):
-        r = start_r + tl.arange(0, R)
-        s = operand(s_ptr + row * PADDED_R + r[None, :], r[None, :] < rank, ACC)
-        b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, ACC)
-        acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
-    acc *= scale
-    # the base GEMM goes on from there: acc += x W_j^T                           [BM, BK] x [BK, BN]
-    k = tl.arange(0, BK)
-    x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
+        o_r = start_r + tl.arange(0, R)
+        b_s = load_operand(s_ptr + o_m * PADDED_R + o_r[None, :], o_r[None, :] < rank, ACC)
+        b_b = load(b_ptr + o_w * rank + o_r[:, None], o_r[:, None] < rank, ACC)
+        b_y = dot(b_s, as_operand(b_b, x_ptr.dtype.element_ty), b_y)
+    b_y *= scale
+    # base GEMM: y += x W_j^T                                                             [BM, BK] x [BK, BN]
+    o_k = tl.arange(0, BK)
+    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w * w_stride + o_k[:, None]
     for start_k in range(0, K, BK):
-        inside = start_k + k < K
-        acc = dot(operand(x_ptrs, inside[None, :], ACC), operand(w_tile, inside[:, None], ACC), acc)
-        x_ptrs += BK
-        w_tile += BK
-    # bias, and the one rounding
-    acc += load(bias_ptr + col, col < bias_n, ACC)
-    at = tl.arange(0, BM)[:, None]
-    store(y_ptr + top * n + at * n + col, acc, (at < rows - top) & (col < n))
+        m_k = start_k + o_k < K
+        b_y = dot(load_operand(p_x, m_k[None, :], ACC), load_operand(p_w, m_k[:, None], ACC), b_y)
+        p_x += BK
+        p_w += BK
+    # bias, and the one rounding in the store                                                        [BM, BN]
+    b_y += load(bias_ptr + o_n, o_n < bias_n, ACC)
+    o_m = tl.arange(0, BM)[:, None]
+    store(y_ptr + top * n + o_m * n + o_n, b_y, (o_m < rows - top) & (o_n < n))
 
 
 @jit
 def _add_ds_a(
-    acc, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, PADDED_R: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
+    b_dx, ds_ptr, a_ptr, rank, j, o_m, o_n, rows, K, dx_ptr, PADDED_R: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
 ):
-    """acc + dS_j A_j of the rows and columns of acc."""
+    """b_dx + dS_j A_j at its rows o_m and columns o_n."""
     for start_r in tl.range(0, PADDED_R, R, num_stages=1):
-        r = start_r + tl.arange(0, R)
-        ds = operand(
-            ds_ptr + tl.cast(j, tl.int64) * rows * PADDED_R + row * PADDED_R + r[None, :], r[None, :] < rank, ACC
-        )
-        a = load(a_ptr + r[:, None] * K + col, (r[:, None] < rank) & (col < K), ACC)
-        acc = dot(ds, narrowed(a, dx_ptr.dtype.element_ty), acc)
-    return acc
+        o_r = start_r + tl.arange(0, R)
+        p_ds = ds_ptr + tl.cast(j, tl.int64) * rows * PADDED_R + o_m * PADDED_R + o_r[None, :]
+        b_ds = load_operand(p_ds, o_r[None, :] < rank, ACC)
+        b_a = load(a_ptr + o_r[:, None] * K + o_n, (o_r[:, None] < rank) & (o_n < K), ACC)
+        b_dx = dot(b_ds, as_operand(b_a, dx_ptr.dtype.element_ty), b_dx)
+    return b_dx
 
 
 @jit(do_not_specialize=["rows", "seeds", "thresholds"])
@@ -257,46 +257,49 @@ def _input_gradient_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A tile of dX is BM rows by BN of the K columns; the loop runs over the N of every projection, BK at a time."""
-    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
-    top = row_tile.to(tl.int64) * BM
-    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
-    col = col_tile * BN + tl.arange(0, BN)[None, :]
-    # dS_j A_j of every adapter first, where no mask stands between it and dX
-    acc = tl.zeros((BM, BN), ACC)
+    """A program: BM rows by BN of the K columns of dX; its loop runs over the N of every projection, BK at a time."""
+    i_m, i_n = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    top = i_m.to(tl.int64) * BM
+    o_m = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    o_n = i_n * BN + tl.arange(0, BN)[None, :]
+    # from y_j = x W_j^T + mask_j(x) A_j^T (s_j B_j)^T and dS_j = s_j dY_j B_j:
+    #     dX = sum over j of dY_j W_j + mask_j(dS_j A_j)
+    # without dropout the second term comes first, dX = dS_j A_j                            [BM, R] x [R, BN]
+    b_dx = tl.zeros((BM, BN), ACC)
     if not DROPOUT:
         for j in tl.static_range(ADAPTED):
-            acc = _add_ds_a(acc, ds_ptr, a_ptrs[j], ranks[j], j, row, col, rows, K, dx_ptr, PADDED_R, R, ACC)
-    # dX += dY_j W_j, one projection after the other                              [BM, BK] x [BK, BN]
-    k = tl.arange(0, BK)
+            b_dx = _add_ds_a(b_dx, ds_ptr, a_ptrs[j], ranks[j], j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
+    # base GEMM: dX += dY_j W_j, one projection after the other                           [BM, BK] x [BK, BN]
+    o_k = tl.arange(0, BK)
     for j in tl.static_range(COUNT):
-        dy_tile = dy_ptrs[j] + row * dy_strides[j] + k[None, :]
-        w_tile = w_ptrs[j] + k[:, None].to(tl.int64) * w_strides[j] + col
+        p_dy = dy_ptrs[j] + o_m * dy_strides[j] + o_k[None, :]
+        p_w = w_ptrs[j] + o_k[:, None].to(tl.int64) * w_strides[j] + o_n
         for start_k in range(0, ns[j], BK):
-            inside = start_k + k < ns[j]
-            dy = operand(dy_tile, inside[None, :], ACC)
-            acc = dot(dy, operand(w_tile, inside[:, None] & (col < K), ACC), acc)
-            dy_tile += BK
-            w_tile += tl.cast(BK, tl.int64) * w_strides[j]
-    at = tl.arange(0, BM)[:, None]
+            m_k = start_k + o_k < ns[j]
+            b_dy = load_operand(p_dy, m_k[None, :], ACC)
+            b_dx = dot(b_dy, load_operand(p_w, m_k[:, None] & (o_n < K), ACC), b_dx)
+            p_dy += BK
+            p_w += tl.cast(BK, tl.int64) * w_strides[j]
+    o_row = tl.arange(0, BM)[:, None]
     dx_ptr += top * K
     if DROPOUT:
-        # a quarter of the columns in turn: the narrow product of all, and its mask, would not fit beside the accumulator
-        parts = quarters(acc)
+        # dX += mask_j(dS_j A_j), a quarter of the columns at a time: the product of all, and its mask, would not
+        # fit into registers beside the accumulator                                       [BM, R] x [R, BN / 4]
+        parts = quarters(b_dx)
         width: tl.constexpr = BN // 4
         for i in tl.static_range(4):
-            first = col_tile * BN + i * width
-            col = first + tl.arange(0, width)[None, :]
-            dx = parts[i]
+            first = i_n * BN + i * width
+            o_n = first + tl.arange(0, width)[None, :]
+            b_part = parts[i]
             for j in tl.range(0, ADAPTED, num_stages=1, loop_unroll_factor=1):
-                product = tl.zeros((BM, width), ACC)
+                b_ds_a = tl.zeros((BM, width), ACC)
                 a_ptr, rank = select(a_ptrs, j, ADAPTED), select(ranks, j, ADAPTED)
-                product = _add_ds_a(product, ds_ptr, a_ptr, rank, j, row, col, rows, K, dx_ptr, PADDED_R, R, ACC)
+                b_ds_a = _add_ds_a(b_ds_a, ds_ptr, a_ptr, rank, j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
                 seed, threshold = select(seeds, j, ADAPTED), select(thresholds, j, ADAPTED)
-                dx += tl.where(keep_mask(seed, threshold, row, first, width), product, 0.0)
-            store(dx_ptr + at * K + col, dx, (at < rows - top) & (col < K))
+                b_part += tl.where(keep_mask(seed, threshold, o_m, first, width), b_ds_a, 0.0)
+            store(dx_ptr + o_row * K + o_n, b_part, (o_row < rows - top) & (o_n < K))
     else:
-        store(dx_ptr + at * K + col, acc, (at < rows - top) & (col < K))
+        store(dx_ptr + o_row * K + o_n, b_dx, (o_row < rows - top) & (o_n < K))
 
 
 @jit(do_not_specialize=["rows"])
@@ -324,39 +327,40 @@ def _single_pass_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One projection without dropout; every tile of columns makes S for itself, the first one stores it."""
-    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
-    top = row_tile.to(tl.int64) * BM
-    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
-    col = col_tile * BN + tl.arange(0, BN)[None, :]
-    col_in = tl.minimum(col, N - 1).to(tl.int64)
-    r, k = tl.arange(0, PADDED_R), tl.arange(0, BK)
-    x_ptrs, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + col_in * w_stride + k[:, None]
-    a_tile = a_ptr + r[None, :] * K + k[:, None]
-    # one read of x for both products: acc = x W^T, product = x A^T
-    acc, product = tl.zeros((BM, BN), ACC), tl.zeros((BM, PADDED_R), ACC)
+    """One projection without dropout. Every tile of columns makes S for itself, and the first one stores it."""
+    i_m, i_n = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), col_tiles, GROUP)
+    top = i_m.to(tl.int64) * BM
+    o_m = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    o_n = i_n * BN + tl.arange(0, BN)[None, :]
+    o_w = tl.minimum(o_n, N - 1).to(tl.int64)
+    o_r, o_k = tl.arange(0, PADDED_R), tl.arange(0, BK)
+    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w * w_stride + o_k[:, None]
+    p_a = a_ptr + o_r[None, :] * K + o_k[:, None]
+    # base GEMM and shrink from one read of x: y = x W^T, S = x A^T                  [BM, BK] x [BK, BN + R]
+    b_y, b_s = tl.zeros((BM, BN), ACC), tl.zeros((BM, PADDED_R), ACC)
     for start_k in range(0, K, BK):
-        inside = start_k + k < K
-        x = operand(x_ptrs, inside[None, :], ACC)
-        acc = dot(x, operand(w_tile, inside[:, None], ACC), acc)
-        a = load(a_tile, inside[:, None] & (r[None, :] < rank), ACC)
-        product = dot(x, narrowed(a, x_ptr.dtype.element_ty), product)
-        x_ptrs += BK
-        w_tile += BK
-        a_tile += BK
-    # S is rounded as the two-pass plan rounds it, then expanded: acc += s S B^T
-    s = narrowed(product, x_ptr.dtype.element_ty)
-    at = tl.arange(0, BM)[:, None]
-    if col_tile == 0:
-        store(s_ptr + top * PADDED_R + at * PADDED_R + r[None, :], s, at < rows - top)
-    b = load(b_ptr + col_in * rank + r[:, None], r[:, None] < rank, ACC)
-    acc += dot(s, narrowed(b, x_ptr.dtype.element_ty), tl.zeros((BM, BN), ACC)) * scale
-    acc += load(bias_ptr + col, col < bias_n, ACC)
-    store(y_ptr + top * N + at * N + col, acc, (at < rows - top) & (col < N))
+        m_k = start_k + o_k < K
+        b_x = load_operand(p_x, m_k[None, :], ACC)
+        b_y = dot(b_x, load_operand(p_w, m_k[:, None], ACC), b_y)
+        b_a = load(p_a, m_k[:, None] & (o_r[None, :] < rank), ACC)
+        b_s = dot(b_x, as_operand(b_a, x_ptr.dtype.element_ty), b_s)
+        p_x += BK
+        p_w += BK
+        p_a += BK
+    # S is rounded here as the two-pass plan rounds it                                        [BM, PADDED_R]
+    b_s = as_operand(b_s, x_ptr.dtype.element_ty)
+    o_m = tl.arange(0, BM)[:, None]
+    if i_n == 0:
+        store(s_ptr + top * PADDED_R + o_m * PADDED_R + o_r[None, :], b_s, o_m < rows - top)
+    # expand: y += s S B^T                                                                  [BM, R] x [R, BN]
+    b_b = load(b_ptr + o_w * rank + o_r[:, None], o_r[:, None] < rank, ACC)
+    b_y += dot(b_s, as_operand(b_b, x_ptr.dtype.element_ty), tl.zeros((BM, BN), ACC)) * scale
+    b_y += load(bias_ptr + o_n, o_n < bias_n, ACC)
+    store(y_ptr + top * N + o_m * N + o_n, b_y, (o_m < rows - top) & (o_n < N))
 
 
 def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_shrink.shrink."""
+    """y_j [T, N_j] of every projection, of which at least one has an adapter; s is from lora_shrink.shrink."""
     adapters = [p.adapter for p in projections if p.adapter is not None]
     (rows, k), options = x.shape, launch_options(GEMM, x, adapters)
     options["COUNT"] = len(projections)
@@ -382,7 +386,7 @@ def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Ten
 
 
 def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """dX [T, K]; ds from lora_shrink.expand_backward."""
+    """dX [T, K]; ds is from lora_shrink.expand_backward."""
     adapters = [p.adapter for p in projections if p.adapter is not None]
     weights = [rows_of(p.weight) for p in projections]
     rows, k = dys[0].shape[0], weights[0].shape[1]
@@ -412,7 +416,7 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Proj
 
 
 def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, Tensor]:
-    """y [T, N] and S [1, T, padded rank] of one projection with the adapter a, which drops nothing; x read once."""
+    """y [T, N] and S [1, T, padded rank] of one projection with the adapter a, without dropout; x is read once."""
     weight, bias = rows_of(projection.weight), projection.bias
     (rows, k), n = x.shape, weight.shape[0]
     options = launch_options(SINGLE, x, [a])

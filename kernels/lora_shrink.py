@@ -19,12 +19,12 @@ from minilora.kernels.dropout import keep_mask
 from minilora.kernels.lang import cdiv, jit, load, store, tl
 from minilora.kernels.lora_gemm import (
     arch,
+    as_operand,
     configuration,
     dot,
     dropout_args,
     launch_options,
-    narrowed,
-    operand,
+    load_operand,
     padded_rank,
 )
 from minilora.kernels.projection import Adapter
@@ -80,12 +80,12 @@ def _shrink_kernel(
     sums = (tl.zeros((BM, R), ACC),) * COUNT
     for start in range(first, min(first + span, K), BK):
         k = start + tl.arange(0, BK)
-        x = operand(x_tile, k[None, :] < K, ACC)
+        x = load_operand(x_tile, k[None, :] < K, ACC)
         x_tile += BK
         news = ()
         for j in tl.static_range(COUNT):
             a = load(a_ptrs[j] + r * K + k[:, None], (r < ranks[j]) & (k[:, None] < K), ACC)
-            a = narrowed(a, x_ptr.dtype.element_ty)
+            a = as_operand(a, x_ptr.dtype.element_ty)
             if DROPOUT:
                 x_j = tl.where(keep_mask(seeds[j], thresholds[j], row_in, start, BK), x, 0.0)
             else:
@@ -156,15 +156,15 @@ def _expand_backward_kernel(
     own: tl.constexpr = ROWS // WARPS
     row = (tl.arange(0, WARPS)[:, None] * own + tl.arange(0, own)[None, :])[:, :, None] + tile.to(tl.int64) * ROWS
     inside, r = row < rows, r[None, None, :]
-    s = operand(s_ptr + tl.cast(index, tl.int64) * rows * PADDED_R + row * PADDED_R + r, inside & (r < rank), ACC)
+    s = load_operand(s_ptr + tl.cast(index, tl.int64) * rows * PADDED_R + row * PADDED_R + r, inside & (r < rank), ACC)
     ds = tl.zeros((WARPS, own, R), ACC)
     for start_n in range((part - first) * span, min((part - first) * span + span, n), BN):
         col = start_n + tl.arange(0, BN)
-        dy = operand(dy_ptr + row * dy_stride + col[None, None, :], inside & (col[None, None, :] < n), ACC)
+        dy = load_operand(dy_ptr + row * dy_stride + col[None, None, :], inside & (col[None, None, :] < n), ACC)
         # dS_j += dY_j B_j                                             [own, BN] x [BN, R], a warp its own rows
         if ds_ptr is not None:
             at = col[None, :, None].to(tl.int64) * rank + r
-            b = narrowed(load(b_ptr + at, (col[None, :, None] < n) & (r < rank), ACC), s_ptr.dtype.element_ty)
+            b = as_operand(load(b_ptr + at, (col[None, :, None] < n) & (r < rank), ACC), s_ptr.dtype.element_ty)
             ds = dot(dy, tl.broadcast_to(b, (WARPS, BN, R)), ds)
         # dB_j^T = S_j^T dY_j of these rows, its columns stored at once             [R, own] x [own, BN]
         if db_ptr is not None:
@@ -207,11 +207,11 @@ def _shrink_backward_kernel(
     for start in range(0, span, BM):
         row = first + start + tl.arange(0, BM)[:, None]
         inside = row < rows
-        x = operand(x_ptr + row * x_stride + k, inside & (k < K), ACC)
+        x = load_operand(x_ptr + row * x_stride + k, inside & (k < K), ACC)
         news = ()
         for j in tl.static_range(COUNT):
             at = ds_ptr + tl.cast(j, tl.int64) * rows * PADDED_R + row * PADDED_R + r[None, :]
-            ds = operand(at, inside & (r[None, :] < ranks[j]), ACC)
+            ds = load_operand(at, inside & (r[None, :] < ranks[j]), ACC)
             if DROPOUT:
                 x_j = tl.where(keep_mask(seeds[j], thresholds[j], row, tile * BK, BK), x, 0.0)
             else:

@@ -18,10 +18,10 @@ from minilora.kernels import lora_linear, lora_shrink
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.lora_gemm import (
     GROUP_ROWS,
+    as_operand,
     dot,
     launch_options,
-    narrowed,
-    operand,
+    load_operand,
     per_projection_args,
     swizzle_tile,
 )
@@ -78,9 +78,9 @@ def _dual_kernel(
         for start_r in tl.range(0, PADDED_R, R, num_stages=1):
             r = start_r + tl.arange(0, R)
             at = s_ptr + tl.cast(s_index[j], tl.int64) * rows * PADDED_R + row * PADDED_R + r[None, :]
-            s = operand(at, r[None, :] < ranks[j], ACC)
+            s = load_operand(at, r[None, :] < ranks[j], ACC)
             b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], ACC)
-            acc = dot(s, narrowed(b, x_ptr.dtype.element_ty), acc)
+            acc = dot(s, as_operand(b, x_ptr.dtype.element_ty), acc)
         starts = starts + (acc * scales[j],)
     # their columns in turn: g_0 u_0 g_1 u_1 ..., so that each thread holds both of a pair
     acc = tl.reshape(tl.join(starts[0], starts[1]), (BM, 2 * BN))
@@ -90,7 +90,7 @@ def _dual_kernel(
     # the base GEMM of both: acc += x [W_0, W_1]^T                                [BM, BK] x [BK, 2 BN]
     for start_k in range(0, K, BK):
         inside = start_k + k < K
-        acc = dot(operand(x_tile, inside[None, :], ACC), operand(w_tile, inside[:, None], ACC), acc)
+        acc = dot(load_operand(x_tile, inside[None, :], ACC), load_operand(w_tile, inside[:, None], ACC), acc)
         x_tile += BK
         w_tile += BK
     g, u = tl.split(tl.reshape(acc, (BM, BN, 2)))

@@ -154,7 +154,7 @@ MUTATORS = (_masks, _comparisons, _terms, _strides, _roundings, _statements, _fu
 # faults that change nothing that a caller can see, by file, function, kind and the text replaced; each with its reason
 EQUIVALENT = {
     ("swiglu", "_sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
-    ("lora_gemm", "narrowed", "cast forgotten", "x.to(DTYPE)"): "on a GPU alone, where it does not compile",
+    ("lora_gemm", "as_operand", "cast forgotten", "x.to(DTYPE)"): "on a GPU alone, where it does not compile",
     ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
 }
 
