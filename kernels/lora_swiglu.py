@@ -2,9 +2,9 @@
 
     g = x W_0^T + b_0 + s_0 drop_0(x) A_0^T B_0^T        u likewise with projection 1        h [T, F] = silu(g) * u
 
-It is the first pass over a layer whose backward computes the layer again (activation checkpointing), and of evaluation.
-The two weights lie one behind the other, and the columns of a tile are taken from both in turn: one product makes g and u side by
-side, in the registers of one thread. They are rounded to the dtype of x as the two layers would round them.
+Evaluation uses it, and the first pass over a layer that the backward computes again (activation checkpointing). The two weights
+are packed in one storage, and a tile takes its columns from both alternately: one product makes g and u side by side, in the
+registers of one thread. They are rounded to the dtype of x as the two layers would round them.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -26,9 +26,9 @@ from minilora.kernels.lora_gemm import (
     swizzle_tile,
 )
 from minilora.kernels.projection import Projection, check, join, joined
-from minilora.kernels.swiglu import _sigmoid, swiglu, swiglu_fused, swiglu_fused_ref, swiglu_ref
+from minilora.kernels.swiglu import sigmoid, swiglu, swiglu_fused, swiglu_fused_ref, swiglu_ref
 
-DUAL = {  # by card, as in lora_gemm: BN columns of each of the two
+DUAL = {  # by architecture, as in lora_gemm: BN columns of each of the two
     0: {"BM": 32, "BN": 32, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
     80: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     86: {"BM": 128, "BN": 64, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
@@ -66,38 +66,39 @@ def _dual_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    row_tile, col_tile = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
-    top = row_tile.to(tl.int64) * BM
-    row = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
-    col = col_tile * BN + tl.arange(0, BN)[None, :]
-    col_in = tl.minimum(col, N - 1).to(tl.int64)
-    # expand, gate and up apart: s_j S_j B_j^T                                    [BM, R] x [R, BN]
-    starts = ()
+    """A program: BM rows by BN columns of h. Here y = [g_0 u_0 g_1 u_1 ...], so that each thread holds both of a pair."""
+    i_m, i_n = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
+    top = i_m.to(tl.int64) * BM
+    o_m = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
+    o_n = i_n * BN + tl.arange(0, BN)[None, :]
+    o_b = tl.minimum(o_n, N - 1).to(tl.int64)
+    # expand, gate and up apart: s_j S_j B_j^T                                              [BM, R] x [R, BN]
+    pair = ()
     for j in tl.static_range(2):
-        acc = tl.zeros((BM, BN), ACC)
+        b_y = tl.zeros((BM, BN), ACC)
         for start_r in tl.range(0, PADDED_R, R, num_stages=1):
-            r = start_r + tl.arange(0, R)
-            at = s_ptr + tl.cast(s_index[j], tl.int64) * rows * PADDED_R + row * PADDED_R + r[None, :]
-            s = load_operand(at, r[None, :] < ranks[j], ACC)
-            b = load(b_ptrs[j] + col_in * ranks[j] + r[:, None], r[:, None] < ranks[j], ACC)
-            acc = dot(s, as_operand(b, x_ptr.dtype.element_ty), acc)
-        starts = starts + (acc * scales[j],)
-    # their columns in turn: g_0 u_0 g_1 u_1 ..., so that each thread holds both of a pair
-    acc = tl.reshape(tl.join(starts[0], starts[1]), (BM, 2 * BN))
-    k, both = tl.arange(0, BK), tl.arange(0, 2 * BN)[None, :]
-    of_both = tl.minimum(col_tile * BN + both // 2, N - 1) + both % 2 * N
-    x_tile, w_tile = x_ptr + row * x_stride + k[None, :], w_ptr + of_both.to(tl.int64) * K + k[:, None]
-    # the base GEMM of both: acc += x [W_0, W_1]^T                                [BM, BK] x [BK, 2 BN]
+            o_r = start_r + tl.arange(0, R)
+            p_s = s_ptr + tl.cast(s_index[j], tl.int64) * rows * PADDED_R + o_m * PADDED_R + o_r[None, :]
+            b_s = load_operand(p_s, o_r[None, :] < ranks[j], ACC)
+            b_b = load(b_ptrs[j] + o_b * ranks[j] + o_r[:, None], o_r[:, None] < ranks[j], ACC)
+            b_y = dot(b_s, as_operand(b_b, x_ptr.dtype.element_ty), b_y)
+        pair = pair + (b_y * scales[j],)
+    # base GEMM of both: y += x [W_0, W_1]^T                                          [BM, BK] x [BK, 2 * BN]
+    b_y = tl.reshape(tl.join(pair[0], pair[1]), (BM, 2 * BN))
+    o_k, o_2n = tl.arange(0, BK), tl.arange(0, 2 * BN)[None, :]
+    o_w = tl.minimum(i_n * BN + o_2n // 2, N - 1) + o_2n % 2 * N
+    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w.to(tl.int64) * K + o_k[:, None]
     for start_k in range(0, K, BK):
-        inside = start_k + k < K
-        acc = dot(load_operand(x_tile, inside[None, :], ACC), load_operand(w_tile, inside[:, None], ACC), acc)
-        x_tile += BK
-        w_tile += BK
-    g, u = tl.split(tl.reshape(acc, (BM, BN, 2)))
-    g = rounded(g + load(bias_ptrs[0] + col, col < bias_ns[0], ACC), x_ptr.dtype.element_ty)
-    u = rounded(u + load(bias_ptrs[1] + col, col < bias_ns[1], ACC), x_ptr.dtype.element_ty)
-    at = tl.arange(0, BM)[:, None]
-    store(h_ptr + top * N + at * N + col, g * _sigmoid(g) * u, (at < rows - top) & (col < N))
+        m_k = start_k + o_k < K
+        b_y = dot(load_operand(p_x, m_k[None, :], ACC), load_operand(p_w, m_k[:, None], ACC), b_y)
+        p_x += BK
+        p_w += BK
+    # biases, the rounding that the two layers would do, and h = silu(g) * u                         [BM, BN]
+    b_g, b_u = tl.split(tl.reshape(b_y, (BM, BN, 2)))
+    b_g = rounded(b_g + load(bias_ptrs[0] + o_n, o_n < bias_ns[0], ACC), x_ptr.dtype.element_ty)
+    b_u = rounded(b_u + load(bias_ptrs[1] + o_n, o_n < bias_ns[1], ACC), x_ptr.dtype.element_ty)
+    o_m = tl.arange(0, BM)[:, None]
+    store(h_ptr + top * N + o_m * N + o_n, b_g * sigmoid(b_g) * b_u, (o_m < rows - top) & (o_n < N))
 
 
 def _on_triton(x: Tensor, weight: Tensor, pair: Sequence[Projection]) -> Tensor:
@@ -127,7 +128,7 @@ def _halves(fused: Projection) -> list[Projection]:
 
 
 def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """silu(gate) * up [T, F] for the projections of x [T, K]: gate and up, or one whose 2 F rows are those of both, the gate's first.
+    """silu(gate) * up [T, F] for the projections of x [T, K]: gate and up, or one that holds both, the gate's F rows first.
 
     No gradient is recorded. ValueError if they do not fit together.
     """

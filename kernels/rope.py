@@ -1,14 +1,14 @@
-"""Rotary position embedding: pairs of a head's elements turn by the angle of their token (Su et al., 2021).
+"""Rotary position embedding: pairs of a head's elements rotate by the angle of their token (Su et al., 2021).
 
     y1 = x1 * cos - x2 * sin        y2 = x2 * cos + x1 * sin
 
 x [T, H, E]; cos, sin [T, P/2] in the dtype of x, made by `rope_angles` from the positions of the batch, so that packed
-documents restart. The first P <= E elements of a head turn, the rest pass through. Angle i turns the pair (i, i + P/2)
-(half-split, GPT-NeoX), or (2i, 2i + 1) when interleaved (GPT-J). With cos, sin [T, R, P/2] a head is R sections of E/R
-elements, each rotated so by a row of its own: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
+documents restart. The first P <= E elements of a head rotate, the rest are copied. Angle i rotates the pair (i, i + P/2)
+(half-split, GPT-NeoX), or (2i, 2i + 1) when interleaved (GPT-J). With cos, sin [T, R, P/2] a head has R sections of E/R
+elements, each with its own row of cos and sin: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
 
-Nothing of x is saved: the backward is the same rotation with -sin. A program of the kernel turns one section of some heads
-of one token.
+x is not saved: the backward is the same rotation with -sin. A program of the kernel rotates one section of some heads of one
+token.
 """
 
 import torch
@@ -64,30 +64,33 @@ def _rotate_kernel(
     REST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF turn."""
-    angle = (tl.program_id(0) // groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
-    token, section = angle // R, angle % R
-    head = (tl.program_id(0) % groups).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
-    x = x_ptr + token * token_stride + section * SIZE + head * head_stride
-    y = y_ptr + (token * H + head) * (R * SIZE) + section * SIZE
-    col = tl.arange(0, BLOCK)[None, :]
-    cos = load(cos_ptr + angle * HALF + col, col < HALF, ACC)
-    sin = load(sin_ptr + angle * HALF + col, col < HALF, ACC) * SIGN
-    if INTERLEAVED:  # neighbours are loaded side by side and parted in registers
-        both = tl.arange(0, 2 * BLOCK)[None, :]
-        inside = (head < H) & (both < 2 * HALF)
-        first, second = tl.split(tl.reshape(load(x + both, inside, ACC), (HEADS, BLOCK, 2)))
-        rotated = tl.join(first * cos - second * sin, second * cos + first * sin)
-        store(y + both, tl.reshape(rotated, (HEADS, 2 * BLOCK)), inside)
+    """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF rotate."""
+    i_angle = (tl.program_id(0) // groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
+    i_t, i_section = i_angle // R, i_angle % R
+    o_h = (tl.program_id(0) % groups).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
+    p_x = x_ptr + i_t * token_stride + i_section * SIZE + o_h * head_stride
+    p_y = y_ptr + (i_t * H + o_h) * (R * SIZE) + i_section * SIZE
+    # the angles of the token, for all heads                                                       [1, BLOCK]
+    o_e = tl.arange(0, BLOCK)[None, :]
+    b_cos = load(cos_ptr + i_angle * HALF + o_e, o_e < HALF, ACC)
+    b_sin = load(sin_ptr + i_angle * HALF + o_e, o_e < HALF, ACC) * SIGN
+    # rotate x1, x2                                                                         2 x [HEADS, BLOCK]
+    if INTERLEAVED:  # adjacent elements are loaded side by side and split in registers
+        o_2e = tl.arange(0, 2 * BLOCK)[None, :]
+        m_e = (o_h < H) & (o_2e < 2 * HALF)
+        b_x1, b_x2 = tl.split(tl.reshape(load(p_x + o_2e, m_e, ACC), (HEADS, BLOCK, 2)))
+        b_y = tl.join(b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin)
+        store(p_y + o_2e, tl.reshape(b_y, (HEADS, 2 * BLOCK)), m_e)
     else:
-        inside = (head < H) & (col < HALF)
-        first, second = load(x + col, inside, ACC), load(x + HALF + col, inside, ACC)
-        store(y + col, first * cos - second * sin, inside)
-        store(y + HALF + col, second * cos + first * sin, inside)
+        m_e = (o_h < H) & (o_e < HALF)
+        b_x1, b_x2 = load(p_x + o_e, m_e, ACC), load(p_x + HALF + o_e, m_e, ACC)
+        store(p_y + o_e, b_x1 * b_cos - b_x2 * b_sin, m_e)
+        store(p_y + HALF + o_e, b_x2 * b_cos + b_x1 * b_sin, m_e)
+    # copy the rest                                                                             [HEADS, REST]
     if REST:
-        rest = 2 * HALF + tl.arange(0, REST)[None, :]
-        inside = (head < H) & (rest < SIZE)
-        tl.store(y + rest, tl.load(x + rest, mask=inside, other=0.0), mask=inside)
+        o_rest = 2 * HALF + tl.arange(0, REST)[None, :]
+        m_rest = (o_h < H) & (o_rest < SIZE)
+        tl.store(p_y + o_rest, tl.load(p_x + o_rest, mask=m_rest, other=0.0), mask=m_rest)
 
 
 def _tile(heads: int, half: int, rest: int) -> dict[str, int]:
@@ -144,7 +147,7 @@ class _OnTriton(torch.autograd.Function):
 
 
 def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of x [..., E]: the first and the second of every pair that turns, [..., P/2]."""
+    """Views of x [..., E]: the first and the second element of every pair that rotates, [..., P/2]."""
     x = x if 2 * half == x.shape[-1] else x[..., : 2 * half]
     if interleaved:
         return x[..., ::2], x[..., 1::2]
@@ -185,7 +188,7 @@ class _OnTorch(torch.autograd.Function):
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the first P elements of every head of x [T, H, E] by the angles of its token; the rest are copied.
+    """Rotate the first P elements of every head of x [T, H, E] by the angles of its token; the rest are copied.
 
     cos, sin [T, P/2], or [T, R, P/2] for heads of R sections, get no gradient. ValueError for other shapes.
     """
@@ -209,7 +212,7 @@ def example(
     rotated: int | None = None,
     interleaved: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, bool], dict]:
-    """Arguments of one call, and the bytes that a perfect forward moves; `rotated` elements of a head turn, None for all."""
+    """Arguments of one call, and the bytes that a perfect forward moves; `rotated` elements of a head, None for all."""
     x = torch.randn(tokens, heads, size, device=device, dtype=dtype)
     rotated = size if rotated is None else rotated
     inverse = 10000.0 ** -(torch.arange(0, rotated, 2, device=device, dtype=torch.float64) / rotated)

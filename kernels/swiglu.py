@@ -4,10 +4,10 @@ Saved for backward: g and u. silu(g) is recomputed. With s = sigmoid(g):
 
     du = dh * g * s        dg = dh * u * s * (1 + g * (1 - s))
 
-`swiglu_fused` takes both side by side in one matrix, g first, as GLM's fused projection writes them, and its gradient comes
-back as one such matrix, written once. A perfect forward moves three values for each of h, a perfect backward five.
+`swiglu_fused` takes both side by side in one matrix, g first, as GLM's fused projection writes them; its gradient comes back as
+one such matrix, written once. A perfect forward moves three values for each of h, a perfect backward five.
 
-A program of the kernels takes one stretch of one row: g and u may be column ranges of one wider matrix.
+A program of the kernels takes BLOCK columns of one row: g and u may be column ranges of one wider matrix.
 """
 
 import torch
@@ -31,12 +31,12 @@ def swiglu_fused_ref(gu: Tensor) -> Tensor:
 
 @jit
 def _fwd_kernel(g_ptr, u_ptr, h_ptr, g_stride, u_stride, F, blocks, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = col < F
-    g = load(g_ptr + row * g_stride + col, inside, ACC)
-    u = load(u_ptr + row * u_stride + col, inside, ACC)
-    store(h_ptr + row * F + col, g * _sigmoid(g) * u, inside)
+    i_m = (tl.program_id(0) // blocks).to(tl.int64)
+    o_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < F
+    b_g = load(g_ptr + i_m * g_stride + o_n, m_n, ACC)
+    b_u = load(u_ptr + i_m * u_stride + o_n, m_n, ACC)
+    store(h_ptr + i_m * F + o_n, b_g * sigmoid(b_g) * b_u, m_n)
 
 
 @jit
@@ -56,28 +56,30 @@ def _bwd_kernel(
     ACC: tl.constexpr,
 ):
     """dg_ptr or du_ptr is None where that gradient is not wanted; d_stride is the row stride of both."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = col < F
-    dh = load(dh_ptr + row * dh_stride + col, inside, ACC)
-    g = load(g_ptr + row * g_stride + col, inside, ACC)
-    s = _sigmoid(g)
+    i_m = (tl.program_id(0) // blocks).to(tl.int64)
+    o_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < F
+    b_dh = load(dh_ptr + i_m * dh_stride + o_n, m_n, ACC)
+    b_g = load(g_ptr + i_m * g_stride + o_n, m_n, ACC)
+    b_s = sigmoid(b_g)
+    # h = g s u, so du = dh g s
     if du_ptr is not None:
-        store(du_ptr + row * d_stride + col, dh * g * s, inside)
+        store(du_ptr + i_m * d_stride + o_n, b_dh * b_g * b_s, m_n)
+    # ds / dg = s (1 - s), so d(g s) / dg = s + g s (1 - s)
     if dg_ptr is not None:
-        u = load(u_ptr + row * u_stride + col, inside, ACC)
-        store(dg_ptr + row * d_stride + col, dh * u * s * (1 + g * (1 - s)), inside)
+        b_u = load(u_ptr + i_m * u_stride + o_n, m_n, ACC)
+        store(dg_ptr + i_m * d_stride + o_n, b_dh * b_u * b_s * (1 + b_g * (1 - b_s)), m_n)
 
 
 @jit
-def _sigmoid(x):
-    """No infinity on the way: exp of what is not positive."""
+def sigmoid(x):
+    """Stable: exp of numbers that are never positive, so that none becomes infinite."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1 + e)
 
 
 def _grid(rows: int, f: int) -> tuple[tuple[int], dict[str, int]]:
-    """Programs, and what they share: 8 values a thread."""
+    """Programs, and their options: 8 values a thread."""
     block = min(1024, next_power_of_2(f))
     blocks = cdiv(f, block)
     return (rows * blocks,), {"blocks": blocks, "BLOCK": block, "num_warps": 4, **PINNED}

@@ -153,7 +153,7 @@ def _numbers(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Itera
 MUTATORS = (_masks, _comparisons, _terms, _strides, _roundings, _statements, _functions, _numbers)
 # faults that change nothing that a caller can see, by file, function, kind and the text replaced; each with its reason
 EQUIVALENT = {
-    ("swiglu", "_sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
+    ("swiglu", "sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
     ("lora_gemm", "as_operand", "cast forgotten", "x.to(DTYPE)"): "on a GPU alone, where it does not compile",
     ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
 }
