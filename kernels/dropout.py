@@ -1,11 +1,11 @@
-"""Dropout whose mask is a function of a key, so that it is recomputed where it is needed and never stored.
+"""Dropout whose mask is a function of a key, so that it is drawn again where it is needed and never stored.
 
     y = x * keep / (1 - p)      keep[i, j] = (lane[i, j] >= round(p * 65536))
 
 The lanes are 16 bits each of a Philox stream (Salmon et al., 2011) whose key is made of (seed, step, pass, module): the
-backward, the recomputation under activation checkpointing and a resumed run draw the same bits. p is thereby quantised to
-1/65536. There are two streams. The torch path draws a whole matrix of Philox 4x64 at once. A kernel draws Philox 4x32 of
-the counter (row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn alone.
+backward, the recomputation under activation checkpointing and a resumed run draw the same bits. p is quantised to 1/65536.
+There are two streams. The torch path draws a whole matrix of Philox 4x64 at once. A kernel draws Philox 4x32 of the counter
+(row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn by itself.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ _ROUNDS = tl.constexpr(ROUNDS)
 
 
 class DropoutKey(NamedTuple):
-    """Names one mask: the run's seed, the optimizer step, the pass (micro-batch) in the step, the module's number."""
+    """Names one mask: the run's seed, the optimizer step, the pass (micro-batch) of the step, the module's number."""
 
     seed: int
     step: int
@@ -36,7 +36,7 @@ NO_DROPOUT = DropoutKey(0, 0, 0, 0)
 def dropout_mask(shape: tuple[int, int], p: float, key: DropoutKey, device: torch.device | str = "cpu") -> Tensor:
     """The mask of `key` for a matrix [rows, columns] on the torch path: bool, true where a value is kept.
 
-    On a GPU the lanes come from torch's generator there, seeded from the key: other bits than on the CPU, as reproducible.
+    On a GPU the lanes come from torch's generator, seeded from the key: not the CPU's bits, but as reproducible.
     """
     rows, columns = shape
     entropy = np.random.SeedSequence(list(key)).generate_state(2, np.uint64)
@@ -66,7 +66,7 @@ def dropout_mask_ref(shape: tuple[int, int], p: float, key: DropoutKey, device: 
 
 
 def philox_key(key: DropoutKey) -> int:
-    """A kernel's key, 63 bits of which the highest is set: every key has the same integer type for the compiler."""
+    """The key of a kernel, 63 bits with the highest set, so that every key has the same integer type for the compiler."""
     return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 2 | 1 << 62
 
 
@@ -76,17 +76,19 @@ def threshold(p: float) -> int:
 
 
 @jit
-def keep_mask(seed, threshold, row, first, COLUMNS: tl.constexpr):
-    """Bool [ROWS, COLUMNS], true where a value is kept: rows `row` [ROWS, 1], columns from `first`, a multiple of 8."""
-    group = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-    c0, c1, c2, c3 = tl.philox(seed, row.to(tl.int32), group, group * 0, group * 0, _ROUNDS)
-    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # in this order c0, c1, c2, c3 lie side by side
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(lanes, (row.shape[0], COLUMNS)) >= threshold
+def keep_mask(seed, threshold, o_m, first, BN: tl.constexpr):
+    """Bool [BM, BN], true where a value is kept: rows o_m [BM, 1], columns from `first`, a multiple of 8."""
+    # 4 words of 32 bits for each row and each 8 columns                                         4 x [BM, BN / 8]
+    o_8 = first // 8 + tl.arange(0, BN // 8)[None, :]
+    c0, c1, c2, c3 = tl.philox(seed, o_m.to(tl.int32), o_8, o_8 * 0, o_8 * 0, _ROUNDS)
+    b_words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # joined so, c0 c1 c2 c3 are side by side
+    # 2 lanes of 16 bits for each word                                                                  [BM, BN]
+    b_lanes = tl.join(b_words & 0xFFFF, b_words >> 16)
+    return tl.reshape(b_lanes, (o_m.shape[0], BN)) >= threshold
 
 
 def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
-    """x [rows, columns] with the mask that an operation on it draws, scaled by 1 / (1 - p); x itself when p is 0.
+    """x [rows, columns] under the mask that an operation on it draws, scaled by 1 / (1 - p); x itself when p is 0.
 
     The specification: no autograd of its own.
     """
@@ -95,5 +97,5 @@ def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
 
 
 def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """x with a mask of its shape, scaled by 1 / (1 - p); x itself where there is no mask."""
+    """x under a mask of its shape, scaled by 1 / (1 - p); x itself where there is no mask."""
     return x if mask is None else torch.mul(x, mask).mul_(1 / (1 - p))

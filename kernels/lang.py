@@ -1,8 +1,15 @@
-"""Triton, where it is installed, and the two moves of every kernel: a load that widens, a store that rounds once.
+"""Triton, where it is installed, and what every kernel does: a load that widens, a store that rounds once.
 
-Every other file takes triton's names from here, so that its torch path works without triton (macOS). Triton's
-interpreter (TRITON_INTERPRET=1, set before the first import) keeps bf16 as bit patterns: it can widen them, but it cuts off
-where a GPU rounds to nearest. `rounded` does that rounding by hand there, to the same bits.
+Every other file imports Triton's names from here, so that its torch path works without Triton (macOS). Triton's interpreter
+(TRITON_INTERPRET=1, set before the first import) keeps bf16 as bit patterns: it can widen them, but it truncates where a GPU
+rounds to nearest. `rounded` does that rounding by hand there, to the same bits.
+
+Names in kernels are those of flash-linear-attention. For a tensor x and an axis m, n, k or r (rows, columns, what a product sums
+over, ranks):
+
+    x_ptr  memory of x          p_x  pointers to a tile of it       b_x  the tile, in registers
+    i_m    index of a tile      o_m  offsets of its elements        m_m  their mask: true inside the tensor
+    BM     size of a tile       M    size of the tensor, also rows, N, K
 """
 
 from collections.abc import Callable
@@ -34,7 +41,7 @@ else:
 
 
 INTERPRET = tl.constexpr(INTERPRETED)
-PINNED = {"enable_fp_fusion": True}  # options of every launch; the default differs between 3.9 and 3.10
+PINNED = {"enable_fp_fusion": True}  # options of every launch; their default differs between Triton 3.9 and 3.10
 
 
 def accum_dtype(dtype: torch.dtype) -> "tl.dtype":
@@ -43,7 +50,7 @@ def accum_dtype(dtype: torch.dtype) -> "tl.dtype":
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """[..., N] as [rows, N], neighbours side by side; a copy only where the strides ask for one."""
+    """[..., N] as [rows, N] with contiguous rows; a copy only where the strides need one."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -55,7 +62,7 @@ def load(ptrs, mask, ACC: tl.constexpr):
 
 @jit
 def rounded(x, DTYPE: tl.constexpr):
-    """x as DTYPE would keep it, in the dtype of x."""
+    """x rounded to DTYPE, in the dtype of x."""
     if INTERPRET and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -74,7 +81,7 @@ def store(ptrs, x, mask):
 
 @jit
 def halves(x):
-    """The left and the right half of the columns of a tile, which stay in their registers."""
+    """The left and the right half of the columns of a tile; no value leaves its register."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 

@@ -5,15 +5,15 @@ The statistics and the normalised row n are fp32 (fp64 for fp64 input). The fami
     round_once=False    y = (offset + w) * cast(n)      n is rounded, then the product: Qwen, GLM in transformers
     round_once=True     y = cast((offset + w) * n)      only the product is rounded: ChatGLM2/3, GLM-4-9B; with offset 1 Qwen3.5
 
-`add_rms_norm` norms the sum s = x + residual, rounded to their dtype, and returns it too: what a pre-norm block does between
-its halves. Saved for backward: x (or s) and 1/rms, one number a row; n is recomputed. With g = (offset + w) * dy:
+`add_rms_norm` normalises the sum s = x + residual, rounded to their dtype, and returns s too: what a pre-norm block does between
+its halves. Saved for backward: x (or s) and rstd = 1/rms, one number a row; n is recomputed. With g = (offset + w) * dy:
 
-    dx = (g - n * mean(g * n)) / rms + ds       dw = sum over rows of dy * n
+    dx = (g - n * mean(g * n)) * rstd + ds      dw = sum over rows of dy * n
 
-ds is the gradient that comes back through s; x and residual share one dx. A perfect forward moves each row twice (four times
-with the sum: x, residual, s, y), a perfect backward three times (four: dy, ds, s, dx).
+ds is the gradient of s from elsewhere; x and residual share one dx. A perfect forward moves each row twice (four times with the
+sum: x, residual, s, y), a perfect backward three times (four: dy, ds, s, dx).
 
-The kernels hold whole rows, a few short ones or one long one at a time. For dw each program adds up its own run of rows in
+A program of the kernels holds whole rows, a few short ones or one long one at a time. For dw each program adds up its own rows in
 fp32, and torch adds up the programs: no atomics, and the number of programs depends only on the shape.
 """
 
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from minilora.kernels.dispatch import check_same, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl
 
-MAX_WIDTH = 8192  # of a row that a program can hold without spilling
+MAX_WIDTH = 8192  # of the rows that a program can hold without spilling
 MAX_PARTIALS = 264  # of dw: two programs for each multiprocessor of an H100
 
 
@@ -64,21 +64,24 @@ def _fwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """residual_ptr and s_ptr are None where nothing is added."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (col < N)
-    x = load(x_ptr + row * x_stride + col, inside, ACC)
+    """A program: ROWS rows. residual_ptr and s_ptr are None where nothing is added."""
+    o_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_n = tl.arange(0, BLOCK)[None, :]
+    m_mn = (o_m < rows) & (o_n < N)
+    # load x, add the residual                                                                   [ROWS, BLOCK]
+    b_x = load(x_ptr + o_m * x_stride + o_n, m_mn, ACC)
     if residual_ptr is not None:
-        x = rounded(x + load(residual_ptr + row * residual_stride + col, inside, ACC), s_ptr.dtype.element_ty)
-        store(s_ptr + row * N + col, x, inside)
-    w = load(w_ptr + col, col < N, ACC) + offset
-    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / N + eps)
-    store(rstd_ptr + row, rstd, row < rows)
-    n = x * rstd
+        b_x = rounded(b_x + load(residual_ptr + o_m * residual_stride + o_n, m_mn, ACC), s_ptr.dtype.element_ty)
+        store(s_ptr + o_m * N + o_n, b_x, m_mn)
+    b_w = load(w_ptr + o_n, o_n < N, ACC) + offset
+    # 1 / rms of each row                                                                            [ROWS, 1]
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1, keep_dims=True) / N + eps)
+    store(rstd_ptr + o_m, b_rstd, o_m < rows)
+    # normalise, scale, store                                                                    [ROWS, BLOCK]
+    b_n = b_x * b_rstd
     if not ROUND_ONCE:
-        n, w = rounded(n, y_ptr.dtype.element_ty), rounded(w, y_ptr.dtype.element_ty)
-    store(y_ptr + row * N + col, n * w, inside)
+        b_n, b_w = rounded(b_n, y_ptr.dtype.element_ty), rounded(b_w, y_ptr.dtype.element_ty)
+    store(y_ptr + o_m * N + o_n, b_n * b_w, m_mn)
 
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["tiles"])
@@ -101,31 +104,35 @@ def _bwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """`tiles` times ROWS rows a program; dx_ptr, partial_ptr: None where that gradient is not wanted; ds_ptr: where none is."""
-    program = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)[None, :]
-    dw = tl.zeros((ROWS, BLOCK), ACC)
-    for tile in range(tiles):
-        row = (program * tiles + tile) * ROWS + tl.arange(0, ROWS)[:, None]
-        inside = (row < rows) & (col < N)
-        dy = load(dy_ptr + row * dy_stride + col, inside, ACC)
-        rstd = load(rstd_ptr + row, row < rows, ACC)
-        n = load(x_ptr + row * x_stride + col, inside, ACC) * rstd
+    """A program: `tiles` times ROWS rows. dx_ptr, partial_ptr: None where not wanted; ds_ptr: None without a gradient of s."""
+    i_program = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK)[None, :]
+    b_dw = tl.zeros((ROWS, BLOCK), ACC)
+    for i_tile in range(tiles):
+        # load dy, recompute n                                                                   [ROWS, BLOCK]
+        o_m = (i_program * tiles + i_tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        m_mn = (o_m < rows) & (o_n < N)
+        b_dy = load(dy_ptr + o_m * dy_stride + o_n, m_mn, ACC)
+        b_rstd = load(rstd_ptr + o_m, o_m < rows, ACC)
+        b_n = load(x_ptr + o_m * x_stride + o_n, m_mn, ACC) * b_rstd
+        # y = (offset + w) n, so dw += dy n
         if partial_ptr is not None:
-            dw += dy * n
+            b_dw += b_dy * b_n
+        # and dn = g; n = x rstd with d rstd / dx = -rstd^3 x / N, so dx = rstd g - rstd^3 x sum(g x) / N
+        #                                                                = rstd (g - n mean(g n))
         if dx_ptr is not None:
-            g = dy * (load(w_ptr + col, col < N, ACC) + offset)
-            mean = tl.sum(g * n, 1, keep_dims=True) / N
-            dx = (g - n * mean) * rstd
+            b_g = b_dy * (load(w_ptr + o_n, o_n < N, ACC) + offset)
+            b_mean = tl.sum(b_g * b_n, 1, keep_dims=True) / N
+            b_dx = (b_g - b_n * b_mean) * b_rstd
             if ds_ptr is not None:
-                dx += load(ds_ptr + row * ds_stride + col, inside, ACC)
-            store(dx_ptr + row * N + col, dx, inside)
+                b_dx += load(ds_ptr + o_m * ds_stride + o_n, m_mn, ACC)
+            store(dx_ptr + o_m * N + o_n, b_dx, m_mn)
     if partial_ptr is not None:
-        store(partial_ptr + program * N + col, tl.sum(dw, 0, keep_dims=True), col < N)
+        store(partial_ptr + i_program * N + o_n, tl.sum(b_dw, 0, keep_dims=True), o_n < N)
 
 
 def _tile(n: int) -> dict[str, int]:
-    """Rows of n columns a program, and warps: 16 values a thread, up to 16 warps."""
+    """Rows of n columns in a program, and its warps: 16 values a thread, up to 16 warps."""
     block = next_power_of_2(n)
     rows = max(1, 2048 // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 512)), **PINNED}
@@ -172,7 +179,7 @@ class _OnTriton(torch.autograd.Function):
         x, w, rstd = ctx.saved_tensors
         dy, ds = grads if len(grads) == 2 else (grads[0], None)
         if dy is None:  # only the sum was used
-            return _to_both(ctx, ds, None)
+            return _gradients(ctx, ds, None)
         dy, rows = rows_of(dy), rows_of(x)
         ds = None if ds is None else rows_of(ds)
         dx = partial = None
@@ -205,7 +212,7 @@ class _OnTriton(torch.autograd.Function):
                     **tile,
                 )
         dw = None if partial is None else partial.sum(0).to(w.dtype)
-        return _to_both(ctx, dx, dw)
+        return _gradients(ctx, dx, dw)
 
 
 class _OnTorch(torch.autograd.Function):
@@ -228,7 +235,7 @@ class _OnTorch(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         dy, ds = grads if len(grads) == 2 else (grads[0], None)
         if dy is None:
-            return _to_both(ctx, ds, None)
+            return _gradients(ctx, ds, None)
         x, w, rstd = ctx.saved_tensors
         n = torch.mul(x, rstd)
         dx = dw = None
@@ -239,13 +246,13 @@ class _OnTorch(torch.autograd.Function):
             mean = torch.linalg.vecdot(g, n).div_(x.shape[-1]).unsqueeze(-1)
             dx = g.addcmul_(n, mean, value=-1).mul_(rstd)
             dx = (dx if ds is None else dx.add_(ds)).to(x.dtype)
-        return _to_both(ctx, dx, dw)
+        return _gradients(ctx, dx, dw)
 
 
-def _to_both(ctx, dx: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
-    """dx goes to x and to residual alike, as far as they want it."""
-    x_wants, residual_wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-    return dx if x_wants else None, dw, None, None, None, dx if residual_wants else None
+def _gradients(ctx, dx: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of forward's arguments: x and residual both get dx, if they need it."""
+    needs_x, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+    return dx if needs_x else None, dw, None, None, None, dx if needs_residual else None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> Tensor:
@@ -253,7 +260,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: 
 
     `round_once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and one N.
     """
-    if _one_call_does(x, w, offset):
+    if _torch_serves(x, w, offset):
         return F.rms_norm(x, w.shape, w, eps)
     check_same("rms_norm", x=x, w=w)
     _check_width("rms_norm", x, w)
@@ -264,7 +271,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual (both [..., N]) as rms_norm gives it, and the sum, in one pass."""
-    if _one_call_does(x, w, offset) and x.shape == residual.shape:
+    if _torch_serves(x, w, offset) and x.shape == residual.shape:
         s = x + residual
         return F.rms_norm(s, w.shape, w, eps), s
     check_same("add_rms_norm", x=x, residual=residual, w=w)
@@ -274,8 +281,8 @@ def add_rms_norm(
     return recording(_on(x, w))(x, w, eps, offset, round_once, residual)
 
 
-def _one_call_does(x: Tensor, w: Tensor, offset: float) -> bool:
-    """Whether torch's own norm serves: in inference (a recomputed block needs the same bits), where nothing is rounded on the way."""
+def _torch_serves(x: Tensor, w: Tensor, offset: float) -> bool:
+    """Whether torch's own norm serves: in inference, since a recomputed block needs the same bits, and in fp32, where nothing is rounded."""
     fp32 = x.dtype == torch.float32 and w.dtype == torch.float32
     return torch.is_inference_mode_enabled() and fp32 and not offset and not use_triton(x)
 
