@@ -1,17 +1,17 @@
-"""Cross-entropy on logits [M, V]: the sum over rows of -log softmax(logits)[target]; rows with target -100 count for nothing.
+"""Cross-entropy on logits [M, V]: the sum over rows of -log softmax(logits)[target]; rows with target -100 are left out.
 
-With a row's maximum taken off first, e = exp(z - max), and R the sum of e over every class but the true one t:
+With e = exp(z - max) for the logits z of a row, t its true class, and others the sum of e over every class but t:
 
-    loss = log(1 + R / e_t)        dlogits_j = s e_j / (R + e_t)        dlogits_t = -s R / (R + e_t)
+    loss = log(1 + others / e_t)        dz_j = s e_j / (others + e_t)        dz_t = -s others / (others + e_t)
 
-R is summed without the true class, so that neither the loss nor p_t - 1 cancels where p_t is near 1, and both are fp32 or wider
-until the one rounding of the store. s is what flows in from above, a tensor that only the kernel reads: no sync with the GPU.
+The sum leaves the true class out, so that neither the loss nor p_t - 1 cancels where p_t is near 1; both are fp32 or wider until
+the store rounds once. s is the gradient of the loss, a tensor that only the kernel reads, without a sync with the GPU.
 
-Bytes, in passes over the logits (a kernel that reads a row twice in one launch counts it once): s is known only in the
-backward, so that the least is three passes: the forward reads, the backward reads and writes. Liger writes the gradient in the
-forward and needs two passes for s = 1 and four for any other; here the caller who knows s beforehand (one over the number of
-targets of a step) gives it as `scale`, and the gradient is made in the forward with s in it: two passes whatever s is. Saved
-for backward: logits, max and R of each row; with `scale` the gradient alone. Logits are never written to.
+Bytes, in passes over the logits (a kernel that reads a row twice in one launch counts it once): s is known only in the backward,
+so three passes are the least: the forward reads, the backward reads and writes. Liger writes the gradient in the forward and needs
+two passes for s = 1 and four for any other s. Here a caller who knows s beforehand (one over the number of targets of a step)
+gives it as `scale`, and the forward makes the gradient with s in it: two passes whatever s is. Saved for backward: logits, max and
+others of each row; with `scale` the gradient only. Logits are never written to.
 """
 
 import torch
@@ -22,14 +22,11 @@ from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rows_of, store, tl
 
 IGNORED = -100  # the target of a row that has none
-BLOCK = (
-    8192  # logits that a program holds: 8 a thread; a program a multiprocessor leaves its row in the second-level cache
-)
+# logits that a program holds, 8 a thread; with one program a multiprocessor their rows stay in the second-level cache
+BLOCK = 8192
 BLOCK_ROWS = 16  # rows in fp32 at a time on the CPU: 16 x 152k x 4 bytes stay within a third-level cache
-_IGNORED, _LOWEST = (
-    tl.constexpr(IGNORED),
-    tl.constexpr(-3e38),
-)  # lower than any logit, and still a number to subtract from
+_IGNORED = tl.constexpr(IGNORED)
+_LOWEST = tl.constexpr(-3e38)  # below any logit, but finite, so that it can be subtracted
 
 
 def cross_entropy_ref(logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -42,14 +39,14 @@ def cross_entropy_ref(logits: Tensor, targets: Tensor, scale: Tensor | None = No
 
 @jit
 def true_logit(row_ptr, target, V, ACC: tl.constexpr):
-    """NaN for a class that does not exist: a loss that is seen to be wrong."""
+    """The logit of the true class; NaN for a class that does not exist, so that the loss is NaN too."""
     exists = (target >= 0) & (target < V)
     return tl.where(exists, load(row_ptr + target, exists, ACC), float("nan"))
 
 
 @jit
 def loss_of(others, true):
-    """log(1 + others / exp(true)), for a sum `others` and a logit `true` from which the same maximum was subtracted."""
+    """log(1 + others / exp(true)); `others` and `true` have the same maximum subtracted."""
     d = tl.log(tl.where(others == 0, 1.0, others)) - true
     e = tl.exp(-tl.abs(d))
     u = 1 + e
@@ -59,21 +56,22 @@ def loss_of(others, true):
 
 @jit
 def store_gradient(
-    out_ptr, logits_ptr, target, V, top, others, true, scale, first, last, BLOCK: tl.constexpr, ACC: tl.constexpr
+    out_ptr, logits_ptr, target, V, peak, others, true, scale, first, last, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
     """scale * (softmax - onehot) of the columns first to last of one row; out_ptr may be logits_ptr."""
-    factor = scale / (others + tl.exp(true - top))
+    # p_j = e_j / (others + e_t), and p_t - 1 = -others / (others + e_t)                                 [BLOCK]
+    factor = scale / (others + tl.exp(true - peak))
     for start in range(first, last, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        e = tl.exp(load(logits_ptr + col, col < V, ACC) - top)
-        store(out_ptr + col, tl.where(col == target, -others, e) * factor, col < V)
+        o_v = start + tl.arange(0, BLOCK)
+        b_e = tl.exp(load(logits_ptr + o_v, o_v < V, ACC) - peak)
+        store(out_ptr + o_v, tl.where(o_v == target, -others, b_e) * factor, o_v < V)
 
 
 @jit
 def store_zeros(out_ptr, V, first, last, BLOCK: tl.constexpr, ACC: tl.constexpr):
     for start in range(first, last, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        store(out_ptr + col, tl.zeros((BLOCK,), ACC), col < V)
+        o_v = start + tl.arange(0, BLOCK)
+        store(out_ptr + o_v, tl.zeros((BLOCK,), ACC), o_v < V)
 
 
 @jit
@@ -89,39 +87,40 @@ def _fwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row a program. stats_ptr is None where no backward follows, dlogits_ptr where the gradient is not made here."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    logits_ptr += row * stride
+    """A program: one row. stats_ptr is None where no backward follows, dlogits_ptr where the gradient is not made here."""
+    i_m = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + i_m)
+    logits_ptr += i_m * stride
     if dlogits_ptr is not None:
-        dlogits_ptr += row * V
+        dlogits_ptr += i_m * V
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(ACC)
     if target == _IGNORED:
-        store(loss_ptr + row, tl.zeros((), ACC), True)
+        store(loss_ptr + i_m, tl.zeros((), ACC), True)
         if stats_ptr is not None:
-            store(stats_ptr + 2 * row, tl.zeros((), ACC), True)
-            store(stats_ptr + 2 * row + 1, tl.zeros((), ACC), True)
+            store(stats_ptr + 2 * i_m, tl.zeros((), ACC), True)
+            store(stats_ptr + 2 * i_m + 1, tl.zeros((), ACC), True)
         if dlogits_ptr is not None:
             store_zeros(dlogits_ptr, V, 0, V, BLOCK, ACC)
     else:
-        # every lane keeps its own maximum and the sum of exponentials under it
-        top, others = tl.full((BLOCK,), _LOWEST, ACC), tl.zeros((BLOCK,), ACC)
+        # online softmax without the true class: every lane keeps its own maximum, and the sum of exp(z - max)  [BLOCK]
+        b_max, b_sum = tl.full((BLOCK,), _LOWEST, ACC), tl.zeros((BLOCK,), ACC)
         for start in range(0, V, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            z = load(logits_ptr + col, col < V, ACC)
-            z = tl.where((col < V) & (col != target), z, -float("inf"))
-            e = tl.exp(-tl.abs(z - top))
-            others = tl.where(z > top, others * e + 1, others + e)
-            top = tl.where(z > top, z, top)
+            o_v = start + tl.arange(0, BLOCK)
+            b_z = load(logits_ptr + o_v, o_v < V, ACC)
+            b_z = tl.where((o_v < V) & (o_v != target), b_z, -float("inf"))
+            b_e = tl.exp(-tl.abs(b_z - b_max))
+            b_sum = tl.where(b_z > b_max, b_sum * b_e + 1, b_sum + b_e)
+            b_max = tl.where(b_z > b_max, b_z, b_max)
+        # one maximum for the lanes and the true class, and the loss
         true = true_logit(logits_ptr, target, V, ACC)
-        peak = tl.maximum(tl.max(top, 0), true)
-        others = tl.sum(others * tl.exp(top - peak), 0)
-        store(loss_ptr + row, scale * loss_of(others, true - peak), True)
+        peak = tl.maximum(tl.max(b_max, 0), true)
+        others = tl.sum(b_sum * tl.exp(b_max - peak), 0)
+        store(loss_ptr + i_m, scale * loss_of(others, true - peak), True)
         if stats_ptr is not None:
-            store(stats_ptr + 2 * row, peak, True)
-            store(stats_ptr + 2 * row + 1, others, True)
+            store(stats_ptr + 2 * i_m, peak, True)
+            store(stats_ptr + 2 * i_m + 1, others, True)
         if dlogits_ptr is not None:
             store_gradient(dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, 0, V, BLOCK, ACC)
 
@@ -139,16 +138,16 @@ def _bwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One stretch of one row a program."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    """A program: BLOCK columns of one row."""
+    i_m = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
-    target = tl.load(targets_ptr + row)
-    logits_ptr += row * stride
-    dlogits_ptr += row * V
+    target = tl.load(targets_ptr + i_m)
+    logits_ptr += i_m * stride
+    dlogits_ptr += i_m * V
     if target == _IGNORED:
         store_zeros(dlogits_ptr, V, first, first + BLOCK, BLOCK, ACC)
     else:
-        peak, others = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+        peak, others = tl.load(stats_ptr + 2 * i_m), tl.load(stats_ptr + 2 * i_m + 1)
         true = true_logit(logits_ptr, target, V, ACC)
         scale = tl.load(scale_ptr).to(ACC)
         store_gradient(dlogits_ptr, logits_ptr, target, V, peak, others, true, scale, first, first + BLOCK, BLOCK, ACC)
@@ -156,17 +155,17 @@ def _bwd_kernel(
 
 @jit
 def _rescale_kernel(x_ptr, scale_ptr, V, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """x *= scale, one row a program; nothing is read or written where scale is 1."""
+    """x *= scale; a program: one row. Nothing of x is read or written where scale is 1."""
     scale = tl.load(scale_ptr).to(ACC)
     x_ptr += tl.program_id(0).to(tl.int64) * V
     if scale != 1:
         for start in range(0, V, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            store(x_ptr + col, load(x_ptr + col, col < V, ACC) * scale, col < V)
+            o_v = start + tl.arange(0, BLOCK)
+            store(x_ptr + o_v, load(x_ptr + o_v, o_v < V, ACC) * scale, o_v < V)
 
 
 def row_tile(v: int, most: int) -> dict[str, int]:
-    """Logits a program, and warps: 8 a thread."""
+    """Logits in a program, and its warps: 8 a thread."""
     block = min(most, next_power_of_2(v))
     return {"BLOCK": block, "num_warps": max(1, block // 256), **PINNED}
 
@@ -207,7 +206,7 @@ class _OnTriton(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (scale,) = grads
         if ctx.early:
-            # whether scale is 1 is known on the GPU alone: the gradient is multiplied where it lies, and given away
+            # only the GPU knows whether scale is 1: the gradient is multiplied in place, and given away
             dlogits, ctx.dlogits = ctx.dlogits, None
             if dlogits is None:
                 raise RuntimeError(
@@ -242,19 +241,19 @@ class _OnTriton(torch.autograd.Function):
 
 
 class Softmax:
-    """A block of rows on the way through torch: exponentials in place, the loss, and the gradient from both."""
+    """Softmax of some rows on the torch path: exponentials in place, the loss, and the gradient from both."""
 
     def __init__(self, p: Tensor, targets: Tensor):
         """p [rows, V] in fp32 or wider is overwritten; targets [rows]."""
         self.p = p
         self.masked = (targets == IGNORED).unsqueeze(1)
-        self.any_masked = p.is_cuda or bool(self.masked.any())  # on a GPU nobody waits to know
+        self.any_masked = p.is_cuda or bool(self.masked.any())  # on a GPU, asking would wait for it
         self.target = targets.unsqueeze(1).masked_fill(self.masked, 0)
         p -= p.amax(dim=1, keepdim=True)
         true = p.gather(1, self.target)
         self.true = true.exp()
         self.others = p.exp_().scatter_(1, self.target, 0.0).sum(dim=1, keepdim=True)
-        # log(1 + others / true), which keeps its digits at both ends
+        # log(1 + others / true), exact for a small and for a large quotient
         loss = torch.logaddexp(torch.zeros_like(true), self.others.log() - true)
         self.loss = loss.masked_fill_(self.masked, 0.0).sum(dtype=torch.float64)
 
@@ -294,7 +293,7 @@ class _OnTorch(torch.autograd.Function):
 
 
 def check_targets(name: str, targets: Tensor, rows: Tensor, classes: int) -> None:
-    """One ValueError for targets [M] that do not fit rows [M, ...] and this many classes; on a GPU their values are not read."""
+    """ValueError for targets [M] that do not fit rows [M, ...] and this number of classes; on a GPU their values are not read."""
     if targets.shape != rows.shape[:1] or targets.dtype != torch.int64 or targets.device != rows.device:
         raise ValueError(
             f"{name}: targets are {list(targets.shape)} {targets.dtype} on {targets.device}; "
@@ -310,9 +309,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None = None) 
     """Summed cross-entropy (times scale) of logits [M, V] against targets [M] int64, and how many rows have a target.
 
     The loss is a scalar, fp32 or wider; the number an int64 scalar. Rows with target -100 are skipped. scale, a tensor of one
-    value, multiplies the loss; where it is known beforehand, giving it here saves the backward from reading the logits again,
-    and on a GPU its gradient can then be asked for once only. A target that is no class is a ValueError; on a GPU, where it
-    cannot be seen in time, the loss becomes NaN.
+    value, multiplies the loss; given here, it saves the backward from reading the logits again, and on a GPU the gradient can then
+    be taken only once. A target that is not a class is a ValueError; on a GPU, where that would need a sync, the loss is NaN.
     """
     if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
         raise ValueError(

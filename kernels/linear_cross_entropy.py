@@ -2,23 +2,23 @@
 
     loss = F.cross_entropy((x @ head.T).float(), targets, reduction="sum")     x [M, D], head [V, D], targets [M]
 
-The caller drops the rows without a target before the last norm, so that none reaches the head; a target of -100 among the rest
-counts for nothing all the same. Rows go through in chunks; one chunk's logits are the only ones that exist. The gradient is
-made in the forward pass, where the logits already are, and scaled in the backward: with P = softmax(logits) - onehot(target),
+The caller drops the rows without a target before the last norm, so that none reaches the head; a target of -100 among the rest is
+left out all the same. Rows are processed in chunks, and only one chunk's logits exist at a time. The forward makes the gradient,
+where the logits already are, and the backward scales it: with P = softmax(logits) - onehot(target),
 
     dx = P head        dhead = P^T x (only if the head is trained, added up in fp32)
 
 Saved for backward: dx (and dhead). The kernels go over a chunk three times, 8 bytes for a 16-bit logit:
 
-    _logits_kernel   logits = x head^T, written once; of each tile of them a log-sum-exp without the true class, and the true
-                     class's logit in fp32, unrounded
-    _softmax_kernel  from these the loss and the true class's p - 1 (formulas and rounding: cross_entropy.py); P over the logits
+    _logits_kernel   logits = x head^T, written once, and a log-sum-exp of each half tile, without the true class
+    _softmax_kernel  the true class's logit in fp32, unrounded; from both the loss, and P in place of the logits (formulas and
+                     rounding: cross_entropy.py)
     torch.mm         dx = P head
 
 The softmax is that of the rounded logits, which the gradient sees, with the true one exact. Without a gradient no logit is
 written at all. The head is read twice a chunk: chunks of 4096 rows keep that to once for 2048 targets. Where the library's GEMM
-is asked for, and on a GPU for what has not 16 bits or a D or V that is no multiple of 16, the first two are torch.mm and the
-kernel of cross_entropy.py: 10 bytes a logit.
+is asked for, and on a GPU where x has not 16 bits or D or V is not a multiple of 16, torch.mm and the kernel of cross_entropy.py
+replace the first two: 10 bytes a logit.
 """
 
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ _IGNORED, _LOWEST = tl.constexpr(IGNORED), tl.constexpr(-3e38)
 
 
 class Tile(NamedTuple):
-    """What one program of a GEMM makes: rows x columns, by steps of `inner`; warps; loads in flight."""
+    """What one program of a GEMM makes: rows x columns, in steps of `inner`; its warps; its loads in flight."""
 
     rows: int
     columns: int
@@ -66,7 +66,7 @@ class Tile(NamedTuple):
 TILES = {
     80: Tile(128, 128, 32, 4, 4),
     90: Tile(128, 256, 64, 8, 3),
-}  # sm_80's fits sm_86 and sm_89 too: 64 KiB of operands
+}  # that of sm_80 fits sm_86 and sm_89 too: 64 KiB of operands
 TILE_INTERPRETED = Tile(32, 512, 64, 4, 1)
 
 
@@ -99,46 +99,46 @@ def _logits_kernel(
     INNER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One tile of logits a program; the tiles that read the same rows of the head run one after the other.
+    """A program: one tile of logits; the tiles that read the same rows of the head run one after the other.
 
-    partial_ptr [rows, parts] takes log-sum-exp of half a tile without the true class, true_ptr [rows] the true logit; logits_ptr is
-    None where no gradient follows.
+    partial_ptr [rows, parts] gets the log-sum-exp of each half tile without the true class; logits_ptr is None where no gradient
+    follows.
     """
-    row_tile, tile = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    first, left = (row_tile * ROWS).to(tl.int64), rows - row_tile * ROWS
-    row = tl.arange(0, ROWS)
-    column, inner = tl.arange(0, COLUMNS), tl.arange(0, INNER)
-    inside, within = row < left, column < V - tile * COLUMNS
+    i_m, i_n = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    top, left = (i_m * ROWS).to(tl.int64), rows - i_m * ROWS
+    o_m = tl.arange(0, ROWS)
+    o_n, o_k = tl.arange(0, COLUMNS), tl.arange(0, INNER)
+    m_m, m_n = o_m < left, o_n < V - i_n * COLUMNS
     # int64 up to the tile, int32 inside: wider offsets for each value would not fit the registers
-    a_ptr = x_ptr + first * x_stride
-    b_ptr = head_ptr + (tile * COLUMNS).to(tl.int64) * head_stride
-    a_offsets = row[:, None] * x_stride + inner[None, :]
-    b_offsets = column[None, :] * head_stride + inner[:, None]
-    # logits of the tile: z = x head^T                            [ROWS, INNER] x [INNER, COLUMNS]
-    z = tl.zeros((ROWS, COLUMNS), ACC)
+    p_x = x_ptr + top * x_stride
+    p_head = head_ptr + (i_n * COLUMNS).to(tl.int64) * head_stride
+    o_x = o_m[:, None] * x_stride + o_k[None, :]
+    o_head = o_n[None, :] * head_stride + o_k[:, None]
+    # logits of the tile: z = x head^T                                        [ROWS, INNER] x [INNER, COLUMNS]
+    b_z = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, D, INNER):
-        a = tl.load(a_ptr + k + a_offsets, mask=inside[:, None] & (inner[None, :] < D - k), other=0.0)
-        b = tl.load(b_ptr + k + b_offsets, mask=within[None, :] & (inner[:, None] < D - k), other=0.0)
+        b_x = tl.load(p_x + k + o_x, mask=m_m[:, None] & (o_k[None, :] < D - k), other=0.0)
+        b_head = tl.load(p_head + k + o_head, mask=m_n[None, :] & (o_k[:, None] < D - k), other=0.0)
         if INTERPRET:
-            a, b = a.to(ACC), b.to(ACC)
-        z = tl.dot(a, b, z, input_precision="ieee", out_dtype=ACC)
-    # rounded as the reference has them, and stored where a gradient will be made of them
-    target = tl.load(targets_ptr + first + row, mask=inside, other=_IGNORED)
-    place = (target - tile * COLUMNS).to(tl.int32)
-    z = rounded(z, x_ptr.dtype.element_ty)
+            b_x, b_head = b_x.to(ACC), b_head.to(ACC)
+        b_z = tl.dot(b_x, b_head, b_z, input_precision="ieee", out_dtype=ACC)
+    # round the logits as the reference does; store them if a gradient will be made of them      [ROWS, COLUMNS]
+    b_target = tl.load(targets_ptr + top + o_m, mask=m_m, other=_IGNORED)
+    b_true = (b_target - i_n * COLUMNS).to(tl.int32)
+    b_z = rounded(b_z, x_ptr.dtype.element_ty)
     if logits_ptr is not None:
-        logits_ptr += first * V + tile * COLUMNS
-        store(logits_ptr + row[:, None] * V + column[None, :], z, inside[:, None] & within[None, :])
-    # the true class is left out of the log-sum-exp: _softmax_kernel adds it in fp32
-    z = tl.where(within[None, :] & (column[None, :] != place[:, None]), z, -float("inf"))
-    # half of the tile at a time: the registers hold all of it once
-    left_half, right_half = halves(z)
+        logits_ptr += top * V + i_n * COLUMNS
+        store(logits_ptr + o_m[:, None] * V + o_n[None, :], b_z, m_m[:, None] & m_n[None, :])
+    # log-sum-exp without the true class, which _softmax_kernel adds in fp32; half of the tile at a time, since
+    # the registers hold all of it once                                                                   [ROWS]
+    b_z = tl.where(m_n[None, :] & (o_n[None, :] != b_true[:, None]), b_z, -float("inf"))
+    left_half, right_half = halves(b_z)
     for half in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
-        z = left_half if half == 0 else right_half
-        top = tl.maximum(tl.max(z, 1), _LOWEST)
-        total = tl.sum(tl.exp(z - top[:, None]), 1)
-        partial = tl.where(total == 0, -float("inf"), top + tl.log(tl.where(total == 0, 1.0, total)))
-        store(partial_ptr + (first + row) * parts + 2 * tile + half, partial, inside)
+        b_z = left_half if half == 0 else right_half
+        b_max = tl.maximum(tl.max(b_z, 1), _LOWEST)
+        b_sum = tl.sum(tl.exp(b_z - b_max[:, None]), 1)
+        b_lse = tl.where(b_sum == 0, -float("inf"), b_max + tl.log(tl.where(b_sum == 0, 1.0, b_sum)))
+        store(partial_ptr + (top + o_m) * parts + 2 * i_n + half, b_lse, m_m)
 
 
 @jit
@@ -146,11 +146,11 @@ def _true_logit(row_ptr, head_ptr, target, head_stride, V, D, ACC: tl.constexpr)
     """One row of x times the head's row of its target; NaN for a class that does not exist."""
     exists = (target >= 0) & (target < V)
     head_ptr += tl.where(exists, target, 0) * head_stride
-    z = tl.zeros((1024,), ACC)
+    b_z = tl.zeros((1024,), ACC)
     for start in range(0, D, 1024):
-        col = start + tl.arange(0, 1024)
-        z += load(row_ptr + col, col < D, ACC) * load(head_ptr + col, col < D, ACC)
-    return tl.where(exists, tl.sum(z, 0), float("nan"))
+        o_k = start + tl.arange(0, 1024)
+        b_z += load(row_ptr + o_k, o_k < D, ACC) * load(head_ptr + o_k, o_k < D, ACC)
+    return tl.where(exists, tl.sum(b_z, 0), float("nan"))
 
 
 @jit(do_not_specialize_on_alignment=["parts"])
@@ -170,26 +170,26 @@ def _softmax_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One row a program; logits_ptr, overwritten with the gradient, is None where none is wanted."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
+    """A program: one row. The gradient replaces the logits; logits_ptr is None where none is wanted."""
+    i_m = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + i_m)
     if logits_ptr is not None:
-        logits_ptr += row * V
+        logits_ptr += i_m * V
     if target == _IGNORED:
-        store(loss_ptr + row, tl.zeros((), ACC), True)
+        store(loss_ptr + i_m, tl.zeros((), ACC), True)
         if logits_ptr is not None:
             ce.store_zeros(logits_ptr, V, 0, V, BLOCK, ACC)
     else:
-        # log-sum-exp of the row: of its tiles, and of the true class
-        part = tl.arange(0, PARTS)
-        partial = tl.load(partial_ptr + row * parts + part, mask=part < parts, other=-float("inf"))
-        true = _true_logit(x_ptr + row * x_stride, head_ptr, target, head_stride, V, D, ACC)
-        top = tl.maximum(tl.maximum(tl.max(partial, 0), _LOWEST), true)
-        others = tl.sum(tl.exp(partial - top), 0)
-        store(loss_ptr + row, ce.loss_of(others, true - top), True)
-        # softmax - onehot, over the logits
+        # the loss, from the log-sum-exp of each half tile and the true class's logit                    [PARTS]
+        o_n = tl.arange(0, PARTS)
+        b_lse = tl.load(partial_ptr + i_m * parts + o_n, mask=o_n < parts, other=-float("inf"))
+        true = _true_logit(x_ptr + i_m * x_stride, head_ptr, target, head_stride, V, D, ACC)
+        peak = tl.maximum(tl.maximum(tl.max(b_lse, 0), _LOWEST), true)
+        others = tl.sum(tl.exp(b_lse - peak), 0)
+        store(loss_ptr + i_m, ce.loss_of(others, true - peak), True)
+        # P = softmax - onehot, in place of the logits                                                       [V]
         if logits_ptr is not None:
-            ce.store_gradient(logits_ptr, logits_ptr, target, V, top, others, true, 1.0, 0, V, BLOCK, ACC)
+            ce.store_gradient(logits_ptr, logits_ptr, target, V, peak, others, true, 1.0, 0, V, BLOCK, ACC)
 
 
 @jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["column_tiles"])
@@ -207,30 +207,30 @@ def _dhead_kernel(
     INNER: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dhead [V, D] += P^T x, one tile a program."""
-    first = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS
-    start = tl.program_id(0) % column_tiles * COLUMNS
-    row, column, inner = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, INNER)
-    inside, within = row < V - first, column < D - start
-    p_ptrs = p_ptr + first + row[:, None] + inner[None, :] * V
-    x_ptrs = x_ptr + start + inner[:, None] * x_stride + column[None, :]
-    # dhead += P^T x                                              [ROWS, INNER] x [INNER, COLUMNS]
-    z = tl.zeros((ROWS, COLUMNS), ACC)
+    """dhead [V, D] += P^T x. A program: one tile of dhead."""
+    top = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS
+    first = tl.program_id(0) % column_tiles * COLUMNS
+    o_m, o_n, o_k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, INNER)
+    m_m, m_n = o_m < V - top, o_n < D - first
+    p_p = p_ptr + top + o_m[:, None] + o_k[None, :] * V
+    p_x = x_ptr + first + o_k[:, None] * x_stride + o_n[None, :]
+    # logits = x head^T, so dhead = P^T x over the rows of the chunk          [ROWS, INNER] x [INNER, COLUMNS]
+    b_dhead = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, rows, INNER):
-        p = tl.load(p_ptrs, mask=inside[:, None] & (inner[None, :] < rows - k), other=0.0)
-        x = tl.load(x_ptrs, mask=(inner[:, None] < rows - k) & within[None, :], other=0.0)
+        b_p = tl.load(p_p, mask=m_m[:, None] & (o_k[None, :] < rows - k), other=0.0)
+        b_x = tl.load(p_x, mask=(o_k[:, None] < rows - k) & m_n[None, :], other=0.0)
         if INTERPRET:
-            p, x = p.to(ACC), x.to(ACC)
-        z = tl.dot(p, x, z, input_precision="ieee", out_dtype=ACC)
-        p_ptrs += tl.cast(INNER, tl.int64) * V
-        x_ptrs += tl.cast(INNER, tl.int64) * x_stride
-    # a quarter of the columns at a time: the registers hold all of the tile once
-    parts = quarters(z)
-    dhead_ptr += first * D + start + row[:, None] * D
+            b_p, b_x = b_p.to(ACC), b_x.to(ACC)
+        b_dhead = tl.dot(b_p, b_x, b_dhead, input_precision="ieee", out_dtype=ACC)
+        p_p += tl.cast(INNER, tl.int64) * V
+        p_x += tl.cast(INNER, tl.int64) * x_stride
+    # add to dhead, a quarter of the columns at a time, since the registers hold all of the tile once
+    parts = quarters(b_dhead)
+    dhead_ptr += top * D + first + o_m[:, None] * D
     for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
-        column = i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
-        both = inside[:, None] & (column < D - start)
-        store(dhead_ptr + column, parts[i] + load(dhead_ptr + column, both, ACC), both)
+        o_n = i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+        m_mn = m_m[:, None] & (o_n < D - first)
+        store(dhead_ptr + o_n, parts[i] + load(dhead_ptr + o_n, m_mn, ACC), m_mn)
 
 
 def _launch(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _launch(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _within_reach(x: Tensor) -> Tensor:
-    """x with neighbours side by side and a tile's rows within int32 of each other; a copy only where they are not."""
+    """x with contiguous rows, the rows of a tile within int32 of each other; a copy only where x is not so."""
     return x if x.stride(1) == 1 and x.stride(0) * 256 < 2**31 else x.contiguous()
 
 
@@ -285,7 +285,7 @@ class _OnTriton(_OnTorch):
         (m, d), v, device = x.shape, head.shape[0], x.device
         keep = torch.promote_types(x.dtype, torch.float32)
         needs_x, needs_head = ctx.needs_input_grad[:2]
-        # an odd size is loaded value by value, in more registers than there are
+        # an odd size is loaded value by value, which takes more registers than there are
         even = all(n % 16 == 0 for n in (d, v, x.stride(0), head.stride(0)))
         on_cores = INTERPRETED or (x.element_size() == 2 and even)
         fused, gradient = on_cores and not library_gemm(), needs_x or needs_head
@@ -358,10 +358,10 @@ class _OnTriton(_OnTorch):
 def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Summed cross-entropy of rows x [M, D] under head [V, D] against targets [M] int64; a scalar, fp32 or wider.
 
-    The head may be stored in another dtype than x; it is then widened a piece at a time, and the products are PyTorch's.
-    With no rows, or none with a target, the loss is 0 and still connected to x. The number of rows a chunk (CHUNK_ROWS, on a
-    GPU CHUNK_ROWS_CUDA) changes rounding only. A target that is neither a class nor -100 is a ValueError; on a GPU, where it
-    cannot be seen in time, the loss becomes NaN.
+    The head may be stored in another dtype than x; it is then widened a piece at a time, and the products are PyTorch's. With no
+    rows, or none with a target, the loss is 0 and still connected to x. The rows of a chunk (CHUNK_ROWS, on a GPU CHUNK_ROWS_CUDA)
+    change rounding only. A target that is neither a class nor -100 is a ValueError; on a GPU, where that would need a sync, the
+    loss is NaN.
     """
     if x.dim() != 2 or head.dim() != 2 or x.shape[1] != head.shape[1] or not x.shape[1] or not head.shape[0]:
         raise ValueError(
