@@ -26,6 +26,14 @@ class DataError(MiniloraError):
     code = 3
 
 
+class RowError(DataError):
+    """A row that cannot be used; rows that are left out are counted under `reason`, a short name."""
+
+    def __init__(self, reason: str, what: str, hint: str):
+        super().__init__(what, hint)
+        self.reason = reason
+
+
 class ModelError(MiniloraError):
     """A model, adapter or tokenizer file."""
 
@@ -66,3 +74,8 @@ class Stopped(MiniloraError):
     """A signal came; the state is saved."""
 
     code = 75
+
+
+def quote(text: str, limit: int = 80) -> str:
+    """Text from a file or a user for a message: one short line, control characters escaped."""
+    return repr(text if len(text) <= limit else text[:limit] + "…")

@@ -9,9 +9,8 @@ from torch import Tensor
 from minilora.models.decoder import Decoder
 from minilora.models.stream import Cache
 
-from .errors import ModelError
+from .errors import ModelError, quote
 from .files.model_folder import Folder, ModelFolder
-from .rows import quote
 from .text.tokenizer import Tokenizer
 
 

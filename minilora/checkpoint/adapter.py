@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, quote
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
-from ..rows import quote
 from .load import check_finite, fingerprint, fold
 
 PREFIX = "base_model.model."

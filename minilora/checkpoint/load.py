@@ -25,13 +25,12 @@ from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
 
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, quote
 from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, Folder, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, Tensors, fold
 from ..machine.compute import choose
-from ..rows import quote
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {

@@ -14,8 +14,9 @@ from minilora.checkpoint.merge import merge_folder
 from minilora.config import read_yaml, resolve
 from minilora.console import Console
 from minilora.errors import OutputInUse
+from minilora.files.strict_json import read_json_lines
 from minilora.generate import answer, read_generation
-from minilora.run.monitor import read_metrics, shell
+from minilora.run.monitor import shell
 from minilora.text.tokenizer import load_tokenizer
 from minilora.train import train
 
@@ -55,7 +56,7 @@ def demo(output: str, name: str, author: str) -> None:
         say(f"(which lies in the git checkout {checkout}; --output DIR puts it elsewhere)")
     say(f"\nTraining a LoRA adapter on {ROWS.name}:\n")
     train(config, overwrite=True, console=console)
-    losses = [m["loss"] for m in read_metrics(run / "metrics.jsonl") if "loss" in m]
+    losses = [m["loss"] for m in read_json_lines(run / "metrics.jsonl") if "loss" in m]
     say(f"\nloss {losses[0]:.2f} {sparkline(losses, 60)} {losses[-1]:.2f}")
     say("\nThe same questions to model + adapter:\n")
     _ask(say, adapter=run / "adapter")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputInUse
+from .strict_json import parse_json
 
 MANIFEST = "MANIFEST.json"
 
@@ -96,7 +97,7 @@ def _sha256(path: Path) -> str:
 def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a folder that was written with a manifest; None if every byte is as it was written."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())
+        sums = parse_json((folder / MANIFEST).read_bytes())
         if not sums:
             return f"{MANIFEST} is empty"
         for name, entry in sums.items():

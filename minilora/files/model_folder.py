@@ -1,11 +1,11 @@
 """The folder of a model or an adapter, without torch: whether it is one, and its small JSON files, each opened once."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError
+from .strict_json import parse_json
 
 if TYPE_CHECKING:
     from .tensors import Tensors
@@ -28,14 +28,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for ever
+            raise ModelError(f"{path} is not a regular file", "Check the path.")
         raw = path.read_bytes()
         check_is_itself(path, raw[:64])
-        value = json.loads(raw)
+        value = parse_json(raw)
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
     except FileNotFoundError:
         raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}", "Download or copy the file again.") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object", "Download or copy the file again.")

@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import struct
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .model_folder import check_is_itself
+from .strict_json import parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -98,10 +98,8 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
     if raw[:1] != b"{":
         raise refuse("the header does not begin with '{'")
     try:
-        header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_not_negative
-        )
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, parse_constant=_no_constant, parse_int=_not_negative)
+    except ValueError as error:
         raise refuse(f"the header is not valid JSON ({error})") from None
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(_is_text(k) and _is_text(v) for k, v in metadata.items()):
@@ -120,14 +118,6 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
     if 8 + length + end != size:
         raise refuse(f"the tensors end at byte {8 + length + end}, the file at byte {size} (cut short?)")
     return entries, metadata, 8 + length
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"duplicate key {twice[:80]!r}")
-    return result
 
 
 def _no_constant(name: str) -> None:

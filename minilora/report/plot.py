@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from ..files.atomic import write_file
-from ..run.monitor import read_metrics
+from ..files.strict_json import read_json_lines
 
 CJK = re.compile(r"CJK|WenQuanYi|SimHei|SimSun|YaHei|PingFang|Heiti|Hiragino|Source Han|AR PL", re.IGNORECASE)
 
@@ -33,7 +33,7 @@ def plot_loss(run: Path) -> str:
 def _draw(run: Path) -> str:
     from matplotlib.figure import Figure
 
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics = read_json_lines(run / "metrics.jsonl")
     train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

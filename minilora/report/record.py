@@ -1,6 +1,5 @@
 """What a run left behind, read back for a report: its settings, its curve, its data, its answers to a test set."""
 
-import json
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from ..config import read_yaml
 from ..errors import DataError, UsageError
 from ..files.atomic import in_use
-from ..run.monitor import read_metrics
+from ..files.strict_json import parse_json, read_json_lines
 from .plot import smoothed
 
 TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
@@ -128,7 +127,7 @@ def read_record(folder: str | Path) -> Record:
     if is_run:
         record.in_use = in_use(folder)
         record.config = read_yaml(folder / "config.yaml")
-        lines = read_metrics(folder / "metrics.jsonl")
+        lines = read_json_lines(folder / "metrics.jsonl")
         record.metrics = [m for m in lines if "loss" in m]
         record.val = [(m["step"], m["val_loss"]) for m in lines if "val_loss" in m]
         if (folder / "data.json").is_file():
@@ -150,7 +149,7 @@ def _hashes(path: Path) -> np.ndarray:
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [parse_json(line) for line in path.read_bytes().splitlines()]
         if all(isinstance(row[key], str) for row in rows for key in ("predict", "label")):
             return rows
     except (OSError, ValueError, TypeError, KeyError):
@@ -161,7 +160,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 def read_json_file(path: Path) -> dict[str, Any]:
     """The object of a JSON file of ours; DataError if it is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
         if isinstance(value, dict):
             return value
     except ValueError:

@@ -16,6 +16,7 @@ from ..config import defaults
 from ..errors import MiniloraError, UsageError
 from ..files.atomic import write_file
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from ..files.strict_json import read_json_lines
 from ..run.monitor import clock, shell
 from .charts import Level, Series, heat_map, histogram, line_chart
 from .compare import over_the_limit, reasons, with_interval
@@ -263,12 +264,10 @@ def _samples(page: Document, run: Record) -> None:
     if not path.is_file():
         page.text(f"None yet: minilora report {run.folder} --samples 4 asks the base model and the adapter.", "dim")
         return
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        row: dict[str, Any] = json.loads(line) if line else {}
-        if row:
-            page.heading(row["where"], small=True)
-            page.verbatim(row["question"])
-            page.sides([("reference", row["label"]), ("before", row["before"]), ("after", row["after"])])
+    for row in read_json_lines(path):
+        page.heading(row["where"], small=True)
+        page.verbatim(row["question"])
+        page.sides([("reference", row["label"]), ("before", row["before"]), ("after", row["after"])])
 
 
 def _scores(page: Document, run: Record) -> None:

@@ -6,8 +6,8 @@ The keys of a row tell its shape. Every complaint names the file and the line or
 to be learnt is refused, never guessed.
 """
 
+from ..errors import RowError, quote
 from .files import RowFile, find_data, open_rows, read_rows
-from .problems import RowError, quote
 from .shapes import Row, fill, to_messages, trainable
 
 __all__ = [

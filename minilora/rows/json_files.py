@@ -1,18 +1,20 @@
-"""json, jsonl and plain text, read as bytes: a place that is not UTF-8 or no JSON is told by line and column."""
+"""json, jsonl and plain text, read as bytes: an error names the line and the column."""
 
 import hashlib
 import json
 import re
 from array import array
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import RowError, quote
+from ..files.strict_json import DuplicateKey, StrictDecoder, parse_json
 from .encodings import BOM, decode, open_text, read_text
-from .problems import RowError, quote
 
 MAX_LINE = 64 << 20
-BETWEEN = re.compile(r"[\s,]*")  # of two rows of an array
+BETWEEN = re.compile(r"[\s,]*")  # of two rows
 
 
 class JsonLines:
@@ -30,11 +32,7 @@ class JsonLines:
             number += 1
             digest.update(raw)
             if len(raw) > MAX_LINE:
-                raise RowError(
-                    "line too long",
-                    f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB",
-                    "A row belongs on a line of its own.",
-                )
+                raise _too_long(f"{path}, line {number}", "Write each row on a line of its own.")
             if (raw.removeprefix(BOM) if number == 1 else raw).strip():
                 self._offsets.append(offset)
                 self._lines.append(number)
@@ -76,15 +74,14 @@ class JsonArray:
         self.path = path
         raw = read_text(path, encoding)
         self.sha256 = hashlib.sha256(raw).hexdigest()
-        self._values = parse(decode(raw.removeprefix(BOM), str(path)), str(path))
+        self._values = self._read(decode(raw.removeprefix(BOM), str(path)))
         if len(raw) > MAX_LINE:
             for number, value in enumerate(self._values):
                 if len(json.dumps(value, ensure_ascii=False)) > MAX_LINE:
-                    raise RowError(
-                        "line too long",
-                        f"{self.where(number)} is longer than {MAX_LINE >> 20} MiB",
-                        "Make several rows of it.",
-                    )
+                    raise _too_long(self.where(number), "Make several rows of it.")
+
+    def _read(self, text: str) -> list[Any]:
+        return parse(text, str(self.path))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -101,29 +98,28 @@ class JsonObjects(JsonArray):
 
     note = "objects over several lines"
 
-    def __init__(self, path: Path, encoding: str = ""):
-        self.path = path
-        raw = read_text(path, encoding)
-        self.sha256 = hashlib.sha256(raw).hexdigest()
-        text = decode(raw.removeprefix(BOM), str(path))
-        decoder, at, self._values, self._lines = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0, [], []
-        while at < len(text):
-            at = BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
-            if at == len(text):
-                break
-            self._lines.append(text.count("\n", 0, at) + 1)
-            try:
-                value, at = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                what = f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: {quote(text[error.pos : error.pos + 40])}"
-                raise RowError("broken JSON", what, "Correct the JSON there.") from None
-            except DuplicateKey as error:
-                what = f"{path}, object that begins in line {self._lines[-1]}: {error}"
-                raise RowError("a key twice", what, "Take one of the two out.") from None
-            self._values.append(value)
+    def _read(self, text: str) -> list[Any]:
+        self._lines, values, line, last = [], [], 1, 0
+        try:
+            for start, value in _values(text, 0):
+                line, last = line + text.count("\n", last, start), start
+                self._lines.append(line)
+                values.append(value)
+        except ValueError as error:
+            raise _refusal(error, str(self.path)) from None
+        return values
 
     def where(self, number: int) -> str:
         return f"{self.path}, line {self._lines[number]}"
+
+
+def _values(text: str, at: int) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a text from `at` on, each with the place at which it starts."""
+    decoder = StrictDecoder()
+    while (at := BETWEEN.match(text, at).end()) < len(text):  # pyright: ignore[reportOptionalMemberAccess]
+        value, end = decoder.raw_decode(text, at)
+        yield at, value
+        at = end
 
 
 def is_spread(file: BinaryIO) -> bool:
@@ -134,9 +130,9 @@ def is_spread(file: BinaryIO) -> bool:
     if first.strip() != b"{" and not first.rstrip().endswith((b",", b"[", b"{")):
         return False
     try:
-        json.JSONDecoder().raw_decode(start.decode("utf-8", "ignore"))
-    except (ValueError, RecursionError):
-        return False
+        StrictDecoder().raw_decode(start.decode("utf-8", "ignore"))
+    except ValueError as error:
+        return isinstance(error, DuplicateKey)
     return True
 
 
@@ -149,8 +145,10 @@ def is_lines(file: BinaryIO) -> bool:
     if not first.rstrip().endswith(b"]"):
         return False
     try:
-        turns = json.loads(first)
-    except (ValueError, RecursionError):
+        turns = parse_json(first)
+    except DuplicateKey:
+        turns = []
+    except ValueError:
         return False
     if any(isinstance(t, dict) and isinstance(t.get("response"), list) for t in turns):
         return True
@@ -158,40 +156,35 @@ def is_lines(file: BinaryIO) -> bool:
 
 
 def parse(text: str, where: str) -> Any:
-    """Text as JSON; RowError with line and column."""
+    """The value of a JSON text; RowError with line and column."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        line = "" if ", line" in where else f", line {error.lineno}"
-        what = f"{where}{line}, column {error.colno}: {error.msg}: {quote(text[error.pos : error.pos + 40])}"
-        raise RowError("broken JSON", what, "Correct the JSON there.") from None
-    except DuplicateKey as error:
-        row = "" if ", line" in where else _row_of_duplicate(text)
-        raise RowError("a key twice", f"{where}{row}: {error}", "Take one of the two out.") from None
-    except (ValueError, RecursionError) as error:
-        raise RowError("broken JSON", f"{where}: {error}", "Correct the JSON there.") from None
+        return parse_json(text)
+    except ValueError as error:
+        raise _refusal(error, where) from None
 
 
-def _row_of_duplicate(text: str) -> str:
-    """Where the first row of an array that has a key twice begins; all before it is known to be JSON."""
-    decoder, row, at = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0, len(text) - len(text.lstrip()) + 1
-    if text[at - 1] != "[":
+def _refusal(error: ValueError, where: str) -> RowError:
+    if not isinstance(error, json.JSONDecodeError):  # a number of more digits than Python reads
+        return RowError("broken JSON", f"{where}: {error}", "Correct the JSON there.")
+    line = "" if ", line" in where else f", line {error.lineno}"
+    if isinstance(error, DuplicateKey):
+        row = "" if ", line" in where else _row_of(error)
+        return RowError("a key twice", f"{where}{row}{line}: {error.msg}", "Take one of the two out.")
+    near = quote(error.doc[error.pos : error.pos + 40])
+    what = f"{where}{line}, column {error.colno}: {error.msg}: {near}"
+    return RowError("broken JSON", what, "Correct the JSON there.")
+
+
+def _row_of(error: DuplicateKey) -> str:
+    """The row of an array that has a key twice."""
+    text, row = error.doc.lstrip(), 1
+    if not text.startswith("["):
         return ""
-    while True:
-        at, row = BETWEEN.match(text, at).end(), row + 1  # pyright: ignore[reportOptionalMemberAccess]
-        try:
-            _, at = decoder.raw_decode(text, at)
-        except DuplicateKey:
-            return f", row {row}, line {text.count(chr(10), 0, at) + 1}"
+    with suppress(DuplicateKey):
+        for _ in _values(text, 1):
+            row += 1
+    return f", row {row}"
 
 
-class DuplicateKey(ValueError):
-    """One object has a key twice."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-        raise DuplicateKey(f"duplicate key {quote(twice)} in one object")
-    return result
+def _too_long(where: str, hint: str) -> RowError:
+    return RowError("line too long", f"{where} is longer than {MAX_LINE >> 20} MiB", hint)

@@ -7,7 +7,7 @@ holds nothing (null, "", [], {}) is no loss. Notes are told without case.
 import shlex
 from collections import Counter
 
-from .problems import RowError, quote
+from ..errors import RowError, quote
 
 # notes about a row that teach nothing
 NOTES = frozenset((

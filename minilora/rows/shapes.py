@@ -8,12 +8,13 @@ summary, text and label, 问题 and 答案 ...), Qianfan's lists of turns, and r
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import RowError, UsageError, quote
+from ..files.strict_json import parse_json
 from ..text.template import Message
 from .keys import LOSSES, NOTES_OF_MESSAGES, NOTES_OF_TEXT, OF_MESSAGE, THOUGHTS, is_trained, refuse_unread, unread
-from .problems import RowError, quote
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # nothing that is seen
@@ -269,10 +270,8 @@ def _history(row: dict, where: str) -> list[Message]:
 def _parsed(value: Any) -> Any:
     """A list that a sheet holds as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            pass
+        with suppress(ValueError):
+            return parse_json(value)
     return value
 
 

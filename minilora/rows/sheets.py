@@ -6,10 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, RowError, quote
 from . import json_files
 from .encodings import decode_csv, read_text
-from .problems import RowError, quote
 
 Record = tuple[str, dict[str, str] | RowError]  # its place in the file
 

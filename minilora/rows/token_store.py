@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files.atomic import atomic_folder, verify_manifest
+from ..files.strict_json import parse_json
 
 IGNORE = -100
 RECORD = np.dtype(
@@ -200,7 +201,7 @@ class TokenCache:
         folder = self.folder / key
         if not folder.is_dir() or verify_manifest(folder) is not None:
             return None
-        notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+        notes = parse_json((folder / "notes.json").read_bytes())
         records = np.fromfile(folder / "records", RECORD)
         return TokenStore(open(folder / "tokens", "rb"), records, notes["digest"], source, rate), notes
 

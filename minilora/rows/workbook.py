@@ -11,8 +11,7 @@ from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DataError
-from .problems import RowError, quote
+from ..errors import DataError, RowError, quote
 from .shapes import QUESTIONS, is_header
 from .sheets import Record, Sheet, header_of
 

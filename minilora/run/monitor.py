@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..console import Console
 from ..files.atomic import write_file
+from ..files.strict_json import read_json_lines
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class Monitor:
         self._doing, self._since = "measuring the speed of this machine", time.monotonic()
         self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
-        kept = [line for line in _lines(path) if line.get("step", 0) <= start]
+        kept = [line for line in read_json_lines(path) if line.get("step", 0) <= start]
         if path.exists():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
@@ -175,24 +176,6 @@ def step_metrics(
         "memory_gb": round(peak_memory_gb(run.model.head.device), 3),
         "time": round(run.progress.seconds, 3),
     }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last one that was cut by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, one a step."""
-    return _lines(path)
 
 
 def clock(seconds: float) -> str:

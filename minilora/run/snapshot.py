@@ -19,6 +19,7 @@ from ..errors import CheckpointMismatch
 from ..files.atomic import atomic_folder, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.safetensors import SafetensorsFile, write_tensors
+from ..files.strict_json import parse_json
 from ..lora import trained_parameters
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -87,7 +88,7 @@ def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a snapshot that was verified."""
-    return json.loads((folder / STATE).read_text())
+    return parse_json((folder / STATE).read_bytes())
 
 
 def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:

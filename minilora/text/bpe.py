@@ -20,6 +20,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import ModelError
 from ..files.model_folder import MAX_JSON, ModelFolder, check_is_itself
+from ..files.strict_json import parse_json
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -60,7 +61,7 @@ class BytePairs:
     @classmethod
     def of_json(cls, description: str, more: Iterable[Added] = ()) -> Self:
         """description: the text of a tokenizer.json; more: tokens beside the vocabulary that it may lack."""
-        j = json.loads(description)
+        j = parse_json(description)
         there = {t["content"] for t in j.get("added_tokens", [])}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         lacking = [

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ModelError
+from ..errors import ModelError, quote
 from ..files.atomic import write_file
 from ..files.model_folder import ModelFolder
-from ..rows.problems import quote
+from ..files.strict_json import parse_json
 from .template import Message, Template, render_text
 from .template_glm import CHATGLM3
 from .template_qwen import DEEPSEEK_R1, QWEN25, ChatML
@@ -162,7 +162,7 @@ def _cached(folder: ModelFolder, text: str, orders: list[Order]) -> list[Rendere
     key = _hash(json.dumps([text, variables, orders, _hash(CHILD.read_text(encoding="utf-8"))]))
     place = CACHE / f"{key}.json"
     with suppress(OSError, ValueError, TypeError, RuntimeError):
-        found = [(text, error) for text, error in json.loads(place.expanduser().read_text(encoding="utf-8"))]
+        found = [(text, error) for text, error in parse_json(place.expanduser().read_bytes())]
         if len(found) == len(orders):
             return found
     found = render(folder, text, orders)
@@ -193,7 +193,7 @@ def render(folder: ModelFolder, text: str, orders: Sequence[Order]) -> list[Rend
         child = subprocess.run(
             command, input=json.dumps(order).encode(), capture_output=True, timeout=60, env={}, check=True
         )
-        return [(text, error) for text, error in json.loads(child.stdout)]
+        return [(text, error) for text, error in parse_json(child.stdout)]
     except (subprocess.SubprocessError, ValueError) as error:
         said = getattr(error, "stderr", None) or b""
         reason = (said.decode(errors="replace").strip().splitlines() or ["it was stopped"])[-1][:200]

@@ -11,9 +11,8 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, Protocol
 
-from ..errors import ModelError
+from ..errors import ModelError, quote
 from ..files.model_folder import Folder, ModelFolder, read_json
-from ..rows.problems import quote
 from . import bpe, pieces
 from .own_template import choose
 from .template import Message, Template, jinja_note, jinja_text

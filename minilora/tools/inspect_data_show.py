@@ -13,12 +13,12 @@ from rich.markup import escape as rich_escape
 from rich.text import Text
 
 from ..console import Console
+from ..errors import quote
 from ..report.charts import READOUT
 from ..report.charts import STYLE as CHARTS
 from ..report.histogram import svg_histogram, text_histogram
 from ..report.html import UNSEEN, escape, page, table
 from ..report.token_view import Token
-from ..rows import quote
 from ..rows.sources import parse_sources
 from .inspect_data import Inspection
 

@@ -27,6 +27,7 @@ from ..console import Console
 from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
 from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
+from ..files.strict_json import read_json_lines
 from ..generate import GREEDY, Sampling, read_generation
 from ..generate_many import generate_many
 from ..lora import base_parameters
@@ -174,7 +175,7 @@ def _settings_there(folder: Path, overwrite: bool) -> dict[str, Any]:
     if not overwrite and (folder / RESULTS).exists():
         found = read_json_file(folder / RESULTS).get("settings")
     elif not overwrite:
-        found = next(iter(_whole_lines(folder / PART)), None)
+        found = next(iter(read_json_lines(folder / PART)), None)
     return found if isinstance(found, dict) else {}
 
 
@@ -189,7 +190,7 @@ def _claim(folder: Path, settings: dict, overwrite: bool) -> tuple[dict[int, dic
         if not _same(results.get("settings"), settings):
             raise OutputInUse(f"{folder} holds a prediction of other weights, rows or decoding", hint)
         return {}, results
-    lines = _whole_lines(folder / PART)
+    lines = read_json_lines(folder / PART)
     if lines and not _same(lines[0], settings):
         raise OutputInUse(f"{folder} holds the beginning of a prediction of other weights, rows or decoding", hint)
     done = {line["row"]: line for line in lines[1:]}
@@ -202,17 +203,6 @@ def _same(then: Any, now: dict) -> bool:
     """Folders may have moved; weights, rows and decoding decide."""
     keys = ("rows_hash", "prompts_hash", "weights_hash", "dtype", "decoding")
     return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file up to one that a crash cut."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 def _answer(

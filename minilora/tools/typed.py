@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ..files.strict_json import parse_json
+
 MOST, LONGEST = 1000, 10_000  # messages in the history, characters of one of them
 
 
@@ -55,7 +57,7 @@ def recall(path: Path) -> list[str]:
     texts = []
     for line in lines:
         with suppress(ValueError):
-            texts.append(json.loads(line))
+            texts.append(parse_json(line))
     return [text for text in texts if isinstance(text, str)]
 
 
