@@ -26,7 +26,7 @@ from .files.atomic import locked
 from .files.model_folder import ModelFolder
 from .lora import set_dropout_keys, trained_parameters
 from .machine.flops import peak_flops, step_flops
-from .report.report import REFRESH, report_quietly
+from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
 from .run.ending import finish, memory_hint, page_of_the_end, state_saved
 from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning

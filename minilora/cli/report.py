@@ -19,7 +19,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..report.record import read_record
-    from ..report.report import report
+    from ..report.run_page import report
     from ..report.verdict import reading, verdict
 
     path = report(args.run, args.samples)

@@ -5,8 +5,8 @@ from itertools import combinations
 
 import numpy as np
 
-from .document import Document
 from .metrics import Measured, rouge_l
+from .page import Document
 from .rating import rating_block
 from .record import Record
 

@@ -17,9 +17,9 @@ from ..run.monitor import clock
 from .answers import answers
 from .caveats import caveats, said
 from .charts import Level, Series, histogram, line_chart
-from .document import Document
 from .html import Best
 from .metrics import Measured, interval, measured_rows, paired
+from .page import Document
 from .rating import RATE_SCRIPT, RATE_STYLE
 from .record import Record, read_record
 from .verdict import made_worse, verdict

@@ -11,7 +11,7 @@ from ..checkpoint.load import save_model
 from ..console import Console
 from ..errors import Diverged, OutOfMemory, Stopped
 from ..report.plot import plot_loss
-from ..report.report import report_quietly
+from ..report.run_page import report_quietly
 from .folder import Run, save, take_kept
 from .monitor import Monitor, shell
 from .signals import StopSignal

@@ -22,9 +22,9 @@ from minilora.report.axis import Axis
 from minilora.report.caveats import caveats
 from minilora.report.charts import Level, Series, heat_map, histogram, line_chart
 from minilora.report.compare import compare, comparison, over_the_limit
-from minilora.report.document import Document
+from minilora.report.page import Document
 from minilora.report.record import Record, read_record
-from minilora.report.report import adapter_norms, report
+from minilora.report.run_page import adapter_norms, report
 from minilora.report.verdict import reading, verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>'\"`|*&amp;\u202e"

@@ -20,8 +20,8 @@ from ..files.strict_json import read_json_lines
 from ..run.monitor import clock, shell
 from .charts import Level, Series, heat_map, histogram, line_chart
 from .compare import over_the_limit, reasons, with_interval
-from .document import Document
 from .html import Best
+from .page import Document
 from .plot import smoothed
 from .record import Record, read_record
 from .verdict import reading, verdict
