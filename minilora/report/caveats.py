@@ -109,5 +109,20 @@ def _changed(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]
     return [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
+def over_the_limit(runs: list[Record]) -> list[str]:
+    """How many references of the test set are longer than the limits of a run let it learn."""
+    lines = []
+    for run in runs:
+        name = next((name for name in ("max_target_length", "max_length") if run.config.get(name)), None)
+        lengths = [row["label_tokens"] for row in run.scored if isinstance(row.get("label_tokens"), int)]
+        if name and lengths:
+            over = sum(n > run.config[name] for n in lengths)
+            lines.append(
+                f"{run.letter}: {over:,} of {len(lengths):,} test references ({100 * over / len(lengths):.0f} %) are longer than "
+                f"its {name} of {run.config[name]:,} tokens; the longest has {max(lengths):,}. They are scored whole."
+            )
+    return lines
+
+
 def said(value: Any) -> str:
     return "none" if value is None else str(value)

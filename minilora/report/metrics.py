@@ -186,6 +186,9 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}\u00a0to\u00a0{self.high:.2f})"  # not broken over lines
+
 
 def interval(metric: Measured, seed: int = 0) -> Interval:
     """The score with its percentile bootstrap interval; the same seed gives the same interval."""
@@ -200,6 +203,9 @@ class Paired(NamedTuple):
     low: float
     high: float
     p: float
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.2f} ({self.low:+.2f}\u00a0to\u00a0{self.high:+.2f})"
 
 
 def paired(a: Measured, b: Measured, seed: int = 0) -> Paired:

@@ -14,17 +14,18 @@ from ..config import read_yaml
 from ..errors import DataError, UsageError
 from ..files.atomic import in_use
 from ..files.strict_json import parse_json, read_json_lines
-from .plot import smoothed
+from .metrics import Measured, measured_rows
 
 TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
 ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
+LIMITS = {"masked": "max_source_length", "trained": "max_target_length"}  # of the two kinds of tokens of a row
 
 Curve = list[tuple[float, float]]
 
 
 @dataclass
 class Record:
-    """A run folder, or the folder of a prediction alone (such as the base model's); what is not there is empty."""
+    """A run folder, or a folder of predict alone (such as the base model's); what is missing is empty."""
 
     name: str
     folder: Path
@@ -34,9 +35,7 @@ class Record:
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # answers to the test set
-    trained_rows: np.ndarray | None = (
-        None  # uint64 [n, 2]: hashes of the question and of the whole of each training row
-    )
+    trained_rows: np.ndarray | None = None  # uint64 [n, 2]: hashes of each training row, its question and its whole
     in_use: bool = False  # a process owns the folder
 
     @property
@@ -54,6 +53,11 @@ class Record:
         """The answers that have a reference."""
         return [row for row in self.rows if row["label"]]
 
+    @cached_property
+    def measured(self) -> dict[str, Measured]:
+        """Every metric of the answers that have a reference."""
+        return measured_rows(self.scored)
+
     def answers_the_rows_of(self, other: "Record") -> bool:
         mine, theirs = ([(row.get("question"), row["label"]) for row in run.rows] for run in (self, other))
         return mine == theirs
@@ -64,20 +68,38 @@ class Record:
 
     @cached_property
     def smooth(self) -> Curve:
-        return list(zip((s for s, _ in self.loss), smoothed([y for _, y in self.loss]), strict=True))
+        return smoothed(self.loss)
+
+    def column(self, key: str) -> Curve:
+        """A quantity of the steps that have it."""
+        return [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), (int, float))]
+
+    def total(self, key: str) -> int:
+        """The sum of a quantity over the steps."""
+        return sum(m[key] for m in self.metrics)
 
     def along(self, curve: Curve, axis: str) -> Curve:
         """A curve over steps as one over "tokens" (all tokens read so far) or "time" (seconds)."""
         if axis == "step":
             return curve
-        steps = [m["step"] for m in self.metrics]
-        values = (
-            list(accumulate(m["tokens"] for m in self.metrics))
-            if axis == "tokens"
-            else [m["time"] for m in self.metrics]
-        )
-        at = dict(zip(steps, values, strict=True)) | {0: 0}
+        values = [m[axis] for m in self.metrics]
+        values = list(accumulate(values)) if axis == "tokens" else values
+        at = dict(zip((m["step"] for m in self.metrics), values, strict=True)) | {0: 0}
         return [(at[step], y) for step, y in curve if step in at]
+
+    @property
+    def trained_share(self) -> str:
+        """How many of the tokens of an epoch are trained."""
+        return f"{100 * self.data['trained'] / max(self.data['tokens'], 1):.0f} %"
+
+    def reasons(self, what: str) -> str:
+        """How many rows were "dropped", or "cut", and why."""
+        return ", ".join(f"{n:,} {reason}" for reason, n in (self.data.get(what) or {}).items()) or "none"
+
+    def lengths(self, kind: str) -> np.ndarray:
+        """The numbers of "masked" or of "trained" tokens of the rows, int64 [rows]."""
+        counts = {int(n): rows for n, rows in (self.data.get(f"{kind}_lengths") or {}).items()}
+        return np.repeat(np.array([*counts], np.int64), np.array([*counts.values()], np.int64))
 
     @property
     def best(self) -> tuple[float, float] | None:
@@ -92,7 +114,7 @@ class Record:
 
     @property
     def steps(self) -> int:
-        """The steps that the run is to take."""
+        """The steps that the run will take in all."""
         return self.data.get("steps", self.step)
 
     @property
@@ -101,7 +123,7 @@ class Record:
 
     @property
     def going_on(self) -> bool:
-        """Whether a process is training it: one owns the folder, and steps are left."""
+        """Whether a process is training it now: one owns the folder, and steps are left."""
         return self.in_use and not self.finished
 
     @property
@@ -115,8 +137,20 @@ class Record:
         return max((m["memory_gb"] for m in self.metrics), default=math.nan)
 
 
+def smoothed(curve: Curve) -> Curve:
+    """The exponential average over about a twentieth of a curve, bias-corrected; a value that is not finite is skipped."""
+    keep = 1 - 1 / max(len(curve) / 20, 1)
+    total = weight = 0.0
+    result = []
+    for step, value in curve:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append((step, total / weight if weight else value))
+    return result
+
+
 def read_record(folder: str | Path) -> Record:
-    """The Record of a run folder or of a prediction's; UsageError if it is neither, DataError for a damaged file."""
+    """The Record of a folder of train or of predict; UsageError if it is neither, DataError for a damaged file."""
     folder = Path(folder)
     answers = folder / "predict" if (folder / "predict" / RESULTS).is_file() else folder
     is_run, has_answers = (folder / "config.yaml").is_file(), (answers / RESULTS).is_file()
@@ -158,7 +192,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """The object of a JSON file of ours; DataError if it is none."""
+    """The object in one of our JSON files; DataError if there is none."""
     try:
         value = parse_json(path.read_bytes())
         if isinstance(value, dict):

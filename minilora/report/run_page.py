@@ -1,6 +1,6 @@
-"""`minilora report`: one run on one page, with what its curve says, as far as a curve can say it.
+"""`minilora report`: one run on one page, with what its curve shows, as far as a curve can show it.
 
-Made from the files of the run folder alone, so it can be made again at any time; only --samples loads the model.
+It is made from the files of the run folder alone, so it can be made again at any time; only --samples loads the model.
 """
 
 import json
@@ -18,21 +18,20 @@ from ..files.atomic import write_file
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ..files.strict_json import read_json_lines
 from ..run.monitor import clock, shell
-from .charts import Level, Series, heat_map, histogram, line_chart
-from .compare import over_the_limit, reasons, with_interval
-from .html import Best
-from .page import Document
-from .plot import smoothed
-from .record import Record, read_record
+from .caveats import over_the_limit
+from .charts import Level, Series, heat_map, line_chart, marked_histogram
+from .metrics import Interval
+from .page import Best, Document
+from .record import LIMITS, Record, read_record, smoothed
 from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
 MANY = 200  # steps, from which on a line of single steps is a block
-REFRESH = 20  # seconds after which the page of a run that goes on loads itself anew
+REFRESH = 20  # seconds until the page of a run that goes on reloads itself
 
 
 def report(folder: str | Path, samples: int = 0) -> Path:
-    """Write RUN/report.html and return its path; `samples` rows are first answered by the base and by the run's adapter."""
+    """Write RUN/report.html and return its path; first the base model and the run's adapter answer `samples` rows."""
     folder = Path(folder)
     run = read_record(folder)
     if not run.config:
@@ -44,37 +43,36 @@ def report(folder: str | Path, samples: int = 0) -> Path:
 
 
 def run_page(run: Record) -> Document:
-    """The document on a run: what it came to, the numbers that are looked for first, then the curves and all else."""
+    """The document on a run: its conclusion, the most important numbers, then the curves and all else."""
     page = Document(f"Run {run.name}", refresh=REFRESH if run.going_on else 0)
     page.verdict(verdict(run))
     if run.going_on:
         page.text(
-            f"Written at {time.strftime('%H:%M:%S')}. This page loads itself anew every {REFRESH} seconds; training writes it "
+            f"Written at {time.strftime('%H:%M:%S')}. This page reloads itself every {REFRESH} seconds; training writes it "
             f"at its checkpoints, {shell('report', run.folder)} at any time.",
             "dim",
         )
     if run.metrics:
         page.numbers(headline(run))
-    made = run.data.get("machine") or {}
+    made = run.data.get("machine")
     if made:
-        page.text(
-            f"minilora {made['minilora']}, torch {made['torch']}, python {made['python']}, on {made['device']}; "
-            f"computed in {made['computing']}",
-            "dim",
-        )
+        versions = f"minilora {made['minilora']}, torch {made['torch']}, python {made['python']}"
+        page.text(f"{versions}, on {made['device']}; computed in {made['computing']}", "dim")
     if run.metrics:
         _curves(page, run)
-    _data(page, run)
-    _adapter(page, run)
-    _scores(page, run)
+    if run.data:
+        _data(page, run)
+    if (run.folder / "adapter" / ADAPTER_WEIGHTS).is_file():
+        _adapter(page, run)
+    if run.results.get("metrics"):
+        _scores(page, run)
     _samples(page, run)
     _settings(page, run)
     return page
 
 
 def headline(run: Record) -> list[tuple[str, str, str]]:
-    """(name, value, what belongs to it) of the numbers that are looked for first."""
-    read, trained = (sum(m[key] for m in run.metrics) for key in ("tokens", "target_tokens"))
+    """(name, value, detail) of the numbers that a reader looks for first."""
     so_far = " so far" if not run.finished else ""
     if run.best:
         where = f"at step {run.best[0]:,} of {run.steps:,}" if run.best[0] else "before training"
@@ -83,7 +81,11 @@ def headline(run: Record) -> list[tuple[str, str, str]]:
         first = (f"training loss{so_far}", f"{run.smooth[-1][1]:.4f}", "smoothed; no validation rows")
     items = [
         first,
-        ("tokens trained", f"{trained:,}", f"of {read:,} read, in {run.step:,} steps"),
+        (
+            "tokens trained",
+            f"{run.total('target_tokens'):,}",
+            f"of {run.total('tokens'):,} read, in {run.step:,} steps",
+        ),
         ("time", clock(run.metrics[-1]["time"]), f"{run.speed:,.0f} tokens a second"),
         ("peak memory", f"{run.memory:.2f} GB", ""),
     ]
@@ -110,73 +112,52 @@ def _curves(page: Document, run: Record) -> None:
     page.charts(line_chart(series, "step", "loss (nats a token)", best=run.best))
     page.text("Smoothed is a mean over about a twentieth of the steps. Point at a chart for its values.", "dim")
     if len(run.val) > 1:
-        smooth = dict(run.smooth)
+        best, smooth = run.best and run.best[0], {step: f"{loss:.4f}" for step, loss in run.smooth}
         with page.fold(f"The {len(run.val):,} validation losses"):
-            rows = [
+            page.table(
+                ["step", "validation loss", "training loss, smoothed"],
                 [
-                    f"{s:,}",
-                    Best(f"{y:.4f} (best)") if run.best and s == run.best[0] else f"{y:.4f}",
-                    f"{smooth[s]:.4f}" if s in smooth else "none",
-                ]
-                for s, y in run.val
-            ]
-            page.table(["step", "validation loss", "training loss, smoothed"], rows)
+                    [f"{s:,}", Best(f"{y:.4f} (best)") if s == best else f"{y:.4f}", smooth.get(s, "none")]
+                    for s, y in run.val
+                ],
+            )
     page.heading("Optimizer and speed")
     clip = run.config.get("clip")
     levels = [Level(clip, f"clipped above {clip:g}")] if isinstance(clip, (int, float)) and clip > 0 else []
     page.charts(
-        line_chart([Series("", _column(run, "lr"))], "step", "learning rate"),
-        line_chart(_smoothed(run, "grad_norm"), "step", "gradient norm", log=True, levels=levels),
-        line_chart(_smoothed(run, "tokens_per_second"), "step", "tokens a second"),
+        line_chart([Series("", run.column("lr"))], "step", "learning rate"),
+        line_chart(_readable(run.column("grad_norm")), "step", "gradient norm", log=True, levels=levels),
+        line_chart(_readable(run.column("tokens_per_second")), "step", "tokens a second"),
     )
     if levels:
         over = sum(m["grad_norm"] > clip for m in run.metrics)
         page.text(f"{over:,} of {len(run.metrics):,} steps were clipped.", "dim")
 
 
-def _column(run: Record, key: str) -> list[tuple[float, float]]:
-    return [(m["step"], m[key]) for m in run.metrics if isinstance(m.get(key), (int, float))]
-
-
-def _smoothed(run: Record, key: str) -> list[Series]:
-    """A quantity of the steps, with its smoothed line where there are too many steps to follow."""
-    points = _column(run, key)
-    if len(points) < MANY:
-        return [Series("", points)]
-    smooth = zip((step for step, _ in points), smoothed([y for _, y in points]), strict=True)
-    return [Series("a step", points, faint=True), Series("smoothed", list(smooth))]
+def _readable(curve: list[tuple[float, float]]) -> list[Series]:
+    """A curve, with its smoothed line where there are too many steps to follow."""
+    if len(curve) < MANY:
+        return [Series("", curve)]
+    return [Series("a step", curve, faint=True), Series("smoothed", smoothed(curve))]
 
 
 def _data(page: Document, run: Record) -> None:
-    if not run.data:
-        return
-    data = run.data
     page.heading("Rows and lengths")
-    share = 100 * data["trained"] / max(data["tokens"], 1)
+    data = run.data
     page.text(
-        f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on; dropped: {reasons(run, 'dropped')}; "
-        f"cut: {reasons(run, 'cut')}. "
-        f"{data['tokens']:,} tokens an epoch, {share:.0f} % of them trained."
+        f"{data['rows']:,} rows: {data['train_rows']:,} trained on, {data['val_rows']:,} validated on; "
+        f"dropped: {run.reasons('dropped')}; cut: {run.reasons('cut')}. "
+        f"{data['tokens']:,} tokens an epoch, {run.trained_share} of them trained."
     )
-    figures = []
-    for key, label, limit in (
-        ("masked_lengths", "masked tokens of a row", "max_source_length"),
-        ("trained_lengths", "trained tokens of a row", "max_target_length"),
-    ):
-        counts = {int(n): rows for n, rows in data[key].items()}
-        at = run.config.get(limit)
-        figures.append(histogram([counts], [label], label, [Level(at, f"{limit} {at}")] if at else []))
-    page.charts(*figures)
+    limits = {kind: {name: run.config[name]} if run.config.get(name) else {} for kind, name in LIMITS.items()}
+    page.charts(*(marked_histogram(run.lengths(k), marks, f"{k} tokens of a row") for k, marks in limits.items()))
     for line in over_the_limit([run]):
         page.text(line)
 
 
 def _adapter(page: Document, run: Record) -> None:
     """How far each adapter moves its linear."""
-    folder = run.folder / "adapter"
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        return
-    norms = adapter_norms(folder)
+    norms = adapter_norms(run.folder / "adapter")
     page.heading("Adapter")
     cells, rest = {}, []
     for path, norm in norms.items():
@@ -197,7 +178,7 @@ def _adapter(page: Document, run: Record) -> None:
 
 
 def adapter_norms(folder: Path) -> dict[str, float]:
-    """||scale B A||_F of every adapter of a PEFT folder, by path; from the r x r products, B A is never formed."""
+    """||scale B A||_F of every adapter of a PEFT folder, by path; from r x r products, without forming B A."""
     from ..files.safetensors import SafetensorsFile
 
     config = read_json(folder / ADAPTER_CONFIG)
@@ -216,7 +197,7 @@ def adapter_norms(folder: Path) -> dict[str, float]:
 
 
 def make_samples(run: Record, count: int) -> None:
-    """Write RUN/samples.jsonl: the answers of the base model and of the run's adapter to rows of its validation file or data."""
+    """Write RUN/samples.jsonl: answers of the base model and of the run's adapter to rows of its validation file or data."""
     from ..checkpoint.open_model import open_model
     from ..config import resolve
     from ..generate import read_generation
@@ -233,27 +214,21 @@ def make_samples(run: Record, count: int) -> None:
     rows = config["val"] if Path(str(config.get("val") or "")).is_file() else config["data"]
     tokenizer = load_tokenizer(config["model"])
     questions = read_questions(rows, tokenizer, resolve(config))
-    chosen = sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())
+    chosen = [questions[i] for i in sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())]
     device = None if config.get("device", "auto") == "auto" else config["device"]
     model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device)
     stop = read_generation(Path(config["model"]))[1] | tokenizer.stop_ids
 
-    def answers() -> dict[int, str]:
-        found = generate_many(model, [questions[i].ids for i in chosen], stop, 256)
-        return {chosen[a.number]: tokenizer.answer(a.ids) + (" …" if a.cut else "") for a in found}
+    def answers() -> list[str]:
+        found = sorted(generate_many(model, [q.ids for q in chosen], stop, 256), key=lambda a: a.number)
+        return [tokenizer.answer(a.ids) + (" …" if a.cut else "") for a in found]
 
     after = answers()
     with without_adapters(model):
         before = answers()
     lines = [
-        {
-            "question": questions[i].text,
-            "label": questions[i].label,
-            "before": before[i],
-            "after": after[i],
-            "where": questions[i].where,
-        }
-        for i in chosen
+        {"question": q.text, "label": q.label, "before": old, "after": new, "where": q.where}
+        for q, old, new in zip(chosen, before, after, strict=True)
     ]
     write_file(run.folder / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -271,22 +246,20 @@ def _samples(page: Document, run: Record) -> None:
 
 
 def _scores(page: Document, run: Record) -> None:
-    """The scores of the answers to a test set, if there are some in the run's folder."""
-    metrics = run.results.get("metrics") or {}
-    if not metrics:
-        return
+    """The scores of the answers to a test set that are in the run's folder."""
+    metrics = run.results["metrics"]
     page.heading("Scores on the test set")
     page.text(
         f"{len(run.rows):,} rows of {run.decoded.get('data')}; in brackets 95 % intervals of a bootstrap over rows."
     )
-    rows = [[name, with_interval(m["value"], m["low"], m["high"])] for name, m in metrics.items() if "low" in m]
+    rows = [[name, Interval(m["value"], m["low"], m["high"])] for name, m in metrics.items() if "low" in m]
     page.table(["metric", "score"], rows)
     with page.fold("What the metrics count"):
         page.words((name, m["definition"]) for name, m in metrics.items())
 
 
 def _settings(page: Document, run: Record) -> None:
-    """What was set, with what it would have been else; what was not set is folded."""
+    """The settings that are not the default, beside the default; the others are folded."""
     known = {name: as_text(value) for name, value in defaults().items()}
     values = {name: as_text(value) for name, value in run.config.items()}
     changed = [[name, value, known.get(name, "none")] for name, value in values.items() if value != known.get(name)]
@@ -308,7 +281,7 @@ def as_text(value: Any) -> str:
 
 
 def report_quietly(folder: Path) -> str:
-    """report() at the end of a run, which has better things to do than to fail for a picture; returns the path or why not."""
+    """The path that report() has written, or why it could not: the end of a run must not fail for a picture."""
     try:
         return str(report(folder))
     except (MiniloraError, OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from .plot import smoothed
 from .record import Record
 
 FEW = 10  # steps, below which a curve is not read
@@ -76,8 +75,8 @@ def reading(run: Record) -> list[str]:
 
 
 def _spikes(run: Record) -> str:
-    before = smoothed([y for _, y in run.loss])[9:]
-    found = [step for (step, y), mean in zip(run.loss[10:], before, strict=False) if y > 3 * mean and y > 1]
+    before = run.smooth[9:]
+    found = [step for (step, y), (_, mean) in zip(run.loss[10:], before, strict=False) if y > 3 * mean and y > 1]
     if not found:
         return ""
     return f"{len(found):,} steps stand out at over three times the loss around them (first: step {found[0]:,})."

@@ -6,7 +6,6 @@ Where there is no colour, in a pipe, each line says which it is.
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.markup import escape as rich_escape
@@ -14,22 +13,14 @@ from rich.text import Text
 
 from ..console import Console
 from ..errors import quote
-from ..report.charts import READOUT
-from ..report.charts import STYLE as CHARTS
-from ..report.histogram import svg_histogram, text_histogram
-from ..report.html import UNSEEN, escape, page, table
+from ..report.charts import marked_histogram, text_histogram
+from ..report.page import Document, escape, visible
 from ..report.token_view import Token
 from ..rows.sources import parse_sources
 from .inspect_data import Inspection
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "format": "yellow"}
 NAMES = {"total": "tokens of a row", "source": "masked tokens (source)", "target": "trained tokens (target)"}
-STYLE = """
-.tokens { line-height: 2; white-space: pre-wrap; overflow-wrap: anywhere } .tokens span { padding: .1em 0; border-radius: 2px }
-.system { color: var(--d) } .user { color: var(--a) } .assistant { color: var(--c) } .format { color: var(--dim) }
-.t { border-bottom: 2px solid currentColor; background: var(--mark) } .s { font-weight: 700; border: 1px dotted currentColor; padding: 0 .2em !important }
-.tokens span:hover { outline: 2px solid var(--b) }
-"""
 
 
 def summary(result: Inspection) -> list[tuple[str, str]]:
@@ -74,9 +65,9 @@ def show(result: Inspection, console: Console) -> None:
             console.print(f"\n[bold]{NAMES[name]}[/]  {middle(values)}", highlight=False)
             console.print("\n".join(text_histogram(values, result.limits(name))), highlight=False, markup=False)
     for sample in result.samples:
-        console.print(f"\n[bold]{rich_escape(_plain(sample.where))}[/]", highlight=False, soft_wrap=True)
+        console.print(f"\n[bold]{rich_escape(visible(sample.where))}[/]", highlight=False, soft_wrap=True)
         for problem in sample.problems:
-            console.print(f"[red]{rich_escape(_plain(problem))}[/]", highlight=False, soft_wrap=True)
+            console.print(f"[red]{rich_escape(visible(problem))}[/]", highlight=False, soft_wrap=True)
         shown = _coloured(sample.tokens) if console.color_system else Text("\n".join(_marked(sample.tokens)))
         console.print(shown, soft_wrap=True)
     if result.samples:
@@ -115,50 +106,44 @@ def _brief(result: Inspection, place: str) -> str:
     """A place without the folders of its file."""
     for source in parse_sources(result.path):
         place = place.replace(source.path, Path(source.path).name)
-    return _plain(place)
-
-
-def _plain(text: str) -> str:
-    return UNSEEN.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text)
+    return visible(place)
 
 
 def _shown(token: Token) -> str:
     """The token's text; a line end and a tab can be seen."""
-    return _plain(token.text.replace("\r", "␍").replace("\t", "⇥\t").replace("\n", "↵\n"))
+    return visible(token.text.replace("\r", "␍").replace("\t", "⇥\t").replace("\n", "↵\n"))
 
 
 def to_html(result: Inspection, model: Path) -> str:
-    """An inspection as a page of its own."""
-    head = table(["", ""], [("model", str(model)), *summary(result)])
+    """An inspection as a page."""
+    page = Document(f"Rows of {Path(result.path).name}")
+    page.table(["", ""], [("model", str(model)), *summary(result)])
+    page.heading("Problems")
     if result.problems:
-        rows = [
-            (p.rows, kind, "\n".join(_brief(result, place) for place in p.places))
-            for kind, p in result.problems.items()
-        ]
-        problems = table(
-            ["rows", "problem", f"the first {max(len(p.places) for p in result.problems.values())} of them"], rows
+        most = max(len(p.places) for p in result.problems.values())
+        page.table(
+            ["rows", "problem", f"the first {most} of them"],
+            [(p.rows, kind, "\n".join(_brief(result, x) for x in p.places)) for kind, p in result.problems.items()],
         )
     else:
-        problems = '<p class="good">None was found.</p>'
-    pictures = "".join(
-        f'<div><h3>{NAMES[name].capitalize()}</h3><p class="dim">{middle(values)}</p>{svg_histogram(values, result.limits(name), "tokens")}</div>'
-        for name, values in result.lengths.items()
-        if len(values)
-    )
-    legend = "".join(f'<span class="{role}">{role}</span>   ' for role in COLOURS)
-    legend += '<span class="t">trained</span>   masked   <span class="s">special token</span>'
-    body = f'{head}<h2>Problems</h2>{problems}<h2>Lengths</h2><div class="charts">{pictures}</div><h2>What the model sees</h2>'
-    body += f'<p class="tokens">{legend}</p><p class="dim">Point at a token for its id.</p>'
-    body += "".join(map(_sample, result.samples))
-    return page(f"Rows of {Path(result.path).name}", body, CHARTS + STYLE, READOUT)
+        page.text("None was found.", "good")
+    page.heading("Lengths")
+    lengths = [(name, values) for name, values in result.lengths.items() if len(values)]
+    page.charts(*(marked_histogram(v, result.limits(name), NAMES[name], note=middle(v)) for name, v in lengths))
+    page.heading("What the model sees")
+    roles = "   ".join(f'<span class="{role}">{role}</span>' for role in COLOURS)
+    kinds = '<span class="t">trained</span>   masked   <span class="s">special token</span>'
+    page.add(f'<p class="tokens">{roles}   {kinds}</p>')
+    page.text("Point at a token for its id.", "dim")
+    for sample in result.samples:
+        page.heading(sample.where, small=True)
+        for problem in sample.problems:
+            page.text(problem, "bad")
+        page.add(f'<div class="text tokens">{"".join(map(_span, sample.tokens))}</div>')
+    return page.html()
 
 
-def _sample(sample: Any) -> str:
-    spans = []
-    for token in sample.tokens:
-        kinds = token.role + " t" * token.trained + " s" * token.special
-        ids = " ".join(map(str, token.ids))
-        hint = f"{ids} {token.role}, {'trained' if token.trained else 'masked'}"
-        spans.append(f'<span class="{kinds}" title="{escape(hint)}">{escape(_shown(token))}</span>')
-    problems = "".join(f'<p class="bad">{escape(p)}</p>' for p in sample.problems)
-    return f'<h3>{escape(sample.where)}</h3>{problems}<div class="text tokens">{"".join(spans)}</div>'
+def _span(token: Token) -> str:
+    kinds = token.role + " t" * token.trained + " s" * token.special
+    hint = f"{' '.join(map(str, token.ids))} {token.role}, {'trained' if token.trained else 'masked'}"
+    return f'<span class="{kinds}" title="{escape(hint)}">{escape(_shown(token))}</span>'

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..console import Console
-from ..report.charts import READOUT
-from ..report.charts import STYLE as CHARTS
-from ..report.histogram import svg_histogram, text_histogram
-from ..report.html import escape, page, table
+from ..report.charts import marked_histogram, text_histogram
+from ..report.page import Document
 from ..rows.token_store import Examples
 from .score_data import RowScore
 
@@ -72,21 +70,18 @@ def strangest(scores: list[RowScore], count: int) -> list[RowScore]:
 def to_html(
     data: str, model: str, scores: list[RowScore], examples: Examples, marks: Mapping[str, float], worst: int
 ) -> str:
-    """The page."""
+    """The scores as a page."""
+    page = Document(f"Perplexity of {Path(data).name}")
+    page.text(f"{len(scores):,} rows of {data} under {model}", "dim")
+    page.text(NOTE)
+    page.heading("Perplexity of a row")
     values = perplexities(scores)
-    cuts = table(["rows below", "perplexity"], [(f"{100 * q:.0f} %", f"{v:.2f}") for q, v in cut_offs(values)])
-    rows = []
-    for score in strangest(scores, worst):
+    page.charts(marked_histogram(values, marks, "perplexity of a row", log=True))
+    page.table(["rows below", "perplexity"], [(f"{100 * q:.0f} %", f"{v:.2f}") for q, v in cut_offs(values)])
+    shown = strangest(scores, worst)
+    page.heading(f"The {len(shown)} strangest rows")
+    for score in shown:
         where, value = examples.value(score.number)
-        text = escape(json.dumps(value, ensure_ascii=False, indent=1))
-        rows.append(
-            f'<h3>{score.perplexity:.2f} <span class="dim">{escape(where)}, {score.tokens:,} tokens</span></h3><pre>{text}</pre>'
-        )
-    body = f'<p class="dim">{escape(f"{len(scores):,} rows of {data} under {model}")}</p><p>{NOTE}</p><h2>Perplexity of a row</h2>'
-    body += (
-        svg_histogram(values, marks, "perplexity of a row", log=True)
-        + cuts
-        + f"<h2>The {len(rows)} strangest rows</h2>"
-        + "".join(rows)
-    )
-    return page(f"Perplexity of {Path(data).name}", body, CHARTS, READOUT)
+        page.heading(f"{score.perplexity:.2f}: {where}, {score.tokens:,} tokens", small=True)
+        page.verbatim(json.dumps(value, ensure_ascii=False, indent=1))
+    return page.html()

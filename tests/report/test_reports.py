@@ -18,10 +18,9 @@ from minilora.errors import DataError, Diverged, UsageError
 from minilora.files.atomic import locked
 from minilora.lora import adapters
 from minilora.report.answers import disagreement
-from minilora.report.axis import Axis
-from minilora.report.caveats import caveats
-from minilora.report.charts import Level, Series, heat_map, histogram, line_chart
-from minilora.report.compare import compare, comparison, over_the_limit
+from minilora.report.caveats import caveats, over_the_limit
+from minilora.report.charts import Axis, Level, Series, heat_map, histogram, line_chart
+from minilora.report.compare import compare, comparison
 from minilora.report.page import Document
 from minilora.report.record import Record, read_record
 from minilora.report.run_page import adapter_norms, report
@@ -476,9 +475,9 @@ def test_charts_hold_what_they_are_given():
     assert len(drawn) < 1100 and min(y for _, y in drawn) < 60  # of 1000: the top of the canvas
     assert max(y for _, y in pointed_at(svg)["series"][0]) == 50  # and told under the pointer
     svg = line_chart([Series("a", [(1, math.nan), (2, math.inf), (3, -1.0)])], "x", "y", log=True)
-    assert "no y to draw" in svg and "no x to draw" in histogram([{}], ["a"], "x")
+    assert "no y to draw" in svg and "no x to draw" in histogram({"a": np.array([], int)}, "x")
     assert 'class="number"' not in heat_map({("q", "0"): 2.0, ("k", "1"): 0.0}, "layer", "module")
-    assert "&lt;b&gt;" in histogram([{3: 1}], ["<b>"], "x", [Level(5, "<b>")])
+    assert "&lt;b&gt;" in histogram({"a": np.array([3])}, "x", [Level(4, "<b>")])
 
 
 def test_markdown_and_html_say_the_same():

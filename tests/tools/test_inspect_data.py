@@ -14,7 +14,7 @@ from tiny import make_model
 from minilora.__main__ import main
 from minilora.config import DataConfig
 from minilora.errors import ModelError
-from minilora.report.histogram import bins, svg_histogram, text_histogram
+from minilora.report.charts import bins, marked_histogram, text_histogram
 from minilora.report.token_view import tokens_of
 from minilora.rows import to_messages
 from minilora.rows.duplicates import NearDuplicates, signature
@@ -310,7 +310,7 @@ def test_histograms_count_every_value():
     assert [line.split()[0] for line in text_histogram(np.array([1, 1, 2]), {})] == ["0", "1", "2"]  # no half tokens
     wide = text_histogram(np.array([500] * 100 + [2050] * 90), {"max_source_length": 512, "keep_below": 2000})
     assert max(map(len, wide)) == 80 and sum("◂" in line for line in wide) == 2
-    picture = svg_histogram(values, marks, "<b>")
+    picture = marked_histogram(values, marks, "<b>")
     assert "<b>" not in picture and "<polyline" in picture and "limit 50: 2 over" in picture
     assert "far 99999: none over" in picture  # under the picture, which it would only press together
 
@@ -319,18 +319,18 @@ def test_a_logarithmic_histogram_shows_its_outliers():
     import numpy as np
 
     values = np.array([1.0, 1.2, *[3.0] * 900, *[5.0] * 90, 40.0, 7e5])
-    edges, numbers = bins(values, {"keep_below": 20.0}, 16, log=True)
+    edges, numbers = bins(values, [20.0], 16, log=True)
     assert numbers.sum() == len(values) and len(numbers) <= 16 and numbers[0] == 902 and numbers[-1] == 1
     assert edges[0] <= 1.0 and edges[-2] <= 7e5 < edges[-1] and all(np.diff(edges) > 0)
     lines = text_histogram(values, {"keep_below": 20.0}, log=True)
     assert lines[-1].split() == ["320k", "▏", "1"] and sum("keep_below 20 (2 over, 0.2 %)" in x for x in lines) == 1
-    picture = svg_histogram(values, {"keep_below": 20.0}, "perplexity", log=True)
-    assert picture.count("<circle") == sum(0 < n < 15 for n in bins(values, {"keep_below": 20.0}, 48, log=True)[1])
+    picture = marked_histogram(values, {"keep_below": 20.0}, "perplexity", log=True)
+    assert picture.count("<circle") == sum(0 < n < 15 for n in bins(values, [20.0], 48, log=True)[1])
     for odd in ([math.exp(700.0), 1.0], [1.0], [1.0, 1.0], [3.19], [1e-9, 1.0]):
-        edges, numbers = bins(np.array(odd), {}, 16, log=True)
+        edges, numbers = bins(np.array(odd), [], 16, log=True)
         assert numbers.sum() == len(odd) and len(numbers) <= 16
     # in even steps the highest share the last bin, which says so
     long = np.array([*range(100), 5000])
-    assert "and more, the largest is 5,000" in text_histogram(long, {})[-1] and "5,000" in svg_histogram(
+    assert "and more, the largest is 5,000" in text_histogram(long, {})[-1] and "5,000" in marked_histogram(
         long, {}, "tokens"
     )

@@ -1,22 +1,5 @@
-"""The part of a page on which a person rates two systems without knowing which is which.
-
-Sides are shuffled row by row. The marks are counted only when asked for, kept in the browser's own storage, and written as a
-JSON file by a click. The script knows texts as text (textContent): an answer cannot become markup.
-"""
-
-import hashlib
-import json
-
-from .html import embed, escape
-
-RATE_STYLE = """
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem } @media (max-width: 40rem) { .pair { grid-template-columns: 1fr } }
-#rate button { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: .4rem .8rem; margin: .3rem .4rem .3rem 0; cursor: pointer } #rate button:hover, #rate button:focus-visible { border-color: var(--a) }
-#rate button.chosen { border: 2px solid var(--a) }
-"""
-
-RATE_SCRIPT = """
+// The blind rating of two systems: sides are shuffled row by row, marks are kept in the browser's own storage, and counted or
+// exported only by a click. Texts are set as textContent: an answer cannot become markup.
 "use strict";
 (() => {
   const box = document.getElementById("rate");
@@ -66,7 +49,7 @@ RATE_SCRIPT = """
       place = Math.min(data.pairs.length - 1, Math.max(0, place + Number(button.dataset.go)));
     } else if (button.id === "rate-reveal") {
       const c = count();
-      at("result").textContent = data.a + " is better in " + c.a + " rows, " + data.b + " in " + c.b + ", as good in " + c.tie +
+      at("result").textContent = data.a + " is better in " + c.a + " rows, " + data.b + " in " + c.b + ", equally good in " + c.tie +
         ", both bad in " + c.bad + "; p of no preference (sign test) " + c.p.toFixed(3);
     } else if (button.id === "rate-export") {
       const rows = data.pairs.map((pair, i) => ({ question: pair[0], reference: pair[1], a: pair[2], b: pair[3],
@@ -88,21 +71,3 @@ RATE_SCRIPT = """
   box.hidden = false;
   show();
 })();
-"""
-
-
-def rating_block(pairs: list[list[str]], a: str, b: str) -> str:
-    """HTML of the rating of pairs [question, reference, answer of a, answer of b]; a and b are the names to be told at the end."""
-    key = "minilora-rating-" + hashlib.sha256(json.dumps([pairs, a, b]).encode()).hexdigest()[:16]
-    marks = (("left", "Left is better"), ("right", "Right is better"), ("tie", "As good"), ("bad", "Both bad"))
-    buttons = "".join(f'<button data-mark="{mark}">{escape(text)}</button>' for mark, text in marks)
-    data = embed("rate-data", {"key": key, "a": a, "b": b, "pairs": pairs})
-    return (
-        f'<noscript><p class="dim">Rating needs the script of this page.</p></noscript><section id="rate" hidden>'
-        f'<p id="rate-place" class="dim"></p><div class="text" id="rate-question"></div>'
-        f'<details><summary>reference</summary><div class="text" id="rate-reference"></div></details>'
-        f'<div class="pair"><div class="text" id="rate-left"></div><div class="text" id="rate-right"></div></div>'
-        f'<p>{buttons}</p><p><button data-go="-1">Back</button><button data-go="1">Skip</button>'
-        f'<button id="rate-reveal">Show the result</button><button id="rate-export">Export ratings</button>'
-        f'<button id="rate-clear">Start again</button></p><p id="rate-result" role="status"></p></section>{data}'
-    )
