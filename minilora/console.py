@@ -12,6 +12,13 @@ from .terminal import printable
 class Console(RichConsole):
     """A console on which no text, wherever it comes from, is a control code: only rich's own styles are."""
 
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, **options)
+
+    def say(self, text: str) -> None:
+        """Print a text as it is: without markup, and with line breaks only where it has them."""
+        self.print(text, markup=False, soft_wrap=True)
+
     def render(self, *args: Any, **named: Any) -> Iterable[Segment]:
         for segment in super().render(*args, **named):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)

@@ -47,7 +47,7 @@ def demo(output: str, name: str, author: str) -> None:
     )
 
     def say(text: str = "") -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.say(text)
 
     _ask(say)
     say(f"\nIt shall be called {name}, made by {author}. What is made of it goes into {run.absolute()}")

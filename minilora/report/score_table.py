@@ -33,7 +33,7 @@ def show_scores(runs: list[Record], console: Console) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for letter, name, *texts in zip(LETTERS, names, *cells.values(), strict=False):
         table.add_row(f"{letter}: {name}", *texts)
-    console.print(table, highlight=False)
+    console.print(table)
 
 
 def shortened(names: list[str], width: int) -> list[str]:

@@ -80,5 +80,5 @@ def finish(run: Run, console: Console) -> Path:
         f"loss    {plot_loss(run.folder)}",
         f"report  {report_quietly(run.folder)}",
     ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.say("\n".join(lines))
     return result

@@ -123,7 +123,7 @@ def restore(run: Run, console: Console) -> None:
     """Copy the newest whole snapshot into the run's model and optimizer; CheckpointMismatch if it is of other settings."""
     folder, skipped = newest_snapshot(run.checkpoints)
     for line in skipped:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, markup=False)
     if folder is None:
         raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
     state = read_state(folder)
@@ -136,7 +136,7 @@ def restore(run: Run, console: Console) -> None:
     was, is_ = state["machine"], _machine(run)
     differs = [f"{k} was {was[k]}, is {v}" for k, v in is_.items() if k in was and was[k] != v]
     note = f" (not bit for bit: {', '.join(differs)})" if differs else ""
-    console.print(f"resume  from {folder}{note}", highlight=False, markup=False, soft_wrap=True)
+    console.say(f"resume  from {folder}{note}")
     step = step_of(folder)
     run.progress = Progress(step, state["seconds"], state["best_loss"], state["best_step"], saved=step)
 

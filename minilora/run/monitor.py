@@ -46,7 +46,7 @@ def working(console: Console, what: str) -> Iterator[None]:
         with console.status(f" {what}"):
             yield
     else:
-        console.print(f"({what})", highlight=False, markup=False)
+        console.print(f"({what})", markup=False)
         yield
 
 
@@ -135,7 +135,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.say(text)
 
     def _line(self, m: dict[str, Any], width: int | None, bar: bool = False) -> Text:
         """What a step gave, in at most `width` columns: a narrow terminal takes parts away, that of the highest number first."""

@@ -1,9 +1,10 @@
-"""An inspection of rows for a terminal and as a page: colour is the role, underlined is trained, dim is masked.
+"""An inspection of rows on a terminal and as a page: the colour shows the role; trained text is underlined, masked text is dim.
 
-Where there is no colour, in a pipe, each line says which it is.
+Without colours, in a pipe, each line begins with "trained" or "masked".
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def summary(result: Inspection) -> list[tuple[str, str]]:
 
 
 def check_words(result: Inspection) -> str:
-    """What the comparison with the folder's own chat template came to."""
+    """The result of the comparison with the folder's own chat template."""
     check = result.check
     assert check is not None
     words = f"{check.same:,} of {check.chats:,} compared rows have the ids of the folder's own chat template"
@@ -51,27 +52,27 @@ def check_words(result: Inspection) -> str:
 
 def show(result: Inspection, console: Console) -> None:
     """Print an inspection."""
+    say = partial(console.print, soft_wrap=True)
     for name, text in summary(result):
-        console.print(f"[bold]{name:<9}[/]{rich_escape(text)}", highlight=False, soft_wrap=True)
-    console.print()
+        say(f"[bold]{name:<9}[/]{rich_escape(text)}")
+    say()
     if not result.problems:
-        console.print("[bold]problems[/] none", highlight=False)
+        say("[bold]problems[/] none")
     for kind, problem in result.problems.items():
-        console.print(f"[bold red]{problem.rows:>8,}[/] {rich_escape(kind)}", highlight=False, soft_wrap=True)
+        say(f"[bold red]{problem.rows:>8,}[/] {rich_escape(kind)}")
         for place in problem.places[:2]:
-            console.print(f"         [dim]{rich_escape(_brief(result, place))}[/]", highlight=False, soft_wrap=True)
+            say(f"         [dim]{rich_escape(_brief(result, place))}[/]")
     for name, values in result.lengths.items():
         if len(values):
-            console.print(f"\n[bold]{NAMES[name]}[/]  {middle(values)}", highlight=False)
-            console.print("\n".join(text_histogram(values, result.limits(name))), highlight=False, markup=False)
+            console.print(f"\n[bold]{NAMES[name]}[/]  {middle(values)}")
+            console.say("\n".join(text_histogram(values, result.limits(name))))
     for sample in result.samples:
-        console.print(f"\n[bold]{rich_escape(visible(sample.where))}[/]", highlight=False, soft_wrap=True)
+        say(f"\n[bold]{rich_escape(visible(sample.where))}[/]")
         for problem in sample.problems:
-            console.print(f"[red]{rich_escape(visible(problem))}[/]", highlight=False, soft_wrap=True)
-        shown = _coloured(sample.tokens) if console.color_system else Text("\n".join(_marked(sample.tokens)))
-        console.print(shown, soft_wrap=True)
+            say(f"[red]{rich_escape(visible(problem))}[/]")
+        say(_coloured(sample.tokens) if console.color_system else Text("\n".join(_marked(sample.tokens))))
     if result.samples:
-        console.print(_legend() if console.color_system else "\n↵ is a line end of the text", highlight=False)
+        console.print(_legend() if console.color_system else "\n↵ is a line end of the text")
 
 
 def _coloured(tokens: Iterable[Token]) -> Text:
@@ -90,7 +91,7 @@ def _legend() -> Text:
 
 
 def _marked(tokens: Iterable[Token]) -> Iterator[str]:
-    """The text in lines that are trained or masked as a whole, and begin with that word."""
+    """The text in lines that are trained or masked as a whole and begin with that word."""
     for trained, group in groupby(tokens, key=lambda token: token.trained):
         for line in "".join(map(_shown, group)).removesuffix("\n").split("\n"):
             yield f"{'trained' if trained else 'masked':<7}  {line}"
@@ -110,7 +111,7 @@ def _brief(result: Inspection, place: str) -> str:
 
 
 def _shown(token: Token) -> str:
-    """The token's text; a line end and a tab can be seen."""
+    """The token's text with visible line ends and tabs."""
     return visible(token.text.replace("\r", "␍").replace("\t", "⇥\t").replace("\n", "↵\n"))
 
 

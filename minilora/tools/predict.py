@@ -1,9 +1,9 @@
 """`minilora predict`: the model's own answers to the questions of a test set, and their scores.
 
-The last answer of each row is the reference; what stands before it is the prompt. A row that ends with a question, or whose
-last answer is empty, has no reference: it is answered and not scored. Nothing is cut: neither a prompt nor a
-reference, whatever the limits of training were; an answer that max_tokens ends is counted. Answers are kept as they come, in
-part.jsonl, so that a stopped prediction goes on. The files are those that LLaMA-Factory writes, with more in them.
+The last answer of each row is the reference, and all before it is the prompt. A row that ends with a question, or whose last
+answer is empty, has no reference: it is answered and not scored. No prompt and no reference is cut, whatever the limits of
+training were; answers that end at max_tokens are counted. Each answer is saved at once, in part.jsonl, so that a stopped
+prediction can go on. The files are those of LLaMA-Factory, with more in them.
 """
 
 import hashlib
@@ -11,14 +11,12 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
-
-from minilora.models.decoder import Decoder
 
 from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import folder_notes, open_model
@@ -28,8 +26,8 @@ from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
 from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
 from ..files.strict_json import read_json_lines
-from ..generate import GREEDY, Sampling, read_generation
-from ..generate_many import generate_many
+from ..generate import GREEDY, read_generation
+from ..generate_many import Answer, generate_many
 from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..report.metrics import interval, measured_rows, word_cutter
@@ -51,7 +49,7 @@ FOREIGN = {
 
 
 class Question(NamedTuple):
-    """A row of a test set: the prompt's ids, the question alone as text, the reference answer, and where it stands."""
+    """A row of a test set: the prompt's ids, the question alone as text, the reference answer, and the row's place."""
 
     ids: list[int]
     text: str
@@ -66,7 +64,7 @@ def read_questions(
 ) -> list[Question]:
     """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer.
 
-    `say` is called with what is to be told of the file and of the keys that are ignored on request.
+    `say` is called with notes on the file and on the keys that are ignored on request.
     """
     questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
     for row in read_rows(path, settings.columns, settings.ignored, settings.encoding, say):
@@ -104,18 +102,15 @@ def predict(
     console: Console | None = None,
     **opening: Any,
 ) -> dict[str, Any]:
-    """Answer the questions of a file into a folder; returns what stands in its predict_results.json.
+    """Answer the questions of a file into a folder; returns the contents of its predict_results.json.
 
-    A folder that holds the same prediction is left as it is, one that was stopped goes on; any other is OutputInUse.
+    A folder that holds the same prediction is left as it is, and one that was stopped goes on; any other raises OutputInUse.
     `opening`: as for open_model.
     """
     console, folder = console or Console(), Path(output)
     base = ModelFolder.of(model)
     tokenizer = load_tokenizer(base, adapter)
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    say = console.say
     for name, note in folder_notes(base, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     questions = read_questions(data, tokenizer, reading, say)
@@ -137,14 +132,27 @@ def predict(
     with locked(folder):
         done, found = _claim(folder, settings, overwrite)
         if found is not None:
-            console.print(f"{folder} holds this prediction already", highlight=False, markup=False)
+            say(f"{folder} holds this prediction already")
             return found
-        seconds = _answer(
-            decoder, tokenizer, questions, folder, settings, done, stop, sampling, max_tokens, batch, seed, console
-        )
+        began = time.monotonic()
+        with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
+            left = [i for i in range(len(questions)) if i not in done]
+            prompts, stop = [questions[i].ids for i in left], stop | tokenizer.stop_ids
+            answers = generate_many(
+                decoder, prompts, stop, max_tokens, batch, sampling, seed, left, lambda: signal.requested
+            )
+            for answer in _shown_progress(answers, len(done), len(questions), console):
+                row = _row(answer, questions[answer.number], tokenizer)
+                done[answer.number] = row
+                part.write(_line(row))
+                part.flush()
+                os.fsync(part.fileno())
+            if len(done) < len(questions):
+                what = f"stopped by {signal.name} after {len(done)} of {len(questions)} answers, which are kept in {folder}"
+                raise Stopped(what, "The same command goes on from there.")
         rows = [done[i] for i in range(len(questions))]
-        results = _results(rows, settings, seconds)
-        write_file(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        results = _results(rows, settings, time.monotonic() - began)
+        write_file(folder / ROWS, "".join(map(_line, rows)))
         write_file(folder / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
         (folder / PART).unlink(missing_ok=True)
     return results
@@ -195,7 +203,7 @@ def _claim(folder: Path, settings: dict, overwrite: bool) -> tuple[dict[int, dic
         raise OutputInUse(f"{folder} holds the beginning of a prediction of other weights, rows or decoding", hint)
     done = {line["row"]: line for line in lines[1:]}
     head = [settings, *done.values()]
-    write_file(folder / PART, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in head))
+    write_file(folder / PART, "".join(map(_line, head)))
     return done, None
 
 
@@ -205,80 +213,56 @@ def _same(then: Any, now: dict) -> bool:
     return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
 
 
-def _answer(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    questions: list[Question],
-    folder: Path,
-    settings: dict,
-    done: dict[int, dict],
-    stop: set[int],
-    sampling: Sampling,
-    max_tokens: int,
-    batch: int,
-    seed: int,
-    console: Console,
-) -> float:
-    """Answer what is not `done` yet, adding each answer to it and to part.jsonl; returns the seconds of this process."""
-    left = [i for i in range(len(questions)) if i not in done]
+def _shown_progress(answers: Iterator[Answer], done: int, total: int, console: Console) -> Iterator[Answer]:
+    """The answers, with a line from time to time; `done` answers of an earlier process are there already."""
     began = shown = time.monotonic()
     tokens = 0
-    with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
-        prompts = [questions[i].ids for i in left]
-        stops = stop | tokenizer.stop_ids
-        for answer in generate_many(
-            model, prompts, stops, max_tokens, batch, sampling, seed, left, lambda: signal.requested
-        ):
-            question = questions[answer.number]
-            row = {
-                "row": answer.number,
-                "prompt": tokenizer.decode(question.ids, specials=True),
-                "predict": tokenizer.answer(answer.ids),
-                "label": question.label,
-                "question": question.text,
-                "where": question.where,
-                "hashes": [f"{h:016x}" for h in question.hashes],
-                "tokens": len(answer.ids),
-                "label_tokens": question.label_tokens,
-                "cut": answer.cut,
-            }
-            done[answer.number] = row
-            part.write(json.dumps(row, ensure_ascii=False) + "\n")
-            part.flush()
-            os.fsync(part.fileno())
-            tokens += len(answer.ids)
-            now = time.monotonic()
-            if now - shown > PLAIN_EVERY or len(done) == len(questions):
-                shown = now
-                speed, rest = tokens / (now - began), len(questions) - len(done)
-                made = len(done) - (len(questions) - len(left))
-                eta = clock((now - began) / made * rest)
-                text = f" {len(done):>5}/{len(questions)} answers  {speed:,.0f} answer tokens/s  ETA {eta}"
-                console.print(text, highlight=False, markup=False)
-        if len(done) < len(questions):
-            what = f"stopped by {signal.name} after {len(done)} of {len(questions)} answers; they are kept in {folder}"
-            raise Stopped(what, "The same command goes on from there.")
-    return time.monotonic() - began
+    for made, answer in enumerate(answers, 1):
+        yield answer
+        tokens += len(answer.ids)
+        now = time.monotonic()
+        if now - shown > PLAIN_EVERY or done + made == total:
+            shown = now
+            eta = clock((now - began) / made * (total - done - made))
+            speed = f"{tokens / (now - began):,.0f} answer tokens/s"
+            console.say(f" {done + made:>5}/{total} answers  {speed}  ETA {eta}")
+
+
+def _row(answer: Answer, question: Question, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A row of generated_predictions.jsonl."""
+    return {
+        "row": answer.number,
+        "prompt": tokenizer.decode(question.ids, specials=True),
+        "predict": tokenizer.answer(answer.ids),
+        "label": question.label,
+        "question": question.text,
+        "where": question.where,
+        "hashes": [f"{h:016x}" for h in question.hashes],
+        "tokens": len(answer.ids),
+        "label_tokens": question.label_tokens,
+        "cut": answer.cut,
+    }
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]:
-    """What predict_results.json holds."""
+    """The contents of predict_results.json."""
     scored = [row for row in rows if row["label"]]
-    metrics = {}
-    for name, metric in measured_rows(scored).items():
-        metrics[name] = {
-            **{k: round(v, 4) for k, v in interval(metric)._asdict().items()},
-            "definition": metric.definition,
-        }
+    metrics = {
+        name: {k: round(v, 4) for k, v in interval(metric)._asdict().items()} | {"definition": metric.definition}
+        for name, metric in measured_rows(scored).items()
+    }
     foreign = {name: metrics[ours]["value"] for name, ours in FOREIGN.items() if ours in metrics}
-    lengths = [row["tokens"] for row in rows]
     return {
         **foreign,
         "predict_runtime": round(seconds, 2),
         "rows": len(rows),
         "references": len(scored),
         "cut": sum(row["cut"] for row in rows),
-        "answer_tokens": sum(lengths),
+        "answer_tokens": sum(row["tokens"] for row in rows),
         "label_tokens": sum(row["label_tokens"] for row in rows),
         "metrics": metrics,
         "settings": settings,
@@ -286,37 +270,28 @@ def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]
 
 
 def show_results(results: dict[str, Any], console: Console) -> None:
-    """The table of scores, what each name means, and what to beware of."""
-    rows, cut = results["rows"], results["cut"]
+    """Print the table of scores, what each metric counts, and what to beware of."""
+    rows, metrics = results["rows"], results["metrics"]
     scored = results.get("references", rows)  # older predictions have one in every row
-    table = Table(box=None, pad_edge=False)
-    table.add_column("metric")
-    for name in ("score", "95 % interval"):
-        table.add_column(name, justify="right")
-    for name, m in results["metrics"].items():
-        table.add_row(name, f"{m['value']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}")
-    if scored:
-        console.print(table)
-    lines = [f"{name}: {m['definition']}" for name, m in results["metrics"].items()]
-    if scored and word_cutter() is None:
-        lines.append("note: no metric on words, jieba is not there (pip install 'minilora[report]')")
-    limit = results["settings"]["decoding"]["max_tokens"]
+    lines = [f"{name}: {m['definition']}" for name, m in metrics.items()]
     answered = f"{results['answer_tokens']:,} tokens were answered"
-    if not scored:
-        lines.append(
-            f"{rows:,} rows without a reference answer: they are answered, and there is nothing to score. {answered}."
-        )
+    if scored:
+        table = Table("metric", box=None, pad_edge=False)
+        for name in ("score", "95 % interval"):
+            table.add_column(name, justify="right")
+        for name, m in metrics.items():
+            table.add_row(name, f"{m['value']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}")
+        console.print(table)
+        if word_cutter() is None:
+            lines.append("note: no metric on words, jieba is not installed (pip install 'minilora[report]')")
+        others = "" if scored == rows else f"{scored:,} of "
+        are = "" if scored == rows else " are scored, the others have no reference answer"
+        references = f"the references have {results['label_tokens']:,}"
+        lines.append(f"{others}{rows:,} rows{are}; intervals are a bootstrap over them. {answered}, {references}.")
     else:
-        of = (
-            f"{rows:,} rows"
-            if scored == rows
-            else f"{scored:,} of {rows:,} rows are scored, the others have no reference answer"
-        )
-        lines.append(
-            f"{of}; intervals are a bootstrap over them. {answered}, the references have {results['label_tokens']:,}."
-        )
-    if cut and limit > 1:  # one token is a label, not a text cut short
-        lines.append(
-            f"note: {cut:,} of {rows:,} answers were cut at {limit:,} tokens; a larger --max-tokens lets them end"
-        )
-    console.print("\n".join(["", *lines]), highlight=False, markup=False, soft_wrap=True)
+        lines.append(f"{rows:,} rows without a reference answer: they are answered and not scored. {answered}.")
+    limit = results["settings"]["decoding"]["max_tokens"]
+    if results["cut"] and limit > 1:  # one token is a label, not a text cut short
+        cut = f"{results['cut']:,} of {rows:,} answers were cut at {limit:,} tokens"
+        lines.append(f"note: {cut}; a larger --max-tokens lets them end")
+    console.say("\n".join(["", *lines]))

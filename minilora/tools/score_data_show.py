@@ -1,4 +1,4 @@
-"""Scores of rows for a terminal and as a page: the histogram, the cut-offs, the strangest rows."""
+"""Scores of rows on a terminal and as a page: the histogram, the cut-offs, the strangest rows."""
 
 import json
 import time
@@ -18,7 +18,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 NOTE = (
     "Perplexity is exp of the mean cross-entropy over a row's trained tokens. A high one can mean noise, a wrong answer, "
     "another language, or simply something new that is worth learning; a short answer scatters more. Read the worst rows "
-    "before a cut-off is chosen."
+    "before you choose a cut-off."
 )
 
 
@@ -30,7 +30,7 @@ def shown_progress(scores: Iterator[RowScore], rows: int, console: Console) -> I
         now = time.monotonic()
         if now - shown > EVERY:
             shown = now
-            console.print(f" {done:>7,}/{rows:,} rows  {done / (now - began):,.1f} rows/s", highlight=False)
+            console.print(f" {done:>7,}/{rows:,} rows  {done / (now - began):,.1f} rows/s")
 
 
 def perplexities(scores: list[RowScore]) -> np.ndarray:
@@ -38,7 +38,7 @@ def perplexities(scores: list[RowScore]) -> np.ndarray:
 
 
 def to_text(scores: list[RowScore], examples: Examples, marks: Mapping[str, float], worst: int) -> str:
-    """The lines for a terminal."""
+    """The scores as lines of a terminal."""
     values = perplexities(scores)
     total, tokens = sum(s.total for s in scores), sum(s.tokens for s in scores)
     lines = [
@@ -58,7 +58,7 @@ def to_text(scores: list[RowScore], examples: Examples, marks: Mapping[str, floa
 
 
 def cut_offs(values: np.ndarray) -> list[tuple[float, float]]:
-    """(share of rows, the perplexity that so many are at most)."""
+    """(share, the perplexity that this share of the rows has at most)."""
     return list(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True))
 
 

@@ -174,13 +174,13 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         page = folder / "compare.html"
         told = [f"{name} failed with exit code {code}" for name, code in failed]
         for line in compare([str(run) for run in compared], page, told) if len(compared) > 1 else []:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.say(line)
         if compared:
             console.print()
             show_scores([read_record(run) for run in compared], console)
             console.print()
         for line in told:
-            console.print(f"{line}; the same command tries it again", highlight=False, markup=False, soft_wrap=True)
+            console.say(f"{line}; the same command tries it again")
     return page
 
 
@@ -200,7 +200,7 @@ def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point]
             )
         file = open_rows(source.path, config.columns, config.encoding)
         if file.note:
-            console.print(f"{source.path}: {file.note}", highlight=False, markup=False, soft_wrap=True)
+            console.say(f"{source.path}: {file.note}")
         numbers, ignored = draw(source, len(file), config.seed), config.ignored
         rows = [to_messages(file.value(i), file.where(i), config.columns, ignored) for i in numbers.tolist()]
         questions = np.array([hashes(row)[0] for row in rows], np.uint64)
