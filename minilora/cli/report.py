@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> None:
 
     path = report(args.run, args.samples)
     run = read_record(args.run)
-    for line in dict.fromkeys([verdict(run), *reading(run)]):
+    for line in (verdict(run), *reading(run)):
         say(line)
     say(f"page  {path}")

@@ -1,16 +1,15 @@
-"""What makes runs hard to compare, in sentences: other rows, another decoding, answers cut short, a test set that was trained on."""
+"""What makes runs hard to compare, in sentences: other rows, another decoding, answers cut short, training on the test set."""
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
-from .record import Record
+from .record import Record, as_text
 
 
 def caveats(runs: list[Record]) -> list[str]:
-    """What makes the runs hard to compare, the worst first; pairs of runs of which the same is true stand in one sentence."""
+    """What makes the runs hard to compare, the worst first; one sentence covers all pairs for which it is true."""
     answered = [run for run in runs if run.rows]
     found = _of_pairs(answered, _answers)
     missing = [r.letter for r in runs if not r.rows]
@@ -38,39 +37,41 @@ def caveats(runs: list[Record]) -> list[str]:
 
 
 def _of_pairs(runs: list[Record], differences: Callable[[Record, Record], list[str]]) -> list[str]:
-    """What differs between two of the runs, after the names of all pairs between which it does."""
+    """Each difference between two of the runs, after the names of all pairs that have it."""
     pairs: dict[str, list[str]] = {}
     for a, b in combinations(runs, 2):
-        for said in differences(a, b):
-            pairs.setdefault(said, []).append(f"{a.letter} and {b.letter}")
-    return [f"{', '.join(names)} {said}" for said, names in pairs.items()]
+        for difference in differences(a, b):
+            pairs.setdefault(difference, []).append(f"{a.letter} and {b.letter}")
+    return [f"{', '.join(names)} {difference}" for difference, names in pairs.items()]
 
 
 def _answers(a: Record, b: Record) -> list[str]:
-    """What differs in how two runs answered."""
+    """The differences in how two runs answered."""
     found = []
     if not a.answers_the_rows_of(b):
         found.append("answered other test rows: their scores are not comparable, and no p is given")
-    changed = _changed(a.decoded.get("decoding") or {}, b.decoded.get("decoding") or {})
+    ours, theirs = (run.decoded.get("decoding") or {} for run in (a, b))
+    changed = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
     if changed:
-        differs = ", ".join(f"{key} {said(x)} and {said(y)}" for key, x, y in changed)
-        found.append(f"were decoded in another way ({differs}): scores may differ for that alone")
+        values = ", ".join(f"{key} {as_text(ours.get(key))} and {as_text(theirs.get(key))}" for key in changed)
+        found.append(f"were decoded in another way ({values}): this alone may change scores")
     if a.decoded.get("dtype") != b.decoded.get("dtype"):
         found.append(f"answered in {a.decoded.get('dtype')} and in {b.decoded.get('dtype')}")
-    theirs = [m for m in _metrics(a).keys() | _metrics(b).keys() if _definition(a, m) != _definition(b, m)]
-    if theirs:
+    ours, theirs = ({name: m.get("definition") for name, m in run.scores.items()} for run in (a, b))
+    changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if changed:
         found.append(
-            f"were scored by another metric when they were predicted ({', '.join(sorted(theirs))}); "
-            "the table below scores both anew, in one way"
+            f"were scored by another metric when they were predicted ({', '.join(changed)}); "
+            "the table below scores both again, in one way"
         )
     return found
 
 
 def _trainings(a: Record, b: Record) -> list[str]:
-    """What differs in what two runs' losses are of."""
+    """The differences in the rows and tokens that two runs' losses are of."""
     found = []
     if a.config.get("model") != b.config.get("model"):
-        found.append("start from other model folders: losses a token compare only where the tokenizer is one")
+        found.append("start from other model folders: losses a token compare only if the tokenizer is the same")
     if a.val and b.val and a.data.get("val_hash") != b.data.get("val_hash"):
         found.append(
             "were validated on other rows, or on rows cut in another way: their validation losses are not comparable"
@@ -81,8 +82,8 @@ def _trainings(a: Record, b: Record) -> list[str]:
 
 
 def _leaked(run: Record) -> list[str]:
-    """What of a run's test set it was trained on: rows with the same question, by their hashes; by the file if there are none."""
-    remembers = "its scores tell what it remembers"
+    """How much of its test set a run was trained on: rows with the same question, by their hashes; without hashes, by the file."""
+    remembers = "its scores show what it remembers"
     known = [row["hashes"] for row in run.rows if row.get("hashes")]
     if run.trained_rows is not None and known:
         asked, whole = (np.array([int(pair[i], 16) for pair in known], np.uint64) for i in (0, 1))
@@ -95,18 +96,6 @@ def _leaked(run: Record) -> list[str]:
     if run.config.get("data") and run.decoded.get("data") == run.config["data"]:
         return [f"{run.letter} was trained on the file that it is tested on: {remembers}"]
     return []
-
-
-def _metrics(run: Record) -> dict[str, Any]:
-    return run.results.get("metrics") or {}
-
-
-def _definition(run: Record, name: str) -> Any:
-    return (_metrics(run).get(name) or {}).get("definition")
-
-
-def _changed(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
 def over_the_limit(runs: list[Record]) -> list[str]:
@@ -122,7 +111,3 @@ def over_the_limit(runs: list[Record]) -> list[str]:
                 f"its {name} of {run.config[name]:,} tokens; the longest has {max(lengths):,}. They are scored whole."
             )
     return lines
-
-
-def said(value: Any) -> str:
-    return "none" if value is None else str(value)

@@ -15,11 +15,11 @@ from ..errors import UsageError
 from ..files.atomic import write_file
 from ..run.monitor import clock
 from .answers import answers
-from .caveats import caveats, over_the_limit, said
+from .caveats import caveats, over_the_limit
 from .charts import Level, Series, histogram, line_chart
 from .metrics import interval, paired
 from .page import Best, Document
-from .record import LIMITS, Record, read_record
+from .record import LIMITS, Record, as_text, read_record
 from .verdict import made_worse, verdict
 
 CHOSEN = "rougeL_char"  # the metric of the verdict
@@ -84,7 +84,7 @@ def _differences(page: Document, runs: list[Record]) -> None:
         found = {run.data.get(contents) for run in trained}
         if len(found) != 1 or not all(found):
             rows[name] = [run.config.get(name) for run in trained]
-    differing = [[key, *map(said, row)] for key, row in rows.items() if any(value != row[0] for value in row)]
+    differing = [[key, *map(as_text, row)] for key, row in rows.items() if any(value != row[0] for value in row)]
     for run in trained:
         if run.data.get("train_hash") is None:
             page.text(f"{run.letter} has no data.json: it is not known how its rows were used", "note")

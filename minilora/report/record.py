@@ -49,6 +49,11 @@ class Record:
         return self.results.get("settings") or {}
 
     @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """The metrics that predict computed, by name: value, low, high, definition."""
+        return self.results.get("metrics") or {}
+
+    @property
     def scored(self) -> list[dict[str, Any]]:
         """The answers that have a reference."""
         return [row for row in self.rows if row["label"]]
@@ -147,6 +152,15 @@ def smoothed(curve: Curve) -> Curve:
             total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         result.append((step, total / weight if weight else value))
     return result
+
+
+def as_text(value: Any) -> str:
+    """A setting as a reader writes it."""
+    if value is None or value == "" or value == {}:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={text}" for key, text in value.items())
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_record(folder: str | Path) -> Record:

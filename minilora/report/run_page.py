@@ -8,7 +8,6 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from .caveats import over_the_limit
 from .charts import Level, Series, heat_map, line_chart, marked_histogram
 from .metrics import Interval
 from .page import Best, Document
-from .record import LIMITS, Record, read_record, smoothed
+from .record import LIMITS, Record, as_text, read_record, smoothed
 from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
@@ -64,7 +63,7 @@ def run_page(run: Record) -> Document:
         _data(page, run)
     if (run.folder / "adapter" / ADAPTER_WEIGHTS).is_file():
         _adapter(page, run)
-    if run.results.get("metrics"):
+    if run.scores:
         _scores(page, run)
     _samples(page, run)
     _settings(page, run)
@@ -99,7 +98,7 @@ def headline(run: Record) -> list[tuple[str, str, str]]:
 
 
 def _curves(page: Document, run: Record) -> None:
-    lines = [line for line in reading(run) if line != verdict(run)]
+    lines = reading(run)
     if lines:
         page.heading("What the curve says")
         for line in lines:
@@ -247,15 +246,14 @@ def _samples(page: Document, run: Record) -> None:
 
 def _scores(page: Document, run: Record) -> None:
     """The scores of the answers to a test set that are in the run's folder."""
-    metrics = run.results["metrics"]
     page.heading("Scores on the test set")
     page.text(
         f"{len(run.rows):,} rows of {run.decoded.get('data')}; in brackets 95 % intervals of a bootstrap over rows."
     )
-    rows = [[name, Interval(m["value"], m["low"], m["high"])] for name, m in metrics.items() if "low" in m]
+    rows = [[name, Interval(m["value"], m["low"], m["high"])] for name, m in run.scores.items() if "low" in m]
     page.table(["metric", "score"], rows)
     with page.fold("What the metrics count"):
-        page.words((name, m["definition"]) for name, m in metrics.items())
+        page.words((name, m["definition"]) for name, m in run.scores.items())
 
 
 def _settings(page: Document, run: Record) -> None:
@@ -269,15 +267,6 @@ def _settings(page: Document, run: Record) -> None:
     if rest:
         with page.fold(f"The {len(rest):,} settings that are the default"):
             page.table(["setting", "value"], rest)
-
-
-def as_text(value: Any) -> str:
-    """A setting as a reader writes it."""
-    if value is None or value == "" or value == {}:
-        return "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={text}" for key, text in value.items())
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def report_quietly(folder: Path) -> str:

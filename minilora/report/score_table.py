@@ -15,14 +15,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def show_scores(runs: list[Record], console: Console) -> None:
     """Print the lowest validation loss and the test scores of runs under the letters of their comparison."""
-    scores = [{name: m["value"] for name, m in (run.results.get("metrics") or {}).items()} for run in runs]
-    columns = {name.replace("_", "\n"): [found.get(name) for found in scores] for name in SHOWN}
-    columns = {"lowest\nval\nloss": [run.best[1] if run.best else None for run in runs]} | columns
-    cells = {
-        head: [("" if v is None else f"{v:.4f}" if "loss" in head else f"{v:.2f}") for v in values]
-        for head, values in columns.items()
-        if any(v is not None for v in values)
-    }
+    columns = {"lowest\nval\nloss": [f"{run.best[1]:.4f}" if run.best else "" for run in runs]}
+    for name in SHOWN:
+        values = [run.scores[name]["value"] if name in run.scores else None for run in runs]
+        columns[name.replace("_", "\n")] = ["" if v is None else f"{v:.2f}" for v in values]
+    cells = {head: texts for head, texts in columns.items() if any(texts)}
     wide = sum(2 + max(map(len, [*head.split("\n"), *texts])) for head, texts in cells.items())
     names = [run.name for run in runs]
     names = names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
@@ -37,7 +34,7 @@ def show_scores(runs: list[Record], console: Console) -> None:
 
 
 def shortened(names: list[str], width: int) -> list[str]:
-    """The names, cut in the middle to `width` columns, and not inside a number if that can be; those that differ still do."""
+    """The names, cut in the middle to `width` columns, not inside a number if possible; names that differ still do."""
     wide = [name.split(",") for name in names if cell_len(name) > width]
     shared = set.intersection(*map(set, wide)) if len(wide) > 1 else set()  # settings, in the names of a sweep
     apart = [
@@ -50,12 +47,12 @@ def shortened(names: list[str], width: int) -> list[str]:
         found = [cut for cut in cuts if len(set(cut)) == len(set(names))]
         if found:
             return min(found, key=lambda cut: bool(re.search(r"[\d.]…|…[\d.]", " ".join(cut))))
-    # what tells them apart is too long: their number stands there
+    # the parts that differ are too long: a number takes their place
     return [_cut(name, width // 3, f"…{number}…", width) for number, name in enumerate(names, 1)]
 
 
 def _cut(name: str, head: int, gap: str, width: int) -> str:
-    """A name that is too wide with `gap` in place of what is behind its first `head` columns."""
+    """A name, with `gap` after its first `head` columns in place of the middle if it is too wide."""
     if cell_len(name) <= width:
         return name
     start, end = name, name

@@ -1,4 +1,4 @@
-"""What a run came to, read from its losses: a sentence, and the reading of its curves, as far as curves can say it."""
+"""The result of a run, read from its losses: a sentence, and what its curves show."""
 
 import math
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from .record import Record
 
-FEW = 10  # steps, below which a curve is not read
+FEW = 10  # steps: with fewer, a curve is not read
 
 
 def verdict(run: Record) -> str:
-    """The run in a sentence or two; nothing is concluded from where a run stands that has not ended."""
+    """The run in a sentence or two; a run that has not ended gets no conclusion."""
     if not run.metrics:
         return "The run is going on; no step is done yet." if run.going_on else "No step was taken yet."
     broken = broken_at(run)
@@ -42,7 +42,7 @@ def made_worse(run: Record) -> bool:
 
 
 def over_fitted(run: Record) -> bool:
-    """Whether the validation loss turned, and ends clearly above its lowest."""
+    """Whether the validation loss turned and ends clearly above its lowest."""
     return run.best is not None and run.val[-1][0] > run.best[0] and not run.val[-1][1] <= 1.02 * run.best[1]
 
 
@@ -52,10 +52,10 @@ def broken_at(run: Record) -> int | None:
 
 
 def reading(run: Record) -> list[str]:
-    """What the curve shows: whether the loss fell, still falls, came apart, and whether validation turned."""
-    losses = [y for _, y in run.loss]
+    """What the curves show: whether the loss fell, still falls or diverged, and whether validation turned; of a run that goes on, only spikes."""
+    losses, spikes = [y for _, y in run.loss], _spikes(run)
     if run.going_on:
-        return [verdict(run), *filter(None, [_spikes(run)])]
+        return spikes
     if len(losses) < FEW:
         return [f"Only {len(losses)} steps: too few to read a curve from."]
     broken = broken_at(run)
@@ -63,27 +63,26 @@ def reading(run: Record) -> list[str]:
         return [
             f"The loss is not finite from step {broken:,} on: the run diverged. A lower lr or a longer warmup may help."
         ]
-    stopped = [] if run.finished else [f"The run stopped at step {run.step:,} of {run.steps:,}."]
-    lines = [*stopped, _trend(losses, run.finished)]
+    lines = [] if run.finished else [f"The run stopped at step {run.step:,} of {run.steps:,}."]
+    lines.append(_trend(losses, run.finished))
     end, low = run.smooth[-1][1], min(y for _, y in run.smooth)
     if end > 1.5 * low and end > low + 0.3:
         lines.append(
             f"The smoothed training loss ends at {end:.3g}, well above its lowest value of {low:.3g}: it may be diverging. "
             "A lower lr is the first thing to try."
         )
-    return [*lines, *filter(None, [_spikes(run)]), _validation(run)]
+    return [*lines, *spikes, _validation(run)]
 
 
-def _spikes(run: Record) -> str:
-    before = run.smooth[9:]
-    found = [step for (step, y), (_, mean) in zip(run.loss[10:], before, strict=False) if y > 3 * mean and y > 1]
-    if not found:
-        return ""
-    return f"{len(found):,} steps stand out at over three times the loss around them (first: step {found[0]:,})."
+def _spikes(run: Record) -> list[str]:
+    before = zip(run.loss[10:], run.smooth[9:], strict=False)  # each loss, and the mean before it
+    found = [step for (step, y), (_, mean) in before if y > 3 * mean and y > 1]
+    told = f"{len(found):,} steps have over three times the loss around them"
+    return [f"{told} (first: step {found[0]:,})."] if found else []
 
 
 def _trend(losses: list[float], finished: bool) -> str:
-    """Whether the last quarter still falls: a line through it, against the scatter of the points around the line."""
+    """Whether the last quarter still falls: the slope of a line through it, against the scatter around the line."""
     tail = np.array(losses[-max(len(losses) // 4, 8) :])
     x = np.arange(len(tail)) - (len(tail) - 1) / 2
     slope = float((x * tail).sum() / (x * x).sum())
