@@ -51,7 +51,7 @@ def bleu4(answer: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def rouge_n(answer: Sequence[str], reference: Sequence[str], n: int) -> float:
-    """ROUGE-N F of the sets of n-grams, 0 to 100, as rouge-chinese has it: how often an n-gram stands does not count."""
+    """ROUGE-N F of the sets of n-grams, 0 to 100, as in rouge-chinese: repeated n-grams count once."""
     ours, theirs = set(_ngrams(answer, n)), set(_ngrams(reference, n))
     return _f_score(len(ours & theirs), len(ours), len(theirs))
 
@@ -62,7 +62,7 @@ def rouge_l(answer: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence: one whole-number operation a row of the table (Hyyrö, 2004)."""
+    """Length of the longest common subsequence, with one integer operation per row of the table (Hyyrö, 2004)."""
     places: dict[str, int] = {}
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
@@ -88,14 +88,14 @@ SENTENCE_END = re.compile(r"(?:[。！？?]|\.{6}|…{2})(?=[^”’])")
 
 
 def rouge_tokens(words: Sequence[str]) -> list[str]:
-    """The tokens that rouge-chinese counts in a list of words: no blanks, but '' for each line that has nothing else."""
+    """The tokens that rouge-chinese counts in a list of words: no blanks, and '' for each empty line."""
     lines = SENTENCE_END.sub(lambda m: m[0] + "\n", " ".join(words)).rstrip().split("\n")
     return [token for line in lines if line for token in " ".join(line.split()).split(" ")]
 
 
 @cache
 def word_cutter() -> Callable[[str], list[str]] | None:
-    """jieba's words of a text; None where jieba is not there."""
+    """jieba's function from a text to its words; None if jieba is not installed."""
     if importlib.util.find_spec("jieba") is None:
         return None
     import warnings
@@ -113,7 +113,7 @@ def word_cutter() -> Callable[[str], list[str]] | None:
 
 
 class Measured(NamedTuple):
-    """A metric of some answers: what it counts in each row, float64 [rows, K], and the score of summed counts, [n, K] -> [n]."""
+    """A metric of some answers: its counts in each row, float64 [rows, K], and the score of summed counts, [n, K] -> [n]."""
 
     counts: np.ndarray
     score: Callable[[np.ndarray], np.ndarray]
@@ -125,7 +125,7 @@ class Measured(NamedTuple):
 
 
 def measure(answers: Sequence[str], references: Sequence[str]) -> dict[str, Measured]:
-    """Every metric of the answers, by name; those on words only where jieba is there."""
+    """Every metric of the answers, by name; those on words only if jieba is installed."""
     cut = word_cutter()
     rows = [_row(a, r, cut) for a, r in zip(answers, references, strict=True)]
     result = {}
@@ -137,7 +137,7 @@ def measure(answers: Sequence[str], references: Sequence[str]) -> dict[str, Meas
 
 
 def measured_rows(rows: list[dict[str, Any]]) -> dict[str, Measured]:
-    """Every metric of rows of a generated_predictions.jsonl that have a reference; of no row there is none."""
+    """Every metric of rows of a generated_predictions.jsonl, all with a reference; {} for no rows."""
     return measure([row["predict"] for row in rows], [row["label"] for row in rows]) if rows else {}
 
 
@@ -160,7 +160,7 @@ def _rouge(kind: str, answer: Sequence[str], reference: Sequence[str]) -> dict[s
 
 
 def _sacrebleu(references: Sequence[str]) -> dict[str, Any]:
-    """sacreBLEU's metrics for these references: its Chinese tokenizer where a tenth of the characters are Chinese, else 13a."""
+    """sacreBLEU's metrics for these references, with its Chinese tokenizer if a tenth of the characters are Chinese, else 13a."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
@@ -170,7 +170,7 @@ def _sacrebleu(references: Sequence[str]) -> dict[str, Any]:
 
 
 def _corpus(name: str, metric: Any, answers: Sequence[str], references: Sequence[str]) -> Measured:
-    # its own paired test counts a tie as a difference: two systems that differ in two rows come out at p = 0.001
+    # its own paired test counts a tie as a difference: two systems that differ in two rows get p = 0.001
     counts = np.array(metric._extract_corpus_statistics(list(answers), [list(references)]), float)
 
     def score(sums: np.ndarray) -> np.ndarray:
@@ -180,7 +180,7 @@ def _corpus(name: str, metric: Any, answers: Sequence[str], references: Sequence
 
 
 class Interval(NamedTuple):
-    """A score over all rows, and the 95 % interval of its bootstrap over rows."""
+    """A score over all rows and the 95 % interval of its bootstrap over rows."""
 
     value: float
     low: float
@@ -197,7 +197,7 @@ def interval(metric: Measured, seed: int = 0) -> Interval:
 
 
 class Paired(NamedTuple):
-    """How much B is above A on the same rows, the 95 % interval of that, and p if there were no difference."""
+    """How much B is above A on the same rows, the 95 % interval of the difference, and its p under no difference."""
 
     difference: float
     low: float
@@ -211,7 +211,7 @@ class Paired(NamedTuple):
 def paired(a: Measured, b: Measured, seed: int = 0) -> Paired:
     """Compare one metric of two systems on the same rows: paired bootstrap interval, and p of a randomisation test.
 
-    The test swaps A and B row by row at random and counts how often they differ as much as they do, either way (Noreen, 1989).
+    The test swaps A and B row by row at random and counts how often the difference is as large, in either direction (Noreen, 1989).
     """
     assert len(a.counts) == len(b.counts), (a.counts.shape, b.counts.shape)
     times = _resamples(len(a.counts), seed)
@@ -224,5 +224,5 @@ def paired(a: Measured, b: Measured, seed: int = 0) -> Paired:
 
 
 def _resamples(rows: int, seed: int) -> np.ndarray:
-    """How often each row is drawn in each resample, [RESAMPLES, rows]."""
+    """The number of draws of each row in each resample, [RESAMPLES, rows]."""
     return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES).astype(float)

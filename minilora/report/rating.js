@@ -8,10 +8,10 @@
   const at = name => document.getElementById("rate-" + name);
   let storage = null;
   try { storage = window.localStorage; storage.getItem(data.key); } catch { storage = null; }
+  const fresh = () => ({ flip: data.pairs.map(() => Math.random() < 0.5), marks: data.pairs.map(() => null) });
   let state = null;
   try { state = JSON.parse(storage.getItem(data.key)); } catch {}
-  if (!state || !Array.isArray(state.flip) || state.flip.length !== data.pairs.length)
-    state = { flip: data.pairs.map(() => Math.random() < 0.5), marks: data.pairs.map(() => null) };
+  if (!state || !Array.isArray(state.flip) || state.flip.length !== data.pairs.length) state = fresh();
   let place = Math.max(0, state.marks.indexOf(null));
   const keep = () => { try { storage.setItem(data.key, JSON.stringify(state)); } catch {} };
   const system = mark => mark === "left" || mark === "right" ? ((mark === "left") !== state.flip[place] ? "a" : "b") : mark;
@@ -61,7 +61,7 @@
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 1000);
     } else if (button.id === "rate-clear") {
-      state = { flip: data.pairs.map(() => Math.random() < 0.5), marks: data.pairs.map(() => null) };
+      state = fresh();
       place = 0;
       keep();
       at("result").textContent = "";

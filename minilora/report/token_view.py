@@ -1,6 +1,7 @@
 """The tokens of a row as a reader can see them: whole characters, roles, special tokens by name."""
 
 import unicodedata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,8 @@ from ..text.template import render_text
 from ..text.tokenizer import Tokenizer
 
 FORMAT = "format"  # the role of what the chat format adds
-MARK = "\ue000"  # of private use: it stands for a text in a chat that is rendered to see what is around its texts
-LONGEST = 8  # tokens of one character, at most; more of them are bytes that are no text
+MARK = "\ue000"  # for private use: replaces the texts of a chat that is rendered to find what the format writes around them
+LONGEST = 8  # tokens of one character, at most; a longer run is bytes that are not text
 
 
 class Token(NamedTuple):
@@ -28,34 +29,32 @@ class Token(NamedTuple):
 def tokens_of(row: Row, ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> list[Token]:
     """The tokens of a row rendered as ids int64 [n], trained bool [n]."""
     names = {i: text for text, i in tokenizer.specials.items()}
-    groups = _characters(ids.tolist(), trained.tolist(), names, tokenizer)
+    groups = list(_characters(ids.tolist(), trained.tolist(), names, tokenizer))
     roles = _roles(row, [text for _, text, _ in groups], tokenizer)
     return [
-        Token(group, text, role, flag, len(group) == 1 and group[0] in names)
+        Token(group, text, role, flag, group[0] in names)
         for (group, text, flag), role in zip(groups, roles, strict=True)
     ]
 
 
 def _characters(
     ids: list[int], trained: list[bool], names: dict[int, str], tokenizer: Tokenizer
-) -> list[tuple[tuple[int, ...], str, bool]]:
-    """(ids, text, trained) of the shortest runs of tokens that are whole characters."""
-    groups, start = [], 0
+) -> Iterator[tuple[tuple[int, ...], str, bool]]:
+    """(ids, text, trained) of each special token, and of the shortest runs of others that are whole characters."""
+    start = 0
     while start < len(ids):
-        if ids[start] in names:
-            end, text = start + 1, names[ids[start]]
-        else:
+        end, text = start + 1, names.get(ids[start])
+        if text is None:
             end, text = _character(ids, trained, start, names, tokenizer)
-        groups.append((tuple(ids[start:end]), text, trained[start]))
+        yield tuple(ids[start:end]), text, trained[start]
         start = end
-    return groups
 
 
 def _character(
     ids: list[int], trained: list[bool], start: int, names: dict[int, str], tokenizer: Tokenizer
 ) -> tuple[int, str]:
-    """(end, text) of the first run from `start` that is text; a token alone, as <0x..>, if none of a few is."""
-    # SentencePiece drops the blank in front of a text: it shows only behind another token
+    """(end, text) of the shortest run from `start` that is text; of one token, as <0x..>, if no short run is."""
+    # SentencePiece drops the blank before a text: it shows only after another token
     before = ids[start - 1 : start] if start and ids[start - 1] not in names else []
     known = tokenizer.decode(before, specials=True)
     for end in range(start + 1, min(start + LONGEST, len(ids)) + 1):
@@ -70,7 +69,7 @@ def _character(
 
 
 def _roles(row: Row, texts: list[str], tokenizer: Tokenizer) -> list[str]:
-    """The role of each text: of the message in whose content it lies, found between what the chat format writes around it."""
+    """The role of each text: that of the message it belongs to, which is found between what the chat format writes around it."""
     if row.shape == TEXT:
         return ["assistant"] * len(texts)
     whole, spans, at = "".join(texts), [], 0
@@ -95,7 +94,7 @@ def _roles(row: Row, texts: list[str], tokenizer: Tokenizer) -> list[str]:
 
 
 def _around(row: Row, tokenizer: Tokenizer) -> list[str]:
-    """What the chat format writes before the first message's text, between each two, and behind the last."""
+    """What the chat format writes before the first message's text, between each two, and after the last."""
     marked = [m | {"content": f"{MARK}{i}{MARK}"} for i, m in enumerate(row.messages)]
     text = render_text(tokenizer.template.segments(marked))
     parts, at = [], 0
@@ -109,6 +108,6 @@ def _around(row: Row, tokenizer: Tokenizer) -> list[str]:
 
 
 def _forms(content: str) -> list[str]:
-    """A message's text as chat formats and tokenizers may write it."""
+    """The forms in which chat formats and tokenizers may write a message's text."""
     forms = [content, content.strip(), content.rpartition("</think>")[2].strip()]
     return forms + [unicodedata.normalize("NFC", form) for form in forms]

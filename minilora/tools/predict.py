@@ -114,9 +114,10 @@ def predict(
     for name, note in folder_notes(base, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     questions = read_questions(data, tokenizer, reading, say)
-    then = _settings_there(folder, overwrite).get("dtype")
-    if opening.get("compute", "auto") == "auto" and then in ("float32", "bfloat16"):
-        opening["compute"] = then  # a machine that is busy otherwise may measure otherwise
+    then, _, _ = _earlier(folder, overwrite)
+    dtype = then.get("dtype") if isinstance(then, dict) else None
+    if opening.get("compute", "auto") == "auto" and dtype in ("float32", "bfloat16"):
+        opening["compute"] = dtype  # a machine that is busy now may measure otherwise
     decoder = open_model(base, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     sampling, stop = read_generation(base)
     sampling = sampling if sample else GREEDY
@@ -130,10 +131,17 @@ def predict(
     }  # fmt: skip
     _check_output(folder)
     with locked(folder):
-        done, found = _claim(folder, settings, overwrite)
-        if found is not None:
+        then, results, done = _earlier(folder, overwrite)
+        if then is not None and not _same(then, settings):
+            what = "a prediction" if results else "the beginning of a prediction"
+            hint = "Give another --output, or --overwrite to start again."
+            raise OutputInUse(f"{folder} holds {what} of other weights, rows or decoding", hint)
+        if results:
             say(f"{folder} holds this prediction already")
-            return found
+            return results
+        for name in (ROWS, RESULTS):
+            (folder / name).unlink(missing_ok=True)
+        write_file(folder / PART, "".join(map(_line, [settings, *done.values()])))
         began = time.monotonic()
         with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
             left = [i for i in range(len(questions)) if i not in done]
@@ -177,38 +185,19 @@ def _check_output(folder: Path) -> None:
         raise OutputInUse(f"{folder} holds no prediction but {min(names)}", "Give another --output.")
 
 
-def _settings_there(folder: Path, overwrite: bool) -> dict[str, Any]:
-    """The settings of the prediction that a folder holds, or of its beginning; {} where there is none to go on with."""
-    found: Any = None
-    if not overwrite and (folder / RESULTS).exists():
-        found = read_json_file(folder / RESULTS).get("settings")
-    elif not overwrite:
-        found = next(iter(read_json_lines(folder / PART)), None)
-    return found if isinstance(found, dict) else {}
-
-
-def _claim(folder: Path, settings: dict, overwrite: bool) -> tuple[dict[int, dict], dict | None]:
-    """Answers that the folder has already, by row; and its results, if they are of these settings."""
+def _earlier(folder: Path, overwrite: bool) -> tuple[Any, dict[str, Any] | None, dict[int, dict[str, Any]]]:
+    """(settings, results, answers by row) of the prediction that a folder holds, or of its beginning, which has no results."""
     if overwrite:
-        for name in (PART, ROWS, RESULTS):
-            (folder / name).unlink(missing_ok=True)
-    hint = "Give another --output, or --overwrite to start again."
+        return None, None, {}
     if (folder / RESULTS).exists():
         results = read_json_file(folder / RESULTS)
-        if not _same(results.get("settings"), settings):
-            raise OutputInUse(f"{folder} holds a prediction of other weights, rows or decoding", hint)
-        return {}, results
-    lines = read_json_lines(folder / PART)
-    if lines and not _same(lines[0], settings):
-        raise OutputInUse(f"{folder} holds the beginning of a prediction of other weights, rows or decoding", hint)
-    done = {line["row"]: line for line in lines[1:]}
-    head = [settings, *done.values()]
-    write_file(folder / PART, "".join(map(_line, head)))
-    return done, None
+        return results.get("settings", {}), results, {}
+    settings, *lines = read_json_lines(folder / PART) or [None]
+    return settings, None, {line["row"]: line for line in lines}
 
 
 def _same(then: Any, now: dict) -> bool:
-    """Folders may have moved; weights, rows and decoding decide."""
+    """Whether two predictions have the same weights, rows and decoding; folders may have moved."""
     keys = ("rows_hash", "prompts_hash", "weights_hash", "dtype", "decoding")
     return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
 
