@@ -143,7 +143,7 @@ class Document:
 """
 
     def markdown(self) -> str:
-        return "\n\n".join(self._markdown) + "\n"
+        return visible("\n\n".join(self._markdown)) + "\n"
 
 
 @cache
@@ -154,12 +154,12 @@ def asset(name: str) -> str:
 
 def visible(text: str) -> str:
     """A text in which characters that cannot be seen are shown as ⟨U+202E⟩."""
-    return UNSEEN.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text)
+    return UNSEEN.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
 def escape(value: Any) -> str:
     """A value as visible text of a page or of a quoted attribute."""
-    return visible(html.escape(str(value).replace("\r\n", "\n")))
+    return visible(html.escape(str(value)))
 
 
 def _cell(value: Any) -> str:

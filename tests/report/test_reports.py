@@ -1,6 +1,5 @@
 """Pages on runs: what makes runs incomparable is said, what is said is true, and no text of a model becomes markup."""
 
-import html.parser
 import json
 import math
 import re
@@ -9,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from seen import Seen
 
 from minilora.__main__ import main
 from minilora.checkpoint.adapter import load_adapter
@@ -29,20 +29,8 @@ from minilora.report.verdict import reading, verdict
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>'\"`|*&amp;\u202e"
 
 
-class Seen(html.parser.HTMLParser):
-    """The tags of a page with their attributes."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-
 def assert_harmless(page: str) -> None:
-    seen = Seen(page).tags
+    seen = Seen(page).elements
     names = {tag for tag, _ in seen}
     assert not names & {"img", "iframe", "link", "object", "embed", "form", "base", "audio", "video", "image", "use"}
     assert not [
@@ -221,6 +209,7 @@ def test_hostile_texts_stay_texts(tmp_path):
     for page in ((tmp_path / "page.html").read_text(), report(a).read_text()):
         assert_harmless(page)
         assert "alert(1)" in page  # it is there, as text
+    assert "\u202e" not in (tmp_path / "page.md").read_text()
     markdown = re.sub(r"^```+\n.*?\n```+$", "", (tmp_path / "page.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"(?<!\\)<", markdown)
 
@@ -361,7 +350,7 @@ def test_folders_that_are_no_runs(tmp_path):
 
 def pointed_at(figure: str) -> dict:
     """What a chart's values under the pointer are read from."""
-    return next(json.loads(a["data-values"]) for tag, a in Seen(figure).tags if tag == "figure")
+    return next(json.loads(a["data-values"]) for tag, a in Seen(figure).elements if tag == "figure")
 
 
 def test_the_report_says_what_matters_first(tmp_path):
@@ -388,12 +377,14 @@ def test_the_report_says_what_matters_first(tmp_path):
 def test_validation_and_training_differ_in_dash_and_in_colour(tmp_path):
     page = report(make_run(tmp_path / "run", val=[(0, 4.0), (40, 1.5)])).read_text()
     loss = page[page.index("<figure") : page.index("</figure>")]
-    lines = [attrs for tag, attrs in Seen(loss).tags if tag == "polyline"]
+    lines = [attrs for tag, attrs in Seen(loss).elements if tag == "polyline"]
     looks = [(a["stroke"], a.get("stroke-dasharray")) for a in lines]
     assert looks[0] == looks[1] and all(x != y for x, y in zip(looks[1], looks[2], strict=True))
     # the legend is drawn in the same looks, and every line can be told under the pointer
     legend = [
-        (a["stroke"], a.get("stroke-dasharray")) for tag, a in Seen(loss).tags if tag == "line" and a.get("x2") == "30"
+        (a["stroke"], a.get("stroke-dasharray"))
+        for tag, a in Seen(loss).elements
+        if tag == "line" and a.get("x2") == "30"
     ]
     assert legend == looks and pointed_at(loss)["series"][2] == [[0, 4.0], [40, 1.5]]
     assert len({Series("", (), i).stroke for i in range(16)}) == 16
@@ -449,7 +440,7 @@ def test_compare_gives_its_verdict_then_what_differs_and_marks_the_best(tmp_path
     assert [text.split(" (")[0] for text in re.findall(r'class="dim">([^<]+)<', sides)] == ["reference", "A: a", "B: b"]
     # lengths that are the same are one line with both names
     assert "[[5,0" not in page and [
-        len(json.loads(attrs["data-values"])["series"]) for tag, attrs in Seen(page).tags if tag == "figure"
+        len(json.loads(attrs["data-values"])["series"]) for tag, attrs in Seen(page).elements if tag == "figure"
     ] == [2, 2, 2, 1, 1]
 
 
