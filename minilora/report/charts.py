@@ -177,7 +177,7 @@ def line_chart(
 
 
 def histogram(
-    sets: Mapping[str, np.ndarray], x: str, levels: Sequence[Level] = (), log: bool = False, note: str = ""
+    sets: Mapping[str, np.ndarray], x: str, levels: Sequence[Level] = (), log: bool = False, notes: Iterable[str] = ()
 ) -> str:
     """How many values of each named set are in each of some shared bins, as outlines; levels are vertical."""
     values = np.concatenate([*sets.values()])
@@ -187,7 +187,7 @@ def histogram(
     steps = list(pairwise(edges))
     near = [level for level in levels if _is_near(level.value, values, log)]
     names = [_bin_name(low, high, np.issubdtype(values.dtype, np.integer)) for low, high in steps]
-    notes = [note] * bool(note) + ["the scale is logarithmic"] * log
+    notes = [*notes, *["the scale is logarithmic"] * log]
     notes += [f"{level.name} (outside the picture)" for level in levels if level not in near]
     if values.max() > edges[-1]:
         names[-1] = f"{edges[-2]:g} and more, the largest is {values.max():,.6g}"
@@ -212,10 +212,13 @@ def histogram(
     )
 
 
-def marked_histogram(values: np.ndarray, marks: Mapping[str, float], x: str, log: bool = False, note: str = "") -> str:
-    """A histogram of one set, with how many values are over each mark."""
-    levels = [Level(mark, f"{name} {mark:g}: {over(values, mark)}") for name, mark in marks.items()]
-    return histogram({"": values}, x, levels, log, note)
+def marked_histogram(
+    values: np.ndarray, marks: Mapping[str, float], x: str, log: bool = False, notes: Iterable[str] = ()
+) -> str:
+    """A histogram of one set, which notes how many values are over each mark."""
+    levels = [Level(mark, f"{name} {mark:g}") for name, mark in marks.items() if _is_near(mark, values, log)]
+    counted = [f"{name} {mark:g}: {over(values, mark)}" for name, mark in marks.items()]
+    return histogram({"": values}, x, levels, log, [*notes, *counted])
 
 
 def text_histogram(

@@ -5,7 +5,6 @@ randomisation test over rows: both tell how sure the rows are, not how another s
 """
 
 import math
-import string
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from .caveats import caveats, over_the_limit
 from .charts import Level, Series, histogram, line_chart
 from .metrics import interval, paired
 from .page import Best, Document
-from .record import LIMITS, Record, as_text, read_record
+from .record import LETTERS, LIMITS, Record, as_text, read_record
 from .verdict import made_worse, verdict
 
 CHOSEN = "rougeL_char"  # the metric of the verdict
@@ -33,10 +32,9 @@ def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) 
     runs = [read_record(folder) for folder in folders]
     if len(runs) < 2:
         raise UsageError("one run cannot be compared", "Give two or more; minilora report RUN is for one.")
-    letters = string.ascii_uppercase
-    if len(runs) > len(letters):
-        raise UsageError(f"{len(runs)} runs are too many", f"Give at most {len(letters)}.")
-    for run, letter in zip(runs, letters, strict=False):
+    if len(runs) > len(LETTERS):
+        raise UsageError(f"{len(runs)} runs are too many", f"Give at most {len(LETTERS)}.")
+    for run, letter in zip(runs, LETTERS, strict=False):
         run.name = f"{letter}: {run.name}"
     page = comparison(runs, failed)
     output = Path(output)

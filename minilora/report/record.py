@@ -19,6 +19,7 @@ from .metrics import Measured, measured_rows
 TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
 ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
 LIMITS = {"masked": "max_source_length", "trained": "max_target_length"}  # of the two kinds of tokens of a row
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # names of the runs of a comparison
 
 Curve = list[tuple[float, float]]
 

@@ -7,10 +7,9 @@ from rich.table import Table
 
 from ..console import Console
 from ..terminal import printable
-from .record import Record
+from .record import LETTERS, Record
 
 SHOWN = ("bleu4_char", "rouge1_words", "rouge2_words", "rougeL_words", "rougeL_char", "exact")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def show_scores(runs: list[Record], console: Console) -> None:

@@ -130,7 +130,7 @@ def to_html(result: Inspection, model: Path) -> str:
         page.text("None was found.", "good")
     page.heading("Lengths")
     lengths = [(name, values) for name, values in result.lengths.items() if len(values)]
-    page.charts(*(marked_histogram(v, result.limits(name), NAMES[name], note=middle(v)) for name, v in lengths))
+    page.charts(*(marked_histogram(v, result.limits(name), NAMES[name], notes=[middle(v)]) for name, v in lengths))
     page.heading("What the model sees")
     roles = "   ".join(f'<span class="{role}">{role}</span>' for role in COLOURS)
     kinds = '<span class="t">trained</span>   masked   <span class="s">special token</span>'

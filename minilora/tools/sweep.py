@@ -28,8 +28,8 @@ from ..console import Console
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..files.atomic import atomic_folder, locked, write_file
 from ..report.compare import compare
-from ..report.record import read_record
-from ..report.score_table import LETTERS, shortened, show_scores
+from ..report.record import LETTERS, read_record
+from ..report.score_table import shortened, show_scores
 from ..rows import open_rows, to_messages
 from ..rows.load import hashes
 from ..rows.sources import draw, parse_sources
