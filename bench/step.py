@@ -62,7 +62,7 @@ def stream(shape: Shape, tokens: int, document: int, device: torch.device) -> Ba
     """Documents end to end, the second half of each trained."""
     ids = torch.randint(shape.vocab, (tokens,), device=device)
     lengths = [min(document, tokens - start) for start in range(0, tokens, document)]
-    documents = Documents.of(lengths, device=device)
+    documents = Documents.of(lengths).to(device)
     position = documents.positions
     trained = (position >= document // 2) & (position < document - 1)
     index = trained[:-1].nonzero().squeeze(1)

@@ -264,16 +264,26 @@ def _checked(
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """The last T tokens of one document attend to all its L keys so far: q [T, H, E], k, v [L, G, E] -> [T, H, E]."""
-    if q.shape[0] == 1:
-        return _one_query(q, *((k, v) if window is None else (k[-window:], v[-window:])))
-    return _sdpa(q, k, v, _mask(q.shape[0], k.shape[0], window, 0, q.device))
+    if q.shape[0] > 1:
+        return _sdpa(q, k, v, _mask(q.shape[0], k.shape[0], window, 0, q.device))
+    if window is not None:
+        k, v = k[-window:], v[-window:]
+    return _one_query(q, k[None], v[None])
 
 
-def _one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One token looks at every key: q [1, H, E] -> [1, H, E]. The heads of a group stand as its queries: no mask, no repeats."""
-    grouped = q.view(k.shape[1], -1, q.shape[2]).unsqueeze(0)  # [1, G, H / G, E]
-    k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
-    return F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None = None) -> Tensor:
+    """The last token of each of S documents attends to the lengths [S] of keys that it has: q [S, H, E], k, v [S, L, G, E] -> [S, H, E]."""
+    key, end = torch.arange(k.shape[1], device=q.device), lengths[:, None]
+    seen = key < end
+    if window is not None:
+        seen &= key >= end - window
+    return _one_query(q, k, v, seen[:, None, None])
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The heads of a group stand as its queries, so that no key is repeated."""
+    grouped = q.unflatten(1, (k.shape[2], -1))  # [S, G, H / G, E]
+    return F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask).flatten(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

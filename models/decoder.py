@@ -86,10 +86,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the last norm, of all tokens [T, D] or of those at index [M] alone, for ids [T].
 
-        With a cache that holds tokens, documents go on from it.
+        With a cache, documents are what its `start` or `extend` returned.
         """
-        if cache is not None and cache.length == 0:
-            cache.prompt_lens, cache.prefix_lens = documents.lengths, documents.prefix_lens
         x = self.embedding(ids).to(self.compute_dtype)
         context = self.context(documents, x.dtype, cache)
         for block in self.blocks:
@@ -97,8 +95,6 @@ class Decoder(nn.Module):
                 x = recomputed(block, x, context, self.keep_attention)
             else:
                 x = block(x, context)
-        if cache is not None:
-            cache.length += ids.shape[0]
         return self.norm(x if index is None else x.index_select(0, index))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -122,20 +118,14 @@ class Decoder(nn.Module):
         """[how many first tokens of a document ids [T] see each other]; None for a family that is causal throughout."""
         return None
 
-    def logits(self, ids: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
-        """Logits [T, V] in fp32 or wider for one document ids [T], which continues `cache` if there is one.
-
-        `last` makes those of the last token alone, [1, V]. ValueError for ids that are no one document, such as a batch of them.
-        """
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [T, V] in fp32 or wider for one document ids [T]; ValueError for ids that are no one document, such as a batch."""
         if ids.dim() != 1:
             raise ValueError(
                 f"logits takes the ids of one document, [T], not {list(ids.shape)}: give ids[0], ids[1], ... each by itself"
             )
-        start = 0 if cache is None else cache.length
-        prefix_lens = cache.prefix_lens if cache is not None and start else self.prefix_lens(ids)
-        documents = Documents.of([ids.shape[0]], prefix_lens, [start], ids.device)
-        index = torch.tensor([ids.shape[0] - 1], device=ids.device) if last else None
-        return self.to_logits(self(ids, documents, index, cache))
+        documents = Documents.of([ids.shape[0]], self.prefix_lens(ids)).to(ids.device)
+        return self.to_logits(self(ids, documents))
 
     def to_logits(self, x: Tensor) -> Tensor:
         """Logits [M, V] in fp32 or wider of hidden states [M, D] after the last norm."""

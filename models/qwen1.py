@@ -89,7 +89,7 @@ class Qwen1(Decoder):
         if self.training:
             return context
         positions, lengths = documents.positions, documents.lengths
-        bases = [self._base(length) for length in (lengths if cache is None else cache.prompt_lens)]
+        bases = [self._base(length) for length in documents.prompt_lens or lengths]
         if any(base != self.config.rope_theta for base in bases):
             angles = []
             for base, part in zip(bases, positions.split(lengths), strict=True):

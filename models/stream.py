@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.attention import attention, attention_cached, attention_forward
+from minilora.kernels.attention import attention, attention_cached, attention_decode, attention_forward
 
 from .config import Config
 
@@ -21,42 +21,41 @@ class Documents:
 
     cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each document. In a
     prefix LM the first prefix_lens[i] tokens of document i all see each other, and positions are [2, T]; None: all is causal.
+    Documents that continue in a cache have prompt_lens, the numbers of tokens that they began with.
     """
 
     cu_seqlens: list[int]
     positions: Tensor
     prefix_lens: list[int] | None = None
+    prompt_lens: list[int] | None = None
 
     @staticmethod
     def of(
-        lengths: Sequence[int],
-        prefix_lens: list[int] | None = None,
-        starts: Sequence[int] | None = None,
-        device: torch.device | None = None,
+        lengths: Sequence[int], prefix_lens: list[int] | None = None, starts: Sequence[int] | None = None
     ) -> Documents:
         """Documents of these lengths; with starts, document i continues after starts[i] tokens that a cache holds."""
         cu_seqlens, parts = [0], []
         for i, length in enumerate(lengths):
             start = starts[i] if starts else 0
             cu_seqlens.append(cu_seqlens[-1] + length)
-            parts.append(_positions(start, start + length, prefix_lens[i] if prefix_lens else None, device))
+            parts.append(_positions(start, start + length, prefix_lens[i] if prefix_lens else None))
         return Documents(cu_seqlens, torch.cat(parts, dim=-1), prefix_lens)
 
     @property
     def lengths(self) -> list[int]:
         return [end - start for start, end in pairwise(self.cu_seqlens)]
 
-    def to(self, device: torch.device) -> Documents:
-        return Documents(self.cu_seqlens, self.positions.to(device, non_blocking=True), self.prefix_lens)
+    def to(self, device: torch.device | None) -> Documents:
+        return replace(self, positions=self.positions.to(device, non_blocking=True))
 
 
-def _positions(start: int, end: int, prefix_len: int | None, device: torch.device | None) -> Tensor:
+def _positions(start: int, end: int, prefix_len: int | None) -> Tensor:
     """Positions [n] of the tokens from start to end of a document; [2, n] where it begins with a bidirectional prefix.
 
     Then the first row counts the prefix and stays at its last token, and the second row counts from 1 what follows it (the 2-D
     positions of GLM; Du et al., 2022).
     """
-    position = torch.arange(start, end, device=device)
+    position = torch.arange(start, end)
     if prefix_len is None:
         return position
     return torch.stack((position.clamp(max=prefix_len - 1), (position - prefix_len + 1).clamp(min=0)))
@@ -119,9 +118,9 @@ class Context:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
         if self.cache is not None:
-            k, v = self.cache.extend(layer, k, v)
-            if self.cache.length:
-                return self.cache.attend(q, k, v, window)
+            self.cache.store(layer, k, v)
+            if self.documents.prompt_lens is not None:  # the documents began before this pass
+                return self.cache.attend(layer, q, window)
         bounds, prefix_lens = self.documents.cu_seqlens, self.documents.prefix_lens
         if self.saved_attention is None:
             return attention(q, k, v, bounds, window, prefix_lens)
@@ -131,30 +130,83 @@ class Context:
         return self.saved_attention[0][0]
 
 
+@dataclass
+class _Cached:
+    """The tokens of a document in the cache, those that it began with, and the bidirectional ones of a prefix LM among them."""
+
+    length: int
+    prompt_len: int
+    prefix_len: int | None
+
+
 class Cache:
-    """Keys and values of one document so far, for each layer [length, G, E]; grows by doubling."""
+    """Keys and values of up to `slots` documents, which fill the first slots: for each layer [2, slots, capacity, G, E].
 
-    def __init__(self, layers: int):
-        self.length = 0
-        self.prompt_lens: list[int] = []  # of each document, tokens of the first pass
-        self.prefix_lens: list[int] | None = None  # how many of them all see each other; None: all is causal
-        self._store: list[tuple[Tensor, Tensor] | None] = [None] * layers
+    `start` and `extend` prepare a pass; they return its documents, which go through the model with the cache.
+    """
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v [T, G, E] of the new tokens in a layer; return all of that layer [length + T, G, E]."""
-        end = self.length + k.shape[0]
-        store = self._store[layer]
-        if store is None or store[0].shape[0] < end:
-            bigger = (k.new_empty(max(2 * end, 64), *k.shape[1:]), v.new_empty(max(2 * end, 64), *v.shape[1:]))
-            if store is not None:
-                for new, old in zip(bigger, store, strict=True):
-                    new[: self.length] = old[: self.length]
-            store = self._store[layer] = bigger
-        keys, values = store
-        keys[self.length : end] = k
-        values[self.length : end] = v
-        return keys[:end], values[:end]
+    def __init__(self, layers: int, slots: int = 1, device: torch.device | None = None):
+        self.slots, self.device, self.capacity = slots, device, 0
+        self._documents: list[_Cached] = []
+        self._layers: list[Tensor | None] = [None] * layers
+        self._lengths = self._targets = torch.empty(0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of new tokens q [T, H, E] to what `extend` returned -> [T, H, E]."""
-        return attention_cached(q, k, v, window)
+    def start(self, lengths: list[int], prefix_lens: list[int] | None = None) -> Documents:
+        """The next pass is the first tokens of new documents."""
+        self._documents += [_Cached(n, n, prefix_lens[i] if prefix_lens else None) for i, n in enumerate(lengths)]
+        self._prepare(lengths)
+        return Documents.of(lengths, prefix_lens).to(self.device)
+
+    def extend(self, tokens: int = 1) -> Documents:
+        """The next pass adds one token to every document, or several to the only one."""
+        starts = [d.length for d in self._documents]
+        for document in self._documents:
+            document.length += tokens
+        new = [tokens] * len(starts)
+        self._prepare(new)
+        prefix_lens = [d.prefix_len for d in self._documents if d.prefix_len is not None] or None
+        documents = Documents.of(new, prefix_lens, starts).to(self.device)
+        return replace(documents, prompt_lens=[d.prompt_len for d in self._documents])
+
+    def _prepare(self, new: list[int]) -> None:
+        """Get ready for so many new tokens of each of the last documents, which their lengths already count."""
+        first, longest = len(self._documents) - len(new), max(d.length for d in self._documents)
+        if longest > self.capacity:
+            self.capacity = longest + longest // 4 + 64
+        ends = [slot * self.capacity + d.length for slot, d in enumerate(self._documents)]
+        targets = [i for end, n in zip(ends[first:], new, strict=True) for i in range(end - n, end)]
+        # where each new token goes, if the slots are laid end to end (vLLM's slot mapping)
+        self._targets = torch.tensor(targets, device=self.device)
+        self._lengths = torch.tensor([d.length for d in self._documents], device=self.device)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep the k and v [T, G, E] of the new tokens in a layer."""
+        kept = self._layers[layer]
+        if kept is None or kept.shape[2] < self.capacity:
+            # zeros: what a mask hides has weight 0, and 0 x garbage could be NaN
+            grown = k.new_zeros(2, self.slots, self.capacity, *k.shape[1:])
+            if kept is not None:
+                grown[:, :, : kept.shape[2]] = kept
+            kept = self._layers[layer] = grown
+        keys, values = kept.flatten(1, 2).unbind()
+        keys.index_copy_(0, self._targets, k)
+        values.index_copy_(0, self._targets, v)
+
+    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """Attention of the new tokens q [T, H, E] to all tokens of their documents -> [T, H, E]."""
+        kept = self._layers[layer]
+        assert kept is not None, layer
+        k, v = kept[:, : len(self._documents), : max(d.length for d in self._documents)]
+        if len(self._documents) == 1:  # nothing to mask: no document beside it is longer
+            return attention_cached(q, k[0], v[0], window)
+        return attention_decode(q, k, v, self._lengths, window)
+
+    def remove(self, slot: int) -> None:
+        """Take a document out; the last one moves into its slot."""
+        last = len(self._documents) - 1
+        length = self._documents[last].length
+        for kept in self._layers:
+            if kept is not None and slot != last:
+                kept[:, slot, :length] = kept[:, last, :length]
+        self._documents[slot] = self._documents[last]
+        self._documents.pop()

@@ -20,6 +20,7 @@ from minilora.checkpoint.load import FAMILIES
 from minilora.data import IGNORE, Example
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
+from minilora.models.stream import Cache
 
 
 def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:
@@ -52,6 +53,15 @@ def upstream(out: Tensor) -> Tensor:
     """A random gradient for an output; the same for outputs of one shape, whatever their dtype."""
     generator = torch.Generator().manual_seed(17)
     return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+
+
+def cached_logits(model: Decoder, ids: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Logits of a document that goes through the model in pieces, with a cache."""
+    cache, pieces = Cache(model.config.layers), []
+    for part in ids.split(lengths):
+        documents = cache.extend(len(part)) if pieces else cache.start([len(part)], model.prefix_lens(part))
+        pieces.append(model.to_logits(model(part, documents, cache=cache)))
+    return pieces
 
 
 def widen(args: Iterable[Any]) -> list[Any]:

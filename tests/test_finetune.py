@@ -9,9 +9,9 @@ import torch
 
 import minilora
 from minilora.errors import DataError, UsageError
-from minilora.generate import Sampling
 from minilora.lora import adapters
 from minilora.models.decoder import Decoder
+from minilora.sampling import Sampling
 from minilora.text.tokenizer import Tokenizer
 
 MODEL = Path(minilora.__file__).parent / "demo" / "mini"

@@ -6,7 +6,8 @@ from tiny import make_model
 
 import minilora
 from minilora.errors import ModelError
-from minilora.generate import GREEDY, Sampling, choose, generate, read_generation, stream_text
+from minilora.generate import generate, stream_text
+from minilora.sampling import GREEDY, Sampling, choose, read_generation
 from minilora.terminal import printable
 
 LOGITS = torch.tensor([1.0, 4.0, 2.0, 3.0, -1.0])

@@ -1,6 +1,7 @@
 """Many prompts at once are the same answers as one after the other."""
 
 import random
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from tiny import make_model
 
 import minilora
-from minilora.generate import Sampling, generate
-from minilora.generate_many import generate_many, random_of
+from minilora.generate import Request, decode, generate
 from minilora.models.decoder import Decoder
+from minilora.sampling import GREEDY, Sampling, random_of
 
 PROMPTS = [[random.Random(n).randrange(256) for _ in range(1 + (7 * n) % 23)] for n in range(13)]
 
@@ -21,6 +22,13 @@ def model(request, tmp_path_factory):
     return minilora.load_model(folder, torch.float64, "cpu")
 
 
+def together(model, prompts, stop, max_tokens, slots, sampling=GREEDY, seed=0) -> list[Request]:
+    requests = [Request(p, stop, max_tokens, sampling, random_of(seed, n)) for n, p in enumerate(prompts)]
+    for passed in decode(model, deque(requests), slots):
+        assert 0 < len(passed) <= slots
+    return requests
+
+
 def alone(model, stop, max_tokens):
     return [list(generate(model, prompt, stop, max_tokens)) for prompt in PROMPTS]
 
@@ -29,27 +37,46 @@ def alone(model, stop, max_tokens):
 def test_greedy_answers_are_those_of_one_prompt_alone(model, slots):
     free = alone(model, set(), 20)
     stop = {free[0][4], free[5][9], free[9][0]}  # answers end at different passes
-    found = {a.number: a for a in generate_many(model, PROMPTS, stop, 20, slots)}
+    found = together(model, PROMPTS, stop, 20, slots)
     wanted = alone(model, stop, 20)
-    assert [found[n].ids for n in range(len(PROMPTS))] == wanted
-    assert 0 < len({len(ids) for ids in wanted} - {20}) and 1 < len({a.cut for a in found.values()})
-    assert all(a.cut == (len(a.ids) == 20) for a in found.values())
+    assert [r.ids for r in found] == wanted
+    assert 0 < len({len(ids) for ids in wanted} - {20}) and {r.finish_reason for r in found} == {"stop", "length"}
+    assert all((r.finish_reason == "length") == (len(r.ids) == 20) for r in found)
 
 
 def test_draws_do_not_depend_on_what_runs_beside(model):
     sampling = Sampling(temperature=1.5, top_k=50, repetition_penalty=1.1)
-    runs = [{a.number: a.ids for a in generate_many(model, PROMPTS, {7}, 12, slots, sampling, 3)} for slots in (2, 9)]
-    assert runs[0] == runs[1]
-    assert runs[0] != {a.number: a.ids for a in generate_many(model, PROMPTS, {7}, 12, 9, sampling, 4)}
+    seeds = [(2, 3), (9, 3), (9, 4)]
+    runs = [[r.ids for r in together(model, PROMPTS, {7}, 12, slots, sampling, seed)] for slots, seed in seeds]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_requests_come_and_go_between_passes(model):
+    """Each with its own sampling: one is ended by the caller, two join while others run, and no answer changes."""
+    drawn, stop = Sampling(temperature=1.5), {7}
+    first, second = (Request(p, stop, 9) for p in PROMPTS[:2])
+    late = [Request(p, stop, n, drawn, random_of(1, n)) for n, p in zip((3, 6), PROMPTS[2:4], strict=True)]
+    waiting = deque([first, second])
+    for number, passed in enumerate(decode(model, waiting, slots=2), 1):
+        assert len(passed) <= 2
+        if number == 4:
+            second.finish_reason = "cancelled"
+            waiting.extend(late)
+    assert second.ids == list(generate(model, second.prompt, stop, 4)) and second.finish_reason == "cancelled"
+    assert first.ids == list(generate(model, first.prompt, stop, 9))
+    for request, n in zip(late, (3, 6), strict=True):
+        assert request.ids == list(generate(model, request.prompt, stop, n, drawn, random_of(1, n)))
 
 
 def test_no_token_is_computed_twice_and_none_is_padding(model, monkeypatch):
     """Every pass is as long as its new tokens: the prompts once, then a token for each answer token but its last."""
     passes = []
     forward = Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda self, ids, *a: passes.append(len(ids)) or forward(self, ids, *a))
-    answers = list(generate_many(model, PROMPTS, set(), 9, 4))
-    assert sum(passes) == sum(map(len, PROMPTS)) + sum(len(a.ids) - 1 for a in answers)
+    monkeypatch.setattr(
+        Decoder, "forward", lambda self, ids, *a, **k: passes.append(len(ids)) or forward(self, ids, *a, **k)
+    )
+    answers = together(model, PROMPTS, set(), 9, 4)
+    assert sum(passes) == sum(map(len, PROMPTS)) + sum(len(r.ids) - 1 for r in answers)
     assert max(passes[1:]) <= max(4, max(map(len, PROMPTS)) * 4)
 
 
@@ -64,6 +91,5 @@ def test_every_family_answers_as_alone(family):
     prompts = [[i % 50 for i in prompt] + opening for prompt in PROMPTS]
     sampling = Sampling(temperature=3.0)  # the likeliest token of random weights is often one and the same
     wanted = [list(generate(model, p, {7}, 9, sampling, random_of(2, n))) for n, p in enumerate(prompts)]
-    found = {a.number: a.ids for a in generate_many(model, prompts, {7}, 9, 4, sampling, 2)}
-    assert [found[n] for n in range(len(prompts))] == wanted
+    assert [r.ids for r in together(model, prompts, {7}, 9, 4, sampling, 2)] == wanted
     assert len({tuple(ids) for ids in wanted}) > 5

@@ -9,9 +9,9 @@ from minilora.models.int8 import to_int8
 
 from ..errors import UsageError
 from ..files.model_folder import ADAPTER_CONFIG, Folder, ModelFolder
-from ..generate import generation_note
 from ..lora import merge
 from ..machine.compute import choose, choose_threads, name_of
+from ..sampling import generation_note
 from ..text.tokenizer import Tokenizer, check_fits
 from .adapter import base_note, load_adapter
 from .load import keys_not_read, load_model

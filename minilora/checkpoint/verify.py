@@ -65,7 +65,7 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     streams, contexts = [], []
     for ids in prompts:
         streams.append(model.embedding(ids.to(device)).to(wide))
-        contexts.append(model.context(Documents.of([len(ids)], model.prefix_lens(ids), device=device), wide))
+        contexts.append(model.context(Documents.of([len(ids)], model.prefix_lens(ids)).to(device), wide))
     for block in model.blocks:
         widened = copy.deepcopy(block).to(wide)
         streams = [widened(x, context) for x, context in zip(streams, contexts, strict=True)]

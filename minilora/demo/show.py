@@ -15,8 +15,9 @@ from minilora.config import read_yaml, resolve
 from minilora.console import Console
 from minilora.errors import OutputInUse
 from minilora.files.strict_json import read_json_lines
-from minilora.generate import answer, read_generation
+from minilora.generate import reply
 from minilora.run.monitor import shell
+from minilora.sampling import read_generation
 from minilora.text.tokenizer import load_tokenizer
 from minilora.train import train
 
@@ -84,7 +85,8 @@ def _ask(say, model: Path = MODEL, adapter: Path | None = None) -> None:
         decoder.eval()
     _, stop = read_generation(model)
     for question in QUESTIONS:
-        say(f"  > {question}\n    {answer(decoder, tokenizer, [{'role': 'user', 'content': question}], stop, 60)}")
+        messages = [{"role": "user", "content": question}]
+        say(f"  > {question}\n    {''.join(reply(decoder, tokenizer, messages, 60, stop=stop))}")
 
 
 def _is_demo(run: Path) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -199,9 +200,9 @@ def make_samples(run: Record, count: int) -> None:
     """Write RUN/samples.jsonl: answers of the base model and of the run's adapter to rows of its validation file or data."""
     from ..checkpoint.open_model import open_model
     from ..config import resolve
-    from ..generate import read_generation
-    from ..generate_many import generate_many
+    from ..generate import Request, decode
     from ..lora import without_adapters
+    from ..sampling import read_generation
     from ..text.tokenizer import load_tokenizer
     from ..tools.predict import read_questions
 
@@ -219,8 +220,10 @@ def make_samples(run: Record, count: int) -> None:
     stop = read_generation(Path(config["model"]))[1] | tokenizer.stop_ids
 
     def answers() -> list[str]:
-        found = sorted(generate_many(model, [q.ids for q in chosen], stop, 256), key=lambda a: a.number)
-        return [tokenizer.answer(a.ids) + (" …" if a.cut else "") for a in found]
+        requests = [Request(q.ids, stop, 256) for q in chosen]
+        for _ in decode(model, deque(requests), slots=16):
+            pass
+        return [tokenizer.answer(r.ids) + (" …" if r.finish_reason == "length" else "") for r in requests]
 
     after = answers()
     with without_adapters(model):

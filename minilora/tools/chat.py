@@ -13,8 +13,9 @@ from minilora.models.decoder import Decoder
 
 from ..checkpoint.open_model import folder_notes, open_model
 from ..files.model_folder import ModelFolder, beyond
-from ..generate import Sampling, generate, read_generation, stream_text
+from ..generate import generate, stream_text
 from ..lora import adapters, without_adapters
+from ..sampling import Sampling, read_generation
 from ..terminal import printable, say
 from ..text.template import Message
 from ..text.tokenizer import Tokenizer, load_tokenizer

@@ -15,9 +15,9 @@ from ..checkpoint.load import COMPANIONS, check_shapes, empty_model, keys_not_re
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX
-from ..generate import read_generation
 from ..lora import add_lora, linears, matching
 from ..machine.kernel_paths import kernel_paths
+from ..sampling import read_generation
 from ..text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +26,7 @@ from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
 from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
 from ..files.strict_json import read_json_lines
-from ..generate import GREEDY, read_generation
-from ..generate_many import Answer, generate_many
+from ..generate import Request, decode
 from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..report.metrics import interval, measured_rows, word_cutter
@@ -38,6 +37,7 @@ from ..rows.load import PLAIN, check_thoughts, hashes
 from ..rows.shapes import TEXT
 from ..run.monitor import PLAIN_EVERY, clock
 from ..run.signals import StopSignal
+from ..sampling import GREEDY, random_of, read_generation
 from ..text.tokenizer import Tokenizer, load_tokenizer
 
 PART = "part.jsonl"
@@ -145,10 +145,12 @@ def predict(
         began = time.monotonic()
         with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
             left = [i for i in range(len(questions)) if i not in done]
-            prompts, stop = [questions[i].ids for i in left], stop | tokenizer.stop_ids
-            answers = generate_many(
-                decoder, prompts, stop, max_tokens, batch, sampling, seed, left, lambda: signal.requested
-            )
+            generators = {} if sampling == GREEDY else {i: random_of(seed, i) for i in left}
+            stop |= tokenizer.stop_ids
+            requests = [Request(questions[i].ids, stop, max_tokens, sampling, generators.get(i), i) for i in left]
+            # the longest first: what is too long for the memory fails at once, and the cache grows once
+            requests.sort(key=lambda r: -len(r.prompt))
+            answers = _finished(decode(decoder, deque(requests), batch), signal)
             for answer in _shown_progress(answers, len(done), len(questions), console):
                 row = _row(answer, questions[answer.number], tokenizer)
                 done[answer.number] = row
@@ -202,7 +204,7 @@ def _same(then: Any, now: dict) -> bool:
     return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
 
 
-def _shown_progress(answers: Iterator[Answer], done: int, total: int, console: Console) -> Iterator[Answer]:
+def _shown_progress(answers: Iterator[Request], done: int, total: int, console: Console) -> Iterator[Request]:
     """The answers, with a line from time to time; `done` answers of an earlier process are there already."""
     began = shown = time.monotonic()
     tokens = 0
@@ -217,7 +219,7 @@ def _shown_progress(answers: Iterator[Answer], done: int, total: int, console: C
             console.say(f" {done + made:>5}/{total} answers  {speed}  ETA {eta}")
 
 
-def _row(answer: Answer, question: Question, tokenizer: Tokenizer) -> dict[str, Any]:
+def _row(answer: Request, question: Question, tokenizer: Tokenizer) -> dict[str, Any]:
     """A row of generated_predictions.jsonl."""
     return {
         "row": answer.number,
@@ -229,12 +231,20 @@ def _row(answer: Answer, question: Question, tokenizer: Tokenizer) -> dict[str, 
         "hashes": [f"{h:016x}" for h in question.hashes],
         "tokens": len(answer.ids),
         "label_tokens": question.label_tokens,
-        "cut": answer.cut,
+        "cut": answer.finish_reason == "length",
     }
 
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _finished(passes: Iterator[list[Request]], signal: StopSignal) -> Iterator[Request]:
+    """Each request when it is answered, until a signal comes."""
+    for requests in passes:
+        yield from (r for r in requests if r.finish_reason)
+        if signal.requested:
+            return
 
 
 def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from minilora.__main__ import main
 from minilora.checkpoint.convert import BIN
 from minilora.data import load_examples
 from minilora.files.safetensors import SafetensorsFile
-from minilora.generate import answer
+from minilora.generate import reply
 
 ROWS = [
     {
@@ -111,7 +111,7 @@ def test_it_learns_to_answer(tmp_path, first_release, steps):
     model, tokenizer = minilora.load_model(folder, device="cpu"), minilora.load_tokenizer(folder)
     minilora.load_adapter(model, tmp_path / "run" / "adapter")
     model.eval()
-    said = [answer(model, tokenizer, [{"role": "user", "content": q}], set(), 20) for q in ("数到3。", "你好")]
+    said = ["".join(reply(model, tokenizer, [{"role": "user", "content": q}], 20)) for q in ("数到3。", "你好")]
     assert said == ["1 2 3", "Count, 你好？"]
 
 

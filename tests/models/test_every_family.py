@@ -1,12 +1,13 @@
 """Every family on tiny random models: packing, caching, folders, adapters, training; and what is refused."""
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import IDS, OWN, SOP, config_json, conversation, conversations, randomise, tiny, tiny_folder
+from oracle import IDS, OWN, SOP, cached_logits, config_json, conversation, conversations, randomise, tiny, tiny_folder
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
@@ -17,15 +18,15 @@ from minilora.data import Example, make_batch
 from minilora.errors import ModelError
 from minilora.evaluate import evaluate
 from minilora.files.safetensors import SafetensorsFile, write_tensors
-from minilora.generate import Sampling, generate
-from minilora.generate_many import generate_many
+from minilora.generate import Request, decode, generate
 from minilora.kernels.rms_norm import rms_norm_ref
 from minilora.lora import adapters, linears
 from minilora.machine.flops import attention_flops
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm
-from minilora.models.stream import Cache, Documents
+from minilora.models.stream import Documents
 from minilora.run.schedule import learning_rate
+from minilora.sampling import GREEDY, Sampling, random_of
 from minilora.train import train_step
 
 families = pytest.mark.parametrize("family", OWN)
@@ -77,9 +78,9 @@ def test_cached_decoding_is_the_full_forward(family: str):
     model = adapted(family)
     ids = torch.from_numpy(conversation(family, 11, 9, 0).ids)
     with torch.no_grad():
-        full, cache = model.logits(ids), Cache(model.config.layers)
+        full = model.logits(ids)
         # the whole prompt and <sop> first; 12 and 20 tokens have one rotary base in Qwen-1
-        pieces = [model.logits(part, cache) for part in ids.split([12, 1, 1, 4, 2])]
+        pieces = cached_logits(model, ids, [12, 1, 1, 4, 2])
     assert_close(torch.cat(pieces), full)
 
 
@@ -99,13 +100,18 @@ def test_many_answers_are_those_of_one_prompt_alone(family: str, slots: int):
     """Greedy, and sampled with answers that end at different passes; some prompts exceed the tiny Qwen-1's length."""
     model = adapted(family)
     prompts = [conversation(family, n, 1, n).ids.tolist() for n in (3, 12, 1, 5, 14, 2)]
-    greedy = {a.number: a.ids for a in generate_many(model, prompts, set(), 14, slots)}
-    assert [greedy[n] for n in range(len(prompts))] == [list(generate(model, p, set(), 14)) for p in prompts]
-    rest = (set(range(6)), 14, slots, Sampling(temperature=2.0), 0)
-    drawn = {a.number: a.ids for a in generate_many(model, prompts, *rest)}
-    for n, prompt in enumerate(prompts):
-        assert next(generate_many(model, [prompt], *rest, numbers=[n])).ids == drawn[n]
-    assert len({len(ids) for ids in drawn.values()}) > 1
+
+    def answers(stop: set[int], sampling: Sampling) -> list[list[int]]:
+        requests = [Request(p, stop, 14, sampling, random_of(0, n)) for n, p in enumerate(prompts)]
+        for _ in decode(model, deque(requests), slots):
+            pass
+        return [r.ids for r in requests]
+
+    assert answers(set(), GREEDY) == [list(generate(model, p, set(), 14)) for p in prompts]
+    stop, sampling = set(range(6)), Sampling(temperature=2.0)
+    drawn = answers(stop, sampling)
+    assert drawn == [list(generate(model, p, stop, 14, sampling, random_of(0, n))) for n, p in enumerate(prompts)]
+    assert len({len(ids) for ids in drawn}) > 1
 
 
 @families

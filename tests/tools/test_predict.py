@@ -10,7 +10,7 @@ import minilora
 from minilora.__main__ import main
 from minilora.console import Console
 from minilora.errors import DataError, OutputInUse, Stopped
-from minilora.generate import answer
+from minilora.generate import reply
 from minilora.machine import compute
 from minilora.report.compare import compare
 from minilora.report.record import read_json_file
@@ -46,7 +46,7 @@ def test_answers_are_those_of_one_question_alone(work, made):
     for row, wanted in zip(found[:-1], rows, strict=False):
         assert row["label"] == wanted["output"] and row["question"] == wanted["instruction"]
         chat = [{"role": "user", "content": wanted["instruction"]}]
-        assert row["predict"] == answer(model, tokenizer, chat, set(), 12)
+        assert row["predict"] == "".join(reply(model, tokenizer, chat, 12))
         assert wanted["instruction"] in row["prompt"] and row["prompt"].endswith("<|im_start|>assistant\n")
     talk = found[-1]
     assert talk["label"] == "two" and "one<|im_end|>" in talk["prompt"] and talk["label_tokens"] == 4
@@ -80,13 +80,13 @@ class StopInside:
 
 
 def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
-    real, asked = predict_module.generate_many, []
+    real, asked = predict_module.decode, []
 
-    def counted(model, prompts, *rest):
-        asked.append(len(prompts))
-        yield from real(model, prompts, *rest)
+    def counted(model, requests, slots):
+        asked.append(len(requests))
+        yield from real(model, requests, slots)
 
-    monkeypatch.setattr(predict_module, "generate_many", counted)
+    monkeypatch.setattr(predict_module, "decode", counted)
     monkeypatch.setattr(predict_module, "StopSignal", StopInside)
     monkeypatch.setattr(StopInside, "passes", 14)
     arguments: dict[str, Any] = {"max_tokens": 12, "batch": 3, "console": QUIET}
@@ -95,7 +95,7 @@ def test_a_stopped_prediction_goes_on(work, made, tmp_path, monkeypatch):
     kept = len(lines(tmp_path / "out" / PART)) - 1  # three answers of 12 tokens at a time, and 14 passes
     assert 0 < kept < 6
     monkeypatch.undo()
-    monkeypatch.setattr(predict_module, "generate_many", counted)
+    monkeypatch.setattr(predict_module, "decode", counted)
     with open(tmp_path / "out" / PART, "a") as part:
         part.write('{"row": 5, "pred')  # a crash in the middle of a line
     with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
@@ -132,7 +132,7 @@ def test_draws_are_the_same_after_a_stop(work, tmp_path, monkeypatch):
 
 
 def test_a_finished_prediction_is_not_made_twice(work, made, monkeypatch):
-    monkeypatch.setattr(predict_module, "generate_many", None)
+    monkeypatch.setattr(predict_module, "decode", None)
     again = predict(work / "model", work / "rows.json", work / "out", max_tokens=12, console=QUIET)
     assert again == made
     with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
