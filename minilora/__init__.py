@@ -18,6 +18,7 @@ _HOMES = {
     "load_tokenizer": "text.tokenizer",
     "finetune": "finetuning",
     "reply": "generate",
+    "Sampling": "sampling",
 }
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .generate import reply as reply
     from .lora import add_lora as add_lora
     from .lora import merge as merge
+    from .sampling import Sampling as Sampling
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 

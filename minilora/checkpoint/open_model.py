@@ -1,6 +1,7 @@
-"""A model ready to answer: weights loaded, adapter on, threads and dtype as this machine likes them."""
+"""A model ready to answer: weights and adapter loaded, in the dtype and with the threads that are fastest on this machine."""
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 
@@ -17,6 +18,16 @@ from .adapter import base_note, load_adapter
 from .load import keys_not_read, load_model
 
 
+class Opening(TypedDict, total=False):
+    """The options of open_model, for a function that passes them on."""
+
+    any_base: bool
+    device: str | None
+    compute: str
+    int8: bool
+    allow_partial: bool
+
+
 def open_model(
     folder: Folder,
     tokenizer: Tokenizer,
@@ -28,9 +39,9 @@ def open_model(
     int8: bool = False,
     allow_partial: bool = False,
 ) -> Decoder:
-    """The Decoder of a folder with its adapter, in evaluation mode; `say` hears how it computes.
+    """The Decoder of a folder with its adapter, in evaluation mode; `say` is told how it computes.
 
-    int8 merges the adapter into the weights and rounds them (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
+    int8 merges the adapter into the weights and rounds them to 8 bits (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
     """
     model = load_model(folder, device=device, compute=compute)
     check_fits(tokenizer, model.config.vocab, folder)
@@ -46,7 +57,7 @@ def open_model(
 
 
 def folder_notes(folder: Folder, tokenizer: Tokenizer, adapter: Folder | None = None) -> dict[str, str]:
-    """Lines for a header, by name: what of a model's folder, or of an adapter's, is not taken as it stands."""
+    """Lines for a header, by name: what minilora does not follow in the folder of a model or an adapter."""
     folder = ModelFolder.of(folder)
     found = {
         "config": keys_not_read(folder),
@@ -58,7 +69,7 @@ def folder_notes(folder: Folder, tokenizer: Tokenizer, adapter: Folder | None = 
 
 
 def round_to_int8(model: Decoder) -> None:
-    """Merge a model's adapters and put its linears into int8, in place; UsageError on a GPU."""
+    """Merge a model's adapters and round its linears to int8, in place; UsageError on a GPU."""
     if model.head.device.type != "cpu":
         raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
     merge(model)

@@ -1,8 +1,8 @@
 """Proof that a merged checkpoint computes what base and adapter compute together.
 
-Truth is base + adapter evaluated in a wider type, block by block. The merged model is compared with it as it was read back
-from the disk, and may be wrong by no more than twice what base + adapter is when all of it is rounded to the dtype of the
-weights, as the merged ones are: a tolerance that is measured, not chosen.
+The truth is base + adapter in a wider dtype, block by block. The merged model, read back from the disk, may differ from it by
+at most twice as much as base + adapter does when everything is rounded to the dtype of the weights, as the merged weights
+are. So the tolerance is measured, not chosen.
 """
 
 import copy
@@ -25,11 +25,11 @@ PROMPTS = (
 class Proof(NamedTuple):
     """Largest logit differences over the prompts, and how often the likeliest next token is the same."""
 
-    merged: float  # merged against truth
-    allowed: float  # twice base + adapter in the dtype of the weights against truth
-    adapter: float  # what the adapter changes: the same against the base alone
-    same: float  # share of tokens whose likeliest successor merged and truth agree on
-    same_plain: float  # the same of base + adapter in the dtype of the weights
+    merged: float  # of merged and truth
+    allowed: float  # twice that of base + adapter in the dtype of the weights
+    adapter: float  # of base + adapter and the base alone
+    same: float  # share of tokens after which merged and truth have the same likeliest token
+    same_plain: float  # the same share for base + adapter in the dtype of the weights
     tokens: int
 
     @property
@@ -38,18 +38,18 @@ class Proof(NamedTuple):
 
 
 def prompt_ids(tokenizer: Tokenizer) -> list[Tensor]:
-    """The prompts as the chat template writes them."""
+    """The ids of each prompt in the chat template."""
     return [torch.tensor(tokenizer.render([{"role": "user", "content": p}], prompt=True)[0]) for p in PROMPTS]
 
 
 @torch.inference_mode()
 def logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
-    """Logits [T, V] of each prompt as the model computes."""
+    """Logits [T, V] of each prompt, in the dtype that the model computes in."""
     return [model.logits(ids.to(model.head.device)).cpu() for ids in prompts]
 
 
 def stored_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
-    """Logits with every activation in the dtype that the weights are stored in, whatever the model computes in."""
+    """Logits [T, V] of each prompt, in the dtype that the weights are stored in."""
     compute, model.compute = model.compute, None
     try:
         return logits_of(model, prompts)
@@ -59,7 +59,7 @@ def stored_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
 
 @torch.inference_mode()
 def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
-    """Logits in fp32 (fp64 for a model in fp32), with one block at a time in that type."""
+    """Logits [T, V] of each prompt in fp32, or in fp64 for a model in fp32; one block at a time is widened."""
     device, dtype = model.head.device, model.head.dtype
     wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
     streams, contexts = [], []
@@ -69,7 +69,7 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     for block in model.blocks:
         widened = copy.deepcopy(block).to(wide)
         streams = [widened(x, context) for x, context in zip(streams, contexts, strict=True)]
-        del widened  # before the next one is made
+        del widened  # one copy of a block at a time
     norm = copy.deepcopy(model.norm).to(wide)
     streams = [norm(x) for x in streams]
     pieces = [[x @ part.to(wide).T for x in streams] for part in model.head.split(16384)]

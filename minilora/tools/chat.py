@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.open_model import folder_notes, open_model
+from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..files.model_folder import ModelFolder, beyond
 from ..generate import generate, stream_text
 from ..lora import adapters, without_adapters
@@ -36,7 +36,7 @@ COMMANDS = ("/base", "/greedy", "/think", "/system", "/new", "/quit", "/exit", "
 
 @dataclass
 class Session:
-    """One conversation with a model and how its next answer is made."""
+    """A conversation with a model, and the settings of its next answer."""
 
     model: Decoder
     tokenizer: Tokenizer
@@ -57,7 +57,7 @@ class Session:
             yield token
 
     def reply(self, text: str) -> Iterator[str]:
-        """Say something; the answer comes piece by piece and joins the conversation when it is whole."""
+        """Say something; the answer comes piece by piece and joins the conversation, also when it is stopped."""
         said = [*self.messages, {"role": "user", "content": text}]
         ids, _ = self.tokenizer.render(said, prompt=True, thinking=self.thinking)
         self.asked, self.answered = len(ids), 0
@@ -76,7 +76,7 @@ class Session:
                 self.messages = [*said, {"role": "assistant", "content": "".join(pieces)}]
 
     def notes(self) -> list[str]:
-        """What is to be known of the last answer."""
+        """Why the last answer may be incomplete or poor."""
         most, total = self.model.config.max_positions, self.asked + self.answered
         cut = f"the answer was cut at {self.max_tokens:,} tokens: --max-tokens"
         return [cut] * (self.answered == self.max_tokens) + [beyond(total, most)] * (self.asked <= most < total)
@@ -94,9 +94,9 @@ def chat(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
-    **opening: Any,
+    **opening: Unpack[Opening],
 ) -> None:
-    """Talk on the terminal; `prompts` are said one after the other instead of what is typed. `opening`: as for open_model."""
+    """Talk on the terminal; if there are `prompts`, they are said one after the other, and nothing is read."""
     folder = ModelFolder(model)
     tokenizer = load_tokenizer(folder, adapter)
     for name, note in folder_notes(folder, tokenizer, adapter).items():
@@ -150,7 +150,7 @@ def _piped() -> Iterator[str]:
 
 
 def _whole_characters(text: str) -> str:
-    """Bytes that were no UTF-8 become a replacement sign."""
+    """The text, with U+FFFD for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -170,12 +170,12 @@ def _show(session: Session, text: str) -> None:
 
 
 def is_command(text: str) -> bool:
-    """Whether a text is a /command, or one that is mistyped; of several lines, only a known one is."""
+    """Whether a text is a /command, known or mistyped; a text of several lines is one only if it is known."""
     return text.startswith("/") and ("\n" not in text or text.split()[0] in COMMANDS)
 
 
 def _command(session: Session, text: str, fixed: str) -> bool:
-    """Carry out a /command; False ends the chat. fixed: why the adapter stays as it is, if it does."""
+    """Carry out a /command; False ends the chat. `fixed` says why the adapter cannot be switched, if it cannot."""
     name, rest = (*text.split(maxsplit=1), "")[:2]
     if name in ("/quit", "/exit"):
         return False

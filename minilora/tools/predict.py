@@ -14,12 +14,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from rich.table import Table
 
 from ..checkpoint.load import fingerprint
-from ..checkpoint.open_model import folder_notes, open_model
+from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..config import DataConfig
 from ..console import Console
 from ..errors import DataError, OutputInUse, Stopped
@@ -100,12 +100,11 @@ def predict(
     seed: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
-    **opening: Any,
+    **opening: Unpack[Opening],
 ) -> dict[str, Any]:
     """Answer the questions of a file into a folder; returns the contents of its predict_results.json.
 
     A folder that holds the same prediction is left as it is, and one that was stopped goes on; any other raises OutputInUse.
-    `opening`: as for open_model.
     """
     console, folder = console or Console(), Path(output)
     base = ModelFolder.of(model)
