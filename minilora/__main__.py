@@ -3,10 +3,11 @@
 import errno
 import sys
 import traceback
+from argparse import RawDescriptionHelpFormatter
 from importlib import import_module
-from types import ModuleType
 
 from . import __version__
+from .cli.arguments import add_arguments, keywords
 from .cli.parser import Parser
 from .errors import MiniloraError, UsageError
 from .machine.cpu import before_torch, tune_memory
@@ -66,20 +67,31 @@ def run(argv: list[str]) -> int:
         prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
-        # only the command that is asked for is imported and makes its flags
-        if name == (argv[0] if argv else ""):
-            _command(name).flags(sub)
-    args = parser.parse_args(argv)
+    _add_commands(parser, argv)
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    arguments = keywords(command, given)
     before_torch()
     tune_memory()
-    return _command(args.command).run(args) or 0
+    return command(**arguments) or 0
 
 
-def _command(name: str) -> ModuleType:
-    return import_module(f"minilora.cli.{name}")
+def _add_commands(parser: Parser, words: list[str], group: str = "") -> None:
+    """A choice of commands, or of those of a group; only the one that is asked for is imported and makes its arguments."""
+    choices = parser.add_subparsers(metavar="WHAT" if group else "COMMAND", required=True, parser_class=Parser)
+    asked = next((word for word in words if not word.startswith("-")), "")
+    for name, summary in (SUBCOMMANDS[group] if group else COMMANDS).items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        sub = choices.add_parser(name, help=summary, description=description, allow_abbrev=False)
+        if name == asked and not group and name in SUBCOMMANDS:
+            _add_commands(sub, words[words.index(name) + 1 :], name)
+        elif name == asked:
+            module = import_module(f"minilora.cli.{group}_{name}" if group else f"minilora.cli.{name}")
+            sub.usage, sub.epilog = getattr(module, "USAGE", None), getattr(module, "EPILOG", None)
+            if sub.epilog:
+                sub.formatter_class = RawDescriptionHelpFormatter
+            sub.set_defaults(command=module.run)
+            add_arguments(sub, module.run)
 
 
 def _is_text(word: str) -> bool:
@@ -100,6 +112,17 @@ COMMANDS = {
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
+}
+# commands of two words: each has a module of its own, such as cli/inspect_data.py
+SUBCOMMANDS = {
+    "inspect": {
+        "data": "what the model sees of a file of rows: tokens, roles, what is trained, lengths, problems",
+        "model": "family, sizes, linears that take adapters, chat format and stop tokens of a model folder",
+    },
+    "data": {
+        "score": "perplexity of every row under a model, the strangest rows, and a filter",
+        "split": "divide rows into train, val and test files, with their hashes and the rows that are too alike",
+    },
 }
 
 if __name__ == "__main__":

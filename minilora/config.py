@@ -2,7 +2,6 @@
 
 import math
 import types
-import typing
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -361,12 +360,3 @@ def by_group() -> dict[str, list[Field]]:
             found.setdefault(title, []).append(f)
     found["data"] += fields(DataConfig)
     return found
-
-
-def kind_name(f: Field) -> str:
-    """What a flag's value looks like, for the help."""
-    kinds = get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
-    kind = next(k for k in kinds if k is not type(None))
-    if get_origin(kind) is Literal:
-        return "|".join(typing.get_args(kind))
-    return {dict: "NAME=TEXT", str: "TEXT", int: "N", float: "X"}[kind]

@@ -3,12 +3,13 @@
 import re
 import runpy
 import shlex
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from minilora.__main__ import COMMANDS, main
+from minilora.__main__ import COMMANDS, SUBCOMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,8 +35,9 @@ def test_every_flag_of_a_command_is_there(page: Path, monkeypatch: pytest.Monkey
     """Parsed as the command line parses them; none is carried out."""
     parsed = []
     for command in commands(page):
-        module = import_module(f"minilora.cli.{command.split()[1]}")
-        monkeypatch.setattr(module, "run", lambda args: parsed.append(args) or 0)
+        _, name, kind, *_ = command.split()
+        module = import_module(f"minilora.cli.{name}_{kind}" if name in SUBCOMMANDS else f"minilora.cli.{name}")
+        monkeypatch.setattr(module, "run", wraps(module.run)(lambda **given: parsed.append(given)))
         assert main(shlex.split(command)[1:]) == 0 and parsed, command
         parsed.clear()
 

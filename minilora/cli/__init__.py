@@ -1,1 +1,1 @@
-"""One command a file: `flags` adds its arguments, `run` does it and returns an exit code, None for 0."""
+"""One command a file: a function `run`, whose signature is the command's arguments; it returns an exit code, None for 0."""

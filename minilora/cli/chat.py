@@ -1,45 +1,31 @@
 """minilora chat: talk with a model and its adapter."""
 
-import argparse
+from typing import Annotated, Unpack
 
-from .before import check_paths, say
-from .shared_flags import between, int8_flag, model_flags, opening
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    model_flags(parser)
-    int8_flag(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system prompt [the template's]")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="say this and leave; may be given several times"
-    )
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument("--temperature", type=between(float, 0, 100), metavar="X", help="[generation_config.json]")
-    parser.add_argument("--top-p", type=between(float, 0, 1), metavar="X", help="[generation_config.json]")
-    parser.add_argument("--top-k", type=between(int, 0, 2**31), metavar="N", help="[generation_config.json]")
-    parser.add_argument(
-        "--max-tokens", type=between(int, 1, 2**31), default=1024, metavar="N", help="longest answer [1024]"
-    )
-    parser.add_argument("--think", action="store_true", help="let a model that can think do so")
-    parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
+from ..terminal import say
+from .arguments import Arg
+from .shared_flags import Adapter, Int8, Model, Opening, SamplingSeed, check_paths
 
 
-def run(args: argparse.Namespace) -> None:
-    check_paths(args.model, args.adapter)
-    say(f"loading {args.model}")
+def run(
+    *,
+    model: Model,
+    adapter: Adapter | None = None,
+    int8: Int8 = False,
+    system: Annotated[str | None, Arg("system prompt [the template's]")] = None,
+    prompt: Annotated[list[str] | None, Arg("say this and leave; may be given several times")] = None,
+    greedy: Annotated[bool, Arg("take the likeliest token instead of sampling")] = False,
+    temperature: Annotated[float | None, Arg("[generation_config.json]", within=(0, 100))] = None,
+    top_p: Annotated[float | None, Arg("[generation_config.json]", within=(0, 1))] = None,
+    top_k: Annotated[int | None, Arg("[generation_config.json]", within=(0, 2**31))] = None,
+    max_tokens: Annotated[int, Arg("longest answer", within=(1, 2**31))] = 1024,
+    think: Annotated[bool, Arg("let a model that can think do so")] = False,
+    seed: SamplingSeed = 0,
+    **opening: Unpack[Opening],
+) -> None:
+    check_paths(model, adapter)
+    say(f"loading {model}")
     from ..tools.chat import chat
 
-    chat(
-        args.model,
-        args.adapter,
-        args.system,
-        args.prompt,
-        args.greedy,
-        args.max_tokens,
-        args.think,
-        args.seed,
-        args.temperature,
-        args.top_p,
-        args.top_k,
-        **opening(args),
-    )
+    sampling = {"greedy": greedy, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    chat(model, adapter, system, prompt, max_tokens=max_tokens, think=think, int8=int8, **sampling, **opening)

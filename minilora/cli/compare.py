@@ -1,18 +1,16 @@
 """minilora compare: runs side by side on one page."""
 
-import argparse
+from typing import Annotated
 
-from .before import say
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of minilora predict")
-    parser.add_argument(
-        "--output", default="compare.html", metavar="FILE", help="page to write; a .md stands beside it [compare.html]"
-    )
+from ..terminal import say
+from .arguments import Arg
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    runs: Annotated[list[str], Arg("run folders, or folders of minilora predict", "RUN")],
+    *,
+    output: Annotated[str, Arg("page to write; a .md stands beside it", "FILE")] = "compare.html",
+) -> None:
     from pathlib import Path
 
     from ..console import Console
@@ -21,9 +19,9 @@ def run(args: argparse.Namespace) -> None:
     from ..report.record import read_record
     from ..report.score_table import show_scores
 
-    if Path(args.output).suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--output is {args.output!r}", "Name a file that ends in .html.")
-    say("\n".join([*compare(args.runs, args.output), ""]))
-    show_scores([read_record(run) for run in args.runs], Console())
-    say(f"\npage      {args.output}")
-    say(f"markdown  {Path(args.output).with_suffix('.md')}")
+    if Path(output).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--output is {output!r}", "Name a file that ends in .html.")
+    say("\n".join([*compare(runs, output), ""]))
+    show_scores([read_record(run) for run in runs], Console())
+    say(f"\npage      {output}")
+    say(f"markdown  {Path(output).with_suffix('.md')}")

@@ -1,28 +1,25 @@
 """minilora inspect model: what a model folder is, and what minilora makes of it."""
 
-import argparse
+from typing import Annotated
 
-from .before import check_paths, say
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", metavar="DIR", help="folder of a Hugging Face checkpoint; config.json alone is enough"
-    )
-    parser.add_argument(
-        "--lora-targets", default="all-linear", metavar="TEXT", help="linears that get adapters [all-linear]"
-    )
-    parser.add_argument("--targets", dest="lora_targets", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+from ..errors import ModelError
+from ..terminal import say
+from .arguments import Arg
+from .shared_flags import Json, check_paths
 
 
-def run(args: argparse.Namespace) -> int:
-    check_paths(args.folder)
-    import json
+def run(
+    folder: Annotated[str, Arg("folder of a Hugging Face checkpoint; config.json alone is enough", "DIR")],
+    *,
+    lora_targets: Annotated[str, Arg("linears that get adapters", aliases=("--targets",))] = "all-linear",
+    json: Json = False,
+) -> int:
+    check_paths(folder)
+    from json import dumps
     from pathlib import Path
 
     from ..tools.inspect_model import describe, text_of
 
-    found = describe(Path(args.folder), args.lora_targets)
-    say(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
-    return 4 if found["problems"] else 0
+    found = describe(Path(folder), lora_targets)
+    say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found))
+    return ModelError.code if found["problems"] else 0

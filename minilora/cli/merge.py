@@ -1,37 +1,29 @@
 """minilora merge: base and adapter as one checkpoint, and the proof that it computes the same."""
 
-import argparse
+from typing import Annotated, Unpack
 
-from .before import check_paths, say
-from .shared_flags import between, model_flags, opening
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    model_flags(parser, adapter=False)
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the merged checkpoint")
-    parser.add_argument(
-        "--shard-size",
-        type=between(float, 0.001, 100_000),
-        default=5.0,
-        metavar="GB",
-        help="largest file in 10^9 bytes [5]",
-    )
+from ..terminal import say
+from .arguments import Arg
+from .shared_flags import Adapter, Model, Opening, check_paths
 
 
-def run(args: argparse.Namespace) -> None:
-    check_paths(args.model, args.adapter)
-    say(f"merging {args.adapter} into {args.model}")
+def run(
+    *,
+    model: Model,
+    adapter: Adapter,
+    output: Annotated[str, Arg("new folder for the merged checkpoint", "DIR")],
+    shard_size: Annotated[float, Arg("largest file in 10^9 bytes", "GB", within=(0.001, 100_000))] = 5,
+    **opening: Unpack[Opening],
+) -> None:
+    check_paths(model, adapter)
+    say(f"merging {adapter} into {model}")
     from ..checkpoint.merge import merge_folder
 
-    proof = merge_folder(args.model, args.adapter, args.output, int(args.shard_size * 1e9), say=say, **opening(args))
-    say(f"merged  {args.output}")
+    proof = merge_folder(model, adapter, output, int(shard_size * 1e9), say=say, **opening)
     say(
-        f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}"
+        f"merged  {output}\n"
+        f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}\n"
+        f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in\n"
+        f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})\n"
+        f"\n  minilora chat --model {output}"
     )
-    say(
-        f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in"
-    )
-    say(
-        f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})"
-    )
-    say(f"\n  minilora chat --model {args.output}")

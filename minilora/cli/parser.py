@@ -97,8 +97,3 @@ class Parser(argparse.ArgumentParser):
         flag = next(iter(action.option_strings), "")
         what = f"{flag} is {value!r}" if flag else f"there is no command {f'{self.prog} {value}'!r}"
         raise UsageError(what, (f"Did you mean {near}? " if near else "") + f"It can be {', '.join(allowed)}.")
-
-
-def group(parser: argparse.ArgumentParser, title: str) -> Any:
-    """The group of a title in a command's help, made when it is first asked for."""
-    return next((g for g in parser._action_groups if g.title == title), None) or parser.add_argument_group(title)

@@ -1,33 +1,32 @@
 """minilora plan: what a training needs, before anything is loaded."""
 
-import argparse
+from typing import Annotated, Any
 
-from .before import check_paths, say
-from .shared_flags import between
-from .train import file_flags, given_settings, run_flags, settings_files
+from ..terminal import say
+from .arguments import Arg, Settings
+from .shared_flags import ConfigFile, Json, Recipe, check_paths
+from .train import settings_of_file
 
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "minilora plan [RUN.yaml] --model DIR [--data FILE] [--SETTING VALUE ...]"
-    file_flags(parser)
-    parser.add_argument(
-        "--device-memory",
-        type=between(float, 1e-6, 100_000),
-        metavar="GB",
-        help="plan for a card with so many 10^9 bytes [this machine]",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    run_flags(parser)
+USAGE = "minilora plan [RUN.yaml] --model DIR [--data FILE] [--SETTING VALUE ...]"
 
 
-def run(args: argparse.Namespace) -> None:
-    import json
+def run(
+    recipe: Recipe | None = None,
+    *,
+    config: ConfigFile | None = None,
+    device_memory: Annotated[
+        float | None, Arg("plan for a card with so many 10^9 bytes [this machine]", "GB", within=(1e-6, 100_000))
+    ] = None,
+    json: Json = False,
+    **settings: Annotated[Any, Settings()],
+) -> None:
+    from json import dumps
 
     from ..config import resolve
 
-    config = resolve(*settings_files(args), given_settings(args))
-    check_paths(config.model, None, config.data, config.encoding)
+    planned = resolve(settings_of_file(recipe, config), settings)
+    check_paths(planned.model, None, planned.data, planned.encoding)
     from ..tools.plan import forecast, text_of
 
-    found = forecast(config, args.device_memory)
-    say(json.dumps(found, indent=1, ensure_ascii=False) if args.json else text_of(found))
+    found = forecast(planned, device_memory)
+    say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found))

@@ -1,62 +1,43 @@
 """minilora predict: answers to the questions of a test set, and their scores."""
 
-import argparse
+from typing import Annotated, Unpack
 
-from .before import check_paths, say
-from .parser import group
-from .shared_flags import between, data_config, data_flags, int8_flag, model_flags, opening
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    model_flags(parser)
-    int8_flag(parser)
-    group(parser, "data").add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help="rows; the last answer of each is the reference, one without is answered alone",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder for answers and scores; one that was stopped goes on"
-    )
-    parser.add_argument(
-        "--max-tokens", type=between(int, 1, 2**31), default=512, metavar="N", help="longest answer [512]"
-    )
-    parser.add_argument("--batch", type=between(int, 1, 4096), default=16, metavar="N", help="answers at a time [16]")
-    parser.add_argument(
-        "--sample", action="store_true", help="draw as generation_config.json says, instead of the likeliest token"
-    )
-    parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="of the sampling [0]")
-    data_flags(parser, "columns", "encoding", "ignore_keys", "define")
-    parser.add_argument("--overwrite", action="store_true", help="delete an older prediction in --output")
-    parser.add_argument("--json", action="store_true", help="print predict_results.json instead of the table")
+from ..config import DataConfig
+from ..terminal import say
+from .arguments import Arg, Settings
+from .shared_flags import Adapter, Int8, Model, Opening, SamplingSeed, check_paths
 
 
-def run(args: argparse.Namespace) -> None:
-    reading = data_config(args)
-    check_paths(args.model, args.adapter, args.data, reading.encoding)
-    say(f"predict {args.model} on {args.data}", quiet=args.json)
-    import json
+def run(
+    *,
+    model: Model,
+    adapter: Adapter | None = None,
+    int8: Int8 = False,
+    data: Annotated[
+        str, Arg("rows; the last answer of each is the reference, one without is answered alone", "FILE", group="data")
+    ],
+    output: Annotated[str, Arg("folder for answers and scores; one that was stopped goes on", "DIR")],
+    max_tokens: Annotated[int, Arg("longest answer", within=(1, 2**31))] = 512,
+    batch: Annotated[int, Arg("answers at a time", within=(1, 4096))] = 16,
+    sample: Annotated[bool, Arg("draw as generation_config.json says, instead of the likeliest token")] = False,
+    seed: SamplingSeed = 0,
+    reading: Annotated[DataConfig, Settings(("columns", "encoding", "ignore_keys", "define"))],
+    overwrite: Annotated[bool, Arg("delete an older prediction in --output")] = False,
+    json: Annotated[bool, Arg("print predict_results.json instead of the table")] = False,
+    **opening: Unpack[Opening],
+) -> None:
+    check_paths(model, adapter, data, reading.encoding)
+    say(f"predict {model} on {data}", quiet=json)
+    from json import dumps
 
     from ..console import Console
     from ..tools.predict import predict, show_results
 
-    console = Console(stderr=args.json)
-    results = predict(
-        args.model,
-        args.data,
-        args.output,
-        args.adapter,
-        args.max_tokens,
-        args.batch,
-        reading,
-        args.sample,
-        args.seed,
-        args.overwrite,
-        console,
-        **opening(args),
-    )
-    if args.json:
-        say(json.dumps(results, ensure_ascii=False, indent=1))
+    console = Console(stderr=json)
+    sampling = {"max_tokens": max_tokens, "batch": batch, "sample": sample, "seed": seed, "int8": int8}
+    how = {"reading": reading, "overwrite": overwrite, "console": console}
+    results = predict(model, data, output, adapter, **how, **sampling, **opening)
+    if json:
+        say(dumps(results, ensure_ascii=False, indent=1))
     else:
         show_results(results, console)

@@ -1,29 +1,22 @@
 """minilora report: one run on one page."""
 
-import argparse
+from typing import Annotated
 
-from .before import say
-from .shared_flags import between
-
-
-def flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder; its report.html is written anew")
-    parser.add_argument(
-        "--samples",
-        type=between(int, 0, 200),
-        default=0,
-        metavar="N",
-        help="answer N rows with the base model and with the adapter first [0]",
-    )
+from ..terminal import say
+from .arguments import Arg
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    run: Annotated[str, Arg("run folder; its report.html is written anew", "RUN")],
+    *,
+    samples: Annotated[int, Arg("answer N rows with the base model and with the adapter first", within=(0, 200))] = 0,
+) -> None:
     from ..report.record import read_record
     from ..report.run_page import report
     from ..report.verdict import reading, verdict
 
-    path = report(args.run, args.samples)
-    run = read_record(args.run)
-    for line in (verdict(run), *reading(run)):
+    path = report(run, samples)
+    record = read_record(run)
+    for line in (verdict(record), *reading(record)):
         say(line)
     say(f"page  {path}")

@@ -2,7 +2,9 @@
 
 import json
 import re
+from argparse import BooleanOptionalAction
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,23 +12,29 @@ import yaml
 from tiny import make_model, make_rows
 
 from minilora.__main__ import COMMANDS, main
+from minilora.cli import chat, compare, inspect_model, sweep, train
 from minilora.cli import eval as eval_command
-from minilora.cli import sweep, train
+from minilora.cli.arguments import add_arguments, keywords
 from minilora.cli.parser import Parser
-from minilora.cli.shared_flags import data_config
 from minilora.config import ALIASES, GROUPS, NOT_NEEDED, REFUSED, TrainConfig, resolve
 from minilora.errors import UsageError
 from minilora.spelling import HARMFUL, nearest
 
+NAMES = {f.name for f in fields(TrainConfig)}
 SWITCHES = [f.name for f in fields(TrainConfig) if f.type is bool]
 SAMPLES = {int: "3", float: "0.5", str: "x", dict: "a=b", bool: "on"}
 
 
-def settings(*words: str, command=train) -> dict:
-    """The settings of a command's words."""
+def parsed(*words: str, command=train) -> dict:
+    """What a command is called with for its words."""
     parser = Parser(prog="minilora", allow_abbrev=False)
-    command.flags(parser)
-    return train.given_settings(parser.parse_args(words))
+    add_arguments(parser, command.run)
+    return keywords(command.run, vars(parser.parse_args(words)))
+
+
+def settings(*words: str, command=train) -> dict:
+    """The settings of a run among them."""
+    return {name: value for name, value in parsed(*words, command=command).items() if name in NAMES}
 
 
 def said(capsys, *words: object) -> tuple[int, str, str]:
@@ -49,28 +57,38 @@ def test_a_switch_has_one_spelling_and_the_older_ones_are_read(name: str):
 
 
 def test_a_switch_does_not_swallow_the_word_behind_it():
-    parser = Parser(prog="minilora", allow_abbrev=False)
-    train.flags(parser)
-    args = parser.parse_args(["--checkpointing", "run.yaml", "--rslora", "--lr", "1"])
-    assert args.recipe == "run.yaml" and args.checkpointing and args.rslora
+    found = parsed("--checkpointing", "run.yaml", "--rslora", "--lr", "1")
+    assert found == {"recipe": "run.yaml", "checkpointing": True, "rslora": True, "lr": "1"}
 
 
 def test_eval_has_the_switch_of_train():
-    parser = Parser(prog="minilora", allow_abbrev=False)
-    eval_command.flags(parser)
     words = ["--model", "m", "--data", "d"]
     for more, on in ([], True), (["--train-end"], True), (["--no-train-end"], False), (["--train-end", "off"], False):
-        assert data_config(parser.parse_args([*words, *more])).train_end is on
+        assert parsed(*words, *more, command=eval_command)["settings"].train_end is on
+
+
+@pytest.mark.parametrize("name", ["eval", "chat", "merge", "sweep", "inspect_data", "data_split"])
+def test_every_switch_of_a_command_has_the_spelling_of_a_setting(name: str):
+    parser = Parser(prog="minilora", allow_abbrev=False)
+    add_arguments(parser, import_module(f"minilora.cli.{name}").run)
+    switches = [a for a in parser._actions if a.nargs == 0 and a.dest != "help"]
+    assert switches and all(isinstance(a, BooleanOptionalAction) for a in switches)
+
+
+def test_a_command_is_called_with_what_is_given_and_no_more():
+    words = ["--model", "m", "--prompt", "a", "--prompt", "b", "--think", "on", "--no-any-base", "--top-k", "3"]
+    found = parsed(*words, command=chat)
+    assert found == {"model": "m", "prompt": ["a", "b"], "think": True, "any_base": False, "top_k": 3}
+    assert parsed("a", "b", command=compare) == {"runs": ["a", "b"]}
+    assert parsed("d", "--targets", "x", command=inspect_model) == {"folder": "d", "lora_targets": "x"}
+    with pytest.raises(UsageError, match="required: --model"):
+        parsed(command=chat)
 
 
 def test_a_text_with_a_comma_is_one_definition():
-    parser = Parser(prog="minilora", allow_abbrev=False)
-    eval_command.flags(parser)
-    args = parser.parse_args(
-        ["--model", "m", "--data", "d", "--define", "author=A, B", "--columns", "prompt=q,response=a"]
-    )
-    assert data_config(args).define == {"author": "A, B"}
-    assert data_config(args).columns == {"prompt": "q", "response": "a"}
+    words = ["--model", "m", "--data", "d", "--define", "author=A, B", "--columns", "prompt=q,response=a"]
+    found = parsed(*words, command=eval_command)["settings"]
+    assert found.define == {"author": "A, B"} and found.columns == {"prompt": "q", "response": "a"}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -168,7 +186,7 @@ def test_the_help_has_every_setting_once_and_in_groups(capsys):
 
 
 def test_the_examples_of_the_help_are_right():
-    for line in re.findall(r"^  minilora train (.*)$", train.EXAMPLES, re.MULTILINE):
+    for line in re.findall(r"^  minilora train (.*)$", train.EPILOG, re.MULTILINE):
         resolve(settings(*line.split()))
 
 

@@ -1,0 +1,141 @@
+"""A command is one function: its arguments are made here from its signature, and passed to it by name when they are parsed.
+
+    def run(folder: Annotated[str, Arg("folder of a model", "DIR")], *, json: Annotated[bool, Arg("print JSON")] = False)
+
+is `[--json | --no-json] DIR`: a keyword-only parameter is a flag, and one without a default must be given. A dataclass of
+settings stands for a flag for each of its fields, and `**settings: Annotated[Any, Settings()]` for one for every setting of a run.
+"""
+
+import argparse
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter, signature
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, Unpack, get_args, get_origin
+
+METAVARS = {str: "TEXT", int: "N", float: "X", dict: "NAME=TEXT"}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """What an argument's type does not say. `within`: the bounds of a number, both allowed; `aliases` are not shown."""
+
+    help: str
+    metavar: str = ""
+    group: str = "options"
+    within: tuple[float, float] | None = None
+    parse: Callable[[str], Any] | None = None
+    short: str = ""
+    aliases: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Stands for settings of a run: those of these names, or all that the command has no parameter for."""
+
+    names: tuple[str, ...] = ()
+    shown: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: Callable[..., Any]) -> None:
+    """Give a parser the arguments of a command's signature."""
+    parameters = signature(command).parameters
+    for name, p in parameters.items():
+        kind, about = _parts(p.annotation)
+        if is_dataclass(kind):
+            _add_settings(parser, about or Settings(tuple(f.name for f in fields(kind))))
+        elif isinstance(about, Settings):
+            _add_settings(parser, about, set(parameters))
+        elif get_origin(kind) is Unpack:  # of a TypedDict: what is not given is not passed on
+            for key, hint in get_args(kind)[0].__annotations__.items():
+                _add(parser, key, *_parts(hint))
+        else:
+            _add(parser, name, kind, about, p.default, p.kind is p.KEYWORD_ONLY)
+
+
+def keywords(command: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What a command is called with: parsed arguments, but dataclasses made of their settings; UsageError for a wrong value."""
+    given = dict(given)
+    for name, p in signature(command).parameters.items():
+        kind, _ = _parts(p.annotation)
+        if isinstance(kind, type) and is_dataclass(kind):
+            from ..config import convert
+
+            given[name] = kind(**{f.name: convert(f, given.pop(f.name)) for f in fields(kind) if f.name in given})
+    return given
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> Any:
+    """The group of a title in a command's help, made when it is first asked for."""
+    return next((g for g in parser._action_groups if g.title == title), None) or parser.add_argument_group(title)
+
+
+def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a number within bounds, both allowed."""
+    what = "a whole number" if kind is int else "a number"
+    bounds = f"from {low:,g} " + (f"to {high:,g}" if high < 2**31 else "on")
+
+    def number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
+        return value
+
+    return number
+
+
+def _parts(hint: Any) -> tuple[Any, Any]:
+    """The type of a parameter, without None, and what it is annotated with."""
+    if get_origin(hint) is Annotated:
+        return _parts(hint.__origin__)[0], hint.__metadata__[0]
+    if get_origin(hint) in (Union, UnionType):
+        return _parts(next(kind for kind in get_args(hint) if kind is not NoneType))
+    return hint, None
+
+
+def _add(
+    parser: argparse.ArgumentParser, name: str, kind: Any, arg: Arg, default: Any = None, flag: bool = True
+) -> None:
+    """One argument. It has no value unless it is given: the default is the function's own."""
+    required, many = default is Parameter.empty, get_origin(kind) is list
+    kind = get_args(kind)[0] if many else kind
+    how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": arg.help.replace("%", "%%")}
+    if kind is bool:
+        how["action"], default = argparse.BooleanOptionalAction, {True: "on", False: "off"}.get(default)
+    elif get_origin(kind) is Literal and not arg.parse:
+        how["choices"] = get_args(kind)
+    else:
+        how["type"] = arg.parse or (between(kind, *arg.within) if arg.within else kind)
+        how["metavar"] = arg.metavar or METAVARS.get(kind) or "|".join(get_args(kind))
+    if not required and default not in (None, "", {}) and arg.help != argparse.SUPPRESS:
+        how["help"] += f" [{default}]"
+    if not flag:
+        parser.add_argument(name, nargs="+" if many else None if required else "?", **how)
+        return
+    how["dest"] = name
+    if many:
+        how["action"] = "append"
+    names = [arg.short, "--" + name.replace("_", "-")]
+    group(parser, arg.group).add_argument(*filter(None, names), required=required, **how)
+    if arg.aliases:
+        how["help"] = argparse.SUPPRESS
+        parser.add_argument(*arg.aliases, **how)
+
+
+def _add_settings(parser: argparse.ArgumentParser, which: Settings, own: Collection[str] = ()) -> None:
+    """A flag for each setting of a run but the command's own, by all its names; its value is read by config.convert."""
+    from ..config import ALIASES, by_group, default_of
+
+    for title, settings in by_group().items():
+        for f in settings:
+            if f.name in own or (which.names and f.name not in which.names):
+                continue
+            kind = list[str] if f.name == "define" else _parts(f.type)[0]
+            names = [f.name, *(alias for alias, name in ALIASES.items() if name == f.name)]
+            _, *aliases = dict.fromkeys(f"--{n}" for name in names for n in (name.replace("_", "-"), name))
+            text = f.metadata["help"] if which.shown else argparse.SUPPRESS
+            metavar = METAVARS[dict] if f.name == "define" else ""
+            _add(parser, f.name, kind, Arg(text, metavar, title, parse=str, aliases=aliases), default_of(f))
