@@ -1,9 +1,10 @@
 """Every setting of a training run, in one place: defaults, a yaml file over them, flags over that."""
 
 import math
-import types
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -121,6 +122,7 @@ class TrainConfig(DataConfig):
     keep_checkpoints: int = setting(2, "checkpoints to keep, beside the best", same=False)
 
 
+FIELDS = {f.name: f for f in fields(TrainConfig)}
 # the first field of each group of the help, in the order of the fields
 GROUPS = {
     "data": "data", "model": "model", "lora_r": "LoRA", "lr": "optimisation", "device": "machine", "output": "what is kept",
@@ -177,40 +179,37 @@ BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
 
 def without_not_needed(settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The settings without those that have no meaning here, and a line that names them and says why; "" where there are none."""
-    found = {k: NOT_NEEDED[k] for k in settings if k in NOT_NEEDED}
-    told = "; ".join(f"{k} ({why})" for k, why in found.items())
-    return {k: v for k, v in settings.items() if k not in found}, f"not needed here: {told}" if found else ""
+    found = "; ".join(f"{k} ({NOT_NEEDED[k]})" for k in settings if k in NOT_NEEDED)
+    return {k: v for k, v in settings.items() if k not in NOT_NEEDED}, f"not needed here: {found}" if found else ""
 
 
 def resolve(*sources: dict[str, Any]) -> TrainConfig:
     """The config of defaults under the given settings, later ones first; UsageError names a key or a value that is wrong."""
-    known = {f.name: f for f in fields(TrainConfig)}
     values: dict[str, Any] = {}
     for source in sources:
         unknown = [given for given in source if _field_of(given) is None]
         if len(unknown) > 1:
             raise UsageError(f"unknown settings {', '.join(unknown)}", "See minilora train --help.")
-        names = [canonical(given) for given in source]
-        for name in names:
-            if names.count(name) > 1:
-                both = ", ".join(g for n, g in zip(names, source, strict=True) if n == name)
-                raise UsageError(f"{both} are one setting", "Give one of them.")
-        for name, value in zip(names, source.values(), strict=True):
+        names: dict[str, str] = {}  # as they are given
+        for given, value in source.items():
+            name = canonical(given)
+            if name in names:
+                raise UsageError(f"{names[name]}, {given} are one setting", "Give one of them.")
+            names[name] = given
             if name == "keep" and str(value).isdigit():
-                name = "keep_checkpoints"  # what older runs called so
-            values[name] = convert(known[name], value)
+                name = "keep_checkpoints"  # its name in older runs
+            values[name] = convert(FIELDS[name], value)
     return TrainConfig(**values)
 
 
 def canonical(given: str) -> str:
     """The field that a name or an alias means; UsageError with the nearest one otherwise."""
-    name = _field_of(given)
+    name, refused = _field_of(given), refusal(given)
     if name is not None:
         return name
-    refused = refusal(given)
     if refused is not None:
         raise refused
-    near = nearest(given.replace("-", "_"), [*(f.name for f in fields(TrainConfig)), *ALIASES])
+    near = nearest(given.replace("-", "_"), [*FIELDS, *ALIASES])
     hint = f"Did you mean {near!r}?" if near else "See minilora train --help."
     raise UsageError(f"unknown setting {given!r}", hint)
 
@@ -230,73 +229,65 @@ def refusal(given: str) -> UsageError | None:
 def _field_of(given: str) -> str | None:
     name = given.replace("-", "_")
     name = ALIASES.get(name, name)
-    return name if name in {f.name for f in fields(TrainConfig)} else None
+    return name if name in FIELDS else None
 
 
 def convert(f: Field, value: Any) -> Any:
-    """A value from yaml or a flag in the type of its field: 1e-4 is a number whatever yaml thinks."""
-    kinds = get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
-    if value is None and type(None) in kinds:
+    """A value from yaml or a flag in the type of its field: 1e-4 is a number whatever yaml thinks. UsageError if it cannot be one."""
+    kind, *none = get_args(f.type) if isinstance(f.type, UnionType) else [f.type]
+    if value is None and none:
         return None
-    kind = next(k for k in kinds if k is not type(None))
-    if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        value = ",".join(value)
-    said = value[0] if kind is dict and isinstance(value, list) and len(value) == 1 else value
-    shown = "of the wrong type" if isinstance(said, (dict, list)) else "empty" if said is None else repr(said)[:80]
-    wrong = UsageError(f"{f.name} is {shown}", f"{_allowed(f.name, kind)}: {f.metadata['help']}.")
-    if value is None or (isinstance(value, (dict, list)) and kind is not dict):
-        raise wrong
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise wrong
-        return value
-    if kind is dict:
-        if isinstance(value, (str, list)):
-            parts = value.split(",") if isinstance(value, str) else value  # a list: one of each --define
-            pairs = [str(part).partition("=") for part in parts]
-            if not all(key.strip() and mark for key, mark, _ in pairs):
-                raise wrong
-            value = {key.strip(): text.strip() for key, _, text in pairs}
-        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
-            raise wrong
-        return {k: str(v) for k, v in value.items()}
-    if kind is bool:
-        if str(value).lower() not in SWITCH:
-            raise wrong
-        return SWITCH[str(value).lower()]
-    if kind is str:
-        return str(value)
     try:
-        number = int(str(value)) if kind is int else float(str(value))
-    except ValueError:
-        raise wrong from None
-    inside = (
-        (f.name not in POSITIVE or number > 0)
-        and (f.name not in NOT_NEGATIVE or number >= 0)
-        and (f.name not in BELOW_ONE or 0 <= number < 1)
-        and (math.isfinite(number) if kind is float else abs(number) < 2**63)
-    )
-    if not inside:
-        raise wrong
+        return _pairs(value) if kind is dict else _scalar(f.name, kind, value)
+    except (KeyError, ValueError):
+        said = value[0] if kind is dict and isinstance(value, list) and len(value) == 1 else value
+        shown = "of the wrong type" if isinstance(said, (dict, list)) else "empty" if said is None else repr(said)[:80]
+        raise UsageError(f"{f.name} is {shown}", f"It can be {_allowed(f.name, kind)}: {f.metadata['help']}.") from None
+
+
+def _pairs(value: Any) -> dict[str, str]:
+    """NAME=TEXT,NAME=TEXT, a list of NAME=TEXT (one for each --define), or a mapping."""
+    if isinstance(value, (str, list)):
+        parts = [str(part).partition("=") for part in (value.split(",") if isinstance(value, str) else value)]
+        if not all(name.strip() and mark for name, mark, _ in parts):
+            raise ValueError(value)
+        value = {name.strip(): text.strip() for name, _, text in parts}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(value)
+    return {name: str(text) for name, text in value.items()}
+
+
+def _scalar(name: str, kind: Any, value: Any) -> Any:
+    if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return ",".join(value)
+    choices = get_args(kind)  # of a Literal
+    if value is None or isinstance(value, (dict, list)) or (choices and value not in choices):
+        raise ValueError(value)
+    if choices or kind is str:
+        return str(value)
+    if kind is bool:
+        return SWITCH[str(value).lower()]
+    number = int(str(value)) if kind is int else float(str(value))
+    if not (_bounds(name)[1](number) and abs(number) < (2**63 if kind is int else math.inf)):
+        raise ValueError(value)
     return number
 
 
+def _bounds(name: str) -> tuple[str, Callable[[float], bool]]:
+    """What a number can be, in words and as a check."""
+    if name in POSITIVE:
+        return " above 0", lambda number: number > 0
+    if name in NOT_NEGATIVE:
+        return " from 0 on", lambda number: number >= 0
+    assert name in BELOW_ONE, name
+    return " from 0 to below 1", lambda number: 0 <= number < 1
+
+
 def _allowed(name: str, kind: Any) -> str:
-    """What a setting can be."""
     if get_origin(kind) is Literal:
-        return f"It can be {', '.join(get_args(kind))}"
-    number = "a whole number" if kind is int else "a number"
-    bounds = (
-        " above 0"
-        if name in POSITIVE
-        else " from 0 on"
-        if name in NOT_NEGATIVE
-        else " from 0 to below 1"
-        if name in BELOW_ONE
-        else ""
-    )
-    what = {bool: "true or false", str: "a text", dict: "NAME=TEXT"}.get(kind, number + bounds)
-    return f"It can be {what}"
+        return ", ".join(get_args(kind))
+    texts = {bool: "true or false", str: "a text", dict: "NAME=TEXT"}
+    return texts.get(kind) or ("a whole number" if kind is int else "a number") + _bounds(name)[0]
 
 
 class _Loader(yaml.SafeLoader):
@@ -343,20 +334,15 @@ def must_match(config: TrainConfig) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Every field's default."""
-    return {f.name: default_of(f) for f in fields(TrainConfig)}
-
-
-def default_of(f: Field) -> Any:
-    return f.default if f.default is not MISSING else {}
+    return asdict(TrainConfig())
 
 
 def by_group() -> dict[str, list[Field]]:
     """The settings of a run under the titles of GROUPS; how rows become tokens stands with the data."""
     found: dict[str, list[Field]] = {}
-    title, data = "", {f.name for f in fields(DataConfig)}
-    for f in fields(TrainConfig):
-        if f.name not in data:
-            title = GROUPS.get(f.name, title)
-            found.setdefault(title, []).append(f)
-    found["data"] += fields(DataConfig)
+    title, data = "", fields(DataConfig)
+    for f in list(FIELDS.values())[len(data) :]:
+        title = GROUPS.get(f.name, title)
+        found.setdefault(title, []).append(f)
+    found["data"] += data
     return found

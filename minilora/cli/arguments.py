@@ -127,8 +127,9 @@ def _add(
 
 def _add_settings(parser: argparse.ArgumentParser, which: Settings, own: Collection[str] = ()) -> None:
     """A flag for each setting of a run but the command's own, by all its names; its value is read by config.convert."""
-    from ..config import ALIASES, by_group, default_of
+    from ..config import ALIASES, by_group, defaults
 
+    default = defaults()
     for title, settings in by_group().items():
         for f in settings:
             if f.name in own or (which.names and f.name not in which.names):
@@ -138,4 +139,4 @@ def _add_settings(parser: argparse.ArgumentParser, which: Settings, own: Collect
             _, *aliases = dict.fromkeys(f"--{n}" for name in names for n in (name.replace("_", "-"), name))
             text = f.metadata["help"] if which.shown else argparse.SUPPRESS
             metavar = METAVARS[dict] if f.name == "define" else ""
-            _add(parser, f.name, kind, Arg(text, metavar, title, parse=str, aliases=aliases), default_of(f))
+            _add(parser, f.name, kind, Arg(text, metavar, title, parse=str, aliases=aliases), default[f.name])
