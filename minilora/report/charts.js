@@ -1,4 +1,4 @@
-// Show the values of a chart under the pointer or the finger: of lines from data-values, of a heat map from the titles of its cells.
+// Show the values of a chart under the pointer or the finger: of lines from data-values, of a heat map from its cells' titles.
 "use strict";
 for (const chart of document.querySelectorAll(".chart")) {
   const plot = chart.querySelector(".plot"), told = chart.querySelector("output");

@@ -1,4 +1,4 @@
-"""Charts in the colours of a page (page.css): lines, histograms and heat maps as inline SVG; histograms also as lines of a terminal.
+"""Charts: lines, histograms and heat maps as inline SVG in the colours of page.css; histograms also as lines of a terminal.
 
 Positions are shares of the picture's width and height, so that the picture stretches with the page while its texts and
 strokes do not. Series differ in their dashes as well as in their colours. charts.js shows the values under the pointer.
@@ -75,7 +75,7 @@ def short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. look: 0, 1, ... for colour and dash; faint: raw values under a smoothed line; dots: mark the points if they are few."""
+    """One line of a chart. look: 0, 1, ... for colour and dash; faint: of raw values; dots: mark the points if they are few."""
 
     name: str
     points: Sequence[Point]

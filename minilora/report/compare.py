@@ -101,7 +101,7 @@ def _differences(page: Document, runs: list[Record]) -> None:
 
 
 def verdicts(runs: list[Record]) -> list[str]:
-    """The best run on the test set, and by validation loss, where these can be compared; and the runs that training made worse."""
+    """The best run on the test set and by validation loss, where runs can be compared; and those that training made worse."""
     found = []
     answered = _answered_alike(runs)
     if len(answered) > 1:
@@ -174,9 +174,9 @@ def _scores(page: Document, runs: list[Record]) -> None:
                 row += [str(difference), f"{difference.p:.3f}"]
         page.table(head, rows)
     page.text(
-        "Bold is the best of a row. In brackets: 95 % intervals of a bootstrap over rows, paired for differences. p: how often swapping the two answers of "
-        "rows at random gives a difference as large (1,000 draws, two-sided); with many metrics in a table, a small p comes up "
-        "by chance too.",
+        "Bold is the best of a row. In brackets: 95 % intervals of a bootstrap over rows, paired for differences. p: how often "
+        "swapping the two answers of rows at random gives a difference as large (1,000 draws, two-sided); with many metrics in "
+        "a table, a small p comes up by chance too.",
         "dim",
     )
     with page.fold("What the metrics count"):

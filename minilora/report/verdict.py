@@ -52,7 +52,10 @@ def broken_at(run: Record) -> int | None:
 
 
 def reading(run: Record) -> list[str]:
-    """What the curves show: whether the loss fell, still falls or diverged, and whether validation turned; of a run that goes on, only spikes."""
+    """What the curves show: whether the loss fell, still falls or diverged, and whether validation turned.
+
+    Of a run that is going on, only spikes are reported.
+    """
     losses, spikes = [y for _, y in run.loss], _spikes(run)
     if run.going_on:
         return spikes

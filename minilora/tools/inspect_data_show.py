@@ -1,6 +1,7 @@
-"""An inspection of rows on a terminal and as a page: the colour shows the role; trained text is underlined, masked text is dim.
+"""An inspection of rows on a terminal and as a page.
 
-Without colours, in a pipe, each line begins with "trained" or "masked".
+The colour shows the role; trained text is underlined, masked text is dim. Without colours, in a pipe, each line begins with
+"trained" or "masked".
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +47,8 @@ def check_words(result: Inspection) -> str:
     words = f"{check.same:,} of {check.chats:,} compared rows have the ids of the folder's own chat template"
     if check.first is not None:
         d = check.first
-        words += f"; first difference: {result.checked[d.chat]}, token {d.token}, after {quote(d.before)}: ours {quote(d.ours)} {d.our_ids}, its {quote(d.theirs)} {d.their_ids}"
+        words += f"; first difference: {result.checked[d.chat]}, token {d.token}, after {quote(d.before)}: "
+        words += f"ours {quote(d.ours)} {d.our_ids}, its {quote(d.theirs)} {d.their_ids}"
     return words + (f"; it refused a row: {quote(check.error, 200)}" if check.error else "")
 
 
