@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from minilora import add_lora, load_model
+from minilora.config import resolve
+from minilora.data import Example, make_batch
+from minilora.run.setup import optimizer_of
+from minilora.train import train_step
 
 ROOT = Path(__file__).parent.parent
 # what a folder may import of ours; the order is the order of the layers
@@ -169,3 +177,45 @@ def test_every_lazy_name_is_there():
     assert all(callable(getattr(minilora, name)) for name in minilora._HOMES)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = minilora.no_such_name
+
+
+# what one reads to follow a training step of Qwen: from the command line to the product with the low-rank part in it
+CORE = (
+    "minilora/__main__.py", "minilora/cli/train.py", "minilora/config.py", "minilora/train.py", "minilora/data.py", "models/stream.py",
+    "models/decoder.py", "models/config.py", "models/qwen.py", "models/layers.py", "minilora/lora.py", "kernels/projection.py",
+    "kernels/lora_linear.py",
+)  # fmt: skip
+
+
+def test_the_core_path_is_short():
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in CORE}
+    assert len(CORE) <= 13 and sum(lines.values()) <= 1800, lines
+
+
+def test_few_calls_from_a_training_step_to_the_matmul():
+    """Seven to the q, k and v of a block, none over eight; counted by the interpreter itself, torch's own calls left out."""
+    example = Example(np.arange(3, 40), np.arange(4, 41), "row", None)
+    config = resolve({})
+    model = load_model(ROOT / "minilora" / "demo" / "mini", torch.float32, "cpu")
+    add_lora(model, r=4)
+    optimizer, stacks = optimizer_of(model.train(), config), []
+
+    def look(frame, event, called):
+        if event == "c_call" and called is torch.nn.functional.linear:
+            stack = []
+            while frame.f_code is not train_step.__code__:
+                if frame.f_code.co_filename.startswith(str(ROOT)):
+                    stack.append(frame.f_code.co_qualname)
+                frame = frame.f_back
+            stacks.append((*reversed(stack), "F.linear"))
+
+    sys.setprofile(look)
+    try:
+        train_step(model, optimizer, [make_batch([example])], config, 0)
+    finally:
+        sys.setprofile(None)
+    to_qkv = {stack for stack in stacks if stack[-3:-1] == ("lora_linear_group", "_OnTorch.forward") and len(stack) < 8}
+    assert to_qkv == {
+        ("Decoder.loss", "Decoder.forward", "Block.forward", "Attention.forward", "lora_linear_group", "_OnTorch.forward", "F.linear")
+    }  # fmt: skip
+    assert max(map(len, stacks)) <= 8, max(stacks, key=len)
