@@ -1,4 +1,4 @@
-"""rich's console as all commands use it."""
+"""rich's console as every command uses it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,11 @@ from .terminal import printable
 
 
 class Console(RichConsole):
-    """A console on which no text, wherever it comes from, is a control code: only rich's own styles are."""
+    """A console that writes no control codes but those of rich's own styles, whatever a text holds."""
+
+    def say(self, text: str = "") -> None:
+        """Print lines as they are: no markup, no highlighting, and the terminal wraps them."""
+        self.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, **options)

@@ -1,8 +1,8 @@
-"""What a user can cause: one line what and where, one line what to do, and an exit code. Never a traceback."""
+"""Errors that a user can cause: what went wrong and where, what to do about it, and an exit code. Never a traceback."""
 
 
 class MiniloraError(Exception):
-    """Something a user typed, or a file holds, does not work. `what` says what and where, `hint` what to do."""
+    """Something that a user typed, or that a file holds, does not work. `what` says what and where, `hint` what to do."""
 
     code = 70
 
@@ -15,13 +15,13 @@ class MiniloraError(Exception):
 
 
 class UsageError(MiniloraError):
-    """A flag or a config key."""
+    """A flag or a setting is wrong."""
 
     code = 2
 
 
 class DataError(MiniloraError):
-    """A file of rows."""
+    """A file of rows cannot be used."""
 
     code = 3
 
@@ -35,7 +35,7 @@ class RowError(DataError):
 
 
 class ModelError(MiniloraError):
-    """A model, adapter or tokenizer file."""
+    """A model, adapter or tokenizer file cannot be used."""
 
     code = 4
 
@@ -53,7 +53,7 @@ class DiskError(MiniloraError):
 
 
 class OutOfMemory(MiniloraError):
-    """The machine's or the card's memory is not enough."""
+    """The machine or the GPU has too little memory."""
 
     code = 7
 
@@ -65,13 +65,13 @@ class OutputInUse(MiniloraError):
 
 
 class CheckpointMismatch(MiniloraError):
-    """The checkpoint belongs to another run than the one that shall go on."""
+    """The checkpoint does not belong to the run that resumes from it."""
 
     code = 9
 
 
 class Stopped(MiniloraError):
-    """A signal came; the state is saved."""
+    """A signal stopped the run; its state is saved."""
 
     code = 75
 

@@ -1,14 +1,14 @@
-"""What a user meant by a word: the name that it is a slip of, and the words of a switch."""
+"""What a user meant by a word: the name it misspells, or a switch turned on or off."""
 
 import difflib
 from collections.abc import Iterable
 
-HARMFUL = {"--overwrite", "--any-base", "--allow-partial"}  # meant by nearly the same word alone
+HARMFUL = {"--overwrite", "--any-base", "--allow-partial"}  # suggested only for nearly the same word
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The name that a word is a slip of; "" where it is another word, such as one that begins with another part."""
+    """The name that a word misspells; "" if it is a word of its own, such as one whose first part differs."""
     for name in difflib.get_close_matches(word, list(names), n=3, cutoff=0.7):
         first, other = (text.replace("_", "-").lstrip("-").split("-")[0] for text in (word, name))
         if (first.startswith(other) or alike(first, other) >= 0.7) and (
@@ -19,5 +19,5 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 
 def alike(a: str, b: str) -> float:
-    """From 0 for two words without a common letter to 1 for the same word."""
+    """How similar two words are: 0 with no letter in common, 1 for the same word."""
     return difflib.SequenceMatcher(None, a, b).ratio()

@@ -1,15 +1,15 @@
-"""Lines for a terminal: no text of a model, a row or a file name can steer it."""
+"""Lines for a terminal: text of a model, a row or a file name reaches it without control codes."""
 
 import json
 import sys
 import unicodedata
 
-STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, direction, half characters, other line ends
-JOINER = "\u200d"  # makes one picture of several
+STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone surrogates, other line ends
+JOINER = "\u200d"  # joins several emoji into one
 
 
 def printable(text: str) -> str:
-    r"""A text with \u001b in place of what would steer a terminal; line ends and tabs stay, and JSON keeps its meaning."""
+    r"""The text with control codes escaped, as in \u001b; line ends and tabs stay, and JSON keeps its meaning."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -18,5 +18,5 @@ def printable(text: str) -> str:
 
 
 def say(line: str, quiet: bool = False) -> None:
-    """Print a line at once; on standard error where standard output is for a program."""
+    """Print a line at once; quiet: on standard error, where standard output is for another program."""
     print(printable(line), file=sys.stderr if quiet else sys.stdout, flush=True)

@@ -28,7 +28,7 @@ from .lora import set_dropout_keys, trained_parameters
 from .machine.flops import peak_flops, step_flops
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
-from .run.ending import finish, memory_hint, page_of_the_end, state_saved
+from .run.ending import final_report, finish, memory_hint, state_saved
 from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning
 from .run.monitor import Monitor, RunConsole, step_metrics, working
 from .run.schedule import learning_rate, make_plan
@@ -48,7 +48,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     folder = Path(config.output)
     if not resume:
         check_unlocked(folder, overwrite)
-    with page_of_the_end(folder), memory_hint(), locked(folder), kernels(config):
+    with final_report(folder), memory_hint(), locked(folder), kernels(config):
         check_output(folder, resume, overwrite)
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)

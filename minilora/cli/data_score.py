@@ -43,30 +43,25 @@ def run(
     from ..tools.score_data import kept, score_lines, score_rows, write_kept
     from ..tools.score_data_show import shown_progress, to_html, to_text
 
-    console = Console()
-
-    def tell(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    folder = ModelFolder(model)
+    console, folder = Console(), ModelFolder(model)
     tokenizer = load_tokenizer(folder, adapter)
     for name, note in folder_notes(folder, tokenizer, adapter).items():
         say(f"{name:<12}{note}")
     store = TokenCache(Path(cache), Path(model)) if cache else None
     examples, report = load_examples(data, tokenizer, settings, seed=seed, cache=store)
-    tell(f"data        {report}")
+    console.say(f"data        {report}")
     decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute     {how}"), **opening)
     found = list(shown_progress(score_rows(decoder, examples, settings.max_length), len(examples), console))
     if scores:
         write_file(Path(scores), "".join(score_lines(found, examples)))
     marks = {k: v for k, v in (("keep_below", keep_below), ("keep_above", keep_above)) if v is not None}
-    tell(to_text(found, examples, marks, worst))
+    console.say(to_text(found, examples, marks, worst))
     if output:
         keep = kept(np.array([s.perplexity for s in found]), keep_below, keep_above)
         write_kept(Path(output), found, keep, examples)
-        tell(f"kept        {keep.sum():,} of {len(keep):,} rows: {output}")
+        console.say(f"kept        {keep.sum():,} of {len(keep):,} rows: {output}")
     if scores:
-        tell(f"scores      {scores}")
+        console.say(f"scores      {scores}")
     if html:
         write_file(Path(html), to_html(data, model, found, examples, marks, max(worst, 20)))
-        tell(f"page        {html}")
+        console.say(f"page        {html}")

@@ -47,9 +47,7 @@ def demo(output: str, name: str, author: str) -> None:
         SETTINGS, {"model": MODEL, "data": ROWS, "output": run, "define": {"name": name, "author": author}}
     )
 
-    def say(text: str = "") -> None:
-        console.say(text)
-
+    say = console.say
     _ask(say)
     say(f"\nIt shall be called {name}, made by {author}. What is made of it goes into {run.absolute()}")
     checkout = next((p for p in run.absolute().parents if (p / ".git").exists()), None)

@@ -1,4 +1,4 @@
-"""How a run ends: its last lines, a page that says where it stopped, and what would need less memory."""
+"""How a run ends: its last lines, its report, and a hint if it ran out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from ..console import Console
 from ..errors import Diverged, OutOfMemory, Stopped
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
-from .folder import Run, save, take_kept
+from .folder import Run, load_kept_step, save
 from .monitor import Monitor, shell
 from .signals import StopSignal
 
 
 @contextmanager
-def page_of_the_end(folder: Path) -> Iterator[None]:
-    """Write a page anew that says that the run goes on, when the run has ended early and left its folder."""
+def final_report(folder: Path) -> Iterator[None]:
+    """Write the report again if the run ends early: the page on disk says that it still goes on."""
     try:
         yield
     except (Stopped, Diverged, OutOfMemory):
@@ -30,12 +30,12 @@ def page_of_the_end(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def memory_hint() -> Iterator[None]:
-    """Say what would need less memory when there is not enough."""
+    """Say what would need less memory if there is not enough."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        told = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not told and "can't allocate memory" not in str(error):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0][:200] or "the system gives no more"
         hint = "Try --checkpointing, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r."
@@ -44,7 +44,7 @@ def memory_hint() -> Iterator[None]:
 
 @contextmanager
 def state_saved(run: Run, monitor: Monitor, stop: StopSignal) -> Iterator[None]:
-    """Leave the state saved whichever way the loop ends: stopped, failed, or diverged, before which a snapshot was good."""
+    """Save the state if the loop is stopped or fails. A run that diverged keeps its last snapshot."""
     at = run.progress
     try:
         yield
@@ -54,7 +54,7 @@ def state_saved(run: Run, monitor: Monitor, stop: StopSignal) -> Iterator[None]:
         what = f"stopped by {stop.name} at step {at.step} of {run.plan.steps}; the state is saved in {run.checkpoints}"
         raise Stopped(what, f"Go on with: {shell('train', '--output', run.folder, '--resume')}") from None
     except (MemoryError, RuntimeError):
-        # whatever failed in a forward or backward pass, the parameters are those of the last step
+        # a forward or backward pass failed: the parameters are still those of the last step
         run.optimizer.zero_grad(set_to_none=True)
         if at.step and at.saved != at.step:
             save(run)
@@ -66,8 +66,8 @@ def state_saved(run: Run, monitor: Monitor, stop: StopSignal) -> Iterator[None]:
 
 
 def finish(run: Run, console: Console) -> Path:
-    """Write what was trained, say how long it took, where things are, and which step they are of; returns its folder."""
-    result, kept = run.folder / ("model" if run.plan.full else "adapter"), take_kept(run)
+    """Write what was trained and the last lines: the time it took, the files, and the step they hold; returns its folder."""
+    result, kept = run.folder / ("model" if run.plan.full else "adapter"), load_kept_step(run)
     if run.plan.full:
         save_model(run.model, result, run.config.model)
     else:

@@ -1,9 +1,10 @@
-"""The folder of a run: whose it is, the state that is saved into it, and going on from there."""
+"""The folder of a run: check that it is free, save the state of the run into it, resume from it."""
 
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from ..rows.dataset import Data, trained_rows, write_split
 from .schedule import Plan, data_record
 from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
-# what a run writes; the config goes last when a run is deleted, since it marks the folder as a run's
+# what a run writes; config.yaml is deleted last, because it marks the folder as a run's
 OWN = (
     "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", "loss.png", "report.html", "metrics.jsonl",
     "config.yaml",
@@ -29,7 +30,7 @@ OWN = (
 
 @dataclass
 class Progress:
-    """Where a run stands: what a snapshot stores beside tensors."""
+    """How far a run is: what a snapshot stores beside the tensors."""
 
     step: int = 0
     seconds: float = 0.0
@@ -40,7 +41,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A training run: its folder, what it shall do, and how far it is."""
+    """A training run: its folder, its plan, what it trains, and how far it is."""
 
     folder: Path
     config: TrainConfig
@@ -72,7 +73,7 @@ def check_unlocked(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete an old run and nothing else; to be called when everything that the new one needs has been read."""
+    """Delete an old run and nothing else. Call it once everything that the new run needs has been read."""
     for name in OWN:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -82,9 +83,9 @@ def clear(folder: Path) -> None:
 
 
 def check_disk(folder: Path, model: Decoder, keep: int) -> None:
-    """DiskError now, not at a later save: 12 bytes a trained parameter for each snapshot that is still to come.
+    """DiskError now rather than at a later save: each snapshot still to come takes 12 bytes a trained parameter.
 
-    There will be `keep` of them, the best, and the one being written; a resumed run has some already.
+    There are `keep` of them, the best, and the one being written; a resumed run has some already.
     """
     to_come = max(keep + 2 - len(snapshots(folder / "checkpoints")), 1)
     need = 12 * to_come * sum(p.numel() for p in trained_parameters(model).values()) + (1 << 20)
@@ -95,7 +96,7 @@ def check_disk(folder: Path, model: Decoder, keep: int) -> None:
 
 
 def write_beginning(run: Run, data: Data) -> None:
-    """Write what a run knows before its first step: its settings, what became of its rows, and which rows it trains on."""
+    """Write what a run knows before its first step: its settings, a record of its rows, and which rows it trains on."""
     write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan)) + "\n")
     write_file(run.folder / TRAINED_ROWS, trained_rows(run.plan.train).astype("<u8").tobytes())
@@ -103,16 +104,15 @@ def write_beginning(run: Run, data: Data) -> None:
 
 
 def save(run: Run) -> None:
-    """Write the snapshot of the step that the run has reached, then let older ones go."""
+    """Write a snapshot of the current step, then delete older ones."""
     at = run.progress
-    state = {
+    state: dict[str, Any] = {
         "step": at.step,
         "seconds": at.seconds,
         "best_loss": at.best_loss,
         "best_step": at.best_step,
-        "identity": _identity(run),
-        "machine": _machine(run),
     }
+    state |= {"identity": _identity(run), "machine": _machine(run)}
     folder = run.checkpoints / f"step-{at.step}"
     save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
     at.saved = at.step
@@ -120,10 +120,10 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run, console: Console) -> None:
-    """Copy the newest whole snapshot into the run's model and optimizer; CheckpointMismatch if it is of other settings."""
+    """Load the newest undamaged snapshot into the model and the optimizer; CheckpointMismatch if its settings differ."""
     folder, skipped = newest_snapshot(run.checkpoints)
     for line in skipped:
-        console.print(line, markup=False)
+        console.say(line)
     if folder is None:
         raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
     state = read_state(folder)
@@ -141,11 +141,11 @@ def restore(run: Run, console: Console) -> None:
     run.progress = Progress(step, state["seconds"], state["best_loss"], state["best_step"], saved=step)
 
 
-def take_kept(run: Run) -> str:
-    """Put the weights of the step that a finished run keeps into its model; returns which step it is, and why.
+def load_kept_step(run: Run) -> str:
+    """Load the weights of the step that a finished run keeps into its model; returns which step it is, and why.
 
-    Where no step has a lower validation loss than the base model, that is the last one, as the run meant it to be: the best
-    of the worse ones is as a rule the one that has learnt least.
+    If no step has a lower validation loss than the base model, it is the last: the best of the others has usually just learnt
+    the least.
     """
     at = run.progress
     last = f"step {at.step} of {run.plan.steps}, the last"
@@ -167,22 +167,19 @@ def take_kept(run: Run) -> str:
 
 
 def _identity(run: Run) -> dict:
-    """What decides every loss of a run: its settings, its rows, its base model."""
+    """Everything that decides the losses of a run: its settings, its rows, its base model."""
     plan = run.plan
     return {**must_match(run.config), "data": plan.data_hash, "base": plan.base, "steps": plan.steps}
 
 
 def _machine(run: Run) -> dict[str, str | int]:
-    """What the last bits of a float depend on beside the run's identity."""
+    """What else the last bits of a loss depend on."""
     device = run.model.head.device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    cpu = torch.backends.cpu.get_cpu_capability()
-    threads, micro = torch.get_num_threads(), run.plan.micro_tokens
     return {
         "torch": torch.__version__,
         "compute": name_of(run.model.compute_dtype),
-        "threads": threads,
-        "cpu": cpu,
-        "card": gpu,
-        "micro_tokens": micro,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "micro_tokens": run.plan.micro_tokens,
     }

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: lines that stay, below them a live one on a terminal, and metrics.jsonl."""
+"""What a run prints and logs: lines that stay, a live line below them on a terminal, and metrics.jsonl."""
 
 import json
 import os
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from ..data import Batch
     from .folder import Run
 
-LINES = 20  # that stay of the steps of a run, about
-PLAIN_EVERY = 30.0  # seconds after which there is another one where there is no terminal
-PATIENCE = 2.0  # seconds after which a step that goes on is shown as such
-RECENT = 20  # steps whose durations make the estimate of what is left
+LINES = 20  # about how many steps of a run print a line that stays
+PLAIN_EVERY = 30.0  # without a terminal: seconds until another line is due
+PATIENCE = 2.0  # seconds until a step that still runs is shown
+RECENT = 20  # steps whose mean duration gives the remaining time
 
 
 class RunConsole(Console):
-    """A console whose reader may go away: the run goes on without it."""
+    """A console for a run that goes on when its reader has gone away."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -41,17 +41,17 @@ class RunConsole(Console):
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
-    """Show what is being done while it is done: a line that moves on a terminal, one that stays elsewhere."""
+    """Show what is being done: an animated line on a terminal, a plain line elsewhere."""
     if console.is_terminal:
         with console.status(f" {what}"):
             yield
     else:
-        console.print(f"({what})", markup=False)
+        console.say(f"({what})")
         yield
 
 
 class Monitor:
-    """Follows a run of `total` steps from `start`; metrics of steps beyond `start` in an older file are dropped."""
+    """Follows a run of `total` steps from `start`; drops the metrics that an older file has of steps beyond `start`."""
 
     def __init__(self, path: Path, total: int, start: int, console: Console):
         self.total, self.start, self.console = total, start, console
@@ -90,14 +90,14 @@ class Monitor:
         self.average += (loss - self.average) * 0.1 / self._weight
 
     def begin(self, step: int, tokens: int) -> None:
-        """An optimizer step of so many tokens begins."""
+        """An optimizer step of `tokens` tokens begins."""
         self._since, self._step = time.monotonic(), (step, tokens)
         self.reached(0)
         if step == self.start + 1 and not self._live:
             self.say(f" step {step}: {tokens:,} tokens")
 
     def reached(self, tokens: int) -> None:
-        """So many tokens of the step have gone through forward and backward."""
+        """`tokens` tokens of the step have gone through forward and backward."""
         step, of = self._step
         self._doing = f"step {step}: {tokens:,} of {of:,} tokens"
         if tokens < of and not self._live and time.monotonic() - self._printed > PLAIN_EVERY:
@@ -105,7 +105,7 @@ class Monitor:
             self.say(f" {self._doing}")
 
     def _now(self) -> Text:
-        """What the terminal shows: the last step, and how far the next one is if it takes long."""
+        """What the terminal shows: the last step, and if the next one takes long, how far that is."""
         waited = time.monotonic() - self._since
         last = self._line(self._last, self.console.width, bar=True) if self._last else None
         if waited < PATIENCE and last:
@@ -134,11 +134,11 @@ class Monitor:
         self._doing = "validation rows"
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.say(text)
 
     def _line(self, m: dict[str, Any], width: int | None, bar: bool = False) -> Text:
-        """What a step gave, in at most `width` columns: a narrow terminal takes parts away, that of the highest number first."""
+        """The numbers of a step in at most `width` columns; the part with the highest number is left out first."""
         left = sum(self._durations) / len(self._durations) * (self.total - m["step"])
         filled = 10 * m["step"] // self.total
         parts = [
@@ -161,7 +161,7 @@ class Monitor:
 def step_metrics(
     run: "Run", batches: "list[Batch]", loss: float, grad_norm: float, seconds: float, mfu: float
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step just taken."""
+    """The object of metrics.jsonl for the step just taken."""
     tokens = sum(len(b.ids) for b in batches)
     return {
         "step": run.progress.step,
@@ -179,19 +179,19 @@ def step_metrics(
 
 
 def clock(seconds: float) -> str:
-    """Seconds as minutes and hours."""
+    """Seconds as [hours:]minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def shell(*words: object) -> str:
-    """A minilora command as it can be typed."""
+    """A minilora command as a user can type it."""
     return shlex.join(["minilora", *map(str, words)])
 
 
 def peak_memory_gb(device: "torch.device") -> float:
-    """The most memory so far in GB (10^9 bytes): of the card, or of the process where there is none."""
+    """Peak memory in GB (10^9 bytes): of the GPU, or without one of the process."""
     if device.type == "cuda":
         import torch
 

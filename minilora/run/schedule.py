@@ -1,8 +1,8 @@
-"""What a training run will do, worked out before it does it: data, steps, and the header that says so."""
+"""The plan of a training run, made before its first step: rows, steps, learning rate, and the header that says so."""
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers that a run follows."""
+    """The rows of a run and the numbers it follows."""
 
     train: Examples
     val: Examples
@@ -46,7 +46,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, computing: str) -> Plan:
-    """Steps and streams of a run, and its header; `computing` is what stands there on dtype and threads.
+    """Steps and streams of a run, and its header, which has `computing` as the line on dtype and threads.
 
     ModelError if the tokenizer has more ids than the model.
     """
@@ -73,12 +73,11 @@ def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decod
         },
         header="",
     )
-    header = _header(config, folder, data, model, plan, epochs, computing)
-    return Plan(**{**plan.__dict__, "header": header})
+    return replace(plan, header=_header(config, folder, data, model, plan, epochs, computing))
 
 
 def data_record(data: Data, plan: Plan) -> dict[str, Any]:
-    """What became of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes; and what computed."""
+    """A record of a run's rows, for data.json: counts, what was dropped or cut and why, lengths as {tokens: rows}, hashes; and of the machine."""
     length, trained = plan.train.column("length"), plan.train.column("trained")
     return {
         "rows": data.report.rows,
@@ -103,7 +102,7 @@ def _counted(lengths: np.ndarray) -> dict[str, int]:
 
 
 def count_steps(config: TrainConfig, rows: int) -> tuple[int, int, float]:
-    """(optimizer steps of a run, steps of an epoch, epochs) for so many rows."""
+    """(optimizer steps of a run, steps of an epoch, epochs) for this many rows."""
     per_epoch = steps_per_epoch(rows, config.batch_size * config.accumulation)
     epochs = config.epochs
     if epochs is None:

@@ -1,4 +1,4 @@
-"""The model and the optimizer of a run: loaded, adapted, in the dtypes that it keeps and computes in."""
+"""The model and the optimizer of a run: loaded, with adapters, in the dtypes that it stores and computes in."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,7 +19,7 @@ from ..machine.cpu import usable_cpus
 
 
 def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig]:
-    """The model as the run trains it, and the config with the dtype and the threads that it computes with."""
+    """The model ready to train, and the config with the compute dtype and the threads that were chosen."""
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device)
     model = prepare(load_model(folder, stored, device, name_of(compute)), config)
@@ -30,7 +30,7 @@ def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig
 
 
 def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """What a run keeps the base's weights in, and what it computes in."""
+    """The dtype that a run stores the base weights in, and the one that it computes in."""
     if config.method == "full":
         if config.compute == "bfloat16":
             raise UsageError("--method full computes in float32", "Leave --compute out.")
@@ -43,7 +43,7 @@ def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.
 
 
 def prepare(model: Decoder, config: TrainConfig) -> Decoder:
-    """Make a loaded model what the run trains: adapters in place, or every weight freed."""
+    """Make a loaded model trainable: add adapters, or with method full unfreeze every weight."""
     if config.method == "full":
         model.requires_grad_(True)
     else:
@@ -54,12 +54,12 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
 
 
 def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on what is trained."""
+    """AdamW on the trained parameters."""
     parameters = list(trained_parameters(model).values())
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
 def kernels(config: TrainConfig) -> AbstractContextManager[None]:
-    """The kernels that the config asks for, while the run lasts."""
+    """A context with the kernels that the config asks for."""
     return kernels_enabled(False) if config.kernels == "off" else nullcontext()

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal as a request: the run ends at its next safe place. A second signal ends it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal ask a run to stop at its next safe point. A second signal ends it at once."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 
 
 class StopSignal:
-    """A context in which the first signal sets `requested`; in a thread other than the main one signals are left alone."""
+    """A context in which the first signal sets `requested`. Only the main thread can handle signals: in others it does nothing."""
 
     def __init__(self) -> None:
         self.requested = False

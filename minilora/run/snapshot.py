@@ -1,7 +1,7 @@
-"""The state of a training run on disk: what is trained, the optimizer's moments by parameter name, and where the run stands.
+"""The state of a training run on disk: the trained weights, the optimizer's moments by parameter name, and how far the run is.
 
-Order and dropout are functions of (seed, step), so there is no other state. A snapshot is a folder that appears whole, with a
-manifest of hashes: `checkpoints/step-N`. The trained part is a PEFT adapter folder, or with method full a Hugging Face folder.
+Order and dropout are functions of (seed, step), so there is no other state. A snapshot is the folder `checkpoints/step-N`,
+which appears whole and has a manifest of hashes. It is also a PEFT adapter folder, or with method full a Hugging Face folder.
 """
 
 import json
@@ -29,7 +29,7 @@ MODEL = "model.safetensors"
 def save_snapshot(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], base: Path, full: bool
 ) -> None:
-    """Write `folder`; state is JSON. An older folder of that name is replaced."""
+    """Write `folder`, replacing an older one of that name; `state` must be JSON."""
     with atomic_folder(folder, manifest=True) as stage:
         fill_trained_folder(stage, model, base, full)
         moments = {}
@@ -41,7 +41,7 @@ def save_snapshot(
 
 
 def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) -> None:
-    """What was trained, into an empty folder: an adapter, or with `full` a checkpoint in fp32."""
+    """Write what was trained into an empty folder: an adapter, or with `full` a checkpoint in fp32."""
     if not full:
         fill_adapter_folder(model, folder, str(base))
         return
@@ -51,7 +51,7 @@ def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) 
 
 
 def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> None:
-    """Copy a snapshot's tensors back, bit for bit; CheckpointMismatch if they are not those of this model."""
+    """Copy the tensors of a snapshot back, bit for bit; CheckpointMismatch if this model has other tensors."""
     parameters = trained_parameters(model)
     trained = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS))
     moments = SafetensorsFile(folder / OPTIMIZER)
@@ -87,12 +87,12 @@ def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state of a snapshot that was verified."""
+    """The JSON state of a verified snapshot."""
     return parse_json((folder / STATE).read_bytes())
 
 
 def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest snapshot whose every byte is as written, and what was wrong with newer ones."""
+    """The newest snapshot that passes its manifest, and what is wrong with each newer one."""
     skipped = []
     for folder in sorted(snapshots(checkpoints), key=step_of, reverse=True):
         problem = verify_manifest(folder)
@@ -111,9 +111,9 @@ def step_of(folder: Path) -> int:
 
 
 def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
-    """Point `last` at the snapshot of `step` and `best` at its own, then delete all but the newest `keep` and the best.
+    """Point the links `last` and `best` at the snapshots of these steps, then delete all but the best and the newest `keep`.
 
-    Snapshots of later steps are damaged ones that a resumed run has skipped: they do not count.
+    Snapshots of later steps are damaged (a resumed run has skipped them): they do not count.
     """
     ordered = sorted((p for p in snapshots(checkpoints) if step_of(p) <= step), key=step_of)
     write_link(checkpoints / "last", ordered[-1].name)
