@@ -53,6 +53,13 @@ class DataConfig:
         limits = {name: getattr(self, name) for name in sizes}
         return next((f"{k} {limits[k]}" for k, n in sizes.items() if limits[k] is not None and n > limits[k]), None)
 
+    def reading_flags(self) -> list[str]:
+        """The flags with which eval and predict read rows as this run did."""
+        words = [word for name, text in self.define.items() for word in ("--define", f"{name}={text}")]
+        columns = ",".join(f"{ours}={theirs}" for ours, theirs in self.columns.items())
+        given = {"--columns": columns, "--encoding": self.encoding, "--ignore-keys": self.ignore_keys}
+        return words + [word for flag, text in given.items() if text for word in (flag, text)]
+
     def data_settings(self) -> dict[str, Any]:
         """All that decides the tokens of a row."""
         return {f.name: getattr(self, f.name) for f in fields(DataConfig)}

@@ -1,4 +1,4 @@
-"""argparse as every command has it: a complaint is a UsageError that says what is allowed, a switch is --name or --no-name."""
+"""argparse for every command: an error is a UsageError that says what is allowed, a switch is --name or --no-name."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ from ..errors import UsageError
 from ..spelling import SWITCH, nearest
 from ..terminal import say
 
-LISTS = {"data", "val", "lora_targets", "ignore_keys", "columns", "model", "adapter"}  # nobody means one of two
-# what LLaMA-Factory calls them
+LISTS = {"data", "val", "lora_targets", "ignore_keys", "columns", "model", "adapter"}  # given twice, one would be lost
+# names that LLaMA-Factory uses
 FOREIGN = {"--model-name-or-path": "--model", "--adapter-name-or-path": "--adapter"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser for the word minilora, a command, or what stands after a command."""
+    """An ArgumentParser for minilora itself, a command, or a subcommand."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, f"See {self.prog} --help.")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse, but that nothing may be left over; True, False, on, off, ... may stand after a switch."""
+        """As argparse, but no word may be left over, and a switch may be followed by True, False, on, off, ..."""
         words, known = self._plain_switches(args or []), self._option_string_actions
         self._refuse_twice(words)
         if self._subparsers is None:
-            # before argparse says that something is missing which stands there under another name
+            # checked first: argparse would say that a flag is missing which is given under a wrong name
             flags = [w for w in words[: words.index("--") if "--" in words else None] if w[:2] == "--" and " " not in w]
             unknown = next((w for w in flags if w.partition("=")[0] not in known), None)
             if unknown is not None:
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def _plain_switches(self, args: Sequence[str]) -> list[str]:
-        """Words with `--name on` as --name and `--name=off` as --no-name."""
+        """The words with `--name on` replaced by --name and `--name=off` by --no-name."""
         words: list[str] = []
         for word in args:
             name, mark, value = word.partition("=")
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def _refuse_twice(self, words: Sequence[str]) -> None:
-        """UsageError for a list that is given in two words, of which one would be lost; a note for any other setting."""
+        """UsageError for a list that is given twice; for any other setting a note that the last one counts."""
         given: dict[str, str] = {}
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, word: str) -> UsageError:
         word = word.partition("=")[0]
         flag, known = word.replace("_", "-"), self._option_string_actions
-        if "--lora-r" in known:  # a command that takes the settings of a run
+        if "--lora-r" in known:  # a command with the settings of a run
             from ..config import refusal
 
             refused = refusal(word)
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         near = near if near in known else nearest(flag, [name for name in known if "_" not in name])
         if not near:
             return UsageError(f"unknown argument {word!r}", f"See {self.prog} --help.")
-        # the name that is shown of a thing with several
+        # of several names of a setting, the one in the help
         shown = (a for a in known.values() if a.dest == known[near].dest and a.help != argparse.SUPPRESS)
         own = next((a.option_strings[0] for a in shown), near)
         also = "" if own == near or own in known[near].option_strings else f" ({own} here)"

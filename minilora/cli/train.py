@@ -51,7 +51,7 @@ def run(
 
 
 def settings_of_file(recipe: str | None, config: str | None) -> dict[str, Any]:
-    """The settings of a yaml file, given by itself or with -c; those that have no meaning here are told and left out."""
+    """The settings of a yaml file, given by itself or with -c; prints and leaves out those that have no meaning here."""
     from pathlib import Path
 
     from ..config import read_yaml, without_not_needed
@@ -62,14 +62,15 @@ def settings_of_file(recipe: str | None, config: str | None) -> dict[str, Any]:
         hint = "What stands alone is a yaml file of settings, or on or off after a switch."
         raise UsageError(f"unknown argument {recipe!r}", hint)
     path = recipe or config
-    settings, told = without_not_needed(read_yaml(Path(path)) if path else {})
-    if told:
-        say(told)
+    settings, note = without_not_needed(read_yaml(Path(path)) if path else {})
+    if note:
+        say(note)
     return settings
 
 
 def next_commands(config: "TrainConfig") -> list[str]:
     """What can be done with a finished run, as commands to type."""
+    from dataclasses import replace
     from pathlib import Path
 
     from ..run.monitor import shell
@@ -80,13 +81,8 @@ def next_commands(config: "TrainConfig") -> list[str]:
     both = ("--model", config.model, "--adapter", run / "adapter")
     split_off = run / "data" / "val.jsonl"
     rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
-    reading = [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
-    if config.columns:
-        reading += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in config.columns.items())]
-    if config.encoding and rows != split_off:  # what was split off is UTF-8
-        reading += ["--encoding", config.encoding]
-    if config.ignore_keys:
-        reading += ["--ignore-keys", config.ignore_keys]
+    # a file that was split off is UTF-8
+    reading = (replace(config, encoding="") if rows == split_off else config).reading_flags()
     reading += [] if config.train_end else ["--no-train-end"]
     return [
         shell("chat", *both),

@@ -1,7 +1,7 @@
-"""What a model folder is and what minilora makes of it: family, sizes, linears, chat format, and what was left unread.
+"""What a model folder is and how minilora reads it: family, sizes, linears, chat format, and what it does not read.
 
-Everything comes from config.json, the tokenizer's files and the headers of the safetensors files; no tensor is read. A
-folder with a config.json alone is told as far as it goes. What would stop a training is collected as a problem.
+Everything comes from config.json, the tokenizer's files and the headers of the safetensors files; no tensor is read. A folder
+may have a config.json alone. What would stop a training is collected as a problem.
 """
 
 from collections import Counter
@@ -80,7 +80,7 @@ def _sizes(model: Decoder) -> dict[str, Any]:
 
 
 def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
-    """The linears that an adapter would get, those of all layers under one name: name, [out, in], bias, how many."""
+    """The linears that would get adapters, those of all layers under one name: name, [out, in], bias, how many."""
     all_of_them = linears(model)
     groups = Counter()
     for path in matching(model, targets):
@@ -93,7 +93,7 @@ def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
 
 
 def _kernels(model: Decoder, targets: str) -> list[str]:
-    """The path of each operation on this machine, with adapters on the targets."""
+    """Which kernels each operation uses on this machine, with adapters on the targets."""
     adapted = empty_model(model.config)
     add_lora(adapted, targets)
     return kernel_paths(adapted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

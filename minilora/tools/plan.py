@@ -1,7 +1,7 @@
-"""`minilora plan`: parameters, tokens, steps and memory of a training, worked out from config.json, and the data if given.
+"""`minilora plan`: the parameters, tokens, steps and memory of a training, from config.json and from the data if given.
 
-Nothing is loaded but the tokenizer and the rows. Memory is that of the largest stream of the run, by a dry run (dry_run.py).
-Without data every row is taken to be as long as the limits allow.
+Only the tokenizer and the rows are loaded. The memory is that of the run's largest stream, by a dry run (dry_run.py). Without
+data every row is assumed to be as long as the limits allow.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from .dry_run import StepMemory, step_memory
 
 
 def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
-    """What a training would need, as plain values for JSON: on a card with so many 10^9 bytes, or on this machine."""
+    """What a training would need, as plain values for JSON: on a GPU with card_gb * 10^9 bytes, or on this machine."""
     if not config.model:
         raise UsageError("--model is missing", "minilora plan --model DIR [--data FILE] [settings of train]")
     folder = ModelFolder(config.model)
@@ -87,7 +87,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
 
 
 def _assumed_row(config: TrainConfig, prefix: bool) -> Example:
-    """A row as long as the limits allow; where only max_length is given, all of it trained."""
+    """A row as long as the limits allow; if only max_length is given, all of it is trained."""
     source, target = config.max_source_length, config.max_target_length
     length = min(config.max_length, source + target) if source and target else config.max_length
     target = min(target or length - 1, length - 1)
@@ -104,7 +104,7 @@ def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> li
 
 
 def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
-    """About how long a stream may be in so much memory, if all that a step makes grows with its tokens."""
+    """About how many tokens a stream can have in `gb` GB, if all that a step allocates grows with them."""
     made = memory.activations + memory.temporaries
     return max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
 

@@ -1,4 +1,4 @@
-"""Files of rows divided into train, val and test, on disk, with hashes that show later which row went where."""
+"""Split files of rows into train, val and test files, with hashes that show later which row went where."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from ..rows.split import count_of, split
 def split_files(
     data: str, wanted: dict[str, str], output: Path, settings: DataConfig, drop_duplicates: bool, seed: int
 ) -> list[str]:
-    """Write output/train.jsonl and a file for each side wanted, rows as they are; returns the lines that tell of it.
+    """Write output/train.jsonl and a file for each side wanted, rows unchanged; returns the lines that report it.
 
-    A rate above 1 repeats nothing here. split.json has the seed, the hash of each source and of each row.
+    A rate above 1 repeats no row. split.json has the seed and the hashes of each source and of each row.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
@@ -85,7 +85,7 @@ def _read(
 
 
 def _near(sides: dict[str, np.ndarray], rows: list[Row]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the other sides that are nearly a training row, and the lines that tell of them."""
+    """Rows of the other sides that are nearly a training row, and the lines that report them."""
     near, found, told = NearDuplicates(), [], []
     for i in sides["train"].tolist():
         near.add(_text(rows[i]), rows[i].where)

@@ -1,13 +1,13 @@
-"""`minilora sweep`: one variable, several runs, one page. The file:
+"""`minilora sweep`: several runs that differ in a setting, and one page that compares them. The file:
 
     base: {model: DIR, data: rows.json, lr: 2e-4}      # settings of minilora train
     zip: {max_source_length: [512, 1024], max_target_length: [128, 256]}      # values in step: two runs
     product: {lora_r: [8, 16]}                         # every combination: times two
     test: {rows: 100, max_tokens: 256}                 # rows set aside before any limit, or data: FILE; before: true asks the base model
-    smoke: {base: {max_steps: 4}, ...}                 # what --smoke puts in place of the above
+    smoke: {base: {max_steps: 4}, ...}                 # with --smoke these take the place of the above
 
-Runs go one after the other, each in a process of its own, so that its peak memory is its own. What is done is not done again,
-what was stopped goes on. A path `minilora:demo/mini` lies in the package.
+Runs go one after the other, each in its own process, so that peak memory is measured for each. A finished run is not run again,
+a stopped one is resumed. `minilora:demo/mini` is a path inside the package.
 """
 
 import json
@@ -40,7 +40,7 @@ PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
 SECTIONS = ("base", "zip", "product", "test", "smoke")
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
-GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result, too
+GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result as well
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says."""
+    """The runs and the test of a sweep file."""
 
     points: list[Point]
     test: dict[str, Any]
@@ -111,7 +111,7 @@ def _lists(spec: dict[str, Any], name: str, path: Path) -> dict[str, list[Any]]:
 
 
 def _placed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the paths that lie in the package."""
+    """Settings with paths inside the package resolved."""
     inside = {
         k: str(PACKAGE / v.removeprefix("minilora:")) for k, v in settings.items() if str(v).startswith("minilora:")
     }
@@ -119,7 +119,7 @@ def _placed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def combinations(zipped: dict[str, list[Any]], crossed: dict[str, list[Any]], path: str) -> list[dict[str, Any]]:
-    """Every value of `zipped` in step, times every combination of `crossed`; one empty point if nothing varies."""
+    """The values of `zipped` in step, times every combination of `crossed`; one empty point if nothing varies."""
     lengths = {key: len(values) for key, values in zipped.items()}
     if len(set(lengths.values())) > 1:
         raise UsageError(f"{path}: zip has lists of {lengths}", "Lists that go in step are of one length.")
@@ -131,13 +131,13 @@ def combinations(zipped: dict[str, list[Any]], crossed: dict[str, list[Any]], pa
 
 
 def name_of(values: dict[str, Any]) -> str:
-    """A folder name that says the values; whatever they hold, it is one plain name."""
+    """A safe folder name made of the values."""
     text = ",".join(f"{key}={value}" for key, value in values.items()) or "run"
     return re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)[:100].strip(".") or "run"
 
 
 def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, console: Console | None = None) -> Path:
-    """Run a sweep, or what is left of it, into a folder; returns the page that compares its runs."""
+    """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs."""
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
     if len(plan.points) >= len(LETTERS):
@@ -185,7 +185,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
 
 
 def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point], dict[str, Any]]:
-    """The points, and the test set: rows set aside of the data file before any limit, the same for every run."""
+    """The points, and the test set: rows set aside from the data file before any limit, the same for every run."""
     if "rows" not in plan.test:
         return plan.points, plan.test
     sources = {p.config.data for p in plan.points}
@@ -217,15 +217,12 @@ def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point]
 
 
 def _train(point: Point) -> int:
-    """Train a point, or what is left of it; returns 0, or the exit code of a failure that does not end the sweep."""
+    """Train a point, or the rest of it; returns 0, or the exit code of a failure that does not end the sweep."""
     folder = Path(point.config.output)
     if (folder / "config.yaml").is_file():
         then = resolve(read_yaml(folder / "config.yaml"))
-        if must_match(then) != must_match(point.config) or (then.model, then.data, then.keep) != (
-            point.config.model,
-            point.config.data,
-            point.config.keep,
-        ):
+        same = all(getattr(then, name) == getattr(point.config, name) for name in ("model", "data", "keep"))
+        if not same or must_match(then) != must_match(point.config):
             raise OutputInUse(f"{folder} holds a run of other settings", "Give another --output, or delete that run.")
         if read_record(folder).finished and any((folder / name).is_dir() for name in ("adapter", "model")):
             return 0
@@ -245,33 +242,30 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
         words += ["--adapter", run / "adapter"]
     for key in ("max_tokens", "batch"):
         words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []
-    words += [word for key, text in config.define.items() for word in ("--define", f"{key}={text}")]
-    words += ["--columns", ",".join(f"{k}={v}" for k, v in config.columns.items())] if config.columns else []
-    words += ["--encoding", config.encoding] if config.encoding else []
-    words += ["--ignore-keys", config.ignore_keys] if config.ignore_keys else []
+    words += config.reading_flags()
     words += [] if config.device == "auto" else ["--device", config.device]
-    code = _child("predict", *words, "--json")  # the scores of all stand in one table at the end
+    code = _child("predict", *words, "--json")  # one table at the end has the scores of all runs
     if code:
         raise _failure(code, f"minilora predict into {output}")
 
 
 def _child(*words: object) -> int:
-    """Run minilora in a process of its own, and pass a stop request on to it, once; Stopped or an error ends the sweep."""
+    """Run minilora in its own process and pass a stop signal on to it, once; Stopped or an error ends the sweep."""
     paths = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "minilora", *map(str, words)]
     with StopSignal() as stop:
-        # a group of its own: Ctrl-C on the terminal would reach it beside ours, and two signals end a run at once
+        # its own process group: it must not get Ctrl-C from the terminal as well, because a second signal ends a run at once
         out = subprocess.DEVNULL if "--json" in words else None
         child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, process_group=0, stdout=out)
-        told = False
+        passed_on = False
         while True:
             try:
                 code = child.wait(0.3)
                 break
             except subprocess.TimeoutExpired:
-                if stop.requested and not told:
+                if stop.requested and not passed_on:
                     child.send_signal(signal.SIGTERM)
-                    told = True
+                    passed_on = True
     if stop.requested or code == Stopped.code:
         raise Stopped(
             f"stopped by {stop.name or 'a signal'}; what was done is kept", "The same command goes on from there."
