@@ -38,9 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         from torch import OutOfMemoryError
 
         if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
-            return fail(
-                7, f"out of memory: {str(error).splitlines()[0]}", "Close other programs, or use a smaller model."
-            )
+            what = f"out of memory: {str(error).splitlines()[0]}"
+            return fail(7, what, "Close other programs, or use a smaller model.")
         traceback.print_exc()
         return fail(70, "this is a bug of minilora", "Please report it with the lines above.")
 
@@ -58,14 +57,13 @@ def run(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows another
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-    broken = next((word for word in argv if not _is_text(word)), None)
+    broken = next((word for word in argv if any("\ud800" <= c <= "\udfff" for c in word)), None)  # lone surrogates
     if broken is not None:
         raise UsageError(f"{broken!a} is not UTF-8", "Type it in a terminal that writes UTF-8.")
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
-    parser = Parser(
-        prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen models.", allow_abbrev=False
-    )
+    about = "A from-scratch LoRA engine for GLM and Qwen models."
+    parser = Parser(prog="minilora", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     _add_commands(parser, argv)
     given = vars(parser.parse_args(argv))
@@ -77,7 +75,7 @@ def run(argv: list[str]) -> int:
 
 
 def _add_commands(parser: Parser, words: list[str], group: str = "") -> None:
-    """A choice of commands, or of those of a group; only the one that is asked for is imported and makes its arguments."""
+    """Add the commands, or those of a group. Only the command that is asked for is imported and gets its arguments."""
     choices = parser.add_subparsers(metavar="WHAT" if group else "COMMAND", required=True, parser_class=Parser)
     asked = next((word for word in words if not word.startswith("-")), "")
     for name, summary in (SUBCOMMANDS[group] if group else COMMANDS).items():
@@ -92,10 +90,6 @@ def _add_commands(parser: Parser, words: list[str], group: str = "") -> None:
                 sub.formatter_class = RawDescriptionHelpFormatter
             sub.set_defaults(command=module.run)
             add_arguments(sub, module.run)
-
-
-def _is_text(word: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in word)
 
 
 COMMANDS = {
@@ -113,7 +107,7 @@ COMMANDS = {
     "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
 }
-# commands of two words: each has a module of its own, such as cli/inspect_data.py
+# commands of two words: each has its own module, such as cli/inspect_data.py
 SUBCOMMANDS = {
     "inspect": {
         "data": "what the model sees of a file of rows: tokens, roles, what is trained, lengths, problems",

@@ -1,9 +1,10 @@
-"""A command is one function: its arguments are made here from its signature, and passed to it by name when they are parsed.
+"""A command is one function. Its signature gives the arguments of the command line, and each is passed to it by name.
 
     def run(folder: Annotated[str, Arg("folder of a model", "DIR")], *, json: Annotated[bool, Arg("print JSON")] = False)
 
-is `[--json | --no-json] DIR`: a keyword-only parameter is a flag, and one without a default must be given. A dataclass of
-settings stands for a flag for each of its fields, and `**settings: Annotated[Any, Settings()]` for one for every setting of a run.
+takes `[--json | --no-json] DIR`: a keyword-only parameter is a flag, and a parameter without a default is required. A parameter
+whose type is a dataclass of settings adds a flag for each field, `**settings: Annotated[Any, Settings()]` one for every setting
+of a run, and `**opening: Unpack[Opening]` one for each key of a TypedDict, which is passed on only if it is given.
 """
 
 import argparse
@@ -18,7 +19,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X", dict: "NAME=TEXT"}
 
 @dataclass(frozen=True)
 class Arg:
-    """What an argument's type does not say. `within`: the bounds of a number, both allowed; `aliases` are not shown."""
+    """What the type of an argument does not say. `within`: the bounds of a number, both allowed; `aliases` are not in the help."""
 
     help: str
     metavar: str = ""
@@ -31,7 +32,7 @@ class Arg:
 
 @dataclass(frozen=True)
 class Settings:
-    """Stands for settings of a run: those of these names, or all that the command has no parameter for."""
+    """The settings of a run that a parameter adds: those of these names, or all for which the command has no parameter."""
 
     names: tuple[str, ...] = ()
     shown: bool = True
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: Callable[..., Any]) 
             _add_settings(parser, about or Settings(tuple(f.name for f in fields(kind))))
         elif isinstance(about, Settings):
             _add_settings(parser, about, set(parameters))
-        elif get_origin(kind) is Unpack:  # of a TypedDict: what is not given is not passed on
+        elif get_origin(kind) is Unpack:
             for key, hint in get_args(kind)[0].__annotations__.items():
                 _add(parser, key, *_parts(hint))
         else:
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: Callable[..., Any]) 
 
 
 def keywords(command: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What a command is called with: parsed arguments, but dataclasses made of their settings; UsageError for a wrong value."""
+    """The keyword arguments of a command: what was parsed, with settings put into their dataclass; UsageError for a wrong value."""
     given = dict(given)
     for name, p in signature(command).parameters.items():
         kind, _ = _parts(p.annotation)
@@ -88,7 +89,7 @@ def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
 
 
 def _parts(hint: Any) -> tuple[Any, Any]:
-    """The type of a parameter, without None, and what it is annotated with."""
+    """The type of a parameter, without None, and its annotation."""
     if get_origin(hint) is Annotated:
         return _parts(hint.__origin__)[0], hint.__metadata__[0]
     if get_origin(hint) in (Union, UnionType):
@@ -99,7 +100,7 @@ def _parts(hint: Any) -> tuple[Any, Any]:
 def _add(
     parser: argparse.ArgumentParser, name: str, kind: Any, arg: Arg, default: Any = None, flag: bool = True
 ) -> None:
-    """One argument. It has no value unless it is given: the default is the function's own."""
+    """Add one argument. Unless it is given it is not parsed at all: the default is the function's."""
     required, many = default is Parameter.empty, get_origin(kind) is list
     kind = get_args(kind)[0] if many else kind
     how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": arg.help.replace("%", "%%")}
@@ -126,7 +127,7 @@ def _add(
 
 
 def _add_settings(parser: argparse.ArgumentParser, which: Settings, own: Collection[str] = ()) -> None:
-    """A flag for each setting of a run but the command's own, by all its names; its value is read by config.convert."""
+    """Add a flag, with all its aliases, for each setting except the command's own; config.convert reads the values."""
     from ..config import ALIASES, by_group, defaults
 
     default = defaults()
