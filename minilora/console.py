@@ -12,14 +12,10 @@ from .terminal import printable
 class Console(RichConsole):
     """A console that writes no control codes but those of rich's own styles, whatever a text holds."""
 
-    def say(self, text: str = "") -> None:
-        """Print lines as they are: no markup, no highlighting, and the terminal wraps them."""
-        self.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def __init__(self, **options: Any):
         super().__init__(highlight=False, **options)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str = "") -> None:
         """Print a text as it is: without markup, and with line breaks only where it has them."""
         self.print(text, markup=False, soft_wrap=True)
 
