@@ -268,11 +268,11 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
         return _sdpa(q, k, v, _mask(q.shape[0], k.shape[0], window, 0, q.device))
     if window is not None:
         k, v = k[-window:], v[-window:]
-    return _one_query(q, k[None], v[None])
+    return _one_query(q, k[None], v[None], None)
 
 
 def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None = None) -> Tensor:
-    """The last token of each of S documents attends to the lengths [S] of keys that it has: q [S, H, E], k, v [S, L, G, E] -> [S, H, E]."""
+    """The last token of each of S documents attends to its first lengths[i] keys: q [S, H, E], k, v [S, L, G, E] -> [S, H, E]."""
     key, end = torch.arange(k.shape[1], device=q.device), lengths[:, None]
     seen = key < end
     if window is not None:
@@ -280,8 +280,8 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: i
     return _one_query(q, k, v, seen[:, None, None])
 
 
-def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The heads of a group stand as its queries, so that no key is repeated."""
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The heads of a group are its queries, so no key is repeated."""
     grouped = q.unflatten(1, (k.shape[2], -1))  # [S, G, H / G, E]
     return F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask).flatten(1, 2)
 

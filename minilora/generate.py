@@ -83,13 +83,13 @@ def _prefill(model: Decoder, cache: Cache, requests: list[Request]) -> Tensor:
     documents = cache.start([len(r.prompt) for r in requests], prefix_lens)
     ids = torch.tensor([i for r in requests for i in r.prompt], device=cache.device)
     last = torch.tensor(documents.cu_seqlens[1:], device=cache.device) - 1
-    return model.to_logits(model(ids, documents, last, cache))
+    return model.to_logits(model(ids, documents, last))
 
 
 def _advance(model: Decoder, cache: Cache, requests: list[Request]) -> Tensor:
     """Logits [requests, V] after the newest token of each answer."""
     ids = torch.tensor([r.ids[-1] for r in requests], device=cache.device)
-    return model.to_logits(model(ids, cache.extend(), cache=cache))
+    return model.to_logits(model(ids, cache.extend()))
 
 
 def generate(

@@ -26,7 +26,7 @@ from .config import Config
 from .config_json import dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import LayerNorm, Linear
-from .stream import Cache, Context, Documents, inverse_frequencies
+from .stream import Context, Documents, inverse_frequencies
 
 NAMES = Names("transformer.word_embeddings", "transformer.layers", "transformer.final_layernorm", "lm_head")
 ALPHA = 56**0.5
@@ -86,9 +86,9 @@ class ChatGLM(Decoder):
         exact, factor = inverse_frequencies(self.config, device, torch.float32)
         return exact.half().to(torch.promote_types(dtype, torch.float32)), factor
 
-    def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
+    def context(self, documents: Documents, dtype: torch.dtype) -> Context:
         assert documents.prefix_lens is not None, "the documents of ChatGLM-6B begin with a bidirectional prefix"
-        return super().context(documents, dtype, cache)
+        return super().context(documents, dtype)
 
     def prefix_lens(self, ids: Tensor) -> list[int]:
         starts = (ids == self.sop).nonzero()

@@ -18,7 +18,7 @@ from .config import Config
 from .int8 import int8_product
 from .layers import Linear, RMSNorm
 from .recompute import recomputed
-from .stream import Batch, Cache, Context, Documents, inverse_frequencies
+from .stream import Batch, Context, Documents, inverse_frequencies
 
 
 class Names(NamedTuple):
@@ -81,15 +81,10 @@ class Decoder(nn.Module):
         """The output weight [V, D]: the embedding itself where the checkpoint ties them."""
         return self.get_parameter(f"{self.names.embedding if self.config.tied else self.names.head}.weight")
 
-    def forward(
-        self, ids: Tensor, documents: Documents, index: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        """Hidden states after the last norm, of all tokens [T, D] or of those at index [M] alone, for ids [T].
-
-        With a cache, documents are what its `start` or `extend` returned.
-        """
+    def forward(self, ids: Tensor, documents: Documents, index: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm, of all tokens [T, D] or of those at index [M] alone, for ids [T]."""
         x = self.embedding(ids).to(self.compute_dtype)
-        context = self.context(documents, x.dtype, cache)
+        context = self.context(documents, x.dtype)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = recomputed(block, x, context, self.keep_attention)
@@ -105,10 +100,10 @@ class Decoder(nn.Module):
         chunks = zip(x.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True)
         return sum((F.cross_entropy(self.to_logits(x), y, reduction="sum") for x, y in chunks), torch.zeros(()))
 
-    def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
+    def context(self, documents: Documents, dtype: torch.dtype) -> Context:
         """The Context of a stream for blocks that compute in dtype."""
         frequencies = self.frequencies(documents.positions.device, dtype)
-        return Context(*rope_angles(documents.positions.movedim(0, -1), *frequencies, dtype), documents, cache)
+        return Context(*rope_angles(documents.positions.movedim(0, -1), *frequencies, dtype), documents)
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
         """What `inverse_frequencies` gives, for this family."""

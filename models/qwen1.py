@@ -18,7 +18,7 @@ from .config import Config
 from .config_json import DTYPES, dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
 from .layers import Linear, RMSNorm, gated
-from .stream import Cache, Context, Documents, inverse_frequencies
+from .stream import Context, Documents, inverse_frequencies
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
 # what the first revision of August 2023 called its keys
@@ -83,9 +83,9 @@ class Qwen1(Decoder):
         super().__init__(c, Block, names=NAMES)
         self.trained_length, self.ntk, self.logn = c.trained_length, c.ntk, c.logn
 
-    def context(self, documents: Documents, dtype: torch.dtype, cache: Cache | None = None) -> Context:
+    def context(self, documents: Documents, dtype: torch.dtype) -> Context:
         """The Context of a stream; in evaluation with dynamic NTK and logn."""
-        context = super().context(documents, dtype, cache)
+        context = super().context(documents, dtype)
         if self.training:
             return context
         positions, lengths = documents.positions, documents.lengths

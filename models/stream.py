@@ -21,12 +21,14 @@ class Documents:
 
     cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each document. In a
     prefix LM the first prefix_lens[i] tokens of document i all see each other, and positions are [2, T]; None: all is causal.
-    Documents that continue in a cache have prompt_lens, the numbers of tokens that they began with.
+    A cache keeps their keys and values, if there is one. Documents that continue in it have prompt_lens, the numbers of
+    tokens that they began with.
     """
 
     cu_seqlens: list[int]
     positions: Tensor
     prefix_lens: list[int] | None = None
+    cache: Cache | None = None
     prompt_lens: list[int] | None = None
 
     @staticmethod
@@ -105,22 +107,21 @@ def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> 
 
 @dataclass
 class Context:
-    """What the blocks of a forward pass read beside x: rotary angles, the documents, and the key/value cache if there is one."""
+    """What the blocks of a forward pass read beside x: rotary angles and the documents."""
 
     cos: Tensor  # [T, P/2]; [T, 2, P/2] for two rows of positions
     sin: Tensor
     documents: Documents
-    cache: Cache | None = None
     logn_scale: Tensor | None = None  # [T, 1, 1], on the queries of long documents (Qwen-1)
     # of a block that is recomputed: attention's output and log-sum-exp, which the first pass leaves here
     saved_attention: list[tuple[Tensor, Tensor | None]] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
-        if self.cache is not None:
-            self.cache.store(layer, k, v)
-            if self.documents.prompt_lens is not None:  # the documents began before this pass
-                return self.cache.attend(layer, q, window)
+        if self.documents.cache is not None:
+            self.documents.cache.store(layer, k, v)
+            if self.documents.prompt_lens is not None:  # there are tokens of earlier passes to see
+                return self.documents.cache.attend(layer, q, window)
         bounds, prefix_lens = self.documents.cu_seqlens, self.documents.prefix_lens
         if self.saved_attention is None:
             return attention(q, k, v, bounds, window, prefix_lens)
@@ -130,83 +131,74 @@ class Context:
         return self.saved_attention[0][0]
 
 
-@dataclass
-class _Cached:
-    """The tokens of a document in the cache, those that it began with, and the bidirectional ones of a prefix LM among them."""
-
-    length: int
-    prompt_len: int
-    prefix_len: int | None
-
-
 class Cache:
     """Keys and values of up to `slots` documents, which fill the first slots: for each layer [2, slots, capacity, G, E].
 
-    `start` and `extend` prepare a pass; they return its documents, which go through the model with the cache.
+    `start` and `extend` prepare a pass of the model and return its documents.
     """
 
     def __init__(self, layers: int, slots: int = 1, device: torch.device | None = None):
         self.slots, self.device, self.capacity = slots, device, 0
-        self._documents: list[_Cached] = []
-        self._layers: list[Tensor | None] = [None] * layers
+        # of each document: all its tokens, those that it began with, and its bidirectional prefix in a prefix LM
+        self.lengths: list[int] = []
+        self.prompt_lens: list[int] = []
+        self.prefix_lens: list[int] = []
+        self._stored: list[Tensor | None] = [None] * layers
         self._lengths = self._targets = torch.empty(0)
 
     def start(self, lengths: list[int], prefix_lens: list[int] | None = None) -> Documents:
         """The next pass is the first tokens of new documents."""
-        self._documents += [_Cached(n, n, prefix_lens[i] if prefix_lens else None) for i, n in enumerate(lengths)]
+        self.lengths += lengths
+        self.prompt_lens += lengths
+        self.prefix_lens += prefix_lens or []
         self._prepare(lengths)
-        return Documents.of(lengths, prefix_lens).to(self.device)
+        return replace(Documents.of(lengths, prefix_lens), cache=self).to(self.device)
 
     def extend(self, tokens: int = 1) -> Documents:
         """The next pass adds one token to every document, or several to the only one."""
-        starts = [d.length for d in self._documents]
-        for document in self._documents:
-            document.length += tokens
-        new = [tokens] * len(starts)
+        new, starts = [tokens] * len(self.lengths), self.lengths
+        self.lengths = [n + tokens for n in starts]
         self._prepare(new)
-        prefix_lens = [d.prefix_len for d in self._documents if d.prefix_len is not None] or None
-        documents = Documents.of(new, prefix_lens, starts).to(self.device)
-        return replace(documents, prompt_lens=[d.prompt_len for d in self._documents])
+        documents = Documents.of(new, self.prefix_lens or None, starts)
+        return replace(documents, cache=self, prompt_lens=self.prompt_lens).to(self.device)
 
     def _prepare(self, new: list[int]) -> None:
-        """Get ready for so many new tokens of each of the last documents, which their lengths already count."""
-        first, longest = len(self._documents) - len(new), max(d.length for d in self._documents)
-        if longest > self.capacity:
-            self.capacity = longest + longest // 4 + 64
-        ends = [slot * self.capacity + d.length for slot, d in enumerate(self._documents)]
-        targets = [i for end, n in zip(ends[first:], new, strict=True) for i in range(end - n, end)]
+        """Get ready for so many new tokens of each of the last documents; `lengths` counts them already."""
+        if max(self.lengths) > self.capacity:
+            self.capacity = max(self.lengths) * 5 // 4 + 64
+        ends = [slot * self.capacity + n for slot, n in enumerate(self.lengths)][-len(new) :]
+        targets = [i for end, n in zip(ends, new, strict=True) for i in range(end - n, end)]
         # where each new token goes, if the slots are laid end to end (vLLM's slot mapping)
         self._targets = torch.tensor(targets, device=self.device)
-        self._lengths = torch.tensor([d.length for d in self._documents], device=self.device)
+        self._lengths = torch.tensor(self.lengths, device=self.device)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep the k and v [T, G, E] of the new tokens in a layer."""
-        kept = self._layers[layer]
-        if kept is None or kept.shape[2] < self.capacity:
-            # zeros: what a mask hides has weight 0, and 0 x garbage could be NaN
+        stored = self._stored[layer]
+        if stored is None or stored.shape[2] < self.capacity:
+            # zeros: a masked value has the weight 0, and 0 x garbage could be NaN
             grown = k.new_zeros(2, self.slots, self.capacity, *k.shape[1:])
-            if kept is not None:
-                grown[:, :, : kept.shape[2]] = kept
-            kept = self._layers[layer] = grown
-        keys, values = kept.flatten(1, 2).unbind()
-        keys.index_copy_(0, self._targets, k)
-        values.index_copy_(0, self._targets, v)
+            if stored is not None:
+                grown[:, :, : stored.shape[2]] = stored
+            stored = self._stored[layer] = grown
+        for kept, fresh in zip(stored.flatten(1, 2), (k, v), strict=True):
+            kept.index_copy_(0, self._targets, fresh)
 
     def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
         """Attention of the new tokens q [T, H, E] to all tokens of their documents -> [T, H, E]."""
-        kept = self._layers[layer]
-        assert kept is not None, layer
-        k, v = kept[:, : len(self._documents), : max(d.length for d in self._documents)]
-        if len(self._documents) == 1:  # nothing to mask: no document beside it is longer
+        stored = self._stored[layer]
+        assert stored is not None, layer
+        k, v = stored[:, : len(self.lengths), : max(self.lengths)]
+        if len(self.lengths) == 1:  # nothing to mask: no document beside it is longer
             return attention_cached(q, k[0], v[0], window)
         return attention_decode(q, k, v, self._lengths, window)
 
     def remove(self, slot: int) -> None:
         """Take a document out; the last one moves into its slot."""
-        last = len(self._documents) - 1
-        length = self._documents[last].length
-        for kept in self._layers:
-            if kept is not None and slot != last:
-                kept[:, slot, :length] = kept[:, last, :length]
-        self._documents[slot] = self._documents[last]
-        self._documents.pop()
+        last = len(self.lengths) - 1
+        for stored in self._stored:
+            if stored is not None and slot != last:
+                stored[:, slot] = stored[:, last]
+        for of_documents in (self.lengths, self.prompt_lens, self.prefix_lens):
+            of_documents[slot : slot + 1] = of_documents[last:]  # prefix_lens may be empty
+            del of_documents[last:]

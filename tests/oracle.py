@@ -60,7 +60,7 @@ def cached_logits(model: Decoder, ids: Tensor, lengths: list[int]) -> list[Tenso
     cache, pieces = Cache(model.config.layers), []
     for part in ids.split(lengths):
         documents = cache.extend(len(part)) if pieces else cache.start([len(part)], model.prefix_lens(part))
-        pieces.append(model.to_logits(model(part, documents, cache=cache)))
+        pieces.append(model.to_logits(model(part, documents)))
     return pieces
 
 

@@ -110,17 +110,8 @@ def chat(
     sampling = replace(sampling, **{k: v for k, v in given.items() if v is not None})
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     generator = torch.Generator().manual_seed(seed)
-    session = Session(
-        decoder,
-        tokenizer,
-        sampling,
-        stop | tokenizer.stop_ids,
-        max_tokens,
-        generator,
-        messages,
-        thinking=think,
-        greedy=greedy or sampling.temperature == 0,
-    )
+    session = Session(decoder, tokenizer, sampling, stop | tokenizer.stop_ids, max_tokens, generator, messages)
+    session.thinking, session.greedy = think, greedy or sampling.temperature == 0
     if think and not tokenizer.template.thinks:
         say(NO_THOUGHTS)
     if prompts:
