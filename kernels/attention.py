@@ -2,23 +2,24 @@
 
     out[t] = softmax(q[t] K^T / sqrt(E)) V    over the keys of t's own document at or before t
 
-q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), cu_seqlens [S + 1] the documents' bounds in the stream
-(cu_seqlens). `window` limits a query to the last `window` keys, itself included. `prefix_lens` [S] is a prefix-LM
-(ChatGLM-6B): the first n tokens of a document all see each other.
+q [T, H, E], k and v [T, G, E] (H a multiple of G: grouped queries), cu_seqlens [S + 1] the bounds of the documents in
+the stream. `window` limits a query to the last `window` keys, its own included. `prefix_lens` [S] makes it a prefix LM
+(ChatGLM-6B): the first prefix_lens[i] tokens of document i all see each other.
 
-The work is torch's own flash attention (Dao, 2023): on the CPU one call a document, on CUDA one call for the whole stream.
-What goes from the forward to the backward is out and lse, the log-sum-exp of each query's scores. They are explicit here, so
-that a block under activation checkpointing may keep them and not attend again when it is recomputed:
+The work is torch's own flash attention (Dao, 2023): on the CPU one call a document, on CUDA one call for the whole
+stream. The backward needs out and lse, the log-sum-exp of each query's scores. They are explicit here, so that a block
+under activation checkpointing can keep them and need not attend again when it is recomputed:
 
     saved = attention_forward(q, k, v, cu_seqlens)          first pass, nothing recorded
     out = attention(q, k, v, cu_seqlens, saved=saved)        recomputation: saved's out, and the gradients of q, k and v
 
-A block mask over the whole stream would cost T^2; where a document needs a mask (window or prefix, on the CPU) it is that
-document's own. CUDA flash attention takes fp16 and bf16 and no prefix_lens; for the rest F.scaled_dot_product_attention does
-one document at a time, which gives no lse: attention_forward then has None for it, and attention attends again.
+A mask over the whole stream would cost T^2; where a document needs one (window or prefix, on the CPU) it is that
+document's own. CUDA flash attention takes fp16 and bf16 and no prefix_lens; in all other cases
+F.scaled_dot_product_attention does one document at a time and gives no lse: attention_forward then returns None for it,
+and attention attends again.
 
-Proven on the CPU. The CUDA call follows torch's varlen_attn; its arguments were tested on a stand-in, it has not run on a GPU.
-Its backward adds dq up in any order unless torch.use_deterministic_algorithms is on.
+Proven on the CPU. The CUDA call follows torch's varlen_attn; its arguments were tested on a stand-in, it has not run on
+a GPU. Its backward adds up dq in any order unless torch.use_deterministic_algorithms is on.
 """
 
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ class MaskSpec(NamedTuple):
     prefix_lens: tuple[int, ...] | None
 
     def documents(self, device: torch.device) -> Iterator[tuple[slice, Tensor | None]]:
-        """Where each document lies in the stream, and its mask; None is causal."""
+        """The slice of each document in the stream, and its mask; None is causal."""
         lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
         for start, n, prefix in zip(self.cu_seqlens, lengths, self.prefix_lens or [0] * len(lengths), strict=False):
             if n:
@@ -80,7 +81,7 @@ class MaskSpec(NamedTuple):
 
 
 def _mask(queries: int, keys: int, window: int | None, prefix: int, device: torch.device) -> Tensor | None:
-    """[queries, keys], true where a query may look; the queries are the last of the keys. None where that is causal."""
+    """[queries, keys], true where a query sees a key; the queries are the last keys. None where that is causal."""
     if queries == keys and (window is None or window >= keys) and prefix < 2:
         return None
     position = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -142,7 +143,7 @@ def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _stream_form(q: Tensor, spec: MaskSpec) -> tuple[tuple, dict]:
-    """What CUDA flash attention takes beside its tensors: bounds and longest, of queries and of keys; no dropout; the window."""
+    """Arguments of CUDA flash attention: bounds and longest of queries and of keys, dropout, causal; the window."""
     bounds = _on_device(spec.cu_seqlens, q.device)
     longest = max(end - start for start, end in pairwise(spec.cu_seqlens))
     causal = spec.window is None
@@ -182,7 +183,7 @@ def _flash(q: Tensor, k: Tensor, spec: MaskSpec) -> bool:
 
 
 class _Flash(torch.autograd.Function):
-    """out and lse are what an earlier forward of the same q, k and v left, or None."""
+    """out and lse are from an earlier forward of the same q, k and v, or None."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, out: Tensor | None, lse: Tensor | None) -> Tensor:
@@ -213,8 +214,9 @@ def attention(
 ) -> Tensor:
     """Attend within each document of the stream: q [T, H, E], k, v [T, G, E] -> [T, H, E].
 
-    `saved` is what attention_forward gave for the same arguments: its out is returned and nothing is computed, the backward is
-    that of the plain call to the bit. ValueError for shapes, cu_seqlens, window or prefix_lens that do not fit.
+    `saved` is the result of attention_forward for the same arguments: its out is returned without computing anything,
+    and the backward is that of the plain call to the bit. ValueError for shapes, cu_seqlens, window or prefix_lens that
+    do not fit.
     """
     spec = _checked(q, k, v, cu_seqlens, window, prefix_lens)
     if not _flash(q, k, spec):
@@ -232,7 +234,7 @@ def attention_forward(
     window: int | None = None,
     prefix_lens: list[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [T, H, E] of attention, without a gradient, and the log-sum-exp to keep with it, or None where torch gives none."""
+    """out [T, H, E] of attention, without a gradient, and its log-sum-exp, or None where torch gives none."""
     spec = _checked(q, k, v, cu_seqlens, window, prefix_lens)
     if not _flash(q, k, spec):
         return attention(q, k, v, cu_seqlens, window, prefix_lens), None

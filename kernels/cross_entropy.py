@@ -1,17 +1,19 @@
-"""Cross-entropy on logits [M, V]: the sum over rows of -log softmax(logits)[target]; rows with target -100 are left out.
+"""Cross-entropy on logits [M, V]: the sum over rows of -log softmax(logits)[target]; rows with target -100 are left
+out.
 
 With e = exp(z - max) for the logits z of a row, t its true class, and others the sum of e over every class but t:
 
     loss = log(1 + others / e_t)        dz_j = s e_j / (others + e_t)        dz_t = -s others / (others + e_t)
 
-The sum leaves the true class out, so that neither the loss nor p_t - 1 cancels where p_t is near 1; both are fp32 or wider until
-the store rounds once. s is the gradient of the loss, a tensor that only the kernel reads, without a sync with the GPU.
+The sum leaves the true class out, so that neither the loss nor p_t - 1 cancels where p_t is near 1; both are fp32 or
+wider until the store rounds once. s is the gradient of the loss, a tensor that only the kernel reads, without a sync
+with the GPU.
 
-Bytes, in passes over the logits (a kernel that reads a row twice in one launch counts it once): s is known only in the backward,
-so three passes are the least: the forward reads, the backward reads and writes. Liger writes the gradient in the forward and needs
-two passes for s = 1 and four for any other s. Here a caller who knows s beforehand (one over the number of targets of a step)
-gives it as `scale`, and the forward makes the gradient with s in it: two passes whatever s is. Saved for backward: logits, max and
-others of each row; with `scale` the gradient only. Logits are never written to.
+Bytes, in passes over the logits (a kernel that reads a row twice in one launch counts it once): s is known only in the
+backward, so three passes are the least: the forward reads, the backward reads and writes. Liger writes the gradient in
+the forward and needs two passes for s = 1 and four for any other s. Here a caller who knows s beforehand (one over the
+number of targets of a step) gives it as `scale`, and the forward makes the gradient with s in it: two passes whatever s
+is. Saved for backward: logits, max and others of each row; with `scale` the gradient only. Logits are never written to.
 """
 
 import torch
@@ -87,7 +89,7 @@ def _fwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: one row. stats_ptr is None where no backward follows, dlogits_ptr where the gradient is not made here."""
+    """A program: one row. stats_ptr: None if no backward follows; dlogits_ptr: None if no gradient is made here."""
     i_m = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + i_m)
     logits_ptr += i_m * stride
@@ -293,7 +295,7 @@ class _OnTorch(torch.autograd.Function):
 
 
 def check_targets(name: str, targets: Tensor, rows: Tensor, classes: int) -> None:
-    """ValueError for targets [M] that do not fit rows [M, ...] and this number of classes; on a GPU their values are not read."""
+    """ValueError for targets [M] that do not fit rows [M, ...] and the classes; on a GPU their values are not read."""
     if targets.shape != rows.shape[:1] or targets.dtype != torch.int64 or targets.device != rows.device:
         raise ValueError(
             f"{name}: targets are {list(targets.shape)} {targets.dtype} on {targets.device}; "
@@ -308,9 +310,10 @@ def check_targets(name: str, targets: Tensor, rows: Tensor, classes: int) -> Non
 def cross_entropy(logits: Tensor, targets: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy (times scale) of logits [M, V] against targets [M] int64, and how many rows have a target.
 
-    The loss is a scalar, fp32 or wider; the number an int64 scalar. Rows with target -100 are skipped. scale, a tensor of one
-    value, multiplies the loss; given here, it saves the backward from reading the logits again, and on a GPU the gradient can then
-    be taken only once. A target that is not a class is a ValueError; on a GPU, where that would need a sync, the loss is NaN.
+    The loss is a scalar, fp32 or wider; the number an int64 scalar. Rows with target -100 are skipped. scale, a tensor
+    of one value, multiplies the loss; given here, it saves the backward from reading the logits again, and on a GPU the
+    gradient can then be taken only once. A target that is not a class is a ValueError; on a GPU, where that would need
+    a sync, the loss is NaN.
     """
     if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What every operation asks first: Triton or torch, and whether its tensors belong together."""
+"""What every operation decides first: Triton or torch, and whether its tensors fit together."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ def use_triton(*tensors: Tensor) -> bool:
 
 
 class _NoContext:
-    """Stands in for autograd's context where no gradient is recorded: nothing is saved, nothing needs a gradient."""
+    """In the place of autograd's context where no gradient is recorded: nothing is saved, nothing needs a gradient."""
 
     needs_input_grad = (False,) * 64
 
@@ -33,12 +33,12 @@ class _NoContext:
 
 
 def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """function.apply, or its forward alone where no gradient is recorded: a token's worth of work is less than autograd's."""
+    """function.apply, or only its forward where no gradient is recorded: for one token autograd costs too much."""
     return function.apply if torch.is_grad_enabled() else partial(function.forward, _NoContext())
 
 
 def check_same(op: str, **tensors: Tensor) -> None:
-    """ValueError if the tensors of an operation have not one floating-point dtype and one device."""
+    """ValueError unless the tensors of an operation have the same floating-point dtype and device."""
     (first, x), *others = tensors.items()
     if not x.is_floating_point():
         raise ValueError(f"{op}: {first} is {x.dtype}; it takes floating-point numbers")
@@ -51,7 +51,7 @@ def check_same(op: str, **tensors: Tensor) -> None:
 
 @contextmanager
 def kernels_enabled(on: bool) -> Iterator[None]:
-    """Turn the kernels off, or on again, for the calls inside; a backward follows its own forward."""
+    """Turn the kernels off or on for the calls inside; a backward does as its forward did."""
     global _on
     before, _on = _on, on
     try:
@@ -61,13 +61,13 @@ def kernels_enabled(on: bool) -> Iterator[None]:
 
 
 def library_gemm() -> bool:
-    """Whether wide products go to the library's GEMM (cuBLAS) also where a kernel could make them."""
+    """Whether GEMMs go to the library (cuBLAS) even where a kernel could make them."""
     return _library
 
 
 @contextmanager
 def use_library_gemm() -> Iterator[None]:
-    """Wide products by the library for the calls inside; a backward follows its own forward."""
+    """GEMMs go to the library for the calls inside; a backward does as its forward did."""
     global _library
     before, _library = _library, True
     try:
@@ -86,7 +86,7 @@ def architecture(device: torch.device) -> int:
 
 @contextmanager
 def compile_for(architecture: int) -> Iterator[None]:
-    """Configure the launches inside for an architecture, whatever the device: tensors without data have none."""
+    """Configure the launches inside for an architecture, whatever the device: tensors without data are on none."""
     global _target
     before, _target = _target, architecture
     try:

@@ -3,9 +3,9 @@
     y = x * keep / (1 - p)      keep[i, j] = (lane[i, j] >= round(p * 65536))
 
 The lanes are 16 bits each of a Philox stream (Salmon et al., 2011) whose key is made of (seed, step, pass, module): the
-backward, the recomputation under activation checkpointing and a resumed run draw the same bits. p is quantised to 1/65536.
-There are two streams. The torch path draws a whole matrix of Philox 4x64 at once. A kernel draws Philox 4x32 of the counter
-(row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn by itself.
+backward, the recomputation under activation checkpointing and a resumed run draw the same bits. p is quantised to
+1/65536. There are two streams. The torch path draws a whole matrix of Philox 4x64 at once. A kernel draws Philox 4x32
+of the counter (row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn by itself.
 """
 
 from typing import NamedTuple
@@ -66,7 +66,7 @@ def dropout_mask_ref(shape: tuple[int, int], p: float, key: DropoutKey, device: 
 
 
 def philox_key(key: DropoutKey) -> int:
-    """The key of a kernel, 63 bits with the highest set, so that every key has the same integer type for the compiler."""
+    """The key in a kernel: 63 bits with the highest set, so that the compiler sees one integer type for all keys."""
     return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 2 | 1 << 62
 
 

@@ -2,9 +2,9 @@
 
     y = x W^T + b        dX = dY W        x [T, K], dY [T, N] in the compute dtype; W [N, K], b [N] as stored
 
-A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32. W is widened for one product at a time, so that the
-model is never there twice. With a handful of rows the bytes of W bind the product, not arithmetic: in inference x goes into bf16
-beside a W in bf16, which has the range of fp32 (in fp16 x could overflow).
+A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32. W is widened for one product at a time, so
+that there are never two copies of the model. With a few rows, reading W takes longer than arithmetic: in inference x is
+rounded to bf16 where W is bf16, which has the range of fp32 (in fp16 x could overflow).
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = 4  # rows up to which, in inference, reading W as it is beats widening it
+FEW_ROWS = 4  # rows up to which, in inference, reading W as stored is faster than widening it
 WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
-BLOCK_ROWS = 2048  # rows of a piece of a larger one, such as the head
+BLOCK_ROWS = 2048  # rows of a piece of a larger weight, such as the head
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b [T, N] in the dtype of x; weight [N, K] and bias [N] of any floating-point dtype. It records no gradient of its own."""
+    """x W^T + b [T, N] in the dtype of x, without a gradient; weight [N, K] and bias [N] of any floating dtype."""
     if x.shape[0] <= FEW_ROWS and weight.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
         return _few_rows(x.to(weight.dtype), weight, bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -36,7 +36,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.shape[0] > 1 or x.is_cuda:
         return F.linear(x, weight, bias)
-    # oneDNN packs the weight at every call and takes twice as long (Zen 4, [9728, 896]): ATen's own reads it once
+    # oneDNN packs the weight at every call and takes twice as long (Zen 4, [9728, 896]); ATen reads it once
     onednn = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
@@ -55,7 +55,7 @@ def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a weight [N, K] in a dtype: all of them at once, or so many that the copy stays small."""
+    """The rows of a weight [N, K] in a dtype: all at once, or in pieces, so that the copy stays small."""
     whole = weight.dtype == dtype or weight.numel() <= WHOLE
     height = weight.shape[0] if whole else BLOCK_ROWS
     for start in range(0, weight.shape[0], height):

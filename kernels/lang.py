@@ -1,11 +1,11 @@
 """Triton, where it is installed, and what every kernel does: a load that widens, a store that rounds once.
 
-Every other file imports Triton's names from here, so that its torch path works without Triton (macOS). Triton's interpreter
-(TRITON_INTERPRET=1, set before the first import) keeps bf16 as bit patterns: it can widen them, but it truncates where a GPU
-rounds to nearest. `rounded` does that rounding by hand there, to the same bits.
+Every other file imports Triton's names from here, so that its torch path works without Triton (macOS). Triton's
+interpreter (TRITON_INTERPRET=1, set before the first import) keeps bf16 as bit patterns: it can widen them, but it
+truncates where a GPU rounds to nearest. `rounded` does that rounding by hand there, to the same bits.
 
-Names in kernels are those of flash-linear-attention. For a tensor x and an axis m, n, k or r (rows, columns, what a product sums
-over, ranks):
+Names in kernels are those of flash-linear-attention. For a tensor x and an axis m, n, k or r (rows, columns, what a
+product sums over, ranks):
 
     x_ptr  memory of x          p_x  pointers to a tile of it       b_x  the tile, in registers
     i_m    index of a tile      o_m  offsets of its elements        m_m  their mask: true inside the tensor

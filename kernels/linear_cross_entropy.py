@@ -2,23 +2,24 @@
 
     loss = F.cross_entropy((x @ head.T).float(), targets, reduction="sum")     x [M, D], head [V, D], targets [M]
 
-The caller drops the rows without a target before the last norm, so that none reaches the head; a target of -100 among the rest is
-left out all the same. Rows are processed in chunks, and only one chunk's logits exist at a time. The forward makes the gradient,
-where the logits already are, and the backward scales it: with P = softmax(logits) - onehot(target),
+The caller drops the rows without a target before the last norm, so that none reaches the head; a target of -100 among
+the rest is left out all the same. Rows are processed in chunks, and only one chunk's logits exist at a time. The
+forward makes the gradient, where the logits already are, and the backward scales it: with P = softmax(logits) -
+onehot(target),
 
     dx = P head        dhead = P^T x (only if the head is trained, added up in fp32)
 
 Saved for backward: dx (and dhead). The kernels go over a chunk three times, 8 bytes for a 16-bit logit:
 
     _logits_kernel   logits = x head^T, written once, and a log-sum-exp of each half tile, without the true class
-    _softmax_kernel  the true class's logit in fp32, unrounded; from both the loss, and P in place of the logits (formulas and
-                     rounding: cross_entropy.py)
+    _softmax_kernel  the true class's logit in fp32, unrounded; the loss from both, and P in place of the logits (see
+                     cross_entropy.py for formulas and rounding)
     torch.mm         dx = P head
 
-The softmax is that of the rounded logits, which the gradient sees, with the true one exact. Without a gradient no logit is
-written at all. The head is read twice a chunk: chunks of 4096 rows keep that to once for 2048 targets. Where the library's GEMM
-is asked for, and on a GPU where x has not 16 bits or D or V is not a multiple of 16, torch.mm and the kernel of cross_entropy.py
-replace the first two: 10 bytes a logit.
+The softmax is that of the rounded logits, which the gradient sees, with the true one exact. Without a gradient no logit
+is written at all. The head is read twice a chunk: chunks of 4096 rows keep that to once for 2048 targets. Where the
+library's GEMM is asked for, and on a GPU where x has not 16 bits or D or V is not a multiple of 16, torch.mm and the
+kernel of cross_entropy.py replace the first two: 10 bytes a logit.
 """
 
 from typing import Any, NamedTuple
@@ -101,8 +102,8 @@ def _logits_kernel(
 ):
     """A program: one tile of logits; the tiles that read the same rows of the head run one after the other.
 
-    partial_ptr [rows, parts] gets the log-sum-exp of each half tile without the true class; logits_ptr is None where no gradient
-    follows.
+    partial_ptr [rows, parts] gets the log-sum-exp of each half tile without the true class; logits_ptr is None where no
+    gradient follows.
     """
     i_m, i_n = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     top, left = (i_m * ROWS).to(tl.int64), rows - i_m * ROWS
@@ -358,10 +359,10 @@ class _OnTriton(_OnTorch):
 def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Summed cross-entropy of rows x [M, D] under head [V, D] against targets [M] int64; a scalar, fp32 or wider.
 
-    The head may be stored in another dtype than x; it is then widened a piece at a time, and the products are PyTorch's. With no
-    rows, or none with a target, the loss is 0 and still connected to x. The rows of a chunk (CHUNK_ROWS, on a GPU CHUNK_ROWS_CUDA)
-    change rounding only. A target that is neither a class nor -100 is a ValueError; on a GPU, where that would need a sync, the
-    loss is NaN.
+    The head may be stored in another dtype than x; it is then widened a piece at a time, and the products are
+    PyTorch's. With no rows, or none with a target, the loss is 0 and still connected to x. The rows of a chunk
+    (CHUNK_ROWS, on a GPU CHUNK_ROWS_CUDA) change rounding only. A target that is neither a class nor -100 is a
+    ValueError; on a GPU, where that would need a sync, the loss is NaN.
     """
     if x.dim() != 2 or head.dim() != 2 or x.shape[1] != head.shape[1] or not x.shape[1] or not head.shape[0]:
         raise ValueError(

@@ -2,10 +2,11 @@
 
     y_j = x W_j^T + b_j + s_j S_j B_j^T         dX = sum over j of dY_j W_j + mask_j(dS_j A_j)
 
-S_j, dS_j, mask_j and s_j are those of lora_shrink. The accumulator of a tile starts from the product over R; the loop over the
-base weight goes on from there. Under dropout dX gets its products over R after the loop, one mask at a time. A tile belongs to one
-projection of the group, so widths may differ; the tensors of the projections come as tuples. A projection without an adapter has
-rank 0. A and B are read in fp32 and rounded to the dtype of x on their way into the tensor cores.
+S_j, dS_j, mask_j and s_j are those of lora_shrink. The accumulator of a tile starts from the product over R; the loop
+over the base weight goes on from there. Under dropout dX gets its products over R after the loop, one mask at a time. A
+tile belongs to one projection of the group, so widths may differ; the tensors of the projections come as tuples. A
+projection without an adapter has rank 0. A and B are read in fp32 and rounded to the dtype of x on their way into the
+tensor cores.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -83,7 +84,7 @@ def dropout_args(adapters: Sequence[Adapter]) -> dict:
 
 
 def per_projection_args(projections: Sequence[Projection]) -> dict:
-    """What a kernel adds to x W^T, by projection; one without a bias has 0 columns of it, one without an adapter rank 0."""
+    """What a kernel adds to x W^T, by projection; without a bias it has 0 columns of it, without an adapter rank 0."""
     some = next(p.adapter.b for p in projections if p.adapter)
     b = [p.adapter.b.contiguous() if p.adapter else some for p in projections]
     adapted = [p.adapter is not None for p in projections]
@@ -100,17 +101,18 @@ def per_projection_args(projections: Sequence[Projection]) -> dict:
 def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
     """Whether x A^T inside the loop of x W^T, once a tile of columns, beats a pass over x of its own.
 
-    A pass of its own costs the time to read x. In the loop, every tile of columns pays 2 operations for each value of x and each
-    column of S, and these products are bound by operations, so they must not be spent to save bytes. Hence at most REPEATS tiles
-    make S, of at most 32 columns: on an A100 that takes less than half of the time to read x (128 operations at 312 TFLOP/s,
-    2 bytes at 2.0 TB/s). Masks and a wider S would need more shared memory, so that fewer tiles would be in flight.
+    A pass of its own costs the time to read x. In the loop, every tile of columns pays 2 operations for each value of x
+    and each column of S, and these products are bound by operations, so they must not be spent to save bytes. Hence at
+    most REPEATS tiles make S, of at most 32 columns: on an A100 that takes less than half of the time to read x (128
+    operations at 312 TFLOP/s, 2 bytes at 2.0 TB/s). Masks and a wider S would need more shared memory, so that fewer
+    tiles would be in flight.
     """
     return adapter.p == 0 and cdiv(n, SINGLE[arch(x)]["BN"]) <= REPEATS and padded_rank([adapter]) <= 32
 
 
 @jit
 def load_operand(ptrs, mask, ACC: tl.constexpr):
-    """A tile for tl.dot: 16 bits as they are in memory, so that the copy is asynchronous; the interpreter widens them (lang)."""
+    """A tile for tl.dot, as it is in memory, so that the copy is asynchronous; the interpreter widens it (lang.py)."""
     if INTERPRET:
         return load(ptrs, mask, ACC)
     else:

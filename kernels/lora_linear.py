@@ -1,19 +1,20 @@
-"""Linear layers with low-rank adapters on frozen weights (LoRA: Hu et al., 2021), one to three of one input: q, k and v, or gate and up.
+"""Linear layers with low-rank adapters on frozen weights (LoRA: Hu et al., 2021), one to three of the same input.
 
-    y_j = x W_j^T + b_j + s_j (drop_j(x) A_j^T) B_j^T    x [T, K], W_j [N_j, K], A_j [R_j, K], B_j [N_j, R_j] -> y_j [T, N_j]
+    y_j = x W_j^T + b_j + s_j (drop_j(x) A_j^T) B_j^T       x [T, K], W_j [N_j, K], A_j [R_j, K], B_j [N_j, R_j]
 
-x is read in its own dtype and never copied to fp32: A and B, which are kept in fp32, are cast instead. W_j and b_j are frozen and
-get no gradient. Saved for the backward: x and S_j = drop_j(x) A_j^T [T, R_j]; dropout masks are drawn again. With
-dS_j = s_j dY_j B_j:
+The same input: q, k and v, or gate and up. x is read in its own dtype and never copied to fp32: A and B, which are
+stored in fp32, are cast instead. W_j and b_j are frozen and get no gradient. Saved for the backward: x and
+S_j = drop_j(x) A_j^T [T, R_j]; dropout masks are drawn again. With dS_j = s_j dY_j B_j:
 
     dX = sum over j of dY_j W_j + drop_j(dS_j A_j)      dA_j = dS_j^T drop_j(x)      dB_j = s_j dY_j^T S_j
 
-Widths and ranks may differ, and a projection may have no adapter or no bias. Each one drops x by its own mask, as PEFT does.
+Widths and ranks may differ, and a projection may have no adapter or no bias. As in PEFT each has its own dropout mask.
 
 On Triton: all S_j from one read of x (lora_shrink), then all y_j in one launch of a GEMM whose accumulators start from
-s_j S_j B_j^T (lora_gemm); for a narrow single layer, both in one pass. Backward: dS and dB from one read of each dY_j, then dX,
-written once, and all dA_j from one read of x. On torch, where widths that are no multiple of 16 go on a GPU too: the library's GEMM,
-to which a second call adds the product of rank R; packed weights (projection.joined) are one GEMM there.
+s_j S_j B_j^T (lora_gemm); for a narrow single layer, both in one pass. Backward: dS and dB from one read of each dY_j,
+then dX, written once, and all dA_j from one read of x. On torch, which also takes widths that are not a multiple of 16
+on a GPU: the library's GEMM, one for all weights where they are packed (projection.joined), and a second call that adds
+the product of rank R.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def lora_linear_ref(
 
 
 def _with_adapters(frozen: Sequence[Projection], trained: Sequence[Tensor]) -> list[Projection]:
-    """The projections with the a and b of `trained` [a_0, b_0, a_1, ...] in place of their own."""
+    """The projections, with a and b from `trained` [a_0, b_0, a_1, ...]: the tensors that autograd knows."""
     rest = iter(trained)
     return [
         p if p.adapter is None else p._replace(adapter=p.adapter._replace(a=next(rest), b=next(rest))) for p in frozen
@@ -75,7 +76,7 @@ class _OnTriton(torch.autograd.Function):
         adapters = [p.adapter for p in projections if p.adapter]
         with torch.cuda.device_of(x):
             if not output_needed:
-                s, ys = lora_shrink.shrink(rows, adapters), _unmade(x, projections)
+                s, ys = lora_shrink.shrink(rows, adapters), _uninitialised(x, projections)
             elif len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
                 y, s = lora_gemm.single_pass(rows, projections[0], adapters[0])
                 ys = [y]
@@ -130,7 +131,7 @@ class _OnTorch(torch.autograd.Function):
         ctx.save_for_backward(x, *shrunk, *trained)
         ctx.frozen, rest = frozen, iter(shrunk)
         if not output_needed:
-            return tuple(_unmade(x, projections))
+            return tuple(_uninitialised(x, projections))
         ys: list[Tensor] = []
         for weight, bias, ns in _products(projections, x.dtype):  # x W^T + b
             plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
@@ -174,20 +175,20 @@ def _torch_gradients(
             if needs_a[number]:
                 da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)
             if dx is not None:
-                low = a.to(dy.dtype)
-                dx = dx.addmm_(ds, low) if mask is None else dx.add_(dropped(ds @ low, mask, rate))
+                a = a.to(dy.dtype)
+                dx = dx.addmm_(ds, a) if mask is None else dx.add_(dropped(ds @ a, mask, rate))
         found += [da, db]
         number += 1
     return dx, *found
 
 
-def _unmade(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """Memory as it comes, in the shape of the outputs."""
+def _uninitialised(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """Uninitialised memory in the shape of the outputs."""
     return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
 
 
 def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None, list[int]]]:
-    """(weight, bias, widths N_j) of each product with x: one in all where the weights are packed, else one a projection."""
+    """(weight, bias, widths N_j) of each base GEMM: one for all where the weights are packed, else one a projection."""
     ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
     whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
     if whole is None:
@@ -218,10 +219,10 @@ def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
 def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_needed: bool = True) -> tuple[Tensor, ...]:
     """y_j [T, N_j] of every projection of x [T, K], in the dtype of x; ValueError if they do not fit together.
 
-    Outputs may be column ranges of one matrix. Where only the gradients are wanted, of a layer that is computed again and whose
-    output nobody reads (models/recompute.py), no output is made: what comes back is memory as it comes.
+    Outputs may be column ranges of one matrix. output_needed=False: only the gradients are wanted, of a layer that is
+    computed again and whose output is not read (models/recompute.py); the outputs are uninitialised memory.
     """
-    # token by token in inference, the model's linears have been checked with the prompt
+    # in decoding, token by token, the linears were checked with the prompt
     if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
@@ -245,8 +246,8 @@ def lora_linear(
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """On a GPU in 16 bits and for widths in sixteens, for which the tiles are made (rows that lie otherwise can't be copied
-    asynchronously), with an adapter, unless the library's GEMM is asked for."""
+    """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter, and
+    the library's GEMM is not asked for."""
     there = (
         x.numel() > 0 and any(p.adapter for p in projections) and all(p.weight.dtype == x.dtype for p in projections)
     )
@@ -259,22 +260,22 @@ def group_example(
     tokens: int, k: int, ns: tuple[int, ...], r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0
 ) -> tuple[tuple[Tensor, list[Projection]], dict]:
     """Arguments of one call with N of ns, and the flops and bytes that a perfect forward and backward need."""
-    kept = torch.promote_types(dtype, torch.float32)
+    stored = torch.promote_types(dtype, torch.float32)
     x = torch.randn(tokens, k, device=device, dtype=dtype)
     projections = []
     for j, n in enumerate(ns):
         weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
-        a, b = torch.randn(r, k, device=device, dtype=kept) * k**-0.5, torch.randn(n, r, device=device, dtype=kept)
+        a, b = torch.randn(r, k, device=device, dtype=stored) * k**-0.5, torch.randn(n, r, device=device, dtype=stored)
         bias = torch.randn(n, device=device, dtype=dtype)
         projections.append(Projection(weight, bias, Adapter(a, b, 2.0, p, DropoutKey(0, 0, 0, j))))
     size, n, count = x.element_size(), sum(ns), len(ns)
-    adapters = kept.itemsize * r * (count * k + n)
-    low = size * tokens * r * count
+    adapters = stored.itemsize * r * (count * k + n)
+    shrunk = size * tokens * r * count
     return (x, projections), {
         "flops": 2 * tokens * (k * n + r * (count * k + n)),
-        "bytes": size * (tokens * (k + n) + k * n + n) + adapters + low,
+        "bytes": size * (tokens * (k + n) + k * n + n) + adapters + shrunk,
         "backward_flops": 2 * tokens * (k * n + 2 * r * (count * k + n)),
-        "backward_bytes": size * (tokens * (2 * k + n) + k * n) + 2 * adapters + low,
+        "backward_bytes": size * (tokens * (2 * k + n) + k * n) + 2 * adapters + shrunk,
     }
 
 

@@ -1,12 +1,13 @@
-"""The narrow products of linear layers with adapters, each wide tensor read once: shrink and the gradients of A, B and S.
+"""The narrow products of linear layers with adapters, each wide tensor read once: shrink and the gradients of A, B and
+S.
 
     S_j = mask_j(x) A_j^T        dS_j = s_j dY_j B_j        dB_j = s_j dY_j^T S_j        dA_j = dS_j^T mask_j(x)
 
-mask_j(x) is x where the dropout mask of a projection keeps it and 0 elsewhere; s_j = scale_j / (1 - p_j) makes up for what is
-dropped. x [T, K] is read once for all projections of the group, each with its own mask; each dY_j [T, N_j] once for dS_j and
-dB_j. What several programs add to is kept as fp32 partials, which a second kernel adds up in a fixed order: no atomics, and the
-number of partials depends only on the shapes. S and dS are [projections, T, padded rank] in the dtype of x; their columns from
-the rank on are zero.
+mask_j(x) is x where the dropout mask of a projection keeps it and 0 elsewhere; s_j = scale_j / (1 - p_j) makes up for
+what is dropped. x [T, K] is read once for all projections of the group, each with its own mask; each dY_j [T, N_j] once
+for dS_j and dB_j. What several programs add to is kept as fp32 partials, which a second kernel adds up in a fixed
+order: no atomics, and the number of partials depends only on the shapes. S and dS are [projections, T, padded rank] in
+the dtype of x; their columns from the rank on are zero.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -68,7 +69,7 @@ def _shrink_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: BM rows, `span` of the K columns, R of the columns of every S_j; out [K / span, COUNT, rows, PADDED_R]."""
+    """A program: BM rows, `span` of the K columns, R columns of every S_j; out [K / span, COUNT, rows, PADDED_R]."""
     row_tiles = tl.cdiv(rows, BM)
     # programs that read the same x run side by side, so that the second one finds it in the cache; so below, too
     o_r, i_rest = tl.program_id(0) % blocks * R + tl.arange(0, R)[None, :], tl.program_id(0) // blocks
@@ -101,7 +102,7 @@ def _shrink_kernel(
 
 @jit
 def _sum_over_warps(b_x, WARPS: tl.constexpr):
-    """The sum of a tile [WARPS, R, BN] over its first axis, in one exchange between warps; tl.sum makes one for a few values each."""
+    """The sum of a tile [WARPS, R, BN] over its first axis, in one exchange between warps, where tl.sum makes many."""
     shape: tl.constexpr = b_x.shape
     b_x = tl.permute(b_x, (1, 2, 0))
     for i in tl.static_range(1, 4):
@@ -135,9 +136,11 @@ def _expand_backward_kernel(
     WARPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: ROWS rows, `tiles` times BN of the columns of one dY_j, R of the columns of S_j; its warps share the rows.
+    """A program: ROWS rows, `tiles` times BN of the columns of one dY_j, R of the columns of S_j; its warps share the
+    rows.
 
-    ds [spans of all projections, rows, PADDED_R], db [row tiles, columns of all projections, PADDED_R]; None where not wanted.
+    ds [spans of all projections, rows, PADDED_R], db [row tiles, columns of all projections, PADDED_R]; None where not
+    wanted.
     """
     o_r, i_rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
     i_m, i_span = i_rest % row_tiles, i_rest // row_tiles
@@ -198,7 +201,7 @@ def _shrink_backward_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: BK of the K columns, `span` rows, R of the rows of every dA_j; out [rows / span, COUNT, PADDED_R, K]."""
+    """A program: BK of the K columns, `span` rows, R rows of every dA_j; out [rows / span, COUNT, PADDED_R, K]."""
     col_tiles = tl.cdiv(K, BK)
     o_r, i_rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
     i_k, i_span = i_rest % col_tiles, i_rest // col_tiles
@@ -350,13 +353,13 @@ def _sum(parts: Tensor, out: Tensor) -> Tensor:
 
 
 def _split(size: int, block: int, others: int, x: Tensor) -> tuple[int, int]:
-    """(parts, span of a part) of a size, in whole blocks: as many parts as multiply `others` programs to about PROGRAMS."""
+    """(parts, span of a part) of a size, in whole blocks: so many parts that parts * others is about PROGRAMS."""
     span = cdiv(cdiv(size, block), max(1, PROGRAMS[arch(x)] // others)) * block
     return cdiv(size, span), span
 
 
 def _row_tile(rows: int, n: int, most: int, programs: int) -> int:
-    """Rows of a program, `most` or half of it, whichever makes fewer partial sums: n of dB a tile, `programs` of dS a row of it."""
+    """Rows of a program, `most` or half of it, whichever makes fewer partials: n of dB a tile, programs of dS a row."""
     return min(most, most // 2, key=lambda size: cdiv(rows, size) * n + programs * size)
 
 

@@ -1,10 +1,11 @@
-"""h = silu(g) * u with g and u two linear layers of x with adapters, where no backward follows: g and u are never stored.
+"""h = silu(g) * u with g and u two linear layers of x with adapters, where no backward follows: g and u are never
+stored.
 
     g = x W_0^T + b_0 + s_0 drop_0(x) A_0^T B_0^T        u likewise with projection 1        h [T, F] = silu(g) * u
 
-Evaluation uses it, and the first pass over a layer that the backward computes again (activation checkpointing). The two weights
-are packed in one storage, and a tile takes its columns from both alternately: one product makes g and u side by side, in the
-registers of one thread. They are rounded to the dtype of x as the two layers would round them.
+Evaluation uses it, and the first pass over a layer that the backward computes again (activation checkpointing). The two
+weights are packed in one storage, and a tile takes its columns from both alternately: one product makes g and u side by
+side, in the registers of one thread. They are rounded to the dtype of x as the two layers would round them.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -66,7 +67,7 @@ def _dual_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: BM rows by BN columns of h. Here y = [g_0 u_0 g_1 u_1 ...], so that each thread holds both of a pair."""
+    """A program: BM rows by BN columns of h. y is [g_0 u_0 g_1 u_1 ...], so that each thread holds both of a pair."""
     i_m, i_n = swizzle_tile(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(N, BN), GROUP)
     top = i_m.to(tl.int64) * BM
     o_m = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
@@ -128,7 +129,8 @@ def _halves(fused: Projection) -> list[Projection]:
 
 
 def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """silu(gate) * up [T, F] for the projections of x [T, K]: gate and up, or one that holds both, the gate's F rows first.
+    """silu(gate) * up [T, F] for the projections of x [T, K]: gate and up, or one that holds both, the gate's F rows
+    first.
 
     No gradient is recorded. ValueError if they do not fit together.
     """

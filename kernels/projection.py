@@ -1,6 +1,6 @@
-"""What a group of linear layers with adapters is made of, and weights that one GEMM reads together.
+"""A linear layer with its adapter as the kernels see it, and weights packed so that one GEMM reads them all.
 
-Weights lie one behind the other in one storage as views, so that the module tree and its names stay as they are.
+Packed weights are views of one storage, one after the other, so that the module tree and its names stay as they are.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
 
-# dtypes that a frozen weight may be stored in, whatever x has
+# dtypes that a frozen weight may be stored in, whatever the dtype of x
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +26,7 @@ class Adapter(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Of the product with the kept values of x as they are: the scale, and what makes up for those dropped."""
+        """The scale, with the correction of inverted dropout: kernels multiply the kept values of x unscaled."""
         return self.scale / (1 - self.p)
 
 
@@ -42,15 +42,15 @@ class Projection(NamedTuple):
 
 
 def join(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights [N_j, K] as views of one new storage, one behind the other; the caller puts them where they came from."""
+    """Pack weights [N_j, K]: views of one new storage, which the caller puts in the place of the weights."""
     return list(torch.cat(list(weights)).split([w.shape[0] for w in weights]))
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """[sum of N_j, K] where the weights [N_j, K] lie one behind the other in one storage, else None. Nothing is copied."""
+    """Packed weights [N_j, K] as one matrix [sum of N_j, K], a view; None if they are not packed."""
     first = weights[0]
     (height, k), dtype, start = first.shape, first.dtype, first.storage_offset()
-    storage = first.untyped_storage()._cdata  # which storage it is; a fake one has no address
+    storage = first.untyped_storage()._cdata  # identifies the storage; that of a tensor without data has no address
     if not first.is_contiguous():
         return None
     for w in weights[1:]:

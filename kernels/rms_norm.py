@@ -3,18 +3,19 @@
 The statistics and the normalised row n are fp32 (fp64 for fp64 input). The families round in two orders:
 
     round_once=False    y = (offset + w) * cast(n)      n is rounded, then the product: Qwen, GLM in transformers
-    round_once=True     y = cast((offset + w) * n)      only the product is rounded: ChatGLM2/3, GLM-4-9B; with offset 1 Qwen3.5
+    round_once=True     y = cast((offset + w) * n)      only the product is: ChatGLM2/3, GLM-4-9B (offset 1: Qwen3.5)
 
-`add_rms_norm` normalises the sum s = x + residual, rounded to their dtype, and returns s too: what a pre-norm block does between
-its halves. Saved for backward: x (or s) and rstd = 1/rms, one number a row; n is recomputed. With g = (offset + w) * dy:
+`add_rms_norm` normalises the sum s = x + residual, rounded to their dtype, and returns s too: what a pre-norm block
+does between its halves. Saved for backward: x (or s) and rstd = 1/rms, one number a row; n is recomputed. With
+g = (offset + w) * dy:
 
     dx = (g - n * mean(g * n)) * rstd + ds      dw = sum over rows of dy * n
 
-ds is the gradient of s from elsewhere; x and residual share one dx. A perfect forward moves each row twice (four times with the
-sum: x, residual, s, y), a perfect backward three times (four: dy, ds, s, dx).
+ds is the gradient of s from elsewhere; x and residual share one dx. A perfect forward moves each row twice (four times
+with the sum: x, residual, s, y), a perfect backward three times (four: dy, ds, s, dx).
 
-A program of the kernels holds whole rows, a few short ones or one long one at a time. For dw each program adds up its own rows in
-fp32, and torch adds up the programs: no atomics, and the number of programs depends only on the shape.
+A program of the kernels holds whole rows, a few short ones or one long one at a time. For dw each program adds up its
+own rows in fp32, and torch adds up the programs: no atomics, and the number of programs depends only on the shape.
 """
 
 import torch
@@ -104,7 +105,7 @@ def _bwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: `tiles` times ROWS rows. dx_ptr, partial_ptr: None where not wanted; ds_ptr: None without a gradient of s."""
+    """A program: `tiles` times ROWS rows. dx_ptr, partial_ptr: None where not wanted; ds_ptr: None without ds."""
     i_program = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, BLOCK)[None, :]
     b_dw = tl.zeros((ROWS, BLOCK), ACC)
@@ -258,7 +259,8 @@ def _gradients(ctx, dx: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0, round_once: bool = False) -> Tensor:
     """Normalise each row of x [..., N] to unit mean square and scale it by offset + w [N]; result in the dtype of x.
 
-    `round_once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and one N.
+    `round_once` leaves the normalised row unrounded until it is scaled. ValueError unless x and w have one dtype and
+    one N.
     """
     if _torch_serves(x, w, offset):
         return F.rms_norm(x, w.shape, w, eps)
@@ -282,7 +284,7 @@ def add_rms_norm(
 
 
 def _torch_serves(x: Tensor, w: Tensor, offset: float) -> bool:
-    """Whether torch's own norm serves: in inference, since a recomputed block needs the same bits, and in fp32, where nothing is rounded."""
+    """Whether torch's own norm serves: in inference (a recomputed block needs the same bits) and fp32 (no rounding)."""
     fp32 = x.dtype == torch.float32 and w.dtype == torch.float32
     return torch.is_inference_mode_enabled() and fp32 and not offset and not use_triton(x)
 

@@ -3,12 +3,12 @@
     y1 = x1 * cos - x2 * sin        y2 = x2 * cos + x1 * sin
 
 x [T, H, E]; cos, sin [T, P/2] in the dtype of x, made by `rope_angles` from the positions of the batch, so that packed
-documents restart. The first P <= E elements of a head rotate, the rest are copied. Angle i rotates the pair (i, i + P/2)
-(half-split, GPT-NeoX), or (2i, 2i + 1) when interleaved (GPT-J). With cos, sin [T, R, P/2] a head has R sections of E/R
-elements, each with its own row of cos and sin: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
+documents restart. The first P <= E elements of a head rotate, the rest are copied. Angle i rotates the pair
+(i, i + P/2) (half-split, GPT-NeoX), or (2i, 2i + 1) when interleaved (GPT-J). With cos, sin [T, R, P/2] a head has R
+sections of E/R elements, each with its own row of cos and sin: the 2-D positions of ChatGLM-6B are R = 2 and P = E/2.
 
-x is not saved: the backward is the same rotation with -sin. A program of the kernel rotates one section of some heads of one
-token.
+x is not saved: the backward is the same rotation with -sin. A program of the kernel rotates one section of some heads
+of one token.
 """
 
 import torch

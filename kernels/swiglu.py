@@ -4,8 +4,8 @@ Saved for backward: g and u. silu(g) is recomputed. With s = sigmoid(g):
 
     du = dh * g * s        dg = dh * u * s * (1 + g * (1 - s))
 
-`swiglu_fused` takes both side by side in one matrix, g first, as GLM's fused projection writes them; its gradient comes back as
-one such matrix, written once. A perfect forward moves three values for each of h, a perfect backward five.
+`swiglu_fused` takes both side by side in one matrix, g first, as GLM's fused projection writes them; its gradient comes
+back as one such matrix, written once. A perfect forward moves three values for each of h, a perfect backward five.
 
 A program of the kernels takes BLOCK columns of one row: g and u may be column ranges of one wider matrix.
 """

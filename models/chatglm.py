@@ -4,13 +4,14 @@ A GLM (Du et al., 2022) with a block that no later model has:
 
     a = LN(x)    h = sqrt(56) * a + attention(a)    b = LN(h)    y = sqrt(56) * b + MLP(b)
 
-The residual carries the normalised input; sqrt(56) is sqrt(2 * 28 layers); the original code has it as a
-constant, whatever num_layers is. The MLP is GELU (tanh form) without a gate. Every linear has a bias. The rows of query_key_value
+The residual carries the normalised input; sqrt(56) is sqrt(2 * 28 layers); the original code has it as a constant,
+whatever num_layers is. The MLP is GELU (tanh form) without a gate. Every linear has a bias. The rows of query_key_value
 are q, k, v of the first head, then of the next.
 
-A document is `prompt [gMASK] <sop> answer <eop>`. The tokens before <sop> all see each other; from <sop> on attention is causal. A
-token has two positions: the first half of each head rotates by the position in the prompt, which stays that of [gMASK] from there
-on, the second half by the position in the answer, which counts from <sop> = 1 (stream.Documents).
+A document is `prompt [gMASK] <sop> answer <eop>`. The tokens before <sop> all see each other; from <sop> on attention
+is causal. A token has two positions: the first half of each head rotates by the position in the prompt, which stays
+that of [gMASK] from there on, the second half by the position in the answer, which counts from <sop> = 1
+(stream.Documents).
 """
 
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def decoder(c: ChatGLMConfig) -> Decoder:
 
 
 def config(j: dict[str, Any]) -> ChatGLMConfig:
-    """Config of ChatGLM-6B's config.json; missing keys have the values of the first release, with its vocabulary of 150528.
+    """Config of ChatGLM-6B's config.json; missing keys have the values of the first release, of vocabulary 150528.
 
     Raises ValueError that names the key whose value is not supported.
     """

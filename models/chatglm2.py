@@ -1,11 +1,11 @@
-"""ChatGLM2, ChatGLM3 and GLM-4-9B in the layout of their original code (model_type `chatglm`, told apart from ChatGLM-6B).
+"""ChatGLM2, ChatGLM3 and GLM-4-9B in the layout of their original code (model_type `chatglm`, as ChatGLM-6B has).
 
-The same model as `glm` under other names: one matrix holds all queries, then all keys, then all values; dense_h_to_4h holds
-the gate's rows, then up's; adjacent elements rotate as a pair in the first half of each head. Its RMS norm multiplies by the
-weight before it rounds.
+The same model as `glm` under other names: one matrix holds all queries, then all keys, then all values; dense_h_to_4h
+holds the gate's rows, then up's; adjacent elements rotate as a pair in the first half of each head. Its RMS norm
+multiplies by the weight before it rounds.
 
-The config.json of a long-context model has a `rope_ratio`. ChatGLM3 and GLM-4 multiply the rotary base by it; ChatGLM2 divides the
-positions by it.
+The config.json of a long-context model has a `rope_ratio`. ChatGLM3 and GLM-4 multiply the rotary base by it; ChatGLM2
+divides the positions by it.
 """
 
 import re
@@ -133,6 +133,6 @@ def _rope(j: dict[str, Any]) -> tuple[float, float]:
     if re.search("chatglm2", name, re.IGNORECASE):
         return 10000.0, ratio
     raise ValueError(
-        f"rope_ratio {ratio:g} divides the positions in ChatGLM2 and multiplies the base in ChatGLM3, and _name_or_path "
-        f"{name[:60]!r} does not tell which it is: write chatglm2-6b-32k or chatglm3-6b-32k there"
+        f"rope_ratio {ratio:g} divides the positions in ChatGLM2 and multiplies the base in ChatGLM3, and "
+        f"_name_or_path {name[:60]!r} does not tell which it is: write chatglm2-6b-32k or chatglm3-6b-32k there"
     )

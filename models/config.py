@@ -19,7 +19,7 @@ class Yarn:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The sizes of one checkpoint, which every family has, and the switches, of which a family sets those that differ."""
+    """The sizes of one checkpoint, which every family sets, and switches, which a family sets where it differs."""
 
     family: str
     layers: int

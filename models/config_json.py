@@ -91,7 +91,7 @@ def _check_same(j: dict[str, Any], scaling: dict[str, Any], key: str) -> None:
 
 
 def _one_rope(j: dict[str, Any]) -> None:
-    """ValueError where rope_parameters and rope_scaling say different things: transformers' versions differ in which they take."""
+    """ValueError where rope_parameters and rope_scaling differ: transformers reads one or the other, by version."""
     new, old = j.get("rope_parameters"), j.get("rope_scaling")
     for each in (new, old):
         if each is not None and not isinstance(each, dict):
@@ -107,7 +107,7 @@ def _one_rope(j: dict[str, Any]) -> None:
 
 
 def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
-    """How many elements of a head rotate: `partial_rotary_factor`, in rope_parameters (transformers 5) or beside it (4)."""
+    """How many elements of a head rotate: partial_rotary_factor, in rope_parameters (transformers 5) or beside (4)."""
     scaling = j.get("rope_parameters") or j.get("rope_scaling") or {}
     share = positive(scaling, "partial_rotary_factor", positive(j, "partial_rotary_factor", default))
     _check_same(j, scaling, "partial_rotary_factor")
@@ -118,7 +118,7 @@ def rotary_of(j: dict[str, Any], head_size: int, default: float = 1.0) -> int:
 
 
 def only(j: dict[str, Any], family: str, **wanted: Any) -> None:
-    """ValueError for a key that is there and has another value than the one that is supported. null counts as missing."""
+    """ValueError for a key with another value than the one that is supported. null counts as missing."""
     for key, value in wanted.items():
         if j.get(key) not in (None, value):
             raise ValueError(f"{key} is {str(j[key])[:40]}; {family} is supported with {value}")

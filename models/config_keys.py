@@ -1,7 +1,7 @@
-"""The keys of config.json by family: what is read, what says nothing of the arithmetic, and what may have one value alone.
+"""The keys of config.json by family: those that are read, those that change no logit, those with one supported value.
 
-A key that is in no table is unknown; those who open a folder name it. A key of NEUTRAL changes what a model computes in other
-families or releases: with another value than those listed the model is not the one that is here.
+A key that is in no table is unknown, and whoever opens a folder reports it. A key of NEUTRAL changes what a model
+computes in other families or releases: with a value that is not listed, the model is none of ours.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ QWEN = LLAMA_LIKE | {
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "qkv_bias", "use_qk_norm",
 }  # fmt: skip
 GLM = LLAMA_LIKE | {"partial_rotary_factor"}
-# what the family's reader takes; a test changes each of them
+# what the family's config() reads; a test changes each of them
 USED: dict[str, set[str]] = {
     "qwen2": QWEN,
     "qwen3": QWEN,
@@ -62,7 +62,7 @@ HARMLESS = {
     # of an encoder, where there is none
     "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder",
 }  # fmt: skip
-OWN_CODE = {"chatglm", "chatglm2", "qwen"}  # families that were published with it: their auto_map names it
+OWN_CODE = {"chatglm", "chatglm2", "qwen"}  # families published with their own code, which auto_map names
 DROPOUTS = {
     "attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attn_dropout_prob",
     "emb_dropout_prob", "embedding_dropout", "mlp_dropout",
@@ -102,7 +102,7 @@ ROPE_KEYS = {
     "mscale_all_dim", "attention_factor", "truncate",
 }  # fmt: skip
 
-# names of one thing in several families: where two of them stand, they must agree
+# names of one setting in several families: where a config.json has two of them, they must agree
 SPELLINGS = (
     ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     ("hidden_size", "n_embd", "d_model"),
@@ -122,7 +122,7 @@ SPELLINGS = (
 
 
 def check_keys(j: dict[str, Any], family: str) -> None:
-    """ValueError for a key that asks for arithmetic which is not here, and for two keys that contradict each other."""
+    """ValueError for a key that asks for unsupported arithmetic, and for two keys that contradict each other."""
     for name, key, value in _not_read(j, family):
         if value is None or key not in NEUTRAL:
             continue
@@ -147,7 +147,7 @@ def check_keys(j: dict[str, Any], family: str) -> None:
 
 
 def unknown_keys(j: dict[str, Any], family: str) -> list[str]:
-    """The keys with content that no table has, and dropouts other than zero: whoever wrote them may have meant something."""
+    """The keys with content that are in no table, and dropouts other than zero: they may have a meaning."""
     known = HARMLESS | NEUTRAL.keys() | ({"auto_map"} if family in OWN_CODE else set())
     known |= {
         key for spellings in SPELLINGS if USED[family] & set(spellings) for key in spellings
@@ -163,7 +163,7 @@ def unknown_keys(j: dict[str, Any], family: str) -> list[str]:
 
 
 def _not_read(j: dict[str, Any], family: str) -> Iterator[tuple[str, str, Any]]:
-    """(where it stands, key, value) of each key that the family's reader does not take, those of the rope settings too."""
+    """(path, key, value) of each key that the family's config() does not read, those in the rope settings too."""
     for key, value in j.items():
         if key not in USED[family]:
             yield key, key, value

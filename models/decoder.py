@@ -34,7 +34,7 @@ TRANSFORMERS = Names()
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model over a flat stream of tokens; its modules lie under the names of the checkpoint."""
+    """A decoder-only language model over a flat stream of tokens; its modules have the names of the checkpoint."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.names = config, names
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-        self.keep_attention = False  # then keep what attention gave
+        self.keep_attention = False  # then keep the output of attention
         self.compute: torch.dtype | None = None  # None: in the dtype that weights are stored in
         self.int8_head: torch.ScriptObject | None = None  # int8.py
-        # with a weight of our own torch does not draw one: on the meta device that alone would import its compiler, a second
+        # given a weight, torch draws none: on the meta device that would import its compiler, which takes a second
         weight = torch.empty(config.vocab, config.width)
         _plant(self, names.embedding, nn.Embedding(config.vocab, config.width, _weight=weight))
         _plant(self, names.layers, nn.ModuleList(block(config, i) for i in range(config.layers)))
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations have and products are computed in."""
+        """The dtype of activations and products."""
         return self.compute or self.head.dtype
 
     @property
@@ -106,18 +106,19 @@ class Decoder(nn.Module):
         return Context(*rope_angles(documents.positions.movedim(0, -1), *frequencies, dtype), documents)
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """What `inverse_frequencies` gives, for this family."""
+        """inverse_frequencies, as this family computes them."""
         return inverse_frequencies(self.config, device, dtype)
 
     def prefix_lens(self, ids: Tensor) -> list[int] | None:
-        """[how many first tokens of a document ids [T] see each other]; None for a family that is causal throughout."""
+        """[how many first tokens of a document ids [T] all see each other]; None for a family that is all causal."""
         return None
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [T, V] in fp32 or wider for one document ids [T]; ValueError for ids that are no one document, such as a batch."""
         if ids.dim() != 1:
             raise ValueError(
-                f"logits takes the ids of one document, [T], not {list(ids.shape)}: give ids[0], ids[1], ... each by itself"
+                f"logits takes the ids of one document, [T], not {list(ids.shape)}: "
+                "give ids[0], ids[1], ... each by itself"
             )
         documents = Documents.of([ids.shape[0]], self.prefix_lens(ids)).to(ids.device)
         return self.to_logits(self(ids, documents))
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
 
 
 def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module under a dotted path, with plain modules on the way."""
+    """Put a module under a dotted path, creating plain modules on the way."""
     *way, leaf = path.split(".")
     for name in way:
         if not hasattr(root, name):

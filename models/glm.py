@@ -1,8 +1,9 @@
 """GLM in transformers' layout: GLM-4-9B-*-hf and GLM-Edge (`glm`), GLM-4-0414 and GLM-Z1 (`glm4`).
 
-Pre-norm blocks of grouped-query attention and SwiGLU, as in Qwen, with two differences: adjacent elements rotate as a pair, in
-the first half of each head only (GLM-Edge: the whole head), and the gate and up projections are one matrix. `glm4` adds a norm
-after attention and one after the MLP; its `post_attention_layernorm` is still the norm before the MLP.
+Pre-norm blocks of grouped-query attention and SwiGLU, as in Qwen, with two differences: adjacent elements rotate as a
+pair, in the first half of each head only (GLM-Edge: the whole head), and the gate and up projections are one matrix.
+`glm4` adds a norm after attention and one after the MLP; its `post_attention_layernorm` is still the norm before the
+MLP.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""A model's frozen linears in int8, for answering on a CPU: a quarter of fp32's bytes, and products on its int8 instructions.
+"""A model's frozen linears in int8, to answer on a CPU: a quarter of fp32's bytes, and the CPU's int8 instructions.
 
     y = s_x s_w (round(x / s_x) round(W / s_w)^T) + b
 
-Weights are rounded once, with one scale s_w for each output channel; x when it comes, with one scale s_x for each token. The
-product is torch's dynamic int8 linear. There is no gradient.
+Weights are rounded once, with one scale s_w for each output channel; x when it comes, with one scale s_x for each
+token. The product is torch's dynamic int8 linear. There is no gradient.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .decoder import Decoder
 
 
-# torch has a floor under the scale of x (QuantUtils.h, SMALL_SCALE_THRESHOLD): x is multiplied by this, weights are divided by it
+# torch has a least scale of x (QuantUtils.h, SMALL_SCALE_THRESHOLD): x is multiplied by this, weights are divided by it
 LIFT = 4096.0
 
 
 class Int8Linear(nn.Module):
-    """Linears of one input, in int8: x [T, K] in fp32 -> y_j [T, N_j] each; weights are rounded to -levels .. levels."""
+    """Linears of one input in int8: x [T, K] in fp32 -> y_j [T, N_j] each; weights are rounded to -levels .. levels."""
 
     def __init__(self, linears: list[nn.Linear]):
         super().__init__()

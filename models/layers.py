@@ -1,5 +1,6 @@
-"""The layers that the families share. Names of modules and parameters are the checkpoint's: loading needs no map, and adapter
-keys are PEFT's.
+"""The layers that the families share.
+
+Modules and parameters have the names of the checkpoint, so that loading needs no map and adapter keys are PEFT's.
 
 Letters, here and in the kernels:
     T  tokens of a flat stream          D  width (hidden_size)          H  query heads
@@ -43,12 +44,12 @@ from .stream import Context
 
 
 class Adapted(nn.Module):
-    """A linear that comes with an adapter; the kernels take what its class says it is, fused with others."""
+    """A linear with an adapter. The kernels take its projection(), which may be fused with others."""
 
     output_needed = True  # see recompute.py
 
     def __init_subclass__(cls) -> None:
-        # a DoRALinear(LoRALinear) would inherit a projection that leaves out what it adds
+        # a DoRALinear(LoRALinear) would inherit a projection() that leaves out what it adds
         if cls.__base__ is not Adapted:
             raise TypeError(f"{cls.__name__} must derive from Adapted itself and say its own projection()")
 
@@ -72,7 +73,7 @@ class Linear(nn.Linear):
 
 
 class _WithoutOutput(torch.autograd.Function):
-    """A trained linear whose product is not made: memory as it comes, and the gradients of the real one."""
+    """A trained linear whose product is not made: uninitialised memory, and the gradients of the real one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,7 +88,7 @@ class _WithoutOutput(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    round_once = False  # round the product with the weight alone, not the normalised row before it as well
+    round_once = False  # round only the product with the weight, not the normalised row before it
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -103,14 +104,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, for x in another dtype than the weight's too."""
+    """torch's, where x may have another dtype than the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def projections(*linears: nn.Module) -> list[Projection] | None:
-    """Linears of one input as the kernels take them together: frozen or with an adapter. None where one is trained or foreign."""
+    """Linears of one input for a fused kernel, frozen or with an adapter; None if one is trained or another class."""
     for linear in linears:
         frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
         if not frozen and not isinstance(linear, Adapted):
@@ -119,7 +120,7 @@ def projections(*linears: nn.Module) -> list[Projection] | None:
 
 
 def each(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-    """What each of several linears makes of the same x [T, K], where the kernels do not take them."""
+    """The outputs of linears of the same x [T, K] that are not fused."""
     first = linears[0]
     if isinstance(first, Int8Part):
         return first.whole(x).split_with_sizes(first.whole.sizes, -1)
@@ -127,7 +128,7 @@ def each(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
 
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
-    """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not even stored."""
+    """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not stored."""
     fused = projections(gate, up)
     if fused is None:
         return swiglu(*each(x, gate, up))
@@ -141,9 +142,9 @@ def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
 
 
 def pack_weights(model: nn.Module) -> None:
-    """Give linears of one input one storage, their weights one behind the other, before a model is filled: what they hold is lost.
+    """Allocate linears of one input (q/k/v, gate/up) contiguously, so that one GEMM reads them all.
 
-    Modules name them in `packed_modules`; parameters keep their names and shapes, and one GEMM can read them all.
+    Modules name them in `packed_modules`. Call it before loading: parameters keep names and shapes, but not values.
     """
     for module in model.modules():
         linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "packed_modules", ())]
@@ -155,7 +156,7 @@ def pack_weights(model: nn.Module) -> None:
 
 
 def projection(linear: nn.Module) -> Projection:
-    """A linear as the kernels see it; one with an adapter says so itself."""
+    """A linear as the kernels see it."""
     return (
         Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else cast(Adapted, linear).projection()
     )
@@ -231,7 +232,7 @@ class Block(nn.Module):
     a = x + Attention(RMSNorm(x))        y = a + MLP(RMSNorm(a))
     """
 
-    last_linear = "mlp.down_proj"  # what the block ends in, beside the residual: recompute.py does not compute it again
+    last_linear = "mlp.down_proj"  # its output is added to the residual; recompute.py does not compute it again
 
     def __init__(self, c: Config, layer: int, mlp: type[nn.Module]):
         super().__init__()

@@ -1,7 +1,7 @@
 """Qwen dense: Qwen1.5, Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen (`qwen2`) and Qwen3 (`qwen3`).
 
-Both are pre-norm blocks of grouped-query attention and SwiGLU. Qwen2 has biases on q, k and v; Qwen3 has none, but it has an
-RMS norm on each head of q and k before the rotation, and its config.json gives the head size.
+Both are pre-norm blocks of grouped-query attention and SwiGLU. Qwen2 has biases on q, k and v; Qwen3 has none, but it
+has an RMS norm on each head of q and k before the rotation, and its config.json gives the head size.
 """
 
 from typing import Any

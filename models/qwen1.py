@@ -1,8 +1,8 @@
-"""Qwen-1 (model_type `qwen`): pre-norm blocks. c_attn holds all queries, then all keys, then all values; w2 is the gate.
+"""Qwen-1 (model_type `qwen`): pre-norm blocks; c_attn holds all queries, all keys, then all values; w2 is the gate.
 
-Two things extend the context beyond the trained length, in evaluation only and for documents longer than seq_length only: the
-rotary base grows with the document's length (dynamic NTK; in decoding it stays as the prompt set it), and the query at position
-i is multiplied by log(i) / log(seq_length) ("logn"). Training uses neither.
+Two things extend the context beyond the trained length, in evaluation only and for documents longer than seq_length
+only: the rotary base grows with the document's length (dynamic NTK; in decoding it stays as the prompt set it), and the
+query at position i is multiplied by log(i) / log(seq_length) ("logn"). Training uses neither.
 """
 
 import math

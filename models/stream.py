@@ -54,8 +54,8 @@ class Documents:
 def _positions(start: int, end: int, prefix_len: int | None) -> Tensor:
     """Positions [n] of the tokens from start to end of a document; [2, n] where it begins with a bidirectional prefix.
 
-    Then the first row counts the prefix and stays at its last token, and the second row counts from 1 what follows it (the 2-D
-    positions of GLM; Du et al., 2022).
+    Then the first row counts the prefix and stays at its last token, and the second row counts from 1 what follows it
+    (the 2-D positions of GLM; Du et al., 2022).
     """
     position = torch.arange(start, end)
     if prefix_len is None:
