@@ -79,7 +79,7 @@ def hf_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def hf_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GLM's: the first elements of a head turn in pairs of neighbours."""
+    """GLM's: the first elements of a head rotate in pairs of neighbours."""
     cos, sin = (angle.repeat_interleave(2, dim=-1)[:, None] for angle in (cos, sin))
     turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     turned = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)

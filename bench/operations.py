@@ -122,7 +122,7 @@ def add_norm(rows: int, n: int, trained: tuple[int, ...] = (0, 1), once: bool = 
     return Entry("add_rms_norm", f"{rows} x {n}" + ", once" * once, make)
 
 
-def turn(tokens: int, heads: int, size: int, rotated: int | None = None, interleaved: bool = False) -> Entry:
+def rotate(tokens: int, heads: int, size: int, rotated: int | None = None, interleaved: bool = False) -> Entry:
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
         args, _ = rope.example(tokens, heads, size, dtype, str(device), rotated, interleaved)
         peer = others.hf_rope_interleaved if interleaved else others.hf_rope
@@ -348,7 +348,7 @@ def of_model(model: str, s: Shape, m: int) -> Iterator[Entry]:
         glm = model.startswith("glm-4")
         yield norm(m, s.width)
         yield add_norm(m, s.width)
-        yield turn(m, s.heads, s.head_size, s.head_size // 2 if glm else None, glm)
+        yield rotate(m, s.heads, s.head_size, s.head_size // 2 if glm else None, glm)
         yield (gate_fused if glm else gate)(m, s.ffn)
         yield group("q, k, v", m, s.width, (s.query, s.kv, s.kv))
         yield linear("o", m, s.query, s.width)

@@ -261,6 +261,7 @@ class Softmax:
 
     def gradient(self, scale: Tensor | float = 1.0) -> Tensor:
         """scale * (softmax - onehot) in the memory of p; zero for a masked row."""
+        # p_j = e_j / (others + e_t), and p_t - 1 = -others / (others + e_t)
         factor = scale / (self.others + self.true)
         self.p.mul_(factor).scatter_(1, self.target, -self.others * factor)
         return self.p.masked_fill_(self.masked, 0.0) if self.any_masked else self.p

@@ -162,19 +162,19 @@ def _torch_gradients(
     dx, found, number = None, [], 0
     for dy, p in zip(dys, projections, strict=True):
         if needs_x:
-            dx = add_input_gradient(dx, dy, p.weight)
+            dx = add_input_gradient(dx, dy, p.weight)  # dX += dY W
         if p.adapter is None:
             continue
         a, b, scale, rate, key = p.adapter
         da = db = None
         if needs_b[number]:
-            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(scale)
+            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(scale)  # dB = s dY^T S
         if needs_x or needs_a[number]:
-            ds = dy @ _scaled(p.adapter, dy.dtype)
+            ds = dy @ _scaled(p.adapter, dy.dtype)  # dS = s dY B
             mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
             if needs_a[number]:
-                da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)
-            if dx is not None:
+                da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)  # dA = dS^T drop(x)
+            if dx is not None:  # dX += drop(dS A)
                 a = a.to(dy.dtype)
                 dx = dx.addmm_(ds, a) if mask is None else dx.add_(dropped(ds @ a, mask, rate))
         found += [da, db]

@@ -240,9 +240,9 @@ class _OnTorch(torch.autograd.Function):
         x, w, rstd = ctx.saved_tensors
         n = torch.mul(x, rstd)
         dx = dw = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # dw = sum over rows of dy n
             dw = torch.mul(dy, n).flatten(0, -2).sum(0).to(w.dtype)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:  # dx = (g - n mean(g n)) rstd + ds
             g = torch.mul(dy, w.to(n.dtype) + ctx.offset)
             mean = torch.linalg.vecdot(g, n).div_(x.shape[-1]).unsqueeze(-1)
             dx = g.addcmul_(n, mean, value=-1).mul_(rstd)

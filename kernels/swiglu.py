@@ -158,8 +158,8 @@ class _OnTorch(torch.autograd.Function):
             torch.mul(F.silu(gate), dh, out=to_up)
             torch.ops.aten.silu_backward(dh * up, gate, grad_input=to_gate)
             return dgu, None
-        du = F.silu(g).mul_(dh) if ctx.needs_input_grad[1] else None
-        dg = torch.ops.aten.silu_backward(dh * u, g) if ctx.needs_input_grad[0] else None
+        du = F.silu(g).mul_(dh) if ctx.needs_input_grad[1] else None  # dh g s
+        dg = torch.ops.aten.silu_backward(dh * u, g) if ctx.needs_input_grad[0] else None  # dh u s (1 + g (1 - s))
         return dg, du
 
 

@@ -60,7 +60,7 @@ def _rope(heads: int, size: int, **form: Any) -> Callable[[torch.dtype], None]:
 
 
 def _rope_sections(dtype: torch.dtype) -> None:
-    """Of ChatGLM-6B: every half of a head turns by a position of its own."""
+    """Of ChatGLM-6B: each half of a head rotates by its own position."""
     x, cos, sin, _ = rope.example(TOKENS, 32, 128, dtype, "meta")[0]
     y = rope.rope(x.requires_grad_(), cos.unflatten(1, (2, -1)), sin.unflatten(1, (2, -1)))
     y.backward(torch.empty_like(y))
