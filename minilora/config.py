@@ -65,6 +65,9 @@ class DataConfig:
         return {f.name: getattr(self, f.name) for f in fields(DataConfig)}
 
 
+PLAIN = DataConfig()
+
+
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
     """A training run. Field names are the yaml keys and, with dashes, the flags."""

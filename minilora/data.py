@@ -12,7 +12,8 @@ import torch
 
 from minilora.models.stream import Batch, Documents
 
-from .rows.load import Report, load_examples
+from .rows.load import load_examples
+from .rows.report import Report
 from .rows.token_store import IGNORE, Example, Examples
 
 __all__ = ["IGNORE", "Batch", "Example", "Examples", "Report", "epoch_order", "load_examples", "make_batch", "pack",

@@ -14,7 +14,7 @@ from tiny import make_model
 from minilora.config import DataConfig
 from minilora.data import IGNORE, Example, epoch_order, load_examples, make_batch, pack, step_examples, steps_per_epoch
 from minilora.errors import DataError, ModelError
-from minilora.rows.load import ending_note
+from minilora.rows.report import ending_note
 from minilora.text.bpe import BytePairs
 from minilora.text.template import render_text
 from minilora.text.template_qwen import ChatML

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from ..config import TrainConfig
-from ..errors import DataError, UsageError
+from ..errors import UsageError
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ModelFolder, positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from . import find_data
-from .load import Report, ending_note, load_examples
+from .load import load_examples
+from .report import Report, ending_note
 from .sources import mixed, parse_ratio, parse_sources, repeated
-from .split import count_of, split
+from .split import counts_of, split
 from .token_store import Examples, TokenCache
 
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a run and the reports on them; `taken` are the sides that were split off, by name."""
+    """The examples of a run and the reports on them; `taken` holds the sides that were split off, by name."""
 
     tokenizer: Tokenizer
     train: Examples
@@ -81,13 +82,10 @@ def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
 
 
 def _divide(examples: Examples, wanted: dict[str, str], seed: int) -> tuple[Examples, dict[str, Examples]]:
-    """The examples that stay, and those of each side that is wanted as a number or a share of them."""
+    """The examples that remain, and those of each side, which is wanted as a number or a share of the rows."""
     if not wanted:
         return examples, {}
-    counts = [count_of(name, text, len(examples)) for name, text in wanted.items()]
-    if sum(counts) >= len(examples):
-        raise DataError(f"val and test would take {sum(counts):,} of {len(examples):,} rows", "Leave rows to train on.")
-    rest, *sides = split(examples.column("question"), counts, seed)
+    rest, *sides = split(examples.column("question"), counts_of(wanted, len(examples)), seed)
     return examples.take(rest), {name: examples.take(side) for name, side in zip(wanted, sides, strict=True)}
 
 

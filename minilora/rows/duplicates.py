@@ -8,7 +8,7 @@ import numpy as np
 
 HASHES, BANDS = 64, 16
 PIECE = 5  # letters
-SHORTEST = 20  # letters; shorter texts are alike too easily
+SHORTEST = 20  # letters; shorter texts are similar by chance
 ALIKE = 0.8
 MOST = 200_000  # texts that are compared; about 2 KB of memory each
 
@@ -34,7 +34,7 @@ def signature(text: str) -> np.ndarray | None:
 
 
 class NearDuplicates:
-    """Texts so far; a new one is told whether it is like one of them."""
+    """The texts so far, and whether a new one is nearly the same as one of them."""
 
     def __init__(self):
         self._signatures: list[np.ndarray] = []
@@ -42,12 +42,12 @@ class NearDuplicates:
         self._buckets: dict[tuple[int, bytes], int] = {}
 
     def like(self, text: str) -> tuple[str, float] | None:
-        """(name, estimated share of common pieces) of a text that this one is at least 80 % alike."""
+        """(name, estimated share of common pieces) of an earlier text that shares at least 80 % of its pieces with this one."""
         mine = signature(text)
         return None if mine is None else self._like(mine)
 
     def add(self, text: str, name: str) -> tuple[str, float] | None:
-        """As `like`; the text is remembered under its name if it is like none."""
+        """As `like`; a text that is like no other is remembered under its name."""
         mine = signature(text)
         if mine is None or len(self._names) >= MOST:
             return None

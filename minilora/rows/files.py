@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..config import PLAIN, DataConfig
 from ..errors import DataError
 from .encodings import BOM, open_text
 from .json_files import JsonArray, JsonLines, JsonObjects, TextLines, is_lines, is_spread
@@ -17,8 +18,15 @@ VAL_NAMES = ("dev", "val", "valid", "validation", "eval")
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".txt")
 
 
-class RowFile(Protocol):
-    """The rows of a file by number 0, 1, ...; `sha256` is of its bytes, `note` says how it was read if that was a choice."""
+class Places(Protocol):
+    """Rows by number 0, 1, ...: the place of each as a message names it, and its JSON value; RowError if it has none."""
+
+    def where(self, number: int) -> str: ...
+    def value(self, number: int) -> Any: ...
+
+
+class RowFile(Places, Protocol):
+    """The rows of a file; `sha256` is of its bytes, `note` says how it was read if that was a choice."""
 
     path: Path
     sha256: str
@@ -26,24 +34,16 @@ class RowFile(Protocol):
 
     def __len__(self) -> int: ...
 
-    def where(self, number: int) -> str:
-        """The place of a row as a message names it."""
-        ...
 
-    def value(self, number: int) -> Any:
-        """The JSON value of a row; RowError if it is none."""
-        ...
-
-
-def open_rows(path: str | Path, columns: dict[str, str] | None = None, encoding: str = "") -> RowFile:
+def open_rows(path: str | Path, settings: DataConfig = PLAIN) -> RowFile:
     """The RowFile of a path, by its ending and its first bytes. DataError for what is no such file, or has no row.
 
-    columns (name of ours -> column of the file) helps to find the header of a sheet; encoding is of the text, "" is UTF-8.
+    Of the settings, `columns` helps to find the header of a sheet, and `encoding` is that of the text; "" is UTF-8.
     """
     path = Path(path)
     check_file(path)
     try:
-        file = _open(path, columns or {}, encoding)
+        file = _open(path, settings.columns, settings.encoding)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", "Check the path and the file's permissions.") from None
     if not len(file):
@@ -52,7 +52,7 @@ def open_rows(path: str | Path, columns: dict[str, str] | None = None, encoding:
 
 
 def check_file(path: Path) -> None:
-    """DataError for a path that is no file; a pipe is none, it could not be read twice."""
+    """DataError unless a path is a regular file; a pipe could not be read twice."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not a regular file" if path.exists() else "not there"
         raise DataError(
@@ -89,7 +89,7 @@ def _reader(path: Path, encoding: str) -> Callable[[Path, str], RowFile]:
 def find_data(path: str | Path) -> tuple[Path, Path | None]:
     """The training file of a path, and the validation file beside it if the path is a folder that has one.
 
-    A folder as ChatGLM3's tools have them holds train.json and dev.json; a path that is no folder is the file itself.
+    A folder of ChatGLM3's tools holds train.json and dev.json. Any other path is the training file itself.
     """
     path = Path(path)
     if not path.is_dir():
@@ -107,21 +107,22 @@ def find_data(path: str | Path) -> tuple[Path, Path | None]:
     return train[0], val[0] if val else None
 
 
+def read_row(file: RowFile, number: int, settings: DataConfig) -> Row:
+    """The conversation of a row; RowError if it is none."""
+    return to_messages(file.value(number), file.where(number), settings)
+
+
 def read_rows(
-    path: str | Path,
-    columns: dict[str, str] | None = None,
-    ignored: frozenset[str] = frozenset(),
-    encoding: str = "",
-    say: Callable[[str], None] = lambda note: None,
+    path: str | Path, settings: DataConfig = PLAIN, say: Callable[[str], None] = lambda note: None
 ) -> Iterator[Row]:
-    """The conversations of a file, one after the other; RowError for the first row that is none, or of which a key is lost.
+    """The conversations of a file, one after the other; RowError for the first row that is none, or has a key that is not read.
 
     `say` is called with how the file was read if that was a choice.
     """
-    file = open_rows(path, columns, encoding)
+    file = open_rows(path, settings)
     if file.note:
         say(f"{path}: {file.note}")
     for number in range(len(file)):
-        row = to_messages(file.value(number), file.where(number), columns, ignored)
+        row = read_row(file, number, settings)
         refuse_unread(row.unread, row.where)
         yield row

@@ -123,7 +123,7 @@ def _values(text: str, at: int) -> Iterator[tuple[int, Any]]:
 
 
 def is_spread(file: BinaryIO) -> bool:
-    """Whether the first object of a file goes over several lines: its first line alone is none, and with the next ones it is."""
+    """Whether the first object of a file spans several lines: its first line alone is not JSON, together with the next ones it is."""
     file.seek(0)
     start = file.read(MAX_LINE).removeprefix(BOM).lstrip()
     first, _, _ = start.partition(b"\n")

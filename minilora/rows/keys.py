@@ -1,7 +1,7 @@
-"""The keys of rows and messages, and what becomes of each: it is read, it is a note about the row, or it must be named.
+"""The keys of rows and messages: each is read, or is a note about the row, or must be named.
 
-A key that is neither read nor a note and holds something is content that would be lost: training stops with its name. What
-holds nothing (null, "", [], {}) is no loss. Notes are told without case.
+A key that holds something and is neither read nor a note would be lost: training stops and names it. A key that holds nothing
+(null, "", [], {}) is no loss. Upper and lower case are one in the names of notes.
 """
 
 import shlex
@@ -64,7 +64,7 @@ def _hint(key: str) -> str:
 
 
 def ignored_notes(rows: Counter) -> list[str]:
-    """What to say of the keys that --ignore-keys names: in how many rows each stands, or that none has it."""
+    """Lines on the keys that --ignore-keys names: how many rows have each of them, or that none has."""
     found = ", ".join(f"{quote(key)} ({n:,})" for key, n in sorted(rows.items()) if n)
     return [f"keys that are ignored on request: {found}"] * bool(found) + [
         f"note: no row has a key {quote(key)}, which --ignore-keys names" for key, n in sorted(rows.items()) if not n
@@ -74,7 +74,7 @@ def ignored_notes(rows: Counter) -> list[str]:
 def is_trained(turn: dict, of_assistant: bool, where: str, ignored: frozenset[str]) -> bool | None:
     """What a message says of its own training: None where it says nothing.
 
-    RowError for weights between 0 and 1, for contradictions, and for a question that shall be trained.
+    RowError for weights between 0 and 1, for contradictions, and for a question that is marked for training.
     """
     said = {key: turn[key] for key in LOSSES if key not in ignored and turn.get(key) is not None}
     for key, value in said.items():

@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from ..config import PLAIN, DataConfig
 from ..errors import RowError, UsageError, quote
 from ..files.strict_json import parse_json
 from ..text.template import Message
@@ -71,13 +72,12 @@ def is_header(names: set[str], columns: dict[str, str]) -> bool:
     return (pair is not None and pair[1] is not None) or any(k in names for k in (*CHATS, TEXT))
 
 
-def to_messages(
-    value: Any, where: str, columns: dict[str, str] | None = None, ignored: frozenset[str] = frozenset()
-) -> Row:
+def to_messages(value: Any, where: str, settings: DataConfig = PLAIN) -> Row:
     """A row's messages; RowError if its keys are of no known shape, or a text is missing. It may end with a question.
 
-    columns: name of ours -> key of the row, for keys that do not tell their meaning themselves; ignored: keys to leave out.
+    Of the settings, `columns` gives keys the names that are read here, and `ignored` are keys to leave out.
     """
+    columns, ignored = settings.columns, settings.ignored
     held = tuple(sorted(ignored & _all_keys(value))) if ignored else ()
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
         value = {"messages": value}
@@ -236,7 +236,7 @@ def _with_thought(message: Message, thought: str, where: str) -> Message:
 
 
 def _turns(
-    turns: list[dict], where: str, columns: dict[str, str] | None, ignored: frozenset[str]
+    turns: list[dict], where: str, columns: dict[str, str], ignored: frozenset[str]
 ) -> tuple[list[Message], list[str]]:
     """Qianfan: a dialogue is a list of turns, each a prompt and its answers; and the keys that were not read."""
     messages: list[Message] = []

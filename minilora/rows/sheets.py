@@ -51,14 +51,8 @@ def read_csv(path: Path, encoding: str) -> Sheet:
                 header = header_of(cells, f"{path}, line {start}")
             elif len(cells) != len(header):
                 what = f"{path}, line {start} has {len(cells)} cells, the header {len(header)}"
-                records.append(
-                    (
-                        f"line {start}",
-                        RowError(
-                            "other number of cells", what, "Put a text that holds a comma or a line end in quotes."
-                        ),
-                    )
-                )
+                hint = "Put a text that holds a comma or a line end in quotes."
+                records.append((f"line {start}", RowError("other number of cells", what, hint)))
             else:
                 records.append((f"line {start}", dict(zip(header, cells, strict=True))))
     except csv.Error as error:

@@ -1,7 +1,7 @@
 """Rows for validation and test, chosen by what they ask and a seed.
 
-A row's side follows from a hash of its question and the seed, not from its place: rows of one question never stand on two
-sides, the order of the file does not matter, and rows that are added later move few of the others.
+A row's side follows from a hash of its question and the seed: rows with the same question are always on the same side, the
+order of the file does not matter, and rows that are added later move few of the others.
 """
 
 import math
@@ -39,6 +39,14 @@ def _mix(questions: np.ndarray, seed: int) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def counts_of(wanted: dict[str, str], rows: int) -> list[int]:
+    """How many rows each wanted side takes, read as by `count_of`; DataError if no row is left to train on."""
+    counts = [count_of(name, text, rows) for name, text in wanted.items()]
+    if sum(counts) >= rows:
+        raise DataError(f"val and test would take {sum(counts):,} of {rows:,} rows", "Leave rows to train on.")
+    return counts
 
 
 def count_of(name: str, text: str, rows: int) -> int:

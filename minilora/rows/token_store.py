@@ -1,23 +1,24 @@
 """Examples on disk: a data set of any size in a few bytes of memory a row.
 
-Every row is rendered once. Its tokens go to a file, in the cache folder or unnamed in the system's temporary folder; what is
-kept in memory is one record a row: where its tokens stand, how many they are, which row it was, what it hashes to.
+Every row is rendered once. Its tokens go to a file, in the cache folder or unnamed in the system's temporary folder. Memory holds
+one record a row: where its tokens start, how many there are, the number of the row, and its hashes.
 """
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, overload
+from typing import Any, BinaryIO, Self, overload
 
 import numpy as np
 
 from ..errors import DataError
 from ..files.atomic import atomic_folder, verify_manifest
 from ..files.strict_json import parse_json
+from .files import Places
 
 IGNORE = -100
 RECORD = np.dtype(
@@ -44,18 +45,10 @@ class Example:
         return int((self.targets != IGNORE).sum())
 
 
-class Places(Protocol):
-    """What names the place of a row, and gives its value again: a RowFile."""
-
-    def where(self, number: int) -> str: ...
-
-    def value(self, number: int) -> Any: ...
-
-
 class TokenStore:
     """The tokens of rows, written once and read by number.
 
-    `records` is of RECORD; `digest` hashes the tokens and their masks; `rate` is how often training shall see each row.
+    `records` is of RECORD; `digest` hashes the tokens and their masks; `rate` is how often training sees each row.
     """
 
     def __init__(self, file: BinaryIO, records: np.ndarray, digest: str, source: Places, rate: float = 1.0):
@@ -89,12 +82,18 @@ def shifted(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
 
 
 class Writer:
-    """Takes rendered rows one by one into a file."""
+    """Takes rendered rows one by one into a file, which it closes if that fails."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._digest, self._tokens = file, hashlib.sha256(), 0
-        self._parts: list[np.ndarray] = []
-        self._pending: list[tuple] = []
+        self._records = bytearray()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is not None:
+            self._file.close()
 
     def add(
         self, ids: np.ndarray, trained: np.ndarray, row: int, question: int, content: int, prefix: int | None
@@ -104,26 +103,18 @@ class Writer:
         self._digest.update(len(ids).to_bytes(8, "little") + raw)
         self._file.write(raw)
         targets = int(trained[1:].sum())
-        self._pending.append(
-            (self._tokens, len(ids), targets, row, question, content, -1 if prefix is None else prefix)
-        )
+        record = (self._tokens, len(ids), targets, row, question, content, -1 if prefix is None else prefix)
+        self._records += np.array(record, RECORD).tobytes()
         self._tokens += len(ids)
-        if len(self._pending) >= 4096:
-            self._flush()
 
-    def _flush(self) -> None:
-        self._parts.append(np.array(self._pending, RECORD))
-        self._pending = []
-
-    def finish(self) -> tuple[np.ndarray, str]:
-        """The records and the digest; the file holds everything."""
-        self._flush()
+    def finish(self, source: Places) -> TokenStore:
+        """The store, which the file belongs to from now on."""
         self._file.flush()
-        return np.concatenate(self._parts), self._digest.hexdigest()
+        return TokenStore(self._file, np.frombuffer(self._records, RECORD), self._digest.hexdigest(), source)
 
 
 class Examples(Sequence[Example]):
-    """Rows of several stores in an order, read from the disk when they are asked for; a row may stand there several times."""
+    """Rows of several stores in an order, in which a row may be repeated; each is read from the disk when it is asked for."""
 
     def __init__(self, stores: list[TokenStore], order: np.ndarray | None = None):
         """order int64: numbers into the stores laid end to end; default all of them once."""
@@ -143,9 +134,6 @@ class Examples(Sequence[Example]):
             return self.take(np.arange(len(self))[place])
         store, number = self._at(place)
         return store.example(number)
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
 
     def _at(self, place: int) -> tuple[TokenStore, int]:
         number = int(self.order[place])
@@ -168,7 +156,7 @@ class Examples(Sequence[Example]):
         return int(self.column("length").max(initial=0))
 
     def value(self, place: int) -> tuple[str, Any]:
-        """(where, value) of the row that an example was made of, as its file has it."""
+        """(where, value) of the row behind an example, as its file has it."""
         store, number = self._at(place)
         row = int(store.records[number]["row"])
         return store.source.where(row), store.source.value(row)
@@ -186,7 +174,7 @@ class Examples(Sequence[Example]):
 
 
 class TokenCache:
-    """A folder of stores, each under a name that hashes all that its tokens follow from."""
+    """A folder of stores, each under a hash of everything that decides its tokens."""
 
     def __init__(self, folder: Path, model: Path):
         self.folder = folder
@@ -196,14 +184,14 @@ class TokenCache:
         """The name of a store: file hash, settings and chosen rows come as parts."""
         return hashlib.sha256(json.dumps(self._base | parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def load(self, key: str, source: Places, rate: float) -> tuple[TokenStore, dict] | None:
-        """A store and its notes if it is there and every byte is as it was written."""
+    def load(self, key: str, source: Places) -> tuple[TokenStore, dict[str, Any]] | None:
+        """A store and the report on it if it is there and every byte is as it was written."""
         folder = self.folder / key
         if not folder.is_dir() or verify_manifest(folder) is not None:
             return None
         notes = parse_json((folder / "notes.json").read_bytes())
         records = np.fromfile(folder / "records", RECORD)
-        return TokenStore(open(folder / "tokens", "rb"), records, notes["digest"], source, rate), notes
+        return TokenStore(open(folder / "tokens", "rb"), records, notes["digest"], source), notes["report"]
 
     def write(self, key: str) -> Any:
         """A new folder to fill, as a context; it appears whole or not at all."""
@@ -211,7 +199,7 @@ class TokenCache:
 
 
 def unnamed_file() -> BinaryIO:
-    """A file in the system's temporary folder that is gone with its last user."""
+    """A file without a name in the system's temporary folder; the space is free again when it is closed."""
     return tempfile.TemporaryFile()  # type: ignore[return-value]
 
 
@@ -219,7 +207,7 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
 
 
 def _tokenizer_hash(model: Path) -> str:
-    """Of every small file of a model folder that a tokenizer or a chat format could be read from."""
+    """A hash of every small file of a model folder that a tokenizer or a chat format may be read from."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in TOKENIZER_FILES for p in model.glob(pattern)}):
         if not path.name.endswith(".index.json"):
@@ -228,7 +216,7 @@ def _tokenizer_hash(model: Path) -> str:
 
 
 def _code_hash() -> str:
-    """Of the sources that make tokens of rows, so that another version of them makes its own."""
+    """A hash of the sources that turn rows into tokens: another version fills the cache anew."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted([*package.glob("*.py"), *package.glob("rows/*.py"), *package.glob("text/*.py")]):

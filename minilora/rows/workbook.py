@@ -1,6 +1,8 @@
-"""xlsx: the rows of every visible sheet that has a header; what else a workbook holds is told or refused.
+"""xlsx: the rows of every visible sheet that has a header; anything else in a workbook is reported or refused.
 
-openpyxl reads the cells. Excel keeps the value of a formula beside it; a program that wrote a formula may have left none.
+openpyxl reads the cells: python-calamine 0.9 gives cells with an error and formulas without a value as empty texts, and knows
+no comments, number formats, hidden rows and hidden columns. Excel keeps the value of a formula beside it; another program that
+wrote a formula may have left none.
 """
 
 import hashlib
@@ -23,26 +25,13 @@ CELL_ERRORS = {"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!
 AS_STORED = ("General", "0", "@")  # formats in which Excel shows a number as it is stored
 
 
-class Area(NamedTuple):
-    """Cells that are merged into one: their name as A1:C1, and the rows and columns, from 1."""
-
-    name: str
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def holds(self, row: int, column: int) -> bool:
-        return self.top <= row <= self.bottom and self.left <= column <= self.right
-
-
 class Page(NamedTuple):
-    """A sheet of a workbook: its cells as texts, and what of it the texts do not show."""
+    """A sheet of a workbook: its cells as texts, and what the texts do not show."""
 
     title: str
     hidden: bool
     lines: list[list[str]]
-    merged: list[Area]
+    merged: list[Any]  # openpyxl's CellRange: the name as A1:C1, and the rows and columns, from 1
     uncomputed: dict[int, str]  # row -> its first cell with a formula that has no value
     notes: list[str]
 
@@ -58,7 +47,7 @@ class Page(NamedTuple):
 
 
 def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
-    """The rows of a workbook's visible sheets. Lines above a header (a title over merged cells) are skipped and told."""
+    """The rows of a workbook's visible sheets. Lines above a header (a title over merged cells) are skipped and reported."""
     raw = path.read_bytes()
     pages, pictures = _pages(path, raw)
     pages = [page for page in pages if any(any(cells) for cells in page.lines)]
@@ -70,7 +59,7 @@ def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
     if pages and not shown:
         raise DataError(f"{path}: every sheet that holds something is hidden", "Show the sheet that is meant.")
     if shown and not read:
-        over = next((area.name for page in shown for area in page.merged if area.top <= HEADER_WITHIN), None)
+        over = next((area.coord for page in shown for area in page.merged if area.min_row <= HEADER_WITHIN), None)
         more = f" ({over} is one merged cell)" if over else ""
         what = f"{path}: no header with a question and an answer{more}"
         raise DataError(what, "Name the columns prompt and response, or say --columns prompt=NAME,response=NAME.")
@@ -100,22 +89,20 @@ def _records(page: Page, at: int, path: Path, sheet: str) -> list[Record]:
         if not any(cells) and number not in page.uncomputed:
             continue
         place = f"{sheet}row {number}"
-        part = next((area.name for area in page.merged if any(area.holds(number, column) for column in used)), None)
+        over = (area for area in page.merged if area.min_row <= number <= area.max_row)
+        part = next((a.coord for a in over if any(a.min_col <= column <= a.max_col for column in used)), None)
         bad = next((text for text in cells if text in CELL_ERRORS), None)
+        record = dict(zip(header, cells, strict=False))
         if part is not None:
-            error = RowError(
-                "merged cells", f"{path}, {place}: the cells {part} are merged", "Unmerge them and fill each one."
-            )
+            what = f"{path}, {place}: the cells {part} are merged"
+            record = RowError("merged cells", what, "Unmerge them and fill each one.")
         elif number in page.uncomputed:
             what = f"{path}, {place}: the formula in {page.uncomputed[number]} has no value"
-            error = RowError(
-                "a formula without a value", what, "Open the file in Excel or LibreOffice and save it there."
-            )
+            hint = "Open the file in Excel or LibreOffice and save it there."
+            record = RowError("a formula without a value", what, hint)
         elif bad is not None:
-            error = RowError("a cell with an error", f"{path}, {place} holds {bad}", "Correct its formula.")
-        else:
-            error = None
-        records.append((place, error or dict(zip(header, cells, strict=False))))
+            record = RowError("a cell with an error", f"{path}, {place} holds {bad}", "Correct its formula.")
+        records.append((place, record))
     return records
 
 
@@ -124,9 +111,8 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
     try:
         import openpyxl
     except ImportError:
-        raise DataError(
-            f"{path}: openpyxl is not there", "pip install 'minilora[report]', or save it as csv."
-        ) from None
+        hint = "pip install 'minilora[report]', or save it as csv."
+        raise DataError(f"{path}: openpyxl is not installed", hint) from None
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as book:
             size = sum(part.file_size for part in book.infolist())
@@ -153,15 +139,18 @@ def _page(sheet: Any, formulas: Any) -> Page:
     comments = [cell.coordinate for cell in cells if cell.comment]
     other = [c.coordinate for c in cells if _is_number(c.value) and c.number_format not in AS_STORED]
     hidden = [n for n, row in sheet.row_dimensions.items() if row.hidden and n <= sheet.max_row]
-    notes = [f"hidden rows, which are read: {len(hidden):,} (first: row {min(hidden)})"] if hidden else []
     columns = sorted(letter for letter, column in sheet.column_dimensions.items() if column.hidden)
-    notes += [f"hidden columns, which are read: {', '.join(columns)}"] if columns else []
-    notes += [f"comments, which are not read: {len(comments):,} (first: {comments[0]})"] if comments else []
-    notes += (
-        [f"numbers read as they are stored, not as they are shown: {len(other):,} (first: {other[0]})"] if other else []
-    )
-    merged = [Area(str(r), *r.bounds) for r in sheet.merged_cells.ranges]
+    notes = []
+    if hidden:
+        notes.append(f"hidden rows, which are read: {len(hidden):,} (first: row {min(hidden)})")
+    if columns:
+        notes.append(f"hidden columns, which are read: {', '.join(columns)}")
+    if comments:
+        notes.append(f"comments, which are not read: {len(comments):,} (first: {comments[0]})")
+    if other:
+        notes.append(f"numbers read as they are stored, not as they are shown: {len(other):,} (first: {other[0]})")
     lines = [[_text(cell) for cell in row] for row in sheet.iter_rows()]
+    merged = list(sheet.merged_cells.ranges)
     return Page(sheet.title, sheet.sheet_state != "visible", lines, merged, uncomputed, notes)
 
 

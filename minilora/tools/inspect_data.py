@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import DataError
+from ..errors import DataError, RowError
 from ..files.model_folder import positions_note
 from ..report.token_view import Token, tokens_of
-from ..rows import Row, RowError, fill, open_rows, to_messages, trainable
+from ..rows import Row, fill, open_rows, trainable
 from ..rows.duplicates import NearDuplicates
+from ..rows.files import read_row
 from ..rows.keys import ignored_notes
-from ..rows.load import MARK, ending_note, hashes, render_row, render_within
+from ..rows.render import MARK, hashes, render_row, render_within
+from ..rows.report import ending_note
 from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
 from ..text.template import Message
@@ -99,14 +101,12 @@ def inspect_data(
     )
     result.notes += list(tokenizer.notes.values())
     for source in parse_sources(path):
-        file = open_rows(source.path, settings.columns, settings.encoding)
+        file = open_rows(source.path, settings)
         result.notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             result.rows += 1
             try:
-                found = trainable(
-                    to_messages(file.value(number), file.where(number), settings.columns, settings.ignored)
-                )
+                found = trainable(read_row(file, number, settings))
                 scan.row(found, result)
             except RowError as error:
                 result.found(f"cannot be used: {error.reason}", error.what)
@@ -216,10 +216,10 @@ def _mark(row: Row) -> str | None:
 
 def _leaks(val: str, scan: _Scan, settings: DataConfig, result: Inspection) -> None:
     """Count the validation rows whose question, or nearly whose text, is among the rows that were scanned."""
-    file = open_rows(val, settings.columns, settings.encoding)
+    file = open_rows(val, settings)
     for number in range(len(file)):
         try:
-            row = trainable(to_messages(file.value(number), file.where(number), settings.columns, settings.ignored))
+            row = trainable(read_row(file, number, settings))
         except RowError as error:
             result.found(f"validation row cannot be used: {error.reason}", error.what)
             continue

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import Opening, folder_notes, open_model
-from ..config import DataConfig
+from ..config import PLAIN, DataConfig
 from ..console import Console
 from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
@@ -33,7 +33,7 @@ from ..report.metrics import interval, measured_rows, word_cutter
 from ..report.record import RESULTS, ROWS, read_json_file
 from ..rows import fill, read_rows
 from ..rows.keys import ignored_notes
-from ..rows.load import PLAIN, check_thoughts, hashes
+from ..rows.render import check_thoughts, hashes
 from ..rows.shapes import TEXT
 from ..run.monitor import PLAIN_EVERY, clock
 from ..run.signals import StopSignal
@@ -67,7 +67,7 @@ def read_questions(
     `say` is called with notes on the file and on the keys that are ignored on request.
     """
     questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
-    for row in read_rows(path, settings.columns, settings.ignored, settings.encoding, say):
+    for row in read_rows(path, settings, say):
         ignored.update(row.ignored)
         fill(row, settings.define)
         check_thoughts(row, tokenizer)

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import DataError, OutputInUse, UsageError
+from ..errors import OutputInUse, UsageError
 from ..files.atomic import atomic_folder
 from ..rows import Row, RowError, open_rows, to_messages
 from ..rows.duplicates import NearDuplicates
-from ..rows.load import counted, hashes
+from ..rows.render import hashes
+from ..rows.report import counted
 from ..rows.shapes import check_answers, check_columns
 from ..rows.sources import draw, parse_sources
-from ..rows.split import count_of, split
+from ..rows.split import counts_of, split
 
 
 def split_files(
@@ -42,12 +43,8 @@ def split_files(
         keep = np.sort(np.unique(keys[:, 1], return_index=True)[1])
     if same:
         lines.append(f"         {same:,} rows are duplicates" + (" and left out" if drop_duplicates else ""))
-    counts = [count_of(name, text, len(keep)) for name, text in wanted.items()]
-    if sum(counts) >= len(keep):
-        raise DataError(f"val and test would take {sum(counts):,} of {len(keep):,} rows", "Leave rows to train on.")
-    sides = {
-        name: keep[part] for name, part in zip(["train", *wanted], split(keys[keep, 0], counts, seed), strict=True)
-    }
+    parts = split(keys[keep, 0], counts_of(wanted, len(keep)), seed)
+    sides = {name: keep[part] for name, part in zip(["train", *wanted], parts, strict=True)}
     table: dict[str, Any] = {"seed": seed, "sources": sums, "rows": {}, "near": [], "hashes": {}}
     table["near"], told = _near(sides, rows)
     with atomic_folder(output) as stage:
@@ -67,13 +64,13 @@ def _read(
 ) -> tuple[list[Row], list[Any], Counter, dict[str, str], list[str]]:
     rows, values, bad, sums, notes = [], [], Counter(), {}, []
     for source in parse_sources(data):
-        file = open_rows(source.path, settings.columns, settings.encoding)
+        file = open_rows(source.path, settings)
         sums[source.path] = file.sha256
         notes += [f"{source.path}: {file.note}"] * bool(file.note)
         for number in draw(source, len(file), seed).tolist():
             try:
                 value = file.value(number)
-                row = to_messages(value, file.where(number), settings.columns)
+                row = to_messages(value, file.where(number), settings)
                 check_answers(row)
                 rows.append(row)
                 values.append(value)

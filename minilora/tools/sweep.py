@@ -30,8 +30,8 @@ from ..files.atomic import atomic_folder, locked, write_file
 from ..report.compare import compare
 from ..report.record import LETTERS, read_record
 from ..report.score_table import shortened, show_scores
-from ..rows import open_rows, to_messages
-from ..rows.load import hashes
+from ..rows.files import open_rows, read_row
+from ..rows.render import hashes
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
 from ..run.signals import StopSignal
@@ -198,11 +198,11 @@ def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point]
             raise UsageError(
                 f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
             )
-        file = open_rows(source.path, config.columns, config.encoding)
+        file = open_rows(source.path, config)
         if file.note:
             console.say(f"{source.path}: {file.note}")
-        numbers, ignored = draw(source, len(file), config.seed), config.ignored
-        rows = [to_messages(file.value(i), file.where(i), config.columns, ignored) for i in numbers.tolist()]
+        numbers = draw(source, len(file), config.seed)
+        rows = [read_row(file, i, config) for i in numbers.tolist()]
         questions = np.array([hashes(row)[0] for row in rows], np.uint64)
         count = count_of("test", str(plan.test["rows"]), len(rows))
         rest, side = (numbers[places] for places in split(questions, [count], config.seed))

@@ -7,7 +7,7 @@ import pytest
 from tiny import make_model
 
 from minilora.__main__ import main
-from minilora.config import read_yaml
+from minilora.config import DataConfig, read_yaml
 from minilora.errors import DataError, UsageError
 from minilora.rows import open_rows, read_rows
 from minilora.rows.encodings import check_encoding
@@ -33,9 +33,9 @@ def test_every_kind_of_file_is_read_in_the_encoding_that_is_named(tmp_path: Path
         (tmp_path / name).mkdir()
         (tmp_path / name / kind).write_bytes(KINDS[kind](text).encode(code))
     wanted = [row.messages for row in read_rows(tmp_path / "same" / kind)]
-    found = list(read_rows(tmp_path / "other" / kind, encoding=encoding))
+    found = list(read_rows(tmp_path / "other" / kind, DataConfig(encoding=encoding)))
     assert [row.messages for row in found] == wanted and found[0].where.startswith(str(tmp_path / "other" / kind))
-    assert open_rows(tmp_path / "other" / kind, encoding=encoding).note.startswith(encoding)
+    assert open_rows(tmp_path / "other" / kind, DataConfig(encoding=encoding)).note.startswith(encoding)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,11 +55,11 @@ def test_a_file_that_the_name_does_not_fit_is_refused(tmp_path: Path):
     path = tmp_path / "x.csv"
     path.write_bytes("question,answer\na,b\n안녕하세요,반갑습니다\n".encode("euc_kr"))
     with pytest.raises(DataError, match=r"line 3: byte 0xbe is not ascii"):
-        open_rows(path, encoding="ascii")
+        open_rows(path, DataConfig(encoding="ascii"))
     path.write_bytes("question,answer\nWie geht’s?,Schön\n".encode())
     with pytest.raises(DataError, match="is UTF-8, and --encoding says cp1252"):
-        open_rows(path, encoding="cp1252")
-    assert [row.messages[1]["content"] for row in read_rows(path, encoding="UTF8")] == ["Schön"]
+        open_rows(path, DataConfig(encoding="cp1252"))
+    assert [row.messages[1]["content"] for row in read_rows(path, DataConfig(encoding="UTF8"))] == ["Schön"]
 
 
 def test_a_file_of_two_encodings_is_refused(tmp_path: Path):
@@ -69,7 +69,7 @@ def test_a_file_of_two_encodings_is_refused(tmp_path: Path):
     )
     for encoding in ("", "gb18030"):
         with pytest.raises(DataError, match="line 2 is UTF-8, and other lines are not"):
-            open_rows(path, encoding=encoding)
+            open_rows(path, DataConfig(encoding=encoding))
 
 
 @pytest.mark.parametrize("name", ["klingon", "hex", "base64", "rot13", "undefined", "../x", "big5\0", "é"])

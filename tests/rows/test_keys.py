@@ -13,8 +13,8 @@ from minilora import load_tokenizer
 from minilora.__main__ import main
 from minilora.config import DataConfig
 from minilora.data import load_examples
-from minilora.errors import DataError
-from minilora.rows import RowError, quote, to_messages, trainable
+from minilora.errors import DataError, quote
+from minilora.rows import RowError, to_messages, trainable
 from minilora.rows.keys import CONTENT_OF_MESSAGES, LOSSES, NOTES, NOTES_OF_MESSAGES, NOTES_OF_TEXT, THOUGHTS
 from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS, TOOL_ROLES
 
@@ -50,6 +50,11 @@ def tokenizer(tmp_path_factory):
 WHERE = "rows.jsonl, line 3"
 
 
+def ignoring(key: str) -> DataConfig:
+    """Settings that ignore one key, also one that ignore_keys cannot name, as with a comma in it."""
+    return type("Ignoring", (DataConfig,), {"ignored": frozenset([key])})()
+
+
 def refused(row: Any, key: str) -> str:
     """The hint of the error, which names the key, the file and the line."""
     with pytest.raises(RowError) as error:
@@ -62,9 +67,7 @@ def refused(row: Any, key: str) -> str:
 def test_an_unknown_key_of_a_row_is_refused(shape: dict, key: str, value: Any):
     refused(shape | {key: value}, key)
     plain = trainable(to_messages(shape, WHERE))
-    assert trainable(to_messages(shape | {key: value}, WHERE, ignored=frozenset([key]))) == plain._replace(
-        ignored=(key,)
-    )
+    assert trainable(to_messages(shape | {key: value}, WHERE, ignoring(key))) == plain._replace(ignored=(key,))
     for nothing in (None, "", [], {}):
         assert trainable(to_messages(shape | {key: nothing}, WHERE)) == plain
 
@@ -81,7 +84,7 @@ def test_an_unknown_key_of_a_message_is_refused(shape: dict, key: str, value: An
 
     refused(of({key: value}), f"message {key}")
     plain = trainable(to_messages(shape, WHERE))
-    assert trainable(to_messages(of({key: value}), WHERE, ignored=frozenset([key]))) == plain._replace(ignored=(key,))
+    assert trainable(to_messages(of({key: value}), WHERE, ignoring(key))) == plain._replace(ignored=(key,))
     for nothing in (None, "", [], {}):
         assert trainable(to_messages(of({key: nothing}), WHERE)) == plain
 
@@ -197,7 +200,7 @@ def test_a_loss_that_is_none_is_refused(turn: dict):
 def test_a_thought_stands_where_the_template_of_a_thinker_reads_it(key: str):
     row = {"messages": [USER, ASSISTANT | {key: "because"}]}
     assert to_messages(row, "here").messages[1]["content"] == "<think>\nbecause\n</think>\n\na"
-    assert to_messages(row, "here", ignored=frozenset([key])).messages[1]["content"] == "a"
+    assert to_messages(row, "here", DataConfig(ignore_keys=key)).messages[1]["content"] == "a"
     pair = {"question": "q", "answer": "a", key: "because"}
     assert to_messages(pair, "here") == to_messages(row, "here")._replace(shape="question/answer")
     with pytest.raises(RowError, match="a thought, and its answer is empty"):
@@ -274,10 +277,10 @@ def test_a_text_without_its_label_is_no_raw_text():
 def test_a_message_that_only_calls_a_tool_says_nothing_without_the_call():
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}
     with pytest.raises(RowError, match="content is 'null'"):
-        to_messages(row, "here", ignored=frozenset(["tool_calls"]))
+        to_messages(row, "here", DataConfig(ignore_keys="tool_calls"))
 
 
 def test_a_key_of_a_message_that_is_left_out_is_counted():
     row = {"messages": [USER, ASSISTANT | {"extra": "x"}]}
     for value in (row, {"messages": json.dumps(row["messages"])}, [{"prompt": "q", "response": "a", "extra": "x"}]):
-        assert to_messages(value, "here", ignored=frozenset(["extra", "extar"])).ignored == ("extra",)
+        assert to_messages(value, "here", DataConfig(ignore_keys="extra,extar")).ignored == ("extra",)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minilora.config import DataConfig
 from minilora.errors import DataError
 from minilora.rows import fill, find_data, json_files, open_rows, read_rows, trainable
 
@@ -358,7 +359,7 @@ def test_xlsx_without_a_header_says_what_is_merged(tmp_path):
     path = workbook(tmp_path / "x.xlsx", ("客服数据", None), ("你好", "世界"), merged=("A1:B1",))
     assert "(A1:B1 is one merged cell)" in refusal(path) and "--columns" in refusal(path)
     named = workbook(tmp_path / "y.xlsx", ("title", None), ("甲", "乙"), ("a", "b"), merged=("A1:B1",))
-    (row,) = read_rows(named, {"prompt": "甲", "response": "乙"})
+    (row,) = read_rows(named, DataConfig(columns={"prompt": "甲", "response": "乙"}))
     assert [m["content"] for m in row.messages] == ["a", "b"]
 
 
@@ -405,11 +406,11 @@ def test_raw_text(tmp_path):
 def test_columns(tmp_path):
     path = write(tmp_path / "x.jsonl", {"q": "a", "a": "b", "prompt": "other"})
     with pytest.raises(DataError, match="a key 'prompt' of its own beside --columns prompt=q"):
-        list(read_rows(path, {"prompt": "q", "response": "a"}))
-    (row,) = read_rows(path, {"prompt": "q", "response": "a"}, frozenset(["prompt"]))
+        list(read_rows(path, DataConfig(columns={"prompt": "q", "response": "a"})))
+    (row,) = read_rows(path, DataConfig(columns={"prompt": "q", "response": "a"}, ignore_keys="prompt"))
     assert [m["content"] for m in row.messages] == ["a", "b"]
     with pytest.raises(DataError, match="no column 'x' .there are 'q, a, prompt'"):
-        list(read_rows(path, {"prompt": "x", "response": "a"}))
+        list(read_rows(path, DataConfig(columns={"prompt": "x", "response": "a"})))
 
 
 def test_folders(tmp_path):

@@ -80,12 +80,13 @@ class Place:
 
 
 def store(count: int, rate: float = 1.0) -> TokenStore:
-    file = unnamed_file()
-    writer = Writer(file)
+    writer = Writer(unnamed_file())
     for i in range(count):
         ids = np.arange(i, i + 2 + i % 5)
         writer.add(ids, ids > i, row=i, question=i // 2, content=i, prefix=i if i % 2 else None)
-    return TokenStore(file, *writer.finish(), Place(), rate)
+    made = writer.finish(Place())
+    made.rate = rate
+    return made
 
 
 def test_repeated_takes_each_store_at_its_rate():

@@ -18,7 +18,7 @@ from minilora.report.charts import bins, marked_histogram, text_histogram
 from minilora.report.token_view import tokens_of
 from minilora.rows import to_messages
 from minilora.rows.duplicates import NearDuplicates, signature
-from minilora.rows.load import render_row
+from minilora.rows.render import render_row
 from minilora.text.template_check import check_template
 from minilora.text.tokenizer import load_tokenizer
 from minilora.tools.inspect_data import Inspection, inspect_data

@@ -17,7 +17,7 @@ from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
 from minilora.report.record import Record, read_record
 from minilora.report.score_table import SHOWN, shortened, show_scores
 from minilora.rows import to_messages
-from minilora.rows.load import hashes
+from minilora.rows.render import hashes
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import RECIPES, combinations, name_of, read_sweep, sweep
 
@@ -133,7 +133,7 @@ def test_runs_test_set_and_page(here):
     assert labels[0] == labels[1] == labels[2] and len(labels[0]) == 4
     # what was trained on, and what was asked, are known by the same hashes
     trained = read_record(out / "lr=0.001").trained_rows
-    rows = [to_messages(row, "", {}) for row in sides["train"] + sides["test"]]
+    rows = [to_messages(row, "") for row in sides["train"] + sides["test"]]
     assert trained is not None and {tuple(pair) for pair in trained.tolist()} == set(map(hashes, rows[:-4]))
     asked = [[int(h, 16) for h in row["hashes"]] for row in read_record(out / "before").rows]
     assert list(map(tuple, asked)) == list(map(hashes, rows[-4:]))

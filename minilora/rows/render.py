@@ -1,0 +1,114 @@
+"""One row to tokens: ids and mask, within the limits; and the hashes by which rows are compared."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import DataError, RowError
+from ..text.template_glm import CHATGLM
+from ..text.tokenizer import Tokenizer
+from .shapes import TEXT, Row
+
+# marks of chat formats; those of thoughts and tool calls may be part of an answer
+MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>",
+         "[gMASK]", "<sop>", "<eop>", "[INST]", "[/INST]", "<<SYS>>", "### Instruction:", "### Response:", "<s>", "</s>")  # fmt: skip
+MARK = re.compile("|".join(map(re.escape, MARKS)))
+
+Piece = tuple[np.ndarray, np.ndarray]
+
+
+def render_within(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> tuple[list[Piece], str | None]:
+    """The (ids int64 [n], trained bool [n]) of a row within the limits, and the limit that it was over, if any.
+
+    No piece if the row is over and may not be cut. RowError if the chat format does not take it or nothing of it is trained.
+    """
+    if row.shape == TEXT:
+        return _text_pieces(row, tokenizer, settings.max_length), None
+    first = None
+    while True:
+        ids, trained = render_row(row, tokenizer, settings)
+        over = settings.over(int((~trained).sum()), int(trained.sum()))
+        first = first or over
+        shorter = _shorten(row, tokenizer, settings, ids, trained) if over and settings.truncate == "cut" else None
+        if shorter is None:
+            return ([] if over else [(ids, trained)]), first
+        row = shorter
+
+
+def check_thoughts(row: Row, tokenizer: Tokenizer) -> None:
+    """RowError if a message has a thought and the chat format has no place for one."""
+    if any(m.get("thought") for m in row.messages) and not tokenizer.template.thinks:
+        what = (
+            f"{row.where}: a message has a thought, and the chat format {tokenizer.template.name} has no place for one"
+        )
+        hint = "Take a model that thinks, or leave the thoughts out: --ignore-keys reasoning_content (or as the key is called)."
+        raise RowError("a thought without a place", what, hint)
+
+
+def render_row(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> Piece:
+    check_thoughts(row, tokenizer)
+    try:
+        rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on, train_end=settings.train_end)
+    except DataError as error:
+        raise RowError("not for this chat format", f"{row.where}: {error.what}", error.hint) from None
+    ids, trained = np.array(rendered, dtype=np.int64), np.array(mask, dtype=bool)
+    if not trained.any():
+        what = f"{row.where}: there is nothing to learn, no token is trained"
+        raise RowError("nothing trained", what, "Check loss_on and the row's loss keys.")
+    return ids, trained
+
+
+def _text_pieces(row: Row, tokenizer: Tokenizer, longest: int) -> list[Piece]:
+    """A raw text and the token that ends a text, in pieces of `longest` tokens; everything is trained except what opens a piece."""
+    known = tokenizer.specials
+    opening = [known[t] for t in ("[gMASK]", "<sop>", "sop") if t in known]
+    ending = [known[t] for t in ("<|endoftext|>", "</s>", *tokenizer.template.stops) if t in known][:1]
+    if tokenizer.template == CHATGLM:
+        what = f"{row.where}: ChatGLM-6B's format has no place for raw text"
+        raise RowError("not for this chat format", what, "Write it as prompt and response.")
+    ids = tokenizer.encode_answer(row.messages[0]["content"]) + ending
+    step = max(longest - len(opening), 2)
+    pieces = [np.array(opening + ids[i : i + step], dtype=np.int64) for i in range(0, len(ids), step)]
+    least = max(len(opening), 1)
+    return [(piece, np.arange(len(piece)) >= least) for piece in pieces if len(piece) > least]
+
+
+def _shorten(row: Row, tokenizer: Tokenizer, settings: DataConfig, ids: np.ndarray, trained: np.ndarray) -> Row | None:
+    """The row with one text shortened at its end by what is too much: the last answer, or the question before it.
+
+    The template around the texts stays whole, the stop token too. None if there is not enough to cut.
+    """
+    masked, targets = int((~trained).sum()), int(trained.sum())
+    source_over = masked - (settings.max_source_length or masked)
+    target_over = targets - (settings.max_target_length or targets)
+    answer = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("loss", True))
+    question = max((i for i, m in enumerate(row.messages[:answer]) if m["role"] == "user"), default=None)
+    if target_over > 0:
+        place, much = answer, target_over
+    elif source_over > 0:
+        place, much = question, source_over
+    else:
+        place, much = (answer if targets > masked or question is None else question), len(ids) - settings.max_length
+    if place is None:
+        return None
+    content = tokenizer.encode(row.messages[place]["content"])
+    text = tokenizer.decode(content[: max(len(content) - much, 0)]).rstrip("\ufffd")
+    if not text.strip():
+        return None
+    messages = [m | {"content": text} if i == place else m for i, m in enumerate(row.messages)]
+    return row._replace(messages=messages)
+
+
+def hashes(row: Row) -> tuple[int, int]:
+    """64-bit hashes of a row's question (all that stands before its last answer) and of the whole row."""
+    texts = [(m["role"], m["content"]) for m in row.messages]
+    last = max((i for i, (role, _) in enumerate(texts) if role == "assistant"), default=len(texts))
+    return _hash64(texts[:last]), _hash64(texts)
+
+
+def _hash64(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest(), "little")
