@@ -33,8 +33,8 @@ def minilora(args: argparse.Namespace) -> Step:
     from minilora.checkpoint.adapter import load_adapter
     from minilora.checkpoint.load import load_model
     from minilora.checkpoint.open_model import computing
-    from minilora.config import resolve
     from minilora.data import Example, make_batch
+    from minilora.settings import resolve
     from minilora.train import train_step
 
     model = load_model(args.model, device=args.device)

@@ -5,13 +5,13 @@ from typing import Any
 
 from minilora.models.decoder import Decoder
 
-from .config import canonical, resolve
 from .data import pack, step_examples
 from .errors import UsageError
 from .lora import adapters
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate
 from .run.setup import optimizer_of, prepare
+from .settings import canonical, resolve
 from .text.tokenizer import Tokenizer, check_fits
 from .train import train_step
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minilora.models.cache import Cache
 from minilora.models.decoder import Decoder
-from minilora.models.stream import Cache
 
 from .sampling import GREEDY, Sampling, choose
 from .text.tokenizer import Tokenizer

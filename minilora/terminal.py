@@ -1,6 +1,7 @@
 """Lines for a terminal: text of a model, a row or a file name reaches it without control codes."""
 
 import json
+import shlex
 import sys
 import unicodedata
 
@@ -20,3 +21,15 @@ def printable(text: str) -> str:
 def say(line: str, quiet: bool = False) -> None:
     """Print a line at once; quiet: on standard error, where standard output is for another program."""
     print(printable(line), file=sys.stderr if quiet else sys.stdout, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as [hours:]minutes:seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def shell(*words: object) -> str:
+    """A minilora command as a user can type it."""
+    return shlex.join(["minilora", *map(str, words)])

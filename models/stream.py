@@ -6,13 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.attention import attention, attention_cached, attention_decode, attention_forward
+from minilora.kernels.attention import attention, attention_forward
 
 from .config import Config
+
+if TYPE_CHECKING:
+    from .cache import Cache
 
 
 @dataclass(frozen=True)
@@ -129,76 +133,3 @@ class Context:
             return attention(q, k, v, bounds, window, prefix_lens, self.saved_attention[0])
         self.saved_attention.append(attention_forward(q, k, v, bounds, window, prefix_lens))
         return self.saved_attention[0][0]
-
-
-class Cache:
-    """Keys and values of up to `slots` documents, which fill the first slots: for each layer [2, slots, capacity, G, E].
-
-    `start` and `extend` prepare a pass of the model and return its documents.
-    """
-
-    def __init__(self, layers: int, slots: int = 1, device: torch.device | None = None):
-        self.slots, self.device, self.capacity = slots, device, 0
-        # of each document: all its tokens, those that it began with, and its bidirectional prefix in a prefix LM
-        self.lengths: list[int] = []
-        self.prompt_lens: list[int] = []
-        self.prefix_lens: list[int] = []
-        self._stored: list[Tensor | None] = [None] * layers
-        self._lengths = self._targets = torch.empty(0)
-
-    def start(self, lengths: list[int], prefix_lens: list[int] | None = None) -> Documents:
-        """The next pass is the first tokens of new documents."""
-        self.lengths += lengths
-        self.prompt_lens += lengths
-        self.prefix_lens += prefix_lens or []
-        self._prepare(lengths)
-        return replace(Documents.of(lengths, prefix_lens), cache=self).to(self.device)
-
-    def extend(self, tokens: int = 1) -> Documents:
-        """The next pass adds one token to every document, or several to the only one."""
-        new, starts = [tokens] * len(self.lengths), self.lengths
-        self.lengths = [n + tokens for n in starts]
-        self._prepare(new)
-        documents = Documents.of(new, self.prefix_lens or None, starts)
-        return replace(documents, cache=self, prompt_lens=self.prompt_lens).to(self.device)
-
-    def _prepare(self, new: list[int]) -> None:
-        """Get ready for so many new tokens of each of the last documents; `lengths` counts them already."""
-        if max(self.lengths) > self.capacity:
-            self.capacity = max(self.lengths) * 5 // 4 + 64
-        ends = [slot * self.capacity + n for slot, n in enumerate(self.lengths)][-len(new) :]
-        targets = [i for end, n in zip(ends, new, strict=True) for i in range(end - n, end)]
-        # where each new token goes, if the slots are laid end to end (vLLM's slot mapping)
-        self._targets = torch.tensor(targets, device=self.device)
-        self._lengths = torch.tensor(self.lengths, device=self.device)
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keep the k and v [T, G, E] of the new tokens in a layer."""
-        stored = self._stored[layer]
-        if stored is None or stored.shape[2] < self.capacity:
-            # zeros: a masked value has the weight 0, and 0 x garbage could be NaN
-            grown = k.new_zeros(2, self.slots, self.capacity, *k.shape[1:])
-            if stored is not None:
-                grown[:, :, : stored.shape[2]] = stored
-            stored = self._stored[layer] = grown
-        for kept, fresh in zip(stored.flatten(1, 2), (k, v), strict=True):
-            kept.index_copy_(0, self._targets, fresh)
-
-    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
-        """Attention of the new tokens q [T, H, E] to all tokens of their documents -> [T, H, E]."""
-        stored = self._stored[layer]
-        assert stored is not None, layer
-        k, v = stored[:, : len(self.lengths), : max(self.lengths)]
-        if len(self.lengths) == 1:  # nothing to mask: no document beside it is longer
-            return attention_cached(q, k[0], v[0], window)
-        return attention_decode(q, k, v, self._lengths, window)
-
-    def remove(self, slot: int) -> None:
-        """Take a document out; the last one moves into its slot."""
-        last = len(self.lengths) - 1
-        for stored in self._stored:
-            if stored is not None and slot != last:
-                stored[:, slot] = stored[:, last]
-        for of_documents in (self.lengths, self.prompt_lens, self.prefix_lens):
-            of_documents[slot : slot + 1] = of_documents[last:]  # prefix_lens may be empty
-            del of_documents[last:]

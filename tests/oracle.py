@@ -18,9 +18,9 @@ from bench.proof.rule import allowed, distance
 from minilora import save_model
 from minilora.checkpoint.load import FAMILIES
 from minilora.data import IGNORE, Example
+from minilora.models.cache import Cache
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
-from minilora.models.stream import Cache
 
 
 def as_wrong_as(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "", scale: float = 0.0) -> None:

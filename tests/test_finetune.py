@@ -30,7 +30,7 @@ def pair() -> Pair:
 
 
 def test_the_losses_are_those_of_a_run_with_files(pair: Pair, tmp_path: Path):
-    from minilora.config import resolve
+    from minilora.settings import resolve
     from minilora.train import train
 
     heard = []

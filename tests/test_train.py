@@ -11,13 +11,13 @@ from tiny import make_model, make_rows
 
 import minilora
 import minilora.train as module
-from minilora.config import resolve
 from minilora.console import Console
 from minilora.data import load_examples
 from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate
 from minilora.lora import adapters
 from minilora.run.schedule import learning_rate
+from minilora.settings import resolve
 from minilora.train import train
 
 QUIET = Console(quiet=True)

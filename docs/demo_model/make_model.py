@@ -14,11 +14,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from minilora.checkpoint.load import read_config
-from minilora.config import resolve
 from minilora.console import Console
 from minilora.files.safetensors import write_tensors
 from minilora.machine.cpu import tune_memory
 from minilora.models.qwen import decoder
+from minilora.settings import resolve
 from minilora.text.bpe import qwen_tokenizer
 from minilora.train import train
 

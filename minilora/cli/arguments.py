@@ -60,7 +60,7 @@ def keywords(command: Callable[..., Any], given: dict[str, Any]) -> dict[str, An
     for name, p in signature(command).parameters.items():
         kind, _ = _parts(p.annotation)
         if isinstance(kind, type) and is_dataclass(kind):
-            from ..config import convert
+            from ..settings import convert
 
             given[name] = kind(**{f.name: convert(f, given.pop(f.name)) for f in fields(kind) if f.name in given})
     return given
@@ -128,7 +128,8 @@ def _add(
 
 def _add_settings(parser: argparse.ArgumentParser, which: Settings, own: Collection[str] = ()) -> None:
     """Add a flag, with all its aliases, for each setting except the command's own; config.convert reads the values."""
-    from ..config import ALIASES, by_group, defaults
+    from ..config import by_group, defaults
+    from ..settings import ALIASES
 
     default = defaults()
     for title, settings in by_group().items():

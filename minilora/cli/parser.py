@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         word = word.partition("=")[0]
         flag, known = word.replace("_", "-"), self._option_string_actions
         if "--lora-r" in known:  # a command with the settings of a run
-            from ..config import refusal
+            from ..settings import refusal
 
             refused = refusal(word)
             if refused is not None:

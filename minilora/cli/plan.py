@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 from ..terminal import say
 from .arguments import Arg, Settings
-from .shared_flags import ConfigFile, Json, Recipe, check_paths
-from .train import settings_of_file
+from .shared_flags import ConfigFile, Json, Recipe, check_paths, settings_of_file
 
 USAGE = "minilora plan [RUN.yaml] --model DIR [--data FILE] [--SETTING VALUE ...]"
 
@@ -22,7 +21,7 @@ def run(
 ) -> None:
     from json import dumps
 
-    from ..config import resolve
+    from ..settings import resolve
 
     planned = resolve(settings_of_file(recipe, config), settings)
     check_paths(planned.model, None, planned.data, planned.encoding)

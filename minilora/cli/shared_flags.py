@@ -1,9 +1,11 @@
 """Arguments that several commands have, and the check of the paths among them."""
 
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
+from ..errors import UsageError
 from ..files.model_folder import ADAPTER_CONFIG, ModelFolder, check_adapter
+from ..terminal import say
 from .arguments import Arg
 
 
@@ -54,3 +56,19 @@ def check_paths(
         check_encoding(encoding)
         for source in parse_sources(data):
             check_file(find_data(source.path)[0])
+
+
+def settings_of_file(recipe: str | None, config: str | None) -> dict[str, Any]:
+    """The settings of a yaml file, given by itself or with -c; prints and leaves out those that have no meaning here."""
+    from ..settings import read_yaml, without_not_needed
+
+    if recipe and config:
+        raise UsageError(f"{recipe} and --config {config} are two files", "Give one of them.")
+    if recipe and not Path(recipe).is_file():
+        hint = "What stands alone is a yaml file of settings, or on or off after a switch."
+        raise UsageError(f"unknown argument {recipe!r}", hint)
+    path = recipe or config
+    settings, note = without_not_needed(read_yaml(Path(path)) if path else {})
+    if note:
+        say(note)
+    return settings

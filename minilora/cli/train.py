@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..errors import UsageError
 from ..terminal import say
 from .arguments import Arg, Settings
-from .shared_flags import ConfigFile, Recipe, check_paths
+from .shared_flags import ConfigFile, Recipe, check_paths, settings_of_file
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -29,7 +29,7 @@ def run(
 ) -> None:
     from pathlib import Path
 
-    from ..config import read_yaml, resolve
+    from ..settings import read_yaml, resolve
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other", "Give one of them.")
@@ -50,30 +50,12 @@ def run(
     say("\n".join(["", *(f"  {line}" for line in next_commands(resolved))]))
 
 
-def settings_of_file(recipe: str | None, config: str | None) -> dict[str, Any]:
-    """The settings of a yaml file, given by itself or with -c; prints and leaves out those that have no meaning here."""
-    from pathlib import Path
-
-    from ..config import read_yaml, without_not_needed
-
-    if recipe and config:
-        raise UsageError(f"{recipe} and --config {config} are two files", "Give one of them.")
-    if recipe and not Path(recipe).is_file():
-        hint = "What stands alone is a yaml file of settings, or on or off after a switch."
-        raise UsageError(f"unknown argument {recipe!r}", hint)
-    path = recipe or config
-    settings, note = without_not_needed(read_yaml(Path(path)) if path else {})
-    if note:
-        say(note)
-    return settings
-
-
 def next_commands(config: "TrainConfig") -> list[str]:
     """What can be done with a finished run, as commands to type."""
     from dataclasses import replace
     from pathlib import Path
 
-    from ..run.monitor import shell
+    from ..terminal import shell
 
     run = Path(config.output)
     if config.method == "full":

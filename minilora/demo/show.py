@@ -11,13 +11,13 @@ from pathlib import Path
 from minilora.checkpoint.adapter import load_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.merge import merge_folder
-from minilora.config import read_yaml, resolve
 from minilora.console import Console
 from minilora.errors import OutputInUse
 from minilora.files.strict_json import read_json_lines
 from minilora.generate import reply
-from minilora.run.monitor import shell
 from minilora.sampling import read_generation
+from minilora.settings import read_yaml, resolve
+from minilora.terminal import shell
 from minilora.text.tokenizer import load_tokenizer
 from minilora.train import train
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files.atomic import write_file
-from ..run.monitor import clock
+from ..terminal import clock
 from .answers import answers
 from .caveats import caveats, over_the_limit
 from .charts import Level, Series, histogram, line_chart

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import read_yaml
 from ..errors import DataError, UsageError
 from ..files.atomic import in_use
 from ..files.strict_json import parse_json, read_json_lines
+from ..settings import read_yaml
 from .metrics import Measured, measured_rows
 
 TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes

@@ -17,7 +17,7 @@ from ..errors import MiniloraError, UsageError
 from ..files.atomic import write_file
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from ..files.strict_json import read_json_lines
-from ..run.monitor import clock, shell
+from ..terminal import clock, shell
 from .caveats import over_the_limit
 from .charts import Level, Series, heat_map, line_chart, marked_histogram
 from .metrics import Interval
@@ -199,12 +199,12 @@ def adapter_norms(folder: Path) -> dict[str, float]:
 def make_samples(run: Record, count: int) -> None:
     """Write RUN/samples.jsonl: answers of the base model and of the run's adapter to rows of its validation file or data."""
     from ..checkpoint.open_model import open_model
-    from ..config import resolve
     from ..generate import Request, decode
     from ..lora import without_adapters
+    from ..rows.questions import read_questions
     from ..sampling import read_generation
+    from ..settings import resolve
     from ..text.tokenizer import load_tokenizer
-    from ..tools.predict import read_questions
 
     config = run.config
     if not (run.folder / "adapter" / ADAPTER_WEIGHTS).is_file():

@@ -12,8 +12,9 @@ from ..console import Console
 from ..errors import Diverged, OutOfMemory, Stopped
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
+from ..terminal import shell
 from .folder import Run, load_kept_step, save
-from .monitor import Monitor, shell
+from .monitor import Monitor
 from .signals import StopSignal
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shlex
 import sys
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from rich.text import Text
 from ..console import Console
 from ..files.atomic import write_file
 from ..files.strict_json import read_json_lines
+from ..terminal import clock
 
 if TYPE_CHECKING:
     import torch
@@ -176,18 +176,6 @@ def step_metrics(
         "memory_gb": round(peak_memory_gb(run.model.head.device), 3),
         "time": round(run.progress.seconds, 3),
     }
-
-
-def clock(seconds: float) -> str:
-    """Seconds as [hours:]minutes:seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def shell(*words: object) -> str:
-    """A minilora command as a user can type it."""
-    return shlex.join(["minilora", *map(str, words)])
 
 
 def peak_memory_gb(device: "torch.device") -> float:

@@ -20,9 +20,9 @@ from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
 from ..machine.flops import step_flops
 from ..rows.dataset import load_data
-from ..run.monitor import clock
 from ..run.schedule import count_steps
 from ..run.setup import dtypes, prepare
+from ..terminal import clock
 from ..text.tokenizer import check_fits
 from .dry_run import StepMemory, step_memory
 

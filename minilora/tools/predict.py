@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 from rich.table import Table
 
@@ -22,7 +22,7 @@ from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..config import PLAIN, DataConfig
 from ..console import Console
-from ..errors import DataError, OutputInUse, Stopped
+from ..errors import OutputInUse, Stopped
 from ..files.atomic import locked, write_file
 from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
 from ..files.strict_json import read_json_lines
@@ -31,13 +31,11 @@ from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..report.metrics import interval, measured_rows, word_cutter
 from ..report.record import RESULTS, ROWS, read_json_file
-from ..rows import fill, read_rows
-from ..rows.keys import ignored_notes
-from ..rows.render import check_thoughts, hashes
-from ..rows.shapes import TEXT
-from ..run.monitor import PLAIN_EVERY, clock
+from ..rows.questions import Question, read_questions
+from ..run.monitor import PLAIN_EVERY
 from ..run.signals import StopSignal
 from ..sampling import GREEDY, random_of, read_generation
+from ..terminal import clock
 from ..text.tokenizer import Tokenizer, load_tokenizer
 
 PART = "part.jsonl"
@@ -46,46 +44,6 @@ FOREIGN = {
     "predict_bleu-4": "bleu4_char", "predict_rouge-1": "rouge1_words", "predict_rouge-2": "rouge2_words",
     "predict_rouge-l": "rougeL_words",
 }  # fmt: skip
-
-
-class Question(NamedTuple):
-    """A row of a test set: the prompt's ids, the question alone as text, the reference answer, and the row's place."""
-
-    ids: list[int]
-    text: str
-    label: str  # "" where there is none
-    label_tokens: int  # with the token that ends it, as training counts them
-    where: str
-    hashes: tuple[int, int]  # of the question with all before it, and of the whole row
-
-
-def read_questions(
-    path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN, say: Callable[[str], None] = lambda note: None
-) -> list[Question]:
-    """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer.
-
-    `say` is called with notes on the file and on the keys that are ignored on request.
-    """
-    questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
-    for row in read_rows(path, settings, say):
-        ignored.update(row.ignored)
-        fill(row, settings.define)
-        check_thoughts(row, tokenizer)
-        if row.messages[-1]["role"] == "user":
-            row.messages.append({"role": "assistant", "content": ""})
-        *before, last = row.messages
-        if last["role"] != "assistant":
-            hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
-            raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
-        trained, label = [], last["content"] if last["content"].strip() else ""
-        if label:
-            _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
-        text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
-        ids, _ = tokenizer.render(before, prompt=True)
-        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
-    for note in ignored_notes(ignored):
-        say(note)
-    return questions
 
 
 def predict(

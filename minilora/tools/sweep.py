@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import TrainConfig, canonical, must_match, read_yaml, resolve, to_yaml
+from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..files.atomic import atomic_folder, locked, write_file
@@ -35,6 +35,7 @@ from ..rows.render import hashes
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
 from ..run.signals import StopSignal
+from ..settings import canonical, read_yaml, resolve
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"

@@ -18,12 +18,13 @@ from tiny import ROWS, make_model, make_rows
 import minilora.train
 from minilora.__main__ import COMMANDS, main
 from minilora.checkpoint.load import INDEX
-from minilora.config import TrainConfig, read_yaml, resolve, to_yaml
+from minilora.config import TrainConfig, to_yaml
 from minilora.errors import MiniloraError, UsageError
 from minilora.files.atomic import verify_manifest
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.models.decoder import Decoder
 from minilora.run.snapshot import rotate, snapshots, step_of
+from minilora.settings import read_yaml, resolve
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -668,7 +669,7 @@ def test_a_refusal_leaves_no_lock(tmp_path, cli, model, rows):
 
 
 def test_commands_that_can_be_typed():
-    from minilora.run.monitor import shell
+    from minilora.terminal import shell
 
     assert (
         shell("chat", "--model", "a b", "--define", "x=it's") == """minilora chat --model 'a b' --define 'x=it'"'"'s'"""

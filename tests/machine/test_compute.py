@@ -9,7 +9,6 @@ from tiny import make_model, make_rows
 from torch import Tensor
 
 from minilora import add_lora
-from minilora.config import read_yaml, resolve
 from minilora.data import make_batch
 from minilora.evaluate import evaluate
 from minilora.generate import generate
@@ -20,6 +19,7 @@ from minilora.machine.compute import Rates, choose
 from minilora.machine.cpu import usable_cpus
 from minilora.models.decoder import Decoder
 from minilora.models.int8 import int8_product, levels, packed, to_int8
+from minilora.settings import read_yaml, resolve
 from minilora.train import train
 
 CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32

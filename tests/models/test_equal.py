@@ -6,10 +6,10 @@ from oracle import cached_logits
 from tiny import make_model, make_rows
 
 import minilora
-from minilora.config import resolve
 from minilora.data import load_examples, make_batch, pack
 from minilora.evaluate import evaluate
 from minilora.lora import adapters, add_lora
+from minilora.settings import resolve
 from minilora.train import train_step
 
 

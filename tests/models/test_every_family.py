@@ -13,7 +13,6 @@ from torch import Tensor
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.checkpoint.load import FAMILIES, empty_model, read_config
 from minilora.checkpoint.verify import wide_logits_of
-from minilora.config import resolve
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError
 from minilora.evaluate import evaluate
@@ -27,6 +26,7 @@ from minilora.models.layers import RMSNorm
 from minilora.models.stream import Documents
 from minilora.run.schedule import learning_rate
 from minilora.sampling import GREEDY, Sampling, random_of
+from minilora.settings import resolve
 from minilora.train import train_step
 
 families = pytest.mark.parametrize("family", OWN)

@@ -13,7 +13,7 @@ from seen import Seen
 from minilora.__main__ import main
 from minilora.checkpoint.adapter import load_adapter
 from minilora.checkpoint.load import load_model
-from minilora.config import resolve, to_yaml
+from minilora.config import to_yaml
 from minilora.errors import DataError, Diverged, UsageError
 from minilora.files.atomic import locked
 from minilora.lora import adapters
@@ -25,6 +25,7 @@ from minilora.report.page import Document
 from minilora.report.record import Record, read_record
 from minilora.report.run_page import adapter_norms, report
 from minilora.report.verdict import reading, verdict
+from minilora.settings import resolve
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>'\"`|*&amp;\u202e"
 

@@ -7,10 +7,11 @@ import pytest
 from tiny import make_model
 
 from minilora.__main__ import main
-from minilora.config import DataConfig, read_yaml
+from minilora.config import DataConfig
 from minilora.errors import DataError, UsageError
 from minilora.rows import open_rows, read_rows
 from minilora.rows.encodings import check_encoding
+from minilora.settings import read_yaml
 
 TEXTS = {
     "big5": "您好嗎，臺灣的首都在哪裡", "shift_jis": "こんにちは、元気ですか", "euc_kr": "안녕하세요 반갑습니다",

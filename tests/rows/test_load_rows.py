@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tiny import make_model
 
-from minilora.config import DataConfig, resolve
+from minilora.config import DataConfig
 from minilora.data import load_examples
 from minilora.errors import DataError, UsageError
 from minilora.rows import load
 from minilora.rows.dataset import load_data, write_split
 from minilora.rows.token_store import TokenCache
+from minilora.settings import resolve
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]

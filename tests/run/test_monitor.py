@@ -11,11 +11,11 @@ import torch
 from tiny import make_model, make_rows
 
 from minilora import train as module
-from minilora.config import resolve
 from minilora.console import Console
 from minilora.machine import flops
 from minilora.run import monitor
 from minilora.run.monitor import Monitor
+from minilora.settings import resolve
 from minilora.train import train
 
 

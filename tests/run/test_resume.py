@@ -12,11 +12,11 @@ import torch
 from tiny import make_model, make_rows
 
 from minilora.checkpoint.load import load_model
-from minilora.config import resolve
 from minilora.console import Console
 from minilora.errors import CheckpointMismatch, DiskError, Stopped
 from minilora.run.folder import check_disk
 from minilora.run.snapshot import snapshots, step_of
+from minilora.settings import resolve
 from minilora.train import train
 
 STEPS = 8

@@ -14,9 +14,10 @@ from minilora.generate import reply
 from minilora.machine import compute
 from minilora.report.compare import compare
 from minilora.report.record import read_json_file
+from minilora.rows.questions import read_questions
 from minilora.rows.shapes import QUESTIONS
 from minilora.tools import predict as predict_module
-from minilora.tools.predict import PART, RESULTS, ROWS, predict, read_questions
+from minilora.tools.predict import PART, RESULTS, ROWS, predict
 
 QUIET = Console(quiet=True)
 

@@ -1,0 +1,54 @@
+"""Rows as questions with reference answers, for what a model itself says."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import PLAIN, DataConfig
+from ..errors import DataError
+from ..text.tokenizer import Tokenizer
+from .files import read_rows
+from .keys import ignored_notes
+from .render import check_thoughts, hashes
+from .shapes import TEXT, fill
+
+
+class Question(NamedTuple):
+    """A row of a test set: the prompt's ids, the question alone as text, the reference answer, and the row's place."""
+
+    ids: list[int]
+    text: str
+    label: str  # "" where there is none
+    label_tokens: int  # with the token that ends it, as training counts them
+    where: str
+    hashes: tuple[int, int]  # of the question with all before it, and of the whole row
+
+
+def read_questions(
+    path: str | Path, tokenizer: Tokenizer, settings: DataConfig = PLAIN, say: Callable[[str], None] = lambda note: None
+) -> list[Question]:
+    """The questions of a file of rows; DataError for a row that ends with neither a question nor an answer.
+
+    `say` is called with notes on the file and on the keys that are ignored on request.
+    """
+    questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
+    for row in read_rows(path, settings, say):
+        ignored.update(row.ignored)
+        fill(row, settings.define)
+        check_thoughts(row, tokenizer)
+        if row.messages[-1]["role"] == "user":
+            row.messages.append({"role": "assistant", "content": ""})
+        *before, last = row.messages
+        if last["role"] != "assistant":
+            hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
+            raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
+        trained, label = [], last["content"] if last["content"].strip() else ""
+        if label:
+            _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
+        text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
+        ids, _ = tokenizer.render(before, prompt=True)
+        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
+    for note in ignored_notes(ignored):
+        say(note)
+    return questions
