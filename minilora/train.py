@@ -80,7 +80,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     peak = peak_flops(run.model.head.device, run.model.compute_dtype)
     began = time.perf_counter() - at.seconds
     reported = time.perf_counter()
-    if plan.val and at.step == 0 and at.best_loss is None:
+    if plan.val and at.step == 0 and at.best_loss is None:  # the base model's loss, to compare with
         loss, line = _validate(run, monitor)
         monitor.step({"step": 0, "val_loss": loss})
         monitor.say(line)
@@ -88,6 +88,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
         start = time.perf_counter()
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, plan.steps)
+        # which rows, and in which order, follows from (seed, step): nothing of it is stored
         batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
         monitor.begin(step + 1, sum(len(b.ids) for b in batches))
         loss, grad_norm = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached)
@@ -99,7 +100,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
         last, best, line = at.step == plan.steps, at.best_step, ""
         if plan.val and (at.step % plan.eval_every == 0 or last):
             metrics["val_loss"], line = _validate(run, monitor)
-        monitor.step(metrics)
+        monitor.step(metrics)  # before the snapshot: a resume drops what metrics.jsonl has beyond it
         if line:
             monitor.say(line)
         if at.step % plan.save_every == 0 or last or at.best_step != best:
@@ -118,25 +119,28 @@ def train_step(
     stop: StopSignal | None = None,
     reached: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[float, float]:
-    """One optimizer step on the batches of a step; returns (loss, gradient norm before clipping).
+    """One optimizer step on the streams of a step; returns (loss, gradient norm before clipping).
 
-    The learning rate is the one the optimizer has; `reached` hears how many tokens are through. Raises Diverged before anything is changed if either is not finite,
-    and Stopped between two micro-batches if a signal came; the parameters are then those of the step before.
+    The learning rate is the optimizer's; `reached` hears how many tokens are through. Raises Diverged if the loss or the norm is not
+    finite, and Stopped between two streams if a signal came: the parameters are then those of the step before.
     """
     trained = trained_parameters(model)
-    targets = sum(len(b.targets) for b in batches)
+    targets = sum(len(b.targets) for b in batches)  # of all streams: the loss is one sum, divided once
     losses = []
     for micro, batch in enumerate(batches):
         if stop is not None and stop.requested:
             optimizer.zero_grad(set_to_none=True)
             raise Stopped("")
-        set_dropout_keys(model, config.seed, step, micro)
+        set_dropout_keys(
+            model, config.seed, step, micro
+        )  # masks follow from the place, so a resumed run draws the same
         loss = model.loss(batch.to(model.head.device)) / targets
-        loss.backward()
+        loss.backward()  # adds to the gradients of A and B; W has none
         losses.append(loss.detach())
         reached(sum(len(b.ids) for b in batches[: micro + 1]))
     gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+    # the one wait for the device: both numbers must be finite before anything is changed
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "none")
