@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -51,20 +51,34 @@ class _Recorder:
 
 
 @contextmanager
-def recorded(arch: int) -> Iterator[list[Launch]]:
-    """The launches of every operation inside, which takes any tensor for one on a card of this architecture."""
-    launches: list[Launch] = []
+def as_if_on(arch: int) -> Iterator[None]:
+    """Every operation inside takes any tensor for one on a card of this architecture."""
     card = SimpleNamespace(
         major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], name=f"sm_{arch}"
     )
     with ExitStack() as stack:
-        for path in Path(lang.__file__).parent.glob("*.py"):
-            module = importlib.import_module(f"minilora.kernels.{path.stem}")
+        for module in kernel_modules():
+            if hasattr(module, "use_triton"):
+                stack.enter_context(
+                    patch.object(module, "use_triton", lambda *tensors: all(map(torch.is_tensor, tensors)))
+                )
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10)))
+        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: card))
+        yield
+
+
+@contextmanager
+def recorded(arch: int) -> Iterator[list[Launch]]:
+    """The launches of every operation inside, which takes any tensor for one on a card of this architecture."""
+    launches: list[Launch] = []
+    with as_if_on(arch), ExitStack() as stack:
+        for module in kernel_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction) and name.endswith("_kernel"):
                     stack.enter_context(patch.object(module, name, _Recorder(value, launches)))
-            if hasattr(module, "use_triton"):
-                stack.enter_context(patch.object(module, "use_triton", lambda *_: True))
-        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10)))
-        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: card))
         yield launches
+
+
+def kernel_modules() -> list[ModuleType]:
+    paths = sorted(Path(lang.__file__).parent.glob("*.py"))
+    return [importlib.import_module(f"minilora.kernels.{path.stem}") for path in paths]
