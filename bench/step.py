@@ -30,7 +30,7 @@ from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.lora import LoRALinear, add_lora
-from minilora.machine.flops import peak_flops, step_flops
+from minilora.machine.flops import flops_per_token, peak_flops, step_flops
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
 from minilora.models.stream import Batch, Documents
@@ -83,7 +83,7 @@ def formulated_by_others() -> Iterator[None]:
         "projections": lambda *linears: None,
         "rms_norm": lambda x, w, eps, round_once=False: others.hf_rms_norm(x, w, eps),
         "add_rms_norm": add_norm,
-        "rope": lambda x, cos, sin, interleaved=False: others.hf_rope(x, cos, sin),
+        "rope_pair": lambda q, k, cos, sin, interleaved=False: tuple(others.hf_rope(x, cos, sin) for x in (q, k)),
         "swiglu": others.hf_swiglu,
     }
     again = partial(checkpoint, use_reentrant=False)
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         model = random_model(SHAPES[name], torch.bfloat16, device, args.rank)
         batch = stream(SHAPES[name], args.tokens, args.document, device)
-        flops = step_flops(model, [batch], full=False)
+        flops = step_flops(model.config, [batch], flops_per_token(model, full=False))
         found = measure(model, batch, device, args.rounds, name in compiled)
         return {"flops": flops, "roof": peak_flops(device, torch.bfloat16), "sides": found}
 

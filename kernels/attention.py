@@ -30,9 +30,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same
+from minilora.kernels.dispatch import capability, check_same, once_differentiable
 
 WIDE_BACKWARD = 256  # tokens of the longest document whose backward is computed in fp32 on a CPU
 GROUPED_ON_CPU = torch.__version__ >= "2.9"  # flash attention there with fewer heads in k and v than in q
@@ -138,13 +137,9 @@ def _cpu_backward(
 
 
 @lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-
-
-def _stream_form(q: Tensor, spec: MaskSpec) -> tuple[tuple, dict]:
+def _stream_form(spec: MaskSpec, device: torch.device) -> tuple[tuple, dict]:
     """Arguments of CUDA flash attention: bounds and longest of queries and of keys, dropout, causal; the window."""
-    bounds = _on_device(spec.cu_seqlens, q.device)
+    bounds = torch.tensor(spec.cu_seqlens, dtype=torch.int32, device=device)
     longest = max(end - start for start, end in pairwise(spec.cu_seqlens))
     causal = spec.window is None
     window = {"window_size_left": -1 if spec.window is None else spec.window - 1, "window_size_right": 0}
@@ -153,7 +148,7 @@ def _stream_form(q: Tensor, spec: MaskSpec) -> tuple[tuple, dict]:
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> tuple[Tensor, Tensor]:
     """out [T, H, E] and lse [H, T], the whole stream at once."""
-    form, window = _stream_form(q, spec)
+    form, window = _stream_form(spec, q.device)
     out, lse, *_ = aten._flash_attention_forward(*_side_by_side(q, k, v), *form, False, **window)
     return out, lse
 
@@ -161,9 +156,16 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec) -> tuple[Tens
 def _cuda_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: MaskSpec
 ) -> tuple[Tensor, ...]:
-    form, window = _stream_form(q, spec)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    return aten._flash_attention_backward(*_side_by_side(dout, q, k, v, out), lse, *form, *no_dropout, **window)
+    form, window = _stream_form(spec, q.device)
+    return aten._flash_attention_backward(
+        *_side_by_side(dout, q, k, v, out), lse, *form, *_no_dropout(q.device), **window
+    )
+
+
+@lru_cache
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of a generator that draws nothing."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 def _side_by_side(*stream: Tensor) -> tuple[Tensor, ...]:
@@ -176,10 +178,10 @@ def _flash(q: Tensor, k: Tensor, spec: MaskSpec) -> bool:
         return GROUPED_ON_CPU or q.shape[1] == k.shape[1]
     if not q.is_cuda or torch.version.cuda is None or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    capability, size = torch.cuda.get_device_capability(q.device), q.shape[2]
-    wide = size <= 192 or (size <= 256 and capability in ((8, 0), (9, 0)))  # other cards lack the room for the backward
+    version, size = capability(q.device), q.shape[2]
+    wide = size <= 192 or (size <= 256 and version in ((8, 0), (9, 0)))  # other cards lack the room for the backward
     there = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
-    return there and capability >= (8, 0) and wide and size % 8 == 0 and spec.prefix_lens is None
+    return there and version >= (8, 0) and wide and size % 8 == 0 and spec.prefix_lens is None
 
 
 class _Flash(torch.autograd.Function):

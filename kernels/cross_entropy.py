@@ -18,9 +18,8 @@ is. Saved for backward: logits, max and others of each row; with `scale` the gra
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import use_triton
+from minilora.kernels.dispatch import once_differentiable, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rows_of, store, tl
 
 IGNORED = -100  # the target of a row that has none

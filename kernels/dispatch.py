@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -35,6 +35,17 @@ class _NoContext:
 def recording(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply, or only its forward where no gradient is recorded: for one token autograd costs too much."""
     return function.apply if torch.is_grad_enabled() else partial(function.forward, _NoContext())
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator, which turns gradients off and looks at every tensor, only where there are gradients to turn off."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def plain_or_guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return plain_or_guarded
 
 
 def check_same(op: str, **tensors: Tensor) -> None:
@@ -76,12 +87,22 @@ def use_library_gemm() -> Iterator[None]:
         _library = before
 
 
+def target() -> int | None:
+    """The architecture of compile_for, which overrules the device's."""
+    return _target
+
+
 def architecture(device: torch.device) -> int:
     """The compute capability that launches on a device are configured for: 80 for an A100, 90 for an H100."""
     if _target is not None:
         return _target
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return 10 * major + minor
+
+
+@lru_cache  # a launch asks, and torch takes some microseconds
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ backward, the recomputation under activation checkpointing and a resumed run dra
 of the counter (row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn by itself.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import jit, tl
 
 ROUNDS = 7  # of Philox 4x32: the fewest that pass BigCrush
+NO_KEY = 1 << 62  # where nothing is drawn
 _ROUNDS = tl.constexpr(ROUNDS)
 
 
@@ -65,9 +67,10 @@ def dropout_mask_ref(shape: tuple[int, int], p: float, key: DropoutKey, device: 
     return torch.from_numpy(lanes >= threshold(p)).to(device)
 
 
+@lru_cache(1024)  # a step asks for each key three times
 def philox_key(key: DropoutKey) -> int:
     """The key in a kernel: 63 bits with the highest set, so that the compiler sees one integer type for all keys."""
-    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 2 | 1 << 62
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 2 | NO_KEY
 
 
 def threshold(p: float) -> int:

@@ -20,21 +20,24 @@ import torch
 
 if TYPE_CHECKING:
     import triton.language as tl
-    from triton import cdiv, next_power_of_2
 
     HAVE_TRITON = INTERPRETED = True
+    driver: Any
+    JITFunction: type
 
     def jit(fn: Callable | None = None, **options: Any) -> Any: ...
 else:
     try:
         import triton.language as tl
-        from triton import cdiv, jit, knobs, next_power_of_2
+        from triton import jit, knobs
+        from triton.runtime.driver import driver
+        from triton.runtime.jit import JITFunction
 
         HAVE_TRITON, INTERPRETED = True, knobs.runtime.interpret
     except ImportError:
         HAVE_TRITON = INTERPRETED = False
         tl = SimpleNamespace(constexpr=lambda value: value)
-        cdiv = next_power_of_2 = None
+        driver = JITFunction = None
 
         def jit(fn: Callable | None = None, **_: Any) -> Callable:
             return fn or (lambda fn: fn)
@@ -44,6 +47,15 @@ INTERPRET = tl.constexpr(INTERPRETED)
 PINNED = {"enable_fp_fusion": True}  # options of every launch; their default differs between Triton 3.9 and 3.10
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own can also be called in a kernel and takes 4 us for that; so below."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def accum_dtype(dtype: torch.dtype) -> "tl.dtype":
     """What a kernel computes in: fp32, and fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
@@ -51,7 +63,7 @@ def accum_dtype(dtype: torch.dtype) -> "tl.dtype":
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """[..., N] as [rows, N] with contiguous rows; a copy only where the strides need one."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 

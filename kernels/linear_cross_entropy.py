@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels.cross_entropy import IGNORED, Softmax, blocks_of, check_targets
-from minilora.kernels.dispatch import architecture, check_same, library_gemm, recording, use_triton
+from minilora.kernels.dispatch import architecture, check_same, library_gemm, once_differentiable, recording, use_triton
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import (
     INTERPRET,

@@ -12,12 +12,13 @@ tensor cores.
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.dispatch import architecture
-from minilora.kernels.dropout import keep_mask, philox_key, threshold
+from minilora.kernels.dispatch import architecture, target
+from minilora.kernels.dropout import NO_KEY, keep_mask, philox_key, threshold
 from minilora.kernels.lang import (
     INTERPRET,
     INTERPRETED,
@@ -32,7 +33,8 @@ from minilora.kernels.lang import (
     store,
     tl,
 )
-from minilora.kernels.projection import Adapter, Projection
+from minilora.kernels.launch import Launch, per_shape
+from minilora.kernels.projection import Projection
 
 # by architecture; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
 GEMM = {
@@ -51,54 +53,99 @@ REPEATS = 2  # of S in the single pass, at the most
 GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cache
 
 
-def arch(x: Tensor) -> int:
+def arch(device: torch.device) -> int:
     """0 for the interpreter, 80 or 90 for a GPU with as much shared memory as an A100 or H100, 86 for any other."""
-    found = 0 if INTERPRETED else architecture(x.device)
+    found = 0 if INTERPRETED else architecture(device)
     return 90 if found in (90, 100, 103) else found if found in (0, 80) else 86
 
 
-def configuration(table: dict, x: Tensor) -> dict:
-    """The launch options of a table for the GPU that x is on."""
-    return {**table[arch(x)], "ACC": accum_dtype(x.dtype), **PINNED}
+class Place(NamedTuple):
+    """Where a launch runs and what it computes in: what all of its numbers depend on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    arch: int
+
+    @staticmethod
+    def of(x: Tensor) -> "Place":
+        return _place(x.device, x.dtype, target())
 
 
-def launch_options(table: dict, x: Tensor, adapters: Sequence[Adapter]) -> dict:
-    """The same for a kernel that multiplies with the adapters."""
-    options, width = configuration(table, x), padded_rank(adapters)
-    return {**options, "COUNT": len(adapters), "PADDED_R": width, "R": min(options["R"], width)}
+@per_shape
+def _place(device: torch.device, dtype: torch.dtype, target: int | None) -> Place:
+    return Place(device, dtype, arch(device))
 
 
-def padded_rank(adapters: Sequence[Adapter]) -> int:
+def configuration(table: dict, place: Place) -> dict:
+    """The launch options of a table."""
+    return {**table[place.arch], "ACC": accum_dtype(place.dtype), **PINNED}
+
+
+def launch_options(table: dict, place: Place, ranks: Sequence[int]) -> dict:
+    """The same for a kernel that multiplies with adapters of these ranks."""
+    options, width = configuration(table, place), padded_rank(ranks)
+    return {**options, "COUNT": len(ranks), "PADDED_R": width, "R": min(options["R"], width)}
+
+
+def padded_rank(ranks: Sequence[int]) -> int:
     """Columns of S that every adapter of a group gets: 16, 32 or a multiple of 64."""
-    rank = max(a.a.shape[0] for a in adapters)
+    rank = max(ranks)
     return 16 if rank <= 16 else 32 if rank <= 32 else cdiv(rank, 64) * 64
 
 
-def dropout_args(adapters: Sequence[Adapter]) -> dict:
-    """The arguments of a kernel that draws dropout masks: keys, thresholds, and whether there is anything to draw."""
-    return {
-        "seeds": tuple(philox_key(a.key) for a in adapters),
-        "thresholds": tuple(threshold(a.p) for a in adapters),
-        "DROPOUT": any(a.p for a in adapters),
-    }
+class Sizes(NamedTuple):
+    """What a kernel is told of a projection beside its memory; one without bias or adapter has none of its columns or ranks."""
+
+    n: int
+    w_stride: int
+    bias_n: int
+    rank: int
+    scale: float
 
 
-def per_projection_args(projections: Sequence[Projection]) -> dict:
-    """What a kernel adds to x W^T, by projection; without a bias it has 0 columns of it, without an adapter rank 0."""
-    some = next(p.adapter.b for p in projections if p.adapter)
-    b = [p.adapter.b.contiguous() if p.adapter else some for p in projections]
-    adapted = [p.adapter is not None for p in projections]
-    return {
-        "bias_ptrs": tuple(p.weight if p.bias is None else p.bias.contiguous() for p in projections),
-        "b_ptrs": tuple(b),
-        "scales": tuple(p.adapter.factor if p.adapter else 0.0 for p in projections),
-        "bias_ns": tuple(0 if p.bias is None else p.weight.shape[0] for p in projections),
-        "ranks": tuple(p.adapter.b.shape[1] if p.adapter else 0 for p in projections),
-        "s_index": tuple(sum(adapted[:j]) for j in range(len(adapted))),
-    }
+class Group(NamedTuple):
+    """Projections of one input as launches take them: what is alike of all, together."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]  # memory that is not read for a projection without one; so `wide_bs`
+    wide_bs: tuple[Tensor, ...]
+    sizes: tuple[Sizes, ...]
+    a: tuple[Tensor, ...]  # of the adapters alone, from here on
+    b: tuple[Tensor, ...]
+    ranks: tuple[int, ...]
+    rates: tuple[float, ...]
+    factors: tuple[float, ...]
+    keys: tuple[int, ...]  # of the masks
+
+    @staticmethod
+    def of(projections: Sequence[Projection]) -> "Group":
+        weights, biases, sizes, a, b, ranks, rates, factors, keys = [], [], [], [], [], [], [], [], []
+        for weight, bias, adapter in projections:
+            w = rows_of(weight)
+            n, rank, factor = w.shape[0], 0, 0.0
+            if adapter is not None:
+                rank, factor = adapter.a.shape[0], adapter.factor
+                a.append(adapter.a.contiguous())
+                b.append(adapter.b.contiguous())
+                ranks.append(rank)
+                rates.append(adapter.p)
+                factors.append(factor)
+                keys.append(philox_key(adapter.key) if adapter.p else NO_KEY)
+            weights.append(w)
+            biases.append(w if bias is None else bias.contiguous())
+            sizes.append(Sizes(n, w.stride(0), 0 if bias is None else n, rank, factor))
+        rest = iter(b)
+        wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else b[0] for size in sizes]
+        return Group(*map(tuple, (weights, biases, wide_bs, sizes, a, b, ranks, rates, factors, keys)))
 
 
-def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
+def s_index(sizes: Sequence[Sizes]) -> tuple[int, ...]:
+    """Which S belongs to each projection."""
+    return tuple([sum(before.rank > 0 for before in sizes[:j]) for j in range(len(sizes))])
+
+
+@per_shape
+def single_pass_wins(place: Place, sizes: tuple[Sizes, ...], rates: tuple[float, ...]) -> bool:
     """Whether x A^T inside the loop of x W^T, once a tile of columns, beats a pass over x of its own.
 
     A pass of its own costs the time to read x. In the loop, every tile of columns pays 2 operations for each value of x
@@ -107,7 +154,9 @@ def single_pass_wins(n: int, adapter: Adapter, x: Tensor) -> bool:
     operations at 312 TFLOP/s, 2 bytes at 2.0 TB/s). Masks and a wider S would need more shared memory, so that fewer
     tiles would be in flight.
     """
-    return adapter.p == 0 and cdiv(n, SINGLE[arch(x)]["BN"]) <= REPEATS and padded_rank([adapter]) <= 32
+    if len(sizes) > 1 or any(rates):
+        return False
+    return cdiv(sizes[0].n, SINGLE[place.arch]["BN"]) <= REPEATS and padded_rank([sizes[0].rank]) <= 32
 
 
 @jit
@@ -238,13 +287,13 @@ def _input_gradient_kernel(
     ds_ptr,
     dy_ptrs,
     w_ptrs,
+    a_ptrs,
+    seeds,
+    thresholds,
+    ranks,
     ns,
     dy_strides,
     w_strides,
-    a_ptrs,
-    ranks,
-    seeds,
-    thresholds,
     rows,
     K,
     col_tiles,
@@ -361,89 +410,68 @@ def _single_pass_kernel(
     store(y_ptr + top * N + o_m * N + o_n, b_y, (o_m < rows - top) & (o_n < N))
 
 
-def forward(x: Tensor, s: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """y_j [T, N_j] of every projection, of which at least one has an adapter; s is from lora_shrink.shrink."""
-    adapters = [p.adapter for p in projections if p.adapter is not None]
-    (rows, k), options = x.shape, launch_options(GEMM, x, adapters)
-    options["COUNT"] = len(projections)
-    ys = [torch.empty((rows, p.weight.shape[0]), dtype=x.dtype, device=x.device) for p in projections]
-    weights = [rows_of(p.weight) for p in projections]
-    col_tiles = sum(cdiv(w.shape[0], options["BN"]) for w in weights)
-    _forward_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        x,
-        s,
-        tuple(weights),
-        y_ptrs=tuple(ys),
-        ns=tuple(w.shape[0] for w in weights),
-        **per_projection_args(projections),
-        w_strides=tuple(w.stride(0) for w in weights),
-        x_stride=x.stride(0),
-        rows=rows,
-        K=k,
-        col_tiles=col_tiles,
-        GROUP=GROUP_ROWS,
-        **options,
-    )
+@per_shape
+def _forward_launch(place: Place, rows: int, k: int, x_stride: int, sizes: tuple[Sizes, ...]) -> Launch:
+    options = launch_options(GEMM, place, [p.rank for p in sizes])
+    col_tiles = sum(cdiv(p.n, options["BN"]) for p in sizes)
+    ns, w_strides, bias_ns, ranks, scales = zip(*sizes, strict=True)
+    numbers = scales, ns, bias_ns, ranks, s_index(sizes), w_strides, x_stride, rows, k, col_tiles
+    return Launch(place.device, cdiv(rows, options["BM"]) * col_tiles, numbers, GROUP=GROUP_ROWS, **options)
+
+
+def forward(x: Tensor, s: Tensor, group: Group) -> list[Tensor]:
+    """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_shrink.shrink."""
+    rows, k = x.shape
+    launch = _forward_launch(Place.of(x), rows, k, x.stride(0), group.sizes)
+    ys = [torch.empty((rows, size.n), dtype=x.dtype, device=x.device) for size in group.sizes]
+    launch(_forward_kernel, x, s, group.weights, group.biases, group.wide_bs, tuple(ys))
     return ys
 
 
-def input_gradient(dys: Sequence[Tensor], ds: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """dX [T, K]; ds is from lora_shrink.expand_backward."""
-    adapters = [p.adapter for p in projections if p.adapter is not None]
-    weights = [rows_of(p.weight) for p in projections]
-    rows, k = dys[0].shape[0], weights[0].shape[1]
-    masks = dropout_args(adapters)
-    options = launch_options(GEMM, ds, adapters)
-    options["COUNT"], options["ADAPTED"] = len(projections), len(adapters)
-    dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
+@per_shape
+def _input_gradient_launch(
+    place: Place,
+    rows: int,
+    k: int,
+    dy_strides: tuple[int, ...],
+    sizes: tuple[Sizes, ...],
+    ranks: tuple[int, ...],
+    rates: tuple[float, ...],
+) -> Launch:
+    options = launch_options(GEMM, place, ranks)
+    options |= {"COUNT": len(sizes), "ADAPTED": len(ranks), "DROPOUT": any(rates), "GROUP": GROUP_ROWS}
     col_tiles = cdiv(k, options["BN"])
-    _input_gradient_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        dx,
-        ds,
-        tuple(dys),
-        tuple(weights),
-        tuple(w.shape[0] for w in weights),
-        tuple(dy.stride(0) for dy in dys),
-        tuple(w.stride(0) for w in weights),
-        tuple(a.a.contiguous() for a in adapters),
-        tuple(a.a.shape[0] for a in adapters),
-        rows=rows,
-        K=k,
-        col_tiles=col_tiles,
-        GROUP=GROUP_ROWS,
-        **masks,
-        **options,
-    )
+    ns, w_strides = tuple(size.n for size in sizes), tuple(size.w_stride for size in sizes)
+    numbers = tuple(map(threshold, rates)), ranks, ns, dy_strides, w_strides, rows, k, col_tiles
+    return Launch(place.device, cdiv(rows, options["BM"]) * col_tiles, numbers, **options)
+
+
+def input_gradient(dys: Sequence[Tensor], ds: Tensor, group: Group) -> Tensor:
+    """dX [T, K]; ds from lora_shrink.expand_backward."""
+    rows, k = dys[0].shape[0], group.weights[0].shape[1]
+    strides = tuple([dy.stride(0) for dy in dys])
+    launch = _input_gradient_launch(Place.of(ds), rows, k, strides, group.sizes, group.ranks, group.rates)
+    dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
+    launch(_input_gradient_kernel, dx, ds, tuple(dys), group.weights, group.a, group.keys)
     return dx
 
 
-def single_pass(x: Tensor, projection: Projection, a: Adapter) -> tuple[Tensor, Tensor]:
-    """y [T, N] and S [1, T, padded rank] of one projection with the adapter a, without dropout; x is read once."""
-    weight, bias = rows_of(projection.weight), projection.bias
-    (rows, k), n = x.shape, weight.shape[0]
-    options = launch_options(SINGLE, x, [a])
+@per_shape
+def _single_pass_launch(place: Place, rows: int, k: int, x_stride: int, size: Sizes) -> tuple[Launch, int]:
+    """And the padded rank."""
+    options = launch_options(SINGLE, place, [size.rank])
     del options["R"], options["COUNT"]
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    s = torch.empty((1, rows, options["PADDED_R"]), dtype=x.dtype, device=x.device)
-    col_tiles = cdiv(n, options["BN"])
-    _single_pass_kernel[(cdiv(rows, options["BM"]) * col_tiles,)](
-        x,
-        weight,
-        weight if bias is None else bias.contiguous(),
-        a.a.contiguous(),
-        a.b.contiguous(),
-        y,
-        s,
-        scale=a.factor,
-        N=n,
-        bias_n=0 if bias is None else n,
-        rank=a.a.shape[0],
-        w_stride=weight.stride(0),
-        x_stride=x.stride(0),
-        rows=rows,
-        K=k,
-        col_tiles=col_tiles,
-        GROUP=GROUP_ROWS,
-        **options,
-    )
+    col_tiles = cdiv(size.n, options["BN"])
+    numbers = size.scale, size.n, size.bias_n, size.rank, size.w_stride, x_stride, rows, k, col_tiles
+    launch = Launch(place.device, cdiv(rows, options["BM"]) * col_tiles, numbers, GROUP=GROUP_ROWS, **options)
+    return launch, options["PADDED_R"]
+
+
+def single_pass(x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """y [T, N] and S [1, T, padded rank] of a single projection whose adapter drops nothing; x read once."""
+    (rows, k), (size,) = x.shape, group.sizes
+    launch, width = _single_pass_launch(Place.of(x), rows, k, x.stride(0), size)
+    y = torch.empty((rows, size.n), dtype=x.dtype, device=x.device)
+    s = torch.empty((1, rows, width), dtype=x.dtype, device=x.device)
+    launch(_single_pass_kernel, x, *group.weights, *group.biases, *group.a, *group.b, y, s)
     return y, s

@@ -22,10 +22,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minilora.kernels import lora_gemm, lora_shrink
-from minilora.kernels.dispatch import library_gemm, recording, use_triton
+from minilora.kernels.dispatch import library_gemm, once_differentiable, recording, use_triton
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
@@ -59,77 +58,68 @@ def lora_linear_ref(
     return _one_ref(x, w, bias, Adapter(a, b, scale, p, key))
 
 
-def _with_adapters(frozen: Sequence[Projection], trained: Sequence[Tensor]) -> list[Projection]:
-    """The projections, with a and b from `trained` [a_0, b_0, a_1, ...]: the tensors that autograd knows."""
-    rest = iter(trained)
-    return [
-        p if p.adapter is None else p._replace(adapter=p.adapter._replace(a=next(rest), b=next(rest))) for p in frozen
-    ]
-
-
 class _OnTriton(torch.autograd.Function):
+    """trained is [a_0, b_0, a_1, ...], the tensors of the projections' adapters, named to autograd."""
+
     @staticmethod
     def forward(
-        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+        ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        projections, rows = _with_adapters(frozen, trained), rows_of(x)
-        adapters = [p.adapter for p in projections if p.adapter]
+        group, rows = lora_gemm.Group.of(projections), rows_of(x)
         with torch.cuda.device_of(x):
             if not output_needed:
-                s, ys = lora_shrink.shrink(rows, adapters), _uninitialised(x, projections)
-            elif len(projections) == 1 and lora_gemm.single_pass_wins(projections[0].weight.shape[0], adapters[0], x):
-                y, s = lora_gemm.single_pass(rows, projections[0], adapters[0])
+                s, ys = lora_shrink.shrink(rows, group), _uninitialised(x, projections)
+            elif lora_gemm.single_pass_wins(lora_gemm.Place.of(x), group.sizes, group.rates):
+                y, s = lora_gemm.single_pass(rows, group)
                 ys = [y]
             else:
-                s = lora_shrink.shrink(rows, adapters)
-                ys = lora_gemm.forward(rows, s, projections)
+                s = lora_shrink.shrink(rows, group)
+                ys = lora_gemm.forward(rows, s, group)
         ctx.save_for_backward(x, s, *trained)
-        ctx.frozen = frozen
+        ctx.group = group
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        return (
-            None,
-            None,
-            *_triton_gradients(x, s, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
-        )
+        return None, None, *_triton_gradients(x, s, ctx.group, trained, grads, ctx.needs_input_grad[2:])
 
 
 def _triton_gradients(
-    x: Tensor, s: Tensor, projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+    x: Tensor,
+    s: Tensor,
+    group: lora_gemm.Group,
+    trained: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
     dys, rows = [rows_of(dy) for dy in dys], rows_of(x)
-    adapters = [p.adapter for p in projections if p.adapter]
     needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
-    dx, das = None, [None] * len(adapters)
+    dx, das = None, [None] * len(group.a)
     with torch.cuda.device_of(x):
-        adapted = [dy for dy, p in zip(dys, projections, strict=True) if p.adapter]
-        ds, dbs = lora_shrink.expand_backward(adapted, s, adapters, needs_x or any(needs_a), any(needs_b))
+        adapted = [dy for dy, size in zip(dys, group.sizes, strict=True) if size.rank]
+        ds, dbs = lora_shrink.expand_backward(adapted, s, group, needs_x or any(needs_a), any(needs_b))
         if needs_x and ds is not None:
-            dx = lora_gemm.input_gradient(dys, ds, projections)
+            dx = lora_gemm.input_gradient(dys, ds, group)
         if any(needs_a) and ds is not None:
-            das = lora_shrink.shrink_backward(rows, ds, adapters)
+            das = lora_shrink.shrink_backward(rows, ds, group)
     found = [d for pair in zip(das, dbs, strict=True) for d in pair]
-    trained = [t for a in adapters for t in (a.a, a.b)]
-    return dx, *(
+    return dx, *[
         d.to(t.dtype) if needed and d is not None else None
         for d, t, needed in zip(found, trained, needs[1:], strict=True)
-    )
+    ]
 
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, frozen: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
+        ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        projections = _with_adapters(frozen, trained)
         shrunk = _shrink(x, [p.adapter for p in projections if p.adapter])
         ctx.save_for_backward(x, *shrunk, *trained)
-        ctx.frozen, rest = frozen, iter(shrunk)
+        ctx.projections, rest = projections, iter(shrunk)
         if not output_needed:
             return tuple(_uninitialised(x, projections))
         ys: list[Tensor] = []
@@ -146,12 +136,8 @@ class _OnTorch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
-        shrunk, trained = saved[: len(saved) // 3], saved[len(saved) // 3 :]
-        return (
-            None,
-            None,
-            *_torch_gradients(x, shrunk, _with_adapters(ctx.frozen, trained), grads, ctx.needs_input_grad[2:]),
-        )
+        shrunk = saved[: len(saved) // 3]
+        return None, None, *_torch_gradients(x, shrunk, ctx.projections, grads, ctx.needs_input_grad[2:])
 
 
 def _torch_gradients(

@@ -13,23 +13,15 @@ the dtype of x; their columns from the rank on are zero.
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.dropout import keep_mask
+from minilora.kernels.dropout import keep_mask, threshold
 from minilora.kernels.lang import cdiv, jit, load, store, tl
-from minilora.kernels.lora_gemm import (
-    arch,
-    as_operand,
-    configuration,
-    dot,
-    dropout_args,
-    launch_options,
-    load_operand,
-    padded_rank,
-)
-from minilora.kernels.projection import Adapter
+from minilora.kernels.launch import Launch, per_shape
+from minilora.kernels.lora_gemm import Group, Place, as_operand, configuration, dot, launch_options, load_operand
 
 PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a GPU: one for each multiprocessor
 # by architecture, as in lora_gemm
@@ -53,9 +45,9 @@ def _shrink_kernel(
     x_ptr,
     out_ptr,
     a_ptrs,
-    ranks,
     seeds,
     thresholds,
+    ranks,
     x_stride,
     rows,
     K,
@@ -115,11 +107,11 @@ def _sum_over_warps(b_x, WARPS: tl.constexpr):
 @jit(do_not_specialize=["rows", "row_tiles", "tiles"])
 def _expand_backward_kernel(
     dy_ptrs,
-    dy_strides,
     b_ptrs,
     s_ptr,
     ds_ptr,
     db_ptr,
+    dy_strides,
     scales,
     ns,
     ranks,
@@ -185,9 +177,9 @@ def _shrink_backward_kernel(
     x_ptr,
     ds_ptr,
     out_ptr,
-    ranks,
     seeds,
     thresholds,
+    ranks,
     x_stride,
     rows,
     K,
@@ -229,10 +221,10 @@ def _shrink_backward_kernel(
         store(out_ptr + o_a, sums[j], o_k < K)
 
 
-@jit(do_not_specialize=["parts"])
-def _sum_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """out [size] = the sum of parts [parts, size], first to last; size is a multiple of 16, as every padded rank is."""
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@jit
+def _add_up(parts_ptr, out_ptr, i_n, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """BLOCK values of out [size] = the sum of parts [parts, size], first to last; size is a multiple of 16, as every padded rank is."""
+    o_n = i_n.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros((BLOCK,), ACC)
     for _ in range(parts):
         b_sum += load(parts_ptr + o_n, o_n < size, ACC)
@@ -240,121 +232,172 @@ def _sum_kernel(parts_ptr, out_ptr, parts, size, BLOCK: tl.constexpr, ACC: tl.co
     store(out_ptr + o_n, b_sum, o_n < size)
 
 
-def shrink(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """S [projections, T, padded rank] of x [T, K]."""
-    (rows, k), width, options = x.shape, padded_rank(adapters), launch_options(SHRINK, x, adapters)
-    options |= _many(adapters, options["R"])
+@jit(do_not_specialize=["parts", "more_parts"])
+def _sum_kernel(
+    parts_ptr,
+    out_ptr,
+    more_ptr,
+    more_out_ptr,
+    parts,
+    size,
+    more_parts,
+    more_size,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """out [COUNT, size], row j the sum of the next parts[j] of [sum of parts, size]; and the sum of one more, or None."""
+    tiles = tl.cdiv(size, BLOCK)
+    j, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if j < COUNT:
+        first, count = 0, parts[0]
+        for i in tl.static_range(1, COUNT):
+            first, count = tl.where(j >= i, first + parts[i - 1], first), tl.where(j == i, parts[i], count)
+        parts_ptr += tl.cast(first, tl.int64) * size
+        _add_up(parts_ptr, out_ptr + j.to(tl.int64) * size, i_n, count, size, BLOCK, ACC)
+    elif more_ptr is not None:
+        _add_up(more_ptr, more_out_ptr, tl.program_id(0) - COUNT * tiles, more_parts, more_size, BLOCK, ACC)
+
+
+@per_shape
+def _shrink_launch(
+    place: Place, rows: int, k: int, x_stride: int, ranks: tuple[int, ...], rates: tuple[float, ...]
+) -> tuple[Launch, int, int]:
+    """And the number of parts of K, and the padded rank."""
+    options = launch_options(SHRINK, place, ranks)
+    options |= _many(rates, options["R"])
+    width = options["PADDED_R"]
     row_tiles, blocks = cdiv(rows, options["BM"]), width // options["R"]
-    parts, span = _split(k, options["BK"], row_tiles * blocks, x)
-    s = torch.empty((len(adapters), rows, width), dtype=x.dtype, device=x.device)
-    out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=_accum_dtype(x), device=x.device)
-    _shrink_kernel[(row_tiles * blocks * parts,)](
-        x,
-        out,
-        tuple(a.a.contiguous() for a in adapters),
-        tuple(a.a.shape[0] for a in adapters),
-        x_stride=x.stride(0),
-        rows=rows,
-        K=k,
-        span=span,
-        blocks=blocks,
-        **dropout_args(adapters),
-        **options,
+    parts, span = _split(k, options["BK"], row_tiles * blocks, PROGRAMS[place.arch])
+    numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, span, blocks
+    launch = Launch(place.device, row_tiles * blocks * parts, numbers, DROPOUT=any(rates), **options)
+    return launch, parts, width
+
+
+def shrink(x: Tensor, group: Group) -> Tensor:
+    """S [adapters, T, padded rank] for x [T, K]."""
+    place, (rows, k) = Place.of(x), x.shape
+    launch, parts, width = _shrink_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
+    s = torch.empty((len(group.a), rows, width), dtype=x.dtype, device=x.device)
+    out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=_accum_dtype(x.dtype), device=x.device)
+    launch(_shrink_kernel, x, out, group.a, group.keys)
+    if parts > 1:
+        _sum_launch(place, (parts,), s.numel())(_sum_kernel, out, s, None, None)
+    return s
+
+
+class _ExpandBackward(NamedTuple):
+    launch: Launch
+    sums: Launch  # of the partial sums of dS and dB, those that are wanted
+    ranges: int  # of columns, of all projections
+    row_tiles: int
+
+
+@per_shape
+def _expand_backward_launch(
+    place: Place,
+    rows: int,
+    strides: tuple[int, ...],
+    ns: tuple[int, ...],
+    ranks: tuple[int, ...],
+    factors: tuple[float, ...],
+    needs_ds: bool,
+    needs_db: bool,
+) -> _ExpandBackward:
+    options, programs = launch_options(EXPAND_BACKWARD, place, ranks), PROGRAMS[place.arch]
+    options["ROWS"] = _row_tile(rows, sum(ns), options["ROWS"] * 16 // options["R"], programs)
+    width, columns = options["PADDED_R"], [cdiv(n, options["BN"]) for n in ns]
+    row_tiles, blocks = cdiv(rows, options["ROWS"]), width // options["R"]
+    # one program fills a multiprocessor here, so a few too many would take as long again
+    most = max(programs // (row_tiles * blocks), len(ns))
+    tiles = next(
+        t for t in range(cdiv(sum(columns), most), max(columns) + 1) if sum(cdiv(c, t) for c in columns) <= most
     )
-    return s if parts == 1 else _sum(out, s)
+    ranges = tuple(cdiv(c, tiles) for c in columns)
+    numbers = strides, factors, ns, ranks, rows, row_tiles, tiles, blocks, sum(ns)
+    grid = row_tiles * blocks * sum(ranges)
+    launch = Launch(place.device, grid, numbers, WARPS=options["num_warps"], **options)
+    of_db = row_tiles, sum(ns) * width
+    if needs_ds:
+        sums = _sum_launch(place, ranges, rows * width, *(of_db if needs_db else ()))
+    else:
+        sums = _sum_launch(place, of_db[:1], of_db[1])
+    return _ExpandBackward(launch, sums, sum(ranges), row_tiles)
 
 
 def expand_backward(
-    dys: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter], needs_ds: bool, needs_db: bool
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dS [projections, T, padded rank] and dB [N_j, R_j] of every projection in fp32, each only where it is needed."""
-    (_, rows, width), ns, options = s.shape, [dy.shape[1] for dy in dys], launch_options(EXPAND_BACKWARD, s, adapters)
-    options["ROWS"] = _row_tile(rows, sum(ns), options["ROWS"] * 16 // options["R"], PROGRAMS[arch(s)])
-    row_tiles, blocks = cdiv(rows, options["ROWS"]), width // options["R"]
-    col_tiles = [cdiv(n, options["BN"]) for n in ns]
-    # one program fills a multiprocessor, so a few more programs than multiprocessors would take twice as long
-    most = max(PROGRAMS[arch(s)] // (row_tiles * blocks), len(ns))
-    tiles = next(
-        t for t in range(cdiv(sum(col_tiles), most), max(col_tiles) + 1) if sum(cdiv(c, t) for c in col_tiles) <= most
+    dys: Sequence[Tensor], s: Tensor, group: Group, needs_ds: bool, needs_db: bool
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """dS [adapters, T, padded rank] and dB [N_j, R_j] of every adapter in fp32, each where it is wanted; dys are those of adapters."""
+    if not needs_ds and not needs_db:
+        return None, [None] * len(dys)
+    (_, rows, width), ns, device = s.shape, tuple([b.shape[0] for b in group.b]), s.device
+    strides = tuple([dy.stride(0) for dy in dys])
+    launch, sums, ranges, row_tiles = _expand_backward_launch(
+        Place.of(s), rows, strides, ns, group.ranks, group.factors, needs_ds, needs_db
     )
-    spans = [cdiv(c, tiles) for c in col_tiles]
-    ds = db = None
+    wide, ds, db, ds_parts, db_parts = _accum_dtype(s.dtype), None, None, None, None
     if needs_ds:
-        ds = torch.empty((sum(spans), rows, width), dtype=_accum_dtype(s), device=s.device)
+        ds_parts = torch.empty((ranges, rows, width), dtype=wide, device=device)
+        ds = torch.empty(s.shape, dtype=s.dtype, device=device)
     if needs_db:
-        db = torch.empty((row_tiles, sum(ns), width), dtype=_accum_dtype(s), device=s.device)
-    _expand_backward_kernel[(row_tiles * blocks * sum(spans),)](
-        tuple(dys),
-        tuple(dy.stride(0) for dy in dys),
-        tuple(a.b.contiguous() for a in adapters),
-        s,
-        ds,
-        db,
-        tuple(a.factor for a in adapters),
-        tuple(ns),
-        tuple(a.a.shape[0] for a in adapters),
-        rows,
-        row_tiles,
-        tiles,
-        blocks,
-        sum(ns),
-        WARPS=options["num_warps"],
-        **options,
-    )
-    if ds is not None:
-        whole = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-        for part, out in zip(ds.split(spans), whole, strict=True):
-            _sum(part, out)
-        ds = whole
+        db_parts = torch.empty((row_tiles, sum(ns), width), dtype=wide, device=device)
+        db = torch.empty((sum(ns), width), dtype=wide, device=device)
+    launch(_expand_backward_kernel, tuple(dys), group.b, s, ds_parts, db_parts)
+    if ds is None:
+        sums(_sum_kernel, db_parts, db, None, None)
+    else:
+        sums(_sum_kernel, ds_parts, ds, db_parts, db)
     if db is None:
-        return ds, [None] * len(adapters)
-    whole = _sum(db, torch.empty(tuple(db.shape[1:]), dtype=db.dtype, device=db.device))
-    return ds, [d[:, : a.b.shape[1]] for d, a in zip(whole.split(ns), adapters, strict=True)]
+        return ds, [None] * len(dys)
+    return ds, [d if r == width else d[:, :r] for d, r in zip(db.split(ns), group.ranks, strict=True)]
 
 
-def shrink_backward(x: Tensor, ds: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
-    """dA [R_j, K] of every projection in fp32."""
-    (rows, k), (count, _, width), options = x.shape, ds.shape, launch_options(SHRINK, x, adapters)
-    if arch(x) == 86 and any(a.p for a in adapters):
-        options["num_stages"] = 3  # with masks, the offsets of a fourth stage spill there
-    options |= _many(adapters, options["R"])
-    tiles, blocks = cdiv(k, options["BK"]), width // options["R"]
-    parts, span = _split(rows, options["BM"], tiles * blocks, x)
-    out = torch.empty((parts, count, width, k), dtype=_accum_dtype(x), device=x.device)
-    _shrink_backward_kernel[(tiles * blocks * parts,)](
-        x,
-        ds,
-        out,
-        tuple(a.a.shape[0] for a in adapters),
-        x_stride=x.stride(0),
-        rows=rows,
-        K=k,
-        span=span,
-        blocks=blocks,
-        **dropout_args(adapters),
-        **options,
-    )
-    whole = out[0] if parts == 1 else _sum(out, torch.empty(tuple(out.shape[1:]), dtype=out.dtype, device=out.device))
-    return [d[: a.a.shape[0]] for d, a in zip(whole, adapters, strict=True)]
+@per_shape
+def _shrink_backward_launch(
+    place: Place, rows: int, k: int, x_stride: int, ranks: tuple[int, ...], rates: tuple[float, ...]
+) -> tuple[Launch, int]:
+    """And the number of parts of the rows."""
+    options = launch_options(SHRINK, place, ranks)
+    if place.arch == 86 and any(rates):
+        options["num_stages"] = 3  # beside masks the offsets of a fourth spill there
+    options |= _many(rates, options["R"])
+    tiles, blocks = cdiv(k, options["BK"]), options["PADDED_R"] // options["R"]
+    parts, span = _split(rows, options["BM"], tiles * blocks, PROGRAMS[place.arch])
+    numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, span, blocks
+    return Launch(place.device, tiles * blocks * parts, numbers, DROPOUT=any(rates), **options), parts
 
 
-def _many(adapters: Sequence[Adapter], r: int) -> dict:
+def shrink_backward(x: Tensor, ds: Tensor, group: Group) -> list[Tensor]:
+    """dA [R_j, K] of every adapter in fp32."""
+    place, (rows, k), (count, _, width) = Place.of(x), x.shape, ds.shape
+    launch, parts = _shrink_backward_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
+    da = torch.empty((count, width, k), dtype=_accum_dtype(x.dtype), device=x.device)
+    out = da if parts == 1 else torch.empty((parts, *da.shape), dtype=da.dtype, device=x.device)
+    launch(_shrink_backward_kernel, x, ds, out, group.keys)
+    if parts > 1:
+        _sum_launch(place, (parts,), da.numel())(_sum_kernel, out, da, None, None)
+    return [d if r == width else d[:r] for d, r in zip(da.unbind(), group.ranks, strict=True)]
+
+
+@per_shape
+def _sum_launch(place: Place, parts: tuple[int, ...], size: int, more_parts: int = 0, more_size: int = 0) -> Launch:
+    options = configuration(SUM, place)
+    programs = len(parts) * cdiv(size, options["BLOCK"]) + cdiv(more_size, options["BLOCK"])
+    return Launch(place.device, programs, (parts, size, more_parts, more_size), COUNT=len(parts), **options)
+
+
+def _many(rates: Sequence[float], r: int) -> dict:
     """Options for many columns in registers, r of every projection; masks take registers too."""
-    masked = any(a.p for a in adapters)
-    if len(adapters) * r <= (64 if masked else 96):
+    masked = any(rates)
+    if len(rates) * r <= (64 if masked else 96):
         return {}
-    return {"num_warps": 8, "num_stages": 3, "R": 16 if masked and len(adapters) == 3 else 32}
+    return {"num_warps": 8, "num_stages": 3, "R": 16 if masked and len(rates) == 3 else 32}
 
 
-def _sum(parts: Tensor, out: Tensor) -> Tensor:
-    options = configuration(SUM, parts)
-    _sum_kernel[(cdiv(out.numel(), options["BLOCK"]),)](parts, out, parts.shape[0], out.numel(), **options)
-    return out
-
-
-def _split(size: int, block: int, others: int, x: Tensor) -> tuple[int, int]:
+def _split(size: int, block: int, others: int, programs: int) -> tuple[int, int]:
     """(parts, span of a part) of a size, in whole blocks: so many parts that parts * others is about PROGRAMS."""
-    span = cdiv(cdiv(size, block), max(1, PROGRAMS[arch(x)] // others)) * block
+    span = cdiv(cdiv(size, block), max(1, programs // others)) * block
     return cdiv(size, span), span
 
 
@@ -363,5 +406,6 @@ def _row_tile(rows: int, n: int, most: int, programs: int) -> int:
     return min(most, most // 2, key=lambda size: cdiv(rows, size) * n + programs * size)
 
 
-def _accum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+@per_shape
+def _accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -17,13 +17,17 @@ from torch import Tensor
 
 from minilora.kernels import lora_linear, lora_shrink
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
+from minilora.kernels.launch import Launch, per_shape
 from minilora.kernels.lora_gemm import (
     GROUP_ROWS,
+    Group,
+    Place,
+    Sizes,
     as_operand,
     dot,
     launch_options,
     load_operand,
-    per_projection_args,
+    s_index,
     swizzle_tile,
 )
 from minilora.kernels.projection import Projection, check, join, joined
@@ -102,20 +106,29 @@ def _dual_kernel(
     store(h_ptr + top * N + o_m * N + o_n, b_g * sigmoid(b_g) * b_u, (o_m < rows - top) & (o_n < N))
 
 
+@per_shape
+def _dual_launch(
+    place: Place, rows: int, k: int, x_stride: int, pair: tuple[Sizes, ...], index: tuple[int, ...]
+) -> Launch:
+    options, n = launch_options(DUAL, place, [p.rank for p in pair if p.rank]), pair[0].n
+    del options["COUNT"]
+    _, _, bias_ns, ranks, scales = zip(*pair, strict=True)
+    numbers = scales, bias_ns, ranks, index, x_stride, rows, k, n
+    grid = cdiv(rows, options["BM"]) * cdiv(n, options["BN"])
+    return Launch(place.device, grid, numbers, GROUP=GROUP_ROWS, **options)
+
+
 def _on_triton(x: Tensor, weight: Tensor, pair: Sequence[Projection]) -> Tensor:
     """weight [2 F, K]: the gate's rows, then up's."""
-    x, n = rows_of(x), weight.shape[0] // 2
-    (rows, k), adapters, arguments = x.shape, [p.adapter for p in pair if p.adapter], per_projection_args(pair)
+    x, n, group, adapters = rows_of(x), weight.shape[0] // 2, Group.of(pair), [p.adapter for p in pair if p.adapter]
+    (rows, k), shrunk, index = x.shape, group, s_index(group.sizes)
     if len(adapters) == 2 and adapters[0].a is adapters[1].a and adapters[0][3:] == adapters[1][3:]:
-        adapters, arguments["s_index"] = adapters[:1], (0, 0)  # the same A and mask, so the same S
-    options = launch_options(DUAL, x, adapters)
-    del options["COUNT"]
+        shrunk, index = Group.of(pair[:1]), (0, 0)  # the same A and mask, so the same S
+    launch = _dual_launch(Place.of(x), rows, k, x.stride(0), group.sizes, index)
     h = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        s = lora_shrink.shrink(x, adapters)
-        _dual_kernel[(cdiv(rows, options["BM"]) * cdiv(n, options["BN"]),)](
-            x, s, weight, h_ptr=h, **arguments, x_stride=x.stride(0), rows=rows, K=k, N=n, GROUP=GROUP_ROWS, **options
-        )
+        s = lora_shrink.shrink(x, shrunk)
+        launch(_dual_kernel, x, s, weight, group.biases, group.wide_bs, h)
     return h
 
 

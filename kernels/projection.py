@@ -83,6 +83,8 @@ def check(x: Tensor, projections: Sequence[Projection]) -> None:
 
 
 def _same(name: str, t: Tensor, shape: tuple, x: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    if t.shape == shape and t.dtype in (dtypes or (x.dtype,)) and t.device == x.device and t.is_floating_point():
+        return
     if len(t.shape) != len(shape) or any(a != b for a, b in zip(t.shape, shape, strict=True) if isinstance(b, int)):
         raise ValueError(f"{name} is {list(t.shape)}, not {list(shape)}")
     dtypes = dtypes or (x.dtype,)

@@ -21,10 +21,10 @@ own rows in fp32, and torch adds up the programs: no atomics, and the number of 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same, recording, use_triton
+from minilora.kernels.dispatch import check_same, once_differentiable, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rounded, rows_of, store, tl
+from minilora.kernels.launch import Launch, per_shape
 
 MAX_WIDTH = 8192  # of the rows that a program can hold without spilling
 MAX_PARTIALS = 264  # of dw: two programs for each multiprocessor of an H100
@@ -139,6 +139,34 @@ def _tile(n: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 512)), **PINNED}
 
 
+@per_shape
+def _fwd_launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    n: int,
+    strides: tuple[int, int],
+    eps: float,
+    offset: float,
+    round_once: bool,
+) -> Launch:
+    tile = _tile(n)
+    numbers = *strides, rows, n, eps, offset
+    return Launch(device, cdiv(rows, tile["ROWS"]), numbers, ROUND_ONCE=round_once, ACC=accum_dtype(dtype), **tile)
+
+
+@per_shape
+def _bwd_launch(
+    device: torch.device, dtype: torch.dtype, rows: int, n: int, strides: tuple[int, int, int], offset: float, dw: bool
+) -> Launch:
+    """dw: whether the weight is trained, for which a program adds up its rows; one takes a tile where it is not."""
+    tile = _tile(n)
+    tiles = cdiv(rows, tile["ROWS"])
+    each = cdiv(tiles, MAX_PARTIALS) if dw else 1
+    numbers = *strides, rows, n, offset, each
+    return Launch(device, cdiv(tiles, max(each, 1)), numbers, ACC=accum_dtype(dtype), **tile)
+
+
 class _OnTriton(torch.autograd.Function):
     """residual is None for rms_norm; with one the sum is a second output."""
 
@@ -147,29 +175,15 @@ class _OnTriton(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows, w = rows_of(x), w.contiguous()
         added = None if residual is None else rows_of(residual)
-        (count, n), tile = rows.shape, _tile(x.shape[-1])
+        count, n = rows.shape
+        strides = rows.stride(0), 0 if added is None else added.stride(0)
+        launch = _fwd_launch(x.device, x.dtype, count, n, strides, eps, offset, round_once)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         s = None if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rstd = torch.empty(count, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if count:
             with torch.cuda.device_of(x):
-                _fwd_kernel[(cdiv(count, tile["ROWS"]),)](
-                    rows,
-                    added,
-                    w,
-                    s,
-                    y,
-                    rstd,
-                    rows.stride(0),
-                    0 if added is None else added.stride(0),
-                    count,
-                    n,
-                    eps,
-                    offset,
-                    ROUND_ONCE=round_once,
-                    ACC=accum_dtype(x.dtype),
-                    **tile,
-                )
+                launch(_fwd_kernel, rows, added, w, s, y, rstd)
         ctx.save_for_backward(x if s is None else s, w, rstd)
         ctx.offset = offset
         return y if s is None else (y, s)
@@ -184,34 +198,16 @@ class _OnTriton(torch.autograd.Function):
         dy, rows = rows_of(dy), rows_of(x)
         ds = None if ds is None else rows_of(ds)
         dx = partial = None
-        (count, n), tile = rows.shape, _tile(x.shape[-1])
-        tiles = cdiv(count, tile["ROWS"])
-        each = cdiv(tiles, MAX_PARTIALS) if ctx.needs_input_grad[1] else 1
-        programs = cdiv(tiles, max(each, 1))
+        count, n = rows.shape
+        strides = dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0)
+        launch = _bwd_launch(x.device, x.dtype, count, n, strides, ctx.offset, ctx.needs_input_grad[1])
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if ctx.needs_input_grad[1]:
-            partial = torch.empty((programs, n), dtype=rstd.dtype, device=x.device)
-        if programs:
+            partial = torch.empty((launch.grid, n), dtype=rstd.dtype, device=x.device)
+        if launch.grid:
             with torch.cuda.device_of(x):
-                _bwd_kernel[(programs,)](
-                    dy,
-                    ds,
-                    rows,
-                    w,
-                    rstd,
-                    dx,
-                    partial,
-                    dy.stride(0),
-                    0 if ds is None else ds.stride(0),
-                    rows.stride(0),
-                    count,
-                    n,
-                    ctx.offset,
-                    each,
-                    ACC=accum_dtype(x.dtype),
-                    **tile,
-                )
+                launch(_bwd_kernel, dy, ds, rows, w, rstd, dx, partial)
         dw = None if partial is None else partial.sum(0).to(w.dtype)
         return _gradients(ctx, dx, dw)
 

@@ -11,12 +11,14 @@ x is not saved: the backward is the same rotation with -sin. A program of the ke
 of one token.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same, recording, use_triton
+from minilora.kernels.dispatch import check_same, once_differentiable, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, store, tl
+from minilora.kernels.launch import Launch, per_shape
 
 
 def rope_angles(
@@ -47,16 +49,22 @@ def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
 @jit
 def _rotate_kernel(
     x_ptr,
+    y_ptr,
+    other_ptr,
+    other_y_ptr,
     cos_ptr,
     sin_ptr,
-    y_ptr,
     token_stride,
     head_stride,
     H,
+    other_token_stride,
+    other_head_stride,
+    other_H,
     R,
     SIZE,
     HALF,
     groups,
+    other_groups,
     SIGN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -64,10 +72,20 @@ def _rotate_kernel(
     REST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF rotate."""
-    i_angle = (tl.program_id(0) // groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
-    i_t, i_section = i_angle // R, i_angle % R
-    o_h = (tl.program_id(0) % groups).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
+    """SIGN is 1 for the forward, -1 for the backward; a section has SIZE elements, of which 2 * HALF rotate.
+
+    other_ptr is None where there is only one stream.
+    """
+    all_groups = groups + other_groups
+    i_angle = (tl.program_id(0) // all_groups).to(tl.int64)  # row of cos and sin: a token, and a section of its heads
+    i_t, i_section, i_h = i_angle // R, i_angle % R, tl.program_id(0) % all_groups
+    if other_ptr is not None:
+        other = i_h >= groups
+        x_ptr, y_ptr = tl.where(other, other_ptr, x_ptr), tl.where(other, other_y_ptr, y_ptr)
+        token_stride = tl.where(other, other_token_stride, token_stride)
+        head_stride = tl.where(other, other_head_stride, head_stride)
+        H, i_h = tl.where(other, other_H, H), tl.where(other, i_h - groups, i_h)
+    o_h = i_h.to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
     p_x = x_ptr + i_t * token_stride + i_section * SIZE + o_h * head_stride
     p_y = y_ptr + (i_t * H + o_h) * (R * SIZE) + i_section * SIZE
     # the angles of the token, for all heads                                                       [1, BLOCK]
@@ -101,49 +119,55 @@ def _tile(heads: int, half: int, rest: int) -> dict[str, int]:
     return {"HEADS": some, "BLOCK": block, "REST": next_power_of_2(rest) if rest else 0, "num_warps": warps, **PINNED}
 
 
-def _rotate_on_triton(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    (tokens, heads, size), half = x.shape, cos.shape[-1]
-    sections = cos.shape[1] if cos.dim() == 3 else 1
+@per_shape
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int],
+    other_heads: int,
+    other_strides: tuple[int, int],
+    angles: tuple[int, ...],
+    sign: int,
+    interleaved: bool,
+) -> Launch:
+    (tokens, heads, size), half, sections = shape, angles[-1], angles[1] if len(angles) == 3 else 1
     size //= sections
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = _tile(heads, half, size - 2 * half)
-    groups = cdiv(heads, tile["HEADS"])
-    if tokens:
+    groups, others = cdiv(heads, tile["HEADS"]), cdiv(other_heads, tile["HEADS"])
+    numbers = *strides, heads, *other_strides, other_heads, sections, size, half, groups, others
+    options = {"SIGN": sign, "INTERLEAVED": interleaved, "ACC": accum_dtype(dtype), **tile}
+    return Launch(device, tokens * sections * (groups + others), numbers, **options)
+
+
+def _rotate_on_triton(
+    xs: Sequence[Tensor], cos: Tensor, sin: Tensor, sign: int, interleaved: bool
+) -> tuple[Tensor, ...]:
+    """One or two streams of the same tokens in one launch."""
+    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    ys = tuple([torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs])
+    (x, y), (other, other_y) = (xs[0], ys[0]), (xs[1], ys[1]) if len(xs) == 2 else (None, None)
+    heads, strides = (0, (0, 0)) if other is None else (other.shape[1], other.stride()[:2])
+    launch = _launch(x.device, x.dtype, x.shape, x.stride()[:2], heads, strides, cos.shape, sign, interleaved)
+    if launch.grid:
         with torch.cuda.device_of(x):
-            _rotate_kernel[(tokens * sections * groups,)](
-                x,
-                cos,
-                sin,
-                y,
-                x.stride(0),
-                x.stride(1),
-                heads,
-                sections,
-                size,
-                half,
-                groups,
-                SIGN=sign,
-                INTERLEAVED=interleaved,
-                ACC=accum_dtype(x.dtype),
-                **tile,
-            )
-    return y
+            launch(_rotate_kernel, x, y, other, other_y, cos, sin)
+    return ys
 
 
 class _OnTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    def forward(ctx, cos: Tensor, sin: Tensor, interleaved: bool, *xs: Tensor) -> tuple[Tensor, ...]:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _rotate_on_triton(x, cos, sin, 1, interleaved)
+        return _rotate_on_triton(xs, cos, sin, 1, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate_on_triton(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
+        return None, None, None, *_rotate_on_triton(grads, cos, sin, -1, ctx.interleaved)
 
 
 def _pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -176,15 +200,15 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: b
 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    def forward(ctx, cos: Tensor, sin: Tensor, interleaved: bool, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _rotate_on_torch(x, cos, sin, 1, interleaved)
+        return tuple([_rotate_on_torch(x, cos, sin, 1, interleaved) for x in xs])
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate_on_torch(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
+        return None, None, None, *[_rotate_on_torch(dy, cos, sin, -1, ctx.interleaved) for dy in grads]
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -192,6 +216,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
     cos, sin [T, P/2], or [T, R, P/2] for heads of R sections, get no gradient. ValueError for other shapes.
     """
+    _check(x, cos, sin)
+    on = _OnTriton if use_triton(x, cos, sin) else _OnTorch
+    return recording(on)(cos, sin, interleaved, x)[0]
+
+
+def rope_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """rope of q [T, H, E] and of k [T, G, E], in one launch on a GPU."""
+    _check(q, cos, sin)
+    _check(k, cos, sin)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"rope: q {list(q.shape)} and k {list(k.shape)} must have heads of one size")
+    on = _OnTriton if use_triton(q, k, cos, sin) else _OnTorch
+    return recording(on)(cos, sin, interleaved, q, k)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     check_same("rope", x=x, cos=cos, sin=sin)
     heads = x.dim() == 3 and cos.dim() in (2, 3) and cos.shape == sin.shape and cos.shape[0] == x.shape[0]
     if not heads or not 0 < 2 * cos.shape[1:].numel() <= x.shape[2] or x.shape[2] % cos.shape[1:-1].numel():
@@ -199,8 +239,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
             f"rope: x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}; "
             "it takes [T, H, E] and twice [T, P/2] or [T, R, P/2], P <= E / R"
         )
-    on = _OnTriton if use_triton(x, cos, sin) else _OnTorch
-    return recording(on)(x, cos, sin, interleaved)
 
 
 def example(

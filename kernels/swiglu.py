@@ -13,10 +13,10 @@ A program of the kernels takes BLOCK columns of one row: g and u may be column r
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minilora.kernels.dispatch import check_same, recording, use_triton
+from minilora.kernels.dispatch import check_same, once_differentiable, recording, use_triton
 from minilora.kernels.lang import PINNED, accum_dtype, cdiv, jit, load, next_power_of_2, rows_of, store, tl
+from minilora.kernels.launch import Launch, per_shape
 
 
 def swiglu_ref(g: Tensor, u: Tensor) -> Tensor:
@@ -78,11 +78,13 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, e) / (1 + e)
 
 
-def _grid(rows: int, f: int) -> tuple[tuple[int], dict[str, int]]:
-    """Programs, and their options: 8 values a thread."""
+@per_shape
+def _launch(device: torch.device, dtype: torch.dtype, rows: int, f: int, *strides: int) -> Launch:
+    """Of both kernels: 8 values a thread."""
     block = min(1024, next_power_of_2(f))
     blocks = cdiv(f, block)
-    return (rows * blocks,), {"blocks": blocks, "BLOCK": block, "num_warps": 4, **PINNED}
+    options = {"BLOCK": block, "ACC": accum_dtype(dtype), "num_warps": 4, **PINNED}
+    return Launch(device, rows * blocks, (*strides, f, blocks), **options)
 
 
 def _both(g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -101,12 +103,10 @@ class _OnTriton(torch.autograd.Function):
         rows_g, rows_u = _both(g, u)
         count, f = rows_g.shape
         h = torch.empty((*g.shape[:-1], f), dtype=g.dtype, device=g.device)
-        grid, options = _grid(count, f)
         if h.numel():
+            launch = _launch(g.device, g.dtype, count, f, rows_g.stride(0), rows_u.stride(0))
             with torch.cuda.device_of(g):
-                _fwd_kernel[grid](
-                    rows_g, rows_u, h, rows_g.stride(0), rows_u.stride(0), f, ACC=accum_dtype(g.dtype), **options
-                )
+                launch(_fwd_kernel, rows_g, rows_u, h)
         return h
 
     @staticmethod
@@ -118,23 +118,11 @@ class _OnTriton(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) if needed else None for needed in wanted)
         to_g, to_u = (dg, du) if dg is None or u is not None else _both(dg, None)
-        grid, options = _grid(count, f)
         if g.numel():
+            strides = dh.stride(0), rows_g.stride(0), rows_u.stride(0), f if u is not None else 2 * f
+            launch = _launch(g.device, g.dtype, count, f, *strides)
             with torch.cuda.device_of(g):
-                _bwd_kernel[grid](
-                    dh,
-                    rows_g,
-                    rows_u,
-                    to_g,
-                    to_u,
-                    dh.stride(0),
-                    rows_g.stride(0),
-                    rows_u.stride(0),
-                    f if u is not None else 2 * f,
-                    f,
-                    ACC=accum_dtype(g.dtype),
-                    **options,
-                )
+                launch(_bwd_kernel, dh, rows_g, rows_u, to_g, to_u)
         return dg, du
 
 

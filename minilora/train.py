@@ -25,7 +25,7 @@ from .evaluate import evaluate
 from .files.atomic import locked
 from .files.model_folder import ModelFolder
 from .lora import set_dropout_keys, trained_parameters
-from .machine.flops import peak_flops, step_flops
+from .machine.flops import flops_per_token, peak_flops, step_flops
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
 from .run.ending import final_report, finish, memory_hint, state_saved
@@ -77,7 +77,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
     """Steps from where the run stands to its end, with evaluations and snapshots."""
     plan, at, config = run.plan, run.progress, run.config
-    peak = peak_flops(run.model.head.device, run.model.compute_dtype)
+    peak, per_token = peak_flops(run.model.head.device, run.model.compute_dtype), flops_per_token(run.model, plan.full)
     began = time.perf_counter() - at.seconds
     reported = time.perf_counter()
     if plan.val and at.step == 0 and at.best_loss is None:  # the base model's loss, to compare with
@@ -94,7 +94,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
         loss, grad_norm = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached)
         now = time.perf_counter()
         at.step, at.seconds = step + 1, now - began
-        flops = step_flops(run.model, batches, plan.full) / (now - start)
+        flops = step_flops(run.model.config, batches, per_token) / (now - start)
         peak = max(peak, flops)  # a roof that was measured beside other work may have been too low
         metrics = step_metrics(run, batches, loss, grad_norm, now - start, flops / peak)
         last, best, line = at.step == plan.steps, at.best_step, ""
@@ -124,31 +124,30 @@ def train_step(
     The learning rate is the optimizer's; `reached` hears how many tokens are through. Raises Diverged if the loss or the norm is not
     finite, and Stopped between two streams if a signal came: the parameters are then those of the step before.
     """
-    trained = trained_parameters(model)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     targets = sum(len(b.targets) for b in batches)  # of all streams: the loss is one sum, divided once
     losses = []
     for micro, batch in enumerate(batches):
         if stop is not None and stop.requested:
             optimizer.zero_grad(set_to_none=True)
             raise Stopped("")
-        set_dropout_keys(
-            model, config.seed, step, micro
-        )  # masks follow from the place, so a resumed run draws the same
+        if config.lora_dropout:  # masks follow from the place, so a resumed run draws the same
+            set_dropout_keys(model, config.seed, step, micro)
         loss = model.loss(batch.to(model.head.device)) / targets
         loss.backward()  # adds to the gradients of A and B; W has none
         losses.append(loss.detach())
         reached(sum(len(b.ids) for b in batches[: micro + 1]))
-    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     # the one wait for the device: both numbers must be finite before anything is changed
     loss, grad_norm = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        gradients = {name: p.grad for name, p in trained_parameters(model).items() if p.grad is not None}
         bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "none")
         rows = ", ".join([w for b in batches for w in b.where][:4])
         what = f"loss {loss}, gradient norm {grad_norm} (first bad gradient: {bad}; rows: {rows} ...)"
         raise Diverged(f"step {step + 1}: {what}", "Lower --lr or raise --warmup; nothing of this step was kept.")
     if config.clip:
-        torch.nn.utils.clip_grads_with_norm_(list(trained.values()), config.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm

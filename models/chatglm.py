@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.kernels.rope import rope
+from minilora.kernels.rope import rope_pair
 
 from .config import Config
 from .config_json import dtype_of, flag, only, positive, whole
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, -1)).chunk(3, dim=-1)
-        q, k = (rope(y, context.cos, context.sin) for y in (q, k))
+        q, k = rope_pair(q, k, context.cos, context.sin)
         return self.dense(context.attend(self.layer, q, k, v).flatten(-2))
 
 

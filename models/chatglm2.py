@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.kernels.rope import rope
+from minilora.kernels.rope import rope_pair
 
 from .config import Config
 from .config_json import dtype_of, flag, only, positive, whole
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.query_key_value(x).split(self.widths, dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in qkv)
-        q, k = (rope(y, context.cos, context.sin, interleaved=True) for y in (q, k))
+        q, k = rope_pair(q, k, context.cos, context.sin, interleaved=True)
         return self.dense(context.attend(self.layer, q, k, v).flatten(-2))
 
 

@@ -35,7 +35,7 @@ from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.lora_swiglu import lora_swiglu
 from minilora.kernels.projection import Projection
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm
-from minilora.kernels.rope import rope
+from minilora.kernels.rope import rope, rope_pair
 from minilora.kernels.swiglu import swiglu, swiglu_fused
 
 from .config import Config
@@ -165,7 +165,7 @@ def projection(linear: nn.Module) -> Projection:
 def rotated(q: Tensor, k: Tensor, context: Context, interleaved: bool) -> tuple[Tensor, ...]:
     """q [T, H, E] and k [T, G, E] rotated by their positions; in one call where a copy costs less than a second one."""
     if q.shape[0] > FEW_ROWS:
-        return rope(q, context.cos, context.sin, interleaved), rope(k, context.cos, context.sin, interleaved)
+        return rope_pair(q, k, context.cos, context.sin, interleaved)
     both = rope(torch.cat((q, k), dim=1), context.cos, context.sin, interleaved)
     return both.split((q.shape[1], k.shape[1]), dim=1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.rope import rope, rope_angles
+from minilora.kernels.rope import rope_angles, rope_pair
 
 from .config import Config
 from .config_json import DTYPES, dtype_of, flag, only, positive, whole
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        q, k = (rope(y, context.cos, context.sin) for y in (q, k))
+        q, k = rope_pair(q, k, context.cos, context.sin)
         if context.logn_scale is not None:
             q = q * context.logn_scale
         return self.c_proj(context.attend(self.layer, q, k, v).flatten(-2))

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from minilora.kernels.dispatch import once_differentiable
 
 from .layers import Adapted, Linear
 from .stream import Context

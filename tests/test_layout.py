@@ -174,6 +174,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.dropout",
         "minilora.kernels.frozen_linear",
         "minilora.kernels.lang",
+        "minilora.kernels.launch",
         "minilora.kernels.lora_gemm",
         "minilora.kernels.lora_linear",
         "minilora.kernels.lora_shrink",

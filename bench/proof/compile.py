@@ -59,6 +59,14 @@ def _rope(heads: int, size: int, **form: Any) -> Callable[[torch.dtype], None]:
     return call(rope.rope, rope.example, heads, size, trained=(0,), **form)
 
 
+def _rope_pair(dtype: torch.dtype) -> None:
+    """Of Qwen2.5-7B: 28 heads of q and 4 of k."""
+    q, cos, sin, _ = rope.example(TOKENS, 28, 128, dtype, "meta")[0]
+    k = torch.empty(TOKENS, 4, 128, device="meta", dtype=dtype, requires_grad=True)
+    ys = rope.rope_pair(q.requires_grad_(), k, cos, sin)
+    torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+
 def _rope_sections(dtype: torch.dtype) -> None:
     """Of ChatGLM-6B: each half of a head rotates by its own position."""
     x, cos, sin, _ = rope.example(TOKENS, 32, 128, dtype, "meta")[0]
@@ -124,6 +132,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "swiglu_fused 13696": call(swiglu.swiglu_fused, swiglu.fused_example, 13696, trained=(0,)),
     "rope 2x64": _rope(2, 64),
     "rope 28x128": _rope(28, 128),
+    "rope 28x128 and 4x128": _rope_pair,
     "rope 32x128 of which 64 interleaved": _rope(32, 128, rotated=64, interleaved=True),
     "rope 32x128 sections": _rope_sections,
     **{f"lora_qkv r={r}": _lora(3584, (3584, 512, 512), r) for r in RANKS},

@@ -47,7 +47,7 @@ def batch_of(shape: Shape, tokens: int, device: str) -> Batch:
     """One document, the second half of it trained."""
     ids = torch.zeros(tokens, dtype=torch.long, device=device)
     index = torch.arange(tokens // 2, tokens - 1, device=device)
-    return Batch(ids, Documents.of([tokens], device=torch.device(device)), index, ids[index], [])
+    return Batch(ids, Documents.of([tokens]).to(torch.device(device)), index, ids[index], [])
 
 
 def launches(shape: Shape, tokens: int, checkpointing: bool) -> dict[str, int]:
@@ -110,6 +110,7 @@ class Side:
         self.optimizer = train.optimizer_of(model, self.config)
         self.x = torch.randn(TOY_TOKENS, TOY.width, dtype=torch.bfloat16, requires_grad=True)
         self.dy = torch.randn_like(self.x)
+        self.inputs = [self.x, *(p for p in model.blocks[0].parameters() if p.requires_grad)]
         self.place = model.context(batch.documents, torch.bfloat16)
 
     @contextmanager
@@ -122,8 +123,8 @@ class Side:
         block = self.model.blocks[0]
         y = decoder.recomputed(block, self.x, self.place, True) if self.checkpointing else block(self.x, self.place)
         y.backward(self.dy)
-        self.x.grad = None
-        self.optimizer.zero_grad(set_to_none=True)
+        for t in self.inputs:
+            t.grad = None
 
     def step(self) -> None:
         """Forward, backward, clipping and AdamW of the whole model."""

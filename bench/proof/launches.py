@@ -18,6 +18,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from minilora.kernels import lang
+from minilora.kernels.dispatch import compile_for
 
 MULTIPROCESSORS = {80: 108, 86: 84, 90: 132}
 
@@ -62,7 +63,7 @@ def as_if_on(arch: int) -> Iterator[None]:
                 stack.enter_context(
                     patch.object(module, "use_triton", lambda *tensors: all(map(torch.is_tensor, tensors)))
                 )
-        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10)))
+        stack.enter_context(compile_for(arch))
         stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: card))
         yield
 

@@ -90,8 +90,9 @@ def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: i
 def partial_sums(tokens: int, k: int, ns: list[int], rank: int, arch: int = 80) -> int:
     """Bytes of the partial sums of dS and dB, written once and read once."""
     _, back = launches(tokens, k, ns, rank, arch=arch)
-    parts = [arguments(launch)["parts_ptr"] for launch in back if launch.name == "lora_shrink._sum_kernel"]
-    return sum(2 * part.numel() * part.element_size() for part in parts)
+    sums = [arguments(launch) for launch in back if launch.name == "lora_shrink._sum_kernel"]
+    parts = [sums_of[name] for sums_of in sums for name in ("parts_ptr", "more_ptr")]
+    return sum(2 * part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def linears(shape: Shape) -> dict[str, tuple[int, list[int]]]:

@@ -6,6 +6,7 @@ for a causal document of n tokens and twice that backward. Recomputation under a
 """
 
 import time
+from collections import Counter
 
 import torch
 
@@ -29,21 +30,21 @@ def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
 
 def attention_flops(c: Config, documents: Documents) -> float:
     """Forward and backward of attention over the documents of a stream, all layers; causal but for the prefixes."""
-    total = 0.0
+    total, windows = 0.0, Counter(map(c.window, range(c.layers)))
     prefix_lens = documents.prefix_lens or [0] * len(documents.lengths)
     for n, prefix in zip(documents.lengths, prefix_lens, strict=True):
         ahead = prefix * (prefix - 1) / 2
-        for window in map(c.window, range(c.layers)):
+        for window, layers in windows.items():
             w = n if window is None else min(window, n)
-            total += 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
+            total += layers * 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
     return total
 
 
-def step_flops(model: Decoder, batches: list[Batch], full: bool) -> float:
-    """Operations that the model needs for the batches of one optimizer step."""
-    each, head = flops_per_token(model, full)
+def step_flops(c: Config, batches: list[Batch], per_token: tuple[float, float]) -> float:
+    """Operations that a model needs for the batches of one optimizer step; per_token from `flops_per_token`."""
+    each, head = per_token
     tokens, trained = sum(len(b.ids) for b in batches), sum(len(b.targets) for b in batches)
-    return each * tokens + head * trained + sum(attention_flops(model.config, b.documents) for b in batches)
+    return each * tokens + head * trained + sum(attention_flops(c, b.documents) for b in batches)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from ..files.model_folder import ModelFolder, positions_note
 from ..lora import adapters, trained_parameters
 from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
-from ..machine.flops import step_flops
+from ..machine.flops import flops_per_token, step_flops
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
 from ..run.setup import dtypes, prepare
@@ -69,7 +69,10 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
         found["note"] = positions_note(folder, len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
-    memory, flops = step_memory(model, largest), step_flops(model, [largest], config.method == "full")
+    memory, flops = (
+        step_memory(model, largest),
+        step_flops(c, [largest], flops_per_token(model, config.method == "full")),
+    )
     found["step"] = {
         "rows": config.batch_size * config.accumulation,
         "tokens": None if config.data else sum(len(batch.ids) for batch in streams),

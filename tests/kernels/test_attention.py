@@ -216,7 +216,7 @@ def test_which_path_is_taken(monkeypatch: pytest.MonkeyPatch):
     """CUDA flash attention takes 16-bit numbers, heads of a multiple of 8 and no prefix_lens, on an Ampere card or a later one."""
     cards = {"capability": (8, 0)}
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: cards["capability"])
+    monkeypatch.setattr(module, "capability", lambda _: cards["capability"])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
     def takes(dtype: torch.dtype = torch.bfloat16, size: int = 128, **form: Any) -> bool:

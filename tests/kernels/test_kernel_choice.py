@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench.proof.launches import recorded
-from minilora.kernels import linear_cross_entropy
+from minilora.kernels import dispatch, linear_cross_entropy
 from minilora.kernels.dispatch import architecture, compile_for, use_library_gemm
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
@@ -31,7 +31,7 @@ def plan(card: int, k: int, *ns: int, r: int = 16, p: float = 0.0, dtype: torch.
 def test_a_card_is_called_by_its_compute_capability(
     capability: tuple[int, int], named: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(dispatch, "capability", lambda _: capability)
     assert architecture(torch.device("cuda")) == named
     with compile_for(80):
         assert architecture(torch.device("cuda")) == 80

@@ -423,6 +423,24 @@ def test_rope_of_any_sections(tokens: int, heads: int, r: int, half: int, interl
     check_op(rope.rope, rope.rope_ref, args, (0,))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("heads, groups", [(5, 2), (1, 3), (14, 14), (200, 1)])
+def test_rope_of_a_pair_is_that_of_each(heads: int, groups: int, interleaved: bool):
+    """To the bit, forward and backward, with rows that do not lie side by side."""
+    wide, cos, sin, _ = example(rope, 9, heads + groups, 26, torch.float32, "cpu", 10)
+    q, k = pair = [part.requires_grad_() for part in wide.split((heads, groups), dim=1)]
+    alone = [rope.rope(x, cos, sin, interleaved) for x in pair]
+    both = rope.rope_pair(q, k, cos, sin, interleaved)
+    assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
+    dys = [torch.randn_like(y) for y in both]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(torch.autograd.grad(alone, pair, dys), torch.autograd.grad(both, pair, dys), strict=True)
+    )
+    with pytest.raises(ValueError, match="heads of one size"):
+        rope.rope_pair(q, k[..., :20], cos, sin)
+
+
 def test_rope_is_a_rotation():
     """By the definition: the pair (i, i + P/2), or (2i, 2i + 1), as a complex number, times e^(i angle)."""
     x, cos, sin, _ = example(rope, 17, 3, 14, torch.float64, "cpu", 10)

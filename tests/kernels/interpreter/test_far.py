@@ -6,7 +6,7 @@ The memory between the rows is never touched, so it takes none.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_the_last_rows_of_a_large_output(adapter: Adapter):
     s = torch.empty(1, ROWS, 16, dtype=x.dtype)
     s[:, -64:, :3] = torch.randn(3).half()
     with last_program():
-        (y,) = lora_gemm.forward(x, s, [Projection(weight, None, narrow)])
+        (y,) = lora_gemm.forward(x, s, lora_gemm.Group.of([Projection(weight, None, narrow)]))
     truth = x[-1].double() @ weight.double().T + 0.5 * s[0, -1, :3].double() @ narrow.b.double().T
     torch.testing.assert_close(y[-1, -20:].double(), truth[-20:], rtol=2e-3, atol=1e-2)
 
@@ -105,7 +105,7 @@ def test_the_last_rows_of_a_large_input_gradient(adapter: Adapter, p: float):
     ds[:, -64:, :3] = torch.randn(3).half()
     wide = adapter._replace(b=torch.randn(16, 3), p=p)
     with last_program():
-        dx = lora_gemm.input_gradient([dy], ds, [Projection(weight, None, wide)])
+        dx = lora_gemm.input_gradient([dy], ds, lora_gemm.Group.of([Projection(weight, None, wide)]))
     low = ds[0, -1, :3].double() @ adapter.a.double()
     drawn = [low * 0, low] if p else [low]
     errors = [(dx[-1].double() - dy[-1].double() @ weight.double() - each)[-20:].abs() for each in drawn]
@@ -115,15 +115,15 @@ def test_the_last_rows_of_a_large_input_gradient(adapter: Adapter, p: float):
 
 def test_the_last_partial_sums_of_many(adapter: Adapter, monkeypatch: pytest.MonkeyPatch):
     """Of dB and dS, whose tiles of rows are so many that the partials have 2^31 values."""
-    partials: list[Tensor] = []
-    monkeypatch.setattr(lora_shrink, "_sum", lambda parts, out: (partials.append(parts), out)[1])
+    add_up = MagicMock()
+    monkeypatch.setattr(lora_shrink, "_sum_kernel", add_up)
     monkeypatch.setitem(lora_shrink.PROGRAMS, 0, 2**15)  # two for each tile of rows
     dy = torch.randn(1, WIDTH).half().expand(2 * ROWS, -1)
     s = torch.empty(1, 2 * ROWS, 16, dtype=dy.dtype)
     s[:, -64:, :3] = torch.randn(3).half()
     with last_program():
-        lora_shrink.expand_backward([dy], s, [adapter], True, True)
-    ds, db = partials
+        lora_shrink.expand_backward([dy], s, lora_gemm.Group.of([Projection(dy, None, adapter)]), True, True)
+    ds, _, db, *_ = add_up[0].call_args.args
     assert db.numel() > 2**31
     tile = 2 * ROWS // db.shape[0]
     expected = 0.5 * tile * dy[-1, -16:, None].double() * s[0, -1, :3].double()
