@@ -1,0 +1,101 @@
+"""Frozen weights in 4 and 8 bits: what the formats share (nf4.py, int8_rows.py, fp8_blocks.py).
+
+A weight [N, K] is codes, each of which names a level, and scales. It is reached through one verb, `weight_as(weight, dtype)`, that
+gives it in the dtype products are made in: level * scale in fp32, rounded once. The wide copy lives for one product. It is
+made in pieces that stay in the cache, so that memory is read once for the codes and written once for the copy.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+PIECE = 2**19  # weights that are widened at a time on a CPU: 2 MiB in fp32, the caches of a few cores
+FEW_THREADS = 2  # up to these, one thread's index_select beats all threads' take (Zen 4: 0.5 and 1.4 ns a look-up)
+
+
+class QuantizedWeight(nn.Module):
+    """A frozen weight [N, K]; its parts are buffers, so that they move, and are counted and saved, with the model."""
+
+    requires_grad = False
+    parts: tuple[str, ...] = ()  # the names of the buffers
+    codes: Tensor
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.shape = torch.Size(shape)
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but keep the dtypes: a scale in bf16 would be another scale."""
+        for name in self.parts:
+            part = cast(Tensor | None, getattr(self, name))
+            if part is not None:
+                moved = fn(part)
+                setattr(self, name, moved if moved.dtype == part.dtype else part.to(moved.device))
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the codes; products are never made in it."""
+        return self.codes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.buffers())
+
+    def dim(self) -> int:
+        return 2
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def weight_as(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """These rows of W [N, K] in a dtype."""
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1, rows
+        out = torch.empty((max(stop - start, 0), self.shape[1]), dtype=dtype, device=self.device)
+        if out.numel():
+            self.fill(out, start)
+        return out
+
+    def fill(self, out: Tensor, start: int) -> None:
+        """Write W, from a row on, into out [n, K] of any floating-point dtype."""
+        raise NotImplementedError
+
+
+Weight = Tensor | QuantizedWeight
+
+
+def weight_as(weight: Weight, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+    """These rows of a weight [N, K] in a dtype; a plain tensor that has it already comes as a view."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.weight_as(dtype, rows)
+    return weight[rows].to(dtype)
+
+
+def relative_error(weight: QuantizedWeight, true: Tensor) -> float:
+    """||W_quantised - W|| / ||W||, Frobenius, in fp64 by pieces; 0 for a W of zeros."""
+    height = max(1, PIECE // max(1, weight.shape[1]))
+    off = size = 0.0
+    for start in range(0, weight.shape[0], height):
+        rows = slice(start, start + height)
+        wanted = true[rows].double()
+        off += (weight.weight_as(torch.float32, rows).double() - wanted).square().sum().item()
+        size += wanted.square().sum().item()
+    return (off / size) ** 0.5 if size else 0.0
+
+
+def piece_of(device: torch.device, count: int) -> int:
+    """How many of `count` weights are widened at a time: on a GPU all, where a launch costs more than the memory."""
+    return PIECE if device.type == "cpu" else max(count, 1)
+
+
+def look_up(table: Tensor, codes: Tensor, out: Tensor) -> Tensor:
+    """table[codes] into out; table, out of one dtype, codes of integers that are not negative, all of one dimension."""
+    if codes.device.type != "cpu" or torch.get_num_threads() <= FEW_THREADS:
+        return torch.index_select(table, 0, codes.int(), out=out)
+    return torch.take(table, codes.long(), out=out)
