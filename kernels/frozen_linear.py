@@ -2,31 +2,34 @@
 
     y = x W^T + b        dX = dY W        x [T, K], dY [T, N] in the compute dtype; W [N, K], b [N] as stored
 
-A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32. W is widened for one product at a time, so
-that there are never two copies of the model. With a few rows, reading W takes longer than arithmetic: in inference x is
+A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32, and a quantised W (quantized.py) in the
+dtype of x. W is widened for one product at a time, so that there are never two copies of the model. With a few rows, reading W takes longer than arithmetic: in inference x is
 rounded to bf16 where W is bf16, which has the range of fp32 (in fp16 x could overflow).
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minilora.kernels.quantized import Weight, weight_as
 
 FEW_ROWS = 4  # rows up to which, in inference, reading W as stored is faster than widening it
 WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
 BLOCK_ROWS = 2048  # rows of a piece of a larger weight, such as the head
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b [T, N] in the dtype of x, without a gradient; weight [N, K] and bias [N] of any floating dtype."""
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b [T, N] in the dtype of x, without a gradient; weight [N, K], bias [N] of any floating dtype, or W quantised."""
     if x.shape[0] <= FEW_ROWS and weight.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
-        return _few_rows(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return _few_rows(x.to(weight.dtype), cast(Tensor, weight), bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype:
-        return F.linear(x, weight, bias)
+        return F.linear(x, cast(Tensor, weight), bias)
     if weight.numel() <= WHOLE:
-        return F.linear(x, weight.to(x.dtype), bias)
+        return F.linear(x, weight_as(weight, x.dtype), bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows, piece in pieces(weight, x.dtype):
         torch.mm(x, piece.T, out=y[:, rows])
@@ -45,7 +48,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         torch.backends.mkldnn.enabled = onednn
 
 
-def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Weight) -> Tensor:
     """dx + dY W [T, K], in place; without a dx, dY W alone."""
     for rows, piece in pieces(weight, dy.dtype):
         part = dy[:, rows]
@@ -54,10 +57,10 @@ def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
     return dx
 
 
-def pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def pieces(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a weight [N, K] in a dtype: all at once, or in pieces, so that the copy stays small."""
     whole = weight.dtype == dtype or weight.numel() <= WHOLE
     height = weight.shape[0] if whole else BLOCK_ROWS
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
-        yield rows, weight[rows].to(dtype)
+        yield rows, weight_as(weight, dtype, rows)

@@ -13,11 +13,12 @@ Widths and ranks may differ, and a projection may have no adapter or no bias. As
 On Triton: all S_j from one read of x (lora_shrink), then all y_j in one launch of a GEMM whose accumulators start from
 s_j S_j B_j^T (lora_gemm); for a narrow single layer, both in one pass. Backward: dS and dB from one read of each dY_j,
 then dX, written once, and all dA_j from one read of x. On torch, which also takes widths that are not a multiple of 16
-on a GPU: the library's GEMM, one for all weights where they are packed (projection.joined), and a second call that adds
+on a GPU: the library's GEMM, one for all weights where they are packed (projection.together), and a second call that adds
 the product of rank R.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ from minilora.kernels.dispatch import library_gemm, once_differentiable, recordi
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
-from minilora.kernels.projection import Adapter, Projection, check, joined
+from minilora.kernels.projection import Adapter, Projection, check, together
+from minilora.kernels.quantized import Weight, weight_as
 
 
 def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -36,8 +38,8 @@ def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple
     return tuple(_one_ref(x, *p) for p in projections)
 
 
-def _one_ref(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
-    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _one_ref(x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
+    y = F.linear(x, weight_as(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     if adapter is None:
         return y
     a, b, scale, p, key = adapter
@@ -125,7 +127,7 @@ class _OnTorch(torch.autograd.Function):
         ys: list[Tensor] = []
         for weight, bias, ns in _products(projections, x.dtype):  # x W^T + b
             plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
-            y = F.linear(x, weight, bias) if plain else frozen_linear(x, weight, bias)
+            y = F.linear(x, cast(Tensor, weight), bias) if plain else frozen_linear(x, weight, bias)
             ys += y.split_with_sizes(ns, 1)
         for y, p in zip(ys, projections, strict=True):  # + S (s B)^T
             if p.adapter:
@@ -173,17 +175,17 @@ def _uninitialised(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]
     return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
 
 
-def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None, list[int]]]:
+def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Weight, Tensor | None, list[int]]]:
     """(weight, bias, widths N_j) of each base GEMM: one for all where the weights are packed, else one a projection."""
     ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
-    whole = joined([p.weight for p in projections]) if len(projections) > 1 else None
+    whole = together([p.weight for p in projections]) if len(projections) > 1 else None
     if whole is None:
         return [
             (p.weight, None if p.bias is None else p.bias.to(dtype), [n]) for p, n in zip(projections, ns, strict=True)
         ]
     bias = None
     if any(b is not None for b in biases):
-        zeros = (whole.new_zeros(n, dtype=dtype) for n in ns)
+        zeros = (torch.zeros(n, dtype=dtype, device=whole.device) for n in ns)
         bias = torch.cat([zero if b is None else b.to(dtype) for b, zero in zip(biases, zeros, strict=True)])
     return [(whole, bias, ns)]
 

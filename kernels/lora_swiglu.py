@@ -134,7 +134,7 @@ def _on_triton(x: Tensor, weight: Tensor, pair: Sequence[Projection]) -> Tensor:
 
 def _halves(fused: Projection) -> list[Projection]:
     """Gate and up of a projection that is both."""
-    (weight, bias, adapter), n = fused, fused.weight.shape[0] // 2
+    (_, bias, adapter), weight, n = fused, fused.tensor, fused.weight.shape[0] // 2
     return [
         Projection(weight[half], None if bias is None else bias[half], adapter and adapter._replace(b=adapter.b[half]))
         for half in (slice(n), slice(n, None))
@@ -152,10 +152,11 @@ def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
         raise ValueError(f"gate and up are two weights of one shape, or one with the rows of both, not {shapes}")
     check(x, projections)
     with torch.no_grad():
-        pair = projections if len(projections) == 2 else _halves(projections[0])
-        weight = joined([p.weight for p in pair])
-        if weight is not None and lora_linear.runs_on_triton(x, pair):
-            return _on_triton(x, weight, pair)
+        if all(isinstance(p.weight, Tensor) for p in projections):
+            pair = projections if len(projections) == 2 else _halves(projections[0])
+            weight = joined([p.tensor for p in pair])
+            if weight is not None and lora_linear.runs_on_triton(x, pair):
+                return _on_triton(x, weight, pair)
         ys = lora_linear.lora_linear_group(x, projections)
         return swiglu(*ys) if len(ys) == 2 else swiglu_fused(*ys)
 
@@ -165,7 +166,7 @@ def example(
 ) -> tuple[tuple[Tensor, list[Projection]], dict]:
     """Arguments of one call, and the flops and bytes that a perfect one needs."""
     (x, projections), cost = lora_linear.group_example(tokens, k, (n, n), r, dtype, device, p)
-    weights = join([p.weight for p in projections])
+    weights = join([p.tensor for p in projections])
     projections = [p._replace(weight=weight) for p, weight in zip(projections, weights, strict=True)]
     return (x, projections), {"flops": cost["flops"], "bytes": cost["bytes"] - dtype.itemsize * tokens * n}
 

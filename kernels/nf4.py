@@ -24,6 +24,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 SMALLEST = 1e-38  # a block whose largest magnitude is less is divided by this
+CPU = torch.device("cpu")
 BINS = 65536  # equal parts of [-1, 1] by which bitsandbytes finds the level of a scale on a CPU
 
 
@@ -55,11 +56,12 @@ class NF4Weight(QuantizedWeight):
         absmax, nested, offset = self.absmax, self.nested_absmax, self.offset
         if nested is None or offset is None:
             return absmax
-        levels = dynamic_levels().to(absmax.device)[absmax.int()]
-        return levels * nested.repeat_interleave(NESTED_BLOCK)[: len(levels)] + offset
+        levels = torch.index_select(dynamic_levels(absmax.device), 0, absmax.int())
+        scale_blocks(levels, nested, NESTED_BLOCK)
+        return levels.add_(offset)
 
     def fill(self, out: Tensor, start: int) -> None:
-        table, scales, flat = level_pairs().to(out.device), self.scales(), out.view(-1)
+        table, scales, flat = level_pairs(out.device), self.scales(), out.view(-1)
         first = start * self.shape[1]
         last = first + flat.numel()
         step = piece_of(out.device, self.numel())
@@ -69,17 +71,17 @@ class NF4Weight(QuantizedWeight):
             end = min(begin + step, -(-last // BLOCK) * BLOCK, self.numel())
             codes = self.codes[begin // 2 : -(-end // 2)]
             wide = look_up(table, codes, pairs[: len(codes)]).view(torch.float32)[: end - begin]
-            scale_blocks(wide, scales[begin // BLOCK :])
+            scale_blocks(wide, scales[begin // BLOCK :], BLOCK)
             low, high = max(begin, first), min(end, last)
             flat[low - first : high - first].copy_(wide[low - begin : high - begin])
 
 
-def scale_blocks(flat: Tensor, scales: Tensor) -> None:
-    """flat[i] *= scales[i // 64], in place; the last block may be short."""
-    whole = len(flat) // BLOCK
-    flat[: whole * BLOCK].view(whole, BLOCK).mul_(scales[:whole, None])
-    if len(flat) % BLOCK:
-        flat[whole * BLOCK :].mul_(scales[whole])
+def scale_blocks(flat: Tensor, scales: Tensor, block: int) -> None:
+    """flat[i] *= scales[i // block], in place; the last block may be short."""
+    whole = len(flat) // block
+    flat[: whole * block].view(whole, block).mul_(scales[:whole, None])
+    if len(flat) % block:
+        flat[whole * block :].mul_(scales[whole])
 
 
 def dequantize_ref(weight: NF4Weight) -> Tensor:
@@ -129,7 +131,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     scaled = (scales * (1.0 / each)).clamp_(-1, 1)
     # a fused multiply-add, as bitsandbytes' compiler makes it: exact in fp64, rounded once
     bins = ((scaled + 1) * 0.5).double().mul_(BINS - 1).add_(0.5).float().nan_to_num_(0.0).int()
-    codes = level_of_bin().to(scales.device)[bins]
+    codes = level_of_bin(scales.device)[bins]
     return codes.masked_fill_(each == 0, 0), nested
 
 
@@ -139,21 +141,21 @@ def _absmax(flat: Tensor, block: int) -> Tensor:
 
 
 @lru_cache
-def level_pairs() -> Tensor:
+def level_pairs(device: torch.device) -> Tensor:
     """For each byte the levels of its two codes, as one number of 8 bytes: moved, never computed with."""
-    levels = torch.tensor(NF4)
+    levels = torch.tensor(NF4, device=device)
     return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1).view(torch.float64).view(-1)
 
 
 @lru_cache
-def dynamic_levels() -> Tensor:
+def dynamic_levels(device: torch.device = CPU) -> Tensor:
     """The 256 levels of the scales (8-bit dynamic tree: Dettmers, 2015): a decimal exponent, and what bits are left for a fraction."""
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = _edges(2**exponent)
         means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         found += means.tolist() + (-means).tolist()
-    return torch.tensor(sorted(found))
+    return torch.tensor(sorted(found), device=device)
 
 
 def _edges(parts: int) -> Tensor:
@@ -165,8 +167,8 @@ def _edges(parts: int) -> Tensor:
 
 
 @lru_cache
-def level_of_bin() -> Tensor:
+def level_of_bin(device: torch.device) -> Tensor:
     """For each of the 65,536 bins of [-1, 1] the nearest level's code."""
     levels = dynamic_levels()
     values = -1 + (2 * torch.arange(BINS)).float() / (BINS - 1)
-    return torch.bucketize(values, (levels[:-1] + levels[1:]) * 0.5).to(torch.uint8)
+    return torch.bucketize(values, (levels[:-1] + levels[1:]) * 0.5).to(device, torch.uint8)

@@ -4,12 +4,13 @@ Packed weights are views of one storage, one after the other, so that the module
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
+from minilora.kernels.quantized import Packed, QuantizedWeight, Weight
 
 # dtypes that a frozen weight may be stored in, whatever the dtype of x
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,17 +34,31 @@ class Adapter(NamedTuple):
 class Projection(NamedTuple):
     """A linear layer: weight [N, K] and bias [N], frozen, and its adapter if it has one.
 
-    The weight may be stored in another dtype than the one that products are computed in.
+    The weight may be stored in another dtype than the one that products are computed in, or quantised.
     """
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
     adapter: Adapter | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The weight where it is not quantised, which is all that the Triton kernels take."""
+        assert isinstance(self.weight, Tensor), self.weight
+        return self.weight
 
 
 def join(weights: Sequence[Tensor]) -> list[Tensor]:
     """Pack weights [N_j, K]: views of one new storage, which the caller puts in the place of the weights."""
     return list(torch.cat(list(weights)).split([w.shape[0] for w in weights]))
+
+
+def together(weights: Sequence[Weight]) -> Weight | None:
+    """[sum of N_j, K] for one product with all the weights [N_j, K]: where they are `joined`, or all quantised."""
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    if len(plain) == len(weights):
+        return joined(plain)
+    return None if plain else Packed(cast(Sequence[QuantizedWeight], weights))
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor | None:
@@ -69,7 +84,10 @@ def check(x: Tensor, projections: Sequence[Projection]) -> None:
     _same("x", x, (x.shape[0] if x.dim() == 2 else "T", "K"), x)
     for j, (weight, bias, adapter) in enumerate(projections):
         n = weight.shape[0]
-        _same(f"weight {j}", weight, (n, x.shape[1]), x, STORED)
+        if isinstance(weight, Tensor):
+            _same(f"weight {j}", weight, (n, x.shape[1]), x, STORED)
+        elif weight.shape[1] != x.shape[1] or weight.device != x.device:
+            raise ValueError(f"weight {j} is {list(weight.shape)} on {weight.device}, x {list(x.shape)} on {x.device}")
         if bias is not None:
             _same(f"bias {j}", bias, (n,), x, STORED)
         if weight.requires_grad or (bias is not None and bias.requires_grad):

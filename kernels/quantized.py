@@ -5,6 +5,7 @@ gives it in the dtype products are made in: level * scale in fp32, rounded once.
 made in pieces that stay in the cache, so that memory is read once for the codes and written once for the copy.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -53,9 +54,9 @@ class QuantizedWeight(nn.Module):
     def numel(self) -> int:
         return self.shape.numel()
 
-    def weight_as(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """These rows of W [N, K] in a dtype."""
-        start, stop, step = rows.indices(self.shape[0])
+    def weight_as(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """W [N, K], or these rows of it, in a dtype."""
+        start, stop, step = (rows or slice(None)).indices(self.shape[0])
         assert step == 1, rows
         out = torch.empty((max(stop - start, 0), self.shape[1]), dtype=dtype, device=self.device)
         if out.numel():
@@ -67,14 +68,30 @@ class QuantizedWeight(nn.Module):
         raise NotImplementedError
 
 
+class Packed(QuantizedWeight):
+    """Weights [N_j, K] of one input, one above the other, for one product with all of them; none is copied."""
+
+    def __init__(self, weights: Sequence[QuantizedWeight]):
+        super().__init__((sum(w.shape[0] for w in weights), weights[0].shape[1]))
+        self.codes, self.weights = weights[0].codes, weights
+
+    def fill(self, out: Tensor, start: int) -> None:
+        top = 0
+        for weight in self.weights:
+            first, last = max(start, top), min(start + len(out), top + weight.shape[0])
+            if first < last:
+                weight.fill(out[first - start : last - start], first - top)
+            top += weight.shape[0]
+
+
 Weight = Tensor | QuantizedWeight
 
 
-def weight_as(weight: Weight, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-    """These rows of a weight [N, K] in a dtype; a plain tensor that has it already comes as a view."""
+def weight_as(weight: Weight, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+    """A weight [N, K], or these rows of it, in a dtype; a plain tensor that has it already comes as it is."""
     if isinstance(weight, QuantizedWeight):
         return weight.weight_as(dtype, rows)
-    return weight[rows].to(dtype)
+    return (weight if rows is None else weight[rows]).to(dtype)
 
 
 def relative_error(weight: QuantizedWeight, true: Tensor) -> float:
@@ -91,7 +108,7 @@ def relative_error(weight: QuantizedWeight, true: Tensor) -> float:
 
 def piece_of(device: torch.device, count: int) -> int:
     """How many of `count` weights are widened at a time: on a GPU all, where a launch costs more than the memory."""
-    return PIECE if device.type == "cpu" else max(count, 1)
+    return max(count, 1) if device.type == "cuda" else PIECE
 
 
 def look_up(table: Tensor, codes: Tensor, out: Tensor) -> Tensor:

@@ -179,6 +179,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.lora_linear",
         "minilora.kernels.lora_shrink",
         "minilora.kernels.projection",
+        "minilora.kernels.quantized",
     }
 
 

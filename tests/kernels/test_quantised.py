@@ -7,7 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilora.kernels import fp8_blocks, int8_rows, nf4
+from minilora.kernels import fp8_blocks, frozen_linear, int8_rows, nf4
+from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
+from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
+from minilora.kernels.projection import Adapter, Projection, together
 from minilora.kernels.quantized import PIECE, relative_error, weight_as
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "quantised.safetensors")  # made by make_quantised.py there
@@ -172,3 +176,84 @@ def test_fp8_is_transformers():
         same(found.scales, parts["a.weight_scale_inv"])
         wide = fp8.Fp8Dequantize(Quantizer)._dequantize_one(found.codes, found.scales, torch.float32)
         same(found.weight_as(torch.float32), wide)
+
+
+def group(form, bias: bool = True) -> tuple[Tensor, list[Projection]]:
+    """x and three projections with quantised weights, whose adapters are to be trained."""
+    generator = torch.Generator().manual_seed(6)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    made = []
+    for j, n in enumerate((64, 24, 40)):
+        adapter = Adapter(randn(4, 72).requires_grad_(), randn(n, 4).requires_grad_(), 1.5, 0.2, DropoutKey(7, 3, 1, j))
+        made.append(Projection(form.quantize(randn(n, 72)), randn(n) if bias and j else None, adapter))
+    return randn(21, 72), made
+
+
+def plain(projections: list[Projection], dtype: torch.dtype) -> list[Projection]:
+    return [p._replace(weight=weight_as(p.weight, dtype)) for p in projections]
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_with_adapters_are_those_of_the_weight_that_is_read(form, dtype: torch.dtype):
+    """Outputs and all gradients, bit for bit but for the rounding of one product in place of three."""
+    x, quantised = group(form)
+    results = []
+    for projections in (quantised, plain(quantised, dtype)):
+        leaf = x.to(dtype).requires_grad_()
+        ys = lora_linear_group(leaf, projections)
+        trained = [t for p in projections if p.adapter for t in p.adapter[:2]]
+        loss = torch.stack([y.float().square().sum() for y in ys]).sum()
+        results.append([*ys, *torch.autograd.grad(loss, [leaf, *trained])])
+    for ours, wanted in zip(*results, strict=True):
+        assert ours.dtype == wanted.dtype
+        assert (ours - wanted).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * wanted.norm()
+
+
+@every_format
+@pytest.mark.parametrize("rows", [1, 3, 21])
+def test_without_a_gradient_too(form, rows: int):
+    x, quantised = group(form)
+    with torch.inference_mode():
+        for ours, wanted in zip(
+            lora_linear_group(x[:rows], quantised), lora_linear_group_ref(x[:rows], quantised), strict=True
+        ):
+            assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+        gate_up = quantised[:1] * 2
+        assert torch.allclose(lora_swiglu(x[:rows], gate_up), lora_swiglu_ref(x[:rows], gate_up), rtol=1e-4, atol=1e-3)
+        assert torch.allclose(
+            lora_swiglu(x[:rows], quantised[:1]), lora_swiglu_ref(x[:rows], quantised[:1]), rtol=1e-4, atol=1e-3
+        )
+
+
+@every_format
+def test_a_weight_beyond_one_piece_is_multiplied_by_rows(form, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frozen_linear, "WHOLE", 1000)
+    monkeypatch.setattr(frozen_linear, "BLOCK_ROWS", 7)
+    weight, x, bias = form.quantize(random(30, 40)), random(5, 40), random(1, 30)[0]
+    wide = weight.weight_as(torch.float32)
+    assert torch.allclose(frozen_linear.frozen_linear(x, weight, bias), x @ wide.T + bias, atol=1e-5)
+    assert torch.allclose(
+        frozen_linear.add_input_gradient(None, random(5, 30), weight), random(5, 30) @ wide, atol=1e-4
+    )
+
+
+@every_format
+def test_packed_weights_are_one_above_the_other(form):
+    weights = [form.quantize(random(n, 40)) for n in (6, 1, 9)]
+    whole = together(weights)
+    assert whole is not None and whole.shape == (16, 40)
+    wanted = torch.cat([w.weight_as(torch.float32) for w in weights])
+    for rows in (None, slice(0, 3), slice(5, 8), slice(7, None), slice(2, 16)):
+        same(weight_as(whole, torch.float32, rows), wanted if rows is None else wanted[rows])
+    assert together([weights[0], random(6, 40)]) is None
+
+
+@every_format
+def test_a_weight_that_does_not_fit_is_refused(form):
+    x, (first, *_) = group(form)
+    with pytest.raises(ValueError, match=r"weight 0 is \[64, 72\]"):
+        lora_linear_group(x[:, :70], [first])
