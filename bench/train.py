@@ -2,7 +2,8 @@
 
     python -m bench.train --model DIR --data FILE --side hf=PYTHON --side unsloth=PYTHON [--rounds 5] [--steps 4] [--batch 4] [--rank 8]
 
-Each side is a process of its own that stays alive, in the interpreter that is named (`hf`: transformers + peft, `unsloth`).
+Each side is a process of its own that stays alive, in the interpreter that is named (`hf`: transformers + peft, `qlora`: the same on
+bitsandbytes' NF4, `unsloth`; `nf4` and `int8` are minilora on a quantised base).
 Round by round each takes the same steps, on ids and targets from one file, from the same adapter. The others pad a batch to its
 longest row, as their own trainers do. Tokens are real ones, without padding, for all. Wall and CPU seconds: a busy neighbour
 disturbs the latter less. Memory is the most that a process ever held. `limit` is the time of the frozen products of these steps
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument(
-        "--side", action="append", default=[], metavar="NAME=PYTHON", help="hf or unsloth, and its interpreter"
+        "--side", action="append", default=[], metavar="NAME=PYTHON", help="nf4, int8, hf, qlora or unsloth, and its interpreter"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")

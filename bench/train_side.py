@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.pop(0)  # this folder has files that are called as other people's packages are
@@ -21,7 +22,7 @@ CLIP, LR = 1.0, 2e-4
 Step = Callable[[list[dict]], float]  # the rows of a step -> its loss
 
 
-def minilora(args: argparse.Namespace) -> Step:
+def minilora(args: argparse.Namespace, quant: str = "keep") -> Step:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from minilora.machine.cpu import before_torch, tune_memory
 
@@ -37,7 +38,7 @@ def minilora(args: argparse.Namespace) -> Step:
     from minilora.settings import resolve
     from minilora.train import train_step
 
-    model = load_model(args.model, device=args.device)
+    model = load_model(args.model, device=args.device, quant=quant)
     print(computing(model), file=sys.stderr)
     load_adapter(model, args.adapter)
     trained = [p.requires_grad_(True) for name, p in model.named_parameters() if "lora_" in name]
@@ -60,6 +61,22 @@ def hf(args: argparse.Namespace) -> Step:
 
     dtype = getattr(torch, os.environ.get("MINILORA_BENCH_DTYPE", "bfloat16"))
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
+    return _padded(PeftModel.from_pretrained(base, args.adapter, is_trainable=True).train(), args.device)
+
+
+def qlora(args: argparse.Namespace) -> Step:
+    """transformers + peft + bitsandbytes in NF4 with double quantisation, computed in bf16."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        args.model, quantization_config=how, dtype=dtype, device_map=args.device
+    )
     return _padded(PeftModel.from_pretrained(base, args.adapter, is_trainable=True).train(), args.device)
 
 
@@ -101,7 +118,14 @@ def _padded(model, device: str) -> Step:
     return step
 
 
-SIDES = {"minilora": minilora, "hf": hf, "unsloth": unsloth}
+SIDES = {
+    "minilora": minilora,
+    "nf4": partial(minilora, quant="nf4"),
+    "int8": partial(minilora, quant="int8"),
+    "hf": hf,
+    "qlora": qlora,
+    "unsloth": unsloth,
+}
 
 
 def main() -> None:

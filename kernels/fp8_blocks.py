@@ -6,6 +6,8 @@ The files call the scale weight_scale_inv, the inverse of what W was multiplied 
 x goes into FP8 too; here it stays in the compute dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ LARGEST = torch.finfo(E4M3).max  # 448
 class FP8Weight(QuantizedWeight):
     """codes [N, K] e4m3 and scales [ceil(N / 128), ceil(K / 128)] fp32."""
 
+    name = "fp8"
     parts = ("codes", "scales")
     scales: Tensor
 
@@ -28,6 +31,15 @@ class FP8Weight(QuantizedWeight):
         assert codes.dtype == E4M3 and scales.shape == grid(self.shape), (codes.dtype, codes.shape, scales.shape)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> "FP8Weight":
+        n, k = shape
+        return cls(torch.empty(n, k, dtype=E4M3, device=device), torch.empty(grid(torch.Size(shape)), device=device))
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "FP8Weight":
+        return quantize(weight)
 
     def fill(self, out: Tensor, start: int) -> None:
         k = self.shape[1]

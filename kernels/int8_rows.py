@@ -6,6 +6,8 @@ Codes and absmax are those of bitsandbytes 0.50's int8_vectorwise_quant, bit for
 keeps columns of x with outliers in 16 bits. Here x stays in the compute dtype, so that it has no outliers to look after.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ LEVELS = 127
 class Int8Weight(QuantizedWeight):
     """codes [N, K] int8 and absmax [N] fp32."""
 
+    name = "int8"
     parts = ("codes", "absmax")
     absmax: Tensor
 
@@ -25,6 +28,15 @@ class Int8Weight(QuantizedWeight):
         assert codes.dtype == torch.int8 and absmax.shape == codes.shape[:1], (codes.dtype, codes.shape, absmax.shape)
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> "Int8Weight":
+        n, k = shape
+        return cls(torch.empty(n, k, dtype=torch.int8, device=device), torch.empty(n, device=device))
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int8Weight":
+        return quantize(weight)
 
     def fill(self, out: Tensor, start: int) -> None:
         scales = (self.absmax * (1 / LEVELS))[:, None]

@@ -8,6 +8,7 @@ turn codes of 8 bits, of levels that stand closer near zero, with a scale of the
 A byte is looked up whole, in a table of the 256 pairs of levels.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -31,6 +32,7 @@ BINS = 65536  # equal parts of [-1, 1] by which bitsandbytes finds the level of 
 class NF4Weight(QuantizedWeight):
     """codes [ceil(N K / 2)] uint8 and absmax, one a block: uint8 with nested_absmax and offset, else fp32."""
 
+    name = "nf4"
     parts = ("codes", "absmax", "nested_absmax", "offset")
     absmax: Tensor
     nested_absmax: Tensor | None
@@ -50,6 +52,21 @@ class NF4Weight(QuantizedWeight):
         assert nested_absmax is None or nested_absmax.shape == (-(-blocks // NESTED_BLOCK),), nested_absmax.shape
         for name, part in zip(self.parts, (codes, absmax, nested_absmax, offset), strict=True):
             self.register_buffer(name, part)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device | str = "cpu", nested: bool = True) -> "NF4Weight":
+        n, k = shape
+        blocks = -(-n * k // BLOCK)
+        codes = torch.empty(-(-n * k // 2), dtype=torch.uint8, device=device)
+        if not nested:
+            return cls((n, k), codes, torch.empty(blocks, device=device))
+        absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
+        nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK), device=device)
+        return cls((n, k), codes, absmax, nested_absmax, torch.empty((), device=device))
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "NF4Weight":
+        return quantize(weight)
 
     def scales(self) -> Tensor:
         """The largest magnitude of each block, fp32."""

@@ -6,7 +6,7 @@ made in pieces that stay in the cache, so that memory is read once for the codes
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ class QuantizedWeight(nn.Module):
     """A frozen weight [N, K]; its parts are buffers, so that they move, and are counted and saved, with the model."""
 
     requires_grad = False
+    name = ""  # what a user calls the format
     parts: tuple[str, ...] = ()  # the names of the buffers
     codes: Tensor
+    first: Tensor | None = (
+        None  # the first weights before they were quantised, where known: a base model is recognised by them
+    )
 
     def __init__(self, shape: tuple[int, int]):
         super().__init__()
@@ -48,8 +52,29 @@ class QuantizedWeight(nn.Module):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.buffers())
 
-    def dim(self) -> int:
-        return 2
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> Self:
+        """A weight of that shape whose parts hold nothing yet."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """A weight [N, K] of any floating-point dtype, quantised."""
+        raise NotImplementedError
+
+    def copy_(self, other: Self) -> None:
+        """Take over the parts of a weight of the same format and shape, and what it was made from."""
+        for name in self.parts:
+            part = cast(Tensor | None, getattr(self, name))
+            if part is not None:
+                part.copy_(getattr(other, name))
+        self.first = other.first
+
+    def first_values(self, count: int) -> Tensor:
+        """The first `count` weights, row by row, as they were before they were quantised, where that is known."""
+        if self.first is not None:
+            return self.first[:count]
+        return self.weight_as(torch.float32, slice(0, -(-count // self.shape[1]))).flatten()[:count]
 
     def numel(self) -> int:
         return self.shape.numel()

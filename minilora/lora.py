@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
+from minilora.kernels.quantized import QuantizedWeight, Weight
 from minilora.models.layers import Adapted
 
 from .errors import UsageError
@@ -73,10 +74,15 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] not in HEADS}
 
 
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the model under its adapters, by the names that they have in the checkpoint."""
-    named = model.named_parameters()
-    return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """The quantised weights of a model, by the names that their parameters had."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+
+
+def base_parameters(model: nn.Module) -> dict[str, Weight]:
+    """The weights of the model under its adapters, by the names that they have in the checkpoint."""
+    named: dict[str, Weight] = {**dict(model.named_parameters()), **quantized_weights(model)}
+    return {n.replace(".base.", "."): p for n, p in named.items() if not n.endswith((".lora_A", ".lora_B"))}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,7 +168,12 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Add every adapter into its weight, in place, and take the wrappers away; rounded once to the weight's dtype."""
+    """Add every adapter into its weight, in place, and take the wrappers away; rounded once to the weight's dtype.
+
+    UsageError if a weight is quantised: the sum would have to be rounded to its few levels.
+    """
+    if any(isinstance(wrapper.base.weight, QuantizedWeight) for _, wrapper in adapters(model)):
+        raise UsageError("the adapters are on quantised weights", "Load the model with quant off to merge them.")
     for path, wrapper in list(adapters(model)):
         with torch.no_grad():
             wrapper.base.weight.copy_(wrapper.merged_weight())

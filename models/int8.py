@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from minilora.kernels.quantized import weight_as
+
 if TYPE_CHECKING:
     from .decoder import Decoder
 
@@ -29,7 +31,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.sizes = [linear.out_features for linear in linears]
         self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
-        self.packed = packed(torch.cat([linear.weight for linear in linears]))
+        self.packed = packed(torch.cat([weight_as(linear.weight, torch.float32) for linear in linears]))
         biases = [
             torch.zeros(n) if linear.bias is None else linear.bias.float()
             for n, linear in zip(self.sizes, linears, strict=True)

@@ -23,7 +23,7 @@ Words:
     recompute     activation checkpointing: the forward of a block again, in the backward
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -34,6 +34,7 @@ from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.lora_swiglu import lora_swiglu
 from minilora.kernels.projection import Projection
+from minilora.kernels.quantized import QuantizedWeight
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm
 from minilora.kernels.rope import rope, rope_pair
 from minilora.kernels.swiglu import swiglu, swiglu_fused
@@ -141,14 +142,23 @@ def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
     return swiglu_fused(gate_up(x)) if fused is None else lora_swiglu(x, fused)
 
 
+def quantize_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put quantised weights in the place of parameters, by their names."""
+    for name, weight in weights.items():
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        del linear.weight
+        linear.weight = weight
+
+
 def pack_weights(model: nn.Module) -> None:
     """Allocate linears of one input (q/k/v, gate/up) contiguously, so that one GEMM reads them all.
 
     Modules name them in `packed_modules`. Call it before loading: parameters keep names and shapes, but not values.
+    Quantised weights stay where they are: one product widens them into one storage.
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         linears = [cast(nn.Linear, module.get_submodule(name)) for name in getattr(module, "packed_modules", ())]
-        if linears:
+        if linears and not any(isinstance(linear.weight, QuantizedWeight) for linear in linears):
             heights = [linear.out_features for linear in linears]
             whole = linears[0].weight.detach().new_empty(sum(heights), linears[0].in_features)
             for linear, part in zip(linears, whole.split(heights), strict=True):

@@ -153,7 +153,7 @@ def test_the_root_of_a_cache_names_its_snapshot(tmp_path: Path):
     ("key", "value", "told"),
     [
         ("quantization", {"group_size": 64, "bits": 4}, "MLX, 4 bits"),
-        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, r"quantised \(fp8\)"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [64, 64]}, r"quantised \(fp8\)"),
         ("quantization_bit", 4, "4 bits"),
     ],
 )

@@ -11,26 +11,29 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minilora.kernels.quantized import QuantizedWeight, Weight, weight_as
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
-from minilora.models.layers import pack_weights
+from minilora.models.layers import pack_weights, quantize_linears
 
 from ..errors import ModelError, UsageError, quote
 from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, Folder, ModelFolder
 from ..files.safetensors import write_safetensors
-from ..files.tensors import INDEX, Tensors, fold
+from ..files.tensors import INDEX, fold
+from ..lora import adapters, base_parameters, linears
 from ..machine.compute import choose
+from .quantised import FORMS, Stored, how
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
@@ -46,8 +49,10 @@ TELLTALES = {
     "qwen3": "model.layers.0.self_attn.q_norm.weight",
     "qwen2": "model.layers.0.self_attn.q_proj.bias",
 }
-QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map)")
+QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
+QUANT = ("keep", "off", "nf4", "int8")
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
+FIRST = 16  # values of a weight by which a base model is recognised
 SHARD_BYTES = 5_000_000_000
 # what a folder holds beside weights and belongs to the model
 COMPANIONS = (
@@ -62,15 +67,17 @@ def read_config(folder: Folder) -> Config:
     folder = ModelFolder.of(folder)
     path, j = folder / "config.json", folder.config
     family = _family(path, j)
-    if any(j.get(key) for key in ("quantization_config", "quantization_bit", "compression_config", "quantization")):
-        raise ModelError(f"{path}: {_quantised(j)}", "Use the bf16 or fp16 release of this model.")
+    try:
+        how(j)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}", "Use the bf16 or fp16 release of this model.") from None
     if j.get("pre_seq_len"):
         raise ModelError(
             f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
             "Use the model without the prefix: take the key out of config.json.",
         )
     try:
-        check_keys(j, family)
+        check_keys(j | {"quantization_config": None}, family)
         return FAMILIES[family].config(j)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
@@ -99,17 +106,6 @@ def keys_not_read(folder: Folder) -> str | None:
     return "; ".join(lines) or None
 
 
-def _quantised(j: dict[str, Any]) -> str:
-    """What a config.json says of its quantisation."""
-    how = j.get("quantization_config") or j.get("compression_config") or j.get("quantization") or {}
-    method = how.get("quant_method") if isinstance(how, dict) else None
-    if method is None and isinstance(how, dict) and {"group_size", "bits"} <= how.keys():
-        method = f"MLX, {how['bits']} bits"
-    bits = j.get("quantization_bit")
-    told = str(method)[:40] if method else f"{bits} bits" if bits else ""
-    return "the weights are quantised" + (f" ({told})" if told else "")
-
-
 def _family(path: Path, j: dict[str, Any]) -> str:
     """The key in FAMILIES of a config.json; ModelError that names the nearest if it has none."""
     kind = j.get("model_type")
@@ -124,22 +120,33 @@ def _family(path: Path, j: dict[str, Any]) -> str:
     )
 
 
-def empty_model(c: Config, dtype: torch.dtype | None = None) -> Decoder:
-    """The Decoder of a Config without memory: its parameters lie on the meta device, laid together as a loaded model's."""
+def empty_model(c: Config, dtype: torch.dtype | None = None, quant: str = "off") -> Decoder:
+    """The Decoder of a Config without memory: its parameters lie on the meta device, laid together as a loaded model's.
+
+    quant nf4 or int8 is that of its linears.
+    """
     with torch.device("meta"):
         model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
+    if quant in FORMS:
+        shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
+        quantize_linears(model, {name: FORMS[quant].empty(shape, "meta") for name, shape in shapes.items()})
     pack_weights(model)
     return model
 
 
 def load_model(
-    folder: Folder, dtype: torch.dtype | None = None, device: str | torch.device | None = None, compute: str = "auto"
+    folder: Folder,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    compute: str = "auto",
+    quant: str = "keep",
 ) -> Decoder:
     """The Decoder of a checkpoint folder, frozen and in evaluation mode.
 
     dtype is that of the weights in memory, None the checkpoint's own; compute names that of activations and products, auto the
-    fastest one on this machine (compute.py). device None is the GPU if there is one. Beyond the model itself one tensor is in
-    memory at a time. Raises ModelError with every mismatch between the folder and the model.
+    fastest one on this machine (compute.py). device None is the GPU if there is one. quant nf4 or int8 quantises the linears of the
+    blocks; a folder that is quantised already is taken as it is (keep) or widened to dtype (off). Beyond the model itself one
+    tensor is in memory at a time. Raises ModelError with every mismatch between the folder and the model.
     """
     folder = ModelFolder.of(folder)
     c = read_config(folder)
@@ -150,16 +157,44 @@ def load_model(
         raise ModelError(
             f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
         ) from None
-    tensors = folder.tensors
-    check_shapes(model, tensors)
+    stored = Stored.of(folder)
+    check_shapes(model, stored)
+    quantize_linears(model, _empty_weights(model, stored, quant))
     model = model.to_empty(device=device).requires_grad_(False).eval()
     pack_weights(model)
-    for name, parameter in model.named_parameters():
-        with tensors.reading(name) as value, torch.no_grad():
-            parameter.copy_(value)
-            check_finite(parameter, f"{folder}: {name}")
+    for name, weight in base_parameters(model).items():
+        with stored.reading(name, weight.shape) as value, torch.no_grad():
+            if isinstance(weight, QuantizedWeight):
+                _quantise(weight, value, f"{folder}: {name}")
+            else:
+                weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
+                check_finite(weight, f"{folder}: {name}")
     model.compute = choose(c, model.head.dtype, device, compute).dtype
     return model
+
+
+def _empty_weights(model: Decoder, stored: Stored, quant: str) -> dict[str, QuantizedWeight]:
+    """By name, the linears' weights that are quantised in memory, without what they hold."""
+    if quant not in QUANT:
+        raise UsageError(f"quant {quant[:40]!r} is not known", f"It can be {', '.join(QUANT)}.")
+    shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
+    kept = {name: shape for name, shape in shapes.items() if name in stored.parts and quant in ("keep", stored.form)}
+    made = {name: shape for name, shape in shapes.items() if name not in kept and quant in FORMS}
+    return {name: stored.empty(name, shape, "meta") for name, shape in kept.items()} | {
+        name: FORMS[quant].empty(shape, "meta") for name, shape in made.items()
+    }
+
+
+def _quantise(weight: QuantizedWeight, value: Weight, what: str) -> None:
+    """Fill a weight from a file's: as it is where that has the same format, else quantised from its values."""
+    if isinstance(value, type(weight)):
+        weight.copy_(value)
+        return
+    value = weight_as(value, torch.float32) if isinstance(value, QuantizedWeight) else value
+    check_finite(value, what)
+    made = type(weight).of(value.to(weight.device))
+    made.first = value.flatten()[:FIRST].to("cpu", torch.bfloat16, copy=True)
+    weight.copy_(made)
 
 
 def check_finite(t: Tensor, what: str) -> None:
@@ -187,11 +222,11 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def check_shapes(model: Decoder, tensors: Tensors) -> None:
+def check_shapes(model: Decoder, stored: Stored) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
-    _check_kind(model.config.family, tensors)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = dict(tensors.shapes)
+    tensors, wanted = stored.tensors, {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = stored.logical(wanted)
+    _check_kind(model.config.family, tensors.folder, found, stored)
     problems = []
     head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
     if model.config.tied and {head, embedding} <= found.keys():
@@ -218,32 +253,40 @@ def check_shapes(model: Decoder, tensors: Tensors) -> None:
         )
 
 
-def _check_kind(family: str, tensors: Tensors) -> None:
-    """ModelError for weights of another family than config.json says, quantised ones, and P-tuning prefixes."""
-    scale = next((name for name in tensors.shapes if QUANTISED.fullmatch(name)), None)
+def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored) -> None:
+    """ModelError for weights of another family or format than config.json says, and for P-tuning prefixes."""
+    names = set(names)
+    scale = next((name for name in sorted(names) if QUANTISED.fullmatch(name)), None)
     if scale is not None:
         raise ModelError(
-            f"{tensors.folder}: the weights are quantised ({scale})", "Use the bf16 or fp16 release of this model."
+            f"{folder}: the weights are quantised ({scale}), and not as config.json says",
+            "Use the bf16 or fp16 release of this model.",
         )
-    if any(".prefix_encoder." in name for name in tensors.shapes):
+    if stored.form and not stored.parts:
         raise ModelError(
-            f"{tensors.folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
+            f"{folder}: config.json says that the weights are quantised ({stored.form}), and none is",
+            "Take config.json and the weights from one model.",
+        )
+    if any(".prefix_encoder." in name for name in names):
+        raise ModelError(
+            f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
             "Use the model without the prefix.",
         )
-    told = next((family for family, name in TELLTALES.items() if name in tensors.shapes), family)
+    told = next((family for family, name in TELLTALES.items() if name in names), family)
     if told != family:
         raise ModelError(
-            f"{tensors.folder}: config.json says {family}, the weights are of {told}",
+            f"{folder}: config.json says {family}, the weights are of {told}",
             "Take config.json and the weights from one model.",
         )
 
 
-def fingerprint(parameters: Mapping[str, Tensor]) -> str:
+def fingerprint(parameters: Mapping[str, Weight]) -> str:
     """A short name for a base model: a hash over the names, shapes and first values (as bf16) of its tensors."""
     digest = hashlib.sha256()
     for name, p in sorted(parameters.items()):
         digest.update(f"{name} {list(p.shape)}".encode())
-        digest.update(p.detach().flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        first = p.first_values(FIRST) if isinstance(p, QuantizedWeight) else p.detach().flatten()[:FIRST]
+        digest.update(first.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -297,10 +340,12 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
 
     The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
     """
-    parameters = dict(model.named_parameters())
-    if any(name.endswith(".lora_A") for name in parameters):
+    parameters = base_parameters(model)
+    if any(True for _ in adapters(model)):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
     dtype = model.config.dtype
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
     with atomic_folder(Path(folder)) as stage:
-        write_checkpoint(stage, shapes, lambda name: parameters[name].detach().to(dtype), Path(companions), shard_bytes)
+        write_checkpoint(
+            stage, shapes, lambda name: weight_as(parameters[name], dtype).detach(), Path(companions), shard_bytes
+        )

@@ -20,7 +20,7 @@ from ..errors import DiskError, ModelError, OutputInUse
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
-from ..lora import adapters, without_adapters
+from ..lora import adapters, quantized_weights, without_adapters
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter
 from .load import SHARD_BYTES, load_model, write_checkpoint
@@ -47,6 +47,11 @@ def merge_folder(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
     decoder = load_model(model, device=device, compute=compute)
+    if quantized_weights(decoder):
+        raise ModelError(
+            f"{model}: its weights are quantised, and a sum with an adapter would be rounded to their few levels",
+            "Give the bf16 release of this model: an adapter fits it, with --any-base.",
+        )
     _no_narrower(decoder)
     load_adapter(decoder, adapter, any_base, allow_partial)
     decoder.eval()

@@ -13,7 +13,7 @@ from ..checkpoint.load import find_device, load_model, read_config
 from ..config import TrainConfig
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder
-from ..lora import add_lora, trained_parameters
+from ..lora import add_lora, quantized_weights, trained_parameters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 
@@ -45,6 +45,8 @@ def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.
 def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     """Make a loaded model trainable: add adapters, or with method full unfreeze every weight."""
     if config.method == "full":
+        if quantized_weights(model):
+            raise UsageError("--method full trains every weight, and these are quantised", "Use the bf16 release.")
         model.requires_grad_(True)
     else:
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from minilora.models.decoder import Decoder
 
 from ..data import Batch
-from ..lora import trained_parameters
+from ..lora import base_parameters, trained_parameters
 
 aten = torch.ops.aten
 ALIKE = 3  # layers that are run
@@ -90,7 +90,7 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     The optimizer is AdamW: two numbers in fp32 for each trained one.
     """
     trained = sum(p.nbytes for p in trained_parameters(model).values())
-    base = sum(p.nbytes for p in model.parameters()) - trained
+    base = sum(w.nbytes for w in base_parameters(model).values() if not w.requires_grad)
     blocks, count = list(model.blocks), len(model.blocks)
     del model.blocks[ALIKE:]
     activations, peak, layer = _kept_and_peak(model, batch)
@@ -117,7 +117,9 @@ def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int]:
     """Bytes that the forward pass keeps, the most at any time, and what the last layer keeps."""
     marks: list[int] = []
     batch = batch.to(torch.device("meta"))
-    live = _Live([*model.parameters(), batch.ids, batch.documents.positions, batch.target_index, batch.targets])
+    live = _Live(
+        [*model.parameters(), *model.buffers(), batch.ids, batch.documents.positions, batch.target_index, batch.targets]
+    )
     hooks = [block.register_forward_hook(lambda *_: marks.append(live.now)) for block in model.blocks]
     with live:
         loss = model.loss(batch)

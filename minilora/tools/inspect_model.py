@@ -12,6 +12,7 @@ import torch
 from minilora.models.decoder import Decoder
 
 from ..checkpoint.load import COMPANIONS, check_shapes, empty_model, keys_not_read, own_code, read_config
+from ..checkpoint.quantised import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX
@@ -107,7 +108,7 @@ def _weights(folder: ModelFolder, model: Decoder | None) -> dict[str, Any]:
     tensors = folder.tensors
     size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     if model is not None:
-        check_shapes(model, tensors)
+        check_shapes(model, Stored.of(folder))
     return {"weights": {"tensors": len(tensors.shapes), "bytes": size, "ignored": sorted(tensors.ignored)}}
 
 

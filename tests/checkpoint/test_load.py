@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.checkpoint.load import INDEX, Tensors, load_model, read_config, save_model, write_checkpoint
+from minilora.checkpoint.load import load_model, read_config, save_model, write_checkpoint
 from minilora.errors import ModelError, UsageError
 from minilora.files.atomic import atomic_folder
 from minilora.files.safetensors import SafetensorsFile, write_tensors
+from minilora.files.tensors import INDEX, Tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GONE = object()

@@ -40,7 +40,7 @@ def of(function: Any, projections: list[Projection]) -> tuple[Any, list[Tensor]]
         rest = iter(given)
         now = [p._replace(adapter=p.adapter and p.adapter._replace(a=next(rest), b=next(rest))) for p in projections]
         if x.dtype == torch.float64:
-            now = [p._replace(weight=p.weight.double(), bias=None if p.bias is None else p.bias.double()) for p in now]
+            now = [p._replace(weight=p.tensor.double(), bias=None if p.bias is None else p.bias.double()) for p in now]
         return torch.cat(function(x, now), dim=1)
 
     return call, matrices
@@ -52,7 +52,7 @@ def of(function: Any, projections: list[Projection]) -> tuple[Any, list[Tensor]]
 def test_a_group_and_its_gradients(ranks: tuple[int, ...], p: float, lie_together: bool, dtype: torch.dtype):
     x, projections = group(ranks, (11, 5, 8)[: len(ranks)], p, dtype)
     if lie_together:
-        weights = join([projection.weight for projection in projections])
+        weights = join([projection.tensor for projection in projections])
         projections = [projection._replace(weight=w) for projection, w in zip(projections, weights, strict=True)]
         assert joined(weights) is not None
     (op, matrices), (ref, _) = of(lora_linear_group, projections), of(lora_linear_group_ref, projections)
@@ -85,7 +85,7 @@ def test_gradients_of_a_layer_without_adapter():
     x, projections = group((0,), (11,), 0.0, torch.float32)
     dy, (y,) = torch.ones(21, 11), lora_linear_group(x.requires_grad_(), projections, output_needed=False)
     (dx,) = torch.autograd.grad(y, [x], dy)
-    assert torch.equal(dx, dy @ projections[0].weight)
+    assert torch.equal(dx, dy @ projections[0].tensor)
 
 
 def test_weights_that_do_not_lie_one_behind_the_other_are_not_joined():
@@ -111,7 +111,7 @@ def test_swiglu_of_two_projections_and_of_one_that_is_both(
 ):
     x, projections = group(ranks, (11, 11) if len(ranks) == 2 else (22,), p, dtype)
     if lie_together:
-        weights = join([projection.weight for projection in projections])
+        weights = join([projection.tensor for projection in projections])
         projections = [q._replace(weight=w) for q, w in zip(projections, weights, strict=True)]
     (op, matrices), (ref, _) = of(in_turn(lora_swiglu), projections), of(in_turn(lora_swiglu_ref), projections)
     check_op(op, ref, (x, *matrices), ())
@@ -142,15 +142,15 @@ def bad(change: str) -> tuple[Tensor, list[Projection]]:
         case "integers":
             return x.long(), [one, two]
         case "weight":
-            return x, [one._replace(weight=one.weight[:, 1:]), two]
+            return x, [one._replace(weight=one.tensor[:, 1:]), two]
         case "dtype":
-            return x, [one, two._replace(weight=two.weight.to(torch.int8))]
+            return x, [one, two._replace(weight=two.tensor.to(torch.int8))]
         case "device":
-            return x, [one, two._replace(weight=two.weight.to("meta"))]
+            return x, [one, two._replace(weight=two.tensor.to("meta"))]
         case "bias":
             return x, [one._replace(bias=torch.ones(3)), two]
         case "trained":
-            return x, [one, two._replace(weight=two.weight.clone().requires_grad_())]
+            return x, [one, two._replace(weight=two.tensor.clone().requires_grad_())]
         case "a":
             return x, [one._replace(adapter=a._replace(a=a.a[:2])), two]
         case "b":

@@ -300,7 +300,7 @@ def test_the_switches_choose_the_path():
 def test_joined_weights_give_the_same_bits():
     """The kernels read each member from where it lies."""
     (x, projections), _ = lora_linear.group_example(9, 7, (5, 3), 2, torch.float32)
-    weights = join([p.weight for p in projections])
+    weights = join([p.tensor for p in projections])
     moved = [p._replace(weight=w) for p, w in zip(projections, weights, strict=True)]
     both = (lora_linear.lora_linear_group(x, p) for p in (projections, moved))
     assert equal(*(list(ys) for ys in both))
@@ -327,7 +327,7 @@ def test_dual_swiglu(name: str, dtype: torch.dtype):
         ]
 
     apart = made(flat)
-    weights = join([p.weight for p in apart])
+    weights = join([p.tensor for p in apart])
     together = [p._replace(weight=weight) for p, weight in zip(apart, weights, strict=True)]
     with guarded() as wholes:
         h = lora_swiglu.lora_swiglu(x, together)

@@ -1,0 +1,179 @@
+"""Folders whose weights are quantised already: bitsandbytes' 4 and 8 bits, and FP8 by blocks, tensor by tensor.
+
+    bitsandbytes, 4 bits    weight [n, 1] U8, weight.absmax, weight.quant_map, weight.nested_absmax, weight.nested_quant_map,
+                            weight.quant_state.bitsandbytes__nf4 (JSON as bytes)
+    bitsandbytes, 8 bits    weight I8, SCB F32, weight_format U8
+    FP8                     weight F8_E4M3, weight_scale_inv
+
+Each kind is read into its class (kernels/nf4.py, int8_rows.py, fp8_blocks.py). What does not fit, or another kind, is refused in one line.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.fp8_blocks import E4M3, FP8Weight, grid
+from minilora.kernels.int8_rows import Int8Weight
+from minilora.kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, NF4Weight, dynamic_levels
+from minilora.kernels.quantized import QuantizedWeight, Weight
+
+from ..errors import ModelError
+from ..files.model_folder import ModelFolder
+from ..files.tensors import Tensors
+
+STATE = "quant_state.bitsandbytes__"
+NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
+FORMS: dict[str, type[QuantizedWeight]] = {"nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight}
+
+
+def how(j: dict[str, Any]) -> str | None:
+    """The format that a config.json says its weights are in, None for plain ones; ValueError that names one not read here."""
+    said = next(
+        (j[k] for k in ("quantization_config", "quantization_bit", "compression_config", "quantization") if j.get(k)),
+        None,
+    )
+    if said is None:
+        return None
+    settings = said if isinstance(said, dict) else {}
+    method, kind = settings.get("quant_method"), settings.get("bnb_4bit_quant_type", "nf4")
+    if method == "bitsandbytes" and settings.get("load_in_8bit"):
+        return "int8"
+    if method == "bitsandbytes" and kind == "nf4":
+        return "nf4"
+    if method == "fp8" and settings.get("weight_block_size") == [128, 128] and settings.get("fmt", "e4m3") == "e4m3":
+        return "fp8"
+    if method is None and {"group_size", "bits"} <= settings.keys():
+        method = f"MLX, {settings['bits']} bits"
+    if method == "bitsandbytes":
+        method = f"bitsandbytes, {str(kind)[:20]}"
+    told = str(method)[:40] if method else f"{said} bits" if isinstance(said, int) else ""
+    raise ValueError("the weights are quantised" + (f" ({told})" if told else ""))
+
+
+class Stored:
+    """The quantised weights of a folder: their names and formats, and how each is read."""
+
+    def __init__(self, tensors: Tensors, form: str | None):
+        self.tensors, self.form = tensors, form
+        self.parts = {name: self._parts(name) for name in tensors.shapes if name.endswith(".weight") and self._is(name)}
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> Self:
+        return cls(folder.tensors, how(folder.config))
+
+    def _is(self, name: str) -> bool:
+        dtype = self.tensors.shapes[name][0]
+        wanted = {
+            "nf4": not dtype.is_floating_point or f"{name}.absmax" in self.tensors.shapes,
+            "int8": dtype == torch.int8,
+        }
+        return wanted.get(str(self.form), self.form == "fp8" and dtype == E4M3)
+
+    def _parts(self, name: str) -> dict[str, str]:
+        """The tensors that belong to a weight, by short names."""
+        stem = name.removesuffix("weight")
+        names = {"nf4": {p: f"{name}.{p}" for p in NF4_PARTS}, "int8": {"SCB": f"{stem}SCB", "weight_format": f"{stem}weight_format"},
+                 "fp8": {"weight_scale_inv": f"{stem}weight_scale_inv"}}  # fmt: skip
+        return {short: full for short, full in names[str(self.form)].items() if full in self.tensors.shapes}
+
+    def logical(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors of the folder as they are meant: a quantised weight has the shape that the model gives it, its parts are no tensors."""
+        hidden = {full for parts in self.parts.values() for full in parts.values()}
+        return {
+            name: (torch.float32, shapes.get(name, shape)) if name in self.parts else (dtype, shape)
+            for name, (dtype, shape) in self.tensors.shapes.items()
+            if name not in hidden
+        }
+
+    def empty(self, name: str, shape: torch.Size, device: str) -> QuantizedWeight:
+        """What `reading` gives for a quantised weight, without what it holds."""
+        if self.form == "nf4":
+            plain = self.tensors.shapes.get(f"{name}.absmax", (torch.uint8,))[0] == torch.float32
+            return NF4Weight.empty(shape, device, nested=not plain)
+        return FORMS[str(self.form)].empty(shape, device)
+
+    @contextmanager
+    def reading(self, name: str, shape: torch.Size) -> Iterator[Weight]:
+        """A context with the tensor of that name, mapped, or the quantised weight [N, K] that it is the codes of."""
+        if name in self.parts:
+            yield self._read(name, shape)
+        else:
+            with self.tensors.reading(name) as value:
+                yield value
+
+    def _read(self, name: str, shape: torch.Size) -> QuantizedWeight:
+        found: dict[str, Tensor] = {}
+        for short, full in {"weight": name, **self.parts[name]}.items():
+            with self.tensors.reading(full) as part:
+                found[short] = part.clone()
+        make = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}[str(self.form)]
+        try:
+            return make(found, shape)
+        except (ValueError, KeyError) as error:
+            reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise ModelError(
+                f"{self.tensors.folder}: {name}, in {self.form}, {reason}",
+                "Download the folder again, or use the bf16 release of this model.",
+            ) from None
+
+
+def _nf4(found: dict[str, Tensor], shape: torch.Size) -> NF4Weight:
+    state, absmax, blocks = _state(found[f"{STATE}nf4"]), found["absmax"], -(-shape.numel() // BLOCK)
+    _same("quant_type", state.get("quant_type"), "nf4")
+    _same("blocksize", state.get("blocksize"), BLOCK)
+    _same("shape", state.get("shape"), list(shape))
+    codes = found["weight"].contiguous().view(torch.uint8).flatten()
+    _same("bytes of codes", len(codes), -(-shape.numel() // 2))
+    _same("scales", list(absmax.shape), [blocks])
+    _same("levels (quant_map)", found["quant_map"].tolist(), torch.tensor(NF4).tolist())
+    if absmax.dtype != torch.uint8:
+        return NF4Weight((shape[0], shape[1]), codes, _finite("absmax", absmax))
+    _same("nested_blocksize", state.get("nested_blocksize"), NESTED_BLOCK)
+    nested, levels, offset = found["nested_absmax"], found["nested_quant_map"], state.get("nested_offset")
+    _same("scales of scales", list(nested.shape), [-(-blocks // NESTED_BLOCK)])
+    if levels.shape != (256,) or not torch.allclose(levels.float(), dynamic_levels(), rtol=0, atol=1e-6):
+        raise ValueError("has levels of scales (nested_quant_map) that are not bitsandbytes'")
+    if not isinstance(offset, int | float) or not abs(offset) < 1e38:
+        raise ValueError(f"has nested_offset {str(offset)[:40]!r}; a finite number belongs there")
+    return NF4Weight((shape[0], shape[1]), codes, absmax, _finite("nested_absmax", nested), torch.tensor(float(offset)))
+
+
+def _state(raw: Tensor) -> dict[str, Any]:
+    """The JSON object that bitsandbytes puts into a tensor of bytes."""
+    try:
+        state = json.loads(raw.numpy().tobytes())
+        return dict(state)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("has a quant_state that is not a JSON object") from None
+
+
+def _int8(found: dict[str, Tensor], shape: torch.Size) -> Int8Weight:
+    _same("shape", list(found["weight"].shape), list(shape))
+    _same("scales (SCB)", list(found["SCB"].shape), [shape[0]])
+    _same("weight_format", found.get("weight_format", torch.tensor(0)).tolist(), 0)  # rows, not the tiles of old cards
+    return Int8Weight(found["weight"], _finite("SCB", found["SCB"]))
+
+
+def _fp8(found: dict[str, Tensor], shape: torch.Size) -> FP8Weight:
+    codes, scales = found["weight"], found["weight_scale_inv"]
+    _same("shape", list(codes.shape), list(shape))
+    _same("blocks of 128 x 128 (weight_scale_inv)", list(scales.shape), list(grid(shape)))
+    if ((codes.view(torch.uint8) & 127) == 127).any():
+        raise ValueError("holds values that are not finite (NaN)")
+    return FP8Weight(codes, _finite("weight_scale_inv", scales))
+
+
+def _same(what: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(f"has {what} {str(found)[:60]!r}; {str(wanted)[:60]} belongs there")
+
+
+def _finite(what: str, scales: Tensor) -> Tensor:
+    """The scales in fp32."""
+    if not scales.is_floating_point() or not scales.isfinite().all():
+        raise ValueError(f"has scales ({what}) that are not finite numbers")
+    return scales.float()
