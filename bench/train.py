@@ -166,7 +166,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument(
-        "--side", action="append", default=[], metavar="NAME=PYTHON", help="nf4, int8, hf, qlora or unsloth, and its interpreter"
+        "--side",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="nf4, int8, hf, qlora or unsloth, and its interpreter",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
