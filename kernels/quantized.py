@@ -22,9 +22,10 @@ class QuantizedWeight(nn.Module):
     name = ""  # what a user calls the format
     parts: tuple[str, ...] = ()  # the names of the buffers
     codes: Tensor
-    first: Tensor | None = (
-        None  # the first weights before they were quantised, where known: a base model is recognised by them
-    )
+    # of the weight that was quantised, where it is known: its first values, by which a base model is recognised, and how far
+    # off this one is, ||W_quantised - W|| / ||W||
+    first: Tensor | None = None
+    error: float | None = None
 
     def __init__(self, shape: tuple[int, int]):
         super().__init__()
@@ -68,7 +69,7 @@ class QuantizedWeight(nn.Module):
             part = cast(Tensor | None, getattr(self, name))
             if part is not None:
                 part.copy_(getattr(other, name))
-        self.first = other.first
+        self.first, self.error = other.first, other.error
 
     def first_values(self, count: int) -> Tensor:
         """The first `count` weights, row by row, as they were before they were quantised, where that is known."""
@@ -120,14 +121,14 @@ def weight_as(weight: Weight, dtype: torch.dtype, rows: slice | None = None) -> 
 
 
 def relative_error(weight: QuantizedWeight, true: Tensor) -> float:
-    """||W_quantised - W|| / ||W||, Frobenius, in fp64 by pieces; 0 for a W of zeros."""
-    height = max(1, PIECE // max(1, weight.shape[1]))
+    """||W_quantised - W|| / ||W||, Frobenius, by pieces; 0 for a W of zeros."""
+    height = max(1, piece_of(weight.device, weight.numel()) // max(1, weight.shape[1]))
     off = size = 0.0
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
-        wanted = true[rows].double()
-        off += (weight.weight_as(torch.float32, rows).double() - wanted).square().sum().item()
-        size += wanted.square().sum().item()
+        wanted = true[rows].float()
+        size += torch.linalg.vector_norm(wanted).item() ** 2
+        off += torch.linalg.vector_norm(weight.weight_as(torch.float32, rows).sub_(wanted)).item() ** 2
     return (off / size) ** 0.5 if size else 0.0
 
 

@@ -76,6 +76,9 @@ class TrainConfig(DataConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16"
     )
+    quant: Literal["keep", "off", "nf4", "int8"] = setting(
+        "keep", "bits of the base's linears: nf4, int8, keep those of the folder, or off to widen them to dtype"
+    )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")

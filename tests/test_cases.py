@@ -272,11 +272,7 @@ def test_settings_of_other_tools_that_mean_nothing_here_are_one_line(tmp_path: P
 
 @pytest.mark.parametrize(
     ("flag", "told"),
-    [
-        ("--bf16", "--compute sets it"),
-        ("--fp16", "--compute sets it"),
-        ("--quantization_bit", "cannot be trained on yet"),
-    ],
+    [("--bf16", "--compute sets it"), ("--fp16", "--compute sets it"), ("--quantization_bit", "Give --quant nf4")],
 )
 def test_a_flag_of_another_tool_gets_a_hint(flag: str, told: str, capsys):
     for words in ([flag], [flag, "4"], [f"{flag}=true"]):

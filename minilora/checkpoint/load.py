@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.kernels.quantized import QuantizedWeight, Weight, weight_as
+from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
@@ -192,7 +192,9 @@ def _quantise(weight: QuantizedWeight, value: Weight, what: str) -> None:
         return
     value = weight_as(value, torch.float32) if isinstance(value, QuantizedWeight) else value
     check_finite(value, what)
-    made = type(weight).of(value.to(weight.device))
+    value = value.to(weight.device)
+    made = type(weight).of(value)
+    made.error = relative_error(made, value)
     made.first = value.flatten()[:FIRST].to("cpu", torch.bfloat16, copy=True)
     weight.copy_(made)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.kernels.fp8_blocks import E4M3, FP8Weight, grid
 from minilora.kernels.int8_rows import Int8Weight
@@ -24,6 +24,7 @@ from minilora.kernels.quantized import QuantizedWeight, Weight
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..files.tensors import Tensors
+from ..lora import quantized_weights
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
@@ -52,6 +53,28 @@ def how(j: dict[str, Any]) -> str | None:
         method = f"bitsandbytes, {str(kind)[:20]}"
     told = str(method)[:40] if method else f"{said} bits" if isinstance(said, int) else ""
     raise ValueError("the weights are quantised" + (f" ({told})" if told else ""))
+
+
+def in_memory(quant: str, j: dict[str, Any]) -> str:
+    """The format, or off, that the linears of a folder with this config.json have in memory."""
+    return how(j) or "off" if quant == "keep" else quant
+
+
+def quantised_note(model: nn.Module) -> str | None:
+    """A line on the quantised weights of a model: format, bits, bytes, and the error where it is known."""
+    weights = quantized_weights(model)
+    if not weights:
+        return None
+    size, count = sum(w.nbytes for w in weights.values()), sum(w.numel() for w in weights.values())
+    names = " and ".join(sorted({w.name for w in weights.values()}))
+    line = f"{names}: {len(weights)} weights at {8 * size / count:.2f} bits, {size / 1e6:,.1f} MB"
+    errors = {name: w.error for name, w in weights.items() if w.error is not None}
+    if not errors:
+        return line
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    path = worst.replace(".base.", ".").removesuffix(".weight")
+    return f"{line}; relative error (Frobenius) {100 * mean:.2g} %, at most {100 * errors[worst]:.2g} % ({path})"
 
 
 class Stored:

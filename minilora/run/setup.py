@@ -22,7 +22,7 @@ def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig
     """The model ready to train, and the config with the compute dtype and the threads that were chosen."""
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device)
-    model = prepare(load_model(folder, stored, device, name_of(compute)), config)
+    model = prepare(load_model(folder, stored, device, name_of(compute), config.quant), config)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     settled = name_of(compute) if compute != torch.float64 else "auto"
@@ -46,7 +46,10 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     """Make a loaded model trainable: add adapters, or with method full unfreeze every weight."""
     if config.method == "full":
         if quantized_weights(model):
-            raise UsageError("--method full trains every weight, and these are quantised", "Use the bf16 release.")
+            raise UsageError(
+                "--method full trains every weight, and these are quantised",
+                "Leave --quant out, or take the bf16 release.",
+            )
         model.requires_grad_(True)
     else:
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}

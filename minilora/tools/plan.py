@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.load import empty_model, find_device, read_config
+from ..checkpoint.quantised import in_memory
 from ..config import TrainConfig
 from ..data import IGNORE, Batch, Example, pack, step_examples
 from ..errors import UsageError
@@ -35,7 +36,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     c = read_config(folder)
     device = find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device if card_gb is None else torch.device("cuda"))
-    model = prepare(empty_model(c, stored), config)
+    model = prepare(empty_model(c, stored, in_memory(config.quant, folder.config)), config)
     model.compute = compute
     parameters = sum(p.numel() for p in empty_model(c).parameters())
     trained = sum(p.numel() for p in trained_parameters(model).values())

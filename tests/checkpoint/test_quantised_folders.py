@@ -1,6 +1,7 @@
 """Folders that are quantised, and those that are quantised while they load. tests/models/test_golden.py has their logits and gradients."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minilora
+from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, fingerprint, read_config
 from minilora.checkpoint.merge import merge_folder
+from minilora.checkpoint.quantised import quantised_note
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError, UsageError
 from minilora.files.model_folder import ModelFolder
@@ -281,3 +284,31 @@ def test_the_dry_run_counts_the_bits(tmp_path: Path):
         assert found[quant].weights == sum(w.nbytes for w in base_parameters(real).values())
         assert abs(found[quant].activations - found["off"].activations) <= 2048  # NF4's table of pairs
     assert found["nf4"].total < found["int8"].total < found["off"].total
+
+
+def test_the_note_of_a_header_has_bits_and_error():
+    note = quantised_note(minilora.load_model(GOLDEN / "qwen3", device="cpu", quant="nf4"))
+    assert note is not None and re.match(
+        r"nf4: 14 weights at 4\.\d+ bits, \d\.\d MB; relative error \(Frobenius\) \d.*%, at most \d", note
+    )
+    kept = quantised_note(minilora.load_model(GOLDEN / "qwen3_nf4", device="cpu"))
+    assert kept is not None and "error" not in kept
+    assert quantised_note(minilora.load_model(GOLDEN / "qwen3", device="cpu")) is None
+
+
+def test_a_run_trains_on_a_quantised_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """From the command line: the header says so, and the adapter goes on the base in 16 bits."""
+    demo = Path(minilora.__file__).parent / "demo"
+    words = [
+        "train",
+        "--model",
+        str(demo / "mini"),
+        "--data",
+        str(demo / "identity.json"),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert main([*words, "--quant", "nf4", "--max-steps", "2", "--lora-r", "4"]) == 0
+    assert "nf4: 35 weights" in capsys.readouterr().out
+    minilora.load_adapter(minilora.load_model(demo / "mini", device="cpu"), tmp_path / "run" / "adapter")
+    assert main([*words[:-1], str(tmp_path / "full"), "--quant", "nf4", "--method", "full"]) == 2
