@@ -90,11 +90,9 @@ class Stored:
 
     def _is(self, name: str) -> bool:
         dtype = self.tensors.shapes[name][0]
-        wanted = {
-            "nf4": not dtype.is_floating_point or f"{name}.absmax" in self.tensors.shapes,
-            "int8": dtype == torch.int8,
-        }
-        return wanted.get(str(self.form), self.form == "fp8" and dtype == E4M3)
+        if self.form == "nf4":  # the codes may be stored as numbers of 16 bits
+            return not dtype.is_floating_point or f"{name}.absmax" in self.tensors.shapes
+        return dtype == {"int8": torch.int8, "fp8": E4M3}.get(str(self.form))
 
     def _parts(self, name: str) -> dict[str, str]:
         """The tensors that belong to a weight, by short names."""
