@@ -16,6 +16,7 @@ from ..sampling import generation_note
 from ..text.tokenizer import Tokenizer, check_fits
 from .adapter import base_note, load_adapter
 from .load import keys_not_read, load_model
+from .quantised import quantised_note
 
 
 class Opening(TypedDict, total=False):
@@ -38,12 +39,13 @@ def open_model(
     say: Callable[[str], object] = lambda line: None,
     int8: bool = False,
     allow_partial: bool = False,
+    quant: str = "keep",
 ) -> Decoder:
     """The Decoder of a folder with its adapter, in evaluation mode; `say` is told how it computes.
 
     int8 merges the adapter into the weights and rounds them to 8 bits (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
     """
-    model = load_model(folder, device=device, compute=compute)
+    model = load_model(folder, device=device, compute=compute, quant=quant)
     check_fits(tokenizer, model.config.vocab, folder)
     if adapter:
         load_adapter(model, adapter, any_base, allow_partial)
@@ -52,7 +54,9 @@ def open_model(
         torch.set_num_threads(choose_threads(model.config))
     if int8:
         round_to_int8(model)
-    say(computing(model, compute) + (", the adapter merged first" if int8 and adapter else ""))
+    note = quantised_note(model)
+    widened = f"; {note}, widened for every token" if note else ""
+    say(computing(model, compute) + (", the adapter merged first" if int8 and adapter else "") + widened)
     return model
 
 

@@ -17,6 +17,7 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, fingerprint, read_config
 from minilora.checkpoint.merge import merge_folder
+from minilora.checkpoint.open_model import open_model
 from minilora.checkpoint.quantised import quantised_note
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError, UsageError
@@ -118,6 +119,27 @@ def test_scales_of_one_level(tmp_path: Path):
     write(folder, tensors)
     for name, weight in quantized_weights(minilora.load_model(folder, device="cpu")).items():
         assert weight.weight_as(torch.float32).equal(kept[name].weight_as(torch.float32))
+
+
+def test_codes_stored_as_numbers_of_16_bits(tmp_path: Path):
+    """bnb_4bit_quant_storage bfloat16, which sharding wants."""
+    folder, tensors, kept = copied("qwen3_nf4", tmp_path), stored("qwen3_nf4"), as_loaded("qwen3_nf4")
+    write(folder, tensors | {name: tensors[name].flatten().view(torch.bfloat16)[:, None].contiguous() for name in kept})
+    for name, weight in quantized_weights(minilora.load_model(folder, device="cpu")).items():
+        assert weight.codes.equal(kept[name].codes)
+
+
+def test_a_quantised_base_answers_and_says_that_it_widens():
+    said: list[str] = []
+    demo = Path(minilora.__file__).parent / "demo" / "mini"
+    tokenizer = minilora.load_tokenizer(demo)
+    model = open_model(demo, tokenizer, device="cpu", say=said.append, quant="nf4")
+    assert "nf4: 35 weights" in said[0] and "widened for every token" in said[0]
+    before = open_model(demo, tokenizer, device="cpu", quant="nf4", int8=True)
+    ids = torch.tensor(tokenizer.encode("hello"))
+    with torch.inference_mode():
+        wanted, found = model.logits(ids).float(), before.logits(ids).float()
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 @pytest.mark.parametrize("quant", ["off", "nf4", "int8"])
