@@ -3,8 +3,9 @@
     y = x W^T + b        dX = dY W        x [T, K], dY [T, N] in the compute dtype; W [N, K], b [N] as stored
 
 A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32, and a quantised W (quantized.py) in the
-dtype of x. W is widened for one product at a time, so that there are never two copies of the model. With a few rows, reading W takes longer than arithmetic: in inference x is
-rounded to bf16 where W is bf16, which has the range of fp32 (in fp16 x could overflow).
+dtype of x. W is widened for one product at a time, so that there are never two copies of the model. With a few rows,
+reading W takes longer than arithmetic: in inference x is rounded to bf16 where W is bf16, which has the range of fp32 (in
+fp16 x could overflow).
 """
 
 from collections.abc import Iterator

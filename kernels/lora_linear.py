@@ -13,7 +13,7 @@ Widths and ranks may differ, and a projection may have no adapter or no bias. As
 On Triton: all S_j from one read of x (lora_shrink), then all y_j in one launch of a GEMM whose accumulators start from
 s_j S_j B_j^T (lora_gemm); for a narrow single layer, both in one pass. Backward: dS and dB from one read of each dY_j,
 then dX, written once, and all dA_j from one read of x. On torch, which also takes widths that are not a multiple of 16
-on a GPU: the library's GEMM, one for all weights where they are packed (projection.together), and a second call that adds
+on a GPU: the library's GEMM, one for all weights where they are packed (packed.py), and a second call that adds
 the product of rank R.
 """
 
@@ -29,7 +29,8 @@ from minilora.kernels.dispatch import library_gemm, once_differentiable, recordi
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
-from minilora.kernels.projection import Adapter, Projection, check, together
+from minilora.kernels.packed import stacked
+from minilora.kernels.projection import Adapter, Projection, check
 from minilora.kernels.quantized import Weight, weight_as
 
 
@@ -178,7 +179,7 @@ def _uninitialised(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]
 def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Weight, Tensor | None, list[int]]]:
     """(weight, bias, widths N_j) of each base GEMM: one for all where the weights are packed, else one a projection."""
     ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
-    whole = together([p.weight for p in projections]) if len(projections) > 1 else None
+    whole = stacked([p.weight for p in projections]) if len(projections) > 1 else None
     if whole is None:
         return [
             (p.weight, None if p.bias is None else p.bias.to(dtype), [n]) for p, n in zip(projections, ns, strict=True)

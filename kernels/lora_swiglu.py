@@ -30,7 +30,8 @@ from minilora.kernels.lora_gemm import (
     s_index,
     swizzle_tile,
 )
-from minilora.kernels.projection import Projection, check, join, joined
+from minilora.kernels.packed import join, joined
+from minilora.kernels.projection import Projection, check
 from minilora.kernels.swiglu import sigmoid, swiglu, swiglu_fused, swiglu_fused_ref, swiglu_ref
 
 DUAL = {  # by architecture, as in lora_gemm: BN columns of each of the two

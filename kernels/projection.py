@@ -1,16 +1,13 @@
-"""A linear layer with its adapter as the kernels see it, and weights packed so that one GEMM reads them all.
-
-Packed weights are views of one storage, one after the other, so that the module tree and its names stay as they are.
-"""
+"""A linear layer with its adapter, as the kernels see it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
-from minilora.kernels.quantized import Packed, QuantizedWeight, Weight
+from minilora.kernels.quantized import Weight
 
 # dtypes that a frozen weight may be stored in, whatever the dtype of x
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,35 +43,6 @@ class Projection(NamedTuple):
         """The weight where it is not quantised, which is all that the Triton kernels take."""
         assert isinstance(self.weight, Tensor), self.weight
         return self.weight
-
-
-def join(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Pack weights [N_j, K]: views of one new storage, which the caller puts in the place of the weights."""
-    return list(torch.cat(list(weights)).split([w.shape[0] for w in weights]))
-
-
-def together(weights: Sequence[Weight]) -> Weight | None:
-    """[sum of N_j, K] for one product with all the weights [N_j, K]: where they are `joined`, or all quantised."""
-    plain = [w for w in weights if isinstance(w, Tensor)]
-    if len(plain) == len(weights):
-        return joined(plain)
-    return None if plain else Packed(cast(Sequence[QuantizedWeight], weights))
-
-
-def joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """Packed weights [N_j, K] as one matrix [sum of N_j, K], a view; None if they are not packed."""
-    first = weights[0]
-    (height, k), dtype, start = first.shape, first.dtype, first.storage_offset()
-    storage = first.untyped_storage()._cdata  # identifies the storage; that of a tensor without data has no address
-    if not first.is_contiguous():
-        return None
-    for w in weights[1:]:
-        if w.storage_offset() != start + height * k or w.untyped_storage()._cdata != storage:
-            return None
-        if w.dtype != dtype or w.shape[1] != k or not w.is_contiguous():
-            return None
-        height += w.shape[0]
-    return first.as_strided((height, k), (k, 1))
 
 
 def check(x: Tensor, projections: Sequence[Projection]) -> None:

@@ -94,22 +94,6 @@ class QuantizedWeight(nn.Module):
         raise NotImplementedError
 
 
-class Packed(QuantizedWeight):
-    """Weights [N_j, K] of one input, one above the other, for one product with all of them; none is copied."""
-
-    def __init__(self, weights: Sequence[QuantizedWeight]):
-        super().__init__((sum(w.shape[0] for w in weights), weights[0].shape[1]))
-        self.codes, self.weights = weights[0].codes, weights
-
-    def fill(self, out: Tensor, start: int) -> None:
-        top = 0
-        for weight in self.weights:
-            first, last = max(start, top), min(start + len(out), top + weight.shape[0])
-            if first < last:
-                weight.fill(out[first - start : last - start], first - top)
-            top += weight.shape[0]
-
-
 Weight = Tensor | QuantizedWeight
 
 

@@ -23,7 +23,7 @@ Words:
     recompute     activation checkpointing: the forward of a block again, in the backward
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -140,14 +140,6 @@ def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
     """The same of one linear that is both, the gate's rows first."""
     fused = None if torch.is_grad_enabled() else projections(gate_up)
     return swiglu_fused(gate_up(x)) if fused is None else lora_swiglu(x, fused)
-
-
-def quantize_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Put quantised weights in the place of parameters, by their names."""
-    for name, weight in weights.items():
-        linear = model.get_submodule(name.removesuffix(".weight"))
-        del linear.weight
-        linear.weight = weight
 
 
 def pack_weights(model: nn.Module) -> None:

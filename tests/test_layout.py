@@ -178,6 +178,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.lora_gemm",
         "minilora.kernels.lora_linear",
         "minilora.kernels.lora_shrink",
+        "minilora.kernels.packed",
         "minilora.kernels.projection",
         "minilora.kernels.quantized",
     }

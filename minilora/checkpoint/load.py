@@ -24,7 +24,8 @@ from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
-from minilora.models.layers import pack_weights, quantize_linears
+from minilora.models.layers import pack_weights
+from minilora.models.quantized import quantize_linears
 
 from ..errors import ModelError, UsageError, quote
 from ..files.atomic import atomic_folder

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from minilora.models.decoder import Decoder
+from minilora.models.quantized import quantized_weights
 
 from ..errors import DiskError, ModelError, OutputInUse
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
-from ..lora import adapters, quantized_weights, without_adapters
+from ..lora import adapters, without_adapters
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter
 from .load import SHARD_BYTES, load_model, write_checkpoint

@@ -20,11 +20,11 @@ from minilora.kernels.fp8_blocks import E4M3, FP8Weight, grid
 from minilora.kernels.int8_rows import Int8Weight
 from minilora.kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, NF4Weight, dynamic_levels
 from minilora.kernels.quantized import QuantizedWeight, Weight
+from minilora.models.quantized import quantized_weights
 
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..files.tensors import Tensors
-from ..lora import quantized_weights
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")

@@ -8,12 +8,13 @@ import torch
 from minilora.kernels.dispatch import kernels_enabled
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.quantized import quantized_weights
 
 from ..checkpoint.load import find_device, load_model, read_config
 from ..config import TrainConfig
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder
-from ..lora import add_lora, quantized_weights, trained_parameters
+from ..lora import add_lora, trained_parameters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 

@@ -24,7 +24,8 @@ from minilora.errors import ModelError, UsageError
 from minilora.files.model_folder import ModelFolder
 from minilora.kernels import fp8_blocks, int8_rows, nf4
 from minilora.kernels.quantized import QuantizedWeight
-from minilora.lora import add_lora, base_parameters, linears, quantized_weights
+from minilora.lora import add_lora, base_parameters, linears
+from minilora.models.quantized import quantized_weights
 from minilora.tools.dry_run import step_memory
 
 GOLDEN = Path(__file__).parents[1] / "golden"

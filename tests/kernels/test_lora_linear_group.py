@@ -11,7 +11,8 @@ from torch import Tensor
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
 from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
-from minilora.kernels.projection import Adapter, Projection, join, joined
+from minilora.kernels.packed import join, joined
+from minilora.kernels.projection import Adapter, Projection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -11,7 +11,8 @@ from minilora.kernels import fp8_blocks, frozen_linear, int8_rows, nf4
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
 from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
-from minilora.kernels.projection import Adapter, Projection, together
+from minilora.kernels.packed import stacked
+from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import PIECE, relative_error, weight_as
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "quantised.safetensors")  # made by make_quantised.py there
@@ -244,12 +245,12 @@ def test_a_weight_beyond_one_piece_is_multiplied_by_rows(form, monkeypatch: pyte
 @every_format
 def test_packed_weights_are_one_above_the_other(form):
     weights = [form.quantize(random(n, 40)) for n in (6, 1, 9)]
-    whole = together(weights)
+    whole = stacked(weights)
     assert whole is not None and whole.shape == (16, 40)
     wanted = torch.cat([w.weight_as(torch.float32) for w in weights])
     for rows in (None, slice(0, 3), slice(5, 8), slice(7, None), slice(2, 16)):
         same(weight_as(whole, torch.float32, rows), wanted if rows is None else wanted[rows])
-    assert together([weights[0], random(6, 40)]) is None
+    assert stacked([weights[0], random(6, 40)]) is None
 
 
 @every_format

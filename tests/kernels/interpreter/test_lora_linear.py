@@ -19,7 +19,8 @@ from minilora.kernels import lora_gemm, lora_linear, lora_shrink, lora_swiglu
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref, keep_mask, philox_key, threshold
 from minilora.kernels.lang import jit, tl
-from minilora.kernels.projection import Adapter, Projection, join
+from minilora.kernels.packed import join
+from minilora.kernels.projection import Adapter, Projection
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 KEY = DropoutKey(seed=7, step=3, micro=1, module=11)

@@ -1,0 +1,20 @@
+"""A model whose linears have quantised weights (kernels/quantized.py): each is a module under the name of its parameter."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from minilora.kernels.quantized import QuantizedWeight
+
+
+def quantize_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put quantised weights in the place of parameters, by their names."""
+    for name, weight in weights.items():
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        del linear.weight
+        linear.weight = weight
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """The quantised weights of a model, by the names that their parameters had."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
