@@ -1,9 +1,9 @@
-"""Weights in FP8 e4m3, each block of 128 x 128 with a scale of its own: 8 bits a weight, as Qwen and GLM publish their -FP8 folders.
+"""Weights in FP8 e4m3, a scale for each block of 128 x 128, as in the -FP8 folders of Qwen: 8 bits a weight.
 
     W[n, k] = e4m3[n, k] * scale[n // 128, k // 128]
 
-The files call the scale weight_scale_inv, the inverse of what W was multiplied by (DeepSeek-V3, 2024). In those models' own inference
-x goes into FP8 too; here it stays in the compute dtype.
+The files call the scale weight_scale_inv, the inverse of what W was multiplied by (DeepSeek-V3, 2024). In those
+models' own inference x goes into FP8 too; here it stays in the compute dtype.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class FP8Weight(QuantizedWeight):
 
 def as_half(codes: Tensor) -> Tensor:
     """Finite e4m3 / LIFT as fp16: the same bits, moved; torch's own cast goes byte by byte on a CPU."""
-    # s eeee mmm, sign-extended and shifted, is s s eeee mmm 0000000; fp16 wants s 0 eeee mmm 0000000, and its bias is 8 more
+    # s eeee mmm, sign-extended and shifted, is s s eeee mmm 0000000; fp16 has s 0 eeee mmm 0000000, and 8 more bias
     return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
 
 

@@ -4,8 +4,8 @@
 
 A 16-bit checkpoint on a CPU without 16-bit arithmetic is computed in fp32, and a quantised W (quantized.py) in the
 dtype of x. W is widened for one product at a time, so that there are never two copies of the model. With a few rows,
-reading W takes longer than arithmetic: in inference x is rounded to bf16 where W is bf16, which has the range of fp32 (in
-fp16 x could overflow).
+reading W takes longer than arithmetic: in inference x is rounded to bf16 where W is bf16, which has the range of fp32
+(in fp16 x could overflow).
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ BLOCK_ROWS = 2048  # rows of a piece of a larger weight, such as the head
 
 
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b [T, N] in the dtype of x, without a gradient; weight [N, K], bias [N] of any floating dtype, or W quantised."""
+    """x W^T + b [T, N] in the dtype of x, without a gradient; W, b in any floating dtype, or W quantised."""
     if x.shape[0] <= FEW_ROWS and weight.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
         return _few_rows(x.to(weight.dtype), cast(Tensor, weight), bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)

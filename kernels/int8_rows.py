@@ -1,9 +1,11 @@
-"""Weights in int8, each row with a scale of its own (the vector-wise absmax of LLM.int8: Dettmers et al., 2022): 8 bits a weight.
+"""Weights in int8, each row with a scale of its own (the vector-wise absmax of LLM.int8: Dettmers et al., 2022): 8
+bits a weight.
 
     W[n, k] = code[n, k] * absmax[n] / 127
 
-Codes and absmax are those of bitsandbytes 0.50's int8_vectorwise_quant, bit for bit. LLM.int8 also rounds x to 8 bits, and for that
-keeps columns of x with outliers in 16 bits. Here x stays in the compute dtype, so that it has no outliers to look after.
+Codes and absmax are those of bitsandbytes 0.50's int8_vectorwise_quant, bit for bit. LLM.int8 also rounds x to 8
+bits, and for that keeps columns of x with outliers in 16 bits. Here x stays in the compute dtype, so that it has no
+outliers to look after.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
-"""NF4 with double quantisation (QLoRA: Dettmers et al., 2023): 4.13 bits a weight, bit for bit as bitsandbytes 0.50 has it.
+"""NF4 with double quantisation (QLoRA: Dettmers et al., 2023), the bits of bitsandbytes 0.50: 4.13 bits a weight.
 
     W[i] = NF4[code[i]] * absmax[i // 64]        absmax[j] = DYNAMIC[nested_code[j]] * nested_absmax[j // 256] + offset
 
-W is read flat, row by row. NF4 are 16 levels in [-1, 1] that hold equal shares of a normal distribution; two codes lie in a byte, the
-first one in the upper half. The scale of each 64 weights is their largest magnitude; these scales, less their mean, are in
-turn codes of 8 bits, of levels that stand closer near zero, with a scale of their own for each 256.
-A byte is looked up whole, in a table of the 256 pairs of levels.
+W is read flat, row by row. NF4 are 16 levels in [-1, 1] that hold equal shares of a normal distribution; two codes
+lie in a byte, the first one in the upper half. The scale of each 64 weights is their largest magnitude; these scales,
+less their mean, are in turn codes of 8 bits, of levels that stand closer near zero, with a scale of their own for
+each 256. A byte is looked up whole, in a table of the 256 pairs of levels.
 """
 
 from collections.abc import Sequence
@@ -166,7 +166,7 @@ def level_pairs(device: torch.device) -> Tensor:
 
 @lru_cache
 def dynamic_levels(device: torch.device = CPU) -> Tensor:
-    """The 256 levels of the scales (8-bit dynamic tree: Dettmers, 2015): a decimal exponent, and what bits are left for a fraction."""
+    """The 256 levels of scales: a decimal exponent, and a fraction of the bits that are left (Dettmers, 2015)."""
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = _edges(2**exponent)
@@ -176,7 +176,7 @@ def dynamic_levels(device: torch.device = CPU) -> Tensor:
 
 
 def _edges(parts: int) -> Tensor:
-    """torch.linspace(0.1, 1, parts + 1), with the fused multiply-add of most machines: its last bit is not everywhere the same."""
+    """torch.linspace(0.1, 1, parts + 1) with fused multiply-adds: the last bit of torch's differs by machine."""
     start, index = torch.tensor(0.1), torch.arange(parts + 1)
     step = (1 - start) / parts
     upward, downward = start.double() + index * step.double(), 1 - (parts - index) * step.double()

@@ -1,7 +1,7 @@
 """Weights that one GEMM reads together.
 
-Plain ones are views of one storage, one after the other, so that the module tree and its names stay as they are. Quantised ones are
-widened into one storage for each product.
+Plain ones are views of one storage, one after the other, so that the module tree and its names stay as they are.
+Quantised ones are widened into one storage for each product.
 """
 
 from collections.abc import Sequence

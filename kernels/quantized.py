@@ -1,8 +1,9 @@
 """Frozen weights in 4 and 8 bits: what the formats share (nf4.py, int8_rows.py, fp8_blocks.py).
 
-A weight [N, K] is codes, each of which names a level, and scales. It is reached through one verb, `weight_as(weight, dtype)`, that
-gives it in the dtype products are made in: level * scale in fp32, rounded once. The wide copy lives for one product. It is
-made in pieces that stay in the cache, so that memory is read once for the codes and written once for the copy.
+A weight [N, K] is codes, each of which names a level, and scales. It is reached through one verb, `weight_as(weight,
+dtype)`, that gives it in the dtype products are made in: level * scale in fp32, rounded once. The wide copy lives for
+one product. It is made in pieces that stay in the cache, so that memory is read once for the codes and written once
+for the copy.
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ class QuantizedWeight(nn.Module):
     name = ""  # what a user calls the format
     parts: tuple[str, ...] = ()  # the names of the buffers
     codes: Tensor
-    # of the weight that was quantised, where it is known: its first values, by which a base model is recognised, and how far
-    # off this one is, ||W_quantised - W|| / ||W||
+    # of the weight that was quantised, where it is known: its first values, by which a base model is recognised, and
+    # how far off this one is, ||W_quantised - W|| / ||W||
     first: Tensor | None = None
     error: float | None = None
 

@@ -1,4 +1,4 @@
-"""A model whose linears have quantised weights (kernels/quantized.py): each is a module under the name of its parameter."""
+"""A model whose linears have quantised weights: each is a module under the name that its parameter had."""
 
 from collections.abc import Mapping
 

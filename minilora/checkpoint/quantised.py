@@ -5,7 +5,8 @@
     bitsandbytes, 8 bits    weight I8, SCB F32, weight_format U8
     FP8                     weight F8_E4M3, weight_scale_inv
 
-Each kind is read into its class (kernels/nf4.py, int8_rows.py, fp8_blocks.py). What does not fit, or another kind, is refused in one line.
+Each kind is read into its class (kernels/nf4.py, int8_rows.py, fp8_blocks.py). What does not fit, or another kind, is
+refused in one line.
 """
 
 import json
@@ -32,7 +33,7 @@ FORMS: dict[str, type[QuantizedWeight]] = {"nf4": NF4Weight, "int8": Int8Weight,
 
 
 def how(j: dict[str, Any]) -> str | None:
-    """The format that a config.json says its weights are in, None for plain ones; ValueError that names one not read here."""
+    """The format that a config.json says its weights are in, None if plain; ValueError names one not read here."""
     said = next(
         (j[k] for k in ("quantization_config", "quantization_bit", "compression_config", "quantization") if j.get(k)),
         None,
@@ -102,7 +103,7 @@ class Stored:
         return {short: full for short, full in names[str(self.form)].items() if full in self.tensors.shapes}
 
     def logical(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The tensors of the folder as they are meant: a quantised weight has the shape that the model gives it, its parts are no tensors."""
+        """The tensors that the folder stands for: quantised weights, of the shapes of the model, and plain tensors."""
         hidden = {full for parts in self.parts.values() for full in parts.values()}
         return {
             name: (torch.float32, shapes.get(name, shape)) if name in self.parts else (dtype, shape)
