@@ -12,7 +12,7 @@ tensor cores.
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class Group(NamedTuple):
     def of(projections: Sequence[Projection]) -> "Group":
         weights, biases, sizes, a, b, ranks, rates, factors, keys = [], [], [], [], [], [], [], [], []
         for weight, bias, adapter in projections:
-            w = rows_of(weight)
+            w = rows_of(cast(Tensor, weight))  # none is quantised: lora_linear.runs_on_triton
             n, rank, factor = w.shape[0], 0, 0.0
             if adapter is not None:
                 rank, factor = adapter.a.shape[0], adapter.factor
