@@ -1,7 +1,7 @@
-"""Conversations to examples, and examples to flat streams of tokens.
+"""Examples to flat streams of tokens.
 
-An example is the ids of one conversation and, at each place, the token to be predicted there, or -100. A batch is several
-examples laid end to end, with no padding. Which examples make a step is a function of (seed, epoch) alone.
+An example is the ids of one conversation and, at each position, the token to be predicted there, or -100. A batch is several
+examples laid end to end, with no padding. Which examples make a step is a function of (seed, step) alone.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,12 @@ def make_batch(examples: Sequence[Example]) -> Batch:
 
 
 def pack(examples: Sequence[Example], capacity: int) -> list[Batch]:
-    """First-fit: each example goes into the first stream that has room for it, in the order given."""
-    examples = list(examples)
+    """First-fit: each example goes into the first stream that has room for it, in the order given.
+
+    An example longer than the capacity is a stream of its own.
+    """
+    if not examples:
+        return []
     shortest = min(len(e.ids) for e in examples)
     streams: list[list[Example]] = []
     room: dict[int, int] = {}  # stream -> free tokens, of those that some example may still fit in

@@ -1,13 +1,15 @@
 """Training in memory: rows in, an adapted model out, nothing on disk."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from minilora.models.decoder import Decoder
 
+from .config import TrainConfig
 from .data import pack, step_examples
 from .errors import UsageError
-from .lora import adapters
+from .lora import LoRALinear, adapters
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate
 from .run.setup import optimizer_of, prepare
@@ -43,7 +45,9 @@ def finetune(
         raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
     examples = render_rows(rows, tokenizer, config)
     check_fits(tokenizer, model.config.vocab, "the model")
-    if any(True for _ in adapters(model)):
+    there = [wrapper for _, wrapper in adapters(model)]
+    if there:
+        config = _with_what_adapters_have(config, set(map(canonical, settings)), there)
         model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
         model.train()
     else:
@@ -61,3 +65,14 @@ def finetune(
         on_step(step + 1, loss)
     model.eval()
     return losses
+
+
+def _with_what_adapters_have(config: TrainConfig, given: set[str], there: list[LoRALinear]) -> TrainConfig:
+    """The config with the dropout of the adapters that are there; UsageError for a setting that would make other ones."""
+    first = there[0]
+    have = {"lora_r": first.r, "lora_alpha": first.alpha, "rslora": first.rslora, "lora_dropout": first.dropout}
+    other = [name for name in have if name in given and getattr(config, name) != have[name]]
+    other += ["lora_targets"] if "lora_targets" in given else []
+    if other:
+        raise UsageError(f"the model has adapters already, of another {other[0]}", "Leave it out, or merge them first.")
+    return replace(config, lora_dropout=max(wrapper.dropout for wrapper in there))

@@ -1,7 +1,7 @@
 """Token by token from a model, for one prompt or many at once.
 
 There is one loop, `decode`. A pass is either the prompts of new requests, packed into one stream, or one token for each
-request that is running. It computes nothing else: no padding, and no token twice.
+request that is running: no prompt is padded, and nothing is computed twice.
 """
 
 from collections import deque
@@ -44,7 +44,7 @@ class Request:
 
 @torch.inference_mode()
 def decode(model: Decoder, waiting: deque[Request], slots: int = 1) -> Iterator[list[Request]]:
-    """Answer requests, at most `slots` at a time; yields after each pass the requests that it was for.
+    """Answer requests, at most `slots` at a time; yields the requests that each pass advanced.
 
     A request leaves `waiting` when a slot is free. Between passes the caller may append to `waiting`, and may end a request
     by giving it a finish_reason. Answers do not depend on what runs beside them, up to the rounding of the model's dtype.
@@ -100,7 +100,9 @@ def generate(
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """The tokens that follow ids, one at a time, up to and without the first of `stop`; at most max_tokens."""
+    """The tokens that follow ids, one at a time, until a stop id (excluded); at most max_tokens."""
+    if max_tokens < 1:
+        return
     request = Request(ids, stop, max_tokens, sampling, generator)
     for _ in decode(model, deque([request])):
         if request.finish_reason != "stop":

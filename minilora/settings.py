@@ -70,7 +70,7 @@ def without_not_needed(settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def resolve(*sources: dict[str, Any]) -> TrainConfig:
-    """The config of defaults under the given settings, later ones first; UsageError names a key or a value that is wrong."""
+    """Merge settings over the defaults, later sources over earlier ones; UsageError names a wrong key or value."""
     values: dict[str, Any] = {}
     for source in sources:
         unknown = [given for given in source if _field_of(given) is None]
@@ -79,11 +79,11 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
         names: dict[str, str] = {}  # as they are given
         for given, value in source.items():
             name = canonical(given)
+            if name == "keep" and str(value).isdigit():
+                name = "keep_checkpoints"  # its name in older runs
             if name in names:
                 raise UsageError(f"{names[name]}, {given} are one setting", "Give one of them.")
             names[name] = given
-            if name == "keep" and str(value).isdigit():
-                name = "keep_checkpoints"  # its name in older runs
             values[name] = convert(FIELDS[name], value)
     return TrainConfig(**values)
 
@@ -147,6 +147,8 @@ def _scalar(name: str, kind: Any, value: Any) -> Any:
     if kind is str and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         return ",".join(value)
     choices = get_args(kind)  # of a Literal
+    if isinstance(value, bool) and "off" in choices:  # yaml reads on and off as truth values
+        value = "on" if value else "off"
     if value is None or isinstance(value, (dict, list)) or (choices and value not in choices):
         raise ValueError(value)
     if choices or kind is str:

@@ -1,10 +1,10 @@
 """Training: config in, run folder out.
 
-    rows -> examples -> the streams of a step -> loss summed over target tokens, divided once -> clip -> AdamW -> adapter
+    rows -> examples -> the streams of a step -> summed loss / targets of the step -> clip -> AdamW -> adapter
 
 The loss of a step is the sum over all its target tokens divided by their number, however the rows are spread over
-micro-batches. Order, learning rate and dropout are functions of the step, so a run that goes on from a checkpoint computes
-the same bits as one that was never stopped.
+micro-batches. Order, learning rate and dropout are functions of the step, so a resumed run computes the same bits as one
+that was never stopped.
 """
 
 import math
@@ -39,7 +39,7 @@ from .run.signals import StopSignal
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
     """Run a training; returns the folder of what was trained (RUN/adapter, or RUN/model with method full).
 
-    Raises OutputInUse, CheckpointMismatch, Diverged, DiskError, Stopped, and what the data and the model give.
+    Raises UsageError, DataError, ModelError, OutputInUse, CheckpointMismatch, Diverged, OutOfMemory, DiskError, Stopped.
     """
     console = console or RunConsole()
     for key in ("model", "data", "output"):
@@ -95,7 +95,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
         now = time.perf_counter()
         at.step, at.seconds = step + 1, now - began
         flops = step_flops(run.model.config, batches, per_token) / (now - start)
-        peak = max(peak, flops)  # a roof that was measured beside other work may have been too low
+        peak = max(peak, flops)  # the measured peak is too low if the machine was busy then
         metrics = step_metrics(run, batches, loss, grad_norm, now - start, flops / peak)
         last, best, line = at.step == plan.steps, at.best_step, ""
         if plan.val and (at.step % plan.eval_every == 0 or last):
@@ -121,8 +121,8 @@ def train_step(
 ) -> tuple[float, float]:
     """One optimizer step on the streams of a step; returns (loss, gradient norm before clipping).
 
-    The learning rate is the optimizer's; `reached` hears how many tokens are through. Raises Diverged if the loss or the norm is not
-    finite, and Stopped between two streams if a signal came: the parameters are then those of the step before.
+    The learning rate is the optimizer's; `reached(tokens)` is called after each stream. Raises Diverged if the loss or the norm
+    is not finite, and Stopped between two streams if a signal came: the parameters are then those of the step before.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     targets = sum(len(b.targets) for b in batches)  # of all streams: the loss is one sum, divided once
@@ -159,7 +159,9 @@ def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
     monitor.validating()
     score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
     better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
-    note = "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss else ""
+    note = (
+        "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss is not None else ""
+    )
     if better:
         at.best_loss, at.best_step = score.loss, at.step
     return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"

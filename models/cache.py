@@ -1,4 +1,4 @@
-"""Keys and values of documents that answers are added to, token by token."""
+"""The key/value cache of decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cache:
 
     def __init__(self, layers: int, slots: int = 1, device: torch.device | None = None):
         self.slots, self.device, self.capacity = slots, device, 0
-        # of each document: all its tokens, those that it began with, and its bidirectional prefix in a prefix LM
+        # by slot: tokens, prompt length, and length of the bidirectional prefix in a prefix LM
         self.lengths: list[int] = []
         self.prompt_lens: list[int] = []
         self.prefix_lens: list[int] = []
@@ -28,7 +28,7 @@ class Cache:
         self._lengths = self._targets = torch.empty(0)
 
     def start(self, lengths: list[int], prefix_lens: list[int] | None = None) -> Documents:
-        """The next pass is the first tokens of new documents."""
+        """Prefill: add new documents, and return them for the pass."""
         self.lengths += lengths
         self.prompt_lens += lengths
         self.prefix_lens += prefix_lens or []
@@ -36,7 +36,8 @@ class Cache:
         return replace(Documents.of(lengths, prefix_lens), cache=self).to(self.device)
 
     def extend(self, tokens: int = 1) -> Documents:
-        """The next pass adds one token to every document, or several to the only one."""
+        """Decode: one more token for every document, or several for the only one."""
+        assert tokens == 1 or len(self.lengths) == 1, (tokens, self.lengths)
         new, starts = [tokens] * len(self.lengths), self.lengths
         self.lengths = [n + tokens for n in starts]
         self._prepare(new)
@@ -44,7 +45,7 @@ class Cache:
         return replace(documents, cache=self, prompt_lens=self.prompt_lens).to(self.device)
 
     def _prepare(self, new: list[int]) -> None:
-        """Get ready for so many new tokens of each of the last documents; `lengths` counts them already."""
+        """Grow the capacity, and find where the new tokens of the last documents go; `lengths` counts them already."""
         if max(self.lengths) > self.capacity:
             self.capacity = max(self.lengths) * 5 // 4 + 64
         ends = [slot * self.capacity + n for slot, n in enumerate(self.lengths)][-len(new) :]
@@ -70,7 +71,7 @@ class Cache:
         stored = self._stored[layer]
         assert stored is not None, layer
         k, v = stored[:, : len(self.lengths), : max(self.lengths)]
-        if len(self.lengths) == 1:  # nothing to mask: no document beside it is longer
+        if len(self.lengths) == 1:  # a single document: nothing to mask
             return attention_cached(q, k[0], v[0], window)
         return attention_decode(q, k, v, self._lengths, window)
 

@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.names = config, names
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
-        self.keep_attention = False  # then keep the output of attention
+        self.keep_attention = False  # with checkpointing, keep the output of attention
         self.compute: torch.dtype | None = None  # None: in the dtype that weights are stored in
         self.int8_head: torch.ScriptObject | None = None  # int8.py
         # given a weight, torch draws none: on the meta device that would import its compiler, which takes a second
@@ -110,11 +110,11 @@ class Decoder(nn.Module):
         return inverse_frequencies(self.config, device, dtype)
 
     def prefix_lens(self, ids: Tensor) -> list[int] | None:
-        """[how many first tokens of a document ids [T] all see each other]; None for a family that is all causal."""
+        """The length of the bidirectional prefix of one document ids [T], in a list; None for a family that is all causal."""
         return None
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits [T, V] in fp32 or wider for one document ids [T]; ValueError for ids that are no one document, such as a batch."""
+        """Logits [T, V] in fp32 or wider for one document ids [T]; ValueError for ids that are not 1-D."""
         if ids.dim() != 1:
             raise ValueError(
                 f"logits takes the ids of one document, [T], not {list(ids.shape)}: "

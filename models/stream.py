@@ -25,8 +25,8 @@ class Documents:
 
     cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each document. In a
     prefix LM the first prefix_lens[i] tokens of document i all see each other, and positions are [2, T]; None: all is causal.
-    A cache keeps their keys and values, if there is one. Documents that continue in it have prompt_lens, the numbers of
-    tokens that they began with.
+    A cache keeps their keys and values, if there is one; prompt_lens are the lengths of the prompts, set where documents
+    continue from the cache.
     """
 
     cu_seqlens: list[int]
@@ -69,7 +69,7 @@ def _positions(start: int, end: int, prefix_len: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """A stream to learn from: ids int64 [T]; where target_index int64 [M] points, the next token is targets [M].
+    """A stream to learn from: ids int64 [T]; targets[i] is the token to predict at position target_index[i], both int64 [M].
 
     where names the row that each document came from.
     """
@@ -97,7 +97,7 @@ def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> 
     if yarn is None:
         return frequencies, 1.0
 
-    def dimension(rotations: float) -> float:  # the dimension that rotates so often over the original length
+    def dimension(rotations: float) -> float:  # the dimension index with this many rotations over original_length
         return c.rotary * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
     low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
@@ -124,7 +124,7 @@ class Context:
         """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
         if self.documents.cache is not None:
             self.documents.cache.store(layer, k, v)
-            if self.documents.prompt_lens is not None:  # there are tokens of earlier passes to see
+            if self.documents.prompt_lens is not None:  # decoding: attend to the cache
                 return self.documents.cache.attend(layer, q, window)
         bounds, prefix_lens = self.documents.cu_seqlens, self.documents.prefix_lens
         if self.saved_attention is None:

@@ -51,6 +51,17 @@ def test_adapters_that_are_there_are_trained_on(pair: Pair, tmp_path: Path, monk
     assert not pair[0].training and minilora.finetune(*pair, ROWS, **SETTINGS)
     assert not any(torch.equal(b, w.lora_B) for b, (_, w) in zip(first, adapters(pair[0]), strict=True))
     assert os.listdir() == []
+    for other in ({"lora_r": 3}, {"lora_alpha": 7}, {"lora_targets": "mlp"}):
+        with pytest.raises(UsageError, match="has adapters already"):
+            minilora.finetune(*pair, ROWS, **SETTINGS | other)
+
+
+def test_their_dropout_draws_a_new_mask_for_each_step(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    minilora.add_lora(pair[0], r=4, dropout=0.3)
+    keys = set()
+    monkeypatch.setattr("minilora.train.set_dropout_keys", lambda model, *place: keys.add(place))
+    minilora.finetune(*pair, ROWS, max_steps=3)
+    assert len(keys) == 3
 
 
 @pytest.mark.parametrize(
