@@ -53,7 +53,7 @@ def test_adapters_that_are_there_are_trained_on(pair: Pair, tmp_path: Path, monk
     assert os.listdir() == []
     for other in ({"lora_r": 3}, {"lora_alpha": 7}, {"lora_targets": "mlp"}):
         with pytest.raises(UsageError, match="has adapters already"):
-            minilora.finetune(*pair, ROWS, **SETTINGS | other)
+            minilora.finetune(*pair, ROWS, **(SETTINGS | other))  # pyright: ignore[reportArgumentType]
 
 
 def test_their_dropout_draws_a_new_mask_for_each_step(pair: Pair, monkeypatch: pytest.MonkeyPatch):
