@@ -32,7 +32,7 @@ class DropoutKey(NamedTuple):
     module: int
 
 
-NO_DROPOUT = DropoutKey(0, 0, 0, 0)
+DEFAULT_KEY = DropoutKey(0, 0, 0, 0)
 
 
 def dropout_mask(shape: tuple[int, int], p: float, key: DropoutKey, device: torch.device | str = "cpu") -> Tensor:

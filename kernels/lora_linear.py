@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minilora.kernels import lora_gemm, lora_shrink
 from minilora.kernels.dispatch import library_gemm, once_differentiable, recording, use_triton
-from minilora.kernels.dropout import NO_DROPOUT, DropoutKey, dropout, dropout_mask, dropped
+from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
 from minilora.kernels.lang import INTERPRETED, rows_of
 from minilora.kernels.packed import stacked
@@ -55,7 +55,7 @@ def lora_linear_ref(
     b: Tensor,
     scale: float,
     p: float = 0.0,
-    key: DropoutKey = NO_DROPOUT,
+    key: DropoutKey = DEFAULT_KEY,
 ) -> Tensor:
     """The specification of one linear layer with its adapter."""
     return _one_ref(x, w, bias, Adapter(a, b, scale, p, key))
@@ -227,7 +227,7 @@ def lora_linear(
     b: Tensor,
     scale: float,
     p: float = 0.0,
-    key: DropoutKey = NO_DROPOUT,
+    key: DropoutKey = DEFAULT_KEY,
 ) -> Tensor:
     """F.linear(x, w, bias) + scale * (dropout(x) A^T) B^T for x [T, K]; p is the dropout rate, key its mask's name."""
     (y,) = lora_linear_group(x, [Projection(w, bias, Adapter(a, b, scale, p, key))])

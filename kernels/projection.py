@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
+from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey
 from minilora.kernels.quantized import Weight
 
 # dtypes that a frozen weight may be stored in, whatever the dtype of x
@@ -20,7 +20,7 @@ class Adapter(NamedTuple):
     b: Tensor
     scale: float
     p: float = 0.0
-    key: DropoutKey = NO_DROPOUT
+    key: DropoutKey = DEFAULT_KEY
 
     @property
     def factor(self) -> float:

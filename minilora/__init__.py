@@ -13,6 +13,7 @@ _HOMES = {
     "save_model": "checkpoint.load",
     "add_lora": "lora",
     "merge": "lora",
+    "set_dropout_keys": "lora",
     "load_adapter": "checkpoint.adapter",
     "save_adapter": "checkpoint.adapter",
     "load_tokenizer": "text.tokenizer",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .generate import reply as reply
     from .lora import add_lora as add_lora
     from .lora import merge as merge
+    from .lora import set_dropout_keys as set_dropout_keys
     from .sampling import Sampling as Sampling
     from .text.tokenizer import load_tokenizer as load_tokenizer
 

@@ -1,8 +1,7 @@
-"""LoRA on any model: one wrapper for a linear layer, and one walk that puts it in place.
+"""LoRA on any model: one wrapper for a linear layer, and one function that installs it.
 
 A wrapped linear computes y = W x + b + scale * B A dropout(x), with W and b frozen, A [R, in] and B [out, R] trained in fp32
-(Hu et al., 2021), scale = alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA (Kalajdzievski, 2023). A linear is
-wrapped or it is not; there is no third state.
+(Hu et al., 2021), scale = alpha / R, or alpha / sqrt(R) for rank-stabilised LoRA (Kalajdzievski, 2023).
 """
 
 import math
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import NO_DROPOUT, DropoutKey
+from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
@@ -36,7 +35,7 @@ class LoRALinear(Adapted):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
-        self.key = NO_DROPOUT
+        self.key = DEFAULT_KEY
 
     @property
     def r(self) -> int:
@@ -101,17 +100,20 @@ def add_lora(
     expression over whole paths. A starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), drawn from seed.
     Raises UsageError with the names that exist if a target is not there.
     """
-    refuse_second(model)
+    require_no_adapters(model)
+    if r < 1:
+        raise UsageError(f"lora_r is {r}", "It is at least 1.")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for path in matching(model, targets):
+    for path in target_paths(model, targets):
         wrapper = wrap(model, path, r, alpha, dropout, rslora)
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
             wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
+    set_dropout_keys(model, seed, 0, 0)  # no two linears drop alike; a loop sets new keys before each pass
 
 
-def refuse_second(model: nn.Module) -> None:
+def require_no_adapters(model: nn.Module) -> None:
     """UsageError if the model has adapters: one linear carries one."""
     if any(True for _ in adapters(model)):
         raise UsageError("the model has adapters already", "Merge them first, or load the model again.")
@@ -126,36 +128,30 @@ def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0
     return wrapper
 
 
-def matching(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The paths of the linears that `targets` means, in the order of the model."""
+def target_paths(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """The paths of the linears that `targets` selects, in the order of the model."""
     paths = list(linears(model))
-    if targets in ("all-linear", "all"):
-        return paths
-    if isinstance(targets, str) and targets in GROUPS:
-        found = [p for p in paths if set(p.split(".")[:-1]) & set(GROUPS[targets])]
-        missing = [] if found else [targets]
-    elif isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
+    if isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
         try:
-            found = [p for p in paths if re.fullmatch(targets, p)]
+            found = {targets: {p for p in paths if re.fullmatch(targets, p)}}
         except re.error as error:
-            raise UsageError(
-                f"lora_targets {targets!r} is not a regular expression: {error}", "Correct it, or give names."
-            ) from None
-        missing = [] if found else [targets]
+            what = f"lora_targets {targets!r} is not a regular expression: {error}"
+            raise UsageError(what, "Correct it, or give names.") from None
     else:
         names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
-        found = [p for p in paths if any(_named(p, n) for n in names)]
-        missing = [n for n in names if not any(_named(p, n) for p in paths)]
-    if missing:
+        found = {name: {p for p in paths if _selects(name, p)} for name in names}
+    missing = [name for name, selected in found.items() if not selected]
+    if missing or not found:
         leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
-        raise UsageError(
-            f"no linear is called {', '.join(missing)}", f"The model has {leaves}; or give all-linear, attention, mlp."
-        )
-    return found
+        what = f"no linear is called {', '.join(missing)}" if missing else "no targets are given"
+        raise UsageError(what, f"The model has {leaves}; or give all-linear, attention, mlp.")
+    return [p for p in paths if any(p in selected for selected in found.values())]
 
 
-def _named(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+def _selects(name: str, path: str) -> bool:
+    if name in GROUPS:
+        return bool(set(path.split(".")[:-1]) & set(GROUPS[name]))
+    return name in ("all-linear", "all") or path == name or path.endswith("." + name)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -187,6 +183,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:
-    """Name the dropout masks of the pass that follows: a function of seed, step, micro-batch and module alone."""
+    """Set the keys of the next pass's dropout masks: a function of seed, step, micro-batch and module alone."""
     for number, (_, wrapper) in enumerate(adapters(model)):
         wrapper.key = DropoutKey(seed, step, micro, number)

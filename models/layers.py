@@ -47,12 +47,12 @@ from .stream import Context
 class Adapted(nn.Module):
     """A linear with an adapter. The kernels take its projection(), which may be fused with others."""
 
-    output_needed = True  # see recompute.py
+    output_needed = True  # False while recompute.py runs a block again whose output nobody reads
 
     def __init_subclass__(cls) -> None:
         # a DoRALinear(LoRALinear) would inherit a projection() that leaves out what it adds
         if cls.__base__ is not Adapted:
-            raise TypeError(f"{cls.__name__} must derive from Adapted itself and say its own projection()")
+            raise TypeError(f"{cls.__name__} must subclass Adapted itself and define projection()")
 
     def projection(self) -> Projection:
         raise NotImplementedError
@@ -61,13 +61,15 @@ class Adapted(nn.Module):
 class Linear(nn.Linear):
     """A linear whose weight may be stored in another dtype than x has; x [T, K] -> [T, N] in the dtype of x."""
 
-    output_needed = True  # see recompute.py
+    output_needed = True  # False while recompute.py runs a block again whose output nobody reads
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return frozen_linear(x, self.weight, self.bias)
         if self.output_needed and self.weight.dtype == x.dtype:
             return super().forward(x)
+        if self.weight.requires_grad and self.output_needed:
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.weight.requires_grad:
             return _WithoutOutput.apply(x, self.weight, self.bias)  # pyright: ignore[reportReturnType]
         return lora_linear_group(x, [projection(self)], self.output_needed)[0]

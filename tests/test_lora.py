@@ -14,8 +14,9 @@ from minilora import add_lora, load_adapter, load_model, merge, save_adapter, sa
 from minilora.checkpoint.adapter import HARMLESS, READ, REFUSED
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
-from minilora.lora import adapters, linears, set_dropout_keys, without_adapters
+from minilora.lora import adapters, linears, set_dropout_keys, target_paths, without_adapters
 from minilora.models.decoder import Decoder
+from minilora.models.layers import Linear
 
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 PREFIX = "base_model.model."
@@ -503,3 +504,33 @@ def test_shards_are_read_back(tmp_path: Path):
     save_model(model, tmp_path / "shards", folder, shard_bytes=4000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     assert torch.equal(load_model(tmp_path / "shards").logits(IDS), model.logits(IDS))
+
+
+def test_groups_and_names_may_be_given_together():
+    model = tiny("qwen3")
+    both = target_paths(model, "attention,mlp")
+    assert both == target_paths(model, "all-linear") == target_paths(model, ["all-linear"])
+    assert set(target_paths(model, ["attention", "up_proj"])) == {p for p in both if "self_attn" in p or "up_proj" in p}
+    for wrong in ([], ["q_proj", "attention", "nothing"]):
+        with pytest.raises(UsageError):
+            target_paths(model, wrong)
+    with pytest.raises(UsageError, match="lora_r is 0"):
+        add_lora(model, r=0)
+
+
+def test_new_adapters_drop_by_masks_of_their_own():
+    model = tiny("qwen3")
+    add_lora(model, r=2, dropout=0.5)
+    keys = [wrapper.key for _, wrapper in adapters(model)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_trained_linear_of_another_dtype_is_cast():
+    linear = Linear(8, 4).to(torch.bfloat16)
+    x = torch.randn(3, 8, requires_grad=True)
+    y = linear(x)
+    y.sum().backward()
+    assert y.dtype == torch.float32 and torch.equal(
+        y, torch.nn.functional.linear(x, linear.weight.float(), linear.bias.float())
+    )
+    assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.bfloat16

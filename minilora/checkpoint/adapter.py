@@ -21,7 +21,7 @@ from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
-from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, refuse_second, wrap
+from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from .load import check_finite, fingerprint, fold
 
 PREFIX = "base_model.model."
@@ -119,7 +119,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             else f"no {WEIGHTS}"
         )
         raise ModelError(f"{folder}: {what}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
-    refuse_second(model)
+    require_no_adapters(model)
     file = SafetensorsFile(folder / WEIGHTS)
     plan = _plan(model, folder, j, file)
     named = _named_by(folder, j, linears(model), plan)

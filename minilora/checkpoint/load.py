@@ -40,8 +40,8 @@ from .quantised import FORMS, Stored, how
 FAMILIES = {
     "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
 }  # fmt: skip
-# the first of these tensors that a folder has tells which family its weights are of
-TELLTALES = {
+# the first of these tensors that a folder has tells its family: the order matters
+SIGNATURES = {
     "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
     "chatglm": "transformer.layers.0.attention.query_key_value.weight",
     "qwen": "transformer.h.0.attn.c_attn.weight",
@@ -84,7 +84,7 @@ def read_config(folder: Folder) -> Config:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(
             f"{path}: {reason}",
-            f"The file is damaged, or not of a {family} model, or the model needs what is not there yet.",
+            f"The file is damaged, or not of a {family} model, or the model uses a feature that minilora does not support.",
         ) from None
 
 
@@ -156,7 +156,7 @@ def load_model(
         model = empty_model(c, dtype)
     except RuntimeError:
         raise ModelError(
-            f"{folder / 'config.json'}: the sizes are more than any memory", "The file is damaged."
+            f"{folder / 'config.json'}: the sizes are larger than any memory", "The file is damaged."
         ) from None
     stored = Stored.of(folder)
     check_shapes(model, stored)
@@ -210,7 +210,7 @@ def check_finite(t: Tensor, what: str) -> None:
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, None for the GPU if there is one; UsageError if this machine has none such."""
+    """The device of that name, None for the GPU if there is one; UsageError if it is not available."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -275,7 +275,7 @@ def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored)
             f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
             "Use the model without the prefix.",
         )
-    told = next((family for family, name in TELLTALES.items() if name in names), family)
+    told = next((family for family, name in SIGNATURES.items() if name in names), family)
     if told != family:
         raise ModelError(
             f"{folder}: config.json says {family}, the weights are of {told}",
@@ -331,7 +331,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def own_code(folder: Path) -> list[str]:
-    """The names of the Python files directly in a folder; a link counts if it stays in it, or in its Hugging Face cache."""
+    """The names of the Python files directly in a folder; links only within it, or within its Hugging Face cache."""
     here = folder.resolve()
     homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
     files = [p for p in sorted(folder.glob("*.py")) if p.is_file() and p.resolve().parent in homes]

@@ -16,7 +16,7 @@ from ..checkpoint.quantised import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX
-from ..lora import add_lora, linears, matching
+from ..lora import add_lora, linears, target_paths
 from ..machine.kernel_paths import kernel_paths
 from ..sampling import read_generation
 from ..text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
@@ -84,7 +84,7 @@ def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
     """The linears that would get adapters, those of all layers under one name: name, [out, in], bias, how many."""
     all_of_them = linears(model)
     groups = Counter()
-    for path in matching(model, targets):
+    for path in target_paths(model, targets):
         linear = all_of_them[path]
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))
         groups[name, linear.out_features, linear.in_features, linear.bias is not None] += 1

@@ -18,7 +18,7 @@ from minilora.cli.arguments import add_arguments, keywords
 from minilora.cli.parser import Parser
 from minilora.config import GROUPS, TrainConfig
 from minilora.errors import UsageError
-from minilora.settings import ALIASES, NOT_NEEDED, REFUSED, resolve
+from minilora.settings import ALIASES, NOT_NEEDED, REFUSED, read_yaml, resolve
 from minilora.spelling import HARMFUL, nearest
 
 NAMES = {f.name for f in fields(TrainConfig)}
@@ -213,3 +213,10 @@ def test_a_setting_that_is_given_twice(capsys):
 def test_a_run_of_another_tool_goes_on_by_its_own_flag(capsys):
     assert "--resume" in said(capsys, "train", "--resume_from_checkpoint", "x")[2]
     assert resolve({"base_model": "m"}).model == "m"
+
+
+def test_off_in_yaml_is_the_word(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("kernels: off\n")
+    assert resolve(read_yaml(tmp_path / "run.yaml")).kernels == "off"
+    with pytest.raises(UsageError, match="keep_checkpoints, keep are one setting"):
+        resolve({"keep_checkpoints": 2, "keep": 3})
