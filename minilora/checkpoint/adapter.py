@@ -23,6 +23,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from .load import check_finite, fingerprint, fold
+from .quantised import quant_of
 
 PREFIX = "base_model.model."
 KINDS = 3  # of mismatches that are shown
@@ -57,8 +58,14 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
     for path, wrapper in wrapped.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
-    write_tensors(folder / WEIGHTS, tensors, {"minilora_base": fingerprint(base_parameters(model))})
+    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+    write_tensors(folder / WEIGHTS, tensors, about)
     (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
+
+
+def trained_quant(folder: str | Path) -> str | None:
+    """The quant of the base that an adapter was trained on, off for a plain one; None for an adapter of other tools."""
+    return SafetensorsFile(Path(folder) / WEIGHTS).metadata.get("minilora_quant")
 
 
 def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:

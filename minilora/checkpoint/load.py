@@ -34,7 +34,7 @@ from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, fold
 from ..lora import adapters, base_parameters, linears
 from ..machine.compute import choose
-from .quantised import FORMS, Stored, how
+from .quantised import FORMS, Stored, how, plain_config
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
@@ -321,6 +321,9 @@ def write_checkpoint(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     copy_companions(companions, folder)
+    j = ModelFolder(companions).config
+    if j.keys() != plain_config(j).keys():
+        (folder / "config.json").write_text(json.dumps(plain_config(j), indent=2) + "\n")
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.kernels.quantized import weight_as
 from minilora.models.decoder import Decoder
-from minilora.models.quantized import quantized_weights
 
-from ..errors import DiskError, ModelError, OutputInUse
+from ..errors import DiskError, ModelError, OutputInUse, UsageError
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
-from ..lora import adapters, without_adapters
+from ..lora import adapters, base_parameters, without_adapters
+from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
-from .adapter import load_adapter
+from .adapter import load_adapter, trained_quant
 from .load import SHARD_BYTES, load_model, write_checkpoint
 from .open_model import folder_notes
-from .verify import Proof, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
+from .quantised import QUANTS, described, in_memory
+from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
 def merge_folder(
@@ -38,20 +40,26 @@ def merge_folder(
     allow_partial: bool = False,
     device: str | None = None,
     compute: str = "auto",
+    quant: str = "off",
     say: Callable[[str], Any] = lambda line: None,
 ) -> Proof:
     """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold.
 
-    A tokenizer or chat template of the adapter's own goes into the new folder; `say` hears of it.
+    A quantised base is widened first: the merged folder is plain. An adapter that was trained on a quantised base goes on the plain
+    one as well, and `say` is told by how much the two differ. A tokenizer or chat template of the adapter's own goes into the new
+    folder. UsageError for a quant other than off.
     """
     model, output = ModelFolder.of(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
-    decoder = load_model(model, device=device, compute=compute)
-    if quantized_weights(decoder):
-        raise ModelError(
-            f"{model}: its weights are quantised, and a sum with an adapter would be rounded to their few levels",
-            "Give the bf16 release of this model: an adapter fits it, with --any-base.",
+    if quant != "off":
+        what = f"--quant {quant}: a sum with an adapter would be rounded to few levels"
+        raise UsageError(what, "Leave it out: the merged folder is plain.")
+    stored = in_memory("keep", model.config)
+    decoder = load_model(model, device=device, compute=compute, quant="off")
+    if stored != "off":
+        say(
+            f"quant   the {stored} weights are widened to {name_of(decoder.head.dtype)}; the merged folder is not quantised"
         )
     _no_narrower(decoder)
     load_adapter(decoder, adapter, any_base, allow_partial)
@@ -61,26 +69,32 @@ def merge_folder(
         say(f"{name:<8}{note}")
     check_fits(tokenizer, decoder.config.vocab, model)
     prompts = prompt_ids(tokenizer)
-    tensors = model.tensors
-    need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
+    wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
+    shapes, widened = model.tensors.shapes, {}
+    if stored != "off":
+        widened = base_parameters(decoder)
+        shapes = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
+    need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
         raise DiskError(
             f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             "Free some space, or give another --output.",
         )
-    wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
 
     def tensor(name: str) -> Tensor:
-        with tensors.reading(name) as stored:
-            return wrapped[name].merged_weight(stored) if name in wrapped else stored.clone()
+        if widened:
+            plain = weight_as(widened[name], shapes[name][0]).detach()
+            return wrapped[name].merged_weight(plain) if name in wrapped else plain
+        with model.tensors.reading(name) as value:
+            return wrapped[name].merged_weight(value) if name in wrapped else value.clone()
 
     with atomic_folder(output) as stage:
-        write_checkpoint(stage, tensors.shapes, tensor, model.path, shard_bytes)
+        write_checkpoint(stage, shapes, tensor, model.path, shard_bytes)
         for name, content in tokenizer.replaced.items():
             (stage / name).write_bytes(content)
         written = Tensors(stage)
-        for name in tensors.shapes:
+        for name in shapes:
             with written.reading(name) as found:
                 if not torch.equal(found, tensor(name).cpu()):
                     raise _not_proven(f"{name} was not read back as it was written")
@@ -90,6 +104,7 @@ def merge_folder(
             base = logits_of(decoder, prompts)
         del decoder
         wrapped.clear()
+        widened.clear()
         gc.collect()
         written_model = load_model(stage, device=device, compute=compute)
         _no_narrower(written_model)
@@ -99,6 +114,16 @@ def merge_folder(
             raise _not_proven(
                 f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"
             )
+    was = trained_quant(adapter)
+    if was in QUANTS and was != stored:
+        del written_model
+        gc.collect()
+        trained = load_model(model, device=device, compute=compute, quant=was)
+        load_adapter(trained, adapter, any_base, allow_partial)
+        off = largest_difference(merged, logits_of(trained.eval(), prompts))
+        say(
+            f"trained on {described(was)}: from that, with its adapter, a logit of the merged model differs by up to {off:.3g}"
+        )
     return proof
 
 

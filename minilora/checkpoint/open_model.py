@@ -14,9 +14,9 @@ from ..lora import merge
 from ..machine.compute import choose, choose_threads, name_of
 from ..sampling import generation_note
 from ..text.tokenizer import Tokenizer, check_fits
-from .adapter import base_note, load_adapter
+from .adapter import base_note, load_adapter, trained_quant
 from .load import keys_not_read, load_model
-from .quantised import quantised_note
+from .quantised import described, quant_of, quantised_note
 
 
 class Opening(TypedDict, total=False):
@@ -27,6 +27,7 @@ class Opening(TypedDict, total=False):
     compute: str
     int8: bool
     allow_partial: bool
+    quant: str
 
 
 def open_model(
@@ -43,7 +44,8 @@ def open_model(
 ) -> Decoder:
     """The Decoder of a folder with its adapter, in evaluation mode; `say` is told how it computes.
 
-    int8 merges the adapter into the weights and rounds them to 8 bits (models/int8.py). Raises ModelError, and UsageError for int8 on a GPU.
+    int8 merges the adapter into the weights and rounds them to 8 bits (models/int8.py); quant is load_model's. Raises ModelError, and
+    UsageError for int8 on a GPU or with quantised weights under an adapter.
     """
     model = load_model(folder, device=device, compute=compute, quant=quant)
     check_fits(tokenizer, model.config.vocab, folder)
@@ -54,9 +56,13 @@ def open_model(
         torch.set_num_threads(choose_threads(model.config))
     if int8:
         round_to_int8(model)
+    notes = [computing(model, compute) + (", the adapter merged first" if int8 and adapter else "")]
     note = quantised_note(model)
-    widened = f"; {note}, widened for every token" if note else ""
-    say(computing(model, compute) + (", the adapter merged first" if int8 and adapter else "") + widened)
+    notes += [f"{note}, widened for every token"] if note else []
+    was = trained_quant(ModelFolder.of(adapter).path) if adapter else None
+    if was is not None and was != quant_of(model):
+        notes.append(f"the adapter was trained on {described(was)}, and is on {described(quant_of(model))}")
+    say("; ".join(notes))
     return model
 
 

@@ -29,15 +29,14 @@ from ..files.tensors import Tensors
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
+KEYS = ("quantization_config", "quantization_bit", "compression_config", "quantization")  # of config.json
+QUANTS = ("nf4", "int8")  # that a plain weight is put into while it is loaded
 FORMS: dict[str, type[QuantizedWeight]] = {"nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight}
 
 
 def how(j: dict[str, Any]) -> str | None:
     """The format that a config.json says its weights are in, None if plain; ValueError names one not read here."""
-    said = next(
-        (j[k] for k in ("quantization_config", "quantization_bit", "compression_config", "quantization") if j.get(k)),
-        None,
-    )
+    said = next((j[k] for k in KEYS if j.get(k)), None)
     if said is None:
         return None
     settings = said if isinstance(said, dict) else {}
@@ -56,9 +55,24 @@ def how(j: dict[str, Any]) -> str | None:
     raise ValueError("the weights are quantised" + (f" ({told})" if told else ""))
 
 
+def plain_config(j: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that no longer says its weights are quantised."""
+    return {key: value for key, value in j.items() if key not in KEYS}
+
+
 def in_memory(quant: str, j: dict[str, Any]) -> str:
     """The format, or off, that the linears of a folder with this config.json have in memory."""
     return how(j) or "off" if quant == "keep" else quant
+
+
+def quant_of(model: nn.Module) -> str:
+    """The format of a model's quantised weights, or off."""
+    return next((w.name for w in quantized_weights(model).values()), "off")
+
+
+def described(quant: str) -> str:
+    """A base with weights in this format, for people."""
+    return "a base that is not quantised" if quant == "off" else f"a base in {quant}"
 
 
 def quantised_note(model: nn.Module) -> str | None:

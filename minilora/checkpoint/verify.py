@@ -84,10 +84,15 @@ def prove(
     truth, plain and adapted are base + adapter: in a wider dtype, in that of the weights, and as the model computes.
     """
     scale = max(float(t.abs().max()) for t in truth)
-    allowed = 2 * _largest(plain, truth) + 1e-6 * scale
+    allowed = 2 * largest_difference(plain, truth) + 1e-6 * scale
     tokens = sum(len(t) for t in truth)
     return Proof(
-        _largest(merged, truth), allowed, _largest(adapted, base), _same(merged, truth), _same(plain, truth), tokens
+        largest_difference(merged, truth),
+        allowed,
+        largest_difference(adapted, base),
+        _same(merged, truth),
+        _same(plain, truth),
+        tokens,
     )
 
 
@@ -95,5 +100,5 @@ def _same(a: list[Tensor], b: list[Tensor]) -> float:
     return float(torch.cat([x.argmax(-1) == y.argmax(-1) for x, y in zip(a, b, strict=True)]).double().mean())
 
 
-def _largest(a: list[Tensor], b: list[Tensor]) -> float:
+def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x.to(y.dtype) - y).abs().max()) for x, y in zip(a, b, strict=True))

@@ -37,6 +37,10 @@ class Opening(TypedDict, total=False):
         Literal["auto", "float32", "bfloat16"],
         Arg("dtype to compute in; auto is the fastest one on this machine", group="machine"),
     ]
+    quant: Annotated[
+        Literal["keep", "off", "nf4", "int8"],
+        Arg("bits of the linears: nf4, int8, keep those of the folder, or off to widen them", group="machine"),
+    ]
 
 
 def check_paths(

@@ -10,25 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracle import randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, fingerprint, read_config
-from minilora.checkpoint.merge import merge_folder
 from minilora.checkpoint.open_model import open_model
 from minilora.checkpoint.quantised import quantised_note
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError, UsageError
 from minilora.files.model_folder import ModelFolder
 from minilora.kernels import fp8_blocks, int8_rows, nf4
-from minilora.kernels.quantized import QuantizedWeight
-from minilora.lora import add_lora, base_parameters, linears
+from minilora.kernels.quantized import QuantizedWeight, weight_as
+from minilora.lora import adapters, add_lora, base_parameters, linears
 from minilora.models.quantized import quantized_weights
 from minilora.tools.dry_run import step_memory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+DEMO = Path(minilora.__file__).parent / "demo"
 Q = "model.layers.0.self_attn.q_proj.weight"
 STATE = f"{Q}.quant_state.bitsandbytes__nf4"
 CLASSES = {"nf4": nf4.NF4Weight, "int8": int8_rows.Int8Weight, "fp8": fp8_blocks.FP8Weight}
@@ -288,10 +289,48 @@ def test_weights_and_config_that_disagree_are_refused(tmp_path: Path):
         minilora.load_model(folder, device="cpu")
 
 
-def test_a_quantised_folder_is_no_base_to_merge_into(tmp_path: Path):
-    with pytest.raises(ModelError, match="its weights are quantised"):
-        merge_folder(GOLDEN / "qwen3_nf4", GOLDEN / "qwen3_nf4" / "adapter", tmp_path / "out", device="cpu")
-    assert not (tmp_path / "out").exists()
+def test_an_adapter_is_merged_into_a_widened_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The merged folder is plain, and computes what the FP8 base and the adapter compute."""
+    fp8, out = tmp_path / "fp8", tmp_path / "out"
+    shutil.copytree(DEMO / "mini", fp8)
+    tensors = load_file(fp8 / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        blocks = [-(-n // 128) for n in tensors[name].shape]
+        tensors[f"{name}_scale_inv"] = torch.ones(blocks)
+    save_file(tensors, fp8 / "model.safetensors")
+    config = json.loads((fp8 / "config.json").read_text())
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    (fp8 / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    base = minilora.load_model(fp8, device="cpu")
+    assert len(quantized_weights(base)) == 35
+    add_lora(base, r=4)
+    randomise(base)
+    minilora.save_adapter(base, tmp_path / "adapter", fp8)
+    assert main(["merge", "--model", str(fp8), "--adapter", str(tmp_path / "adapter"), "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "the fp8 weights are widened to bfloat16; the merged folder is not quantised" in said
+    assert json.loads((out / "config.json").read_text()) == config
+    merged = minilora.load_model(out, device="cpu")
+    for path, wrapper in adapters(base):
+        wide = weight_as(wrapper.base.weight, torch.bfloat16)
+        assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged_weight(wide))
+    assert main(["merge", "--model", str(fp8), "--adapter", "x", "--output", str(out), "--quant", "nf4"]) != 0
+
+
+def test_an_adapter_says_which_bits_it_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = minilora.load_model(DEMO / "mini", device="cpu", quant="nf4")
+    add_lora(model, r=4)
+    randomise(model)
+    minilora.save_adapter(model, tmp_path / "adapter", DEMO / "mini")
+    words = ["--model", str(DEMO / "mini"), "--adapter", str(tmp_path / "adapter")]
+    chat = ["chat", *words, "--greedy", "--max-tokens", "2", "--prompt", "Hello"]
+    assert main(chat) == 0
+    assert "was trained on a base in nf4, and is on a base that is not quantised" in capsys.readouterr().out
+    assert main([*chat, "--quant", "nf4"]) == 0
+    assert "was trained on" not in capsys.readouterr().out
+    assert main(["merge", *words, "--output", str(tmp_path / "out")]) == 0
+    assert "trained on a base in nf4: from that, with its adapter, a logit of the merged" in capsys.readouterr().out
 
 
 def test_the_dry_run_counts_the_bits(tmp_path: Path):

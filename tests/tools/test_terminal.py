@@ -25,7 +25,11 @@ from minilora.tools import typed
 from minilora.tools.chat import is_command
 
 ROOT = Path(minilora.__file__).parent
-OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so that Ctrl-C reaches it
+# a terminal of its own, so that Ctrl-C reaches it, and heeded: a shell's background job ignores it, and so would its children
+OWN_TERMINAL = (
+    "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+)
 LINES = "from minilora.tools.typed import typed; print([*typed('> ')])"
 CHAT = "import sys; from minilora.__main__ import main; sys.exit(main(sys.argv[1:]))"
 HANGS = 120  # seconds without a word
