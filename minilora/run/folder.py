@@ -10,7 +10,7 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..config import TrainConfig, must_match, to_yaml
+from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
 from ..files.atomic import verify_manifest, write_file
@@ -128,7 +128,8 @@ def restore(run: Run, console: Console) -> None:
         raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
     state = read_state(folder)
     then, now = state["identity"], _identity(run)
-    changed = [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v]
+    older = defaults()  # of settings that the run's version did not have yet
+    changed = [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k, older.get(k)) != v]
     if changed:
         what = f"{folder} is of a run with other settings ({'; '.join(changed)})"
         raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")

@@ -15,7 +15,7 @@ from minilora.checkpoint.load import load_model
 from minilora.console import Console
 from minilora.errors import CheckpointMismatch, DiskError, Stopped
 from minilora.run.folder import check_disk
-from minilora.run.snapshot import snapshots, step_of
+from minilora.run.snapshot import read_state, snapshots, step_of
 from minilora.settings import resolve
 from minilora.train import train
 
@@ -78,6 +78,24 @@ def test_other_settings_are_refused(finished):
     _, config = finished
     with pytest.raises(CheckpointMismatch, match="lr: 0.01 then, 0.02 now"):
         train(resolve(config.__dict__, {"lr": 0.02}), resume=True, console=QUIET)
+
+
+def test_a_run_from_before_a_setting_had_its_default(finished, tmp_path, monkeypatch):
+    run, config = finished
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+
+    def older(folder):
+        state = read_state(folder)
+        assert state["identity"].pop("quant") == "keep"
+        return state
+
+    monkeypatch.setattr("minilora.run.folder.read_state", older)
+    again = resolve(config.__dict__, {"output": tmp_path / "run"})
+    train(again, resume=True, console=QUIET)
+    assert losses(tmp_path / "run") == losses(run)
+    if config.method == "lora":
+        with pytest.raises(CheckpointMismatch, match="quant: None then, int8 now"):
+            train(resolve(again.__dict__, {"quant": "int8"}), resume=True, console=QUIET)
 
 
 def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path):
