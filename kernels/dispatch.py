@@ -1,7 +1,7 @@
 """What every operation decides first: Triton or torch, and whether its tensors fit together."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial, wraps
 from typing import Any
 
@@ -10,14 +10,27 @@ from torch import Tensor
 
 from minilora.kernels.lang import HAVE_TRITON, INTERPRETED
 
-_on = True
-_library = False
-_target: int | None = None
+
+class _Chosen:
+    """What holds for the calls inside a context."""
+
+    kernels, library_gemm = True, False
+    target: int | None = None
+
+
+@contextmanager
+def _choosing(name: str, value: Any) -> Iterator[None]:
+    before = getattr(_Chosen, name)
+    setattr(_Chosen, name, value)
+    try:
+        yield
+    finally:
+        setattr(_Chosen, name, before)
 
 
 def use_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton kernels: all on a GPU, or under Triton's interpreter."""
-    return _on and HAVE_TRITON and (INTERPRETED or all(t.is_cuda for t in tensors))
+    return _Chosen.kernels and HAVE_TRITON and (INTERPRETED or all(t.is_cuda for t in tensors))
 
 
 class _NoContext:
@@ -60,42 +73,30 @@ def check_same(op: str, **tensors: Tensor) -> None:
             )
 
 
-@contextmanager
-def kernels_enabled(on: bool) -> Iterator[None]:
+def kernels_enabled(on: bool) -> AbstractContextManager[None]:
     """Turn the kernels off or on for the calls inside; a backward does as its forward did."""
-    global _on
-    before, _on = _on, on
-    try:
-        yield
-    finally:
-        _on = before
+    return _choosing("kernels", on)
 
 
 def library_gemm() -> bool:
     """Whether GEMMs go to the library (cuBLAS) even where a kernel could make them."""
-    return _library
+    return _Chosen.library_gemm
 
 
-@contextmanager
-def use_library_gemm() -> Iterator[None]:
+def use_library_gemm() -> AbstractContextManager[None]:
     """GEMMs go to the library for the calls inside; a backward does as its forward did."""
-    global _library
-    before, _library = _library, True
-    try:
-        yield
-    finally:
-        _library = before
+    return _choosing("library_gemm", True)
 
 
 def target() -> int | None:
     """The architecture of compile_for, which overrules the device's."""
-    return _target
+    return _Chosen.target
 
 
 def architecture(device: torch.device) -> int:
     """The compute capability that launches on a device are configured for: 80 for an A100, 90 for an H100."""
-    if _target is not None:
-        return _target
+    if _Chosen.target is not None:
+        return _Chosen.target
     major, minor = capability(device)
     return 10 * major + minor
 
@@ -105,12 +106,6 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@contextmanager
-def compile_for(architecture: int) -> Iterator[None]:
+def compile_for(architecture: int) -> AbstractContextManager[None]:
     """Configure the launches inside for an architecture, whatever the device: tensors without data are on none."""
-    global _target
-    before, _target = _target, architecture
-    try:
-        yield
-    finally:
-        _target = before
+    return _choosing("target", architecture)

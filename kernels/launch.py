@@ -1,8 +1,8 @@
 """Launches whose sizes are known: what Triton made of the kernel is kept, and a call gives it memory alone.
 
-Triton binds the arguments of every launch anew, 12 to 30 us of CPU for kernels with as many arguments as these, and a step has a thousand of them. A `Launch`
-has the grid and all numbers of one class of shapes. What a compiled kernel still depends on is the dtype of each pointer and whether it is
-a multiple of 16; a call that was seen before with the same goes straight to the compiled kernel.
+Triton binds the arguments of every launch anew, which takes CPU time for kernels with as many arguments as these, and a step has
+a thousand launches. A `Launch` has the grid and all numbers of one class of shapes. What a compiled kernel still depends on is the
+dtype of each pointer and whether it is a multiple of 16; a call that was seen before with the same goes straight to it.
 """
 
 from collections.abc import Callable

@@ -12,29 +12,14 @@ tensor cores.
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.dispatch import architecture, target
-from minilora.kernels.dropout import NO_KEY, keep_mask, philox_key, threshold
-from minilora.kernels.lang import (
-    INTERPRET,
-    INTERPRETED,
-    PINNED,
-    accum_dtype,
-    cdiv,
-    jit,
-    load,
-    quarters,
-    rounded,
-    rows_of,
-    store,
-    tl,
-)
+from minilora.kernels.dropout import keep_mask, threshold
+from minilora.kernels.group import Group, Place, Sizes, launch_options, padded_rank, s_index
+from minilora.kernels.lang import INTERPRET, cdiv, jit, load, quarters, rounded, store, tl
 from minilora.kernels.launch import Launch, per_shape
-from minilora.kernels.projection import Projection
 
 # by architecture; 0 is Triton's interpreter. R is the part of a rank that one tl.dot takes
 GEMM = {
@@ -51,97 +36,6 @@ SINGLE = {  # S beside the accumulator
 }
 REPEATS = 2  # of S in the single pass, at the most
 GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cache
-
-
-def arch(device: torch.device) -> int:
-    """0 for the interpreter, 80 or 90 for a GPU with as much shared memory as an A100 or H100, 86 for any other."""
-    found = 0 if INTERPRETED else architecture(device)
-    return 90 if found in (90, 100, 103) else found if found in (0, 80) else 86
-
-
-class Place(NamedTuple):
-    """Where a launch runs and what it computes in: what all of its numbers depend on."""
-
-    device: torch.device
-    dtype: torch.dtype
-    arch: int
-
-    @staticmethod
-    def of(x: Tensor) -> "Place":
-        return _place(x.device, x.dtype, target())
-
-
-@per_shape
-def _place(device: torch.device, dtype: torch.dtype, target: int | None) -> Place:
-    return Place(device, dtype, arch(device))
-
-
-def configuration(table: dict, place: Place) -> dict:
-    """The launch options of a table."""
-    return {**table[place.arch], "ACC": accum_dtype(place.dtype), **PINNED}
-
-
-def launch_options(table: dict, place: Place, ranks: Sequence[int]) -> dict:
-    """The same for a kernel that multiplies with adapters of these ranks."""
-    options, width = configuration(table, place), padded_rank(ranks)
-    return {**options, "COUNT": len(ranks), "PADDED_R": width, "R": min(options["R"], width)}
-
-
-def padded_rank(ranks: Sequence[int]) -> int:
-    """Columns of S that every adapter of a group gets: 16, 32 or a multiple of 64."""
-    rank = max(ranks)
-    return 16 if rank <= 16 else 32 if rank <= 32 else cdiv(rank, 64) * 64
-
-
-class Sizes(NamedTuple):
-    """What a kernel is told of a projection beside its memory; one without bias or adapter has none of its columns or ranks."""
-
-    n: int
-    w_stride: int
-    bias_n: int
-    rank: int
-    scale: float
-
-
-class Group(NamedTuple):
-    """Projections of one input as launches take them: what is alike of all, together."""
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]  # memory that is not read for a projection without one; so `wide_bs`
-    wide_bs: tuple[Tensor, ...]
-    sizes: tuple[Sizes, ...]
-    a: tuple[Tensor, ...]  # of the adapters alone, from here on
-    b: tuple[Tensor, ...]
-    ranks: tuple[int, ...]
-    rates: tuple[float, ...]
-    factors: tuple[float, ...]
-    keys: tuple[int, ...]  # of the masks
-
-    @staticmethod
-    def of(projections: Sequence[Projection]) -> "Group":
-        weights, biases, sizes, a, b, ranks, rates, factors, keys = [], [], [], [], [], [], [], [], []
-        for weight, bias, adapter in projections:
-            w = rows_of(cast(Tensor, weight))  # none is quantised: lora_linear.runs_on_triton
-            n, rank, factor = w.shape[0], 0, 0.0
-            if adapter is not None:
-                rank, factor = adapter.a.shape[0], adapter.factor
-                a.append(adapter.a.contiguous())
-                b.append(adapter.b.contiguous())
-                ranks.append(rank)
-                rates.append(adapter.p)
-                factors.append(factor)
-                keys.append(philox_key(adapter.key) if adapter.p else NO_KEY)
-            weights.append(w)
-            biases.append(w if bias is None else bias.contiguous())
-            sizes.append(Sizes(n, w.stride(0), 0 if bias is None else n, rank, factor))
-        rest = iter(b)
-        wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else b[0] for size in sizes]
-        return Group(*map(tuple, (weights, biases, wide_bs, sizes, a, b, ranks, rates, factors, keys)))
-
-
-def s_index(sizes: Sequence[Sizes]) -> tuple[int, ...]:
-    """Which S belongs to each projection."""
-    return tuple([sum(before.rank > 0 for before in sizes[:j]) for j in range(len(sizes))])
 
 
 @per_shape

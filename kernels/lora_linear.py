@@ -28,6 +28,7 @@ from minilora.kernels import lora_gemm, lora_shrink
 from minilora.kernels.dispatch import library_gemm, once_differentiable, recording, use_triton
 from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
+from minilora.kernels.group import Group, Place
 from minilora.kernels.lang import INTERPRETED, rows_of
 from minilora.kernels.packed import stacked
 from minilora.kernels.projection import Adapter, Projection, check
@@ -68,11 +69,11 @@ class _OnTriton(torch.autograd.Function):
     def forward(
         ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        group, rows = lora_gemm.Group.of(projections), rows_of(x)
+        group, rows = Group.of(projections), rows_of(x)
         with torch.cuda.device_of(x):
             if not output_needed:
                 s, ys = lora_shrink.shrink(rows, group), _uninitialised(x, projections)
-            elif lora_gemm.single_pass_wins(lora_gemm.Place.of(x), group.sizes, group.rates):
+            elif lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
                 y, s = lora_gemm.single_pass(rows, group)
                 ys = [y]
             else:
@@ -90,12 +91,7 @@ class _OnTriton(torch.autograd.Function):
 
 
 def _triton_gradients(
-    x: Tensor,
-    s: Tensor,
-    group: lora_gemm.Group,
-    trained: Sequence[Tensor],
-    dys: Sequence[Tensor],
-    needs: Sequence[bool],
+    x: Tensor, s: Tensor, group: Group, trained: Sequence[Tensor], dys: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
     dys, rows = [rows_of(dy) for dy in dys], rows_of(x)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.dropout import keep_mask, threshold
+from minilora.kernels.group import Group, Place, configuration, launch_options
 from minilora.kernels.lang import cdiv, jit, load, store, tl
 from minilora.kernels.launch import Launch, per_shape
-from minilora.kernels.lora_gemm import Group, Place, as_operand, configuration, dot, launch_options, load_operand
+from minilora.kernels.lora_gemm import as_operand, dot, load_operand
 
 PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a GPU: one for each multiprocessor
 # by architecture, as in lora_gemm

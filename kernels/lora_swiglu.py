@@ -16,20 +16,10 @@ import torch
 from torch import Tensor
 
 from minilora.kernels import lora_linear, lora_shrink
+from minilora.kernels.group import Group, Place, Sizes, launch_options, s_index
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.launch import Launch, per_shape
-from minilora.kernels.lora_gemm import (
-    GROUP_ROWS,
-    Group,
-    Place,
-    Sizes,
-    as_operand,
-    dot,
-    launch_options,
-    load_operand,
-    s_index,
-    swizzle_tile,
-)
+from minilora.kernels.lora_gemm import GROUP_ROWS, as_operand, dot, load_operand, swizzle_tile
 from minilora.kernels.packed import join, joined
 from minilora.kernels.projection import Projection, check
 from minilora.kernels.swiglu import sigmoid, swiglu, swiglu_fused, swiglu_fused_ref, swiglu_ref

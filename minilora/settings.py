@@ -46,10 +46,10 @@ NOT_NEEDED = {
     "load_best_model_at_end": "--keep says it",
 }  # fmt: skip
 # settings of the same tools that cannot be had here: why, and what to do instead
-QUANTISED = ("a quantised base is asked for by --quant", "Give --quant nf4 or --quant int8.")
+QUANTIZED = ("a quantised base is asked for by --quant", "Give --quant nf4 or --quant int8.")
 REFUSED = {
     "resume_from_checkpoint": ("a run goes on by --resume", "minilora train --output RUN --resume"),
-    "quantization_bit": QUANTISED, "load_in_4bit": QUANTISED, "load_in_8bit": QUANTISED,
+    "quantization_bit": QUANTIZED, "load_in_4bit": QUANTIZED, "load_in_8bit": QUANTIZED,
     "adapter_name_or_path": (
         "training starts from new adapters",
         "Go on with a run by --resume, or merge the adapter (minilora merge) and train on the result.",

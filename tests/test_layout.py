@@ -173,6 +173,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.dispatch",
         "minilora.kernels.dropout",
         "minilora.kernels.frozen_linear",
+        "minilora.kernels.group",
         "minilora.kernels.lang",
         "minilora.kernels.launch",
         "minilora.kernels.lora_gemm",

@@ -228,7 +228,8 @@ NEAR = {
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
-        ["lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"], r"lora|test_kernel_choice|test_far"
+        ["group", "lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"],
+        r"lora|test_kernel_choice|test_far",
     ),
 }
 

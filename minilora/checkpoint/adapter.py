@@ -23,7 +23,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from .load import check_finite, fingerprint, fold
-from .quantised import quant_of
+from .quantized import quant_of
 
 PREFIX = "base_model.model."
 KINDS = 3  # of mismatches that are shown

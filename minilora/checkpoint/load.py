@@ -34,7 +34,7 @@ from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, fold
 from ..lora import adapters, base_parameters, linears
 from ..machine.compute import choose
-from .quantised import FORMS, Stored, how, plain_config
+from .quantized import FORMS, QUANTS, Stored, format_of, plain_config
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
@@ -50,8 +50,8 @@ SIGNATURES = {
     "qwen3": "model.layers.0.self_attn.q_norm.weight",
     "qwen2": "model.layers.0.self_attn.q_proj.bias",
 }
-QUANTISED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
-QUANT = ("keep", "off", "nf4", "int8")
+QUANTIZED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
+QUANT = ("keep", "off", *QUANTS)
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 FIRST = 16  # values of a weight by which a base model is recognised
 SHARD_BYTES = 5_000_000_000
@@ -69,7 +69,7 @@ def read_config(folder: Folder) -> Config:
     path, j = folder / "config.json", folder.config
     family = _family(path, j)
     try:
-        how(j)
+        format_of(j)
     except ValueError as error:
         raise ModelError(f"{path}: {error}", "Use the bf16 or fp16 release of this model.") from None
     if j.get("pre_seq_len"):
@@ -166,7 +166,7 @@ def load_model(
     for name, weight in base_parameters(model).items():
         with stored.reading(name, weight.shape) as value, torch.no_grad():
             if isinstance(weight, QuantizedWeight):
-                _quantise(weight, value, f"{folder}: {name}")
+                _quantize(weight, value, f"{folder}: {name}")
             else:
                 weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
                 check_finite(weight, f"{folder}: {name}")
@@ -186,7 +186,7 @@ def _empty_weights(model: Decoder, stored: Stored, quant: str) -> dict[str, Quan
     }
 
 
-def _quantise(weight: QuantizedWeight, value: Weight, what: str) -> None:
+def _quantize(weight: QuantizedWeight, value: Weight, what: str) -> None:
     """Fill a weight from a file's: as it is where that has the same format, else quantised from its values."""
     if isinstance(value, type(weight)):
         weight.copy_(value)
@@ -259,7 +259,7 @@ def check_shapes(model: Decoder, stored: Stored) -> None:
 def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored) -> None:
     """ModelError for weights of another family or format than config.json says, and for P-tuning prefixes."""
     names = set(names)
-    scale = next((name for name in sorted(names) if QUANTISED.fullmatch(name)), None)
+    scale = next((name for name in sorted(names) if QUANTIZED.fullmatch(name)), None)
     if scale is not None:
         raise ModelError(
             f"{folder}: the weights are quantised ({scale}), and not as config.json says",

@@ -17,7 +17,7 @@ from torch import Tensor
 from minilora.kernels.quantized import weight_as
 from minilora.models.decoder import Decoder
 
-from ..errors import DiskError, ModelError, OutputInUse, UsageError
+from ..errors import DiskError, ModelError, OutputInUse
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
@@ -27,7 +27,7 @@ from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, trained_quant
 from .load import SHARD_BYTES, load_model, write_checkpoint
 from .open_model import folder_notes
-from .quantised import QUANTS, described, in_memory
+from .quantized import QUANTS, described, in_memory
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
@@ -40,27 +40,22 @@ def merge_folder(
     allow_partial: bool = False,
     device: str | None = None,
     compute: str = "auto",
-    quant: str = "off",
     say: Callable[[str], Any] = lambda line: None,
 ) -> Proof:
     """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold.
 
     A quantised base is widened first: the merged folder is plain. An adapter that was trained on a quantised base goes on the plain
     one as well, and `say` is told by how much the two differ. A tokenizer or chat template of the adapter's own goes into the new
-    folder. UsageError for a quant other than off.
+    folder.
     """
     model, output = ModelFolder.of(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
-    if quant != "off":
-        what = f"--quant {quant}: a sum with an adapter would be rounded to few levels"
-        raise UsageError(what, "Leave it out: the merged folder is plain.")
     stored = in_memory("keep", model.config)
     decoder = load_model(model, device=device, compute=compute, quant="off")
     if stored != "off":
-        say(
-            f"quant   the {stored} weights are widened to {name_of(decoder.head.dtype)}; the merged folder is not quantised"
-        )
+        dtype = name_of(decoder.head.dtype)
+        say(f"quant   the {stored} weights are widened to {dtype}; the merged folder is not quantised")
     _no_narrower(decoder)
     load_adapter(decoder, adapter, any_base, allow_partial)
     decoder.eval()
@@ -114,16 +109,14 @@ def merge_folder(
             raise _not_proven(
                 f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"
             )
-    was = trained_quant(adapter)
-    if was in QUANTS and was != stored:
-        del written_model
-        gc.collect()
-        trained = load_model(model, device=device, compute=compute, quant=was)
-        load_adapter(trained, adapter, any_base, allow_partial)
-        off = largest_difference(merged, logits_of(trained.eval(), prompts))
-        say(
-            f"trained on {described(was)}: from that, with its adapter, a logit of the merged model differs by up to {off:.3g}"
-        )
+        was = trained_quant(adapter)
+        if was in QUANTS and was != stored:
+            del written_model
+            gc.collect()
+            trained = load_model(model, device=device, compute=compute, quant=was)
+            load_adapter(trained, adapter, any_base, allow_partial)
+            off = largest_difference(merged, logits_of(trained.eval(), prompts))
+            say(f"trained on {described(was)}: a logit of that model and of the merged one differ by up to {off:.3g}")
     return proof
 
 

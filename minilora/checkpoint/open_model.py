@@ -16,7 +16,7 @@ from ..sampling import generation_note
 from ..text.tokenizer import Tokenizer, check_fits
 from .adapter import base_note, load_adapter, trained_quant
 from .load import keys_not_read, load_model
-from .quantised import described, quant_of, quantised_note
+from .quantized import described, quant_of, quantized_note
 
 
 class Opening(TypedDict, total=False):
@@ -57,7 +57,7 @@ def open_model(
     if int8:
         round_to_int8(model)
     notes = [computing(model, compute) + (", the adapter merged first" if int8 and adapter else "")]
-    note = quantised_note(model)
+    note = quantized_note(model)
     notes += [f"{note}, widened for every token"] if note else []
     was = trained_quant(ModelFolder.of(adapter).path) if adapter else None
     if was is not None and was != quant_of(model):

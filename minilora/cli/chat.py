@@ -4,13 +4,14 @@ from typing import Annotated, Unpack
 
 from ..terminal import say
 from .arguments import Arg
-from .shared_flags import Adapter, Int8, Model, Opening, SamplingSeed, check_paths
+from .shared_flags import Adapter, Int8, Model, Opening, Quant, SamplingSeed, check_paths
 
 
 def run(
     *,
     model: Model,
     adapter: Adapter | None = None,
+    quant: Quant = "keep",
     int8: Int8 = False,
     system: Annotated[str | None, Arg("system prompt [the template's]")] = None,
     prompt: Annotated[list[str] | None, Arg("say this and leave; may be given several times")] = None,
@@ -28,4 +29,15 @@ def run(
     from ..tools.chat import chat
 
     sampling = {"greedy": greedy, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    chat(model, adapter, system, prompt, max_tokens=max_tokens, think=think, int8=int8, **sampling, **opening)
+    chat(
+        model,
+        adapter,
+        system,
+        prompt,
+        max_tokens=max_tokens,
+        think=think,
+        int8=int8,
+        quant=quant,
+        **sampling,
+        **opening,
+    )

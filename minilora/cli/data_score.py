@@ -6,13 +6,14 @@ from ..config import DataConfig
 from ..errors import UsageError
 from ..terminal import say
 from .arguments import Arg
-from .shared_flags import Adapter, Data, DataSeed, Html, Model, Opening, check_paths
+from .shared_flags import Adapter, Data, DataSeed, Html, Model, Opening, Quant, check_paths
 
 
 def run(
     *,
     model: Model,
     adapter: Adapter | None = None,
+    quant: Quant = "keep",
     data: Data,
     settings: DataConfig,
     scores: Annotated[str | None, Arg("write a jsonl of every row with its perplexity", "FILE")] = None,
@@ -50,7 +51,7 @@ def run(
     store = TokenCache(Path(cache), Path(model)) if cache else None
     examples, report = load_examples(data, tokenizer, settings, seed=seed, cache=store)
     console.say(f"data        {report}")
-    decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute     {how}"), **opening)
+    decoder = open_model(folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}"), **opening)
     found = list(shown_progress(score_rows(decoder, examples, settings.max_length), len(examples), console))
     if scores:
         write_file(Path(scores), "".join(score_lines(found, examples)))

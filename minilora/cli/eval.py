@@ -4,13 +4,14 @@ from typing import Unpack
 
 from ..config import DataConfig
 from ..terminal import say
-from .shared_flags import Adapter, Data, Int8, Json, Model, Opening, check_paths
+from .shared_flags import Adapter, Data, Int8, Json, Model, Opening, Quant, check_paths
 
 
 def run(
     *,
     model: Model,
     adapter: Adapter | None = None,
+    quant: Quant = "keep",
     int8: Int8 = False,
     data: Data,
     settings: DataConfig,
@@ -32,7 +33,9 @@ def run(
     for name, note in folder_notes(folder, tokenizer, adapter).items():
         say(f"{name:<12}{note}", quiet=json)
     examples, report = load_examples(data, tokenizer, settings)
-    decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute     {how}", quiet=json), **opening)
+    decoder = open_model(
+        folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}", quiet=json), **opening
+    )
     score, rounded = evaluate(decoder, examples, settings.max_length), None
     if int8:
         round_to_int8(decoder)

@@ -5,13 +5,14 @@ from typing import Annotated, Unpack
 from ..config import DataConfig
 from ..terminal import say
 from .arguments import Arg, Settings
-from .shared_flags import Adapter, Int8, Model, Opening, SamplingSeed, check_paths
+from .shared_flags import Adapter, Int8, Model, Opening, Quant, SamplingSeed, check_paths
 
 
 def run(
     *,
     model: Model,
     adapter: Adapter | None = None,
+    quant: Quant = "keep",
     int8: Int8 = False,
     data: Annotated[
         str, Arg("rows; the last answer of each is the reference, one without is answered alone", "FILE", group="data")
@@ -34,8 +35,8 @@ def run(
     from ..tools.predict import predict, show_results
 
     console = Console(stderr=json)
-    sampling = {"max_tokens": max_tokens, "batch": batch, "sample": sample, "seed": seed, "int8": int8}
-    how = {"reading": reading, "overwrite": overwrite, "console": console}
+    sampling = {"max_tokens": max_tokens, "batch": batch, "sample": sample, "seed": seed}
+    how = {"int8": int8, "quant": quant, "reading": reading, "overwrite": overwrite, "console": console}
     results = predict(model, data, output, adapter, **how, **sampling, **opening)
     if json:
         say(dumps(results, ensure_ascii=False, indent=1))

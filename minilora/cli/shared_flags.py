@@ -19,6 +19,10 @@ Model = Annotated[str, Arg("folder of a Hugging Face checkpoint", "DIR", group="
 Adapter = Annotated[str, Arg("PEFT adapter folder, or a run's", "DIR", group="model", parse=adapter_folder)]
 Data = Annotated[str, Arg("file of rows, or path#500@0.2, several with commas", "FILE", group="data")]
 Int8 = Annotated[bool, Arg("weights in 8 bits, for speed on a CPU; eval --int8 tells what it costs", group="machine")]
+Quant = Annotated[
+    Literal["keep", "off", "nf4", "int8"],
+    Arg("bits of the linears: nf4, int8, keep those of the folder, or off to widen them", group="machine"),
+]
 Json = Annotated[bool, Arg("print one JSON object")]
 Html = Annotated[str, Arg("write a page as well", "FILE")]
 DataSeed = Annotated[int, Arg("of #N and @RATE", within=(0, 2**31))]
@@ -36,10 +40,6 @@ class Opening(TypedDict, total=False):
     compute: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Arg("dtype to compute in; auto is the fastest one on this machine", group="machine"),
-    ]
-    quant: Annotated[
-        Literal["keep", "off", "nf4", "int8"],
-        Arg("bits of the linears: nf4, int8, keep those of the folder, or off to widen them", group="machine"),
     ]
 
 

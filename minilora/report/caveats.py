@@ -57,6 +57,9 @@ def _answers(a: Record, b: Record) -> list[str]:
         found.append(f"were decoded in another way ({values}): this alone may change scores")
     if a.decoded.get("dtype") != b.decoded.get("dtype"):
         found.append(f"answered in {a.decoded.get('dtype')} and in {b.decoded.get('dtype')}")
+    bits = [run.decoded.get("quant", "off") for run in (a, b)]
+    if bits[0] != bits[1]:
+        found.append(f"answered with the base's weights in {bits[0]} and in {bits[1]} (--quant)")
     ours, theirs = ({name: m.get("definition") for name, m in run.scores.items()} for run in (a, b))
     changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if changed:

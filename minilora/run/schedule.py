@@ -13,7 +13,7 @@ from minilora.models.decoder import Decoder
 from .. import __version__
 from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import folder_notes
-from ..checkpoint.quantised import quantised_note
+from ..checkpoint.quantized import quantized_note
 from ..config import TrainConfig
 from ..data import Examples, steps_per_epoch
 from ..files.model_folder import ModelFolder
@@ -138,7 +138,7 @@ def _header(
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
     ]
-    notes = {"quant": quantised_note(model)} | folder_notes(folder, data.tokenizer)
+    notes = {"quant": quantized_note(model)} | folder_notes(folder, data.tokenizer)
     lines += [f"{name:<8}{note}" for name, note in notes.items() if note]
     if plan.full:
         lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")

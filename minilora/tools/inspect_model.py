@@ -12,7 +12,7 @@ import torch
 from minilora.models.decoder import Decoder
 
 from ..checkpoint.load import COMPANIONS, check_shapes, empty_model, keys_not_read, own_code, read_config
-from ..checkpoint.quantised import Stored
+from ..checkpoint.quantized import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.load import empty_model, find_device, read_config
-from ..checkpoint.quantised import in_memory
+from ..checkpoint.quantized import in_memory
 from ..config import TrainConfig
 from ..data import IGNORE, Batch, Example, pack, step_examples
 from ..errors import UsageError

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import Opening, folder_notes, open_model
+from ..checkpoint.quantized import in_memory
 from ..config import PLAIN, DataConfig
 from ..console import Console
 from ..errors import OutputInUse, Stopped
@@ -78,12 +79,13 @@ def predict(
     decoder = open_model(base, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
     sampling, stop = read_generation(base)
     sampling = sampling if sample else GREEDY
+    quant = in_memory(opening.get("quant", "keep"), base.config)
     settings = {
         "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
         "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
         "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
         "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
-        "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype),
+        "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
         "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
     }  # fmt: skip
     _check_output(folder)
@@ -158,7 +160,9 @@ def _earlier(folder: Path, overwrite: bool) -> tuple[Any, dict[str, Any] | None,
 def _same(then: Any, now: dict) -> bool:
     """Whether two predictions have the same weights, rows and decoding; folders may have moved."""
     keys = ("rows_hash", "prompts_hash", "weights_hash", "dtype", "decoding")
-    return isinstance(then, dict) and all(then.get(key) == now[key] for key in keys)
+    if not isinstance(then, dict) or then.get("quant", "off") != now["quant"]:  # older ones do not say it
+        return False
+    return all(then.get(key) == now[key] for key in keys)
 
 
 def _shown_progress(answers: Iterator[Request], done: int, total: int, console: Console) -> Iterator[Request]:

@@ -138,6 +138,8 @@ def test_a_finished_prediction_is_not_made_twice(work, made, monkeypatch):
     assert again == made
     with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
         predict(work / "model", work / "rows.json", work / "out", max_tokens=13, console=QUIET)
+    with pytest.raises(OutputInUse, match="other weights, rows or decoding"):
+        predict(work / "model", work / "rows.json", work / "out", max_tokens=12, console=QUIET, quant="nf4")
 
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

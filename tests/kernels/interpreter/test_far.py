@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 
 from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear, lora_shrink
 from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.group import Group
 from minilora.kernels.lang import accum_dtype
 from minilora.kernels.projection import Adapter, Projection
 
@@ -92,7 +93,7 @@ def test_the_last_rows_of_a_large_output(adapter: Adapter):
     s = torch.empty(1, ROWS, 16, dtype=x.dtype)
     s[:, -64:, :3] = torch.randn(3).half()
     with last_program():
-        (y,) = lora_gemm.forward(x, s, lora_gemm.Group.of([Projection(weight, None, narrow)]))
+        (y,) = lora_gemm.forward(x, s, Group.of([Projection(weight, None, narrow)]))
     truth = x[-1].double() @ weight.double().T + 0.5 * s[0, -1, :3].double() @ narrow.b.double().T
     torch.testing.assert_close(y[-1, -20:].double(), truth[-20:], rtol=2e-3, atol=1e-2)
 
@@ -105,7 +106,7 @@ def test_the_last_rows_of_a_large_input_gradient(adapter: Adapter, p: float):
     ds[:, -64:, :3] = torch.randn(3).half()
     wide = adapter._replace(b=torch.randn(16, 3), p=p)
     with last_program():
-        dx = lora_gemm.input_gradient([dy], ds, lora_gemm.Group.of([Projection(weight, None, wide)]))
+        dx = lora_gemm.input_gradient([dy], ds, Group.of([Projection(weight, None, wide)]))
     low = ds[0, -1, :3].double() @ adapter.a.double()
     drawn = [low * 0, low] if p else [low]
     errors = [(dx[-1].double() - dy[-1].double() @ weight.double() - each)[-20:].abs() for each in drawn]
@@ -122,7 +123,7 @@ def test_the_last_partial_sums_of_many(adapter: Adapter, monkeypatch: pytest.Mon
     s = torch.empty(1, 2 * ROWS, 16, dtype=dy.dtype)
     s[:, -64:, :3] = torch.randn(3).half()
     with last_program():
-        lora_shrink.expand_backward([dy], s, lora_gemm.Group.of([Projection(dy, None, adapter)]), True, True)
+        lora_shrink.expand_backward([dy], s, Group.of([Projection(dy, None, adapter)]), True, True)
     ds, _, db, *_ = add_up[0].call_args.args
     assert db.numel() > 2**31
     tile = 2 * ROWS // db.shape[0]

@@ -34,7 +34,7 @@ QUANTS = ("nf4", "int8")  # that a plain weight is put into while it is loaded
 FORMS: dict[str, type[QuantizedWeight]] = {"nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight}
 
 
-def how(j: dict[str, Any]) -> str | None:
+def format_of(j: dict[str, Any]) -> str | None:
     """The format that a config.json says its weights are in, None if plain; ValueError names one not read here."""
     said = next((j[k] for k in KEYS if j.get(k)), None)
     if said is None:
@@ -62,7 +62,7 @@ def plain_config(j: dict[str, Any]) -> dict[str, Any]:
 
 def in_memory(quant: str, j: dict[str, Any]) -> str:
     """The format, or off, that the linears of a folder with this config.json have in memory."""
-    return how(j) or "off" if quant == "keep" else quant
+    return format_of(j) or "off" if quant == "keep" else quant
 
 
 def quant_of(model: nn.Module) -> str:
@@ -75,7 +75,7 @@ def described(quant: str) -> str:
     return "a base that is not quantised" if quant == "off" else f"a base in {quant}"
 
 
-def quantised_note(model: nn.Module) -> str | None:
+def quantized_note(model: nn.Module) -> str | None:
     """A line on the quantised weights of a model: format, bits, bytes, and the error where it is known."""
     weights = quantized_weights(model)
     if not weights:
@@ -101,7 +101,7 @@ class Stored:
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Self:
-        return cls(folder.tensors, how(folder.config))
+        return cls(folder.tensors, format_of(folder.config))
 
     def _is(self, name: str) -> bool:
         dtype = self.tensors.shapes[name][0]

@@ -1,4 +1,4 @@
-"""What bitsandbytes, transformers and peft make of quantised weights: python tests/golden/make_quantised.py, with the extra `peers`.
+"""What bitsandbytes, transformers and peft make of quantised weights: python tests/golden/make_quantized.py, with the extra `peers`.
 
 quantised.safetensors holds tensors and the parts that bitsandbytes 0.50 makes of them; qwen3_nf4 is a folder that transformers
 saved in 4 bits, qwen3_fp8 one with the tensors of a -FP8 release. Both have the logits, loss and gradients of transformers and peft.
@@ -77,6 +77,7 @@ def expected(model: torch.nn.Module, folder: Path) -> None:
     found |= {"adapter_logits": out.logits.detach(), "adapter_loss": out.loss.detach()[None]}
     found |= {f"grad.{n.replace('.default', '')}": p.grad for n, p in adapted.named_parameters() if p.grad is not None}
     assert isinstance(adapted, PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = None  # a folder of the machine that made it
     adapted.save_pretrained(folder / "adapter")
     (folder / "adapter" / "README.md").unlink()
     save_file({n: t.contiguous() for n, t in found.items()}, folder / "expected.safetensors")

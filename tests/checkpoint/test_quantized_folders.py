@@ -18,7 +18,7 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, fingerprint, read_config
 from minilora.checkpoint.open_model import open_model
-from minilora.checkpoint.quantised import quantised_note
+from minilora.checkpoint.quantized import quantized_note
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError, UsageError
 from minilora.files.model_folder import ModelFolder
@@ -315,7 +315,6 @@ def test_an_adapter_is_merged_into_a_widened_base(tmp_path: Path, capsys: pytest
     for path, wrapper in adapters(base):
         wide = weight_as(wrapper.base.weight, torch.bfloat16)
         assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged_weight(wide))
-    assert main(["merge", "--model", str(fp8), "--adapter", "x", "--output", str(out), "--quant", "nf4"]) != 0
 
 
 def test_an_adapter_says_which_bits_it_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -330,7 +329,10 @@ def test_an_adapter_says_which_bits_it_was_trained_on(tmp_path: Path, capsys: py
     assert main([*chat, "--quant", "nf4"]) == 0
     assert "was trained on" not in capsys.readouterr().out
     assert main(["merge", *words, "--output", str(tmp_path / "out")]) == 0
-    assert "trained on a base in nf4: from that, with its adapter, a logit of the merged" in capsys.readouterr().out
+    assert (
+        "trained on a base in nf4: a logit of that model and of the merged one differ by up to"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_dry_run_counts_the_bits(tmp_path: Path):
@@ -349,13 +351,13 @@ def test_the_dry_run_counts_the_bits(tmp_path: Path):
 
 
 def test_the_note_of_a_header_has_bits_and_error():
-    note = quantised_note(minilora.load_model(GOLDEN / "qwen3", device="cpu", quant="nf4"))
+    note = quantized_note(minilora.load_model(GOLDEN / "qwen3", device="cpu", quant="nf4"))
     assert note is not None and re.match(
         r"nf4: 14 weights at 4\.\d+ bits, \d\.\d MB; relative error \(Frobenius\) \d.*%, at most \d", note
     )
-    kept = quantised_note(minilora.load_model(GOLDEN / "qwen3_nf4", device="cpu"))
+    kept = quantized_note(minilora.load_model(GOLDEN / "qwen3_nf4", device="cpu"))
     assert kept is not None and "error" not in kept
-    assert quantised_note(minilora.load_model(GOLDEN / "qwen3", device="cpu")) is None
+    assert quantized_note(minilora.load_model(GOLDEN / "qwen3", device="cpu")) is None
 
 
 def test_a_run_trains_on_a_quantised_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

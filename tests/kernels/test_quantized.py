@@ -15,7 +15,7 @@ from minilora.kernels.packed import stacked
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import PIECE, relative_error, weight_as
 
-GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "quantised.safetensors")  # made by make_quantised.py there
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "quantised.safetensors")  # made by make_quantized.py there
 CASES = [name for name in GOLDEN if "/" not in name and name != "levels"]
 FORMATS = {"nf4": nf4, "int8": int8_rows, "fp8": fp8_blocks}
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
