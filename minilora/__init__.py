@@ -14,6 +14,7 @@ _HOMES = {
     "add_lora": "lora",
     "merge": "lora",
     "set_dropout_keys": "lora",
+    "loftq_init": "checkpoint.loftq",
     "load_adapter": "checkpoint.adapter",
     "save_adapter": "checkpoint.adapter",
     "load_tokenizer": "text.tokenizer",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .checkpoint.adapter import save_adapter as save_adapter
     from .checkpoint.load import load_model as load_model
     from .checkpoint.load import save_model as save_model
+    from .checkpoint.loftq import loftq_init as loftq_init
     from .finetuning import finetune as finetune
     from .generate import reply as reply
     from .lora import add_lora as add_lora

@@ -86,6 +86,7 @@ class TrainConfig(DataConfig):
         "all-linear", "all-linear, attention, mlp, names with commas, or a regex over whole paths"
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
+    lora_init: Literal["kaiming", "loftq"] = setting("kaiming", "start of A and B; loftq: the error of --quant")
     lr: float = setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
     warmup: float = setting(0.03, "warmup: a share of the steps below 1, else a number of steps")
@@ -104,9 +105,7 @@ class TrainConfig(DataConfig):
     compute: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "dtype of activations and products; auto is the fastest one on this machine", same=False
     )
-    threads: int | None = setting(
-        None, "CPU threads; default all there are, or one where the products are too small to share", same=False
-    )
+    threads: int | None = setting(None, "CPU threads; default all, or one where products are too small", same=False)
     micro_tokens: int | None = setting(
         None, "most tokens of one forward and backward pass; default max_length", same=False
     )

@@ -35,7 +35,7 @@ class LoRALinear(Adapted):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
-        self.key = DEFAULT_KEY
+        self.key, self.loftq = DEFAULT_KEY, False  # loftq: A and B began as the base's error of quantisation
 
     @property
     def r(self) -> int:

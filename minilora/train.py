@@ -55,7 +55,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             data = load_data(config, base)
         with working(console, "loading the weights"):
             asked = config.compute
-            model, config = load(config, base)
+            model, config = load(config, base, resume)
             plan = make_plan(config, base, data, model, computing(model, asked))
         console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
         run = Run(folder, config, plan, model, optimizer_of(model, config), Progress())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from minilora.kernels.quantized import QuantizedWeight
@@ -13,6 +14,14 @@ def quantize_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -
         linear = model.get_submodule(name.removesuffix(".weight"))
         del linear.weight
         linear.weight = weight
+
+
+def widen_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain parameters of a dtype in the place of quantised weights, one at a time."""
+    for name, weight in quantized_weights(model).items():
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        del linear.weight
+        linear.weight = nn.Parameter(weight.weight_as(dtype), requires_grad=False)
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:

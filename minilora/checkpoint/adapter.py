@@ -23,7 +23,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from .load import check_finite, fingerprint, fold
-from .quantized import quant_of
+from .quantized import described, quant_of
 
 PREFIX = "base_model.model."
 KINDS = 3  # of mismatches that are shown
@@ -59,6 +59,8 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
         tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
     about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+    if any(wrapper.loftq for wrapper in wrapped.values()):
+        about["minilora_init"] = "loftq"
     write_tensors(folder / WEIGHTS, tensors, about)
     (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
 
@@ -66,6 +68,11 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
 def trained_quant(folder: str | Path) -> str | None:
     """The quant of the base that an adapter was trained on, off for a plain one; None for an adapter of other tools."""
     return SafetensorsFile(Path(folder) / WEIGHTS).metadata.get("minilora_quant")
+
+
+def needed_quant(folder: str | Path) -> str | None:
+    """The quant of the only base that an adapter fits, which began as the error of that base (LoftQ); else None."""
+    return trained_quant(folder) if "minilora_init" in SafetensorsFile(Path(folder) / WEIGHTS).metadata else None
 
 
 def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:
@@ -112,8 +119,8 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
     """Wrap the linears that a PEFT folder names and copy its tensors in.
 
     Raises ModelError with every key that does not fit, and with every linear that its config names and its file lacks,
-    unless allow_partial. An adapter that minilora saved also knows its base: any_base lets it onto another one of the
-    same shape.
+    unless allow_partial. An adapter that minilora saved also knows its base, and one that began by LoftQ its bits:
+    any_base lets it onto another one of the same shape.
     """
     folder = ModelFolder.of(folder)
     j, folder = folder.adapter_config, folder.path
@@ -156,12 +163,19 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"{folder} was trained on another base model than this one (same shapes, other weights)",
             "Give the base it was trained on, or --any-base to use it on this one.",
         )
+    needed, here = needed_quant(folder), quant_of(model)
+    if needed not in (None, here) and not any_base:
+        raise ModelError(
+            f"{folder} began as the error of a base in {needed} (LoftQ), and this is {described(here)}",
+            f"Give --quant {needed}, or --any-base to use it on this one.",
+        )
     model.requires_grad_(False)
     for path, (r, alpha) in plan.items():
         wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
         with torch.no_grad():
             wrapper.lora_A.copy_(tensors[path, "A"])
             wrapper.lora_B.copy_(tensors[path, "B"])
+        wrapper.loftq = needed is not None
 
 
 def base_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minilora.kernels.quantized import weight_as
 from minilora.models.decoder import Decoder
+from minilora.models.quantized import widen_linears
 
 from ..errors import DiskError, ModelError, OutputInUse
 from ..files.atomic import atomic_folder
@@ -24,10 +25,10 @@ from ..files.tensors import Tensors
 from ..lora import adapters, base_parameters, without_adapters
 from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
-from .adapter import load_adapter, trained_quant
+from .adapter import load_adapter, needed_quant, trained_quant
 from .load import SHARD_BYTES, load_model, write_checkpoint
 from .open_model import folder_notes
-from .quantized import QUANTS, described, in_memory
+from .quantized import QUANTS, described, quant_of
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
@@ -45,19 +46,22 @@ def merge_folder(
     """Write the merged checkpoint and return the proof; ModelError, and no folder, if it does not hold.
 
     A quantised base is widened first: the merged folder is plain. An adapter that was trained on a quantised base goes on the plain
-    one as well, and `say` is told by how much the two differ. A tokenizer or chat template of the adapter's own goes into the new
-    folder.
+    one as well, and `say` is told by how much the two differ; one that began by LoftQ goes on the base in its bits, widened. A
+    tokenizer or chat template of the adapter's own goes into the new folder.
     """
     model, output = ModelFolder.of(model), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
-    stored = in_memory("keep", model.config)
-    decoder = load_model(model, device=device, compute=compute, quant="off")
-    if stored != "off":
-        dtype = name_of(decoder.head.dtype)
-        say(f"quant   the {stored} weights are widened to {dtype}; the merged folder is not quantised")
-    _no_narrower(decoder)
+    decoder = load_model(model, device=device, compute=compute, quant=needed_quant(adapter) or "keep")
     load_adapter(decoder, adapter, any_base, allow_partial)
+    bits, was = quant_of(decoder), trained_quant(adapter)
+    if bits != "off":
+        dtype = name_of(decoder.head.dtype)
+        say(f"quant   the {bits} weights are widened to {dtype}; the merged folder is not quantised")
+        widen_linears(decoder, decoder.head.dtype)
+    if was not in (None, bits, *QUANTS):
+        say(f"quant   the adapter was trained on {described(was)}, and is merged into {described(bits)}")
+    _no_narrower(decoder)
     decoder.eval()
     tokenizer = load_tokenizer(model, adapter)
     for name, note in folder_notes(model, tokenizer, adapter).items():
@@ -66,7 +70,7 @@ def merge_folder(
     prompts = prompt_ids(tokenizer)
     wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
     shapes, widened = model.tensors.shapes, {}
-    if stored != "off":
+    if bits != "off":
         widened = base_parameters(decoder)
         shapes = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
@@ -109,8 +113,7 @@ def merge_folder(
             raise _not_proven(
                 f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"
             )
-        was = trained_quant(adapter)
-        if was in QUANTS and was != stored:
+        if was in QUANTS and was != bits:
             del written_model
             gc.collect()
             trained = load_model(model, device=device, compute=compute, quant=was)

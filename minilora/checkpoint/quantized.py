@@ -89,7 +89,9 @@ def quantized_note(model: nn.Module) -> str | None:
     worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
     path = worst.replace(".base.", ".").removesuffix(".weight")
-    return f"{line}; relative error (Frobenius) {100 * mean:.2g} %, at most {100 * errors[worst]:.2g} % ({path})"
+    line += f"; relative error (Frobenius) {100 * mean:.2g} %, at most {100 * errors[worst]:.2g} % ({path})"
+    left = [w.error_left for w in weights.values() if w.error_left is not None]
+    return line + (f"; {100 * sum(left) / len(left):.2g} % with the adapters of LoftQ" if left else "")
 
 
 class Stored:

@@ -66,8 +66,9 @@ def next_commands(config: "TrainConfig") -> list[str]:
     # a file that was split off is UTF-8
     reading = (replace(config, encoding="") if rows == split_off else config).reading_flags()
     reading += [] if config.train_end else ["--no-train-end"]
+    bits = () if config.quant == "keep" else ("--quant", config.quant)
     return [
-        shell("chat", *both),
-        shell("eval", *both, "--data", rows, *reading),
+        shell("chat", *both, *bits),
+        shell("eval", *both, *bits, "--data", rows, *reading),
         shell("merge", *both, "--output", run / "merged"),
     ]

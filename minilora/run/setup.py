@@ -11,6 +11,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.quantized import quantized_weights
 
 from ..checkpoint.load import find_device, load_model, read_config
+from ..checkpoint.loftq import loftq_init, mark_loftq
 from ..config import TrainConfig
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder
@@ -19,11 +20,16 @@ from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 
 
-def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig]:
-    """The model ready to train, and the config with the compute dtype and the threads that were chosen."""
+def load(config: TrainConfig, folder: ModelFolder, resume: bool = False) -> tuple[Decoder, TrainConfig]:
+    """The model ready to train, and the config with the compute dtype and the threads that were chosen.
+
+    resume: the adapters' values are read from a snapshot afterwards.
+    """
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     stored, compute = dtypes(config, c, device)
     model = prepare(load_model(folder, stored, device, name_of(compute), config.quant), config)
+    if config.lora_init == "loftq" and not resume:
+        loftq_init(model, folder)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     settled = name_of(compute) if compute != torch.float64 else "auto"
@@ -55,6 +61,8 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     else:
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
         add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
+        if config.lora_init == "loftq":
+            mark_loftq(model)
     model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
     return model.train()
 

@@ -243,6 +243,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
         words += ["--adapter", run / "adapter"]
     for key in ("max_tokens", "batch"):
         words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []
+    words += [] if config.quant == "keep" else ["--quant", config.quant]
     words += config.reading_flags()
     words += [] if config.device == "auto" else ["--device", config.device]
     code = _child("predict", *words, "--json")  # one table at the end has the scores of all runs

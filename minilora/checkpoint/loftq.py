@@ -1,0 +1,73 @@
+"""Adapters that start as the error of their base's quantisation: LoftQ (Li et al., 2023, arXiv 2310.08659).
+
+    E = W - Q(W)        scale * B A = U_R S_R V_R^T        of E = U S V^T, its R largest singular values
+
+W is the weight as the folder has it, Q(W) what the model holds of it. This is one round of the paper's alternation
+(T = 1, PEFT's default). Further rounds quantise W - scale * B A in the place of W, and an adapter would then need
+those codes beside it. After one round the base is what --quant makes of the folder, and the folder, its bits and the
+adapter are the whole model. On other bits the adapter would add an error that is not there: loading it refuses.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from minilora.kernels.quantized import QuantizedWeight
+
+from ..errors import UsageError
+from ..files.model_folder import Folder, ModelFolder
+from ..lora import adapters
+from .quantized import Stored
+
+LEAST = 1e-5  # of the largest singular value: below are rounding errors, and a start of (almost) zeros would not train
+
+
+def loftq_init(model: nn.Module, folder: Folder) -> None:
+    """Set A and B of every adapter of a model, quantised while it was loaded from the folder, and not trained yet.
+
+    B = U_R sqrt(S_R / scale) [N, R] and A = sqrt(S_R / scale) V_R^T [R, K], fp32; one weight at a time is read again.
+    Where E has a lower rank, the rest of A and B stays as add_lora made it. UsageError if a base weight is not
+    quantised, or if the folder does not hold it unquantised.
+    """
+    mark_loftq(model)
+    folder = ModelFolder.of(folder)
+    stored = Stored.of(folder)
+    for path, wrapper in adapters(model):
+        name, weight = f"{path}.weight", cast(QuantizedWeight, wrapper.base.weight)
+        if name in stored.parts or stored.tensors.shapes.get(name, ((), ()))[1] != tuple(weight.shape):
+            what = f"LoftQ starts from the weights before they were quantised, and {folder.path} does not hold {name}"
+            raise UsageError(what, "Give the bf16 release with --quant nf4 or int8.")
+        with stored.reading(name, weight.shape) as value, torch.no_grad():
+            assert not isinstance(value, QuantizedWeight)
+            wide = value.to(weight.device, torch.float32)
+            off = wide - weight.weight_as(torch.float32)
+            b, a = low_rank(off, wrapper.r)
+            wrapper.lora_B[:, : b.shape[1]] = b / wrapper.scale**0.5
+            wrapper.lora_A[: a.shape[0]] = a / wrapper.scale**0.5
+            size = torch.linalg.vector_norm(wide).item()
+            weight.error_left = torch.linalg.vector_norm(off.sub_(b @ a)).item() / size if size else 0.0
+
+
+def mark_loftq(model: nn.Module) -> None:
+    """Note that the adapters began, or will begin, by loftq_init; UsageError if one is on a weight that is not quantised."""
+    for path, wrapper in adapters(model):
+        if not isinstance(wrapper.base.weight, QuantizedWeight):
+            what = f"LoftQ starts from the error of quantised weights, and {path} is not quantised"
+            raise UsageError(what, "Give --quant nf4 or int8, or leave --lora-init out.")
+        wrapper.loftq = True
+
+
+def low_rank(m: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """B [N, R'] and A [R', K] whose product is the matrix of rank R' <= R nearest to M [N, K]: U sqrt(S), sqrt(S) V^T."""
+    n, k = m.shape
+    if n < k:
+        a, b = low_rank(m.T, r)
+        return b.T, a.T
+    # V are the eigenvectors of M^T M, on the smaller side: much cheaper than an SVD, and the largest are as exact
+    v = torch.linalg.eigh(m.T @ m).eigenvectors[:, -r:].flip(1)
+    us = m @ v
+    s = torch.linalg.vector_norm(us, dim=0)
+    kept = s > LEAST * s.max()
+    root = s[kept].sqrt()
+    return us[:, kept] / root, root[:, None] * v.T[kept]
