@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import IDS, randomise, tiny
+from oracle import IDS, as_wrong_as, randomise, tiny, tiny_folder
 from torch import Tensor
 
-from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
+from minilora import add_lora, load_adapter, load_model, loftq_init, merge, save_adapter, save_model
 from minilora.checkpoint.merge import merge_folder
 from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters
@@ -240,3 +240,25 @@ def test_adapters_of_original_code_open_in_peft(tmp_path: Path, family: str, tar
     again = tiny(family)
     load_adapter(again, tmp_path / "theirs")
     assert torch.equal(again.logits(IDS), model.logits(IDS))
+
+
+def test_loftq_is_pefts(tmp_path: Path):
+    """PEFT's decomposition of what bitsandbytes' weights are off by; its whole loftq_init asks for a GPU."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    def theirs(wide: Tensor, quantised: Tensor) -> Tensor:
+        parts = _low_rank_decomposition(wide - quantised.to(wide.dtype), reduced_rank=4)
+        return parts["L"] @ parts["R"]
+
+    # rows of whole blocks: bitsandbytes reads others back wrongly on some CPUs (docs/quantised.md)
+    folder = tiny_folder(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    plain, model = load_model(folder, device="cpu"), load_model(folder, device="cpu", quant="nf4")
+    add_lora(model, r=4, alpha=8)
+    loftq_init(model, folder)
+    for path, wrapper in adapters(model):
+        wide = plain.get_parameter(f"{path}.weight").float()
+        codes, state = functional.quantize_4bit(wide, quant_type="nf4", compress_statistics=True)
+        quantised = functional.dequantize_4bit(codes, state)
+        found = wrapper.scale * wrapper.lora_B.detach() @ wrapper.lora_A.detach()
+        as_wrong_as(found, theirs(wide, quantised), theirs(wide.double(), quantised), path)
