@@ -5,10 +5,14 @@ data every row is assumed to be as long as the limits allow.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+
+from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
+from minilora.models.decoder import Decoder
 
 from ..checkpoint.load import empty_model, find_device, read_config
 from ..checkpoint.quantized import in_memory
@@ -27,6 +31,8 @@ from ..terminal import clock
 from ..text.tokenizer import check_fits
 from .dry_run import StepMemory, step_memory
 
+CARDS = (8, 16, 24, 48, 80)  # GB of the GPUs there are
+
 
 def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     """What a training would need, as plain values for JSON: on a GPU with card_gb * 10^9 bytes, or on this machine."""
@@ -35,7 +41,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     folder = ModelFolder(config.model)
     c = read_config(folder)
     device = find_device(None if config.device == "auto" else config.device)
-    stored, compute = dtypes(config, c, device if card_gb is None else torch.device("cuda"))
+    on_card = card_gb is not None or device.type == "cuda"
+    stored, compute = dtypes(config, c, torch.device("cuda") if on_card else device)
     model = prepare(empty_model(c, stored, in_memory(config.quant, folder.config)), config)
     model.compute = compute
     parameters = sum(p.numel() for p in empty_model(c).parameters())
@@ -71,7 +78,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         found["note"] = positions_note(folder, len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
     memory, flops = (
-        step_memory(model, largest),
+        (card_memory if on_card else step_memory)(model, largest),
         step_flops(c, [largest], flops_per_token(model, config.method == "full")),
     )
     found["step"] = {
@@ -87,6 +94,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     found["device"] = device_name(device) if card_gb is None else "a card"
     found["device_gb"] = memory_gb(device) if card_gb is None else card_gb
     found["most_tokens"] = _most_tokens(memory, largest, found["device_gb"])
+    if on_card:
+        found["cards"] = _cards(model, largest, memory)
     return found
 
 
@@ -111,6 +120,23 @@ def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
     """About how many tokens a stream can have in `gb` GB, if all that a step allocates grows with them."""
     made = memory.activations + memory.temporaries
     return max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
+
+
+def card_memory(model: Decoder, stream: Batch) -> StepMemory:
+    """The memory of a step on a GPU, whose loss has the logits of more rows at a time than that of a dry run."""
+    memory = step_memory(model, stream)
+    rows = min(CHUNK_ROWS_CUDA, len(stream.targets))
+    logits = rows * model.config.vocab * model.compute_dtype.itemsize
+    return replace(memory, temporaries=max(memory.temporaries, logits))
+
+
+def _cards(model: Decoder, stream: Batch, memory: StepMemory) -> list[dict[str, int]]:
+    """About how many tokens a stream can have on GPUs of each size, activations kept and with --checkpointing."""
+    found, asked = {model.checkpointing: memory}, model.checkpointing
+    model.checkpointing = not asked
+    found[not asked] = card_memory(model, stream)
+    ways = {"kept": found[False], "checkpointing": found[True]}
+    return [{"gb": gb} | {way: _most_tokens(needed, stream, gb) for way, needed in ways.items()} for gb in CARDS]
 
 
 def text_of(found: dict[str, Any]) -> str:
@@ -147,10 +173,14 @@ def text_of(found: dict[str, Any]) -> str:
     verdict = f"fits in {room}, {left:,.1f} free" if left > 0 else f"needs {-left:,.1f} GB more than {room}"
     lines.append(f"        {verdict}; what the system and the allocator take comes on top")
     lines.append(f"room    for streams of about {found['most_tokens']:,} tokens (--micro-tokens)")
+    if "cards" in found:
+        rows = {"gb": "GB of a card", "kept": "tokens of a stream", "checkpointing": "the same with --checkpointing"}
+        cells = {key: "".join(f"{card[key]:>9,}" for card in found["cards"]) for key in rows}
+        lines += [f"{'cards' if key == 'gb' else '':<5}{cells[key]}   {what}" for key, what in rows.items()]
     if step["seconds"] is not None:
         lines.append(f"time    {_duration(step['seconds'])} a stream at least, at the speed of this machine's products")
     if found["device"] != "a card":
-        lines.append("        (--device-memory 80: the same on a card of 80 GB)")
+        lines.append("        (--device-memory 80: the same on a card of 80 GB, and what fits cards of other sizes)")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import PUBLISHED
 from tiny import make_model, make_rows
 
 import minilora
@@ -14,6 +15,7 @@ from minilora.data import load_examples, make_batch, pack
 from minilora.run.setup import prepare
 from minilora.settings import resolve
 from minilora.tools.dry_run import _Live, step_memory
+from minilora.tools.plan import _assumed_row, card_memory, text_of
 
 FLAGS = {"lora_r": 8, "dtype": "bfloat16"}
 
@@ -124,3 +126,21 @@ def test_what_cannot_be_planned(plan, folder):
     assert plan()[0] == 2
     assert plan("--model", folder, "--lora_rnak", 8)[0] == 2
     assert plan("--model", folder, "--lora-targets", "nothing")[0] == 2
+
+
+def test_what_fits_cards(plan, tmp_path):
+    """A 7B model in NF4, in less than 7 GB; a stream of the size that is said to fit does, and fills the card."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2.5-7B"][1]))
+    flags = ["--quant", "nf4", "--lora-r", 8, "--batch-size", 1, "--checkpointing"]
+    found = json.loads(plan("--model", tmp_path, *flags, "--device-memory", 8, "--json")[1])
+    assert found["step"]["stream_tokens"] == 2048 and found["memory"]["total"] < 7e9
+    cards = {card["gb"]: card for card in found["cards"]}
+    assert [*cards] == [8, 16, 24, 48, 80] and cards[8]["checkpointing"] == found["most_tokens"]
+    assert f"{cards[80]['checkpointing']:,}   the same with --checkpointing" in text_of(found)
+    config = resolve({"model": str(tmp_path), "quant": "nf4", "lora_r": 8})
+    model = prepare(empty_model(read_config(tmp_path), torch.bfloat16, "nf4"), config)
+    model.compute = torch.bfloat16
+    for gb, way in ((8, "kept"), (16, "checkpointing")):
+        model.checkpointing = way == "checkpointing"
+        rows = [_assumed_row(resolve({"max_length": cards[gb][way]}), False)]
+        assert 0.95 < card_memory(model, make_batch(rows)).total / gb / 1e9 <= 1
