@@ -13,7 +13,7 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.convert import BIN
 from minilora.data import load_examples
-from minilora.files.safetensors import SafetensorsFile
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.generate import reply
 
 ROWS = [
@@ -167,17 +167,15 @@ def test_one_line_and_exit_code_4(folder, rows, tmp_path, capsys):
     assert "the model 300 rows" in told(small)
 
 
+EIGHTH = {
+    "vocab_size": 130528, "hidden_size": 512, "num_layers": 28, "num_attention_heads": 32, "inner_hidden_size": 2048,
+}  # fmt: skip
+
+
 @pytest.mark.long
 def test_an_eighth_of_the_width(tmp_path, rows):
     """28 layers and 32 heads, random: trains, resumes, merges and answers."""
-    folder = make_folder(
-        tmp_path / "m",
-        vocab_size=130528,
-        hidden_size=512,
-        num_layers=28,
-        num_attention_heads=32,
-        inner_hidden_size=2048,
-    )
+    folder = make_folder(tmp_path / "m", **EIGHTH)
     run = ["train", "--model", str(folder), "--data", str(rows), "--output", str(tmp_path / "run"), *SETTINGS]
     assert main([*run, "--max-steps", "4", "--save-every", "2"]) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
@@ -185,3 +183,35 @@ def test_an_eighth_of_the_width(tmp_path, rows):
     both = ["--model", str(folder), "--adapter", str(tmp_path / "run" / "adapter")]
     assert main(["merge", *both, "--output", str(tmp_path / "merged")]) == 0
     assert main(["chat", "--model", str(tmp_path / "merged"), "--greedy", "--max-tokens", "4", "--prompt", "你好"]) == 0
+
+
+@pytest.mark.parametrize("sizes", [{}, pytest.param(EIGHTH, marks=pytest.mark.long)], ids=["tiny", "an eighth"])
+def test_an_adapter_of_an_int8_base(tmp_path, rows, capsys, sizes):
+    """ChatGLM-6B as it is often trained: a model of fp16 in int8, rank 8, alpha 32, query_key_value alone."""
+    folder, run = make_folder(tmp_path / "m", **sizes), tmp_path / "run"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    file = SafetensorsFile(folder / "model.safetensors")
+    write_tensors(folder / "half", {name: file.tensor(name).half() for name in file.entries})
+    (folder / "half").replace(folder / "model.safetensors")
+    layers = config["num_layers"]
+    flags = ["--quant", "int8", "--lora-r", "8", "--lora-alpha", "32", "--lora-targets", "query_key_value"]
+    data = ["--model", str(folder), "--data", str(rows)]
+    words = [*data, *flags, "--lr", "1e-3", "--batch-size", "4", "--device", "cpu", "--max-steps", "4"]
+    assert main(["train", *words, "--output", str(run)]) == 0
+    header = capsys.readouterr().out
+    assert f"int8: {4 * layers} weights at 8." in header and f"query_key_value  {layers} linears" in header
+    both = ["--adapter", str(run / "adapter"), "--quant", "int8"]
+    losses = []
+    for which in (both[2:], both):
+        assert main(["eval", *data, *which, "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[1] < losses[0]
+    assert main(["predict", *data, *both, "--max-tokens", "4", "--output", str(tmp_path / "answers")]) == 0
+    capsys.readouterr()
+    assert main(["merge", *data[:2], *both[:2], "--output", str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out
+    assert "proof   over" in said and "trained on a base in int8: a logit of that model and of the merged one" in said
+    assert main(["eval", "--model", str(tmp_path / "merged"), *data[2:], "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)["loss"]
+    assert abs(merged - losses[1]) < 0.1 * (losses[0] - losses[1])
