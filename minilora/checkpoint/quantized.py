@@ -130,7 +130,7 @@ class Stored:
     def empty(self, name: str, shape: torch.Size, device: str) -> QuantizedWeight:
         """What `reading` gives for a quantised weight, without what it holds."""
         if self.form == "nf4":
-            plain = self.tensors.shapes.get(f"{name}.absmax", (torch.uint8,))[0] == torch.float32
+            plain = self.tensors.shapes.get(f"{name}.absmax", (torch.uint8,))[0] != torch.uint8
             return NF4Weight.empty(shape, device, nested=not plain)
         return FORMS[str(self.form)].empty(shape, device)
 
@@ -150,6 +150,8 @@ class Stored:
                 found[short] = part.clone()
         make = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}[str(self.form)]
         try:
+            if len(shape) != 2:
+                raise ValueError(f"has shape {list(shape)}; a matrix belongs there")
             return make(found, shape)
         except (ValueError, KeyError) as error:
             reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
@@ -164,18 +166,20 @@ def _nf4(found: dict[str, Tensor], shape: torch.Size) -> NF4Weight:
     _same("quant_type", state.get("quant_type"), "nf4")
     _same("blocksize", state.get("blocksize"), BLOCK)
     _same("shape", state.get("shape"), list(shape))
-    codes = found["weight"].contiguous().view(torch.uint8).flatten()
+    codes = found["weight"].flatten().view(torch.uint8)
     _same("bytes of codes", len(codes), -(-shape.numel() // 2))
     _same("scales", list(absmax.shape), [blocks])
     _same("levels (quant_map)", found["quant_map"].tolist(), torch.tensor(NF4).tolist())
     if absmax.dtype != torch.uint8:
+        if "nested_absmax" in found:
+            raise ValueError(f"has nested_absmax, and scales (absmax) in {absmax.dtype}, which are no codes")
         return NF4Weight((shape[0], shape[1]), codes, _finite("absmax", absmax))
     _same("nested_blocksize", state.get("nested_blocksize"), NESTED_BLOCK)
     nested, levels, offset = found["nested_absmax"], found["nested_quant_map"], state.get("nested_offset")
     _same("scales of scales", list(nested.shape), [-(-blocks // NESTED_BLOCK)])
     if levels.shape != (256,) or not torch.allclose(levels.float(), dynamic_levels(), rtol=0, atol=1e-6):
         raise ValueError("has levels of scales (nested_quant_map) that are not bitsandbytes'")
-    if not isinstance(offset, int | float) or not abs(offset) < 1e38:
+    if type(offset) not in (int, float) or not abs(offset) < 1e38:
         raise ValueError(f"has nested_offset {str(offset)[:40]!r}; a finite number belongs there")
     return NF4Weight((shape[0], shape[1]), codes, absmax, _finite("nested_absmax", nested), torch.tensor(float(offset)))
 
@@ -211,7 +215,7 @@ def _same(what: str, found: Any, wanted: Any) -> None:
 
 
 def _finite(what: str, scales: Tensor) -> Tensor:
-    """The scales in fp32."""
-    if not scales.is_floating_point() or not scales.isfinite().all():
-        raise ValueError(f"has scales ({what}) that are not finite numbers")
+    """The scales, of magnitudes, in fp32."""
+    if not scales.is_floating_point() or not scales.isfinite().all() or (scales < 0).any():
+        raise ValueError(f"has scales ({what}) that are not finite numbers, or below 0")
     return scales.float()

@@ -219,6 +219,16 @@ def with_nan(t: Tensor) -> Tensor:
     return t
 
 
+def vector(tensors: dict[str, Tensor]) -> None:
+    """A norm in NF4, with all its parts."""
+    name, said = "model.norm.weight", json.loads(tensors[STATE].numpy().tobytes())
+    raw = json.dumps(said | {"shape": list(tensors[name].shape)}).encode()
+    tensors[STATE.replace(Q, name)] = torch.tensor(list(raw), dtype=torch.uint8)
+    for short, count in (("absmax", 2), ("nested_absmax", 1), ("quant_map", 16), ("nested_quant_map", 256)):
+        tensors[f"{name}.{short}"] = tensors[f"{Q}.{short}"][:count].clone()
+    tensors[name] = tensors[Q][: tensors[name].numel() // 2].clone()
+
+
 S = Q.removesuffix("weight") + "weight_scale_inv"
 DAMAGED = {
     "no absmax": ("qwen3_nf4", part(f"{Q}.absmax", None), "has no absmax"),
@@ -240,6 +250,13 @@ DAMAGED = {
     "foreign levels of scales": ("qwen3_nf4", part(f"{Q}.nested_quant_map", lambda t: t * 2), "nested_quant_map"),
     "scales that are no numbers": ("qwen3_nf4", part(f"{Q}.nested_absmax", with_nan), "not finite"),
     "a part of no weight": ("qwen3_nf4", lambda t: t.update({"model.norm.absmax": torch.zeros(1)}), "not as config.json says"),
+    "a vector": ("qwen3_nf4", vector, "has shape [128]; a matrix belongs there"),
+    "scales of two kinds": ("qwen3_nf4", part(f"{Q}.absmax", Tensor.float), "nested_absmax, and scales (absmax) in torch.float32"),
+    "an offset that is true": ("qwen3_nf4", state({"nested_offset": True}), "has nested_offset 'True'"),
+    "one code alone": ("qwen3_nf4", part(Q, lambda t: t.sum()), "has bytes of codes '8'; 8192"),
+    "scales below 0": ("qwen3_nf4", part(f"{Q}.nested_absmax", torch.neg), "(nested_absmax) that are not finite numbers, or below 0"),
+    "scales below 0 of fp8": ("qwen3_fp8", part(S, torch.neg), "(weight_scale_inv) that are not finite numbers, or below 0"),
+    "a vector of fp8": ("qwen3_fp8", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(fp8_blocks.E4M3)}), "has shape"),
     "no scales": ("qwen3_fp8", part(S, None), "has no weight_scale_inv"),
     "other blocks of fp8": ("qwen3_fp8", part(S, lambda t: torch.cat([t, t])), "has blocks of 128 x 128"),
     "codes that are no numbers": ("qwen3_fp8", part(Q, lambda t: t.view(torch.uint8).fill_(255).view(fp8_blocks.E4M3)), "not finite"),
