@@ -31,6 +31,8 @@ STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
 KEYS = ("quantization_config", "quantization_bit", "compression_config", "quantization")  # of config.json
 QUANTS = ("nf4", "int8")  # that a plain weight is put into while it is loaded
+# what has a scale of its own
+BLOCKS = {"nf4": f"in blocks of {BLOCK}", "int8": "by rows", "fp8": "in blocks of 128 x 128"}
 FORMS: dict[str, type[QuantizedWeight]] = {"nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight}
 
 
@@ -76,12 +78,12 @@ def described(quant: str) -> str:
 
 
 def quantized_note(model: nn.Module) -> str | None:
-    """A line on the quantised weights of a model: format, bits, bytes, and the error where it is known."""
+    """A line on the quantised weights of a model: format, blocks, bits, bytes, and the error where it is known."""
     weights = quantized_weights(model)
     if not weights:
         return None
     size, count = sum(w.nbytes for w in weights.values()), sum(w.numel() for w in weights.values())
-    names = " and ".join(sorted({w.name for w in weights.values()}))
+    names = " and ".join(f"{name} {BLOCKS[name]}" for name in sorted({w.name for w in weights.values()}))
     line = f"{names}: {len(weights)} weights at {8 * size / count:.2f} bits, {size / 1e6:,.1f} MB"
     errors = {name: w.error for name, w in weights.items() if w.error is not None}
     if not errors:

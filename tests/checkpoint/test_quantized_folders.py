@@ -136,7 +136,7 @@ def test_a_quantised_base_answers_and_says_that_it_widens():
     demo = Path(minilora.__file__).parent / "demo" / "mini"
     tokenizer = minilora.load_tokenizer(demo)
     model = open_model(demo, tokenizer, device="cpu", say=said.append, quant="nf4")
-    assert "nf4: 35 weights" in said[0] and "widened for every token" in said[0]
+    assert "nf4 in blocks of 64: 35 weights" in said[0] and "widened for every token" in said[0]
     before = open_model(demo, tokenizer, device="cpu", quant="nf4", int8=True)
     ids = torch.tensor(tokenizer.encode("hello"))
     with torch.inference_mode():
@@ -332,6 +332,13 @@ def test_an_adapter_is_merged_into_a_widened_base(tmp_path: Path, capsys: pytest
     for path, wrapper in adapters(base):
         wide = weight_as(wrapper.base.weight, torch.bfloat16)
         assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged_weight(wide))
+    plain = minilora.load_model(DEMO / "mini", device="cpu")
+    add_lora(plain, r=4)
+    minilora.save_adapter(plain, tmp_path / "plain")
+    words = ["merge", "--model", str(fp8), "--adapter", str(tmp_path / "plain"), "--output", str(tmp_path / "other")]
+    assert main([*words, "--any-base"]) == 0
+    told = "the adapter was trained on a base that is not quantised, and is merged into a base in fp8"
+    assert told in capsys.readouterr().out
 
 
 def test_an_adapter_says_which_bits_it_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -370,7 +377,8 @@ def test_the_dry_run_counts_the_bits(tmp_path: Path):
 def test_the_note_of_a_header_has_bits_and_error():
     note = quantized_note(minilora.load_model(GOLDEN / "qwen3", device="cpu", quant="nf4"))
     assert note is not None and re.match(
-        r"nf4: 14 weights at 4\.\d+ bits, \d\.\d MB; relative error \(Frobenius\) \d.*%, at most \d", note
+        r"nf4 in blocks of 64: 14 weights at 4\.\d+ bits, \d\.\d MB; relative error \(Frobenius\) \d.*%, at most \d",
+        note,
     )
     kept = quantized_note(minilora.load_model(GOLDEN / "qwen3_nf4", device="cpu"))
     assert kept is not None and "error" not in kept
@@ -390,6 +398,6 @@ def test_a_run_trains_on_a_quantised_base(tmp_path: Path, capsys: pytest.Capture
         str(tmp_path / "run"),
     ]
     assert main([*words, "--quant", "nf4", "--max-steps", "2", "--lora-r", "4"]) == 0
-    assert "nf4: 35 weights" in capsys.readouterr().out
+    assert "nf4 in blocks of 64: 35 weights" in capsys.readouterr().out
     minilora.load_adapter(minilora.load_model(demo / "mini", device="cpu"), tmp_path / "run" / "adapter")
     assert main([*words[:-1], str(tmp_path / "full"), "--quant", "nf4", "--method", "full"]) == 2

@@ -200,7 +200,7 @@ def test_an_adapter_of_an_int8_base(tmp_path, rows, capsys, sizes):
     words = [*data, *flags, "--lr", "1e-3", "--batch-size", "4", "--device", "cpu", "--max-steps", "4"]
     assert main(["train", *words, "--output", str(run)]) == 0
     header = capsys.readouterr().out
-    assert f"int8: {4 * layers} weights at 8." in header and f"query_key_value  {layers} linears" in header
+    assert f"int8 by rows: {4 * layers} weights at 8." in header and f"query_key_value  {layers} linears" in header
     both = ["--adapter", str(run / "adapter"), "--quant", "int8"]
     losses = []
     for which in (both[2:], both):

@@ -12,7 +12,7 @@ import torch
 from tiny import make_model, make_rows
 from torch import Tensor
 
-from bench import operations, workers
+from bench import operations, widen, workers
 from bench.operations import Operation
 from bench.proof import counted, parity
 from bench.proof.traffic import Cost
@@ -55,6 +55,15 @@ def test_train_bench(tmp_path):
         and result["losses"][2] < result["losses"][0]
     )
     assert "| minilora |" in printed and "| minilora / limit |" in printed
+
+
+def test_widening_is_timed_beside_its_product(capsys):
+    threads = torch.get_num_threads()
+    widen.main(["--shape", "128", "64", "--tokens", "4", "--rounds", "2"])
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["product", "nf4", "int8", "fp8"]
+    assert all(" ms (" in line and line.endswith("%") for line in lines[1:])
 
 
 # the command for the day on which a GPU is there

@@ -18,6 +18,7 @@ from minilora.report.record import Record, read_record
 from minilora.report.score_table import SHOWN, shortened, show_scores
 from minilora.rows import to_messages
 from minilora.rows.render import hashes
+from minilora.settings import resolve
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import RECIPES, combinations, name_of, read_sweep, sweep
 
@@ -147,6 +148,15 @@ def test_runs_test_set_and_page(here):
     for other in ({"lora_r": "4"}, {"keep": "last"}):
         with pytest.raises(OutputInUse, match="other settings"):
             sweep(path, str(out), other, console=QUIET)
+
+
+def test_answers_are_given_on_the_bits_of_the_training(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sweep_module, "_child", lambda *words: calls.append([*map(str, words)]) or 0)
+    for quant in ("nf4", "keep"):
+        config = resolve({"model": "m", "data": "d", "output": "run", "quant": quant})
+        sweep_module._predict(config, {"data": "t"}, Path("out"), adapter=True)
+    assert calls[0][calls[0].index("--quant") + 1] == "nf4" and "--quant" not in calls[1]
 
 
 def test_a_stopped_sweep_goes_on(here):
