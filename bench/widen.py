@@ -6,6 +6,7 @@ All are timed in turn: medians in milliseconds, and the 20th and 80th percentile
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     (n, k), device, dtype = args.shape, torch.device(args.device), getattr(torch, args.dtype)
     weight = torch.randn(n, k, device=device)
     wide, x = weight.to(dtype), torch.randn(args.tokens, k, device=device, dtype=dtype)
-    calls = {"product": lambda: torch.nn.functional.linear(x, wide)}
-    calls |= {form.name: lambda w=form.of(weight): w.weight_as(dtype) for form in FORMATS}
+    calls = {"product": partial(torch.nn.functional.linear, x, wide)}
+    calls |= {form.name: partial(form.of(weight).weight_as, dtype) for form in FORMATS}
     found = in_turn(calls, device, args.rounds)
     where = f"{args.threads} threads" if device.type == "cpu" else "a GPU"
     print(f"{device_name(device)}, {where}; W [{n}, {k}] in {args.dtype}, {args.tokens} tokens")

@@ -1,5 +1,6 @@
 """What docs/ and the README show runs as it is written."""
 
+import json
 import re
 import runpy
 import shlex
@@ -8,8 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from published import PUBLISHED
 
 from minilora.__main__ import COMMANDS, SUBCOMMANDS, main
+from minilora.settings import resolve
+from minilora.tools.plan import forecast
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,3 +52,15 @@ def test_a_link_leads_somewhere():
             assert (page.parent / target).exists(), (page.name, target)
         for target in re.findall(r"`((?:bench|docs|minilora|models|kernels|tests)/[\w/.-]+\.\w+)`", page.read_text()):
             assert (ROOT / target).exists(), (page.name, target)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["Qwen2.5-7B", "ChatGLM-6B", "GLM-4-9B", "Qwen3-32B"])
+def test_what_fits_is_what_plan_says(name: str, tmp_path: Path):
+    """The table of docs/quantised.md."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][1]))
+    settings = {"model": str(tmp_path), "quant": "nf4", "lora_r": 8, "batch_size": 1, "checkpointing": True}
+    found = forecast(resolve(settings), 8)
+    sizes = [f"{found['memory'][part] / 1e9:.2f}" for part in ("weights", "total")]
+    cells = [f"{card['checkpointing']:,} ({card['kept']:,})" for card in found["cards"]]
+    assert f"| {' | '.join([name, *sizes, *cells])} |" in (ROOT / "docs" / "quantised.md").read_text()

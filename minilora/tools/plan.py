@@ -117,9 +117,11 @@ def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> li
 
 
 def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
-    """About how many tokens a stream can have in `gb` GB, if all that a step allocates grows with them."""
+    """About how many tokens a stream can have in `gb` GB, if all that a step allocates grows with them; three digits."""
     made = memory.activations + memory.temporaries
-    return max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
+    most = max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
+    unit = 10 ** max(0, len(str(most)) - 3)
+    return most // unit * unit
 
 
 def card_memory(model: Decoder, stream: Batch) -> StepMemory:
