@@ -181,7 +181,7 @@ def _nf4(found: dict[str, Tensor], shape: torch.Size) -> NF4Weight:
     _same("scales of scales", list(nested.shape), [-(-blocks // NESTED_BLOCK)])
     if levels.shape != (256,) or not torch.allclose(levels.float(), dynamic_levels(), rtol=0, atol=1e-6):
         raise ValueError("has levels of scales (nested_quant_map) that are not bitsandbytes'")
-    if type(offset) not in (int, float) or not abs(offset) < 1e38:
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < 1e38:
         raise ValueError(f"has nested_offset {str(offset)[:40]!r}; a finite number belongs there")
     return NF4Weight((shape[0], shape[1]), codes, absmax, _finite("nested_absmax", nested), torch.tensor(float(offset)))
 

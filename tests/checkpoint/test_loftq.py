@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from minilora import load_adapter, load_model, loftq_init, save_adapter
 from minilora.__main__ import main
 from minilora.checkpoint.loftq import low_rank
 from minilora.errors import ModelError, UsageError
-from minilora.kernels.quantized import weight_as
+from minilora.kernels.quantized import QuantizedWeight, weight_as
 from minilora.lora import adapters, add_lora
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,7 +46,9 @@ def test_the_error_falls_to_that_of_the_best_of_its_rank(name: str, quant: str, 
         off = wide - weight_as(wrapper.base.weight, torch.float32).double()
         left, least = float((off - difference(wrapper)).norm()), float(torch.linalg.svdvals(off)[4:].norm())
         assert left < 0.999 * off.norm() and left == pytest.approx(least, rel=1e-9), path
-        assert wrapper.base.weight.error_left == pytest.approx(left / float(wide.norm()), rel=1e-5)
+        assert cast(QuantizedWeight, wrapper.base.weight).error_left == pytest.approx(
+            left / float(wide.norm()), rel=1e-5
+        )
         as_wrong_as(difference(wrapper).float(), truncated(off.float()), truncated(off), path)
         assert torch.allclose(wrapper.lora_A.norm(dim=1), wrapper.lora_B.norm(dim=0), rtol=1e-5)
 

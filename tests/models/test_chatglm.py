@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_one_line_and_exit_code_4(folder, rows, tmp_path, capsys):
     assert "the model 300 rows" in told(small)
 
 
-EIGHTH = {
+EIGHTH: dict[str, Any] = {
     "vocab_size": 130528, "hidden_size": 512, "num_layers": 28, "num_attention_heads": 32, "inner_hidden_size": 2048,
 }  # fmt: skip
 
