@@ -6,7 +6,9 @@ All are timed in turn: medians in milliseconds, and the 20th and 80th percentile
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     (n, k), device, dtype = args.shape, torch.device(args.device), getattr(torch, args.dtype)
     weight = torch.randn(n, k, device=device)
     wide, x = weight.to(dtype), torch.randn(args.tokens, k, device=device, dtype=dtype)
-    calls = {"product": partial(torch.nn.functional.linear, x, wide)}
+    calls: dict[str, Callable[[], Any]] = {"product": partial(torch.nn.functional.linear, x, wide)}
     calls |= {form.name: partial(form.of(weight).weight_as, dtype) for form in FORMATS}
     found = in_turn(calls, device, args.rounds)
     where = f"{args.threads} threads" if device.type == "cpu" else "a GPU"

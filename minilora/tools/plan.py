@@ -177,7 +177,7 @@ def text_of(found: dict[str, Any]) -> str:
     lines.append(f"room    for streams of about {found['most_tokens']:,} tokens (--micro-tokens)")
     if "cards" in found:
         rows = {"gb": "GB of a card", "kept": "tokens of a stream", "checkpointing": "the same with --checkpointing"}
-        cells = {key: "".join(f"{card[key]:>9,}" for card in found["cards"]) for key in rows}
+        cells = {key: "".join(f"{gpu[key]:>9,}" for gpu in found["cards"]) for key in rows}
         lines += [f"{'cards' if key == 'gb' else '':<5}{cells[key]}   {what}" for key, what in rows.items()]
     if step["seconds"] is not None:
         lines.append(f"time    {_duration(step['seconds'])} a stream at least, at the speed of this machine's products")
