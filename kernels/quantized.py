@@ -24,7 +24,7 @@ class QuantizedWeight(nn.Module):
     parts: tuple[str, ...] = ()  # the names of the buffers
     codes: Tensor
     # of the weight that was quantised, where it is known: its first values, by which a base model is recognised, and
-    # how far off this one is, ||W_quantised - W|| / ||W||, also with the start of an adapter added (LoftQ)
+    # how far off this one is, ||W_quantised - W|| / ||W||; error_left: with the start of an adapter added (LoftQ)
     first: Tensor | None = None
     error: float | None = None
     error_left: float | None = None

@@ -21,16 +21,8 @@ from .train import train_step
 OF_FILES = {
     "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
 }  # fmt: skip
-OF_MODELS = {
-    "device",
-    "dtype",
-    "quant",
-    "lora_init",
-    "compute",
-    "threads",
-    "kernels",
-    "method",
-}  # load_model has settled them
+# what is settled once the model is loaded
+OF_MODELS = {"device", "dtype", "quant", "lora_init", "compute", "threads", "kernels", "method"}
 
 
 def finetune(

@@ -23,7 +23,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from .load import check_finite, fingerprint, fold
-from .quantized import described, quant_of
+from .quantized import FORMS, described, quant_of
 
 PREFIX = "base_model.model."
 KINDS = 3  # of mismatches that are shown
@@ -67,12 +67,18 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
 
 def trained_quant(folder: str | Path) -> str | None:
     """The quant of the base that an adapter was trained on, off for a plain one; None for an adapter of other tools."""
-    return SafetensorsFile(Path(folder) / WEIGHTS).metadata.get("minilora_quant")
+    said = _metadata(folder).get("minilora_quant")
+    return said if said in ("off", *FORMS) else None
 
 
 def needed_quant(folder: str | Path) -> str | None:
     """The quant of the only base that an adapter fits, which began as the error of that base (LoftQ); else None."""
-    return trained_quant(folder) if "minilora_init" in SafetensorsFile(Path(folder) / WEIGHTS).metadata else None
+    return trained_quant(folder) if "minilora_init" in _metadata(folder) else None
+
+
+def _metadata(folder: str | Path) -> dict[str, str]:
+    path = Path(folder) / WEIGHTS
+    return SafetensorsFile(path).metadata if path.is_file() else {}  # load_adapter says what is there instead
 
 
 def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:

@@ -126,8 +126,11 @@ def test_a_loaded_adapter_remembers(tmp_path: Path):
     model = load_model(GOLDEN / "qwen3", device="cpu", quant="int8")
     load_adapter(model, tmp_path / "one")
     save_adapter(model, tmp_path / "two")
+    plain, weights = load_model(GOLDEN / "qwen3", device="cpu"), tmp_path / "two" / "adapter_model.safetensors"
     with pytest.raises(ModelError, match="a base in int8"):
-        load_adapter(load_model(GOLDEN / "qwen3", device="cpu"), tmp_path / "two")
+        load_adapter(plain, tmp_path / "two")
+    save_file(load_file(weights), weights, {"minilora_init": "loftq", "minilora_quant": "\x1b[31mint8"})
+    load_adapter(plain, tmp_path / "two")  # what it says is of no format known here
 
 
 def test_what_has_no_error_to_start_from_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

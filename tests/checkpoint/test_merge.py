@@ -91,3 +91,10 @@ def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(LoRALinear, "merged_weight", lambda self, stored: (right(self, stored) + stored) / 2)
     with pytest.raises(ModelError, match="would be rounding; nothing was written"):
         merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
+
+
+def test_an_adapter_of_pickle_is_told(trained, tmp_path):
+    folder, adapter, _ = trained
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="the weights are pickle"):
+        merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
