@@ -119,6 +119,9 @@ class TrainConfig(DataConfig):
     kernels: Literal["auto", "off"] = setting(
         "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
     )
+    deterministic: bool = setting(
+        False, "the same bits every time on a GPU too: attention adds in one order", same=False
+    )
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)

@@ -12,7 +12,7 @@ from .errors import UsageError
 from .lora import LoRALinear, adapters
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate
-from .run.setup import optimizer_of, prepare
+from .run.setup import kernels, optimizer_of, prepare
 from .settings import canonical, resolve
 from .text.tokenizer import Tokenizer, check_fits
 from .train import train_step
@@ -56,13 +56,14 @@ def finetune(
     rows_per_step = config.batch_size * config.accumulation
     micro_tokens = max(config.micro_tokens or config.max_length, *(len(e.ids) for e in examples))
     losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
-        batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
-        loss, _ = train_step(model, optimizer, batches, config, step)
-        losses.append(loss)
-        on_step(step + 1, loss)
+    with kernels(config):
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, steps)
+            batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
+            loss, _ = train_step(model, optimizer, batches, config, step)
+            losses.append(loss)
+            on_step(step + 1, loss)
     model.eval()
     return losses
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
@@ -171,6 +172,7 @@ def load_model(
                 weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
                 check_finite(weight, f"{folder}: {name}")
     model.compute = choose(c, model.head.dtype, device, compute).dtype
+    use_newest_flash(device, c.head_size)
     return model
 
 

@@ -1,11 +1,12 @@
 """The model and the optimizer of a run: loaded, with adapters, in the dtypes that it stores and computes in."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 
-from minilora.kernels.dispatch import kernels_enabled
+from minilora.kernels.dispatch import deterministic_backward, kernels_enabled
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import quantized_weights
@@ -66,6 +67,9 @@ def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-def kernels(config: TrainConfig) -> AbstractContextManager[None]:
-    """A context with the kernels that the config asks for."""
-    return kernels_enabled(False) if config.kernels == "off" else nullcontext()
+@contextmanager
+def kernels(config: TrainConfig) -> Iterator[None]:
+    """A context with the kernels that the config asks for, and the order in which they add."""
+    chosen = kernels_enabled(False) if config.kernels == "off" else nullcontext()
+    with chosen, deterministic_backward(config.deterministic):
+        yield
