@@ -162,6 +162,7 @@ def varlen_bounds(cu_seqlens: Sequence[int], prefix_lens: Sequence[int] | None =
     return F.pad(torch.stack([torch.stack(row, dim=1).flatten() for row in rows]), (1, 0))
 
 
+@lru_cache(maxsize=8)  # every layer of a step asks for the same
 def _calls(spec: MaskSpec, device: torch.device) -> list[tuple[tuple, dict[str, int]]]:
     """Arguments of each call: bounds and longest of queries and of keys, dropout, causal; and the window."""
     longest = max(end - start for start, end in pairwise(spec.cu_seqlens))
@@ -190,8 +191,11 @@ def _cuda_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: MaskSpec
 ) -> tuple[Tensor, ...]:
     stream, rest = _side_by_side(dout, q, k, v, out), _no_dropout(q.device)
-    calls = zip(_calls(spec, q.device), lse.split(q.shape[1]), strict=True)
-    grads = [aten._flash_attention_backward(*stream, part, *form, *rest, **window) for (form, window), part in calls]
+    calls = _calls(spec, q.device)
+    grads = [
+        aten._flash_attention_backward(*stream, part, *form, *rest, **window)
+        for (form, window), part in zip(calls, lse.chunk(len(calls)), strict=True)
+    ]
     return tuple(reduce(Tensor.add_, parts) for parts in zip(*grads, strict=True))
 
 
@@ -296,7 +300,7 @@ def attention(
 
     `saved` is the result of attention_forward for the same arguments: its out is returned without computing anything,
     and the backward is that of the plain call to the bit. `bounds` are varlen_bounds of cu_seqlens and prefix_lens on the
-    device of q; without them every call makes its own. ValueError for shapes, cu_seqlens, window or
+    device of q; without them they are made here. ValueError for shapes, cu_seqlens, window or
     prefix_lens that do not fit.
     """
     spec = _checked(q, k, v, cu_seqlens, window, prefix_lens, bounds)

@@ -116,6 +116,9 @@ class TrainConfig(DataConfig):
     keep_attention: bool = setting(
         False, "with checkpointing, keep what attention gave: more memory, less time", same=False
     )
+    offload: Literal["off", "on"] = setting(
+        "off", "on: with checkpointing on a GPU, the inputs of layers wait in the host's memory", same=False
+    )
     kernels: Literal["auto", "off"] = setting(
         "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
     )

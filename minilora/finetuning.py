@@ -12,7 +12,7 @@ from .errors import UsageError
 from .lora import LoRALinear, adapters
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate
-from .run.setup import kernels, optimizer_of, prepare
+from .run.setup import check_offload, kernels, optimizer_of, prepare, set_recomputing
 from .settings import canonical, resolve
 from .text.tokenizer import Tokenizer, check_fits
 from .train import train_step
@@ -45,10 +45,11 @@ def finetune(
         raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
     examples = render_rows(rows, tokenizer, config)
     check_fits(tokenizer, model.config.vocab, "the model")
+    check_offload(config, model.head.device)
     there = [wrapper for _, wrapper in adapters(model)]
     if there:
         config = _with_what_adapters_have(config, set(map(canonical, settings)), there)
-        model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+        set_recomputing(model, config)
         model.train()
     else:
         prepare(model, config)

@@ -23,6 +23,7 @@ from ..machine.cpu import usable_cpus
 def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig]:
     """The model ready to train, and the config with the compute dtype and the threads that were chosen."""
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
+    check_offload(config, device)
     stored, compute = dtypes(config, c, device)
     model = prepare(load_model(folder, stored, device, name_of(compute), config.quant), config)
     if device.type == "cpu":
@@ -56,8 +57,25 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     else:
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
         add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
-    model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+    set_recomputing(model, config)
     return model.train()
+
+
+def set_recomputing(model: Decoder, config: TrainConfig) -> None:
+    """Set what of a forward pass is kept for the backward, and where."""
+    model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+    model.offload = config.offload == "on"
+
+
+def check_offload(config: TrainConfig, device: torch.device) -> None:
+    """UsageError where --offload has nothing to move, or nowhere to move it."""
+    if config.offload == "on" and not config.checkpointing:
+        raise UsageError("--offload on moves the inputs of checkpointed layers", "Add --checkpointing.")
+    if config.offload == "on" and device.type != "cuda":
+        raise UsageError(
+            "--offload on moves the inputs of layers from a GPU to the host's memory, and this run is on a CPU",
+            "Leave it out.",
+        )
 
 
 def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
