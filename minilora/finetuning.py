@@ -21,7 +21,16 @@ from .train import train_step
 OF_FILES = {
     "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
 }  # fmt: skip
-OF_MODELS = {"device", "dtype", "quant", "compute", "threads", "kernels", "method"}  # load_model has settled them
+OF_MODELS = {
+    "device",
+    "dtype",
+    "quant",
+    "fp8",
+    "compute",
+    "threads",
+    "kernels",
+    "method",
+}  # load_model has settled them
 
 
 def finetune(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.kernels.fp8_blocks import E4M3, FP8Weight, grid
+from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.int8_rows import Int8Weight
 from minilora.kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, NF4Weight, dynamic_levels
 from minilora.kernels.quantized import QuantizedWeight, Weight
@@ -31,7 +32,9 @@ STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
 KEYS = ("quantization_config", "quantization_bit", "compression_config", "quantization")  # of config.json
 QUANTS = ("nf4", "int8")  # that a plain weight is put into while it is loaded
-FORMS: dict[str, type[QuantizedWeight]] = {"nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight}
+FORMS: dict[str, type[QuantizedWeight]] = {
+    "nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight, "fp8-rows": FP8RowsWeight
+}  # fmt: skip
 
 
 def format_of(j: dict[str, Any]) -> str | None:
@@ -83,6 +86,8 @@ def quantized_note(model: nn.Module) -> str | None:
     size, count = sum(w.nbytes for w in weights.values()), sum(w.numel() for w in weights.values())
     names = " and ".join(sorted({w.name for w in weights.values()}))
     line = f"{names}: {len(weights)} weights at {8 * size / count:.2f} bits, {size / 1e6:,.1f} MB"
+    if names == FP8RowsWeight.name:
+        line += ", x and dY rounded to FP8 by tokens for products with them, adapters in the compute dtype"
     errors = {name: w.error for name, w in weights.items() if w.error is not None}
     if not errors:
         return line

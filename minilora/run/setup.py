@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 
 from minilora.kernels.dispatch import deterministic_backward, kernels_enabled
+from minilora.kernels.fp8_rows import FP8RowsWeight, has_fp8
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import quantized_weights
 
 from ..checkpoint.load import find_device, load_model, read_config
+from ..checkpoint.quantized import QUANTS
 from ..config import TrainConfig
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder
@@ -25,7 +27,7 @@ def load(config: TrainConfig, folder: ModelFolder) -> tuple[Decoder, TrainConfig
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     check_offload(config, device)
     stored, compute = dtypes(config, c, device)
-    model = prepare(load_model(folder, stored, device, name_of(compute), config.quant), config)
+    model = prepare(load_model(folder, stored, device, name_of(compute), quant_asked(config, device)), config)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     settled = name_of(compute) if compute != torch.float64 else "auto"
@@ -76,6 +78,29 @@ def check_offload(config: TrainConfig, device: torch.device) -> None:
             "--offload on moves the inputs of layers from a GPU to the host's memory, and this run is on a CPU",
             "Leave it out.",
         )
+
+
+def quant_asked(config: TrainConfig, device: torch.device, planned: bool = False) -> str:
+    """The quant of load_model that a config asks for; UsageError for --fp8 where a GPU has no FP8, or beside --quant.
+
+    planned: for a card that is not there, and has it.
+    """
+    if config.fp8 == "off":
+        return config.quant
+    if config.quant in QUANTS:
+        raise UsageError(f"--fp8 on and --quant {config.quant} are two formats of the base", "Give one of them.")
+    if config.compute == "float32":
+        raise UsageError("--fp8 on computes in bfloat16", "Leave --compute out.")
+    if not planned and not has_fp8(device):
+        raise UsageError(
+            f"--fp8 on multiplies in FP8, which a GPU of compute capability 8.9 or later does (H100, L40), and {_machine(device)} does not",
+            "Leave it out; --quant int8 keeps the base in 8 bits anywhere.",
+        )
+    return FP8RowsWeight.name
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:

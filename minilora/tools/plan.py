@@ -22,7 +22,7 @@ from ..machine.cpu import device_name, memory_gb
 from ..machine.flops import flops_per_token, step_flops
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
-from ..run.setup import check_offload, dtypes, prepare
+from ..run.setup import check_offload, dtypes, prepare, quant_asked
 from ..terminal import clock
 from ..text.tokenizer import check_fits
 from .dry_run import StepMemory, step_memory
@@ -38,7 +38,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     place = device if card_gb is None else torch.device("cuda")
     check_offload(config, place)
     stored, compute = dtypes(config, c, place)
-    model = prepare(empty_model(c, stored, in_memory(config.quant, folder.config)), config)
+    quant = quant_asked(config, place, planned=card_gb is not None)
+    model = prepare(empty_model(c, stored, in_memory(quant, folder.config)), config)
     model.compute = compute
     parameters = sum(p.numel() for p in empty_model(c).parameters())
     trained = sum(p.numel() for p in trained_parameters(model).values())
