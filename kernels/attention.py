@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, reduce
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -212,14 +212,15 @@ def _side_by_side(*stream: Tensor) -> tuple[Tensor, ...]:
 @contextmanager
 def _in_one_order() -> Iterator[None]:
     """Flash attention asks torch's switch for all operations whether it must add in one order."""
-    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), switches.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written
+    switches.fill_uninitialized_memory = False  # all of it is written
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switches.fill_uninitialized_memory = fill
 
 
 def use_newest_flash(device: torch.device, size: int) -> None:

@@ -3,7 +3,7 @@
 import sys
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -290,10 +290,10 @@ def test_the_backward_adds_in_one_order_where_that_is_asked_for(
     on_stand_in: None, monkeypatch: pytest.MonkeyPatch, on: bool
 ):
     """torch's switch, which is what its flash attention reads, is on for that call alone; as the forward was told."""
-    seen = []
+    seen, switches = [], cast(Any, torch.utils.deterministic)
 
     def looking(*args: Any, **window: Any) -> Any:
-        seen.append((torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory))
+        seen.append((torch.get_deterministic_debug_mode(), switches.fill_uninitialized_memory))
         return stand_in_backward(*args, **window)
 
     monkeypatch.setattr(module.aten, "_flash_attention_backward", looking)
@@ -302,7 +302,7 @@ def test_the_backward_adds_in_one_order_where_that_is_asked_for(
         out = attention(q.requires_grad_(), k, v, cu_seqlens)
     out.sum().backward()
     assert seen == [(2, False) if on else (0, True)]
-    assert torch.get_deterministic_debug_mode() == 0 and torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.get_deterministic_debug_mode() == 0 and switches.fill_uninitialized_memory
 
 
 def test_which_path_is_taken(monkeypatch: pytest.MonkeyPatch):
