@@ -165,7 +165,9 @@ def varlen_bounds(cu_seqlens: Sequence[int], prefix_lens: Sequence[int] | None =
 @lru_cache(maxsize=8)  # every layer of a step asks for the same
 def _calls(spec: MaskSpec, device: torch.device) -> list[tuple[tuple, dict[str, int]]]:
     """Arguments of each call: bounds and longest of queries and of keys, dropout, causal; and the window."""
-    longest = max(end - start for start, end in pairwise(spec.cu_seqlens))
+    # of all pieces, and of those without queries, whose gradients are written too; at 1, FlashAttention 2 would take it
+    # for granted that every piece has a query
+    longest = max(2, *(end - start for start, end in pairwise(spec.cu_seqlens)))
     left = -1 if spec.window is None else spec.window - 1
     bounds = varlen_bounds(spec.cu_seqlens, spec.prefix_lens).to(device) if spec.bounds is None else spec.bounds
     queries, *keys = bounds.unbind()

@@ -151,7 +151,7 @@ def stream_weights(q: Tensor, k: Tensor, form: tuple[Any, ...], left: int, right
     bounds, of_keys, longest, longest_k, p, causal = form
     assert bounds.dtype == of_keys.dtype == torch.int32 and p == 0.0
     assert bounds[0] == of_keys[0] == 0 and bounds[-1] == of_keys[-1] == len(q) and len(bounds) == len(of_keys)
-    assert longest >= int(bounds.diff().max()) and longest_k >= int(of_keys.diff().max())
+    assert longest >= max(2, int(bounds.diff().max())) and longest_k >= int(of_keys.diff().max())
     seen = torch.zeros(len(q), len(q), dtype=torch.bool)
     for (start, end), (first, last) in zip(pairwise(bounds.tolist()), pairwise(of_keys.tolist()), strict=True):
         at = torch.arange(start, end)[:, None] - end
