@@ -185,18 +185,22 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch):
     real = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **k: products.append(a[1].shape) or real(*a, **k))
     batch = make_batch([Example(np.arange(3, 40), np.arange(4, 41), "row", None)])
-    add_lora(model, r=4)
-    add_lora(plain, r=4)
-    losses = []
-    for one in (model.train(), plain.train()):
-        loss = one.loss(batch)
+    losses, grads = [], []
+    for one in (model, plain):
+        add_lora(one, r=4)
+        loss = one.train().loss(batch)
         loss.backward()
         losses.append(loss.item())
+        grads.append(torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
     # forward: q/k/v, o, gate/up, down; backward: a product a linear, but for those of the first layer's input
     assert len(products) == (4 + 7) * model.config.layers - 3
     assert losses[0] != losses[1] and abs(losses[0] / losses[1] - 1) < 0.01
-    grads = [[p.grad for p in one.parameters() if p.grad is not None] for one in (model, plain)]
-    assert off(torch.cat([g.flatten() for g in grads[0]]), torch.cat([g.flatten() for g in grads[1]])) < 0.3
+    monkeypatch.setattr(FP8RowsWeight, "_multiplies", lambda *_: False)
+    model.zero_grad()
+    model.loss(batch).backward()
+    widened = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    # the rounding of W makes most of it; that of x and of dY is of the same size and independent of it
+    assert off(grads[0], grads[1]) < 3**0.5 * off(widened, grads[1])
 
 
 @pytest.mark.parametrize(
