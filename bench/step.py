@@ -87,7 +87,7 @@ def formulated_by_others() -> Iterator[None]:
         "swiglu": others.hf_swiglu,
     }
     again = partial(checkpoint, use_reentrant=False)
-    recompute = patch.object(decoder, "recomputed", lambda block, x, place, _: again(block, x, place))
+    recompute = patch.object(decoder, "recomputed", lambda block, x, place, *_: again(block, x, place))
     with patch.multiple(layers, **plain), patch.object(LoRALinear, "forward", linear), recompute:
         yield
 

@@ -14,7 +14,7 @@ from minilora.kernels.lang import HAVE_TRITON, INTERPRETED
 class _Chosen:
     """What holds for the calls inside a context."""
 
-    kernels, library_gemm = True, False
+    kernels, library_gemm, deterministic = True, False, False
     target: int | None = None
 
 
@@ -86,6 +86,16 @@ def library_gemm() -> bool:
 def use_library_gemm() -> AbstractContextManager[None]:
     """GEMMs go to the library for the calls inside; a backward does as its forward did."""
     return _choosing("library_gemm", True)
+
+
+def deterministic_backward(on: bool) -> AbstractContextManager[None]:
+    """Whether attention's backward on a GPU adds in one order, so that the same input gives the same bits, for the calls
+    inside; a backward does as its forward did."""
+    return _choosing("deterministic", on)
+
+
+def backward_is_deterministic() -> bool:
+    return _Chosen.deterministic
 
 
 def target() -> int | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels.quantized import Weight, weight_as
+from minilora.kernels.quantized import QuantizedWeight, Weight, weight_as
 
 FEW_ROWS = 4  # rows up to which, in inference, reading W as stored is faster than widening it
 WHOLE = 2**24  # elements of the largest weight that is widened in one piece: 64 MiB in fp32
@@ -27,6 +27,8 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     if x.shape[0] <= FEW_ROWS and weight.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
         return _few_rows(x.to(weight.dtype), cast(Tensor, weight), bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
+    if isinstance(weight, QuantizedWeight) and (y := weight.product(x, bias)) is not None:
+        return y
     if weight.dtype == x.dtype:
         return F.linear(x, cast(Tensor, weight), bias)
     if weight.numel() <= WHOLE:
@@ -51,6 +53,8 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Weight) -> Tensor:
     """dx + dY W [T, K], in place; without a dx, dY W alone."""
+    if isinstance(weight, QuantizedWeight) and (own := weight.input_gradient(dy)) is not None:
+        return own if dx is None else dx.add_(own)
     for rows, piece in pieces(weight, dy.dtype):
         part = dy[:, rows]
         dx = part @ piece if dx is None else dx.addmm_(part, piece)

@@ -1,7 +1,7 @@
 """Weights that one GEMM reads together.
 
 Plain ones are views of one storage, one after the other, so that the module tree and its names stay as they are.
-Quantised ones are widened into one storage for each product.
+Quantised ones are widened into one storage for each product, or packed as codes.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight
 
 
@@ -35,10 +36,14 @@ def joined(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 def stacked(weights: Sequence[Weight]) -> Weight | None:
-    """Weights [N_j, K] as one matrix [sum of N_j, K] where they are packed, or all quantised; else None."""
+    """Weights [N_j, K] as one matrix [sum of N_j, K] where they are packed, or all are to be widened; else None."""
     plain = [w for w in weights if isinstance(w, Tensor)]
+    rows = [w for w in weights if isinstance(w, FP8RowsWeight)]
     if len(plain) == len(weights):
         return joined(plain)
+    if len(rows) == len(weights):  # one product of their codes, not a wide copy
+        codes, scales = joined([w.codes for w in rows]), joined([w.scales for w in rows])
+        return None if codes is None or scales is None else FP8RowsWeight(codes, scales)
     return None if plain else Stacked(cast(Sequence[QuantizedWeight], weights))
 
 

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 and 8 bits: what the formats share (nf4.py, int8_rows.py, fp8_blocks.py).
+"""Frozen weights in 4 and 8 bits: what the formats share (nf4.py, int8_rows.py, fp8_blocks.py, fp8_rows.py).
 
 A weight [N, K] is codes, each of which names a level, and scales. It is reached through one verb, `weight_as(weight,
 dtype)`, that gives it in the dtype products are made in: level * scale in fp32, rounded once. The wide copy lives for
@@ -94,6 +94,14 @@ class QuantizedWeight(nn.Module):
     def fill(self, out: Tensor, start: int) -> None:
         """Write W, from a row on, into out [n, K] of any floating-point dtype."""
         raise NotImplementedError
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x W^T + b [T, N] in the dtype of x, by a format that multiplies its codes; None: W is to be widened."""
+        return None
+
+    def input_gradient(self, dy: Tensor) -> Tensor | None:
+        """dY W [T, K] in the dtype of dY, likewise."""
+        return None
 
 
 Weight = Tensor | QuantizedWeight

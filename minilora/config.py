@@ -79,6 +79,7 @@ class TrainConfig(DataConfig):
     quant: Literal["keep", "off", "nf4", "int8"] = setting(
         "keep", "bits of the base's linears: nf4, int8, keep those of the folder, or off to widen them to dtype"
     )
+    fp8: Literal["off", "on"] = setting("off", "on: the base's linears and their products in FP8, on a GPU that has it")
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
@@ -115,8 +116,14 @@ class TrainConfig(DataConfig):
     keep_attention: bool = setting(
         False, "with checkpointing, keep what attention gave: more memory, less time", same=False
     )
+    offload: Literal["off", "on"] = setting(
+        "off", "on: with checkpointing, layers' inputs wait on the host", same=False
+    )
     kernels: Literal["auto", "off"] = setting(
         "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
+    )
+    deterministic: bool = setting(
+        False, "the same bits every time on a GPU too: attention adds in one order", same=False
     )
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")

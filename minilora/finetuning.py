@@ -12,7 +12,7 @@ from .errors import UsageError
 from .lora import LoRALinear, adapters
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate
-from .run.setup import optimizer_of, prepare
+from .run.setup import check_offload, kernels, optimizer_of, prepare, set_recomputing
 from .settings import canonical, resolve
 from .text.tokenizer import Tokenizer, check_fits
 from .train import train_step
@@ -22,7 +22,7 @@ OF_FILES = {
     "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
 }  # fmt: skip
 # what is settled once the model is loaded
-OF_MODELS = {"device", "dtype", "quant", "lora_init", "compute", "threads", "kernels", "method"}
+OF_MODELS = {"device", "dtype", "quant", "fp8", "lora_init", "compute", "threads", "kernels", "method"}
 
 
 def finetune(
@@ -46,10 +46,11 @@ def finetune(
         raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
     examples = render_rows(rows, tokenizer, config)
     check_fits(tokenizer, model.config.vocab, "the model")
+    check_offload(config, model.head.device)
     there = [wrapper for _, wrapper in adapters(model)]
     if there:
         config = _with_what_adapters_have(config, set(map(canonical, settings)), there)
-        model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+        set_recomputing(model, config)
         model.train()
     else:
         prepare(model, config)
@@ -57,13 +58,14 @@ def finetune(
     rows_per_step = config.batch_size * config.accumulation
     micro_tokens = max(config.micro_tokens or config.max_length, *(len(e.ids) for e in examples))
     losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
-        batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
-        loss, _ = train_step(model, optimizer, batches, config, step)
-        losses.append(loss)
-        on_step(step + 1, loss)
+    with kernels(config):
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, steps)
+            batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
+            loss, _ = train_step(model, optimizer, batches, config, step)
+            losses.append(loss)
+            on_step(step + 1, loss)
     model.eval()
     return losses
 

@@ -17,6 +17,7 @@ from minilora.kernels.rope import rope_angles
 from .config import Config
 from .int8 import int8_product
 from .layers import Linear, RMSNorm
+from .offload import Offload
 from .recompute import recomputed
 from .stream import Batch, Context, Documents, inverse_frequencies
 
@@ -47,6 +48,7 @@ class Decoder(nn.Module):
         self.config, self.names = config, names
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.keep_attention = False  # with checkpointing, keep the output of attention
+        self.offload = False  # with checkpointing, the inputs of blocks wait in host memory
         self.compute: torch.dtype | None = None  # None: in the dtype that weights are stored in
         self.int8_head: torch.ScriptObject | None = None  # int8.py
         # given a weight, torch draws none: on the meta device that would import its compiler, which takes a second
@@ -85,9 +87,10 @@ class Decoder(nn.Module):
         """Hidden states after the last norm, of all tokens [T, D] or of those at index [M] alone, for ids [T]."""
         x = self.embedding(ids).to(self.compute_dtype)
         context = self.context(documents, x.dtype)
+        offload = Offload(x.device) if self.offload else None
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, context, self.keep_attention)
+                x = recomputed(block, x, context, self.keep_attention, offload)
             else:
                 x = block(x, context)
         return self.norm(x if index is None else x.index_select(0, index))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight
 
 
@@ -22,6 +23,19 @@ def widen_linears(model: nn.Module, dtype: torch.dtype) -> None:
         linear = model.get_submodule(name.removesuffix(".weight"))
         del linear.weight
         linear.weight = nn.Parameter(weight.weight_as(dtype), requires_grad=False)
+
+
+def pack_codes(model: nn.Module) -> None:
+    """Allocate the parts of FP8 weights of one input (q/k/v, gate/up) contiguously, as layers.pack_weights does plain
+    ones: one product reads their codes. Weights lose what they hold."""
+    for module in list(model.modules()):
+        linears = [module.get_submodule(name).weight for name in getattr(module, "packed_modules", ())]
+        weights = [w for w in linears if isinstance(w, FP8RowsWeight)]
+        if weights and len(weights) == len(linears):
+            heights = [w.shape[0] for w in weights]
+            whole = FP8RowsWeight.empty((sum(heights), weights[0].shape[1]), weights[0].device)
+            for w, codes, scales in zip(weights, whole.codes.split(heights), whole.scales.split(heights), strict=True):
+                w.codes, w.scales = codes, scales
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:

@@ -3,29 +3,46 @@
 The backward never reads the block's output, which is a residual plus the output of the block's last linear. So that
 product, 29 % of the GEMMs of a Qwen2.5-7B block, is not made again: the linear records its node and returns
 uninitialised memory. With `keep_attention` the output of attention is kept too, [T, H, E] and one number a query, and
-its forward is skipped.
+its forward is skipped. With an Offload (offload.py) the input waits in host memory.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels.dispatch import once_differentiable
 
 from .layers import Adapted, Linear
+from .offload import Offload
 from .stream import Context
 
 
-def recomputed(block: nn.Module, x: Tensor, context: Context, keep_attention: bool) -> Tensor:
+def recomputed(
+    block: nn.Module, x: Tensor, context: Context, keep_attention: bool, offload: Offload | None = None
+) -> Tensor:
     """block(x, context) for x [T, D], keeping only x (and the output of attention) for the backward."""
+    trained = [p for p in block.parameters() if p.requires_grad]
+    if not trained and not x.requires_grad:  # nothing is kept of it
+        return block(x, context)
+    return _Recomputed.apply(block, context, keep_attention, offload, x, *trained)  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def _without_last_product(block: nn.Module) -> Iterator[None]:
+    """The block does not make the product of its last linear, where it is one that can leave it out."""
     name = getattr(block, "last_linear", None)
     last = block.get_submodule(name) if name else None
-    if not isinstance(last, (Linear, Adapted)):  # no such linear, or of another class: all is computed again
-        return checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
-    trained = [p for p in block.parameters() if p.requires_grad]
-    return _Recomputed.apply(block, last, context, keep_attention, x, *trained)  # pyright: ignore[reportReturnType]
+    if not isinstance(last, (Linear, Adapted)):
+        yield
+        return
+    last.output_needed = False
+    try:
+        yield
+    finally:
+        last.output_needed = True
 
 
 class _Recomputed(torch.autograd.Function):
@@ -33,16 +50,17 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx,
         block: nn.Module,
-        last: Linear | Adapted,
         context: Context,
         keep_attention: bool,
+        offload: Offload | None,
         x: Tensor,
         *trained: Tensor,
     ) -> Tensor:
         saved: list[tuple[Tensor, Tensor | None]] = []
+        ctx.offload, ctx.number = offload, None if offload is None else offload.keep(x)
         y = block(x, replace(context, saved_attention=saved) if keep_attention else context)
-        ctx.save_for_backward(x, *trained, *(t for pair in saved for t in pair))
-        ctx.block, ctx.last, ctx.context, ctx.count = block, last, context, len(trained)
+        ctx.save_for_backward(x if offload is None else None, *trained, *(t for pair in saved for t in pair))
+        ctx.block, ctx.context, ctx.count = block, context, len(trained)
         return y
 
     @staticmethod
@@ -50,13 +68,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
         trained, attended = saved[: ctx.count], tuple(saved[ctx.count :])
-        x = x.detach().requires_grad_(ctx.needs_input_grad[4])
-        ctx.last.output_needed = False
-        try:
-            with torch.enable_grad():
-                y = ctx.block(x, replace(ctx.context, saved_attention=[attended]) if attended else ctx.context)
-        finally:
-            ctx.last.output_needed = True
+        x = (x if ctx.offload is None else ctx.offload.fetch(ctx.number)).detach()
+        x.requires_grad_(ctx.needs_input_grad[4])
+        with torch.enable_grad(), _without_last_product(ctx.block):
+            y = ctx.block(x, replace(ctx.context, saved_attention=[attended]) if attended else ctx.context)
         inputs = [t for t in (x, *trained) if t.requires_grad]
         found = iter(torch.autograd.grad(y, inputs, grads, allow_unused=True))
         return None, None, None, None, *(next(found) if t.requires_grad else None for t in (x, *trained))

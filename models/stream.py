@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minilora.kernels.attention import attention, attention_forward
+from minilora.kernels.attention import attention, attention_forward, varlen_bounds
 
 from .config import Config
 
@@ -26,7 +26,7 @@ class Documents:
     cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each document. In a
     prefix LM the first prefix_lens[i] tokens of document i all see each other, and positions are [2, T]; None: all is causal.
     A cache keeps their keys and values, if there is one; prompt_lens are the lengths of the prompts, set where documents
-    continue from the cache.
+    continue from the cache. bounds are varlen_bounds (attention.py), which the layers of a GPU share.
     """
 
     cu_seqlens: list[int]
@@ -34,6 +34,7 @@ class Documents:
     prefix_lens: list[int] | None = None
     cache: Cache | None = None
     prompt_lens: list[int] | None = None
+    bounds: Tensor | None = None
 
     @staticmethod
     def of(
@@ -52,7 +53,8 @@ class Documents:
         return [end - start for start, end in pairwise(self.cu_seqlens)]
 
     def to(self, device: torch.device | None) -> Documents:
-        return replace(self, positions=self.positions.to(device, non_blocking=True))
+        bounds = varlen_bounds(self.cu_seqlens, self.prefix_lens).to(device, non_blocking=True)
+        return replace(self, positions=self.positions.to(device, non_blocking=True), bounds=bounds)
 
 
 def _positions(start: int, end: int, prefix_len: int | None) -> Tensor:
@@ -126,10 +128,11 @@ class Context:
             self.documents.cache.store(layer, k, v)
             if self.documents.prompt_lens is not None:  # decoding: attend to the cache
                 return self.documents.cache.attend(layer, q, window)
-        bounds, prefix_lens = self.documents.cu_seqlens, self.documents.prefix_lens
+        d = self.documents
+        form = {"window": window, "prefix_lens": d.prefix_lens, "bounds": d.bounds}
         if self.saved_attention is None:
-            return attention(q, k, v, bounds, window, prefix_lens)
+            return attention(q, k, v, d.cu_seqlens, **form)
         if torch.is_grad_enabled():
-            return attention(q, k, v, bounds, window, prefix_lens, self.saved_attention[0])
-        self.saved_attention.append(attention_forward(q, k, v, bounds, window, prefix_lens))
+            return attention(q, k, v, d.cu_seqlens, **form, saved=self.saved_attention[0])
+        self.saved_attention.append(attention_forward(q, k, v, d.cu_seqlens, **form))
         return self.saved_attention[0][0]

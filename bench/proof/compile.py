@@ -24,7 +24,16 @@ from triton.backends.compiler import GPUTarget
 
 from bench.proof.launches import Launch, recorded
 from bench.proof.sass import blocks, cycles, disassemble, main_loop, operation
-from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_swiglu, rms_norm, rope, swiglu
+from minilora.kernels import (
+    cross_entropy,
+    fp8_rows,
+    linear_cross_entropy,
+    lora_linear,
+    lora_swiglu,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,6 +123,16 @@ def _of_a_head(d: int, v: int, trained: tuple[int, ...]) -> Callable[[torch.dtyp
     return once
 
 
+def _in_fp8(k: int, scaled: bool = False) -> Callable[[torch.dtype], None]:
+    """x of a product in FP8, or dY, which takes the scales of W in first."""
+
+    def once(dtype: torch.dtype) -> None:
+        x = torch.empty(TOKENS, k, dtype=dtype, device="meta")
+        fp8_rows.by_rows(x, torch.empty(k, 1, device="meta") if scaled else None)
+
+    return once
+
+
 # sizes that models have, with one call for each configuration that they lead to
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "rms_norm 128 frozen": _norm(128, (0,)),
@@ -144,6 +163,9 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     **{f"lora_down r={r} dropout": _lora(18944, (3584,), r, 0.05) for r in RANKS},
     **{f"lora_k r={r} dropout": _lora(3584, (512,), r, 0.05) for r in RANKS},
     **{f"lora_swiglu r={r}": _dual(3584, 18944, r) for r in RANKS},
+    "fp8_rows 896": _in_fp8(896),
+    "fp8_rows 3584 scaled": _in_fp8(3584, scaled=True),
+    "fp8_rows 18944 scaled": _in_fp8(18944, scaled=True),
     "cross_entropy 152064": _on_logits(152064, True),
     "cross_entropy 152064 scaled": _on_logits(152064, True, scaled=True),
     "cross_entropy 152064 without gradient": _on_logits(152064, False),

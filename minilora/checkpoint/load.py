@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.kernels.attention import use_newest_flash
+from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
 from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
 from minilora.models.config import Config
@@ -25,7 +27,7 @@ from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
 from minilora.models.layers import pack_weights
-from minilora.models.quantized import quantize_linears
+from minilora.models.quantized import pack_codes, quantize_linears
 
 from ..errors import ModelError, UsageError, quote
 from ..files.atomic import atomic_folder
@@ -51,7 +53,7 @@ SIGNATURES = {
     "qwen2": "model.layers.0.self_attn.q_proj.bias",
 }
 QUANTIZED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
-QUANT = ("keep", "off", *QUANTS)
+QUANT = ("keep", "off", *QUANTS, FP8RowsWeight.name)
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 FIRST = 16  # values of a weight by which a base model is recognised
 SHARD_BYTES = 5_000_000_000
@@ -132,6 +134,7 @@ def empty_model(c: Config, dtype: torch.dtype | None = None, quant: str = "off")
         shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
         quantize_linears(model, {name: FORMS[quant].empty(shape, "meta") for name, shape in shapes.items()})
     pack_weights(model)
+    pack_codes(model)
     return model
 
 
@@ -146,8 +149,8 @@ def load_model(
 
     dtype is that of the weights in memory, None the checkpoint's own; compute names that of activations and products, auto the
     fastest one on this machine (compute.py). device None is the GPU if there is one. quant nf4 or int8 quantises the linears of the
-    blocks; a folder that is quantised already is taken as it is (keep) or widened to dtype (off). Beyond the model itself one
-    tensor is in memory at a time. Raises ModelError with every mismatch between the folder and the model.
+    blocks, fp8-rows also what is multiplied with them (fp8_rows.py); a folder that is quantised already is taken as it is (keep) or
+    widened to dtype (off). Beyond the model itself one tensor is in memory at a time. Raises ModelError with every mismatch between the folder and the model.
     """
     folder = ModelFolder.of(folder)
     c = read_config(folder)
@@ -163,6 +166,7 @@ def load_model(
     quantize_linears(model, _empty_weights(model, stored, quant))
     model = model.to_empty(device=device).requires_grad_(False).eval()
     pack_weights(model)
+    pack_codes(model)
     for name, weight in base_parameters(model).items():
         with stored.reading(name, weight.shape) as value, torch.no_grad():
             if isinstance(weight, QuantizedWeight):
@@ -171,6 +175,7 @@ def load_model(
                 weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
                 check_finite(weight, f"{folder}: {name}")
     model.compute = choose(c, model.head.dtype, device, compute).dtype
+    use_newest_flash(device, c.head_size)
     return model
 
 

@@ -5,6 +5,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
+from minilora.kernels.attention import attention_path
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import HAVE_TRITON
 from minilora.kernels.lora_linear import runs_on_triton
@@ -18,15 +19,17 @@ from ..lora import LoRALinear
 def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     """Lines for people: what of each layer runs where; layers that agree stand on one line. The model may be without data."""
     probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
+    heads = probe.new_empty(1, 1, model.config.head_size)
+    attends = [f"attention: {attention_path(heads)}"] if heads.is_cuda else []
     if not use_triton(probe):
         why = "no GPU" if not probe.is_cuda else "the kernels are off" if HAVE_TRITON else "triton is not installed"
-        return [f"PyTorch for every layer ({why})"]
+        return [f"PyTorch for every layer ({why})", *attends]
     blocks, lines = [_of_block(block, probe) for block in model.blocks], []
     for (triton, library), numbered in groupby(enumerate(blocks), key=lambda pair: pair[1]):
         numbers = [n for n, _ in numbered]
         layers = f"layers {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"
         lines.append(f"{layers}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}")
-    return [*lines, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
+    return [*lines, *attends, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
 
 
 def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -138,7 +138,10 @@ def _header(
         f"minilora {__version__}   python {platform.python_version()}   torch {torch.__version__}   {place}",
         f"model   {model_name}   {c.family}, {total / 1e6:,.1f}M parameters, {c.layers} layers, {dtype}   chat format {chat}",
     ]
-    notes = {"quant": quantized_note(model)} | folder_notes(folder, data.tokenizer)
+    inputs = c.layers * plan.micro_tokens * c.width * model.compute_dtype.itemsize
+    waits = f"the inputs of layers wait in the host's memory, pinned: up to {inputs / 1e9:,.2f} GB"
+    notes = {"quant": quantized_note(model), "offload": waits if model.offload else None}
+    notes |= folder_notes(folder, data.tokenizer)
     lines += [f"{name:<8}{note}" for name, note in notes.items() if note]
     if plan.full:
         lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")

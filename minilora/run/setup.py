@@ -1,17 +1,20 @@
 """The model and the optimizer of a run: loaded, with adapters, in the dtypes that it stores and computes in."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 
-from minilora.kernels.dispatch import kernels_enabled
+from minilora.kernels.dispatch import deterministic_backward, kernels_enabled
+from minilora.kernels.fp8_rows import FP8RowsWeight, has_fp8
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import quantized_weights
 
 from ..checkpoint.load import find_device, load_model, read_config
 from ..checkpoint.loftq import loftq_init, mark_loftq
+from ..checkpoint.quantized import QUANTS
 from ..config import TrainConfig
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder
@@ -26,8 +29,9 @@ def load(config: TrainConfig, folder: ModelFolder, resume: bool = False) -> tupl
     resume: the adapters' values are read from a snapshot afterwards.
     """
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
+    check_offload(config, device)
     stored, compute = dtypes(config, c, device)
-    model = prepare(load_model(folder, stored, device, name_of(compute), config.quant), config)
+    model = prepare(load_model(folder, stored, device, name_of(compute), quant_asked(config, device)), config)
     if config.lora_init == "loftq" and not resume:
         loftq_init(model, folder)
     if device.type == "cpu":
@@ -63,8 +67,48 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
         add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
         if config.lora_init == "loftq":
             mark_loftq(model)
-    model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+    set_recomputing(model, config)
     return model.train()
+
+
+def set_recomputing(model: Decoder, config: TrainConfig) -> None:
+    """Set what of a forward pass is kept for the backward, and where."""
+    model.checkpointing, model.keep_attention = config.checkpointing, config.keep_attention
+    model.offload = config.offload == "on"
+
+
+def check_offload(config: TrainConfig, device: torch.device) -> None:
+    """UsageError where --offload has nothing to move, or nowhere to move it."""
+    if config.offload == "on" and not config.checkpointing:
+        raise UsageError("--offload on moves the inputs of checkpointed layers", "Add --checkpointing.")
+    if config.offload == "on" and device.type != "cuda":
+        raise UsageError(
+            "--offload on moves the inputs of layers from a GPU to the host's memory, and this run is on a CPU",
+            "Leave it out.",
+        )
+
+
+def quant_asked(config: TrainConfig, device: torch.device, planned: bool = False) -> str:
+    """The quant of load_model that a config asks for; UsageError for --fp8 where a GPU has no FP8, or beside --quant.
+
+    planned: for a card that is not there, and has it.
+    """
+    if config.fp8 == "off":
+        return config.quant
+    if config.quant in QUANTS:
+        raise UsageError(f"--fp8 on and --quant {config.quant} are two formats of the base", "Give one of them.")
+    if config.compute == "float32":
+        raise UsageError("--fp8 on computes in bfloat16", "Leave --compute out.")
+    if not planned and not has_fp8(device):
+        raise UsageError(
+            f"--fp8 on multiplies in FP8, which a GPU of compute capability 8.9 or later does (H100, L40), and {_machine(device)} does not",
+            "Leave it out; --quant int8 keeps the base in 8 bits anywhere.",
+        )
+    return FP8RowsWeight.name
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
@@ -74,6 +118,9 @@ def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-def kernels(config: TrainConfig) -> AbstractContextManager[None]:
-    """A context with the kernels that the config asks for."""
-    return kernels_enabled(False) if config.kernels == "off" else nullcontext()
+@contextmanager
+def kernels(config: TrainConfig) -> Iterator[None]:
+    """A context with the kernels that the config asks for, and the order in which they add."""
+    chosen = kernels_enabled(False) if config.kernels == "off" else nullcontext()
+    with chosen, deterministic_backward(config.deterministic):
+        yield

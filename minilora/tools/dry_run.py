@@ -4,7 +4,8 @@ Tensors on the meta device have a shape, a dtype and a storage of known size tha
 makes is counted when it appears and when its last tensor goes, so the peak is the one that the step itself has, with
 whatever its kernels save and recompute: there are no formulas of our own that could fall behind the code.
 
-The layers of a model are alike, so that a deep one is run with its first three and the rest is counted as the third.
+The layers of a model are alike, so that a deep one is run with its first three and the rest is counted as the third, unless
+layers keep so little that it is not they that make the peak.
 
 Counted are tensors. What the allocator loses between them, and what CUDA and Python take for themselves, comes on top. The
 operations are those of the CPU path.
@@ -33,6 +34,7 @@ class StepMemory:
     """Bytes by part. Their sum is the peak of the step.
 
     activations: what the forward pass keeps for the backward pass; temporaries: what comes and goes beside it, at the peak.
+    host: what it keeps in the host's memory (--offload), which is no part of the sum.
     """
 
     weights: int
@@ -41,6 +43,7 @@ class StepMemory:
     optimizer: int
     activations: int
     temporaries: int
+    host: int
 
     @property
     def total(self) -> int:
@@ -48,11 +51,15 @@ class StepMemory:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of storages made while it is on; those in `known` are not its business."""
+    """Counts the bytes of storages made while it is on, on the device of `known`; those in `known` are not its business.
+
+    host: bytes of those on another device.
+    """
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.host = 0
+        self._device = known[0].device
         self._sizes = {t.untyped_storage()._cdata: 0 for t in known}
 
     @classmethod
@@ -75,13 +82,20 @@ class _Live(TorchDispatchMode):
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
+            self._sizes[key] = size = storage.nbytes()
+            here = storage.device == self._device
+            self._add(size, here)
+            weakref.finalize(storage, self._forget, key, here)
 
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+    def _forget(self, key: int, here: bool) -> None:
+        self._add(-self._sizes.pop(key), here)
+
+    def _add(self, size: int, here: bool) -> None:
+        if here:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        else:
+            self.host += size
 
 
 def step_memory(model: Decoder, batch: Batch) -> StepMemory:
@@ -93,11 +107,12 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     base = sum(w.nbytes for w in base_parameters(model).values() if not w.requires_grad)
     blocks, count = list(model.blocks), len(model.blocks)
     del model.blocks[ALIKE:]
-    activations, peak, layer = _kept_and_peak(model, batch)
+    activations, host, peak, layer = _kept_and_peak(model, batch)
     model.blocks.extend(blocks[ALIKE:])
-    if layer < trained / count:
-        # going down the stack, gradients take more than activations free: the peak is where all layers have been
-        activations, peak, _ = _kept_and_peak(model, batch)
+    if layer < trained / count or model.offload:
+        # going down the stack, gradients take more than activations free: the peak is where all layers have been. What
+        # the host holds is of all layers, too
+        activations, host, peak, _ = _kept_and_peak(model, batch)
     else:
         rest = max(0, count - ALIKE) * layer
         activations, peak = activations + rest, peak + rest
@@ -110,11 +125,13 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
         optimizer=2 * trained,
         activations=activations,
         temporaries=max(0, peak - activations - trained),
+        host=host,
     )
 
 
-def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int]:
-    """Bytes that the forward pass keeps, the most at any time, and what the last layer keeps."""
+def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int, int]:
+    """Bytes that the forward pass keeps, also those in the host's memory, the most at any time, and what the last layer
+    keeps."""
     marks: list[int] = []
     batch = batch.to(torch.device("meta"))
     live = _Live(
@@ -123,10 +140,10 @@ def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int]:
     hooks = [block.register_forward_hook(lambda *_: marks.append(live.now)) for block in model.blocks]
     with live:
         loss = model.loss(batch)
-        activations = live.now
+        activations, host = live.now, live.host
         loss.backward()
     for hook in hooks:
         hook.remove()
     model.zero_grad(set_to_none=True)
     layers = len(model.blocks)
-    return activations, live.peak, marks[layers - 1] - marks[layers - 2] if layers > 1 else activations
+    return activations, host, live.peak, marks[layers - 1] - marks[layers - 2] if layers > 1 else activations

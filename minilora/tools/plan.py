@@ -26,7 +26,7 @@ from ..machine.cpu import device_name, memory_gb
 from ..machine.flops import flops_per_token, step_flops
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
-from ..run.setup import dtypes, prepare
+from ..run.setup import check_offload, dtypes, prepare, quant_asked
 from ..terminal import clock
 from ..text.tokenizer import check_fits
 from .dry_run import StepMemory, step_memory
@@ -42,8 +42,11 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     c = read_config(folder)
     device = find_device(None if config.device == "auto" else config.device)
     on_card = card_gb is not None or device.type == "cuda"
-    stored, compute = dtypes(config, c, torch.device("cuda") if on_card else device)
-    model = prepare(empty_model(c, stored, in_memory(config.quant, folder.config)), config)
+    place = torch.device("cuda") if on_card else device
+    check_offload(config, place)
+    stored, compute = dtypes(config, c, place)
+    quant = quant_asked(config, place, planned=card_gb is not None)
+    model = prepare(empty_model(c, stored, in_memory(quant, folder.config)), config)
     model.compute = compute
     parameters = sum(p.numel() for p in empty_model(c).parameters())
     trained = sum(p.numel() for p in trained_parameters(model).values())
@@ -90,7 +93,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         "flops": flops,
         "seconds": flops / products_rate(c, stored, compute) if card_gb is None and device.type == "cpu" else None,
     }
-    found["memory"] = vars(memory) | {"total": memory.total}
+    found["memory"] = {k: v for k, v in vars(memory).items() if k != "host"} | {"total": memory.total}
+    found["host"] = memory.host
     found["device"] = device_name(device) if card_gb is None else "a card"
     found["device_gb"] = memory_gb(device) if card_gb is None else card_gb
     found["most_tokens"] = _most_tokens(memory, largest, found["device_gb"])
@@ -174,6 +178,8 @@ def text_of(found: dict[str, Any]) -> str:
     room = f"the {found['device_gb']:,.4g} GB of {found['device']}"
     verdict = f"fits in {room}, {left:,.1f} free" if left > 0 else f"needs {-left:,.1f} GB more than {room}"
     lines.append(f"        {verdict}; what the system and the allocator take comes on top")
+    if found["host"]:
+        lines.append(f"offload {found['host'] / 1e9:,.3f} GB more in the host's memory: the inputs of layers")
     lines.append(f"room    for streams of about {found['most_tokens']:,} tokens (--micro-tokens)")
     if "cards" in found:
         rows = {"gb": "GB of a card", "kept": "tokens of a stream", "checkpointing": "the same with --checkpointing"}

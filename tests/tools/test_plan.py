@@ -31,7 +31,11 @@ def deep(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("depth", ["folder", "deep"])  # all layers are run, and three of seven
-@pytest.mark.parametrize("settings", [{}, {"checkpointing": "on"}, {"method": "full"}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"checkpointing": "on"}, {"checkpointing": "on", "offload": "on"}, {"method": "full"}, {"lora_dropout": 0.1}],
+    ids=str,
+)
 def test_the_dry_run_counts_what_a_step_allocates(depth, request, tmp_path, settings):
     folder = request.getfixturevalue(depth)
     config = resolve({"model": str(folder)} | FLAGS | settings)
@@ -50,8 +54,10 @@ def test_the_dry_run_counts_what_a_step_allocates(depth, request, tmp_path, sett
         loss.backward()
     assert (found.weights, found.adapters) == ((trained, 0) if full else (base, trained))
     assert (found.gradients, found.optimizer) == (trained, 2 * trained)
-    assert found.activations == kept > 10_000
-    assert found.temporaries == max(0, live.peak - kept - trained)
+    # the host's memory is the device's on a CPU
+    assert (found.host > 0) == (config.offload == "on")
+    assert found.activations + found.host == kept > 10_000
+    assert found.host + found.temporaries == max(found.host, live.peak - found.activations - trained)
 
 
 def test_a_storage_counts_while_it_lives():
@@ -71,14 +77,19 @@ def test_a_storage_counts_while_it_lives():
         assert live.now == 0
 
 
-def test_recomputing_keeps_less(folder, tmp_path):
-    examples, _ = load_examples(make_rows(tmp_path / "rows.json"), minilora.load_tokenizer(folder))
-    kept = []
-    for checkpointing in ("off", "on"):
-        config = resolve({"model": str(folder), "checkpointing": checkpointing} | FLAGS)
-        model = prepare(empty_model(read_config(folder), torch.bfloat16), config)
-        kept.append(step_memory(model, make_batch(examples)).activations)
+def test_recomputing_keeps_less_and_offloading_one_input(deep, tmp_path):
+    examples, _ = load_examples(make_rows(tmp_path / "rows.json"), minilora.load_tokenizer(deep))
+    batch = make_batch(examples)
+    kept, host = [], []
+    for settings in ({}, {"checkpointing": "on"}, {"checkpointing": "on", "offload": "on"}):
+        config = resolve({"model": str(deep)} | FLAGS | settings)
+        memory = step_memory(prepare(empty_model(read_config(deep), torch.bfloat16), config), batch)
+        kept.append(memory.activations)
+        host.append(memory.host)
     assert kept[1] < kept[0] / 3
+    c = read_config(deep)
+    assert host == [0, 0, c.layers * len(batch.ids) * c.width * 2]
+    assert kept[1] - kept[2] == (c.layers - 1) * len(batch.ids) * c.width * 2
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
 from bench.proof import traffic
-from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_swiglu
+from minilora.kernels import cross_entropy, fp8_rows, linear_cross_entropy, lora_linear, lora_swiglu
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
 
@@ -55,6 +55,15 @@ def of_a_head(rows: int, width: int, vocab: int, chunk: int = 20) -> Call:
     return call
 
 
+def in_fp8(rows: int, n: int) -> Call:
+    def call() -> list[Tensor]:
+        x = torch.randn(rows, n + 3).bfloat16()[:, :n]
+        codes, scales = fp8_rows.by_rows(x, torch.rand(n, 1))
+        return [codes.view(torch.uint8), scales]
+
+    return call
+
+
 def dual() -> list[Tensor]:
     x, projections = lora_swiglu.example(37, 40, 41, 5, torch.bfloat16)[0]
     return [lora_swiglu.lora_swiglu(x, projections)]
@@ -65,6 +74,7 @@ KERNELS = {
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
     "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
+    "fp8_rows._rows_kernel",
 }  # fmt: skip
 CALLS = {  # two tiles of every size, the second ragged
     "lora_swiglu": dual,
@@ -75,6 +85,7 @@ CALLS = {  # two tiles of every size, the second ragged
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
     "linear_cross_entropy": of_a_head(37, 70, 555),
+    "fp8_rows": in_fp8(7, 1100),
     "linear_cross_entropy of two tiles of rows": of_a_head(37, 16, 70, 40),
 }
 LARGE = {
@@ -124,7 +135,9 @@ def arguments_once(launch: Launch) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3)], ids=["group", "one"])
+@pytest.mark.parametrize(
+    "call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3), in_fp8(64, 1024)], ids=["group", "one", "fp8"]
+)
 def test_a_launch_moves_each_of_its_arguments_once(call: Call):
     """So bytes of a launch are those of its arguments, whatever their size, and bench/proof/layer_bytes.py adds them up."""
     for launch in shadowed(call)[0]:
