@@ -71,7 +71,7 @@ def finetune(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, steps)
             batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
-            loss, _ = train_step(model, optimizer, batches, config, step)
+            loss, _ = train_step(model, optimizer, batches, config, step).read()
             losses.append(loss)
             on_step(step + 1, loss)
     model.eval()
