@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey
+from minilora.kernels.dropout import DEFAULT_KEY, NO_KEYS, PassKeys
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
@@ -35,7 +35,7 @@ class LoRALinear(Adapted):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
-        self.key = DEFAULT_KEY
+        self.keys, self.number = NO_KEYS, 0  # of the masks of a model's adapters, and which of them is this one's
 
     @property
     def r(self) -> int:
@@ -48,7 +48,8 @@ class LoRALinear(Adapted):
     def projection(self) -> Projection:
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
-        return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, self.key))
+        key = self.keys.of(self.number) if p else DEFAULT_KEY
+        return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear_group(x, [self.projection()], self.output_needed)[0]
@@ -184,5 +185,15 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:
     """Set the keys of the next pass's dropout masks: a function of seed, step, micro-batch and module alone."""
-    for number, (_, wrapper) in enumerate(adapters(model)):
-        wrapper.key = DropoutKey(seed, step, micro, number)
+    wrappers = (wrapper for _, wrapper in adapters(model))
+    first = next(wrappers, None)
+    if first is None:
+        return
+    if (
+        not first.keys.count or first.keys.device != first.lora_A.device
+    ):  # once: a walk over all modules takes a millisecond
+        numbered = [first, *wrappers]
+        keys = PassKeys(len(numbered), first.lora_A.device)
+        for number, wrapper in enumerate(numbered):
+            wrapper.keys, wrapper.number = keys, number
+    first.keys.set(seed, step, micro)

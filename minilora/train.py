@@ -7,7 +7,6 @@ micro-batches. Order, learning rate and dropout are functions of the step, so a 
 that was never stopped.
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from .config import TrainConfig
 from .console import Console
 from .data import Batch, pack, step_examples
 from .errors import Stopped, UsageError
-from .evaluate import evaluate
 from .files.atomic import locked
 from .files.model_folder import ModelFolder
 from .lora import set_dropout_keys
@@ -35,6 +33,7 @@ from .run.schedule import learning_rate, make_plan
 from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
 from .run.step import StepLog, StepResult, skip_unless_finite
+from .run.validation import validate
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -81,7 +80,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
     plan, at, config = run.plan, run.progress, run.config
     reported = time.perf_counter()
     if plan.val and at.step == 0 and at.best_loss is None:  # the base model's loss, to compare with
-        loss, line = _validate(run, monitor)
+        loss, line = validate(run, monitor)
         monitor.step({"step": 0, "val_loss": loss})
         monitor.say(line)
     for step in range(at.step, plan.steps):
@@ -96,7 +95,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
         last, best = at.step == plan.steps, at.best_step
         if plan.val and (at.step % plan.eval_every == 0 or last):
             log.read()
-            loss, line = _validate(run, monitor)
+            loss, line = validate(run, monitor)
             log.write(val_loss=loss)
             monitor.say(line)
         if at.step % plan.save_every == 0 or last or at.best_step != best:
@@ -154,17 +153,3 @@ def update(optimizer: torch.optim.Optimizer, losses: Tensor, clip: float) -> Ten
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat((numbers, norms))
-
-
-def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
-    """Evaluate and remember the best; returns the loss, and a line that says so."""
-    at = run.progress
-    monitor.validating()
-    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
-    better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
-    note = (
-        "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss is not None else ""
-    )
-    if better:
-        at.best_loss, at.best_step = score.loss, at.step
-    return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"
