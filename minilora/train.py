@@ -7,6 +7,7 @@ micro-batches. Order, learning rate and dropout are functions of the step, so a 
 that was never stopped.
 """
 
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minilora.models.decoder import Decoder
+from minilora.models.stream import to_device
 
 from .checkpoint.open_model import computing
 from .config import TrainConfig
@@ -29,7 +31,7 @@ from .rows.dataset import load_data
 from .run.ending import final_report, finish, memory_hint, state_saved
 from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning
 from .run.monitor import Monitor, RunConsole, working
-from .run.schedule import learning_rate, make_plan
+from .run.schedule import learning_rate, make_plan, set_learning_rate
 from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
 from .run.step import StepLog, StepResult, skip_unless_finite
@@ -85,8 +87,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
         monitor.say(line)
     for step in range(at.step, plan.steps):
         start, lr = time.perf_counter(), learning_rate(config, step, plan.steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(run.optimizer, lr)
         # which rows, and in which order, follows from (seed, step): nothing of it is stored
         batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
         monitor.begin(step + 1, sum(len(b.ids) for b in batches))
@@ -114,6 +115,7 @@ def train_step(
     step: int,
     stop: StopSignal | None = None,
     reached: Callable[[int], object] = lambda tokens: None,
+    call: Callable[..., Tensor] = operator.call,
 ) -> StepResult:
     """One optimizer step on the streams of a step, launched; its loss and gradient norm are read from what it returns.
 
@@ -121,7 +123,7 @@ def train_step(
     or the norm is not finite, nothing is changed, and reading raises Diverged. Raises Stopped between two streams if a signal
     came: the parameters are then those of the step before.
     """
-    targets = sum(len(b.targets) for b in batches)  # of all streams: the loss is one sum, divided once
+    targets = torch.tensor(float(sum(len(b.targets) for b in batches)))  # the loss is one sum, divided once
     losses = []
     for micro, batch in enumerate(batches):
         if stop is not None and stop.requested:
@@ -129,27 +131,29 @@ def train_step(
             raise Stopped("")
         if config.lora_dropout:  # masks follow from the place, so a resumed run draws the same
             set_dropout_keys(model, config.seed, step, micro)
-        losses.append(micro_batch(model, batch.to(model.head.device), targets))
+        losses.append(call(micro_batch, model, batch, targets))
         reached(sum(len(b.ids) for b in batches[: micro + 1]))
-    return StepResult(model, optimizer, batches, step, update(optimizer, torch.stack(losses), config.clip))
+    numbers = call(update, optimizer, torch.stack(losses).sum(), config.clip)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(model, optimizer, batches, step, numbers)
 
 
-def micro_batch(model: Decoder, batch: Batch, targets: int) -> Tensor:
+def micro_batch(model: Decoder, batch: Batch, targets: Tensor) -> Tensor:
     """Forward and backward of one stream of a step that has so many targets; returns its part of the loss."""
-    loss = model.loss(batch) / targets
+    device = model.head.device
+    loss = model.loss(batch.to(device)) / to_device(targets, device)
     loss.backward()  # adds to the gradients of A and B; W has none
     return loss.detach()
 
 
-def update(optimizer: torch.optim.Optimizer, losses: Tensor, clip: float) -> Tensor:
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> Tensor:
     """Clip the gradients and step; returns the loss, the gradient norm before clipping, and that of each parameter."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norms = torch.stack(torch._foreach_norm([p.grad for p in trained if p.grad is not None]))
     norm = torch.linalg.vector_norm(norms)
-    numbers = torch.stack((losses.sum(), norm.to(losses.dtype)))
+    numbers = torch.stack((loss, norm.to(loss.dtype)))
     skip_unless_finite(optimizer, numbers)
     if clip:
         torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return torch.cat((numbers, norms))

@@ -53,8 +53,8 @@ class Documents:
         return [end - start for start, end in pairwise(self.cu_seqlens)]
 
     def to(self, device: torch.device | None) -> Documents:
-        bounds = varlen_bounds(self.cu_seqlens, self.prefix_lens).to(device, non_blocking=True)
-        return replace(self, positions=self.positions.to(device, non_blocking=True), bounds=bounds)
+        bounds = to_device(varlen_bounds(self.cu_seqlens, self.prefix_lens), device)
+        return replace(self, positions=to_device(self.positions, device), bounds=bounds)
 
 
 def _positions(start: int, end: int, prefix_len: int | None) -> Tensor:
@@ -83,8 +83,16 @@ class Batch:
     where: list[str]
 
     def to(self, device: torch.device) -> Batch:
-        ids, index, targets = (x.to(device, non_blocking=True) for x in (self.ids, self.target_index, self.targets))
+        if self.ids.device == device:
+            return self
+        ids, index, targets = (to_device(x, device) for x in (self.ids, self.target_index, self.targets))
         return Batch(ids, self.documents.to(device), index, targets, self.where)
+
+
+def to_device(x: Tensor, device: torch.device | None) -> Tensor:
+    """x on a device. From pinned memory it goes to a GPU without the CPU waiting for what that still computes."""
+    on_the_way = x.pin_memory() if device is not None and device.type == "cuda" and x.device.type == "cpu" else x
+    return on_the_way.to(device, non_blocking=True)
 
 
 def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -23,11 +23,17 @@ from minilora.kernels.dispatch import compile_for
 
 CUDA, META = torch.device("cuda:0"), torch.device("meta")
 _IS_CUDA: Any = vars(torch._C.TensorBase)["is_cuda"].__get__
+FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+ADAMW = torch.ops.aten._fused_adamw_.tensor_lr
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 class _SaysCuda(TorchFunctionMode):
     """Python sees a GPU where torch sees tensors without data."""
+
+    def __init__(self, devices: "_OneDevice"):
+        super().__init__()
+        self.devices = devices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _IS_CUDA:
@@ -35,6 +41,8 @@ class _SaysCuda(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         result = func(*map(_on_meta, args), **{name: _on_meta(value) for name, value in (kwargs or {}).items()})
+        if self.devices.strict and func in FROM_PYTHON and result.is_meta:
+            raise RuntimeError(f"{func.__name__}: values of the host go to {CUDA} while a graph is recorded")
         return CUDA if isinstance(result, torch.device) and result == META else result
 
 
@@ -60,7 +68,8 @@ class _OneDevice(TorchDispatchMode):
         else:
             if there and [t for t in here if t.dim() or self.strict] and func not in COPIES:
                 raise RuntimeError(f"{func}: tensors on {CUDA} and on the CPU")
-            result = func(*args, **kwargs)
+            in_place = func is ADAMW and there  # torch has no form of it without data
+            result = None if in_place else func(*args, **kwargs)
         if self.strict:
             made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             if (there or any(t.is_meta for t in made)) and (here or any(not t.is_meta for t in made)):
@@ -103,7 +112,8 @@ class FakeCuda:
 @contextmanager
 def fake_cuda(arch: int) -> Iterator[FakeCuda]:
     """cuda:0 is a GPU of this architecture, without data, for all that runs inside."""
-    says, devices = _SaysCuda(), _OneDevice()
+    devices = _OneDevice()
+    says = _SaysCuda(devices)
     run_backward = torch.autograd._engine_run_backward  # torch takes the mode off before it calls this
 
     def backward(*args: Any, **kwargs: Any) -> Any:

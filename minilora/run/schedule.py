@@ -122,6 +122,15 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * shape[config.schedule]
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step; on a GPU it lies in a tensor, from which a CUDA graph reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def _header(
     config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str
 ) -> str:

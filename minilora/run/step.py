@@ -23,8 +23,10 @@ from .monitor import Monitor, step_metrics
 
 def skip_unless_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
     """Let a fused optimizer change nothing from now on if one of the numbers is not finite, without asking the device."""
-    found_inf = vars(optimizer).setdefault("found_inf", torch.zeros((), device=numbers.device))  # torch's own name
-    found_inf.masked_fill_(~numbers.isfinite().all(), 1.0)
+    of = vars(optimizer)
+    if "found_inf" not in of:  # torch's name
+        of["found_inf"] = torch.zeros((), device=numbers.device)
+    of["found_inf"].masked_fill_(~numbers.isfinite().all(), 1.0)
 
 
 class StepResult:

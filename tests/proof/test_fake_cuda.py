@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from oracle import OWN, conversations, tiny
+from oracle import OWN, WIDE, conversations, tiny
 from torch import Tensor
 
 from bench.proof.fake_cuda import FakeCuda, fake_cuda
@@ -24,19 +24,12 @@ from minilora.train import train_step
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
 families = pytest.mark.parametrize("family", OWN)
-# widths that the kernels take
-WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-CHANGES = {
-    "qwen2": WIDE, "qwen3": WIDE | {"head_dim": 16}, "glm": WIDE | {"head_dim": 16}, "glm4": WIDE | {"head_dim": 16},
-    "qwen": WIDE | {"kv_channels": 16, "intermediate_size": 192}, "chatglm2": {"hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16},
-    "chatglm": {"hidden_size": 64, "inner_hidden_size": 96},
-}  # fmt: skip
 
 
 def step_of(family: str, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> FakeCuda:
     """An optimizer step of two streams."""
     config = resolve({"lora_r": 4, **settings})
-    model = tiny(family, dtype, **CHANGES[family])
+    model = tiny(family, dtype, **WIDE[family])
     add_lora(model, r=config.lora_r, dropout=config.lora_dropout)
     model.checkpointing = model.keep_attention = config.checkpointing
     examples = conversations(family)
