@@ -8,8 +8,9 @@ backward, the recomputation under activation checkpointing and a resumed run dra
 of the counter (row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn by itself.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -88,9 +89,8 @@ class PassKeys:
 
     def __init__(self, count: int, device: torch.device | str = "cpu"):
         self.count, self.device, self.place = count, torch.device(device), DEFAULT_KEY[:3]
-        self.memory: Tensor | None = (
-            None  # int64 [count, 2], the second value only so that each row begins at a multiple of 16
-        )
+        # int64 [count, 2], the second value only so that each row begins at a multiple of 16 bytes
+        self.memory: Tensor | None = None
         self._rows: list[Tensor] = []
 
     def set(self, seed: int, step: int, micro: int) -> None:
@@ -115,6 +115,26 @@ class PassKeys:
 
 
 NO_KEYS = PassKeys(0)
+
+
+class Masked(Protocol):
+    """What drops: an adapter."""
+
+    keys: PassKeys
+    number: int
+    lora_A: Tensor
+
+
+def shared_keys(adapters: Iterator[Masked]) -> PassKeys:
+    """The keys of the adapters of a model. The first call gives each its number; later ones ask the first adapter alone."""
+    first = next(adapters, None)
+    if first is None or (first.keys.count and first.keys.device == first.lora_A.device):
+        return first.keys if first else NO_KEYS
+    numbered = [first, *adapters]
+    keys = PassKeys(len(numbered), first.lora_A.device)
+    for number, adapter in enumerate(numbered):
+        adapter.keys, adapter.number = keys, number
+    return keys
 
 
 class _KeyInMemory(DropoutKey):

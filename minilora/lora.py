@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import DEFAULT_KEY, NO_KEYS, PassKeys
+from minilora.kernels.dropout import NO_KEYS, shared_keys
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
@@ -48,7 +48,7 @@ class LoRALinear(Adapted):
     def projection(self) -> Projection:
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
-        key = self.keys.of(self.number) if p else DEFAULT_KEY
+        key = self.keys.of(self.number)
         return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,15 +185,4 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:
     """Set the keys of the next pass's dropout masks: a function of seed, step, micro-batch and module alone."""
-    wrappers = (wrapper for _, wrapper in adapters(model))
-    first = next(wrappers, None)
-    if first is None:
-        return
-    if (
-        not first.keys.count or first.keys.device != first.lora_A.device
-    ):  # once: a walk over all modules takes a millisecond
-        numbered = [first, *wrappers]
-        keys = PassKeys(len(numbered), first.lora_A.device)
-        for number, wrapper in enumerate(numbered):
-            wrapper.keys, wrapper.number = keys, number
-    first.keys.set(seed, step, micro)
+    shared_keys(wrapper for _, wrapper in adapters(model)).set(seed, step, micro)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilora.kernels.dispatch import to_device
 from minilora.models.decoder import Decoder
-from minilora.models.stream import to_device
 
 from .checkpoint.open_model import computing
 from .config import TrainConfig

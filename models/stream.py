@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.attention import attention, attention_forward, varlen_bounds
+from minilora.kernels.dispatch import to_device
 
 from .config import Config
 
@@ -87,12 +88,6 @@ class Batch:
             return self
         ids, index, targets = (to_device(x, device) for x in (self.ids, self.target_index, self.targets))
         return Batch(ids, self.documents.to(device), index, targets, self.where)
-
-
-def to_device(x: Tensor, device: torch.device | None) -> Tensor:
-    """x on a device. From pinned memory it goes to a GPU without the CPU waiting for what that still computes."""
-    on_the_way = x.pin_memory() if device is not None and device.type == "cuda" and x.device.type == "cpu" else x
-    return on_the_way.to(device, non_blocking=True)
 
 
 def inverse_frequencies(c: Config, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, float]:

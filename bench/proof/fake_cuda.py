@@ -77,16 +77,6 @@ class _OneDevice(TorchDispatchMode):
         return result
 
 
-class _NoGenerator:
-    """A GPU's: nothing is drawn."""
-
-    def __init__(self, device: torch.device):
-        assert device == CUDA, device
-
-    def manual_seed(self, seed: int) -> None:
-        pass
-
-
 class FakeCuda:
     """What ran on the GPU without data."""
 
@@ -120,13 +110,23 @@ def fake_cuda(arch: int) -> Iterator[FakeCuda]:
         with says:
             return run_backward(*args, **kwargs)
 
+    class NoGenerator:
+        """A GPU's: nothing is drawn."""
+
+        def __init__(self, device: torch.device):
+            assert device == CUDA, device
+
+        def manual_seed(self, seed: int) -> None:
+            if devices.strict:
+                raise RuntimeError(f"a seed of the host goes to {CUDA} while a graph is recorded")
+
     event = SimpleNamespace(record=lambda: None, query=lambda: True, synchronize=lambda: None)
     patches: list[tuple[Any, str, Any]] = [
         (torch.autograd, "_engine_run_backward", backward),
         (torch.version, "cuda", "13.0"),
         (torch.cuda, "Event", lambda **_: event),
         (torch.cuda, "get_device_properties", lambda *_: card(arch)),
-        (torch, "Generator", _NoGenerator),
+        (torch, "Generator", NoGenerator),
         (torch.backends.cuda, "is_flash_attention_available", lambda: True),
         (attention, "capability", lambda _: divmod(arch, 10)),
     ]

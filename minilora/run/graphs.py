@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels.attention import varlen_bounds
+from minilora.kernels.dispatch import to_device
+from minilora.kernels.dropout import shared_keys
 from minilora.models.decoder import Decoder
-from minilora.models.stream import to_device
 
 from ..data import IGNORE, Batch
 from ..lora import adapters, trained_parameters
@@ -70,7 +71,9 @@ def record(function: Callable[..., Any], args: list[Any], pool: Any) -> tuple[Ca
     graph = torch.cuda.CUDAGraph()
     groups = [group for a in args if isinstance(a, torch.optim.Optimizer) for group in a.param_groups]
     for group in groups:
-        group["capturable"] = True  # torch asks for this word here, and warns of it elsewhere; a fused optimizer does the same
+        group["capturable"] = (
+            True  # torch asks for this word here, and warns of it elsewhere; a fused optimizer does the same
+        )
     with torch.cuda.graph(graph, pool=pool):
         result = function(*args)
     for group in groups:
@@ -88,8 +91,7 @@ class Graphs:
         self._memory: dict[tuple[Any, ...], list[Any]] = {}  # by function and sizes: the arguments that a graph reads
         self._replays: dict[tuple[Any, ...], tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        for _, wrapper in adapters(model):
-            wrapper.keys.in_place = True
+        shared_keys(wrapper for _, wrapper in adapters(model)).in_place = True
 
     def __call__(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """function(*args), whose tensors and Batch may be on the CPU."""

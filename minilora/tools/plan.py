@@ -19,13 +19,13 @@ from ..files.model_folder import ModelFolder, positions_note
 from ..lora import adapters, trained_parameters
 from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
+from ..machine.dry_run import StepMemory, step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
 from ..run.setup import check_offload, dtypes, prepare, quant_asked
 from ..terminal import clock
 from ..text.tokenizer import check_fits
-from .dry_run import StepMemory, step_memory
 
 
 def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:

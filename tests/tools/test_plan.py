@@ -11,9 +11,9 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import load_examples, make_batch, pack
+from minilora.machine.dry_run import _Live, step_memory
 from minilora.run.setup import prepare
 from minilora.settings import resolve
-from minilora.tools.dry_run import _Live, step_memory
 
 FLAGS = {"lora_r": 8, "dtype": "bfloat16"}
 

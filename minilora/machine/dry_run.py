@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.models.decoder import Decoder
+from minilora.models.stream import Batch
 
-from ..data import Batch
 from ..lora import base_parameters, trained_parameters
 
 aten = torch.ops.aten
