@@ -109,7 +109,7 @@ class TrainConfig(DataConfig):
         None, "CPU threads; default all there are, or one where the products are too small to share", same=False
     )
     micro_tokens: int | None = setting(
-        None, "most tokens of one forward and backward pass; default max_length", same=False
+        None, "most tokens of one forward and backward pass; default max_length, on a GPU what fits", same=False
     )
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", same=False
@@ -125,6 +125,9 @@ class TrainConfig(DataConfig):
     )
     deterministic: bool = setting(
         False, "the same bits every time on a GPU too: attention adds in one order", same=False
+    )
+    graphs: Literal["auto", "on", "off"] = setting(
+        "auto", "CUDA graphs; auto: where a CPU takes longer to launch a stream than the GPU to compute it", same=False
     )
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")

@@ -30,6 +30,7 @@ from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
 from .run.ending import final_report, finish, memory_hint, state_saved
 from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning
+from .run.graphs import Graphs
 from .run.monitor import Monitor, RunConsole, working
 from .run.schedule import learning_rate, make_plan, set_learning_rate
 from .run.setup import kernels, load, optimizer_of
@@ -80,7 +81,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
     """Steps from where the run stands to its end, with evaluations and snapshots."""
     plan, at, config = run.plan, run.progress, run.config
-    reported = time.perf_counter()
+    reported, call = time.perf_counter(), Graphs(run.model) if plan.graphs.on else operator.call
     if plan.val and at.step == 0 and at.best_loss is None:  # the base model's loss, to compare with
         loss, line = validate(run, monitor)
         monitor.step({"step": 0, "val_loss": loss})
@@ -91,7 +92,7 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
         # which rows, and in which order, follows from (seed, step): nothing of it is stored
         batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
         monitor.begin(step + 1, sum(len(b.ids) for b in batches))
-        result = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached)
+        result = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached, call)
         log.add(result, lr, start)
         last, best = at.step == plan.steps, at.best_step
         if plan.val and (at.step % plan.eval_every == 0 or last):

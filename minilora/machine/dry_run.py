@@ -49,6 +49,11 @@ class StepMemory:
     def total(self) -> int:
         return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporaries
 
+    def most_tokens(self, tokens: int, there: float, copies: int = 1) -> int:
+        """About how many tokens a stream can have in `there` bytes, with what it allocates in so many copies; this one has `tokens`."""
+        made = self.activations + self.temporaries
+        return max(0, int(tokens * (there - (self.total - made)) / (copies * made)))
+
 
 class _Live(TorchDispatchMode):
     """Counts the bytes of storages made while it is on, on the device of `known`; those in `known` are not its business.

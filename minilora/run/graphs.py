@@ -6,8 +6,8 @@ copied to where the graph of that size reads it:
     a last document of tokens without targets      empty documents after it      rows whose target is ignored
 
 None of it reaches the loss or a gradient: it adds zeros. What is recorded is `train.micro_batch` and `train.update`, as they are.
-The first call with a size runs without a graph and compiles what it needs, the second one is recorded. A stream that is
-longer than the others, and one of a size too many, runs without a graph too.
+The first call with a size runs without a graph and compiles what it needs, the second one is recorded. A size too many runs
+without a graph too.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels.attention import varlen_bounds
+from minilora.kernels.attention import in_one_call, varlen_bounds
 from minilora.kernels.dispatch import to_device
 from minilora.kernels.dropout import shared_keys
+from minilora.kernels.lora_linear import runs_on_triton
 from minilora.models.decoder import Decoder
 
+from ..config import TrainConfig
 from ..data import IGNORE, Batch
 from ..lora import adapters, trained_parameters
+from ..machine.flops import flops_per_token, peak_flops
+from .fit import Streams
 
-PARTS = 8  # sizes of a padded stream, and of its rows with a target
+TILE = 128  # rows that a product takes at once: less padding would save nothing
 MOST = 32  # graphs
+# seconds of a CPU for the launches of a layer, forward and backward, without and with checkpointing (bench/proof/host.json)
+HOST = {False: 1.1e-3, True: 1.8e-3}
+REACHED = 0.6  # of the FLOP/s of its data sheet that a GPU is taken to reach
+
+
+class Choice(NamedTuple):
+    """Whether a run has graphs, and why, for its header."""
+
+    on: bool
+    why: str
+
+
+def choose(config: TrainConfig, model: Decoder, streams: Streams) -> Choice:
+    """What the config asks for where graphs are possible; auto: where launching takes longer than computing, by an estimate."""
+    obstacle = _obstacle(config, model, streams)
+    if obstacle or config.graphs == "off":
+        return Choice(False, obstacle or "as set")
+    each, head = flops_per_token(model, config.method == "full")
+    peak = peak_flops(model.head.device, model.compute_dtype)
+    computing = streams.tokens * (each + head / 2) / (REACHED * peak)  # half of the tokens have a target
+    launching = model.config.layers * HOST[model.checkpointing]
+    why = f"the CPU launches a stream of {streams.tokens:,} tokens in about {1e3 * launching:,.0f} ms, the GPU computes it in {1e3 * computing:,.0f} ms"
+    return Choice(config.graphs == "on" or launching > computing, why)
+
+
+def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | None:
+    """Why the steps of a run cannot be recorded."""
+    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=model.head.device)
+    if not probe.is_cuda:
+        return "no GPU"
+    if not in_one_call(probe.new_empty(1, 1, model.config.head_size)):
+        return "attention is called a document at a time"
+    if model.offload:
+        return "--offload on"
+    if config.lora_dropout and not all(runs_on_triton(probe, [w.projection()]) for _, w in adapters(model)):
+        return "PyTorch draws the masks of dropout from a seed of the host"
+    return (
+        None
+        if streams.fit_twice
+        else "the memory of a graph comes on top, which does not fit (a smaller --micro-tokens)"
+    )
 
 
 class Size(NamedTuple):
@@ -37,12 +82,16 @@ class Size(NamedTuple):
     rows: int
     documents: int
 
+    @staticmethod
+    def of(batch: Batch) -> "Size":
+        """What a stream is padded to: at most an eighth more tokens and rows, and a power of two of documents."""
+        tokens, rows = (_round_up(len(x)) for x in (batch.ids, batch.targets))
+        return Size(tokens, rows, 1 << len(batch.documents.lengths).bit_length())
 
-def size_for(batch: Batch, capacity: int) -> Size | None:
-    """What a stream is padded to: steps of an eighth of the capacity, a power of two of documents; None if it is longer."""
-    step = -(-capacity // PARTS)
-    tokens, rows = (max(1, -(-len(x) // step)) * step for x in (batch.ids, batch.targets))
-    return Size(tokens, rows, 1 << len(batch.documents.lengths).bit_length()) if tokens <= step * PARTS else None
+
+def _round_up(n: int) -> int:
+    step = max(TILE, 1 << max(n.bit_length() - 4, 0))
+    return max(1, -(-n // step)) * step
 
 
 def pad(batch: Batch, size: Size) -> Batch:
@@ -84,8 +133,8 @@ def record(function: Callable[..., Any], args: list[Any], pool: Any) -> tuple[Ca
 class Graphs:
     """Calls the functions of a training step by graphs, from the second call with arguments of the same sizes on."""
 
-    def __init__(self, model: Decoder, capacity: int):
-        self.capacity, self.device = capacity, model.head.device
+    def __init__(self, model: Decoder):
+        self.device = model.head.device
         self._trained = list(trained_parameters(model).values())
         self._gradients: list[Tensor] = []
         self._memory: dict[tuple[Any, ...], list[Any]] = {}  # by function and sizes: the arguments that a graph reads
@@ -96,11 +145,10 @@ class Graphs:
     def __call__(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """function(*args), whose tensors and Batch may be on the CPU."""
         self._hold_gradients()
-        sizes = [size_for(a, self.capacity) if isinstance(a, Batch) else getattr(a, "shape", ()) for a in args]
-        key = function, *sizes
-        if None in sizes or (key not in self._memory and len(self._memory) == MOST):
+        key = function, *(Size.of(a) if isinstance(a, Batch) else getattr(a, "shape", ()) for a in args)
+        if key not in self._memory and len(self._memory) == MOST:
             return function(*args)
-        given = [pad(a, size) if isinstance(a, Batch) else a for a, size in zip(args, sizes, strict=True)]
+        given = [pad(a, Size.of(a)) if isinstance(a, Batch) else a for a in args]
         if key not in self._memory:
             self._memory[key] = [self._placed(a) for a in given]
             return function(*self._memory[key])

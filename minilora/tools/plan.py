@@ -19,7 +19,7 @@ from ..files.model_folder import ModelFolder, positions_note
 from ..lora import adapters, trained_parameters
 from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
-from ..machine.dry_run import StepMemory, step_memory
+from ..machine.dry_run import step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
@@ -90,7 +90,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     found["host"] = memory.host
     found["device"] = device_name(device) if card_gb is None else "a card"
     found["device_gb"] = memory_gb(device) if card_gb is None else card_gb
-    found["most_tokens"] = _most_tokens(memory, largest, found["device_gb"])
+    found["most_tokens"] = memory.most_tokens(len(largest.ids), found["device_gb"] * 1e9)
     return found
 
 
@@ -109,12 +109,6 @@ def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> li
     room = max(config.micro_tokens or config.max_length, max(len(e.ids) for e in examples))
     rows = config.batch_size * config.accumulation
     return [b for step in range(steps) for b in pack(step_examples(examples, rows, config.seed, step), room)]
-
-
-def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
-    """About how many tokens a stream can have in `gb` GB, if all that a step allocates grows with them."""
-    made = memory.activations + memory.temporaries
-    return max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
 
 
 def text_of(found: dict[str, Any]) -> str:
