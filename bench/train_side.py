@@ -48,7 +48,7 @@ def minilora(args: argparse.Namespace, quant: str = "keep") -> Step:
 
     def step(rows: list[dict]) -> float:
         examples = [Example(np.array(row["ids"]), np.array(row["targets"]), "") for row in rows]
-        return train_step(model, optimizer, [make_batch(examples)], config, 0)[0]
+        return train_step(model, optimizer, [make_batch(examples)], config, 0).read()[0]
 
     return step
 

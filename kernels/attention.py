@@ -238,6 +238,11 @@ def use_newest_flash(device: torch.device, size: int) -> None:
         return
 
 
+def in_one_call(q: Tensor) -> bool:
+    """Whether q [T, H, E] attends in calls for the whole stream on a GPU, whatever its documents are: a CUDA graph can hold them."""
+    return q.is_cuda and _flash(q, q)
+
+
 def attention_path(q: Tensor) -> str:
     """What attends for q [T, H, E] on a GPU, for the header of a run."""
     if not _flash(q, q):

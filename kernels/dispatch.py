@@ -73,6 +73,12 @@ def check_same(op: str, **tensors: Tensor) -> None:
             )
 
 
+def to_device(x: Tensor, device: torch.device | None) -> Tensor:
+    """x on a device. From pinned memory it goes to a GPU without the CPU waiting for what that still computes."""
+    to_gpu = device is not None and device.type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if to_gpu else x).to(device, non_blocking=True)
+
+
 def kernels_enabled(on: bool) -> AbstractContextManager[None]:
     """Turn the kernels off or on for the calls inside; a backward does as its forward did."""
     return _choosing("kernels", on)

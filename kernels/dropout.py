@@ -8,8 +8,9 @@ backward, the recomputation under activation checkpointing and a resumed run dra
 of the counter (row, column // 8), 8 lanes a counter, so that any tile of the matrix can be drawn by itself.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import jit, tl
 
 ROUNDS = 7  # of Philox 4x32: the fewest that pass BigCrush
-NO_KEY = 1 << 62  # where nothing is drawn
+TOP_BIT = 1 << 62  # of a key of 63 bits
 _ROUNDS = tl.constexpr(ROUNDS)
 
 
@@ -67,10 +68,87 @@ def dropout_mask_ref(shape: tuple[int, int], p: float, key: DropoutKey, device: 
     return torch.from_numpy(lanes >= threshold(p)).to(device)
 
 
-@lru_cache(1024)  # a step asks for each key three times
 def philox_key(key: DropoutKey) -> int:
-    """The key in a kernel: 63 bits with the highest set, so that the compiler sees one integer type for all keys."""
-    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 2 | NO_KEY
+    """The key as a kernel takes it: 63 bits with the highest set."""
+    return int(_philox_keys(key[:3], key.module + 1)[key.module])
+
+
+def _philox_keys(place: tuple[int, int, int], count: int) -> np.ndarray:
+    """Those of the first modules of a pass, int64 [count]; place is its seed, step and micro."""
+    return (np.random.SeedSequence(list(place)).generate_state(count, np.uint64) >> 2 | TOP_BIT).astype(np.int64)
+
+
+class PassKeys:
+    """The keys of the masks of a pass, those of `count` modules; kernels find them in the GPU's memory.
+
+    in_place: the keys of the next pass go to the same memory, so that what a CUDA graph recorded reads those of the pass that
+    it is replayed in. The backward of a pass then comes before the keys of the next one are set.
+    """
+
+    in_place = False
+
+    def __init__(self, count: int, device: torch.device | str = "cpu"):
+        self.count, self.device, self.place = count, torch.device(device), DEFAULT_KEY[:3]
+        # int64 [count, 2], the second value only so that each row begins at a multiple of 16 bytes
+        self.memory: Tensor | None = None
+        self._rows: list[Tensor] = []
+
+    def set(self, seed: int, step: int, micro: int) -> None:
+        self.place = seed, step, micro
+        if self.device.type != "cuda":
+            return
+        keys = torch.from_numpy(_philox_keys(self.place, self.count))
+        keys = torch.stack((keys, keys), dim=1).pin_memory()
+        if self.in_place and self.memory is not None:
+            self.memory.copy_(keys, non_blocking=True)
+        else:
+            self.memory = keys.to(self.device, non_blocking=True)
+            self._rows = list(self.memory.unbind())
+
+    def of(self, module: int) -> DropoutKey:
+        """The key of a module."""
+        if not self._rows:
+            return DropoutKey(*self.place, module)
+        key = _KeyInMemory(*self.place, module)
+        key.memory = self._rows[module]
+        return key
+
+
+NO_KEYS = PassKeys(0)
+
+
+class Masked(Protocol):
+    """What drops: an adapter."""
+
+    keys: PassKeys
+    number: int
+    lora_A: Tensor
+
+
+def shared_keys(adapters: Iterator[Masked]) -> PassKeys:
+    """The keys of the adapters of a model. The first call gives each its number; later ones ask the first adapter alone."""
+    first = next(adapters, None)
+    if first is None or (first.keys.count and first.keys.device == first.lora_A.device):
+        return first.keys if first else NO_KEYS
+    numbered = [first, *adapters]
+    keys = PassKeys(len(numbered), first.lora_A.device)
+    for number, adapter in enumerate(numbered):
+        adapter.keys, adapter.number = keys, number
+    return keys
+
+
+class _KeyInMemory(DropoutKey):
+    memory: Tensor
+
+
+def seed_of(key: DropoutKey, device: torch.device) -> Tensor:
+    """Where a kernel on this device reads a key."""
+    return key.memory if isinstance(key, _KeyInMemory) else _brought(key, device)
+
+
+@lru_cache(1024)  # an operation asks three times
+def _brought(key: DropoutKey, device: torch.device) -> Tensor:
+    return torch.tensor([philox_key(key)] * 2, device=device)
 
 
 def threshold(p: float) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.dispatch import architecture, target
-from minilora.kernels.dropout import NO_KEY, philox_key
+from minilora.kernels.dropout import seed_of
 from minilora.kernels.lang import INTERPRETED, PINNED, accum_dtype, cdiv, rows_of
 from minilora.kernels.launch import per_shape
 from minilora.kernels.projection import Projection
@@ -75,11 +75,11 @@ class Group(NamedTuple):
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
     factors: tuple[float, ...]
-    keys: tuple[int, ...]  # of the masks
+    seeds: tuple[Tensor, ...]  # of the masks
 
     @staticmethod
     def of(projections: Sequence[Projection]) -> "Group":
-        weights, biases, sizes, a, b, ranks, rates, factors, keys = [], [], [], [], [], [], [], [], []
+        weights, biases, sizes, a, b, ranks, rates, factors, seeds = [], [], [], [], [], [], [], [], []
         for weight, bias, adapter in projections:
             w = rows_of(cast(Tensor, weight))  # none is quantised: lora_linear.runs_on_triton
             n, rank, factor = w.shape[0], 0, 0.0
@@ -90,13 +90,13 @@ class Group(NamedTuple):
                 ranks.append(rank)
                 rates.append(adapter.p)
                 factors.append(factor)
-                keys.append(philox_key(adapter.key) if adapter.p else NO_KEY)
+                seeds.append(seed_of(adapter.key, w.device))
             weights.append(w)
             biases.append(w if bias is None else bias.contiguous())
             sizes.append(Sizes(n, w.stride(0), 0 if bias is None else n, rank, factor))
         rest = iter(b)
         wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else b[0] for size in sizes]
-        return Group(*map(tuple, (weights, biases, wide_bs, sizes, a, b, ranks, rates, factors, keys)))
+        return Group(*map(tuple, (weights, biases, wide_bs, sizes, a, b, ranks, rates, factors, seeds)))
 
 
 def s_index(sizes: Sequence[Sizes]) -> tuple[int, ...]:

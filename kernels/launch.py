@@ -31,7 +31,7 @@ class Launch:
     def __call__(self, kernel: Any, *varying: Any) -> None:
         """Launch the kernel on the current stream of the device, which is the current one.
 
-        `varying`: tensors, a tuple of one for each projection, a tuple of the keys of masks, or None.
+        `varying`: tensors, a tuple of one for each projection, or None.
         """
         if type(kernel) is not JITFunction:  # the interpreter's, or a recorder in its place
             kernel[(self.grid,)](*varying, *self.numbers, **self.constants)
@@ -39,9 +39,6 @@ class Launch:
         seen, addresses, bits = [kernel.fn], [], 0
         for given in varying:
             if type(given) is tuple:
-                if type(given[0]) is int:
-                    addresses.append(given)
-                    continue
                 several = tuple([t.data_ptr() for t in given])
                 for t, address in zip(given, several, strict=True):
                     bits |= address

@@ -175,14 +175,14 @@ def _add_ds_a(
     return b_dx
 
 
-@jit(do_not_specialize=["rows", "seeds", "thresholds"])
+@jit(do_not_specialize=["rows", "thresholds"])
 def _input_gradient_kernel(
     dx_ptr,
     ds_ptr,
     dy_ptrs,
     w_ptrs,
     a_ptrs,
-    seeds,
+    seed_ptrs,
     thresholds,
     ranks,
     ns,
@@ -240,7 +240,7 @@ def _input_gradient_kernel(
                 b_ds_a = tl.zeros((BM, width), ACC)
                 a_ptr, rank = select(a_ptrs, j, ADAPTED), select(ranks, j, ADAPTED)
                 b_ds_a = _add_ds_a(b_ds_a, ds_ptr, a_ptr, rank, j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
-                seed, threshold = select(seeds, j, ADAPTED), select(thresholds, j, ADAPTED)
+                seed, threshold = tl.load(select(seed_ptrs, j, ADAPTED)), select(thresholds, j, ADAPTED)
                 b_part += tl.where(keep_mask(seed, threshold, o_m, first, width), b_ds_a, 0.0)
             store(dx_ptr + o_row * K + o_n, b_part, (o_row < rows - top) & (o_n < K))
     else:
@@ -346,7 +346,7 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, group: Group) -> Tensor:
     strides = tuple([dy.stride(0) for dy in dys])
     launch = _input_gradient_launch(Place.of(ds), rows, k, strides, group.sizes, group.ranks, group.rates)
     dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
-    launch(_input_gradient_kernel, dx, ds, tuple(dys), group.weights, group.a, group.keys)
+    launch(_input_gradient_kernel, dx, ds, tuple(dys), group.weights, group.a, group.seeds)
     return dx
 
 

@@ -41,12 +41,12 @@ EXPAND_BACKWARD = {  # ROWS for 16 ranks, half for 32: their dS stays in registe
 SUM = {arch: {"BLOCK": 1024, "num_warps": 4} for arch in (0, 80, 86, 90)}
 
 
-@jit(do_not_specialize=["rows", "seeds", "thresholds"])
+@jit(do_not_specialize=["rows", "thresholds"])
 def _shrink_kernel(
     x_ptr,
     out_ptr,
     a_ptrs,
-    seeds,
+    seed_ptrs,
     thresholds,
     ranks,
     x_stride,
@@ -82,7 +82,7 @@ def _shrink_kernel(
             b_a = load(a_ptrs[j] + o_r * K + o_k[:, None], (o_r < ranks[j]) & (o_k[:, None] < K), ACC)
             b_a = as_operand(b_a, x_ptr.dtype.element_ty)
             if DROPOUT:
-                b_xj = tl.where(keep_mask(seeds[j], thresholds[j], o_x, start_k, BK), b_x, 0.0)
+                b_xj = tl.where(keep_mask(tl.load(seed_ptrs[j]), thresholds[j], o_x, start_k, BK), b_x, 0.0)
             else:
                 b_xj = b_x
             news = news + (dot(b_xj, b_a, sums[j]),)
@@ -173,12 +173,12 @@ def _expand_backward_kernel(
         store(ds_ptr + i_span.to(tl.int64) * rows * PADDED_R + o_m * PADDED_R + o_r, b_ds * scale, m_m)
 
 
-@jit(do_not_specialize=["rows", "seeds", "thresholds", "span"])
+@jit(do_not_specialize=["rows", "thresholds", "span"])
 def _shrink_backward_kernel(
     x_ptr,
     ds_ptr,
     out_ptr,
-    seeds,
+    seed_ptrs,
     thresholds,
     ranks,
     x_stride,
@@ -211,7 +211,7 @@ def _shrink_backward_kernel(
             p_ds = ds_ptr + tl.cast(j, tl.int64) * rows * PADDED_R + o_m * PADDED_R + o_r[None, :]
             b_ds = load_operand(p_ds, m_m & (o_r[None, :] < ranks[j]), ACC)
             if DROPOUT:
-                b_xj = tl.where(keep_mask(seeds[j], thresholds[j], o_m, i_k * BK, BK), b_x, 0.0)
+                b_xj = tl.where(keep_mask(tl.load(seed_ptrs[j]), thresholds[j], o_m, i_k * BK, BK), b_x, 0.0)
             else:
                 b_xj = b_x
             news = news + (dot(tl.trans(b_ds), b_xj, sums[j]),)
@@ -281,7 +281,7 @@ def shrink(x: Tensor, group: Group) -> Tensor:
     launch, parts, width = _shrink_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
     s = torch.empty((len(group.a), rows, width), dtype=x.dtype, device=x.device)
     out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=_accum_dtype(x.dtype), device=x.device)
-    launch(_shrink_kernel, x, out, group.a, group.keys)
+    launch(_shrink_kernel, x, out, group.a, group.seeds)
     if parts > 1:
         _sum_launch(place, (parts,), s.numel())(_sum_kernel, out, s, None, None)
     return s
@@ -375,7 +375,7 @@ def shrink_backward(x: Tensor, ds: Tensor, group: Group) -> list[Tensor]:
     launch, parts = _shrink_backward_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
     da = torch.empty((count, width, k), dtype=_accum_dtype(x.dtype), device=x.device)
     out = da if parts == 1 else torch.empty((parts, *da.shape), dtype=da.dtype, device=x.device)
-    launch(_shrink_backward_kernel, x, ds, out, group.keys)
+    launch(_shrink_backward_kernel, x, ds, out, group.seeds)
     if parts > 1:
         _sum_launch(place, (parts,), da.numel())(_sum_kernel, out, da, None, None)
     return [d if r == width else d[:r] for d, r in zip(da.unbind(), group.ranks, strict=True)]

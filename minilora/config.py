@@ -108,7 +108,7 @@ class TrainConfig(DataConfig):
     )
     threads: int | None = setting(None, "CPU threads; default all, or one where products are too small", same=False)
     micro_tokens: int | None = setting(
-        None, "most tokens of one forward and backward pass; default max_length", same=False
+        None, "most tokens of one forward and backward pass; default max_length, on a GPU what fits", same=False
     )
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", same=False
@@ -124,6 +124,9 @@ class TrainConfig(DataConfig):
     )
     deterministic: bool = setting(
         False, "the same bits every time on a GPU too: attention adds in one order", same=False
+    )
+    graphs: Literal["auto", "on", "off"] = setting(
+        "auto", "CUDA graphs; auto: where a CPU takes longer to launch a stream than the GPU to compute it", same=False
     )
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")

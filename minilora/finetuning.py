@@ -11,7 +11,7 @@ from .data import pack, step_examples
 from .errors import UsageError
 from .lora import LoRALinear, adapters
 from .rows.load import render_rows
-from .run.schedule import count_steps, learning_rate
+from .run.schedule import count_steps, learning_rate, set_learning_rate
 from .run.setup import check_offload, kernels, optimizer_of, prepare, set_recomputing
 from .settings import canonical, resolve
 from .text.tokenizer import Tokenizer, check_fits
@@ -60,10 +60,9 @@ def finetune(
     losses = []
     with kernels(config):
         for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps)
+            set_learning_rate(optimizer, learning_rate(config, step, steps))
             batches = pack(step_examples(examples, rows_per_step, config.seed, step), micro_tokens)
-            loss, _ = train_step(model, optimizer, batches, config, step)
+            loss, _ = train_step(model, optimizer, batches, config, step).read()
             losses.append(loss)
             on_step(step + 1, loss)
     model.eval()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey
+from minilora.kernels.dropout import NO_KEYS, shared_keys
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
@@ -35,7 +35,8 @@ class LoRALinear(Adapted):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
-        self.key, self.loftq = DEFAULT_KEY, False  # loftq: A and B began as the base's error of quantisation
+        self.keys, self.number = NO_KEYS, 0  # of the masks of a model's adapters, and which of them is this one's
+        self.loftq = False  # whether A and B began as the base's error of quantisation
 
     @property
     def r(self) -> int:
@@ -48,7 +49,8 @@ class LoRALinear(Adapted):
     def projection(self) -> Projection:
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
-        return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, self.key))
+        key = self.keys.of(self.number)
+        return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear_group(x, [self.projection()], self.output_needed)[0]
@@ -184,5 +186,4 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:
     """Set the keys of the next pass's dropout masks: a function of seed, step, micro-batch and module alone."""
-    for number, (_, wrapper) in enumerate(adapters(model)):
-        wrapper.key = DropoutKey(seed, step, micro, number)
+    shared_keys(wrapper for _, wrapper in adapters(model)).set(seed, step, micro)

@@ -7,33 +7,36 @@ micro-batches. Order, learning rate and dropout are functions of the step, so a 
 that was never stopped.
 """
 
-import math
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from minilora.kernels.dispatch import to_device
 from minilora.models.decoder import Decoder
 
 from .checkpoint.open_model import computing
 from .config import TrainConfig
 from .console import Console
 from .data import Batch, pack, step_examples
-from .errors import Diverged, Stopped, UsageError
-from .evaluate import evaluate
+from .errors import Stopped, UsageError
 from .files.atomic import locked
 from .files.model_folder import ModelFolder
-from .lora import set_dropout_keys, trained_parameters
-from .machine.flops import flops_per_token, peak_flops, step_flops
+from .lora import set_dropout_keys
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
 from .run.ending import final_report, finish, memory_hint, state_saved
 from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning
-from .run.monitor import Monitor, RunConsole, step_metrics, working
-from .run.schedule import learning_rate, make_plan
+from .run.graphs import Graphs
+from .run.monitor import Monitor, RunConsole, working
+from .run.schedule import learning_rate, make_plan, set_learning_rate
 from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
+from .run.step import StepLog, StepResult, skip_unless_finite
+from .run.validation import validate
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Path:
@@ -69,44 +72,39 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             Monitor(folder / "metrics.jsonl", plan.steps, run.progress.step, console) as monitor,
             StopSignal() as stop,
             state_saved(run, monitor, stop),
+            StepLog(run, monitor) as log,
         ):
-            _loop(run, monitor, stop)
+            _loop(run, monitor, stop, log)
         return finish(run, console)
 
 
-def _loop(run: Run, monitor: Monitor, stop: StopSignal) -> None:
+def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
     """Steps from where the run stands to its end, with evaluations and snapshots."""
     plan, at, config = run.plan, run.progress, run.config
-    peak, per_token = peak_flops(run.model.head.device, run.model.compute_dtype), flops_per_token(run.model, plan.full)
-    began = time.perf_counter() - at.seconds
-    reported = time.perf_counter()
+    reported, call = time.perf_counter(), Graphs(run.model) if plan.graphs.on else operator.call
     if plan.val and at.step == 0 and at.best_loss is None:  # the base model's loss, to compare with
-        loss, line = _validate(run, monitor)
+        loss, line = validate(run, monitor)
         monitor.step({"step": 0, "val_loss": loss})
         monitor.say(line)
     for step in range(at.step, plan.steps):
-        start = time.perf_counter()
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, plan.steps)
+        start, lr = time.perf_counter(), learning_rate(config, step, plan.steps)
+        set_learning_rate(run.optimizer, lr)
         # which rows, and in which order, follows from (seed, step): nothing of it is stored
         batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
         monitor.begin(step + 1, sum(len(b.ids) for b in batches))
-        loss, grad_norm = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached)
-        now = time.perf_counter()
-        at.step, at.seconds = step + 1, now - began
-        flops = step_flops(run.model.config, batches, per_token) / (now - start)
-        peak = max(peak, flops)  # the measured peak is too low if the machine was busy then
-        metrics = step_metrics(run, batches, loss, grad_norm, now - start, flops / peak)
-        last, best, line = at.step == plan.steps, at.best_step, ""
+        result = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached, call)
+        log.add(result, lr, start)
+        last, best = at.step == plan.steps, at.best_step
         if plan.val and (at.step % plan.eval_every == 0 or last):
-            metrics["val_loss"], line = _validate(run, monitor)
-        monitor.step(metrics)  # before the snapshot: a resume drops what metrics.jsonl has beyond it
-        if line:
+            log.read()
+            loss, line = validate(run, monitor)
+            log.write(val_loss=loss)
             monitor.say(line)
         if at.step % plan.save_every == 0 or last or at.best_step != best:
+            log.write()  # before the snapshot: a resume drops what metrics.jsonl has beyond it
             save(run)
-            if not last and now - reported > REFRESH:
-                reported = now
+            if not last and time.perf_counter() - reported > REFRESH:
+                reported = time.perf_counter()
                 report_quietly(run.folder)
 
 
@@ -118,14 +116,15 @@ def train_step(
     step: int,
     stop: StopSignal | None = None,
     reached: Callable[[int], object] = lambda tokens: None,
-) -> tuple[float, float]:
-    """One optimizer step on the streams of a step; returns (loss, gradient norm before clipping).
+    call: Callable[..., Tensor] = operator.call,
+) -> StepResult:
+    """One optimizer step on the streams of a step, launched; its loss and gradient norm are read from what it returns.
 
-    The learning rate is the optimizer's; `reached(tokens)` is called after each stream. Raises Diverged if the loss or the norm
-    is not finite, and Stopped between two streams if a signal came: the parameters are then those of the step before.
+    The optimizer is a fused one, and the learning rate is its own; `reached(tokens)` is called after each stream. If the loss
+    or the norm is not finite, nothing is changed, and reading raises Diverged. Raises Stopped between two streams if a signal
+    came: the parameters are then those of the step before.
     """
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    targets = sum(len(b.targets) for b in batches)  # of all streams: the loss is one sum, divided once
+    targets = torch.tensor(float(sum(len(b.targets) for b in batches)))  # the loss is one sum, divided once
     losses = []
     for micro, batch in enumerate(batches):
         if stop is not None and stop.requested:
@@ -133,35 +132,29 @@ def train_step(
             raise Stopped("")
         if config.lora_dropout:  # masks follow from the place, so a resumed run draws the same
             set_dropout_keys(model, config.seed, step, micro)
-        loss = model.loss(batch.to(model.head.device)) / targets
-        loss.backward()  # adds to the gradients of A and B; W has none
-        losses.append(loss.detach())
+        losses.append(call(micro_batch, model, batch, targets))
         reached(sum(len(b.ids) for b in batches[: micro + 1]))
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    # the one wait for the device: both numbers must be finite before anything is changed
-    loss, grad_norm = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        gradients = {name: p.grad for name, p in trained_parameters(model).items() if p.grad is not None}
-        bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "none")
-        rows = ", ".join([w for b in batches for w in b.where][:4])
-        what = f"loss {loss}, gradient norm {grad_norm} (first bad gradient: {bad}; rows: {rows} ...)"
-        raise Diverged(f"step {step + 1}: {what}", "Lower --lr or raise --warmup; nothing of this step was kept.")
-    if config.clip:
-        torch.nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
-    optimizer.step()
+    numbers = call(update, optimizer, torch.stack(losses).sum(), config.clip)
     optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
+    return StepResult(model, optimizer, batches, step, numbers)
 
 
-def _validate(run: Run, monitor: Monitor) -> tuple[float, str]:
-    """Evaluate and remember the best; returns the loss, and a line that says so."""
-    at = run.progress
-    monitor.validating()
-    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
-    better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
-    note = (
-        "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss is not None else ""
-    )
-    if better:
-        at.best_loss, at.best_step = score.loss, at.step
-    return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"
+def micro_batch(model: Decoder, batch: Batch, targets: Tensor) -> Tensor:
+    """Forward and backward of one stream of a step that has so many targets; returns its part of the loss."""
+    device = model.head.device
+    loss = model.loss(batch.to(device)) / to_device(targets, device)
+    loss.backward()  # adds to the gradients of A and B; W has none
+    return loss.detach()
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> Tensor:
+    """Clip the gradients and step; returns the loss, the gradient norm before clipping, and that of each parameter."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norms = torch.stack(torch._foreach_norm([p.grad for p in trained if p.grad is not None]))
+    norm = torch.linalg.vector_norm(norms)
+    numbers = torch.stack((loss, norm.to(loss.dtype)))
+    skip_unless_finite(optimizer, numbers)
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
+    optimizer.step()
+    return torch.cat((numbers, norms))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.attention import attention, attention_forward, varlen_bounds
+from minilora.kernels.dispatch import to_device
 
 from .config import Config
 
@@ -53,8 +54,8 @@ class Documents:
         return [end - start for start, end in pairwise(self.cu_seqlens)]
 
     def to(self, device: torch.device | None) -> Documents:
-        bounds = varlen_bounds(self.cu_seqlens, self.prefix_lens).to(device, non_blocking=True)
-        return replace(self, positions=self.positions.to(device, non_blocking=True), bounds=bounds)
+        bounds = to_device(varlen_bounds(self.cu_seqlens, self.prefix_lens), device)
+        return replace(self, positions=to_device(self.positions, device), bounds=bounds)
 
 
 def _positions(start: int, end: int, prefix_len: int | None) -> Tensor:
@@ -83,7 +84,9 @@ class Batch:
     where: list[str]
 
     def to(self, device: torch.device) -> Batch:
-        ids, index, targets = (x.to(device, non_blocking=True) for x in (self.ids, self.target_index, self.targets))
+        if self.ids.device == device:
+            return self
+        ids, index, targets = (to_device(x, device) for x in (self.ids, self.target_index, self.targets))
         return Batch(ids, self.documents.to(device), index, targets, self.where)
 
 

@@ -113,6 +113,13 @@ OWN = {
     },
 }  # fmt: skip
 
+_WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+WIDE = {  # changes that make widths which the kernels take
+    "qwen2": _WIDE, "qwen3": _WIDE | {"head_dim": 16}, "glm": _WIDE | {"head_dim": 16}, "glm4": _WIDE | {"head_dim": 16},
+    "qwen": _WIDE | {"kv_channels": 16, "intermediate_size": 192},
+    "chatglm2": {"hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16}, "chatglm": {"hidden_size": 64, "inner_hidden_size": 96},
+}  # fmt: skip
+
 
 def config_json(family: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny model of a family."""

@@ -216,7 +216,7 @@ def test_the_core_path_is_short():
 
 
 def test_few_calls_from_a_training_step_to_the_matmul():
-    """Seven to the q, k and v of a block, none over eight; counted by the interpreter itself, torch's own calls left out."""
+    """Eight to the q, k and v of a block, none over nine; counted by the interpreter itself, torch's own calls left out."""
     example = Example(np.arange(3, 40), np.arange(4, 41), "row", None)
     config = resolve({})
     model = load_model(ROOT / "minilora" / "demo" / "mini", torch.float32, "cpu")
@@ -237,8 +237,9 @@ def test_few_calls_from_a_training_step_to_the_matmul():
         train_step(model, optimizer, [make_batch([example])], config, 0)
     finally:
         sys.setprofile(None)
-    to_qkv = {stack for stack in stacks if stack[-3:-1] == ("lora_linear_group", "_OnTorch.forward") and len(stack) < 8}
+    to_qkv = {stack for stack in stacks if stack[-3:-1] == ("lora_linear_group", "_OnTorch.forward") and len(stack) < 9}
     assert to_qkv == {
-        ("Decoder.loss", "Decoder.forward", "Block.forward", "Attention.forward", "lora_linear_group", "_OnTorch.forward", "F.linear")
+        ("micro_batch", "Decoder.loss", "Decoder.forward", "Block.forward", "Attention.forward", "lora_linear_group", "_OnTorch.forward",
+         "F.linear")
     }  # fmt: skip
-    assert max(map(len, stacks)) <= 8, max(stacks, key=len)
+    assert max(map(len, stacks)) <= 9, max(stacks, key=len)

@@ -51,12 +51,16 @@ class _Recorder:
         return lambda *args, **options: self.launches.append(Launch(self.kernel, args, options))
 
 
+def card(arch: int) -> SimpleNamespace:
+    """What torch.cuda.get_device_properties says of a card of this architecture."""
+    return SimpleNamespace(
+        major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], name=f"sm_{arch}"
+    )
+
+
 @contextmanager
 def as_if_on(arch: int) -> Iterator[None]:
     """Every operation inside takes any tensor for one on a card of this architecture."""
-    card = SimpleNamespace(
-        major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], name=f"sm_{arch}"
-    )
     with ExitStack() as stack:
         for module in kernel_modules():
             if hasattr(module, "use_triton"):
@@ -64,15 +68,22 @@ def as_if_on(arch: int) -> Iterator[None]:
                     patch.object(module, "use_triton", lambda *tensors: all(map(torch.is_tensor, tensors)))
                 )
         stack.enter_context(compile_for(arch))
-        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: card))
+        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: card(arch)))
         yield
 
 
 @contextmanager
 def recorded(arch: int) -> Iterator[list[Launch]]:
     """The launches of every operation inside, which takes any tensor for one on a card of this architecture."""
+    with as_if_on(arch), recorders() as launches:
+        yield launches
+
+
+@contextmanager
+def recorders() -> Iterator[list[Launch]]:
+    """Every launch inside is recorded instead of made."""
     launches: list[Launch] = []
-    with as_if_on(arch), ExitStack() as stack:
+    with ExitStack() as stack:
         for module in kernel_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction) and name.endswith("_kernel"):

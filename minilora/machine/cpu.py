@@ -29,6 +29,9 @@ def before_torch() -> None:
     """Settings that libraries read when they are loaded; what the user set stays."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights on huge pages, where the system lends them
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # streams have new lengths all the time: on a GPU, segments that grow keep no gaps between them
+        os.environ["PYTORCH_ALLOC_CONF"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 

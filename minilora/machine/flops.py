@@ -7,6 +7,7 @@ for a causal document of n tokens and twice that backward. Recomputation under a
 
 import time
 from collections import Counter
+from functools import lru_cache
 
 import torch
 
@@ -30,13 +31,17 @@ def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
 
 def attention_flops(c: Config, documents: Documents) -> float:
     """Forward and backward of attention over the documents of a stream, all layers; causal but for the prefixes."""
-    total, windows = 0.0, Counter(map(c.window, range(c.layers)))
     prefix_lens = documents.prefix_lens or [0] * len(documents.lengths)
-    for n, prefix in zip(documents.lengths, prefix_lens, strict=True):
-        ahead = prefix * (prefix - 1) / 2
-        for window, layers in windows.items():
-            w = n if window is None else min(window, n)
-            total += layers * 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
+    return sum(_document_flops(c, n, prefix) for n, prefix in zip(documents.lengths, prefix_lens, strict=True))
+
+
+@lru_cache(4096)
+def _document_flops(c: Config, n: int, prefix: int) -> float:
+    """The same for one document of n tokens."""
+    total, ahead = 0.0, prefix * (prefix - 1) / 2
+    for window, layers in Counter(map(c.window, range(c.layers))).items():
+        w = n if window is None else min(window, n)
+        total += layers * 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
     return total
 
 

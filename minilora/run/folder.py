@@ -183,4 +183,5 @@ def _machine(run: Run) -> dict[str, str | int]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "micro_tokens": run.plan.micro_tokens,
+        "graphs": "on" if run.plan.graphs.on else "off",
     }

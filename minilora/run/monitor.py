@@ -55,6 +55,7 @@ class Monitor:
 
     def __init__(self, path: Path, total: int, start: int, console: Console):
         self.total, self.start, self.console = total, start, console
+        self._done = start  # the last step whose metrics came
         self._durations: deque[float] = deque(maxlen=RECENT)
         self._last: dict[str, Any] = {}
         self._doing, self._since = "measuring the speed of this machine", time.monotonic()
@@ -90,8 +91,10 @@ class Monitor:
         self.average += (loss - self.average) * 0.1 / self._weight
 
     def begin(self, step: int, tokens: int) -> None:
-        """An optimizer step of `tokens` tokens begins."""
-        self._since, self._step = time.monotonic(), (step, tokens)
+        """An optimizer step of `tokens` tokens begins, or is launched while the device computes the one before."""
+        if step == self._done + 1:
+            self._since = time.monotonic()
+        self._step = step, tokens
         self.reached(0)
         if step == self.start + 1 and not self._live:
             self.say(f" step {step}: {tokens:,} tokens")
@@ -123,7 +126,7 @@ class Monitor:
             self._durations.clear()  # the first step warmed up
         self._durations.append(time.monotonic() - self._since)
         self._last, self._since = metrics, time.monotonic()
-        step = metrics["step"]
+        step = self._done = metrics["step"]
         due = step in (self.start + 1, self.total) or (step - self.start) % self._every == 0
         if due or (not self._live and time.monotonic() - self._printed > PLAIN_EVERY):
             self._printed = time.monotonic()
@@ -159,15 +162,15 @@ class Monitor:
 
 
 def step_metrics(
-    run: "Run", batches: "list[Batch]", loss: float, grad_norm: float, seconds: float, mfu: float
+    run: "Run", step: int, batches: "list[Batch]", loss: float, lr: float, grad_norm: float, seconds: float, mfu: float
 ) -> dict[str, Any]:
-    """The object of metrics.jsonl for the step just taken."""
+    """The object of metrics.jsonl for a step, counted from 1."""
     tokens = sum(len(b.ids) for b in batches)
     return {
-        "step": run.progress.step,
-        "epoch": round(run.progress.step / run.plan.steps_per_epoch, 4),
+        "step": step,
+        "epoch": round(step / run.plan.steps_per_epoch, 4),
         "loss": loss,
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": lr,
         "grad_norm": grad_norm,
         "tokens": tokens,
         "target_tokens": sum(len(b.targets) for b in batches),

@@ -23,6 +23,8 @@ from ..machine.cpu import device_name
 from ..machine.kernel_paths import kernel_paths
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
+from .fit import stream_tokens
+from .graphs import Choice, choose
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 
@@ -37,6 +39,7 @@ class Plan:
     steps_per_epoch: int
     rows_per_step: int
     micro_tokens: int
+    graphs: Choice
     eval_every: int
     save_every: int
     full: bool
@@ -53,13 +56,16 @@ def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decod
     """
     check_fits(data.tokenizer, model.config.vocab, folder)
     steps, per_epoch, epochs = count_steps(config, len(data.train))
+    rows_per_step = config.batch_size * config.accumulation
+    streams = stream_tokens(config, folder, model, max(data.train.longest, data.val.longest), rows_per_step)
     plan = Plan(
         train=data.train,
         val=data.val,
         steps=steps,
         steps_per_epoch=per_epoch,
-        rows_per_step=config.batch_size * config.accumulation,
-        micro_tokens=max(config.micro_tokens or config.max_length, data.train.longest, data.val.longest),
+        rows_per_step=rows_per_step,
+        micro_tokens=streams.tokens,
+        graphs=choose(config, model, streams),
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
         full=config.method == "full",
@@ -122,6 +128,15 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * shape[config.schedule]
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step; on a GPU it lies in a tensor, from which a CUDA graph reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def _header(
     config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str
 ) -> str:
@@ -155,6 +170,8 @@ def _header(
     indent = "\n        "
     lines.append("compute " + computing)
     lines.append("kernels " + indent.join(kernel_paths(model, device)))
+    if device.type == "cuda" or config.graphs == "on":
+        lines.append(f"graphs  {'on' if plan.graphs.on else 'off'}: {plan.graphs.why}")
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(

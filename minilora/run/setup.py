@@ -112,10 +112,13 @@ def _machine(device: torch.device) -> str:
 
 
 def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW on the trained parameters."""
+    """AdamW on the trained parameters; on a GPU the learning rate lies in a tensor (schedule.set_learning_rate)."""
     parameters = list(trained_parameters(model).values())
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+    form = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, **form)
+    if model.head.is_cuda:
+        optimizer.param_groups[0]["lr"] = torch.tensor(config.lr, device=model.head.device)
+    return optimizer
 
 
 @contextmanager

@@ -5,13 +5,11 @@ data every row is assumed to be as long as the limits allow.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.decoder import Decoder
 
 from ..checkpoint.load import empty_model, find_device, read_config
@@ -23,13 +21,13 @@ from ..files.model_folder import ModelFolder, positions_note
 from ..lora import adapters, trained_parameters
 from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
+from ..machine.dry_run import StepMemory, card_memory, step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
 from ..run.setup import check_offload, dtypes, prepare, quant_asked
 from ..terminal import clock
 from ..text.tokenizer import check_fits
-from .dry_run import StepMemory, step_memory
 
 CARDS = (8, 16, 24, 48, 80)  # GB of the GPUs there are
 
@@ -121,19 +119,10 @@ def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> li
 
 
 def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
-    """About how many tokens a stream can have in `gb` GB, if all that a step allocates grows with them; three digits."""
-    made = memory.activations + memory.temporaries
-    most = max(0, int(len(stream.ids) * (gb * 1e9 - (memory.total - made)) / made))
+    """About how many tokens a stream can have in `gb` GB; three digits."""
+    most = memory.most_tokens(len(stream.ids), gb * 1e9)
     unit = 10 ** max(0, len(str(most)) - 3)
     return most // unit * unit
-
-
-def card_memory(model: Decoder, stream: Batch) -> StepMemory:
-    """The memory of a step on a GPU, whose loss has the logits of more rows at a time than that of a dry run."""
-    memory = step_memory(model, stream)
-    rows = min(CHUNK_ROWS_CUDA, len(stream.targets))
-    logits = rows * model.config.vocab * model.compute_dtype.itemsize
-    return replace(memory, temporaries=max(memory.temporaries, logits))
 
 
 def _cards(model: Decoder, stream: Batch, memory: StepMemory) -> list[dict[str, int]]:

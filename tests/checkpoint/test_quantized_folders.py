@@ -25,8 +25,8 @@ from minilora.files.model_folder import ModelFolder
 from minilora.kernels import fp8_blocks, int8_rows, nf4
 from minilora.kernels.quantized import QuantizedWeight, weight_as
 from minilora.lora import adapters, add_lora, base_parameters, linears
+from minilora.machine.dry_run import step_memory
 from minilora.models.quantized import quantized_weights
-from minilora.tools.dry_run import step_memory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEMO = Path(minilora.__file__).parent / "demo"

@@ -118,7 +118,7 @@ def test_accumulation_is_one_step(folder, examples):
     moved = []
     for capacity in (60, 10_000):
         model = adapted(folder)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-2, fused=True)
         for step in range(3):
             train_step(model, optimizer, pack(examples, capacity), config, step)
         moved.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))

@@ -192,7 +192,7 @@ def test_it_learns(family: str):
     model.train()
     before = evaluate(model, examples, 100).loss
     config = resolve({"lr": 3e-2, "warmup": 1})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, fused=True)
     for step in range(30):
         optimizer.param_groups[0]["lr"] = learning_rate(config, step, 30)
         train_step(model, optimizer, [make_batch(examples)], config, step)

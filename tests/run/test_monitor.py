@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny import make_model, make_rows
 
-from minilora import train as module
 from minilora.console import Console
 from minilora.machine import flops
 from minilora.run import monitor
@@ -140,7 +139,7 @@ def test_the_roof_of_a_cpu_is_the_best_of_the_dtypes_that_a_run_may_use(monkeypa
 
 def test_no_step_does_more_than_the_roof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Even where the roof was measured while another process had the machine."""
-    monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1.0)
+    monkeypatch.setattr("minilora.run.step.peak_flops", lambda device, dtype: 1.0)
     folder, rows = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.json")
     train(resolve({"model": folder, "data": rows, "output": tmp_path / "run", "max_steps": 3}))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

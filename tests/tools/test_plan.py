@@ -12,10 +12,10 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import load_examples, make_batch, pack
+from minilora.machine.dry_run import _Live, card_memory, step_memory
 from minilora.run.setup import prepare
 from minilora.settings import resolve
-from minilora.tools.dry_run import _Live, step_memory
-from minilora.tools.plan import _assumed_row, card_memory, forecast, text_of
+from minilora.tools.plan import _assumed_row, forecast, text_of
 
 FLAGS = {"lora_r": 8, "dtype": "bfloat16"}
 

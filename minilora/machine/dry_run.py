@@ -12,7 +12,7 @@ operations are those of the CPU path.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.decoder import Decoder
+from minilora.models.stream import Batch
 
-from ..data import Batch
 from ..lora import base_parameters, trained_parameters
 
 aten = torch.ops.aten
@@ -48,6 +49,11 @@ class StepMemory:
     @property
     def total(self) -> int:
         return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporaries
+
+    def most_tokens(self, tokens: int, there: float, copies: int = 1) -> int:
+        """About how many tokens a stream can have in `there` bytes, with what it allocates in so many copies; this one has `tokens`."""
+        made = self.activations + self.temporaries
+        return max(0, int(tokens * (there - (self.total - made)) / (copies * made)))
 
 
 class _Live(TorchDispatchMode):
@@ -127,6 +133,14 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
         temporaries=max(0, peak - activations - trained),
         host=host,
     )
+
+
+def card_memory(model: Decoder, batch: Batch) -> StepMemory:
+    """The memory of a step on a GPU, whose loss has the logits of more rows at a time than that of a dry run."""
+    memory = step_memory(model, batch)
+    rows = min(CHUNK_ROWS_CUDA, len(batch.targets))
+    logits = rows * model.config.vocab * model.compute_dtype.itemsize
+    return replace(memory, temporaries=max(memory.temporaries, logits))
 
 
 def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int, int]:

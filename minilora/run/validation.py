@@ -1,0 +1,21 @@
+"""Validation of a run, and which step is its best."""
+
+import math
+
+from ..evaluate import evaluate
+from .folder import Run
+from .monitor import Monitor
+
+
+def validate(run: Run, monitor: Monitor) -> tuple[float, str]:
+    """Evaluate and remember the best; returns the loss, and a line that says so."""
+    at = run.progress
+    monitor.validating()
+    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
+    better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
+    note = (
+        "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss is not None else ""
+    )
+    if better:
+        at.best_loss, at.best_step = score.loss, at.step
+    return score.loss, f" eval {at.step:>5}  validation loss {score.loss:.4f}  perplexity {score.perplexity:.2f} {note}"

@@ -1,0 +1,117 @@
+"""A step is launched whole and its numbers are read later: what is written, and what a loss that is not finite may touch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import tiny
+from tiny import make_model, make_rows
+
+from minilora import add_lora
+from minilora.console import Console
+from minilora.data import Batch, Example, make_batch
+from minilora.errors import Diverged
+from minilora.run.setup import optimizer_of
+from minilora.run.step import StepResult
+from minilora.settings import resolve
+from minilora.train import train, train_step
+
+CONFIG = resolve({"lr": 0.1, "clip": 1.0})
+
+
+class Later(StepResult):
+    """Its device is always busy."""
+
+    ready = False
+
+
+def batch() -> Batch:
+    return make_batch([Example(np.arange(3, 20), np.arange(4, 21), "row 7")])
+
+
+def trained(**options: Any) -> tuple[Any, Any]:
+    model = tiny("qwen2")
+    add_lora(model, r=2, **options)
+    return model, optimizer_of(model.train(), CONFIG)
+
+
+def values(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def run_of(tmp_path: Path, name: str, **settings: Any) -> Path:
+    model, rows = tmp_path / "model", tmp_path / "rows.json"
+    if not model.exists():
+        make_model(model)
+        make_rows(rows)
+    base = {"model": model, "data": rows, "output": tmp_path / name, "max_steps": 7, "device": "cpu", "save_every": 3}
+    train(resolve(base | settings), console=Console(quiet=True))
+    return tmp_path / name
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_second", "mfu", "memory_gb", "time")
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in timed} for line in found]
+
+
+def test_a_run_read_one_step_behind_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = {"val": "4", "eval_every": 2}
+    now = run_of(tmp_path, "now", **settings)
+    monkeypatch.setattr("minilora.train.StepResult", Later)
+    later = run_of(tmp_path, "later", **settings)
+    assert lines(now) == lines(later) and [line["step"] for line in lines(now)] == list(range(8))
+    weights = [run / "adapter" / "adapter_model.safetensors" for run in (now, later)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch):
+    """Nor are those launched before it was read; then training goes on."""
+    model, optimizer = trained()
+    train_step(model, optimizer, [batch()], CONFIG, 0).read()
+    before, moments = values(model), [s["exp_avg"].clone() for s in optimizer.state.values()]
+    (name, first) = next((n, p) for n, p in model.named_parameters() if n.endswith("layers.1.mlp.up_proj.lora_B"))
+    handle = first.register_hook(lambda g: g.index_fill(0, torch.tensor(1), float("inf")))
+    broken = train_step(model, optimizer, [batch()], CONFIG, 1)
+    handle.remove()
+    next_one = train_step(model, optimizer, [batch()], CONFIG, 2)  # finite, but it stands on nothing
+    assert all(map(torch.equal, values(model), before))
+    assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments, strict=True))
+    assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
+    with pytest.raises(Diverged, match=f"step 2: loss .*first bad gradient: {name}; rows: row 7"):
+        broken.read()
+    assert next_one.read()[0] > 0
+    train_step(model, optimizer, [batch()], CONFIG, 1).read()
+    assert not all(map(torch.equal, values(model), before))
+
+
+def test_a_run_that_diverges_behind_a_launch_keeps_its_last_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = []
+    for name, kind in (("now", StepResult), ("later", Later)):
+        monkeypatch.setattr("minilora.train.StepResult", kind)
+        with pytest.raises(Diverged, match=r"step \d+: loss nan"):
+            run_of(tmp_path, name, lr=1e30, save_every=1)
+        runs.append(tmp_path / name)
+    now, later = ({p.name for p in (run / "checkpoints").iterdir()} for run in runs)
+    assert now == later and lines(runs[0]) == lines(runs[1]) and len(lines(runs[0])) > 0
+    for snapshot in sorted(now):
+        files = [run / "checkpoints" / snapshot / "adapter_model.safetensors" for run in runs]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_fails_behind_an_unread_step_is_saved_with_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minilora.train.StepResult", Later)
+
+    def fails(*args: Any) -> StepResult:
+        if args[4] == 5:
+            raise RuntimeError("the device is gone")
+        return train_step(*args)
+
+    monkeypatch.setattr("minilora.train.train_step", fails)
+    with pytest.raises(RuntimeError, match="gone"):
+        run_of(tmp_path, "run")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "run" / "checkpoints" / "last").readlink() == Path("step-5")
