@@ -40,8 +40,8 @@ def stream_tokens(config: TrainConfig, folder: ModelFolder, model: Decoder, long
     memory = step_memory(trial, _trial_stream(model))
     logits = CHUNK_ROWS_CUDA * model.config.vocab * model.compute_dtype.itemsize  # of a chunk, larger than on the CPU
     there = SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) - logits
-    once, twice = (memory.most_tokens(TRIAL, there, copies) for copies in (1, 2))
-    tokens = max(config.micro_tokens or min(once, LARGEST, rows * longest), longest)
+    alone, twice = (memory.most_tokens(TRIAL, there, copies) for copies in (1, 2))
+    tokens = max(config.micro_tokens or min(alone, LARGEST, rows * longest), longest)
     return Streams(tokens, tokens <= twice)
 
 
