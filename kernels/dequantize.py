@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 WIDE = "wide"  # the format of a weight that is not quantised
 NF4_BLOCK = 64
-# Rows of x up to which W is made in the loop. The loop makes W again for every 128 rows, in 1.2 to 1.8 times the cycles
-# of their product (nf4; bench/proof/compiled.json). Two steps write and read 4.5 bytes a weight once, as many cycles as
-# 2.7 products of 128 rows on an A100 and 5.2 on an H100. So they are even at some 800 to 1,000 rows, and sooner by as
-# much as the library's GEMM comes nearer to its bound. That is arithmetic, to be settled by bench.gpu.
+# Rows of x up to which W is made in the loop. The loop makes W again for every 128 rows: with nf4 a tile then takes 1.35
+# times the cycles of its product on an A100 and 1.95 times on an H100 (bench/proof/compiled.json). Two steps write and
+# read 4.5 bytes a weight once: 2.7 and 5.2 times those cycles. So they are even at 700 to 1,000 rows, and sooner where
+# the library's GEMM comes nearer to its bound than this loop. All that is arithmetic, to be settled by bench.gpu.
 ROWS_IN_THE_LOOP = 512
 TILE = {"nf4": (64, 64), "int8": (16, 256), "fp8": (16, 256)}  # of `widen`: 32 weights a thread
 # tiles of lora_gemm with W made in the loop, by architecture: forward up to FEW_ROWS rows, which is decoding; else

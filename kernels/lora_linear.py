@@ -239,7 +239,9 @@ def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
     weights = [p.weight for p in projections]
     adapted = any(p.adapter for p in projections)
     plain = adapted and all(w.dtype == x.dtype for w in weights)
-    quantized = in_the_loop(*x.shape, {format_of(w) for w in weights}) and (adapted or not torch.is_grad_enabled())
+    quantized = in_the_loop(len(x), weights[0].shape[1], {format_of(w) for w in weights}) and (
+        adapted or not torch.is_grad_enabled()
+    )
     there = x.numel() > 0 and (plain or quantized)
     sizes = [size for w in weights for size in w.shape]
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
