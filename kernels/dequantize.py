@@ -62,7 +62,7 @@ def codes_of(k, FORMAT: tl.constexpr):
 @jit
 def blocks_at(first, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """[1, n] numbers of the blocks that so many columns from `first` on are in."""
-    return first // BLOCK + tl.arange(0, COLUMNS // BLOCK if COLUMNS > BLOCK else 1)[None, :]
+    return first // BLOCK + tl.arange(0, max(COLUMNS // BLOCK, 1))[None, :]
 
 
 @jit
@@ -82,14 +82,14 @@ def dequantize(p_w, m_w, scales, o_n, first, N, K, FORMAT: tl.constexpr):
     b_codes = tl.load(p_w, mask=m_w, other=0)
     o_n = o_n[:, None]
     if FORMAT == "int8":
-        return scaled(b_codes.to(tl.float32), load(scales[0] + o_n, o_n < N, tl.float32) * (1 / 127))
+        return scaled(b_codes, load(scales[0] + o_n, o_n < N, tl.float32) * (1 / 127))
     elif FORMAT == "fp8":
         o_b = blocks_at(first, b_codes.shape[1], 128)
         blocks = tl.cdiv(K, 128)
         b_scales = load(scales[0] + o_n // 128 * blocks + o_b, (o_n < N) & (o_b < blocks), tl.float32)
         # s eeee mmm, as the fp16 s 0eeee mmm0000000, is 2**-8 of what it says
         b_half = ((b_codes.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
-        return scaled(b_half.to(tl.float32), b_scales * 256.0)
+        return scaled(b_half, b_scales * 256.0)
     else:
         o_b = blocks_at(first, 2 * b_codes.shape[1], 64)
         blocks = K // 64

@@ -64,6 +64,16 @@ def test_every_code_is_read_as_it_is_meant():
     assert weight_as(pairs, torch.float32).equal(nf4.dequantize_ref(pairs))
 
 
+def test_codes_further_away_than_int32():
+    """The memory before them is never touched."""
+    start, k = 2**20, 2064
+    codes, absmax = torch.empty(start + 4, k, dtype=torch.int8), torch.empty(start + 4)
+    weight = int8_rows.Int8Weight(codes, absmax)
+    few = int8_rows.quantize(torch.randn(4, k))
+    codes[start:], absmax[start:] = few.codes, few.absmax
+    assert start * k > 2**31 and weight_as(weight, torch.float32, slice(start, None)).equal(reference(few))
+
+
 def projections(form: str, name: str, dtype: torch.dtype, k: int) -> list[Projection]:
     ranks, ns, biases, p = GROUPS[name]
     made = []
