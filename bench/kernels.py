@@ -13,8 +13,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -26,7 +28,9 @@ from bench.roof import Roof, machine, roof
 from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
+from minilora.kernels import dequantize
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
+from minilora.kernels.quantized import QuantizedWeight
 
 SHAPES = {**MODELS, "toy": TOY}
 OURS = "minilora"
@@ -48,6 +52,10 @@ def sides(operation: Operation, name: str, compile_too: bool, device: torch.devi
         found[f"{OURS}, kernels off"] = inside(lambda: kernels_enabled(False), operation.op)
         if name.startswith(("lora_", "linear_cross")):
             found[f"{OURS}, library GEMM"] = inside(use_library_gemm, operation.op)
+        if any(isinstance(a, QuantizedWeight) for a in operation.args):
+            found[f"{OURS}, in the loop"] = inside(
+                partial(patch.object, dequantize, "ROWS_IN_THE_LOOP", 1 << 30), operation.op
+            )
     if compile_too:
         found["torch.compile"] = others.compiled(operation.plain or operation.ref)
     return {**found, "reference": operation.plain or operation.ref, **operation.peers}

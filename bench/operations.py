@@ -25,7 +25,11 @@ from minilora.kernels import (
     rope,
     swiglu,
 )
+from minilora.kernels.fp8_blocks import FP8Weight
+from minilora.kernels.int8_rows import Int8Weight
+from minilora.kernels.nf4 import NF4Weight
 from minilora.kernels.projection import Adapter, Projection
+from minilora.kernels.quantized import QuantizedWeight
 
 RANK = 16
 CPU = torch.device("cpu")
@@ -243,6 +247,20 @@ def group(
     return Entry("lora_linear_group", f"{name} {tokens} x {k} -> {widths}, r={by}" + f", dropout {p}" * bool(p), make)
 
 
+def quantized(name: str, form: type[QuantizedWeight], tokens: int, k: int, ns: Sequence[int], p: float = 0.0) -> Entry:
+    """Linears of one x whose weights are quantised."""
+    plain = group(name, tokens, k, ns, p=p)
+
+    def make(dtype: torch.dtype, device: torch.device) -> Operation:
+        made = plain.make(dtype, device)
+        args = [form.of(a) if i % 4 == 1 else a for i, a in enumerate(made.args)]  # x, then w, bias, a, b of each
+        less = sum(w.nbytes - codes.nbytes for w, codes in zip(made.args[1::4], args[1::4], strict=True))
+        cost = made.cost._replace(bytes=made.cost.bytes - less, backward_bytes=made.cost.backward_bytes - less)
+        return made._replace(args=tuple(args), cost=cost, peers={})
+
+    return Entry("lora_linear_group", f"{form.name} {plain.where}", make)
+
+
 def adapter_of(projection: Projection) -> Adapter:
     assert projection.adapter is not None
     return projection.adapter
@@ -360,5 +378,10 @@ def of_model(model: str, s: Shape, m: int) -> Iterator[Entry]:
         yield dual(m, s.width, s.ffn, fused=glm)
         yield attend(lengths, s.heads, s.kv_heads, s.head_size)
     yield linear("down", m, s.ffn, s.width)
+    if model == "qwen2.5-7b":  # settles kernels/dequantize.py's ROWS_IN_THE_LOOP
+        for rows in (1, 16, 128, 256, 512, 1024, 2048):
+            yield quantized("gate, up", NF4Weight, rows, s.width, (s.ffn, s.ffn))
+        for form in (Int8Weight, FP8Weight):
+            yield quantized("gate, up", form, 512, s.width, (s.ffn, s.ffn))
     yield loss(max(1, m // 4), s.vocab)
     yield linear_loss(max(1, m // 2), s.width, s.vocab)

@@ -41,6 +41,9 @@ class FP8Weight(QuantizedWeight):
     def of(cls, weight: Tensor) -> "FP8Weight":
         return quantize(weight)
 
+    def kernel_parts(self, k: int) -> tuple[Tensor, ...]:
+        return self.codes.view(torch.int8), self.scales
+
     def fill(self, out: Tensor, start: int) -> None:
         k = self.shape[1]
         step = max(1, piece_of(out.device, self.numel()) // k)

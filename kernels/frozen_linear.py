@@ -9,7 +9,7 @@ reading W takes longer than arithmetic: in inference x is rounded to bf16 where 
 """
 
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
         return y
     if weight.dtype == x.dtype:
         return F.linear(x, cast(Tensor, weight), bias)
-    if weight.numel() <= WHOLE:
-        return F.linear(x, weight_as(weight, x.dtype), bias)
+    if _in_one(weight):
+        return F.linear(x, _widened(weight, x.dtype, slice(None)), bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows, piece in pieces(weight, x.dtype):
         torch.mm(x, piece.T, out=y[:, rows])
@@ -64,8 +64,31 @@ def add_input_gradient(dx: Tensor | None, dy: Tensor, weight: Weight) -> Tensor:
 
 def pieces(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a weight [N, K] in a dtype: all at once, or in pieces, so that the copy stays small."""
-    whole = weight.dtype == dtype or weight.numel() <= WHOLE
-    height = weight.shape[0] if whole else BLOCK_ROWS
+    height = weight.shape[0] if weight.dtype == dtype or _in_one(weight) else BLOCK_ROWS
     for start in range(0, weight.shape[0], height):
         rows = slice(start, start + height)
-        yield rows, weight_as(weight, dtype, rows)
+        yield rows, _widened(weight, dtype, rows)
+
+
+def _in_one(weight: Weight) -> bool:
+    """Whether W is widened as a whole: one that is small, or a quantised one on a GPU."""
+    return weight.numel() <= WHOLE or _on_gpu(weight)
+
+
+def _on_gpu(weight: Weight) -> TypeGuard[QuantizedWeight]:
+    return isinstance(weight, QuantizedWeight) and weight.device.type == "cuda"
+
+
+def _widened(weight: Weight, dtype: torch.dtype, rows: slice) -> Tensor:
+    """W for one product. On a GPU quantised ones are all written to the same memory, one after the other in its stream."""
+    if not _on_gpu(weight):
+        return weight_as(weight, dtype, rows)
+    key, count = (weight.device, dtype), weight.numel()
+    if key not in _memory or _memory[key].numel() < count:
+        _memory[key] = torch.empty(count, dtype=dtype, device=weight.device)
+    out = _memory[key][:count].view(weight.shape)[rows]
+    weight.write(out, rows.start or 0)
+    return out
+
+
+_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # that _widened writes to, as large as the largest weight

@@ -1,16 +1,17 @@
 """Projections of one input as launches take them, and what the numbers of a launch depend on."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minilora.kernels.dispatch import architecture, target
 from minilora.kernels.dropout import seed_of
-from minilora.kernels.lang import INTERPRETED, PINNED, accum_dtype, cdiv, rows_of
+from minilora.kernels.lang import INTERPRETED, PINNED, accum_dtype, cdiv
 from minilora.kernels.launch import per_shape
 from minilora.kernels.projection import Projection
+from minilora.kernels.quantized import format_of, kernel_parts
 
 
 def arch(device: torch.device) -> int:
@@ -66,7 +67,9 @@ class Sizes(NamedTuple):
 class Group(NamedTuple):
     """Projections of one input as launches take them: what is alike of all, together."""
 
-    weights: tuple[Tensor, ...]
+    format: str  # of the weights: "wide", or the name of a quantised one
+    weights: tuple[Tensor, ...]  # or their codes
+    scales: tuple[Tensor, ...] | None  # of quantised ones: the first part of all, the second of all, ...
     biases: tuple[Tensor, ...]  # memory that is not read for a projection without one; so `wide_bs`
     wide_bs: tuple[Tensor, ...]
     sizes: tuple[Sizes, ...]
@@ -79,9 +82,9 @@ class Group(NamedTuple):
 
     @staticmethod
     def of(projections: Sequence[Projection]) -> "Group":
-        weights, biases, sizes, a, b, ranks, rates, factors, seeds = [], [], [], [], [], [], [], [], []
+        weights, parts, biases, sizes, a, b, ranks, rates, factors, seeds = [], [], [], [], [], [], [], [], [], []
         for weight, bias, adapter in projections:
-            w = rows_of(cast(Tensor, weight))  # none is quantised: lora_linear.runs_on_triton
+            w, *of_scales = kernel_parts(weight)
             n, rank, factor = w.shape[0], 0, 0.0
             if adapter is not None:
                 rank, factor = adapter.a.shape[0], adapter.factor
@@ -92,11 +95,15 @@ class Group(NamedTuple):
                 factors.append(factor)
                 seeds.append(seed_of(adapter.key, w.device))
             weights.append(w)
-            biases.append(w if bias is None else bias.contiguous())
+            parts.append(of_scales)
+            biases.append(None if bias is None else bias.contiguous())
             sizes.append(Sizes(n, w.stride(0), 0 if bias is None else n, rank, factor))
-        rest = iter(b)
-        wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else b[0] for size in sizes]
-        return Group(*map(tuple, (weights, biases, wide_bs, sizes, a, b, ranks, rates, factors, seeds)))
+        scales = tuple([part for of_all in zip(*parts, strict=True) for part in of_all]) or None
+        rest, unread = iter(b), next((bias for bias in biases if bias is not None), weights[0])
+        biases = [unread if bias is None else bias for bias in biases]
+        wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else [*b, w][0] for size in sizes]
+        fields = map(tuple, (biases, wide_bs, sizes, a, b, ranks, rates, factors, seeds))
+        return Group(format_of(projections[0].weight), tuple(weights), scales, *fields)
 
 
 def s_index(sizes: Sequence[Sizes]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minilora.kernels.dequantize import FEW, FEW_ROWS, QUANTIZED, WIDE, codes_of, dequantize, scales_of
 from minilora.kernels.dropout import keep_mask, threshold
 from minilora.kernels.group import Group, Place, Sizes, launch_options, padded_rank, s_index
 from minilora.kernels.lang import INTERPRET, cdiv, jit, load, quarters, rounded, store, tl
@@ -72,6 +73,16 @@ def as_operand(x, DTYPE: tl.constexpr):
 
 
 @jit
+def load_weight(p_w, m_w, scales, o_n, first, N, K, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """A tile of W for tl.dot: as it is in memory, or of a quantised one (dequantize.py) rounded to DTYPE."""
+    if FORMAT == "wide":
+        return load_operand(p_w, m_w, ACC)
+    else:
+        b_w = as_operand(dequantize(p_w, m_w, scales, o_n, first, N, K, FORMAT), DTYPE)
+        return b_w.to(ACC) if INTERPRET else b_w
+
+
+@jit
 def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
@@ -99,6 +110,7 @@ def _forward_kernel(
     x_ptr,
     s_ptr,
     w_ptrs,
+    scale_ptrs,
     bias_ptrs,
     b_ptrs,
     y_ptrs,
@@ -112,6 +124,7 @@ def _forward_kernel(
     rows,
     K,
     col_tiles,
+    FORMAT: tl.constexpr,
     COUNT: tl.constexpr,
     PADDED_R: tl.constexpr,
     R: tl.constexpr,
@@ -133,28 +146,32 @@ def _forward_kernel(
     b_ptr, y_ptr = select(b_ptrs, j, COUNT), select(y_ptrs, j, COUNT)
     rank, i_s = select(ranks, j, COUNT), select(s_index, j, COUNT)
     n, bias_n, w_stride = select(ns, j, COUNT), select(bias_ns, j, COUNT), select(w_strides, j, COUNT)
+    w_scales = scales_of(scale_ptrs, j, COUNT, FORMAT)
     # rows beyond the end read the last row, columns the last column: no mask in the loops, only at the store
     top = i_m.to(tl.int64) * BM
     o_m = tl.minimum(top + tl.arange(0, BM), rows - 1)[:, None]
     o_n = (i_n - first) * BN + tl.arange(0, BN)[None, :]
-    o_w = tl.minimum(o_n, n - 1).to(tl.int64)
+    o_b = tl.minimum(o_n, n - 1).to(tl.int64)
     # expand: y = s_j S_j B_j^T, R ranks at a time                                          [BM, R] x [R, BN]
     b_y = tl.zeros((BM, BN), ACC)
     s_ptr += i_s.to(tl.int64) * rows * PADDED_R
     for start_r in tl.range(0, PADDED_R, R, num_stages=1):
         o_r = start_r + tl.arange(0, R)
         b_s = load_operand(s_ptr + o_m * PADDED_R + o_r[None, :], o_r[None, :] < rank, ACC)
-        b_b = load(b_ptr + o_w * rank + o_r[:, None], o_r[:, None] < rank, ACC)
+        b_b = load(b_ptr + o_b * rank + o_r[:, None], o_r[:, None] < rank, ACC)
         b_y = dot(b_s, as_operand(b_b, x_ptr.dtype.element_ty), b_y)
     b_y *= scale
     # base GEMM: y += x W_j^T                                                             [BM, BK] x [BK, BN]
-    o_k = tl.arange(0, BK)
-    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w * w_stride + o_k[:, None]
+    packed: tl.constexpr = 2 if FORMAT == "nf4" else 1
+    o_k, o_c = tl.arange(0, BK), tl.arange(0, BK // packed)
+    o_w = tl.minimum((i_n - first) * BN + tl.arange(0, BN), n - 1).to(tl.int64)
+    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w[:, None] * w_stride + o_c[None, :]
     for start_k in range(0, K, BK):
-        m_k = start_k + o_k < K
-        b_y = dot(load_operand(p_x, m_k[None, :], ACC), load_operand(p_w, m_k[:, None], ACC), b_y)
+        m_k, m_c = start_k + o_k < K, start_k // packed + o_c < codes_of(K, FORMAT)
+        b_w = load_weight(p_w, m_c[None, :], w_scales, o_w, start_k, n, K, FORMAT, x_ptr.dtype.element_ty, ACC)
+        b_y = dot(load_operand(p_x, m_k[None, :], ACC), tl.trans(b_w), b_y)
         p_x += BK
-        p_w += BK
+        p_w += BK // packed
     # bias, and the one rounding in the store                                                        [BM, BN]
     b_y += load(bias_ptr + o_n, o_n < bias_n, ACC)
     o_m = tl.arange(0, BM)[:, None]
@@ -181,6 +198,7 @@ def _input_gradient_kernel(
     ds_ptr,
     dy_ptrs,
     w_ptrs,
+    scale_ptrs,
     a_ptrs,
     seed_ptrs,
     thresholds,
@@ -191,6 +209,7 @@ def _input_gradient_kernel(
     rows,
     K,
     col_tiles,
+    FORMAT: tl.constexpr,
     COUNT: tl.constexpr,
     ADAPTED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -215,14 +234,18 @@ def _input_gradient_kernel(
         for j in tl.static_range(ADAPTED):
             b_dx = _add_ds_a(b_dx, ds_ptr, a_ptrs[j], ranks[j], j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
     # base GEMM: dX += dY_j W_j, one projection after the other                           [BM, BK] x [BK, BN]
-    o_k = tl.arange(0, BK)
+    packed: tl.constexpr = 2 if FORMAT == "nf4" else 1
+    o_k, o_c = tl.arange(0, BK), i_n * (BN // packed) + tl.arange(0, BN // packed)[None, :]
     for j in tl.static_range(COUNT):
         p_dy = dy_ptrs[j] + o_m * dy_strides[j] + o_k[None, :]
-        p_w = w_ptrs[j] + o_k[:, None].to(tl.int64) * w_strides[j] + o_n
+        p_w = w_ptrs[j] + o_k[:, None].to(tl.int64) * w_strides[j] + o_c
+        w_scales = scales_of(scale_ptrs, j, COUNT, FORMAT)
         for start_k in range(0, ns[j], BK):
             m_k = start_k + o_k < ns[j]
-            b_dy = load_operand(p_dy, m_k[None, :], ACC)
-            b_dx = dot(b_dy, load_operand(p_w, m_k[:, None] & (o_n < K), ACC), b_dx)
+            b_dy, m_w = load_operand(p_dy, m_k[None, :], ACC), m_k[:, None] & (o_c < codes_of(K, FORMAT))
+            o_w = (start_k + o_k).to(tl.int64)
+            b_w = load_weight(p_w, m_w, w_scales, o_w, i_n * BN, ns[j], K, FORMAT, dx_ptr.dtype.element_ty, ACC)
+            b_dx = dot(b_dy, b_w, b_dx)
             p_dy += BK
             p_w += tl.cast(BK, tl.int64) * w_strides[j]
     o_row = tl.arange(0, BM)[:, None]
@@ -305,20 +328,24 @@ def _single_pass_kernel(
 
 
 @per_shape
-def _forward_launch(place: Place, rows: int, k: int, x_stride: int, sizes: tuple[Sizes, ...]) -> Launch:
-    options = launch_options(GEMM, place, [p.rank for p in sizes])
+def _forward_launch(
+    place: Place, rows: int, k: int, x_stride: int, sizes: tuple[Sizes, ...], weight_format: str
+) -> Launch:
+    tiles = GEMM if weight_format == WIDE else FEW if rows <= FEW_ROWS else QUANTIZED
+    options = launch_options(tiles, place, [p.rank for p in sizes])
+    options |= {"FORMAT": weight_format, "GROUP": GROUP_ROWS, "enable_fp_fusion": weight_format == WIDE}
     col_tiles = sum(cdiv(p.n, options["BN"]) for p in sizes)
     ns, w_strides, bias_ns, ranks, scales = zip(*sizes, strict=True)
     numbers = scales, ns, bias_ns, ranks, s_index(sizes), w_strides, x_stride, rows, k, col_tiles
-    return Launch(place.device, cdiv(rows, options["BM"]) * col_tiles, numbers, GROUP=GROUP_ROWS, **options)
+    return Launch(place.device, cdiv(rows, options["BM"]) * col_tiles, numbers, **options)
 
 
 def forward(x: Tensor, s: Tensor, group: Group) -> list[Tensor]:
-    """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_shrink.shrink."""
+    """y_j [T, N_j] of every projection; s from lora_shrink.shrink, which is not read where none has an adapter."""
     rows, k = x.shape
-    launch = _forward_launch(Place.of(x), rows, k, x.stride(0), group.sizes)
+    launch = _forward_launch(Place.of(x), rows, k, x.stride(0), group.sizes, group.format)
     ys = [torch.empty((rows, size.n), dtype=x.dtype, device=x.device) for size in group.sizes]
-    launch(_forward_kernel, x, s, group.weights, group.biases, group.wide_bs, tuple(ys))
+    launch(_forward_kernel, x, s, group.weights, group.scales, group.biases, group.wide_bs, tuple(ys))
     return ys
 
 
@@ -331,9 +358,11 @@ def _input_gradient_launch(
     sizes: tuple[Sizes, ...],
     ranks: tuple[int, ...],
     rates: tuple[float, ...],
+    weight_format: str,
 ) -> Launch:
-    options = launch_options(GEMM, place, ranks)
-    options |= {"COUNT": len(sizes), "ADAPTED": len(ranks), "DROPOUT": any(rates), "GROUP": GROUP_ROWS}
+    options = launch_options(GEMM if weight_format == WIDE else QUANTIZED, place, ranks)
+    options |= {"COUNT": len(sizes), "ADAPTED": len(ranks), "DROPOUT": any(rates)}
+    options |= {"FORMAT": weight_format, "GROUP": GROUP_ROWS, "enable_fp_fusion": weight_format == WIDE}
     col_tiles = cdiv(k, options["BN"])
     ns, w_strides = tuple(size.n for size in sizes), tuple(size.w_stride for size in sizes)
     numbers = tuple(map(threshold, rates)), ranks, ns, dy_strides, w_strides, rows, k, col_tiles
@@ -342,11 +371,11 @@ def _input_gradient_launch(
 
 def input_gradient(dys: Sequence[Tensor], ds: Tensor, group: Group) -> Tensor:
     """dX [T, K]; ds from lora_shrink.expand_backward."""
-    rows, k = dys[0].shape[0], group.weights[0].shape[1]
+    rows, k = dys[0].shape[0], group.a[0].shape[1]
     strides = tuple([dy.stride(0) for dy in dys])
-    launch = _input_gradient_launch(Place.of(ds), rows, k, strides, group.sizes, group.ranks, group.rates)
+    launch = _input_gradient_launch(Place.of(ds), rows, k, strides, group.sizes, group.ranks, group.rates, group.format)
     dx = torch.empty((rows, k), dtype=ds.dtype, device=ds.device)
-    launch(_input_gradient_kernel, dx, ds, tuple(dys), group.weights, group.a, group.seeds)
+    launch(_input_gradient_kernel, dx, ds, tuple(dys), group.weights, group.scales, group.a, group.seeds)
     return dx
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels import lora_gemm, lora_shrink
+from minilora.kernels.dequantize import WIDE, in_the_loop
 from minilora.kernels.dispatch import library_gemm, once_differentiable, recording, use_triton
 from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
@@ -32,7 +33,7 @@ from minilora.kernels.group import Group, Place
 from minilora.kernels.lang import INTERPRETED, rows_of
 from minilora.kernels.packed import stacked
 from minilora.kernels.projection import Adapter, Projection, check
-from minilora.kernels.quantized import Weight, weight_as
+from minilora.kernels.quantized import Weight, format_of, weight_as
 
 
 def lora_linear_group_ref(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -73,7 +74,9 @@ class _OnTriton(torch.autograd.Function):
         with torch.cuda.device_of(x):
             if not output_needed:
                 s, ys = lora_shrink.shrink(rows, group), _uninitialised(x, projections)
-            elif lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
+            elif not group.a:
+                s, ys = x, lora_gemm.forward(rows, rows, group)
+            elif group.format == WIDE and lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
                 y, s = lora_gemm.single_pass(rows, group)
                 ys = [y]
             else:
@@ -233,10 +236,14 @@ def lora_linear(
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
     """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter, and
     the library's GEMM is not asked for."""
-    there = (
-        x.numel() > 0 and any(p.adapter for p in projections) and all(p.weight.dtype == x.dtype for p in projections)
+    weights = [p.weight for p in projections]
+    adapted = any(p.adapter for p in projections)
+    plain = adapted and all(w.dtype == x.dtype for w in weights)
+    quantized = in_the_loop(len(x), weights[0].shape[1], {format_of(w) for w in weights}) and (
+        adapted or not torch.is_grad_enabled()
     )
-    sizes = (x.shape[1], *(p.weight.shape[0] for p in projections))
+    there = x.numel() > 0 and (plain or quantized)
+    sizes = [size for w in weights for size in w.shape]
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
     return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device
 

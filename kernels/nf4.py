@@ -77,6 +77,11 @@ class NF4Weight(QuantizedWeight):
         scale_blocks(levels, nested, NESTED_BLOCK)
         return levels.add_(offset)
 
+    def kernel_parts(self, k: int) -> tuple[Tensor, ...]:
+        """W is read flat, so that k may also be a block."""
+        codes, *scales = self.buffers()
+        return codes.view(-1, k // 2), *scales, levels(codes.device)
+
     def fill(self, out: Tensor, start: int) -> None:
         table, scales, flat = level_pairs(out.device), self.scales(), out.view(-1)
         first = start * self.shape[1]
@@ -155,6 +160,12 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 def _absmax(flat: Tensor, block: int) -> Tensor:
     """The largest magnitude of each block; the last one may be short."""
     return F.pad(flat, (0, -len(flat) % block)).view(-1, block).abs().amax(1)
+
+
+@lru_cache
+def levels(device: torch.device) -> Tensor:
+    """The levels of weights, then those of scales."""
+    return torch.cat((torch.tensor(NF4, device=device), dynamic_levels(device)))
 
 
 @lru_cache

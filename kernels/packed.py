@@ -59,5 +59,5 @@ class Stacked(QuantizedWeight):
         for weight in self.weights:
             first, last = max(start, top), min(start + len(out), top + weight.shape[0])
             if first < last:
-                weight.fill(out[first - start : last - start], first - top)
+                weight.write(out[first - start : last - start], first - top)
             top += weight.shape[0]

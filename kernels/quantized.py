@@ -12,6 +12,9 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from minilora.kernels.dequantize import WIDE, can_widen, widen
+from minilora.kernels.lang import rows_of
+
 PIECE = 2**19  # weights that are widened at a time on a CPU: 2 MiB in fp32, the caches of a few cores
 FEW_THREADS = 2  # up to these, one thread's index_select beats all threads' take (Zen 4: 0.5 and 1.4 ns a look-up)
 
@@ -88,8 +91,20 @@ class QuantizedWeight(nn.Module):
         assert step == 1, rows
         out = torch.empty((max(stop - start, 0), self.shape[1]), dtype=dtype, device=self.device)
         if out.numel():
-            self.fill(out, start)
+            self.write(out, start)
         return out
+
+    def write(self, out: Tensor, start: int) -> None:
+        """The same as `fill`, by a kernel where there is one for it."""
+        if can_widen(self, out, start):
+            widen(self, out, start)
+        else:
+            self.fill(out, start)
+
+    def kernel_parts(self, k: int) -> tuple[Tensor, ...]:
+        """Codes, in rows of k = K weights, and what gives their scales: what kernels/dequantize.py takes."""
+        assert k == self.shape[1], (k, self.shape)
+        return tuple(self.buffers())
 
     def fill(self, out: Tensor, start: int) -> None:
         """Write W, from a row on, into out [n, K] of any floating-point dtype."""
@@ -112,6 +127,16 @@ def weight_as(weight: Weight, dtype: torch.dtype, rows: slice | None = None) -> 
     if isinstance(weight, QuantizedWeight):
         return weight.weight_as(dtype, rows)
     return (weight if rows is None else weight[rows]).to(dtype)
+
+
+def format_of(weight: Weight) -> str:
+    """What kernels call the format of a weight."""
+    return WIDE if isinstance(weight, Tensor) else weight.name
+
+
+def kernel_parts(weight: Weight) -> tuple[Tensor, ...]:
+    """What kernels read a weight from: one tensor, or codes and scales."""
+    return (rows_of(weight),) if isinstance(weight, Tensor) else weight.kernel_parts(weight.shape[1])
 
 
 def relative_error(weight: QuantizedWeight, true: Tensor) -> float:

@@ -170,6 +170,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
     assert ours == {
         "minilora",
         "minilora.kernels",
+        "minilora.kernels.dequantize",
         "minilora.kernels.dispatch",
         "minilora.kernels.dropout",
         "minilora.kernels.fp8_rows",

@@ -34,9 +34,16 @@ from minilora.kernels import (
     rope,
     swiglu,
 )
+from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.fp8_blocks import FP8Weight
+from minilora.kernels.int8_rows import Int8Weight
+from minilora.kernels.nf4 import NF4Weight
+from minilora.kernels.projection import Adapter, Projection
+from minilora.kernels.quantized import QuantizedWeight, weight_as
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS: dict[str, type[QuantizedWeight]] = {form.name: form for form in (NF4Weight, Int8Weight, FP8Weight)}
 STREAMS = ("lora_shrink.",)  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
@@ -92,6 +99,27 @@ def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Callable[[torc
             projection.adapter.b.requires_grad_()
         ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+    return once
+
+
+def _quantized(
+    name: str, tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0
+) -> Callable[[torch.dtype], None]:
+    """Linears whose weights are made in the loop of their products."""
+
+    def once(dtype: torch.dtype) -> None:
+        x = torch.empty(tokens, k, device="meta", dtype=dtype, requires_grad=True)
+        projections = quantized_group(x, ns, r, FORMATS[name], p)
+        ys = lora_linear.lora_linear_group(x, projections)
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+    return once
+
+
+def _widen(name: str) -> Callable[[torch.dtype], None]:
+    def once(dtype: torch.dtype) -> None:
+        weight_as(FORMATS[name].empty((18944, 3584), "meta"), dtype)
 
     return once
 
@@ -166,6 +194,14 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "fp8_rows 896": _in_fp8(896),
     "fp8_rows 3584 scaled": _in_fp8(3584, scaled=True),
     "fp8_rows 18944 scaled": _in_fp8(18944, scaled=True),
+    **{f"{name} widened": _widen(name) for name in FORMATS},
+    **{
+        f"{name} {group} of {tokens} r={r}" + " dropout" * bool(p): _quantized(name, tokens, k, ns, r, p)
+        for name in FORMATS
+        for group, k, ns in (("qkv", 3584, (3584, 512, 512)), ("down", 18944, (3584,)))
+        for tokens in (1, 257)
+        for r, p in ((16, 0.0), (64, 0.0), (16, 0.05))
+    },
     "cross_entropy 152064": _on_logits(152064, True),
     "cross_entropy 152064 scaled": _on_logits(152064, True, scaled=True),
     "cross_entropy 152064 without gradient": _on_logits(152064, False),
@@ -175,6 +211,19 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
 }
 # kernels with tables for sm_86, whose programs have 99 KiB of shared memory and not 163
 ON_86 = ("lora_", "linear_cross_entropy")
+
+
+def quantized_group(x: Tensor, ns: tuple[int, ...], r: int, form: type[QuantizedWeight], p: float) -> list[Projection]:
+    """Projections without data, all of whose adapters want gradients."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta", requires_grad=True)
+
+    k = x.shape[1]
+    return [
+        Projection(form.empty((n, k), "meta"), None, Adapter(empty(r, k), empty(n, r), 2.0, p, DropoutKey(0, 0, 0, j)))
+        for j, n in enumerate(ns)
+    ]
 
 
 def launches() -> dict[str, tuple[Launch, int]]:

@@ -7,6 +7,7 @@ says nothing of how well a kernel does it. Arithmetic, no measurement.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from bench.roof import CARDS
 from bench.shapes import Shape
 from minilora.kernels import linear_cross_entropy
 from minilora.kernels.lang import HAVE_TRITON, INTERPRETED
+from minilora.kernels.quantized import QuantizedWeight
 
 ARCHITECTURE = 90
 # kernels that write where they read; and those that read single rows of a matrix (the argument, and the one that counts them)
@@ -77,11 +79,17 @@ def place(t: Tensor) -> tuple[Any, ...]:
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape
 
 
+def without_data(a: Any) -> Any:
+    if isinstance(a, QuantizedWeight):
+        return deepcopy(a).to("meta")
+    return a.detach().to("meta") if isinstance(a, Tensor) else a
+
+
 def moved(side: Callable[..., Any], operation: Operation, ours: bool) -> tuple[int, int]:
     """Bytes of the forward and of the backward of a side, on the operation's arguments without data."""
     from bench.proof.launches import recorded
 
-    args = [a.detach().to("meta") if isinstance(a, Tensor) else a for a in leaves(operation)]
+    args = [without_data(a) for a in leaves(operation)]
     for i in operation.trained:
         args[i].requires_grad_()
     inputs = [args[i] for i in operation.trained]

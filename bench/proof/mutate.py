@@ -155,6 +155,10 @@ MUTATORS = (_masks, _comparisons, _terms, _strides, _roundings, _statements, _fu
 EQUIVALENT = {
     ("swiglu", "sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
     ("lora_gemm", "as_operand", "cast forgotten", "x.to(DTYPE)"): "on a GPU alone, where it does not compile",
+    ("dequantize", "dequantize", "cast forgotten", "tl.load(scales[0] + o_b, mask=m_b, other=0).to(tl.int32)"): (
+        "offsets are signed in some versions of Triton, on a GPU alone"
+    ),
+    ("dequantize", "dequantize", "cast forgotten", "b_codes.to(tl.int32)"): "the same; codes of 4 bits have no sign",
     ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
 }
 
@@ -229,7 +233,11 @@ NEAR = {
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
         ["group", "lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"],
-        r"lora|test_kernel_choice|test_far",
+        r"lora|test_kernel_choice|test_far|dequantize|weights",
+    ),
+    **dict.fromkeys(
+        ["dequantize", "nf4", "int8_rows", "fp8_blocks", "quantized", "packed", "frozen_linear"],
+        r"dequantize|quantized|weights|widened",
     ),
 }
 
@@ -237,7 +245,7 @@ NEAR = {
 # beside the tests that run both ways, by TRITON_INTERPRET
 FILES = {
     "1": ["tests/kernels/interpreter"],
-    "0": ["tests/kernels/test_attention.py", "tests/kernels/test_kernel_choice.py"],
+    "0": ["tests/kernels/test_attention.py", "tests/kernels/test_kernel_choice.py", "tests/kernels/test_quantized.py"],
 }
 
 

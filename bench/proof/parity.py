@@ -32,7 +32,10 @@ from bench.workers import Row, in_workers, lost, work
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_gemm
 from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref
+from minilora.kernels.fp8_blocks import FP8Weight
+from minilora.kernels.int8_rows import Int8Weight
 from minilora.kernels.lora_linear import lora_linear
+from minilora.kernels.nf4 import NF4Weight
 
 DTYPES = ("bfloat16", "float16", "float32")
 KEY = DropoutKey(7, 3, 1, 11)
@@ -147,6 +150,10 @@ def ragged() -> Iterator[Check]:
     yield Check(expanded(ops.linear("odd", 35, 37, 21, 5)))
     yield Check(ops.group("odd", 35, 37, (53, 7, 7)))
     yield Check(ops.group("even", 35, 48, (80, 16, 16), (1, 0, 17), 0.2))
+    for form in (NF4Weight, Int8Weight, FP8Weight):
+        yield Check(ops.quantized("even", form, 35, 192, (80, 16), 0.2))
+        yield Check(ops.quantized("even", form, 35, 192, (80, 16)), "library")
+        yield Check(ops.quantized("even", form, 3, 192, (80,)))
     yield Check(ops.dual(35, 37, 35, 3))
     yield Check(ops.dual(35, 48, 80, 3, 0.2))
     yield Check(ops.dual(35, 48, 80, 3, 0.2, fused=True))
@@ -190,6 +197,9 @@ def real() -> Iterator[Check]:
     yield Check(ops.group("q, k, v", m, s.width, (s.query, s.kv, s.kv), p=0.1))
     yield Check(ops.group("q, k, v", m, s.width, (s.query, s.kv, s.kv), (16, 0, 8)))
     yield Check(ops.dual(m, s.width, s.ffn, p=0.1))
+    for form in (NF4Weight, Int8Weight, FP8Weight):
+        for rows in (1, 259, m):
+            yield Check(ops.quantized("q, k, v", form, rows, wide.width, (wide.query, wide.kv, wide.kv)))
     yield Check(scaled_loss(m, s.vocab))
     yield Check(masked_linear_loss(m, s.width, s.vocab, (0, 1)))
     yield Check(in_parts(ops.linear_loss(m, s.width, s.vocab)), "library")

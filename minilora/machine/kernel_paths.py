@@ -6,19 +6,23 @@ import torch
 from torch import nn
 
 from minilora.kernels.attention import attention_path
+from minilora.kernels.dequantize import ROWS_IN_THE_LOOP
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import HAVE_TRITON
 from minilora.kernels.lora_linear import runs_on_triton
+from minilora.kernels.quantized import QuantizedWeight
 from minilora.kernels.rms_norm import MAX_WIDTH
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm, projection
 
 from ..lora import LoRALinear
 
+QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP} rows in the loop of Triton's"
+
 
 def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     """Lines for people: what of each layer runs where; layers that agree stand on one line. The model may be without data."""
-    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
+    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device).expand(ROWS_IN_THE_LOOP + 1, 1)
     heads = probe.new_empty(1, 1, model.config.head_size)
     attends = [f"attention: {attention_path(heads)}"] if heads.is_cuda else []
     if not use_triton(probe):
@@ -29,7 +33,12 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
         numbers = [n for n, _ in numbered]
         layers = f"layers {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"
         lines.append(f"{layers}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}")
-    return [*lines, *attends, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
+    lines += [*attends, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
+    if formats := sorted(
+        {m.weight.name for m in model.modules() if isinstance(getattr(m, "weight", 0), QuantizedWeight)}
+    ):
+        lines.append(f"{', '.join(formats)}: {QUANTIZED}")
+    return lines
 
 
 def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
 from bench.proof import traffic
-from minilora.kernels import cross_entropy, fp8_rows, linear_cross_entropy, lora_linear, lora_swiglu
+from minilora.kernels import (
+    cross_entropy,
+    fp8_blocks,
+    fp8_rows,
+    int8_rows,
+    linear_cross_entropy,
+    lora_linear,
+    lora_swiglu,
+    nf4,
+)
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
 
@@ -31,6 +41,26 @@ def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> C
         return [*ys, *gradients(x, *trained)]
 
     return call
+
+
+def quantized(form: ModuleType, rows: int) -> Call:
+    """Of a group whose second weight ends inside a tile."""
+
+    def call() -> list[Tensor]:
+        (x, projections), _ = lora_linear.group_example(rows, 192, (32, 5), 5, torch.bfloat16)
+        frozen = [p._replace(weight=form.quantize(p.tensor)) for p in projections]
+        x.requires_grad_()
+        trained = [t.requires_grad_() for q in frozen if q.adapter for t in (q.adapter.a, q.adapter.b)]
+        ys = lora_linear.lora_linear_group(x, frozen)
+        torch.autograd.backward(ys, [upstream(y) for y in ys])
+        return [*ys, *gradients(x, *trained)]
+
+    return call
+
+
+def widened() -> list[Tensor]:
+    weight = torch.randn(40, 320)
+    return [form.quantize(weight).weight_as(torch.bfloat16) for form in (nf4, int8_rows, fp8_blocks)]
 
 
 def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
@@ -72,7 +102,7 @@ def dual() -> list[Tensor]:
 KERNELS = {
     "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
-    "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
+    "dequantize._widen_kernel", "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
     "fp8_rows._rows_kernel",
 }  # fmt: skip
@@ -81,6 +111,11 @@ CALLS = {  # two tiles of every size, the second ragged
     "lora_linear_group": group(37, 40, (41, 20), 5),
     "lora_linear_group dropout": group(37, 40, (41, 20), 5, 0.3),
     "lora_linear": group(37, 40, (41,), 5),
+    "widened": widened,
+    "nf4 weights": quantized(nf4, 19),
+    "nf4 weights, few rows": quantized(nf4, 3),
+    "int8 weights": quantized(int8_rows, 19),
+    "fp8 weights": quantized(fp8_blocks, 19),
     "lora_linear of two parts of a rank": group(37, 40, (33,), 20),
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
@@ -136,7 +171,9 @@ def arguments_once(launch: Launch) -> int:
 
 
 @pytest.mark.parametrize(
-    "call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3), in_fp8(64, 1024)], ids=["group", "one", "fp8"]
+    "call",
+    [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3), in_fp8(64, 1024), widened],
+    ids=["group", "one", "fp8", "widened"],
 )
 def test_a_launch_moves_each_of_its_arguments_once(call: Call):
     """So bytes of a launch are those of its arguments, whatever their size, and bench/proof/layer_bytes.py adds them up."""
