@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.models.decoder import Decoder
+from minilora.models.quantized import quantized_weights
 
 from ..data import Batch
 from ..lora import base_parameters, trained_parameters
@@ -117,6 +118,8 @@ def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int]:
     """Bytes that the forward pass keeps, the most at any time, and what the last layer keeps."""
     marks: list[int] = []
     batch = batch.to(torch.device("meta"))
+    for weight in quantized_weights(model).values():
+        weight.weight_as(torch.float32, slice(1))  # the tables of levels are made once, not in every step
     live = _Live(
         [*model.parameters(), *model.buffers(), batch.ids, batch.documents.positions, batch.target_index, batch.targets]
     )
