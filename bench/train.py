@@ -23,6 +23,7 @@ from bench.sides import Side, interpreters, spread
 from minilora.machine.cpu import device_name
 
 SEED = 42
+OURS = ("minilora", "nf4", "int8")
 HERE = Path(__file__).parent
 
 
@@ -146,19 +147,29 @@ def report(result: dict[str, Any]) -> str:
         cells = [spread(found[key], 1) for key in ("tokens_per_second", "tokens_per_cpu_second")]
         loss, memory = statistics.mean(found["losses"]), found["memory_gb"]
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{memory:.2f} | {loss:.4f}' if memory else '|'} |")
-    mine = sides["minilora"]
-    for name in [name for name in sides if name != "minilora"]:
-        other = sides[name]
-        cells = [
-            spread([a / b for a, b in zip(mine[key], other[key], strict=True)], 2)
-            for key in ("tokens_per_second", "tokens_per_cpu_second")
-        ]
-        apart = max(abs(a - b) for a, b in zip(mine["losses"], other["losses"], strict=True))
-        more = (
-            f"{mine['memory_gb'] / other['memory_gb']:.2f} | at most {apart:.4f} apart" if other["memory_gb"] else "|"
-        )
-        lines.append(f"| minilora / {name} | {' | '.join(cells)} | {more} |")
+    for one, other in _pairs(list(sides)):
+        lines.append(f"| {one} / {other} | {_ratios(sides[one], sides[other])} |")
     return "\n".join(lines)
+
+
+def _pairs(names: list[str]) -> list[tuple[str, str]]:
+    """What is compared: minilora with the others, and on a quantised base with itself on the plain one and with QLoRA."""
+    ours = [name for name in names if name in OURS]
+    against = [(name, "minilora") for name in ours if name != "minilora"]
+    against += [("minilora", name) for name in names if name not in ours]
+    return against + [("nf4", "qlora")] * ({"nf4", "qlora"} <= set(names))
+
+
+def _ratios(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Cells: speed by wall clock and by CPU, memory, and how far the losses of a step are apart."""
+    cells = [
+        spread([a / b for a, b in zip(one[key], other[key], strict=True)], 2)
+        for key in ("tokens_per_second", "tokens_per_cpu_second")
+    ]
+    if not other["memory_gb"]:
+        return f"{' | '.join(cells)} | |"
+    apart = max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True))
+    return f"{' | '.join(cells)} | {one['memory_gb'] / other['memory_gb']:.2f} | at most {apart:.4f} apart"
 
 
 def main() -> None:

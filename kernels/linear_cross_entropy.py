@@ -254,15 +254,12 @@ class _OnTorch(torch.autograd.Function):
         for start in range(0, x.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = frozen_linear(x[rows], head)
-            for block, target in blocks_of(logits, targets[rows]):
-                softmax = Softmax(block.to(keep), target)  # in place where the logits are wide
-                loss += softmax.loss
-                if needs_x or needs_head:
-                    block.copy_(softmax.gradient())
+            loss += _to_gradient(logits, targets[rows], needs_x or needs_head)
             if dx is not None:
                 add_input_gradient(dx[rows], logits, head)
             if dhead is not None:
                 dhead += logits.T @ x[rows]
+            del logits  # before those of the next chunk are made
         ctx.save_for_backward(dx, dhead)
         ctx.head_dtype = head.dtype
         return loss.to(keep)
@@ -276,6 +273,17 @@ class _OnTorch(torch.autograd.Function):
         dx = None if dx is None else dx * scale
         dhead = None if dhead is None else (dhead * scale).to(ctx.head_dtype)
         return dx, dhead, None, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, wanted: bool) -> Tensor:
+    """The loss of some rows, summed in fp64; where wanted, their logits become softmax - onehot."""
+    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for block, target in blocks_of(logits, targets):
+        softmax = Softmax(block.to(torch.promote_types(block.dtype, torch.float32)), target)  # in place where wide
+        loss += softmax.loss
+        if wanted:
+            block.copy_(softmax.gradient())
+    return loss
 
 
 class _OnTriton(_OnTorch):

@@ -27,7 +27,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def before_torch() -> None:
     """Settings that libraries read when they are loaded; what the user set stays."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights on huge pages, where the system lends them
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # streams have new lengths all the time: on a GPU, segments that grow keep no gaps between them

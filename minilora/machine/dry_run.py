@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.decoder import Decoder
+from minilora.models.quantized import quantized_weights
 from minilora.models.stream import Batch
 
 from ..lora import base_parameters, trained_parameters
@@ -148,6 +149,8 @@ def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int, int]:
     keeps."""
     marks: list[int] = []
     batch = batch.to(torch.device("meta"))
+    for weight in quantized_weights(model).values():
+        weight.weight_as(torch.float32, slice(1))  # the tables of levels are made once, not in every step
     live = _Live(
         [*model.parameters(), *model.buffers(), batch.ids, batch.documents.positions, batch.target_index, batch.targets]
     )

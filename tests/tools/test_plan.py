@@ -12,6 +12,8 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import load_examples, make_batch, pack
+from minilora.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
+from minilora.machine.compute import name_of
 from minilora.machine.dry_run import _Live, card_memory, step_memory
 from minilora.run.setup import prepare
 from minilora.settings import resolve
@@ -33,7 +35,17 @@ def deep(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("depth", ["folder", "deep"])  # all layers are run, and three of seven
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"checkpointing": "on"}, {"checkpointing": "on", "offload": "on"}, {"method": "full"}, {"lora_dropout": 0.1}],
+    [
+        {},
+        {"checkpointing": "on"},
+        {"checkpointing": "on", "offload": "on"},
+        {"method": "full"},
+        {"lora_dropout": 0.1},
+        {"quant": "nf4"},
+        {"quant": "int8"},
+        {"quant": "nf4", "checkpointing": "on"},
+        {"quant": "int8", "compute": "float32"},
+    ],
     ids=str,
 )
 def test_the_dry_run_counts_what_a_step_allocates(depth, request, tmp_path, settings):
@@ -43,11 +55,15 @@ def test_the_dry_run_counts_what_a_step_allocates(depth, request, tmp_path, sett
     batch = pack(examples, 300)[0]
     full = config.method == "full"
     dtype = torch.float32 if full else torch.bfloat16
-    found = step_memory(prepare(empty_model(read_config(folder), dtype), config), batch)
-    model = prepare(minilora.load_model(folder, dtype, "cpu", str(dtype).removeprefix("torch.")), config)
+    compute = torch.float32 if full or config.compute == "float32" else torch.bfloat16
+    planned = prepare(empty_model(read_config(folder), dtype, config.quant), config)
+    planned.compute = compute
+    found = step_memory(planned, batch)
+    model = prepare(minilora.load_model(folder, dtype, "cpu", name_of(compute), config.quant), config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    base = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    live = _Live([*model.parameters(), batch.ids, batch.documents.positions, batch.target_index, batch.targets])
+    base = sum(p.nbytes for p in [*model.parameters(), *model.buffers()] if not p.requires_grad)
+    inputs = batch.ids, batch.documents.positions, batch.target_index, batch.targets
+    live = _Live([*model.parameters(), *model.buffers(), *inputs])
     with live:
         loss = model.loss(batch)
         kept = live.now
@@ -75,6 +91,15 @@ def test_a_storage_counts_while_it_lives():
         assert live.now == 4000 and live.peak == 8000
         del c
         assert live.now == 0
+
+
+def test_logits_of_one_chunk_exist_at_a_time():
+    x, head = torch.randn(2 * CHUNK_ROWS + 50, 16, requires_grad=True), torch.randn(4000, 16)
+    targets = torch.randint(4000, x.shape[:1])
+    with _Live([x, head, targets]) as live:
+        linear_cross_entropy(x, head, targets)
+    chunk = CHUNK_ROWS * 4000 * 4
+    assert chunk < live.peak < 1.2 * chunk
 
 
 def test_recomputing_keeps_less_and_offloading_one_input(deep, tmp_path):
