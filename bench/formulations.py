@@ -1,16 +1,19 @@
-"""The same operations as others formulate them, for the tables: Hugging Face and PEFT term by term, Liger's where it is installed.
+"""The same operations as others formulate them, for the tables: Hugging Face and PEFT term by term, and the kernels of others.
 
-Each takes what ours takes. They are plain functions that autograd differentiates; `compiled` puts torch.compile around one.
+Each takes what ours takes. They are plain functions that autograd differentiates; `compiled` puts torch.compile around one. `installed`
+has the kernels of Liger, Unsloth and Cut Cross-Entropy where those packages are, on a GPU.
 """
 
-from collections.abc import Callable
-from functools import cache
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minilora.kernels.projection import Projection
 
 
 def peft_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -134,10 +137,45 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def liger(op: str) -> dict[str, Callable[..., Any]]:
-    """Liger's kernel for an operation of ours as {"liger": ...}; empty without one, or the package, or a GPU."""
-    found = _liger().get(op)
-    return {"liger": found} if found else {}
+def installed(op: str) -> dict[str, Callable[..., Any]]:
+    """Kernels of others for an operation of ours, by the name of the package; none without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    packages = {"liger": _liger, "unsloth": _unsloth, "cut cross-entropy": _cut_cross_entropy}
+    return {name: kernels()[op] for name, kernels in packages.items() if op in kernels()}
+
+
+# (operation, package) that writes into its input: it is given one of its own, outside of its time
+OVERWRITES = {("cross_entropy", "liger")}
+
+
+@cache
+def _unsloth() -> dict[str, Callable[..., Any]]:
+    try:
+        import unsloth  # noqa: F401  # pyright: ignore  (its kernels want it first)
+        from unsloth.kernels.fast_lora import LoRA_QKV, LoRA_W  # pyright: ignore
+    except (ImportError, NotImplementedError, RuntimeError):  # of its own checks of the machine
+        return {}
+
+    def linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        y = LoRA_W.apply(x[None], w, None, a, b, scale)[0]
+        return y if bias is None else y + bias  # its kernels know no bias of the frozen layer
+
+    def qkv(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+        given = [[p.weight, None, p.adapter.a, p.adapter.b, p.adapter.scale] for p in projections if p.adapter]
+        ys = LoRA_QKV.apply(x[None], *chain(*given), False)  # not in place: the other sides need x
+        return tuple(y[0] if p.bias is None else y[0] + p.bias for y, p in zip(ys, projections, strict=True))
+
+    return {"lora_linear": linear, "lora_qkv": qkv}
+
+
+@cache
+def _cut_cross_entropy() -> dict[str, Callable[..., Any]]:
+    try:
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore
+    except ImportError:
+        return {}
+    return {"linear_cross_entropy": partial(linear_cross_entropy, reduction="sum")}
 
 
 @cache
@@ -150,8 +188,6 @@ def _liger() -> dict[str, Callable[..., Any]]:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore
     except ImportError:
         return {}
-    if not torch.cuda.is_available():
-        return {}
 
     def rms_norm(x: Tensor, w: Tensor, eps: float, *_: Any) -> Tensor:
         return LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False)
@@ -162,7 +198,7 @@ def _liger() -> dict[str, Callable[..., Any]]:
         return LigerRopeFunction.apply(q, q[:, :1].clone(), *both)[0][0].transpose(0, 1)
 
     def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-        return LigerCrossEntropyFunction.apply(logits.clone(), targets, None, -100, 0.0, 0.0, "sum")[0]
+        return LigerCrossEntropyFunction.apply(logits, targets, None, -100, 0.0, 0.0, "sum")[0]
 
     def linear_cross_entropy(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return LigerFusedLinearCrossEntropyFunction.apply(x, head, targets, None, None, -100, 0.0, 0.0, "sum")[0]

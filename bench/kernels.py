@@ -10,7 +10,6 @@ bytes and operations of ours, of others and the least (bench/proof/counted.py), 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from unittest.mock import patch
 import torch
 
 from bench import formulations as others
+from bench.figures import Figures
 from bench.operations import Entry, Operation, both_ways, leaves, of_model, present, upstream
 from bench.proof.counted import arithmetic
 from bench.proof.rule import distance
@@ -69,6 +69,11 @@ def inside(context: Callable[[], Any], op: Callable[..., Any]) -> Callable[..., 
     return call
 
 
+def private(args: list[Any]) -> list[Any]:
+    """Arguments that no other side reads."""
+    return [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+
+
 def error(found: list[torch.Tensor | None], truth: list[torch.Tensor | None]) -> float:
     """The largest difference relative to the largest value, over outputs and gradients."""
     pairs = zip(present(found), present(truth), strict=True)
@@ -76,24 +81,23 @@ def error(found: list[torch.Tensor | None], truth: list[torch.Tensor | None]) ->
 
 
 def measure(operation: Operation, name: str, device: torch.device, rounds: int, compile_too: bool) -> dict[str, Any]:
-    """Times, memory and error of each side; a side of others that fails says why."""
+    """Times, memory and error of each side; a side that fails says why."""
     args, dys = leaves(operation), upstream(operation)
     truth = both_ways(operation.ref, leaves(operation, wide=True), dys)
     wanted = sides(operation, name, compile_too, device)
-    calls = {side: lambda f=f: both_ways(f, args, dys) for side, f in wanted.items()}
+    given = {side: private(args) if (name, side) in others.OVERWRITES else args for side in wanted}
+    calls = {side: lambda side=side: both_ways(wanted[side], given[side], dys) for side in wanted}
     result: dict[str, Any] = {}
     for side, call in list(calls.items()):
         try:
             wrong = None if side == others.BARE else error(call(), truth)
             result[side] = {"error": wrong, "peak": peak_bytes(call, device)}
-        except Exception as problem:
-            if side.startswith(OURS):
-                raise
+        except Exception as problem:  # noqa: BLE001  the other sides have their figures all the same
             result[side] = {"failed": reason(problem)}
             del calls[side]
     del truth
     with torch.no_grad():
-        forwards = in_turn({side: lambda f=wanted[side]: f(*args) for side in calls}, device, rounds)
+        forwards = in_turn({side: lambda side=side: wanted[side](*given[side]) for side in calls}, device, rounds)
     both = in_turn(calls, device, rounds) if operation.trained else forwards
     for side in calls:
         result[side] |= {"forward": forwards[side], "both": both[side]}
@@ -111,15 +115,16 @@ def told(row: Row, top: Roof) -> str:
     if "sides" not in row:
         return f"| {row['name']} | {lost(row)} |" + " |" * 8
     flops, size = row["flops"] + row["backward_flops"], row["bytes"] + row["backward_bytes"]
-    mine, lines = Times(*row["sides"][OURS]["both"]).median, []
+    mine, lines = row["sides"].get(OURS, {}).get("both"), []
     for side, r in row["sides"].items():
         if "failed" in r:
             lines.append(f"| {row['name']} | {side} | {lost(r)} |" + " |" * 7)
             continue
         forward, t = Times(*r["forward"]), Times(*r["both"])
         wrong = "" if r["error"] is None else f"{r['error']:.1e}"
+        against = f"{t.median / mine[0]:.2f}" if mine else ""
         lines.append(
-            f"| {row['name']} | {side} | {milliseconds(forward)} | {milliseconds(t)} | {t.median / mine:.2f} "
+            f"| {row['name']} | {side} | {milliseconds(forward)} | {milliseconds(t)} | {against} "
             f"| {flops / t.median / 1e12:.3g} | {size / t.median / 1e9:.3g} | {top.bound(flops, size) / t.median:.1%} "
             f"| {r['peak'] / 1e6:.1f} | {wrong} |"
         )
@@ -163,20 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     form = [f"{key}={getattr(args, key)}" for key in ("tokens", "dtype", "device", "rounds")]
     command = [sys.executable, "-m", "bench.kernels", "--models", *args.models, *(f"--{f}" for f in form)]
     names = [n for n in known if not args.only or any(word in n for word in args.only)]
-    lines = [f"Roof: {top.flops / 1e12:.3g} TFLOP/s, {top.bandwidth / 1e9:.4g} GB/s ({told_of(top)})", "", HEAD]
-    print("\n".join(lines), flush=True)
-    rows = in_workers(
-        command + ["--compile"] * args.compile, names, 1, args.seconds, lambda row: print(told(row, top), flush=True)
-    )
-    lines += [told(row, top) for row in rows.values()]
+    heading = [f"Roof: {top.flops / 1e12:.3g} TFLOP/s, {top.bandwidth / 1e9:.4g} GB/s ({told_of(top)})", ""]
     if device.type == "cpu":
-        lines += ["", arithmetic({model: SHAPES[model] for model in args.models}, 8192)]
-        print("\n" + lines[-1])
-    if args.save:
-        about = machine(device) | {"dtype": args.dtype, "tokens": args.tokens, "rounds": args.rounds}
-        found = {"machine": about, "roof": top._asdict(), "rows": list(rows.values())}
-        Path(args.save).write_text(json.dumps(found, indent=1) + "\n")
-        Path(args.save).with_suffix(".md").write_text("\n".join([json.dumps(about), "", *lines]) + "\n")
+        heading += [arithmetic({model: SHAPES[model] for model in args.models}, 8192), ""]
+    about = machine(device) | {"dtype": args.dtype, "tokens": args.tokens, "rounds": args.rounds, "roof": top._asdict()}
+    figures = Figures(about, [*heading, HEAD], lambda row: told(row, top), args.save)
+    in_workers(command + ["--compile"] * args.compile, names, 1, args.seconds, figures.add)
 
 
 def told_of(top: Roof) -> str:

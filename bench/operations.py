@@ -94,8 +94,8 @@ def present(found: list[Tensor | None]) -> list[Tensor]:
 def upstream(operation: Operation) -> list[Tensor]:
     """Gradients for the outputs of the operation."""
     fill = torch.ones_like if operation.ones else torch.randn_like
-    with torch.no_grad():
-        return [fill(o) for o in outputs(operation.op(*operation.args))]
+    with torch.no_grad():  # by plain torch: that our kernel fails is not to cost the others their figures
+        return [fill(o) for o in outputs((operation.plain or operation.ref)(*operation.args))]
 
 
 def passes(values: int, dtype: torch.dtype, forward: int, backward: int) -> Cost:
@@ -110,7 +110,7 @@ def norm(rows: int, n: int, trained: tuple[int, ...] = (0,), once: bool = False,
         peers: dict[str, Callable[..., Any]] = {}
         if not once and not offset:
             peers = {"hf": lambda x, w, eps, *_: others.hf_rms_norm(x, w, eps)}
-            peers |= others.liger("rms_norm")
+            peers |= others.installed("rms_norm")
         return Operation(rms_norm.rms_norm, rms_norm.rms_norm_ref, args, trained, passes(rows * n, dtype, 2, 3), peers)
 
     return Entry("rms_norm", f"{rows} x {n}" + ", once" * once, make)
@@ -132,7 +132,7 @@ def rotate(tokens: int, heads: int, size: int, rotated: int | None = None, inter
         peer = others.hf_rope_interleaved if interleaved else others.hf_rope
         peers = {"hf": lambda x, cos, sin, _: peer(x, cos, sin)}
         if rotated is None and not interleaved:
-            peers |= others.liger("rope")
+            peers |= others.installed("rope")
         return Operation(rope.rope, rope.rope_ref, args, (0,), passes(args[0].numel(), dtype, 2, 2), peers)
 
     form = (f" of which {rotated}" if rotated else "") + " interleaved" * interleaved
@@ -153,7 +153,7 @@ def turn_sections(tokens: int, heads: int, size: int) -> Entry:
 def gate(rows: int, f: int) -> Entry:
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
         args, _ = swiglu.example(rows, f, dtype, str(device))
-        peers = {"hf": others.hf_swiglu, **others.liger("swiglu")}
+        peers = {"hf": others.hf_swiglu, **others.installed("swiglu")}
         return Operation(swiglu.swiglu, swiglu.swiglu_ref, args, (0, 1), passes(rows * f, dtype, 3, 5), peers)
 
     return Entry("swiglu", f"{rows} x {f}", make)
@@ -177,7 +177,9 @@ def linear(name: str, tokens: int, k: int, n: int, r: int = RANK, p: float = 0.0
         assert adapter is not None
         args = (x, w, bias, adapter.a, adapter.b, adapter.scale, p, adapter.key)
         peers = {
-            label: lambda *args, peer=peer: peer(*args[:6]) for label, peer in others.LORA_LINEARS.items() if not p
+            label: lambda *args, peer=peer: peer(*args[:6])
+            for label, peer in {**others.LORA_LINEARS, **others.installed("lora_linear")}.items()
+            if not p
         }
         return Operation(lora_linear.lora_linear, lora_linear.lora_linear_ref, args, (0, 3, 4), Cost(**cost), peers)
 
@@ -240,6 +242,8 @@ def group(
         peers = {}
         if not p and all(ranks):
             peers = {label: term_by_term(peer) for label, peer in others.LORA_LINEARS.items()}
+            if len(ns) == 3:
+                peers |= {label: of(peer) for label, peer in others.installed("lora_qkv").items()}
         ours, ref = lora_linear.lora_linear_group, lora_linear.lora_linear_group_ref
         return Operation(of(ours), of(ref), args, trained, cost, peers)
 
@@ -328,7 +332,7 @@ def attend(
 def loss(rows: int, vocab: int) -> Entry:
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
         args, cost = cross_entropy.example(rows, vocab, dtype, str(device))
-        peers = {"hf": others.hf_cross_entropy, **others.liger("cross_entropy")}
+        peers = {"hf": others.hf_cross_entropy, **others.installed("cross_entropy")}
         least = Cost(0, cost["bytes"], 0, cost["backward_bytes"])
         ours, ref = cross_entropy.cross_entropy, cross_entropy.cross_entropy_ref
         return Operation(ours, ref, args, (0,), least, peers)
@@ -339,7 +343,7 @@ def loss(rows: int, vocab: int) -> Entry:
 def linear_loss(rows: int, width: int, vocab: int, trained: tuple[int, ...] = (0,)) -> Entry:
     def make(dtype: torch.dtype, device: torch.device) -> Operation:
         args, cost = linear_cross_entropy.example(rows, width, vocab, dtype, str(device))
-        peers = {"hf": others.hf_linear_cross_entropy, **others.liger("linear_cross_entropy")}
+        peers = {"hf": others.hf_linear_cross_entropy, **others.installed("linear_cross_entropy")}
         if hasattr(torch.nn.functional, "linear_cross_entropy"):
             peers["torch"] = others.torch_linear_cross_entropy
         size, half = dtype.itemsize, cost["flops"] / 2
@@ -353,35 +357,38 @@ def linear_loss(rows: int, width: int, vocab: int, trained: tuple[int, ...] = (0
 
 
 def of_model(model: str, s: Shape, m: int) -> Iterator[Entry]:
-    """The operations of one layer at m tokens, and the loss; half of the tokens have targets, logits are those of a quarter."""
+    """The operations of one layer at m tokens, and the loss, the products of matrices first: most of a step's time is theirs.
+
+    Half of the tokens have targets; logits are those of a quarter.
+    """
     document = max(1, m // 8)
     lengths = [min(document, m - start) for start in range(0, m, document)]
-    if model == "chatglm-6b":
-        yield turn_sections(m, s.heads, s.head_size)
+    chatglm, glm = model == "chatglm-6b", model.startswith("glm-4")
+    if chatglm:
         yield linear("q, k, v", m, s.width, 3 * s.query)
-        yield linear("o", m, s.query, s.width)
         yield linear("up", m, s.width, s.ffn)
-        yield attend(lengths, s.heads, s.kv_heads, s.head_size, prefix=document // 2)
     else:
-        glm = model.startswith("glm-4")
+        yield group("q, k, v", m, s.width, (s.query, s.kv, s.kv))
+        if glm:
+            yield linear("gate and up", m, s.width, 2 * s.ffn)
+        else:
+            yield group("gate, up", m, s.width, (s.ffn, s.ffn))
+            yield linear("gate", m, s.width, s.ffn)
+        yield dual(m, s.width, s.ffn, fused=glm)
+    yield linear("down", m, s.ffn, s.width)
+    yield linear("o", m, s.query, s.width)
+    yield linear_loss(max(1, m // 2), s.width, s.vocab)
+    yield attend(lengths, s.heads, s.kv_heads, s.head_size, prefix=document // 2 if chatglm else None)
+    if chatglm:
+        yield turn_sections(m, s.heads, s.head_size)
+    else:
         yield norm(m, s.width)
         yield add_norm(m, s.width)
         yield rotate(m, s.heads, s.head_size, s.head_size // 2 if glm else None, glm)
         yield (gate_fused if glm else gate)(m, s.ffn)
-        yield group("q, k, v", m, s.width, (s.query, s.kv, s.kv))
-        yield linear("o", m, s.query, s.width)
-        if glm:
-            yield linear("gate and up", m, s.width, 2 * s.ffn)
-        else:
-            yield linear("gate", m, s.width, s.ffn)
-            yield group("gate, up", m, s.width, (s.ffn, s.ffn))
-        yield dual(m, s.width, s.ffn, fused=glm)
-        yield attend(lengths, s.heads, s.kv_heads, s.head_size)
-    yield linear("down", m, s.ffn, s.width)
     if model == "qwen2.5-7b":  # settles kernels/dequantize.py's ROWS_IN_THE_LOOP
         for rows in (1, 16, 128, 256, 512, 1024, 2048):
             yield quantized("gate, up", NF4Weight, rows, s.width, (s.ffn, s.ffn))
         for form in (Int8Weight, FP8Weight):
             yield quantized("gate, up", form, 512, s.width, (s.ffn, s.ffn))
     yield loss(max(1, m // 4), s.vocab)
-    yield linear_loss(max(1, m // 2), s.width, s.vocab)

@@ -1,41 +1,50 @@
-"""Forward and backward of a LoRA step at the sizes of real models, random weights, against what others write.
+"""A LoRA training step at the sizes of real models, random weights, against what others write.
 
-    python -m bench.step [--models qwen2.5-0.5b ...] [--tokens 8192] [--document 1024] [--rank 16] [--compile] [--save FILE.json]
+    python -m bench.step [--models qwen2.5-0.5b ...] [--tokens 8192 ...] [--sides NAME ...] [--trace DIR] [--save FILE.json]
 
-One stream of packed documents, half of each trained. The sides: minilora, the same with recomputation, with the wide products
-by the library's GEMM, and on PyTorch's operations alone (--kernels off), the formulation of transformers and peft in this
-project's blocks (adapters in fp32, each operation term by term, all logits in fp32) with and without recomputation, and that
-under torch.compile. Attention and the stream are the same for all, so a trainer that pads pays for that beside. In turn, one
-process a model; the optimizer's step, the same for all, is left out.
+One stream of packed documents, half of each trained; forward and backward, the optimizer's step left out. The sides: minilora, the
+same with recomputation, with the wide products by the library's GEMM, and on PyTorch's operations alone (--kernels off); whole
+training steps, with packing, clipping and AdamW; the formulation of transformers and peft in this project's blocks (adapters in fp32,
+each operation term by term, all logits in fp32) with and without recomputation, and under torch.compile; and transformers with peft
+themselves where they are installed, under autocast as their Trainer runs, a row of a batch for each document.
+
+Each side of each model is a case of its own: one that fails costs the others nothing. Beside the time of a step stand the CPU time
+until its last kernel was launched, and what one more step shows under torch's profiler: the time in which the GPU was busy, and
+how many kernels it ran. A step is bound by the GPU where the first is near the third, and by the CPU where it is near the second.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench import formulations as others
+from bench.figures import Figures
 from bench.roof import machine
 from bench.shapes import MODELS, TOY, Shape
-from bench.timing import Times, in_turn, peak_bytes
-from bench.workers import Row, in_workers, lost, reason, work
-from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
+from bench.timing import Times, peak_bytes, profiled, wall_and_host
+from bench.workers import Row, in_workers, lost, work
+from minilora import train
+from minilora.config import TrainConfig
+from minilora.data import IGNORE, Example, pack
+from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
 from minilora.lora import LoRALinear, add_lora
-from minilora.machine.flops import flops_per_token, peak_flops, step_flops
+from minilora.machine.flops import flops_per_token, measured_flops, peak_flops, step_flops
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
 from minilora.models.stream import Batch, Documents
 
 SHAPES = {**MODELS, "toy": TOY}
+BASE = "peft style"  # what the other sides are compared with
 
 
 def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: int) -> Decoder:
@@ -58,15 +67,37 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, rank: i
     return model.train()
 
 
-def stream(shape: Shape, tokens: int, document: int, device: torch.device) -> Batch:
-    """Documents end to end, the second half of each trained."""
-    ids = torch.randint(shape.vocab, (tokens,), device=device)
-    lengths = [min(document, tokens - start) for start in range(0, tokens, document)]
-    documents = Documents.of(lengths).to(device)
-    position = documents.positions
-    trained = (position >= document // 2) & (position < document - 1)
-    index = trained[:-1].nonzero().squeeze(1)
-    return Batch(ids, documents, index, ids[index + 1], [])
+class Form(NamedTuple):
+    """What a step is made of, beside the model's shape."""
+
+    tokens: int
+    document: int
+    rank: int
+    device: torch.device
+
+    def stream(self, shape: Shape) -> Batch:
+        """Documents end to end, the second half of each trained."""
+        ids = torch.randint(shape.vocab, (self.tokens,), device=self.device)
+        lengths = [min(self.document, self.tokens - start) for start in range(0, self.tokens, self.document)]
+        documents = Documents.of(lengths).to(self.device)
+        position = documents.positions
+        trained = (position >= self.document // 2) & (position < self.document - 1)
+        index = trained[:-1].nonzero().squeeze(1)
+        return Batch(ids, documents, index, ids[index + 1], [])
+
+
+class Step(NamedTuple):
+    """A call that makes a loss and gradients, the tokens that it goes through, and the operations that they need."""
+
+    run: Callable[[], Tensor | float]
+    tokens: int
+    flops: float
+
+
+@lru_cache(maxsize=1)  # the sides of a model follow each other
+def the_model(shape: Shape, rank: int, device: torch.device) -> Decoder:
+    torch.manual_seed(0)
+    return random_model(shape, torch.bfloat16, device, rank)
 
 
 @contextmanager
@@ -92,127 +123,206 @@ def formulated_by_others() -> Iterator[None]:
         yield
 
 
-def sides(model: Decoder, batch: Batch, compile_too: bool) -> dict[str, Callable[[], float]]:
-    """A step of each side: its loss, and gradients that are made and dropped."""
+# the sides: what makes a step of a shape and a form
 
-    def step(
-        loss_of: Callable[[], Tensor], *contexts: Callable[[], AbstractContextManager[Any]]
-    ) -> Callable[[], float]:
-        def call() -> float:
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def ours(model: Decoder, batch: Batch) -> Tensor:
+    return model.loss(batch)
+
+
+def theirs(model: Decoder, batch: Batch, run: Callable[..., Tensor] | None = None) -> Tensor:
+    hidden = (run or model)(batch.ids, batch.documents, batch.target_index)
+    return others.hf_linear_cross_entropy(hidden, model.head, batch.targets)
+
+
+def compiled(model: Decoder, batch: Batch) -> Tensor:
+    return theirs(model, batch, _compiled(model))
+
+
+@cache
+def _compiled(model: Decoder) -> Callable[..., Tensor]:
+    return others.compiled(model)
+
+
+def formulation(
+    loss_of: Callable[[Decoder, Batch], Tensor], *contexts: Context, recomputing: bool = False
+) -> Callable[[Shape, Form], Step]:
+    """A side that computes the model's loss by a formulation, inside of the contexts."""
+
+    def make(shape: Shape, form: Form) -> Step:
+        model = the_model(shape, form.rank, form.device)
+        torch.manual_seed(1)  # the same stream for all
+        batch = form.stream(shape)
+
+        def run() -> Tensor:
             try:
                 with ExitStack() as stack:
-                    for context in contexts:
+                    for context in (*contexts, partial(patch.object, model, "checkpointing", recomputing)):
                         stack.enter_context(context())
-                    loss = loss_of() / len(batch.targets)
+                    loss = loss_of(model, batch) / len(batch.targets)
                     loss.backward()
-                return float(loss.detach())
+                return loss.detach()
             finally:
                 model.zero_grad(set_to_none=True)
 
-        return call
+        return Step(run, form.tokens, step_flops(model.config, [batch], flops_per_token(model, full=False)))
 
-    def ours() -> Tensor:
-        return model.loss(batch)
-
-    def theirs(run: Callable[..., Tensor] = model) -> Tensor:
-        hidden = run(batch.ids, batch.documents, batch.target_index)
-        return others.hf_linear_cross_entropy(hidden, model.head, batch.targets)
-
-    off, recomputing = partial(kernels_enabled, False), partial(patch.object, model, "checkpointing", True)
-    found = {"minilora": step(ours), "minilora, recomputing": step(ours, recomputing)}
-    if use_triton(model.head):
-        found["minilora, library GEMM"] = step(ours, use_library_gemm)
-        found["minilora, kernels off"] = step(ours, off)
-    found["peft style"] = step(theirs, formulated_by_others, off)
-    found["peft style, recomputing"] = step(theirs, formulated_by_others, off, recomputing)
-    if compile_too:
-        compiled = others.compiled(model)
-        found["peft style, torch.compile"] = step(lambda: theirs(compiled), formulated_by_others, off)
-    return found
+    return make
 
 
-def measure(model: Decoder, batch: Batch, device: torch.device, rounds: int, compile_too: bool) -> dict[str, Any]:
-    """Seconds, memory and loss of each side; a side that fails, for want of memory above all, says why."""
-    calls, result = sides(model, batch, compile_too), {}
-    for name, call in list(calls.items()):
+def training(shape: Shape, form: Form) -> Step:
+    """Whole steps of `train`: rows of many lengths packed into streams, clipping and AdamW."""
+    model = the_model(shape, form.rank, form.device)
+    the_model.cache_clear()  # training changes the adapters: the next side gets new ones
+    config = TrainConfig()
+    optimizer = train.optimizer_of(model, config)
+    numbers = np.random.default_rng(1)
+    lengths = numbers.integers(form.document // 2, form.document + 1, 2 * form.tokens // form.document)
+    examples = []
+    for n in lengths:
+        ids = numbers.integers(shape.vocab, size=n)
+        examples.append(Example(ids, np.where(np.arange(n) < n // 2, IGNORE, ids), ""))
+    steps = iter(range(10**9))
+    batches = pack(examples, form.tokens)
+
+    def run() -> float:
+        return train.train_step(model, optimizer, pack(examples, form.tokens), config, next(steps))[0]
+
+    return Step(run, int(lengths.sum()), step_flops(model.config, batches, flops_per_token(model, full=False)))
+
+
+def transformers_peft(shape: Shape, form: Form) -> Step:
+    """Their own model and adapters, fp32 adapters under autocast; documents as the rows of a batch, all of one length."""
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # pyright: ignore[reportMissingImports]
+
+    config = Qwen2Config(
+        vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_size,
+        tie_word_embeddings=shape.width < 2048, attn_implementation="sdpa", use_cache=False, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with form.device:
+        base = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    lora = LoraConfig(r=form.rank, lora_alpha=2 * form.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).train()
+    rows = max(1, form.tokens // form.document)
+    ids = torch.randint(shape.vocab, (rows, form.document), device=form.device)
+    labels = ids.clone()
+    labels[:, : form.document // 2 + 1] = IGNORE
+
+    def run() -> Tensor:
         try:
-            loss = call()
-            result[name] = {"loss": loss, "peak": peak_bytes(call, device)}
-        except Exception as problem:
-            if name == "minilora" and not isinstance(problem, torch.OutOfMemoryError):
-                raise
-            result[name] = {"failed": reason(problem)}
-            del calls[name]
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what one side kept is not there for the next one's peak
-    for name, times in in_turn(calls, device, rounds).items():
-        result[name]["seconds"] = times
-    return result
+            with torch.autocast(form.device.type, torch.bfloat16):
+                loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            return loss.detach()
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    with torch.device("meta"):
+        like = random_model(shape, torch.bfloat16, torch.device("meta"), form.rank)
+    batch = form._replace(tokens=rows * form.document).stream(shape)
+    flops = step_flops(like.config, [batch], flops_per_token(like, full=False))
+    return Step(run, rows * form.document, flops)
+
+
+off = partial(kernels_enabled, False)
+SIDES: dict[str, Callable[[Shape, Form], Step]] = {
+    "minilora": formulation(ours),
+    BASE: formulation(theirs, formulated_by_others, off),
+    "minilora, library GEMM": formulation(ours, use_library_gemm),
+    "minilora, whole training step": training,
+    "transformers + peft": transformers_peft,
+    "minilora, recomputing": formulation(ours, recomputing=True),
+    "peft style, recomputing": formulation(theirs, formulated_by_others, off, recomputing=True),
+    "minilora, kernels off": formulation(ours, off),
+    "peft style, torch.compile": formulation(compiled, formulated_by_others, off),
+}
+SLOW = {"peft style, torch.compile"}  # compiles for minutes: only where it is asked for by name
+
+
+def measure(step: Step, device: torch.device, rounds: int, trace: Path | None) -> Row:
+    """Loss, memory, times, and what a profiler sees of one step."""
+    loss = float(step.run())  # also the first warm-up: kernels are compiled, the library has chosen
+    peak = peak_bytes(step.run, device)
+    wall, host = wall_and_host(step.run, device, rounds)
+    seen = profiled(step.run, device, trace)
+    return {"loss": loss, "peak": peak, "seconds": wall, "host": host, **seen._asdict()}
 
 
 HEAD = (
-    "| model | side | ms a step (20 to 80 %) | tokens/s | against peft style | MFU | peak GB beyond the weights | loss |\n|"
-    + "---|" * 8
+    "| case | ms a step (20 to 80 %) | tokens/s | against peft style | CPU ms to the last launch | GPU busy ms | launches "
+    "| MFU, data sheet | of the measured GEMM | peak GB beyond the weights | loss |\n|" + "---|" * 11
 )
 
 
-def told(row: Row, tokens: int) -> str:
-    """The lines of a model in Markdown."""
-    if "sides" not in row:
-        return f"| {row['name']} | {lost(row)} |" + " |" * 6
-    base, lines = row["sides"].get("peft style", {}).get("seconds"), []
-    for side, r in row["sides"].items():
-        if "failed" in r:
-            lines.append(f"| {row['name']} | {side} | {lost(r)} |" + " |" * 5)
-            continue
-        t = Times(*r["seconds"])
-        against = f"{Times(*base).median / t.median:.2f}" if base else ""
-        lines.append(
-            f"| {row['name']} | {side} | {t.median * 1e3:.1f} ({t.low * 1e3:.1f} to {t.high * 1e3:.1f}) "
-            f"| {tokens / t.median:,.0f} | {against} | {row['flops'] / t.median / row['roof']:.1%} "
-            f"| {r['peak'] / 1e9:.2f} | {r['loss']:.4f} |"
-        )
-    return "\n".join(lines)
+def name_of(model: str, tokens: int, side: str) -> str:
+    return f"{model}, T={tokens}: {side}"
+
+
+def line_of(row: Row, rows: dict[str, Row]) -> str:
+    """A side in Markdown, against the base of its model where that is there."""
+    if "seconds" not in row:
+        return f"| {row['name']} | {lost(row)} |" + " |" * 9
+    t = Times(*row["seconds"])
+    base = rows.get(name_of(row["model"], row["asked"], BASE), {})
+    against = f"{row['tokens'] / t.median / (base['tokens'] / base['seconds'][0]):.2f}" if "seconds" in base else ""
+    busy = f"{row['busy'] * 1e3:.1f} | {row['launches']}" if row["launches"] else "|"
+    return (
+        f"| {row['name']} | {t.median * 1e3:.1f} ({t.low * 1e3:.1f} to {t.high * 1e3:.1f}) | {row['tokens'] / t.median:,.0f} "
+        f"| {against} | {row['host'] * 1e3:.1f} | {busy} | {row['flops'] / t.median / row['roof']:.1%} "
+        f"| {row['flops'] / t.median / row['measured roof']:.1%} | {row['peak'] / 1e9:.2f} | {row['loss']:.4f} |"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2.5-0.5b"])
-    parser.add_argument("--tokens", type=int, default=8192 if on_gpu else 256)
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[8192 if on_gpu else 256], help="lengths of the stream"
+    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[s for s in SIDES if s not in SLOW])
     parser.add_argument("--document", type=int, default=1024 if on_gpu else 128)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7 if on_gpu else 3)
+    parser.add_argument("--rounds", type=int, default=5 if on_gpu else 3)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--compile", nargs="*", metavar="MODEL", help="torch.compile of the peft style too (minutes)")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="write the profiler's traces there")
     parser.add_argument("--seconds", type=float, default=1e9, help="what is not done by then is skipped")
     parser.add_argument("--save", metavar="FILE", help="write the figures as JSON, and the table beside it as .md")
     parser.add_argument("--names", nargs="+", help=argparse.SUPPRESS)  # of a worker
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    compiled = args.models if args.compile == [] else args.compile or []
+    cases = {name_of(m, t, s): (m, t, s) for m in args.models for t in args.tokens for s in args.sides}
+
+    @cache
+    def roofs() -> dict[str, float]:
+        return {"roof": peak_flops(device, torch.bfloat16), "measured roof": measured_flops(device, torch.bfloat16)}
 
     def case(name: str) -> Row:
-        torch.manual_seed(0)
-        model = random_model(SHAPES[name], torch.bfloat16, device, args.rank)
-        batch = stream(SHAPES[name], args.tokens, args.document, device)
-        flops = step_flops(model.config, [batch], flops_per_token(model, full=False))
-        found = measure(model, batch, device, args.rounds, name in compiled)
-        return {"flops": flops, "roof": peak_flops(device, torch.bfloat16), "sides": found}
+        model, tokens, side = cases[name]
+        try:
+            step = SIDES[side](SHAPES[model], Form(tokens, min(args.document, tokens), args.rank, device))
+        except ModuleNotFoundError as missing:
+            return {"skipped": f"{missing.name} is not installed"}
+        trace = args.trace and args.trace / f"{model}-{tokens}-{side.replace(', ', '-').replace(' ', '-')}.json.gz"
+        found = measure(step, device, args.rounds, trace)
+        return {"model": model, "asked": tokens, "tokens": step.tokens, "flops": step.flops, **roofs(), **found}
 
     if args.lines:
         return work(args.names, case, args.lines)
-    form = [f"--{key}={getattr(args, key)}" for key in ("tokens", "document", "rank", "rounds", "device")]
-    command = [sys.executable, "-m", "bench.step", *form, "--models", *args.models]
-    command += ["--compile", *compiled] if compiled else []
-    print(HEAD, flush=True)
-    rows = in_workers(command, args.models, 1, args.seconds, lambda row: print(told(row, args.tokens), flush=True))
-    if args.save:
-        about = machine(device) | {key: getattr(args, key) for key in ("tokens", "document", "rank", "rounds")}
-        lines = [HEAD, *(told(row, args.tokens) for row in rows.values())]
-        Path(args.save).write_text(json.dumps({"machine": about, "rows": list(rows.values())}, indent=1) + "\n")
-        Path(args.save).with_suffix(".md").write_text("\n".join([json.dumps(about), "", *lines]) + "\n")
+    if args.trace:
+        args.trace.mkdir(parents=True, exist_ok=True)
+    form = [f"--{key}={getattr(args, key)}" for key in ("document", "rank", "rounds", "device")]
+    command = [sys.executable, "-m", "bench.step", *form, "--models", *args.models, "--tokens", *map(str, args.tokens)]
+    command += ["--sides", *args.sides] + (["--trace", str(args.trace)] if args.trace else [])
+    about = machine(device) | {key: getattr(args, key) for key in ("document", "rank", "rounds")}
+    figures = Figures(about, [HEAD], lambda row: line_of(row, figures.rows), args.save)
+    in_workers(command, list(cases), 1, args.seconds, figures.add)
 
 
 if __name__ == "__main__":

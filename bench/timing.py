@@ -4,9 +4,12 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,6 +64,59 @@ def _on_gpu(function: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+def wall_and_host(function: Callable[[], Any], device: torch.device, rounds: int) -> tuple[Times, float]:
+    """Seconds of a call from an idle device to its end, and the least until it came back: on a GPU, all kernels are launched then.
+
+    A call that waits for its result comes back no earlier than it ends.
+    """
+    walls, hosts = [], []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        hosts.append(time.perf_counter() - start)
+        synchronize(device)
+        walls.append(time.perf_counter() - start)
+    return spread(walls), min(hosts)
+
+
+class Profile(NamedTuple):
+    """Of one call on a GPU: seconds in which a kernel or a copy ran, how many did, and the kernels that took the most.
+
+    All are zero or empty on a CPU.
+    """
+
+    busy: float
+    launches: int
+    kernels: list[tuple[str, int, float]]  # name, runs, seconds
+
+
+def profiled(function: Callable[[], Any], device: torch.device, trace: Path | None = None) -> Profile:
+    """What torch's profiler sees of a call; `trace`: a file for chrome://tracing or Perfetto."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as seen:
+        function()
+        synchronize(device)
+    if trace:
+        seen.export_chrome_trace(str(trace))
+    return summed(
+        [(e.name, e.time_range.start, e.time_range.end) for e in seen.events() if e.device_type != DeviceType.CPU]
+    )
+
+
+def summed(runs: list[tuple[str, float, float]]) -> Profile:
+    """The profile of (name, start, end in microseconds): two kernels that ran at once kept the device busy once."""
+    busy, until = 0.0, 0.0
+    for _, start, end in sorted(runs, key=lambda run: run[1]):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    spent: dict[str, list[float]] = {}
+    for name, start, end in runs:
+        spent.setdefault(name, []).append((end - start) / 1e6)
+    most = sorted(((name, len(each), sum(each)) for name, each in spent.items()), key=lambda row: -row[2])
+    return Profile(busy / 1e6, len(runs), most[:20])
 
 
 class _Alive(TorchDispatchMode):
