@@ -32,7 +32,7 @@ TILE = {"nf4": (64, 64), "int8": (16, 256), "fp8": (16, 256)}  # of `widen`: 32 
 # tiles of lora_gemm with W made in the loop, by architecture: forward up to FEW_ROWS rows, which is decoding; else
 FEW_ROWS = 16
 FEW = {
-    0: {"BM": 16, "BN": 32, "BK": 64, "R": 16, "num_warps": 4, "num_stages": 1},
+    0: {"BM": 16, "BN": 32, "BK": 128, "R": 16, "num_warps": 4, "num_stages": 1},
     80: {"BM": 16, "BN": 32, "BK": 256, "R": 16, "num_warps": 4, "num_stages": 4},
     86: {"BM": 16, "BN": 32, "BK": 256, "R": 16, "num_warps": 4, "num_stages": 4},
     90: {"BM": 16, "BN": 32, "BK": 256, "R": 16, "num_warps": 4, "num_stages": 4},

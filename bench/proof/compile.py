@@ -195,13 +195,14 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "fp8_rows 3584 scaled": _in_fp8(3584, scaled=True),
     "fp8_rows 18944 scaled": _in_fp8(18944, scaled=True),
     **{f"{name} widened": _widen(name) for name in FORMATS},
+    **{f"{name} qkv of 1 r=16": _quantized(name, 1, 3584, (3584, 512, 512), 16) for name in FORMATS},
     **{
-        f"{name} {group} of {tokens} r={r}" + " dropout" * bool(p): _quantized(name, tokens, k, ns, r, p)
+        f"{name} qkv of 259 r={r}": _quantized(name, 259, 3584, (3584, 512, 512), r)
         for name in FORMATS
-        for group, k, ns in (("qkv", 3584, (3584, 512, 512)), ("down", 18944, (3584,)))
-        for tokens in (1, 257)
-        for r, p in ((16, 0.0), (64, 0.0), (16, 0.05))
+        for r in (16, 64)
     },
+    **{f"{name} qkv of 259 r=16 dropout": _quantized(name, 259, 3584, (3584, 512, 512), 16, 0.05) for name in FORMATS},
+    **{f"{name} down of 259 r=16": _quantized(name, 259, 18944, (3584,), 16) for name in FORMATS},
     "cross_entropy 152064": _on_logits(152064, True),
     "cross_entropy 152064 scaled": _on_logits(152064, True, scaled=True),
     "cross_entropy 152064 without gradient": _on_logits(152064, False),
@@ -210,7 +211,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "linear_cross_entropy 3584x152064 without gradient": _of_a_head(3584, 152064, ()),
 }
 # kernels with tables for sm_86, whose programs have 99 KiB of shared memory and not 163
-ON_86 = ("lora_", "linear_cross_entropy")
+ON_86 = ("lora_", "linear_cross_entropy", *FORMATS)
 
 
 def quantized_group(x: Tensor, ns: tuple[int, ...], r: int, form: type[QuantizedWeight], p: float) -> list[Projection]:
