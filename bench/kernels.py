@@ -29,7 +29,7 @@ from bench.shapes import MODELS, TOY, Shape
 from bench.timing import Times, in_turn, peak_bytes
 from bench.workers import Row, in_workers, lost, reason, work
 from minilora.kernels import dequantize
-from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_gemm, use_triton
 from minilora.kernels.quantized import QuantizedWeight
 
 SHAPES = {**MODELS, "toy": TOY}
@@ -51,7 +51,7 @@ def sides(operation: Operation, name: str, compile_too: bool, device: torch.devi
     if use_triton(torch.empty(0, device=device)):
         found[f"{OURS}, kernels off"] = inside(lambda: kernels_enabled(False), operation.op)
         if name.startswith(("lora_", "linear_cross")):
-            found[f"{OURS}, library GEMM"] = inside(use_library_gemm, operation.op)
+            found[f"{OURS}, library GEMM"] = inside(partial(use_gemm, "library"), operation.op)
         if any(isinstance(a, QuantizedWeight) for a in operation.args):
             found[f"{OURS}, in the loop"] = inside(
                 partial(patch.object, dequantize, "ROWS_IN_THE_LOOP", 1 << 30), operation.op

@@ -36,7 +36,7 @@ from bench.workers import Row, in_workers, lost, work
 from minilora import train
 from minilora.config import TrainConfig
 from minilora.data import IGNORE, Example, pack
-from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
+from minilora.kernels.dispatch import kernels_enabled, use_gemm
 from minilora.lora import LoRALinear, add_lora
 from minilora.machine.flops import flops_per_token, measured_flops, peak_flops, step_flops
 from minilora.models import decoder, layers, qwen
@@ -233,7 +233,7 @@ off = partial(kernels_enabled, False)
 SIDES: dict[str, Callable[[Shape, Form], Step]] = {
     "minilora": formulation(ours),
     BASE: formulation(theirs, formulated_by_others, off),
-    "minilora, library GEMM": formulation(ours, use_library_gemm),
+    "minilora, library GEMM": formulation(ours, partial(use_gemm, "library")),
     "minilora, whole training step": training,
     "transformers + peft": transformers_peft,
     "minilora, recomputing": formulation(ours, recomputing=True),

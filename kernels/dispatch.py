@@ -3,18 +3,28 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minilora.kernels.lang import HAVE_TRITON, INTERPRETED
 
+OLDEST = 80  # sm_75 and before have less shared memory than the kernels take, no asynchronous copies and no bf16
+
+
+class Timed(NamedTuple):
+    """The form that was chosen for products of some shapes, and the seconds that each form took."""
+
+    form: str
+    seconds: dict[str, float]
+
 
 class _Chosen:
     """What holds for the calls inside a context."""
 
-    kernels, library_gemm, deterministic = True, False, False
+    kernels, deterministic = True, False
+    gemm: str | dict[Any, Timed] = "triton"
     target: int | None = None
 
 
@@ -29,8 +39,9 @@ def _choosing(name: str, value: Any) -> Iterator[None]:
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors runs its Triton kernels: all on a GPU, or under Triton's interpreter."""
-    return _Chosen.kernels and HAVE_TRITON and (INTERPRETED or all(t.is_cuda for t in tensors))
+    """Whether an operation on these tensors runs its Triton kernels: all on an A100 or newer, or under Triton's interpreter."""
+    on = _Chosen.kernels and HAVE_TRITON
+    return on and (INTERPRETED or all(t.is_cuda and architecture(t.device) >= OLDEST for t in tensors))
 
 
 class _NoContext:
@@ -84,14 +95,23 @@ def kernels_enabled(on: bool) -> AbstractContextManager[None]:
     return _choosing("kernels", on)
 
 
-def library_gemm() -> bool:
-    """Whether GEMMs go to the library (cuBLAS) even where a kernel could make them."""
-    return _Chosen.library_gemm
+def gemm_form(*shapes: Any) -> str:
+    """triton, library or augmented: how products of these shapes are made (wide_products.py)."""
+    gemm = _Chosen.gemm
+    if isinstance(gemm, str):
+        return gemm
+    timed = gemm.get(shapes)
+    return "library" if timed is None else timed.form
 
 
-def use_library_gemm() -> AbstractContextManager[None]:
-    """GEMMs go to the library for the calls inside; a backward does as its forward did."""
-    return _choosing("library_gemm", True)
+def gemm_choice() -> str | dict[Any, Timed]:
+    """The form of all products, or what was measured for the shapes of a model; measuring fills it."""
+    return _Chosen.gemm
+
+
+def use_gemm(form: str | dict[Any, Timed]) -> AbstractContextManager[None]:
+    """One form for all products of the calls inside, or each by its shapes; a backward does as its forward did."""
+    return _choosing("gemm", form)
 
 
 def deterministic_backward(on: bool) -> AbstractContextManager[None]:

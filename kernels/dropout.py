@@ -174,9 +174,4 @@ def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
     The specification: no autograd of its own.
     """
     draw = dropout_mask_ref if use_triton(x) else dropout_mask
-    return x if p == 0 else dropped(x, draw((x.shape[0], x.shape[1]), p, key, x.device), p)
-
-
-def dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """x under a mask of its shape, scaled by 1 / (1 - p); x itself where there is no mask."""
-    return x if mask is None else torch.mul(x, mask).mul_(1 / (1 - p))
+    return x if p == 0 else torch.mul(x, draw((x.shape[0], x.shape[1]), p, key, x.device)).mul_(1 / (1 - p))

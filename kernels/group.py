@@ -1,12 +1,12 @@
 """Projections of one input as launches take them, and what the numbers of a launch depend on."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minilora.kernels.dispatch import architecture, target
+from minilora.kernels.dispatch import architecture, gemm_choice, gemm_form, target
 from minilora.kernels.dropout import seed_of
 from minilora.kernels.lang import INTERPRETED, PINNED, accum_dtype, cdiv
 from minilora.kernels.launch import per_shape
@@ -64,6 +64,30 @@ class Sizes(NamedTuple):
     scale: float
 
 
+class Forms(NamedTuple):
+    """The forms of y and of dX of a group: triton, library or augmented (wide_products.py)."""
+
+    y: str
+    dx: str
+
+    @staticmethod
+    def of(projections: Sequence[Projection]) -> "Forms":
+        chosen = gemm_choice()
+        if isinstance(chosen, str):
+            return ALIKE[chosen]
+        shapes = shapes_of(projections)
+        return Forms(gemm_form("y", *shapes), gemm_form("dx", *shapes))
+
+
+ALIKE = {form: Forms(form, form) for form in ("triton", "library", "augmented")}
+
+
+def shapes_of(projections: Sequence[Projection]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """K, the N_j and the R_j (0 without an adapter) of a group: the class that a form is chosen for."""
+    ranks = tuple([p.adapter.a.shape[0] if p.adapter else 0 for p in projections])
+    return projections[0].weight.shape[1], tuple([p.weight.shape[0] for p in projections]), ranks
+
+
 class Group(NamedTuple):
     """Projections of one input as launches take them: what is alike of all, together."""
 
@@ -79,6 +103,8 @@ class Group(NamedTuple):
     rates: tuple[float, ...]
     factors: tuple[float, ...]
     seeds: tuple[Tensor, ...]  # of the masks
+    projections: tuple[Projection, ...]  # as they came
+    forms: Forms
 
     @staticmethod
     def of(projections: Sequence[Projection]) -> "Group":
@@ -102,8 +128,8 @@ class Group(NamedTuple):
         rest, unread = iter(b), next((bias for bias in biases if bias is not None), weights[0])
         biases = [unread if bias is None else bias for bias in biases]
         wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else [*b, w][0] for size in sizes]
-        fields = map(tuple, (biases, wide_bs, sizes, a, b, ranks, rates, factors, seeds))
-        return Group(format_of(projections[0].weight), tuple(weights), scales, *fields)
+        fields: Any = map(tuple, (biases, wide_bs, sizes, a, b, ranks, rates, factors, seeds, projections))
+        return Group(format_of(projections[0].weight), tuple(weights), scales, *fields, forms=Forms.of(projections))
 
 
 def s_index(sizes: Sequence[Sizes]) -> tuple[int, ...]:

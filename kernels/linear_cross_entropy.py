@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels.cross_entropy import IGNORED, Softmax, blocks_of, check_targets
-from minilora.kernels.dispatch import architecture, check_same, library_gemm, once_differentiable, recording, use_triton
+from minilora.kernels.dispatch import architecture, check_same, gemm_form, once_differentiable, recording, use_triton
 from minilora.kernels.frozen_linear import add_input_gradient, frozen_linear
 from minilora.kernels.lang import (
     INTERPRET,
@@ -94,6 +94,7 @@ def _logits_kernel(
     D,
     row_tiles,
     parts,
+    EVEN_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -117,8 +118,9 @@ def _logits_kernel(
     # logits of the tile: z = x head^T                                        [ROWS, INNER] x [INNER, COLUMNS]
     b_z = tl.zeros((ROWS, COLUMNS), ACC)
     for k in range(0, D, INNER):
-        b_x = tl.load(p_x + k + o_x, mask=m_m[:, None] & (o_k[None, :] < D - k), other=0.0)
-        b_head = tl.load(p_head + k + o_head, mask=m_n[None, :] & (o_k[:, None] < D - k), other=0.0)
+        m_k = (o_k < D - k) | EVEN_K
+        b_x = tl.load(p_x + k + o_x, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_head = tl.load(p_head + k + o_head, mask=m_n[None, :] & m_k[:, None], other=0.0)
         if INTERPRET:
             b_x, b_head = b_x.to(ACC), b_head.to(ACC)
         b_z = tl.dot(b_x, b_head, b_z, input_precision="ieee", out_dtype=ACC)
@@ -296,7 +298,7 @@ class _OnTriton(_OnTorch):
         # an odd size is loaded value by value, which takes more registers than there are
         even = all(n % 16 == 0 for n in (d, v, x.stride(0), head.stride(0)))
         on_cores = INTERPRETED or (x.element_size() == 2 and even)
-        fused, gradient = on_cores and not library_gemm(), needs_x or needs_head
+        fused, gradient = on_cores and gemm_form("logits", d, v) == "triton", needs_x or needs_head
         tile = TILE_INTERPRETED if INTERPRETED else tile_for(architecture(device))
         size, parts = min(chunk_rows, m), 2 * cdiv(v, tile.columns)
         dx = torch.empty((m, d), dtype=x.dtype, device=device) if needs_x else None
@@ -328,6 +330,7 @@ class _OnTriton(_OnTorch):
                         d,
                         row_tiles,
                         parts,
+                        EVEN_K=d % tile.inner == 0,
                         **_launch(tile, x.dtype),
                     )
                     _softmax_kernel[(n,)](

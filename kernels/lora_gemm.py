@@ -29,6 +29,7 @@ GEMM = {
     86: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     90: {"BM": 128, "BN": 256, "BK": 64, "R": 32, "num_warps": 8, "num_stages": 3},
 }
+INPUT_GRADIENT = dict(GEMM)  # a table of its own: W is read along its other axis, and another tile may be faster
 SINGLE = {  # S beside the accumulator
     0: GEMM[0],
     80: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
@@ -36,6 +37,7 @@ SINGLE = {  # S beside the accumulator
     90: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
 }
 REPEATS = 2  # of S in the single pass, at the most
+# EVEN_K: what a loop sums over is a multiple of BK, as in models, and needs no mask
 GROUP_ROWS = 8  # tiles of rows that run side by side, for the second-level cache
 
 
@@ -129,6 +131,7 @@ def _forward_kernel(
     PADDED_R: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -167,7 +170,8 @@ def _forward_kernel(
     o_w = tl.minimum((i_n - first) * BN + tl.arange(0, BN), n - 1).to(tl.int64)
     p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w[:, None] * w_stride + o_c[None, :]
     for start_k in range(0, K, BK):
-        m_k, m_c = start_k + o_k < K, start_k // packed + o_c < codes_of(K, FORMAT)
+        m_k = (start_k + o_k < K) | EVEN_K
+        m_c = (start_k // packed + o_c < codes_of(K, FORMAT)) | EVEN_K
         b_w = load_weight(p_w, m_c[None, :], w_scales, o_w, start_k, n, K, FORMAT, x_ptr.dtype.element_ty, ACC)
         b_y = dot(load_operand(p_x, m_k[None, :], ACC), tl.trans(b_w), b_y)
         p_x += BK
@@ -216,6 +220,7 @@ def _input_gradient_kernel(
     PADDED_R: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -241,7 +246,7 @@ def _input_gradient_kernel(
         p_w = w_ptrs[j] + o_k[:, None].to(tl.int64) * w_strides[j] + o_c
         w_scales = scales_of(scale_ptrs, j, COUNT, FORMAT)
         for start_k in range(0, ns[j], BK):
-            m_k = start_k + o_k < ns[j]
+            m_k = (start_k + o_k < ns[j]) | EVEN_K
             b_dy, m_w = load_operand(p_dy, m_k[None, :], ACC), m_k[:, None] & (o_c < codes_of(K, FORMAT))
             o_w = (start_k + o_k).to(tl.int64)
             b_w = load_weight(p_w, m_w, w_scales, o_w, i_n * BN, ns[j], K, FORMAT, dx_ptr.dtype.element_ty, ACC)
@@ -290,6 +295,7 @@ def _single_pass_kernel(
     col_tiles,
     PADDED_R: tl.constexpr,
     GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -307,7 +313,7 @@ def _single_pass_kernel(
     # base GEMM and shrink from one read of x: y = x W^T, S = x A^T                  [BM, BK] x [BK, BN + R]
     b_y, b_s = tl.zeros((BM, BN), ACC), tl.zeros((BM, PADDED_R), ACC)
     for start_k in range(0, K, BK):
-        m_k = start_k + o_k < K
+        m_k = (start_k + o_k < K) | EVEN_K
         b_x = load_operand(p_x, m_k[None, :], ACC)
         b_y = dot(b_x, load_operand(p_w, m_k[:, None], ACC), b_y)
         b_a = load(p_a, m_k[:, None] & (o_r[None, :] < rank), ACC)
@@ -334,6 +340,7 @@ def _forward_launch(
     tiles = GEMM if weight_format == WIDE else FEW if rows <= FEW_ROWS else QUANTIZED
     options = launch_options(tiles, place, [p.rank for p in sizes])
     options |= {"FORMAT": weight_format, "GROUP": GROUP_ROWS, "enable_fp_fusion": weight_format == WIDE}
+    options["EVEN_K"] = k % options["BK"] == 0
     col_tiles = sum(cdiv(p.n, options["BN"]) for p in sizes)
     ns, w_strides, bias_ns, ranks, scales = zip(*sizes, strict=True)
     numbers = scales, ns, bias_ns, ranks, s_index(sizes), w_strides, x_stride, rows, k, col_tiles
@@ -360,9 +367,10 @@ def _input_gradient_launch(
     rates: tuple[float, ...],
     weight_format: str,
 ) -> Launch:
-    options = launch_options(GEMM if weight_format == WIDE else QUANTIZED, place, ranks)
+    options = launch_options(INPUT_GRADIENT if weight_format == WIDE else QUANTIZED, place, ranks)
     options |= {"COUNT": len(sizes), "ADAPTED": len(ranks), "DROPOUT": any(rates)}
     options |= {"FORMAT": weight_format, "GROUP": GROUP_ROWS, "enable_fp_fusion": weight_format == WIDE}
+    options["EVEN_K"] = all(size.n % options["BK"] == 0 for size in sizes)
     col_tiles = cdiv(k, options["BN"])
     ns, w_strides = tuple(size.n for size in sizes), tuple(size.w_stride for size in sizes)
     numbers = tuple(map(threshold, rates)), ranks, ns, dy_strides, w_strides, rows, k, col_tiles
@@ -384,6 +392,7 @@ def _single_pass_launch(place: Place, rows: int, k: int, x_stride: int, size: Si
     """And the padded rank."""
     options = launch_options(SINGLE, place, [size.rank])
     del options["R"], options["COUNT"]
+    options["EVEN_K"] = k % options["BK"] == 0
     col_tiles = cdiv(size.n, options["BN"])
     numbers = size.scale, size.n, size.bias_n, size.rank, size.w_stride, x_stride, rows, k, col_tiles
     launch = Launch(place.device, cdiv(rows, options["BM"]) * col_tiles, numbers, GROUP=GROUP_ROWS, **options)

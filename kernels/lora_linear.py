@@ -10,11 +10,10 @@ S_j = drop_j(x) A_j^T [T, R_j]; dropout masks are drawn again. With dS_j = s_j d
 
 Widths and ranks may differ, and a projection may have no adapter or no bias. As in PEFT each has its own dropout mask.
 
-On Triton: all S_j from one read of x (lora_shrink), then all y_j in one launch of a GEMM whose accumulators start from
-s_j S_j B_j^T (lora_gemm); for a narrow single layer, both in one pass. Backward: dS and dB from one read of each dY_j,
-then dX, written once, and all dA_j from one read of x. On torch, which also takes widths that are not a multiple of 16
-on a GPU: the library's GEMM, one for all weights where they are packed (packed.py), and a second call that adds
-the product of rank R.
+The narrow products are made by lora_shrink: all S_j from one read of x, dS and dB from one read of each dY_j, all dA_j
+from one read of x. The wide ones, y and dX, have three forms, a Triton GEMM and two that use the library's, and the one
+that is fastest for these shapes is taken (wide_products.py). Without a GPU, and for widths that are not a multiple of
+16, all are torch's.
 """
 
 from collections.abc import Sequence
@@ -24,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels import lora_gemm, lora_shrink
-from minilora.kernels.dequantize import WIDE, in_the_loop
-from minilora.kernels.dispatch import library_gemm, once_differentiable, recording, use_triton
-from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask, dropped
-from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
-from minilora.kernels.group import Group, Place
+from minilora.kernels import library_gemm, lora_gemm, lora_shrink, wide_products
+from minilora.kernels.augmented import Augmented
+from minilora.kernels.dequantize import in_the_loop
+from minilora.kernels.dispatch import once_differentiable, recording, use_triton
+from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask
+from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
+from minilora.kernels.group import Forms, Group
 from minilora.kernels.lang import INTERPRETED, rows_of
-from minilora.kernels.packed import stacked
 from minilora.kernels.projection import Adapter, Projection, check
 from minilora.kernels.quantized import Weight, format_of, weight_as
 
@@ -76,12 +75,12 @@ class _OnTriton(torch.autograd.Function):
                 s, ys = lora_shrink.shrink(rows, group), _uninitialised(x, projections)
             elif not group.a:
                 s, ys = x, lora_gemm.forward(rows, rows, group)
-            elif group.format == WIDE and lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
+            elif wide_products.in_one_pass(rows, group):
                 y, s = lora_gemm.single_pass(rows, group)
                 ys = [y]
             else:
                 s = lora_shrink.shrink(rows, group)
-                ys = lora_gemm.forward(rows, s, group)
+                ys = wide_products.forward(rows, s, group)
         ctx.save_for_backward(x, s, *trained)
         ctx.group = group
         return tuple(ys)
@@ -104,7 +103,7 @@ def _triton_gradients(
         adapted = [dy for dy, size in zip(dys, group.sizes, strict=True) if size.rank]
         ds, dbs = lora_shrink.expand_backward(adapted, s, group, needs_x or any(needs_a), any(needs_b))
         if needs_x and ds is not None:
-            dx = lora_gemm.input_gradient(dys, ds, group)
+            dx = wide_products.input_gradient(dys, ds, group)
         if any(needs_a) and ds is not None:
             das = lora_shrink.shrink_backward(rows, ds, group)
     found = [d for pair in zip(das, dbs, strict=True) for d in pair]
@@ -121,17 +120,18 @@ class _OnTorch(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         shrunk = _shrink(x, [p.adapter for p in projections if p.adapter])
         ctx.save_for_backward(x, *shrunk, *trained)
-        ctx.projections, rest = projections, iter(shrunk)
+        ctx.projections, (form, ctx.form) = projections, Forms.of(projections)
         if not output_needed:
             return tuple(_uninitialised(x, projections))
+        whole = Augmented.of(projections, x) if form == "augmented" else None
+        if whole is not None:
+            return tuple(whole.forward(x, shrunk, projections))
         ys: list[Tensor] = []
-        for weight, bias, ns in _products(projections, x.dtype):  # x W^T + b
+        for weight, bias, ns in library_gemm.base_products(projections, x.dtype):  # x W^T + b
             plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
             y = F.linear(x, cast(Tensor, weight), bias) if plain else frozen_linear(x, weight, bias)
             ys += y.split_with_sizes(ns, 1)
-        for y, p in zip(ys, projections, strict=True):  # + S (s B)^T
-            if p.adapter:
-                y.addmm_(next(rest), _scaled(p.adapter, x.dtype).T)
+        library_gemm.add_expanded(ys, shrunk, projections)  # + S (f B)^T
         return tuple(ys)
 
     @staticmethod
@@ -139,34 +139,38 @@ class _OnTorch(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
         shrunk = saved[: len(saved) // 3]
-        return None, None, *_torch_gradients(x, shrunk, ctx.projections, grads, ctx.needs_input_grad[2:])
+        return None, None, *_torch_gradients(x, shrunk, ctx.projections, grads, ctx.needs_input_grad[2:], ctx.form)
 
 
 def _torch_gradients(
-    x: Tensor, shrunk: Sequence[Tensor], projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
+    x: Tensor,
+    shrunk: Sequence[Tensor],
+    projections: Sequence[Projection],
+    dys: Sequence[Tensor],
+    needs: Sequence[bool],
+    form: str,
 ) -> tuple[Tensor | None, ...]:
     """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
     needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
-    dx, found, number = None, [], 0
-    for dy, p in zip(dys, projections, strict=True):
-        if needs_x:
-            dx = add_input_gradient(dx, dy, p.weight)  # dX += dY W
-        if p.adapter is None:
-            continue
-        a, b, scale, rate, key = p.adapter
+    masked = any(p.adapter.p for p in projections if p.adapter)
+    dx = wide_products.on_torch(form, dys, None, projections) if needs_x and masked else None
+    all_ds, found = [], []
+    adapted = [(dy, p.adapter) for dy, p in zip(dys, projections, strict=True) if p.adapter]
+    for number, (dy, adapter) in enumerate(adapted):
+        a, b, _, rate, key = adapter
         da = db = None
         if needs_b[number]:
-            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(scale)  # dB = s dY^T S
+            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(adapter.factor)  # dB = f dY^T S
         if needs_x or needs_a[number]:
-            ds = dy @ _scaled(p.adapter, dy.dtype)  # dS = s dY B
+            all_ds.append(ds := dy @ library_gemm.scaled(b, adapter.factor, dy.dtype))  # dS = f dY B
             mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
             if needs_a[number]:
-                da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)  # dA = dS^T drop(x)
-            if dx is not None:  # dX += drop(dS A)
-                a = a.to(dy.dtype)
-                dx = dx.addmm_(ds, a) if mask is None else dx.add_(dropped(ds @ a, mask, rate))
+                da = (ds.T @ _masked(x, mask)).to(a.dtype)  # dA = dS^T mask(x)
+            if dx is not None:
+                dx += _masked(ds @ a.to(ds.dtype), mask)  # dX += mask(dS A)
         found += [da, db]
-        number += 1
+    if needs_x and not masked:
+        dx = wide_products.on_torch(form, dys, all_ds, projections)
     return dx, *found
 
 
@@ -175,33 +179,18 @@ def _uninitialised(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]
     return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
 
 
-def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Weight, Tensor | None, list[int]]]:
-    """(weight, bias, widths N_j) of each base GEMM: one for all where the weights are packed, else one a projection."""
-    ns, biases = [p.weight.shape[0] for p in projections], [p.bias for p in projections]
-    whole = stacked([p.weight for p in projections]) if len(projections) > 1 else None
-    if whole is None:
-        return [
-            (p.weight, None if p.bias is None else p.bias.to(dtype), [n]) for p, n in zip(projections, ns, strict=True)
-        ]
-    bias = None
-    if any(b is not None for b in biases):
-        zeros = (torch.zeros(n, dtype=dtype, device=whole.device) for n in ns)
-        bias = torch.cat([zero if b is None else b.to(dtype) for b, zero in zip(biases, zeros, strict=True)])
-    return [(whole, bias, ns)]
-
-
 def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
-    """S_j of every adapter; one product for all where nothing is dropped."""
+    """S_j = mask_j(x) A_j^T of every adapter; one product for all where nothing is dropped."""
     if len(adapters) > 1 and not any(a.p for a in adapters):
         ranks = [a.a.shape[0] for a in adapters]
         return list((x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T).split(ranks, dim=1))
     masks = [dropout_mask((x.shape[0], x.shape[1]), a.p, a.key, x.device) if a.p else None for a in adapters]
-    return [dropped(x, mask, a.p) @ a.a.to(x.dtype).T for mask, a in zip(masks, adapters, strict=True)]
+    return [_masked(x, mask) @ a.a.to(x.dtype).T for mask, a in zip(masks, adapters, strict=True)]
 
 
-def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    """scale * b in a dtype, multiplied in the wider one of the two."""
-    return (adapter.b.to(torch.promote_types(adapter.b.dtype, dtype)) * adapter.scale).to(dtype)
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x where a mask keeps it, unscaled: the adapter's factor has the 1 / (1 - p)."""
+    return x if mask is None else x * mask
 
 
 def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_needed: bool = True) -> tuple[Tensor, ...]:
@@ -234,8 +223,7 @@ def lora_linear(
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter, and
-    the library's GEMM is not asked for."""
+    """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter."""
     weights = [p.weight for p in projections]
     adapted = any(p.adapter for p in projections)
     plain = adapted and all(w.dtype == x.dtype for w in weights)
@@ -245,7 +233,7 @@ def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
     there = x.numel() > 0 and (plain or quantized)
     sizes = [size for w in weights for size in w.shape]
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
-    return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device
+    return there and fits and use_triton(x)  # check() saw that all are on one device
 
 
 def group_example(

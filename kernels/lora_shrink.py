@@ -25,6 +25,8 @@ from minilora.kernels.launch import Launch, per_shape
 from minilora.kernels.lora_gemm import as_operand, dot, load_operand
 
 PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a GPU: one for each multiprocessor
+# of shrink and of its backward, whose programs wait for memory: two for each; on sm_90 that would be too many partial sums
+STREAMS = {0: 128, 80: 216, 86: 168, 90: 132}
 # by architecture, as in lora_gemm
 SHRINK = {
     0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
@@ -269,7 +271,7 @@ def _shrink_launch(
     options |= _many(rates, options["R"])
     width = options["PADDED_R"]
     row_tiles, blocks = cdiv(rows, options["BM"]), width // options["R"]
-    parts, span = _split(k, options["BK"], row_tiles * blocks, PROGRAMS[place.arch])
+    parts, span = _split(k, options["BK"], row_tiles * blocks, STREAMS[place.arch])
     numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, span, blocks
     launch = Launch(place.device, row_tiles * blocks * parts, numbers, DROPOUT=any(rates), **options)
     return launch, parts, width
@@ -364,7 +366,7 @@ def _shrink_backward_launch(
         options["num_stages"] = 3  # beside masks the offsets of a fourth spill there
     options |= _many(rates, options["R"])
     tiles, blocks = cdiv(k, options["BK"]), options["PADDED_R"] // options["R"]
-    parts, span = _split(rows, options["BM"], tiles * blocks, PROGRAMS[place.arch])
+    parts, span = _split(rows, options["BM"], tiles * blocks, STREAMS[place.arch])
     numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, span, blocks
     return Launch(place.device, tiles * blocks * parts, numbers, DROPOUT=any(rates), **options), parts
 
@@ -397,7 +399,7 @@ def _many(rates: Sequence[float], r: int) -> dict:
 
 
 def _split(size: int, block: int, others: int, programs: int) -> tuple[int, int]:
-    """(parts, span of a part) of a size, in whole blocks: so many parts that parts * others is about PROGRAMS."""
+    """(parts, span of a part) of a size, in whole blocks: so many parts that parts * others is about `programs`."""
     span = cdiv(cdiv(size, block), max(1, programs // others)) * block
     return cdiv(size, span), span
 

@@ -5,7 +5,8 @@ stored.
 
 Evaluation uses it, and the first pass over a layer that the backward computes again (activation checkpointing). The two
 weights are packed in one storage, and a tile takes its columns from both alternately: one product makes g and u side by
-side, in the registers of one thread. They are rounded to the dtype of x as the two layers would round them.
+side, in the registers of one thread. They are rounded to the dtype of x as the two layers would round them. Where
+another form than Triton's is chosen for their shapes (wide_products.py), they are stored, and h is made of them.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels import lora_linear, lora_shrink
-from minilora.kernels.group import Group, Place, Sizes, launch_options, s_index
+from minilora.kernels.group import Forms, Group, Place, Sizes, launch_options, s_index
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.launch import Launch, per_shape
 from minilora.kernels.lora_gemm import GROUP_ROWS, as_operand, dot, load_operand, swizzle_tile
@@ -50,6 +51,7 @@ def _dual_kernel(
     bias_ns,
     ranks,
     s_index,
+    w_stride,
     x_stride,
     rows,
     K,
@@ -57,6 +59,7 @@ def _dual_kernel(
     PADDED_R: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -83,9 +86,9 @@ def _dual_kernel(
     b_y = tl.reshape(tl.join(pair[0], pair[1]), (BM, 2 * BN))
     o_k, o_2n = tl.arange(0, BK), tl.arange(0, 2 * BN)[None, :]
     o_w = tl.minimum(i_n * BN + o_2n // 2, N - 1) + o_2n % 2 * N
-    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w.to(tl.int64) * K + o_k[:, None]
+    p_x, p_w = x_ptr + o_m * x_stride + o_k[None, :], w_ptr + o_w.to(tl.int64) * w_stride + o_k[:, None]
     for start_k in range(0, K, BK):
-        m_k = start_k + o_k < K
+        m_k = (start_k + o_k < K) | EVEN_K
         b_y = dot(load_operand(p_x, m_k[None, :], ACC), load_operand(p_w, m_k[:, None], ACC), b_y)
         p_x += BK
         p_w += BK
@@ -103,8 +106,9 @@ def _dual_launch(
 ) -> Launch:
     options, n = launch_options(DUAL, place, [p.rank for p in pair if p.rank]), pair[0].n
     del options["COUNT"]
-    _, _, bias_ns, ranks, scales = zip(*pair, strict=True)
-    numbers = scales, bias_ns, ranks, index, x_stride, rows, k, n
+    options["EVEN_K"] = k % options["BK"] == 0
+    _, w_strides, bias_ns, ranks, scales = zip(*pair, strict=True)
+    numbers = scales, bias_ns, ranks, index, w_strides[0], x_stride, rows, k, n
     grid = cdiv(rows, options["BM"]) * cdiv(n, options["BN"])
     return Launch(place.device, grid, numbers, GROUP=GROUP_ROWS, **options)
 
@@ -143,7 +147,7 @@ def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
         raise ValueError(f"gate and up are two weights of one shape, or one with the rows of both, not {shapes}")
     check(x, projections)
     with torch.no_grad():
-        if all(isinstance(p.weight, Tensor) for p in projections):
+        if Forms.of(projections).y == "triton" and all(isinstance(p.weight, Tensor) for p in projections):
             pair = projections if len(projections) == 2 else _halves(projections[0])
             weight = joined([p.tensor for p in pair])
             if weight is not None and lora_linear.runs_on_triton(x, pair):

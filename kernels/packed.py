@@ -20,19 +20,23 @@ def join(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """Packed weights [N_j, K] as one matrix [sum of N_j, K], a view; None if they are not packed."""
+    """Packed weights [N_j, K] as one matrix [sum of N_j, K], a view; None if they are not packed.
+
+    Rows may be further apart than K, and then are in what is returned.
+    """
     first = weights[0]
     (height, k), dtype, start = first.shape, first.dtype, first.storage_offset()
     storage = first.untyped_storage()._cdata  # identifies the storage; that of a tensor without data has no address
-    if not first.is_contiguous():
+    apart, inner = first.stride()
+    if inner != 1 or apart < k:
         return None
     for w in weights[1:]:
-        if w.storage_offset() != start + height * k or w.untyped_storage()._cdata != storage:
+        if w.storage_offset() != start + height * apart or w.untyped_storage()._cdata != storage:
             return None
-        if w.dtype != dtype or w.shape[1] != k or not w.is_contiguous():
+        if w.dtype != dtype or w.shape[1] != k or w.stride() != first.stride():
             return None
         height += w.shape[0]
-    return first.as_strided((height, k), (k, 1))
+    return first.as_strided((height, k), (apart, 1))
 
 
 def stacked(weights: Sequence[Weight]) -> Weight | None:

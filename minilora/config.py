@@ -122,6 +122,9 @@ class TrainConfig(DataConfig):
     kernels: Literal["auto", "off"] = setting(
         "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
     )
+    gemm: Literal["auto", "triton", "augmented", "library"] = setting(
+        "auto", "form of the products on a GPU; auto: the fastest one, measured on the model's shapes", same=False
+    )
     deterministic: bool = setting(
         False, "the same bits every time on a GPU too: attention adds in one order", same=False
     )

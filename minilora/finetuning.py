@@ -22,7 +22,7 @@ OF_FILES = {
     "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
 }  # fmt: skip
 # what is settled once the model is loaded
-OF_MODELS = {"device", "dtype", "quant", "fp8", "lora_init", "compute", "threads", "kernels", "method"}
+OF_MODELS = {"device", "dtype", "quant", "fp8", "lora_init", "compute", "threads", "kernels", "gemm", "method"}
 
 
 def finetune(

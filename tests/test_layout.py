@@ -170,6 +170,7 @@ def test_a_kernel_loads_nothing_of_the_engine():
     assert ours == {
         "minilora",
         "minilora.kernels",
+        "minilora.kernels.augmented",
         "minilora.kernels.dequantize",
         "minilora.kernels.dispatch",
         "minilora.kernels.dropout",
@@ -178,12 +179,14 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.group",
         "minilora.kernels.lang",
         "minilora.kernels.launch",
+        "minilora.kernels.library_gemm",
         "minilora.kernels.lora_gemm",
         "minilora.kernels.lora_linear",
         "minilora.kernels.lora_shrink",
         "minilora.kernels.packed",
         "minilora.kernels.projection",
         "minilora.kernels.quantized",
+        "minilora.kernels.wide_products",
     }
 
 

@@ -34,6 +34,7 @@ from minilora.kernels import (
     rope,
     swiglu,
 )
+from minilora.kernels.dispatch import use_gemm
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.fp8_blocks import FP8Weight
 from minilora.kernels.int8_rows import Int8Weight
@@ -44,7 +45,7 @@ from minilora.kernels.quantized import QuantizedWeight, weight_as
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS: dict[str, type[QuantizedWeight]] = {form.name: form for form in (NF4Weight, Int8Weight, FP8Weight)}
-STREAMS = ("lora_shrink.",)  # kernels with tensor cores that read what they multiply from memory, once
+STREAMS = ("lora_shrink.", "wide_products.")  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 
@@ -90,14 +91,15 @@ def _rope_sections(dtype: torch.dtype) -> None:
     y.backward(torch.empty_like(y))
 
 
-def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Callable[[torch.dtype], None]:
+def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0, form: str = "triton") -> Callable[[torch.dtype], None]:
     def once(dtype: torch.dtype) -> None:
         (x, projections), _ = lora_linear.group_example(TOKENS, k, ns, r, dtype, "meta", p)
         for projection in projections:
             assert projection.adapter
             projection.adapter.a.requires_grad_()
             projection.adapter.b.requires_grad_()
-        ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
+        with use_gemm(form):
+            ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
     return once
@@ -190,6 +192,8 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     **{f"lora_gate_up r={r} dropout": _lora(3584, (18944, 18944), r, 0.05) for r in RANKS},
     **{f"lora_down r={r} dropout": _lora(18944, (3584,), r, 0.05) for r in RANKS},
     **{f"lora_k r={r} dropout": _lora(3584, (512,), r, 0.05) for r in RANKS},
+    # what is left of dX under dropout where the library makes the wide products
+    **{f"lora_qkv r={r} dropout, library": _lora(3584, (3584, 512, 512), r, 0.05, "library") for r in RANKS},
     **{f"lora_swiglu r={r}": _dual(3584, 18944, r) for r in RANKS},
     "fp8_rows 896": _in_fp8(896),
     "fp8_rows 3584 scaled": _in_fp8(3584, scaled=True),

@@ -30,7 +30,7 @@ from bench.roof import machine
 from bench.shapes import MODELS
 from bench.workers import Row, in_workers, lost, work
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_gemm
-from minilora.kernels.dispatch import kernels_enabled, use_library_gemm, use_triton
+from minilora.kernels.dispatch import kernels_enabled, use_gemm, use_triton
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref
 from minilora.kernels.fp8_blocks import FP8Weight
 from minilora.kernels.int8_rows import Int8Weight
@@ -55,7 +55,7 @@ PATHS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": nullcontext,
     "one pass": one_pass,
     "two passes": two_passes,
-    "library": use_library_gemm,
+    "library": partial(use_gemm, "library"),
     "kernels off": partial(kernels_enabled, False),
 }
 

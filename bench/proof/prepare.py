@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from bench.proof.launches import Launch, recorded
 from bench.proof.parity import PATHS, Check, ragged, real
 from bench.shapes import MODELS, TOY
 from bench.step import Form, random_model
-from minilora.kernels.dispatch import use_library_gemm
+from minilora.kernels.dispatch import use_gemm
 
 META = torch.device("meta")
 WIDTHS = ("qwen2.5-7b", "qwen2.5-0.5b")  # whose steps are timed
@@ -47,7 +48,7 @@ def calls(toy: bool) -> Iterator[Callable[[], None]]:
     for model in shapes if toy else WIDTHS:
         for tokens in (16,) if toy else STREAMS:
             for checkpointing in (False, True):
-                for gemm in (nullcontext, use_library_gemm):
+                for gemm in (nullcontext, partial(use_gemm, "library")):
                     yield step(model, tokens, checkpointing, gemm)
 
 

@@ -293,7 +293,7 @@ def fingerprint(parameters: Mapping[str, Weight]) -> str:
     digest = hashlib.sha256()
     for name, p in sorted(parameters.items()):
         digest.update(f"{name} {list(p.shape)}".encode())
-        first = p.first_values(FIRST) if isinstance(p, QuantizedWeight) else p.detach().flatten()[:FIRST]
+        first = p.first_values(FIRST) if isinstance(p, QuantizedWeight) else p.detach()[:FIRST].flatten()[:FIRST]
         digest.update(first.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 

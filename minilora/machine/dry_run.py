@@ -26,6 +26,7 @@ from minilora.models.quantized import quantized_weights
 from minilora.models.stream import Batch
 
 from ..lora import base_parameters, trained_parameters
+from .gemm import matrices
 
 aten = torch.ops.aten
 ALIKE = 3  # layers that are run
@@ -112,6 +113,7 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     """
     trained = sum(p.nbytes for p in trained_parameters(model).values())
     base = sum(w.nbytes for w in base_parameters(model).values() if not w.requires_grad)
+    base += sum(matrix.extra_bytes for matrix in matrices(model))
     blocks, count = list(model.blocks), len(model.blocks)
     del model.blocks[ALIKE:]
     activations, host, peak, layer = _kept_and_peak(model, batch)

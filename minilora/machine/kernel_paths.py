@@ -7,7 +7,7 @@ from torch import nn
 
 from minilora.kernels.attention import attention_path
 from minilora.kernels.dequantize import ROWS_IN_THE_LOOP
-from minilora.kernels.dispatch import use_triton
+from minilora.kernels.dispatch import OLDEST, architecture, use_triton
 from minilora.kernels.lang import HAVE_TRITON
 from minilora.kernels.lora_linear import runs_on_triton
 from minilora.kernels.quantized import QuantizedWeight
@@ -26,8 +26,7 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     heads = probe.new_empty(1, 1, model.config.head_size)
     attends = [f"attention: {attention_path(heads)}"] if heads.is_cuda else []
     if not use_triton(probe):
-        why = "no GPU" if not probe.is_cuda else "the kernels are off" if HAVE_TRITON else "triton is not installed"
-        return [f"PyTorch for every layer ({why})", *attends]
+        return [f"PyTorch for every layer ({_why_not(probe)})", *attends]
     blocks, lines = [_of_block(block, probe) for block in model.blocks], []
     for (triton, library), numbered in groupby(enumerate(blocks), key=lambda pair: pair[1]):
         numbers = [n for n, _ in numbered]
@@ -39,6 +38,18 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     ):
         lines.append(f"{', '.join(formats)}: {QUANTIZED}")
     return lines
+
+
+def _why_not(probe: torch.Tensor) -> str:
+    """Why nothing runs on Triton where a tensor is."""
+    if not probe.is_cuda:
+        return "no GPU"
+    if not HAVE_TRITON:
+        return "triton is not installed"
+    found = architecture(probe.device)
+    return (
+        f"a GPU of sm_{found}: the kernels are for sm_{OLDEST} and later" if found < OLDEST else "the kernels are off"
+    )
 
 
 def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:

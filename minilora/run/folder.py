@@ -16,6 +16,7 @@ from ..errors import CheckpointMismatch, DiskError, OutputInUse
 from ..files.atomic import verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
+from ..machine.gemm import GEMM, forms_text, write_choice
 from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
 from .schedule import Plan, data_record
@@ -23,7 +24,7 @@ from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_s
 
 # what a run writes; config.yaml is deleted last, because it marks the folder as a run's
 OWN = (
-    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", "loss.png", "report.html", "metrics.jsonl",
+    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html", "metrics.jsonl",
     "config.yaml",
 )  # fmt: skip
 
@@ -98,6 +99,7 @@ def check_disk(folder: Path, model: Decoder, keep: int) -> None:
 def write_beginning(run: Run, data: Data) -> None:
     """Write what a run knows before its first step: its settings, a record of its rows, and which rows it trains on."""
     write_file(run.folder / "config.yaml", to_yaml(run.config))
+    write_choice(run.folder / GEMM, run.model.head.device)
     write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan)) + "\n")
     write_file(run.folder / TRAINED_ROWS, trained_rows(run.plan.train).astype("<u8").tobytes())
     write_split(run.folder / "data", data)
@@ -184,4 +186,5 @@ def _machine(run: Run) -> dict[str, str | int]:
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "micro_tokens": run.plan.micro_tokens,
         "graphs": "on" if run.plan.graphs.on else "off",
+        "gemm": forms_text(),
     }

@@ -20,6 +20,7 @@ from ..files.model_folder import ModelFolder
 from ..lora import adapters, base_parameters, trained_parameters
 from ..machine.compute import name_of
 from ..machine.cpu import device_name
+from ..machine.gemm import gemm_lines
 from ..machine.kernel_paths import kernel_paths
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
@@ -172,6 +173,8 @@ def _header(
     lines.append("kernels " + indent.join(kernel_paths(model, device)))
     if device.type == "cuda" or config.graphs == "on":
         lines.append(f"graphs  {'on' if plan.graphs.on else 'off'}: {plan.graphs.why}")
+    forms = gemm_lines(model)
+    lines += ["gemm    " + indent.join(forms)] if forms else []
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from minilora.kernels.dispatch import deterministic_backward, kernels_enabled
+from minilora.kernels.dispatch import deterministic_backward, kernels_enabled, use_gemm
 from minilora.kernels.fp8_rows import FP8RowsWeight, has_fp8
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
@@ -21,12 +22,13 @@ from ..files.model_folder import ModelFolder
 from ..lora import add_lora, trained_parameters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
+from ..machine.gemm import GEMM, MOST_ROWS, read_choice, settle
 
 
 def load(config: TrainConfig, folder: ModelFolder, resume: bool = False) -> tuple[Decoder, TrainConfig]:
     """The model ready to train, and the config with the compute dtype and the threads that were chosen.
 
-    resume: the adapters' values are read from a snapshot afterwards.
+    resume: the adapters' values are read from a snapshot afterwards, and the forms of GEMM are those that the run had.
     """
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     check_offload(config, device)
@@ -36,6 +38,8 @@ def load(config: TrainConfig, folder: ModelFolder, resume: bool = False) -> tupl
         loftq_init(model, folder)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
+    kept = read_choice(Path(config.output) / GEMM, device) if resume else None
+    settle(model, config.micro_tokens or MOST_ROWS, kept)
     settled = name_of(compute) if compute != torch.float64 else "auto"
     return model, replace(config, compute=settled, threads=torch.get_num_threads())
 
@@ -123,7 +127,8 @@ def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
 
 @contextmanager
 def kernels(config: TrainConfig) -> Iterator[None]:
-    """A context with the kernels that the config asks for, and the order in which they add."""
+    """A context with the kernels and the forms of GEMM that the config asks for, and the order in which they add."""
     chosen = kernels_enabled(False) if config.kernels == "off" else nullcontext()
-    with chosen, deterministic_backward(config.deterministic):
+    form = {} if config.gemm == "auto" else config.gemm  # auto: load fills it
+    with chosen, use_gemm(form), deterministic_backward(config.deterministic):
         yield

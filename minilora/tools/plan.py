@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minilora.kernels.dispatch import use_gemm
 from minilora.models.decoder import Decoder
 
 from ..checkpoint.load import empty_model, find_device, read_config
@@ -23,6 +24,7 @@ from ..machine.compute import name_of, products_rate
 from ..machine.cpu import device_name, memory_gb
 from ..machine.dry_run import StepMemory, card_memory, step_memory
 from ..machine.flops import flops_per_token, step_flops
+from ..machine.gemm import settle
 from ..rows.dataset import load_data
 from ..run.schedule import count_steps
 from ..run.setup import check_offload, dtypes, prepare, quant_asked
@@ -78,10 +80,11 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
         found["note"] = positions_note(folder, len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
-    memory, flops = (
-        (card_memory if on_card else step_memory)(model, largest),
-        step_flops(c, [largest], flops_per_token(model, config.method == "full")),
-    )
+    flops = step_flops(c, [largest], flops_per_token(model, config.method == "full"))
+    form = "augmented" if on_card else "library"  # of those that may be chosen, what needs the most memory
+    with use_gemm(form if config.gemm == "auto" else config.gemm):
+        settle(model, len(largest.ids))
+        memory = (card_memory if on_card else step_memory)(model, largest)
     found["step"] = {
         "rows": config.batch_size * config.accumulation,
         "tokens": None if config.data else sum(len(batch.ids) for batch in streams),

@@ -1,5 +1,8 @@
 """Which kernels an operation takes on which card, by the launches that it makes on tensors without data."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,9 +10,10 @@ pytest.importorskip("triton")
 
 from bench.proof.launches import recorded
 from minilora.kernels import dispatch, linear_cross_entropy
-from minilora.kernels.dispatch import architecture, compile_for, use_library_gemm
+from minilora.kernels.dispatch import architecture, compile_for, use_gemm
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
+from minilora.machine.kernel_paths import _why_not
 
 SINGLE, TWO = ["_single_pass_kernel"], ["_shrink_kernel", "_forward_kernel"]
 cards = pytest.mark.parametrize("card", [80, 90])
@@ -36,6 +40,17 @@ def test_a_card_is_called_by_its_compute_capability(
     with compile_for(80):
         assert architecture(torch.device("cuda")) == 80
     assert architecture(torch.device("cuda")) == named
+
+
+@pytest.mark.parametrize("capability, runs", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_older_than_sm_80_runs_pytorch_s_operations_and_the_header_says_why(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dispatch, "capability", lambda _: capability)
+    gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    assert dispatch.use_triton(gpu) == runs
+    says_why = f"a GPU of sm_{10 * capability[0] + capability[1]}: the kernels are for sm_80 and later"
+    assert (_why_not(gpu) == says_why) != runs
 
 
 @cards
@@ -71,8 +86,8 @@ def test_widths_that_are_not_in_sixteens_go_to_the_library(card: int, k: int, ns
 @cards
 def test_so_do_32_bits_and_what_is_asked_to(card: int):
     assert plan(card, 3584, 3584, dtype=torch.float32) == []
-    with use_library_gemm():
-        assert plan(card, 3584, 3584) == []
+    with use_gemm("library"):
+        assert plan(card, 3584, 3584) == ["_shrink_kernel"]
 
 
 @cards

@@ -8,6 +8,8 @@ import torch
 from oracle import check_op
 from torch import Tensor
 
+from minilora.kernels.augmented import Augmented
+from minilora.kernels.dispatch import use_gemm
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
 from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
@@ -58,6 +60,17 @@ def test_a_group_and_its_gradients(ranks: tuple[int, ...], p: float, lie_togethe
         assert joined(weights) is not None
     (op, matrices), (ref, _) = of(lora_linear_group, projections), of(lora_linear_group_ref, projections)
     check_op(op, ref, (x, *matrices), range(1 + len(matrices)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks, p", [((3, 0, 17), 0.0), ((20, 30, 14), 0.2), ((70,), 0.0)], ids=str)
+def test_a_group_in_one_augmented_matrix(ranks: tuple[int, ...], p: float, dtype: torch.dtype):
+    x, projections = group(ranks, (11, 5, 8)[: len(ranks)], p, dtype)
+    held = Augmented(projections).holding(projections)
+    assert Augmented.of(held, x) is not None
+    (op, matrices), (ref, _) = of(lora_linear_group, held), of(lora_linear_group_ref, projections)
+    with use_gemm("augmented"):
+        check_op(op, ref, (x, *matrices), range(1 + len(matrices)))
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)

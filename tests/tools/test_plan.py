@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import load_examples, make_batch, pack
+from minilora.kernels.dispatch import use_gemm
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
+from minilora.lora import adapters, base_parameters
 from minilora.machine.compute import name_of
 from minilora.machine.dry_run import _Live, card_memory, step_memory
+from minilora.machine.gemm import settle
 from minilora.run.setup import prepare
 from minilora.settings import resolve
 from minilora.tools.plan import _assumed_row, forecast, text_of
@@ -76,6 +80,18 @@ def test_the_dry_run_counts_what_a_step_allocates(depth, request, tmp_path, sett
     assert found.host + found.temporaries == max(found.host, live.peak - found.activations - trained)
 
 
+def test_augmented_matrices_are_counted(folder):
+    """Beside the weights themselves, what the matrices of q/k/v, o, gate/up and down have more."""
+    config = resolve({"model": str(folder), "lora_r": 8, "max_length": 50})
+    with use_gemm("augmented"):
+        model = prepare(empty_model(read_config(folder), torch.bfloat16), config)
+        settle(model, 50)
+        found = step_memory(model, make_batch([_assumed_row(config, False)]))
+    matrices = [cast(torch.Tensor, w.base.weight).untyped_storage() for _, w in adapters(model)]
+    plain = sum(p.nbytes for p in base_parameters(model).values() if isinstance(p, torch.Tensor) and p.is_contiguous())
+    assert found.weights == plain + sum({s._cdata: s.nbytes() for s in matrices}.values())
+
+
 def test_a_storage_counts_while_it_lives():
     known = torch.zeros(100)
     live = _Live([known])
@@ -132,6 +148,7 @@ def test_a_config_alone(plan, folder, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_bytes((folder / "config.json").read_bytes())
     arguments = ["--model", tmp_path / "m", "--lora_rank", 8, "--max-source-length", 40, "--max-target-length", 10]
+    arguments += ["--gemm", "library"]  # as on this machine: a GPU is planned with room for augmented matrices
     code, out = plan(*arguments, "--max-length", 120, "--json", "--compute", "bfloat16")
     found = json.loads(out)
     assert code == 0 and found["row_tokens"] == 50 and found["row_trained"] == 10

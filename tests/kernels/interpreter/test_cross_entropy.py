@@ -15,7 +15,7 @@ from torch import Tensor
 from minilora.kernels import cross_entropy as ce
 from minilora.kernels import linear_cross_entropy as lce
 from minilora.kernels.cross_entropy import IGNORED
-from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
+from minilora.kernels.dispatch import kernels_enabled, use_gemm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -198,7 +198,7 @@ def test_any_shape_any_mask(rows: int, width: int, v: int, chunk: int, mask: int
 @dtypes
 def test_the_librarys_gemm_serves_as_well(dtype: torch.dtype):
     def op(*args: Tensor) -> Tensor:
-        with use_library_gemm():
+        with use_gemm("library"):
             return linear(*args)
 
     check_op(op, lce.linear_cross_entropy_ref, arguments(linear, dtype), (0, 1))

@@ -16,7 +16,8 @@ from test_row_kernels import guarded, in_nan
 from torch import Tensor
 
 from minilora.kernels import lora_gemm, lora_linear, lora_shrink, lora_swiglu
-from minilora.kernels.dispatch import kernels_enabled, use_library_gemm
+from minilora.kernels.augmented import Augmented
+from minilora.kernels.dispatch import kernels_enabled, use_gemm
 from minilora.kernels.dropout import DropoutKey, dropout_mask_ref, keep_mask, philox_key, threshold
 from minilora.kernels.lang import jit, tl
 from minilora.kernels.packed import join
@@ -60,6 +61,7 @@ def group(
     dtype: torch.dtype,
     tokens: int = 35,
     k: int = 37,
+    augment: bool = False,
 ) -> tuple[Callable, Callable, list[Tensor], tuple[int, ...]]:
     """The group and its specification as functions of x and the flat tensors; these; and the places of the trained ones.
 
@@ -82,7 +84,7 @@ def group(
             rate = p if j != 1 else p / 4  # members may drop at different rates
             adapter = Adapter(next(rest), next(rest), SCALES[j], rate, KEY._replace(module=j)) if rank else None
             made.append(Projection(weight, b, adapter))
-        return made
+        return Augmented(made).holding(made) if augment else made
 
     def of(function: Callable) -> Callable:
         return lambda x, *flat: torch.cat(function(x, projections(flat)), dim=1)
@@ -106,6 +108,17 @@ def test_every_group_within_fences(name: str, dtype: torch.dtype):
     with plan(single=False), guarded() as wholes:
         check_op(op, ref, args, trained)
     assert wholes
+
+
+@pytest.mark.parametrize("form", ["library", "augmented"])
+@pytest.mark.parametrize(
+    "name, dtype", [(name, torch.float32) for name in GROUPS] + [("qkv dropped", torch.bfloat16)], ids=str
+)
+def test_the_library_s_forms_on_the_narrow_kernels(name: str, dtype: torch.dtype, form: str):
+    """The same S and dS, and dropout's part of dX by a kernel of its own."""
+    op, ref, args, trained = group(*GROUPS[name], dtype, augment=form == "augmented")
+    with use_gemm(form), guarded():
+        check_op(op, ref, args, trained)
 
 
 @pytest.mark.parametrize("tokens, k, n, r", [(1, 1, 1, 1), (1, 67, 35, 3), (33, 32, 5, 64), (3, 41, 2, 8)])
@@ -154,7 +167,8 @@ def test_ranks_and_rows_and_columns_over_many_partial_sums(monkeypatch: pytest.M
     truth, plain = (run(ref, a, trained, upstream(op(*args))) for a in (widen(args), args))
     found = []
     for programs in (1, 12):
-        monkeypatch.setitem(lora_shrink.PROGRAMS, 0, programs)
+        for table in (lora_shrink.PROGRAMS, lora_shrink.STREAMS):
+            monkeypatch.setitem(table, 0, programs)
         found.append(run(op, args, trained, upstream(plain[0])))
         for ours, yard, exact in zip(found[-1], plain, truth, strict=True):
             as_wrong_as(ours, yard, exact, scale=float(truth[0].abs().max()))
@@ -167,6 +181,7 @@ def test_tiles_change_rounding_only(name: str, monkeypatch: pytest.MonkeyPatch):
     op, ref, args, trained = group(*GROUPS[name], torch.float32, 45)
     for table, tile in (
         (lora_gemm.GEMM, {"BM": 16, "BN": 64, "BK": 16}),
+        (lora_gemm.INPUT_GRADIENT, {"BM": 16, "BN": 64, "BK": 16}),
         (lora_shrink.SHRINK, {"BM": 32, "BK": 16}),
         (lora_shrink.EXPAND_BACKWARD, {"ROWS": 64, "BN": 32}),
     ):
@@ -292,8 +307,8 @@ def test_the_switches_choose_the_path():
         return type(lora_linear.lora_linear(x.requires_grad_(), *rest).grad_fn).__name__
 
     assert name() == "_OnTritonBackward"
-    with use_library_gemm():
-        assert name() == "_OnTorchBackward"
+    with use_gemm("library"):
+        assert name() == "_OnTritonBackward"  # the narrow products
     with kernels_enabled(False):
         assert name() == "_OnTorchBackward"
 

@@ -21,6 +21,7 @@ from minilora.kernels import (
     lora_swiglu,
     nf4,
 )
+from minilora.kernels.dispatch import use_gemm
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
 
@@ -31,12 +32,13 @@ def gradients(*leaves: Tensor) -> list[Tensor]:
     return found
 
 
-def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Call:
+def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0, form: str = "triton") -> Call:
     def call() -> list[Tensor]:
         (x, frozen), _ = lora_linear.group_example(tokens, k, ns, r, torch.bfloat16, "cpu", p)
         x.requires_grad_()
         trained = [t.requires_grad_() for q in frozen if q.adapter for t in (q.adapter.a, q.adapter.b)]
-        ys = lora_linear.lora_linear_group(x, frozen)
+        with use_gemm(form):
+            ys = lora_linear.lora_linear_group(x, frozen)
         torch.autograd.backward(ys, [upstream(y) for y in ys])
         return [*ys, *gradients(x, *trained)]
 
@@ -102,7 +104,8 @@ def dual() -> list[Tensor]:
 KERNELS = {
     "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
-    "dequantize._widen_kernel", "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
+    "dequantize._widen_kernel", "wide_products._dropped_kernel", "lora_swiglu._dual_kernel",
+    "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
     "fp8_rows._rows_kernel",
 }  # fmt: skip
@@ -110,6 +113,8 @@ CALLS = {  # two tiles of every size, the second ragged
     "lora_swiglu": dual,
     "lora_linear_group": group(37, 40, (41, 20), 5),
     "lora_linear_group dropout": group(37, 40, (41, 20), 5, 0.3),
+    "lora_linear_group dropout, the library's GEMM": group(37, 40, (41, 20), 20, 0.3, "library"),
+    "lora_linear_group without a mask over K": group(37, 64, (64, 32), 5),
     "lora_linear": group(37, 40, (41,), 5),
     "widened": widened,
     "nf4 weights": quantized(nf4, 19),
