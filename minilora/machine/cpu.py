@@ -5,8 +5,10 @@ short parallel region waits for a thread that does not run. Asleep at once they 
 So they spin for a short while, unless the user said otherwise.
 
 glibc hands large blocks back to the system at every free and takes page faults at every allocation. A training step allocates
-the same blocks again and again, so the thresholds are raised once, at the start of a command. oneDNN keeps the machine code of
-its last 1024 matrix products; streams of tokens have a new length every step, so most of it is never used again.
+the same blocks again and again, so the thresholds are raised once, at the start of a command. oneDNN keeps its last 1024
+matrix products with their buffers; streams of tokens have a new length every step, so most of them are never used again. The
+machine code of a 16-bit product it keeps for good, 256 KB for each number of rows, and has no setting for that: one weight
+[896, 896] and 900 lengths from 100 to 1,000 made 265 MB (torch 2.13, AVX512-BF16; none in fp32).
 """
 
 import ctypes
