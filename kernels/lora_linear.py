@@ -223,16 +223,15 @@ def lora_linear(
 
 
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter."""
-    weights = [p.weight for p in projections]
-    adapted = any(p.adapter for p in projections)
+    """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter.
+
+    Of quantised weights few rows, and without a gradient also without an adapter.
+    """
+    weights, adapted = [p.weight for p in projections], any(p.adapter for p in projections)
+    loop = in_the_loop(len(x), weights[0].shape[1], {format_of(w) for w in weights})
     plain = adapted and all(w.dtype == x.dtype for w in weights)
-    quantized = in_the_loop(len(x), weights[0].shape[1], {format_of(w) for w in weights}) and (
-        adapted or not torch.is_grad_enabled()
-    )
-    there = x.numel() > 0 and (plain or quantized)
-    sizes = [size for w in weights for size in w.shape]
-    fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
+    there = x.numel() > 0 and (plain or (loop and (adapted or not torch.is_grad_enabled())))
+    fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for w in weights for size in w.shape))
     return there and fits and use_triton(x)  # check() saw that all are on one device
 
 

@@ -13,7 +13,7 @@ from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_re
 from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
 from minilora.kernels.packed import stacked
 from minilora.kernels.projection import Adapter, Projection
-from minilora.kernels.quantized import PIECE, relative_error, weight_as
+from minilora.kernels.quantized import PIECE, QuantizedWeight, relative_error, weight_as
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "quantised.safetensors")  # made by make_quantized.py there
 CASES = [name for name in GOLDEN if "/" not in name and name != "levels"]
@@ -240,6 +240,23 @@ def test_a_weight_beyond_one_piece_is_multiplied_by_rows(form, monkeypatch: pyte
     assert torch.allclose(
         frozen_linear.add_input_gradient(None, random(5, 30), weight), random(5, 30) @ wide, atol=1e-4
     )
+
+
+@every_format
+def test_on_a_gpu_all_weights_are_widened_into_the_same_memory(form, monkeypatch: pytest.MonkeyPatch):
+    """As large as the largest, whatever WHOLE is; a group's weights are one matrix in it."""
+    monkeypatch.setattr(frozen_linear, "_on_gpu", lambda weight: isinstance(weight, QuantizedWeight))
+    monkeypatch.setattr(frozen_linear, "_memory", memory := {})
+    monkeypatch.setattr(frozen_linear, "WHOLE", 0)
+    small, large = form.quantize(random(6, 40)), form.quantize(random(30, 40))
+    whole, x = stacked([small, large]), random(5, 40)
+    assert whole is not None
+    for weight, height in ((small, 6), (large, 30), (small, 30), (whole, 36), (large, 36)):
+        wide = weight.weight_as(torch.float32)
+        assert torch.equal(frozen_linear.frozen_linear(x, weight), torch.nn.functional.linear(x, wide))
+        dy = random(5, weight.shape[0])
+        assert torch.equal(frozen_linear.add_input_gradient(None, dy, weight), dy @ wide)
+        assert [m.numel() for m in memory.values()] == [height * 40]
 
 
 @every_format
