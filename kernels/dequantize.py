@@ -42,9 +42,14 @@ QUANTIZED = {
 }
 
 
+def readable(k: int, formats: set[str]) -> bool:
+    """Whether the GEMM reads weights [N_j, K] of these formats together."""
+    return formats in ({"int8"}, {"fp8"}) or (formats == {"nf4"} and k % NF4_BLOCK == 0)
+
+
 def in_the_loop(rows: int, k: int, formats: set[str]) -> bool:
-    """Whether a product of so many rows with weights [N_j, K] of these formats makes W in its loop."""
-    return rows <= ROWS_IN_THE_LOOP and (formats in ({"int8"}, {"fp8"}) or (formats == {"nf4"} and k % NF4_BLOCK == 0))
+    """Whether a product of so many rows with quantised weights [N_j, K] makes W in its loop."""
+    return rows <= ROWS_IN_THE_LOOP and readable(k, formats)
 
 
 @jit

@@ -22,7 +22,7 @@ QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP
 
 def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     """Lines for people: what of each layer runs where; layers that agree stand on one line. The model may be without data."""
-    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device).expand(ROWS_IN_THE_LOOP + 1, 1)
+    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
     heads = probe.new_empty(1, 1, model.config.head_size)
     attends = [f"attention: {attention_path(heads)}"] if heads.is_cuda else []
     if not use_triton(probe):
