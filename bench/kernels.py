@@ -53,9 +53,10 @@ def sides(operation: Operation, name: str, compile_too: bool, device: torch.devi
         if name.startswith(("lora_", "linear_cross")):
             found[f"{OURS}, library GEMM"] = inside(partial(use_gemm, "library"), operation.op)
         if any(isinstance(a, QuantizedWeight) for a in operation.args):
-            found[f"{OURS}, in the loop"] = inside(
-                partial(patch.object, dequantize, "ROWS_IN_THE_LOOP", 1 << 30), operation.op
-            )
+            for way, rows in (("in the loop", 1 << 30), ("two steps", 0)):
+                found[f"{OURS}, {way}"] = inside(
+                    partial(patch.object, dequantize, "ROWS_IN_THE_LOOP", rows), operation.op
+                )
     if compile_too:
         found["torch.compile"] = others.compiled(operation.plain or operation.ref)
     return {**found, "reference": operation.plain or operation.ref, **operation.peers}

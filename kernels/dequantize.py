@@ -7,9 +7,9 @@ with W has two ways. In the loop: the GEMM of lora_gemm makes every tile of W fr
 memory. In two steps: `widen` writes W into a buffer, and the library multiplies. `in_the_loop` chooses.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportAssignmentType=false
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch import Tensor
 from minilora.kernels.dispatch import use_triton
 from minilora.kernels.lang import cdiv, jit, load, store, tl
 from minilora.kernels.launch import Launch, per_shape
-
-if TYPE_CHECKING:
-    from minilora.kernels.quantized import QuantizedWeight
 
 WIDE = "wide"  # the format of a weight that is not quantised
 NF4_BLOCK = 64
@@ -45,9 +42,14 @@ QUANTIZED = {
 }
 
 
+def readable(k: int, formats: set[str]) -> bool:
+    """Whether the GEMM reads weights [N_j, K] of these formats together."""
+    return formats in ({"int8"}, {"fp8"}) or (formats == {"nf4"} and k % NF4_BLOCK == 0)
+
+
 def in_the_loop(rows: int, k: int, formats: set[str]) -> bool:
-    """Whether a product of so many rows with weights [N_j, K] of these formats makes W in its loop."""
-    return rows <= ROWS_IN_THE_LOOP and (formats in ({"int8"}, {"fp8"}) or (formats == {"nf4"} and k % NF4_BLOCK == 0))
+    """Whether a product of so many rows with quantised weights [N_j, K] makes W in its loop."""
+    return rows <= ROWS_IN_THE_LOOP and readable(k, formats)
 
 
 @jit
@@ -143,21 +145,22 @@ def _widen_launch(device: torch.device, name: str, start: int, rows: int, k: int
     return Launch(device, cdiv(rows, bm) * cdiv(k, bn), (start, rows, k, stride), **options)
 
 
-def can_widen(weight: "QuantizedWeight", out: Tensor, start: int) -> bool:
-    """Whether the kernel runs: out [n, K], the rows of W from `start` on, is on a GPU; in nf4 they are whole blocks."""
-    if weight.name == "nf4" and (
-        weight.numel() % NF4_BLOCK or start * out.shape[1] % NF4_BLOCK or out.numel() % NF4_BLOCK
-    ):
+def can_widen(name: str, count: int, out: Tensor, start: int) -> bool:
+    """Whether `widen` runs: out is on a GPU; in nf4 it is whole blocks of the `count` weights, which are whole blocks."""
+    if name == "nf4" and (count % NF4_BLOCK or start * out.shape[1] % NF4_BLOCK or out.numel() % NF4_BLOCK):
         return False
-    return weight.name in TILE and use_triton(out)
+    return name in TILE and use_triton(out)
 
 
-def widen(weight: "QuantizedWeight", out: Tensor, start: int) -> None:
-    """Write W, from a row on, into out [n, K] of any floating-point dtype: the values of `fill`, to the bit."""
+def widen(name: str, parts: Callable[[int], tuple[Tensor, ...]], out: Tensor, start: int) -> None:
+    """Write W, from a row on, into out [n, K] of any floating-point dtype: the values of `fill`, to the bit.
+
+    parts: kernel_parts of a weight in this format.
+    """
     rows, k = out.shape
-    if weight.name == "nf4":  # read flat, block by block, wherever rows end
+    if name == "nf4":  # read flat, block by block, wherever rows end
         start, rows, k = start * k // NF4_BLOCK, out.numel() // NF4_BLOCK, NF4_BLOCK
-    codes, *scales = weight.kernel_parts(k)
+    codes, *scales = parts(k)
     with torch.cuda.device_of(out):
-        launch = _widen_launch(out.device, weight.name, start, rows, k, codes.stride(0))
+        launch = _widen_launch(out.device, name, start, rows, k, codes.stride(0))
         launch(_widen_kernel, out, codes, tuple(scales))

@@ -127,7 +127,7 @@ class Group(NamedTuple):
         scales = tuple([part for of_all in zip(*parts, strict=True) for part in of_all]) or None
         rest, unread = iter(b), next((bias for bias in biases if bias is not None), weights[0])
         biases = [unread if bias is None else bias for bias in biases]
-        wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else [*b, w][0] for size in sizes]
+        wide_bs = b if len(b) == len(sizes) else [next(rest) if size.rank else [*b, weights[0]][0] for size in sizes]
         fields: Any = map(tuple, (biases, wide_bs, sizes, a, b, ranks, rates, factors, seeds, projections))
         return Group(format_of(projections[0].weight), tuple(weights), scales, *fields, forms=Forms.of(projections))
 

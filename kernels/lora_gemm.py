@@ -9,7 +9,7 @@ projection without an adapter has rank 0. A and B are read in fp32 and rounded t
 tensor cores.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportAssignmentType=false
 
 from collections.abc import Sequence
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minilora.kernels import library_gemm, lora_gemm, lora_shrink, wide_products
 from minilora.kernels.augmented import Augmented
-from minilora.kernels.dequantize import in_the_loop
+from minilora.kernels.dequantize import in_the_loop, readable
 from minilora.kernels.dispatch import once_differentiable, recording, use_triton
 from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask
 from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
@@ -225,12 +225,12 @@ def lora_linear(
 def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
     """fp16 or bf16 on a GPU, K and N multiples of 16 (the alignment of asynchronous copies), at least one adapter.
 
-    Of quantised weights few rows, and without a gradient also without an adapter.
+    Quantised weights in one format; few rows of them, and no gradient, need no adapter.
     """
-    weights, adapted = [p.weight for p in projections], any(p.adapter for p in projections)
-    loop = in_the_loop(len(x), weights[0].shape[1], {format_of(w) for w in weights})
-    plain = adapted and all(w.dtype == x.dtype for w in weights)
-    there = x.numel() > 0 and (plain or (loop and (adapted or not torch.is_grad_enabled())))
+    weights, rows, k = [p.weight for p in projections], len(x), projections[0].weight.shape[1]
+    formats = {format_of(w) for w in weights}
+    adapted = any(p.adapter for p in projections) and (readable(k, formats) or all(w.dtype == x.dtype for w in weights))
+    there = x.numel() > 0 and (adapted or (in_the_loop(rows, k, formats) and not torch.is_grad_enabled()))
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for w in weights for size in w.shape))
     return there and fits and use_triton(x)  # check() saw that all are on one device
 

@@ -96,8 +96,8 @@ class QuantizedWeight(nn.Module):
 
     def write(self, out: Tensor, start: int) -> None:
         """The same as `fill`, by a kernel where there is one for it."""
-        if can_widen(self, out, start):
-            widen(self, out, start)
+        if can_widen(self.name, self.numel(), out, start):
+            widen(self.name, self.kernel_parts, out, start)
         else:
             self.fill(out, start)
 

@@ -6,7 +6,8 @@ A form is chosen for y and for dX by itself: what they need from each other, S a
     library     the library's GEMM, then one more for the low-rank part         library_gemm.py
     augmented   the library's GEMM, the low-rank part in its operands           augmented.py
 
-Augmented without a matrix that holds the weights is library. A quantised weight that is widened inside the loop is Triton's.
+Augmented without a matrix that holds the weights is library. With quantised weights few rows are Triton's, which makes W in
+its loop, and more are the library's, for which W is widened (dequantize.py).
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from minilora.kernels import library_gemm, lora_gemm
 from minilora.kernels.augmented import Augmented
-from minilora.kernels.dequantize import WIDE
+from minilora.kernels.dequantize import WIDE, in_the_loop
 from minilora.kernels.dropout import keep_mask, threshold
 from minilora.kernels.group import Group, Place, launch_options
 from minilora.kernels.lang import cdiv, jit, load, store, tl
@@ -41,7 +42,7 @@ def in_one_pass(x: Tensor, group: Group) -> bool:
 
 def forward(x: Tensor, s: Tensor, group: Group) -> list[Tensor]:
     """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_shrink.shrink."""
-    if group.forms.y == "triton" or group.format != WIDE:
+    if _by_kernel(group.forms.y, x, group):
         return lora_gemm.forward(x, s, group)
     shrunk = _unpadded(s, group)
     whole = Augmented.of(group.projections, x) if group.forms.y == "augmented" else None
@@ -52,13 +53,20 @@ def forward(x: Tensor, s: Tensor, group: Group) -> list[Tensor]:
 
 def input_gradient(dys: Sequence[Tensor], ds: Tensor, group: Group) -> Tensor:
     """dX [T, K]; ds from lora_shrink.expand_backward."""
-    if group.forms.dx == "triton" or group.format != WIDE:
+    if _by_kernel(group.forms.dx, dys[0], group):
         return lora_gemm.input_gradient(dys, ds, group)
     masked = any(group.rates)
     dx = on_torch(group.forms.dx, dys, None if masked else _unpadded(ds, group), group.projections)
     if masked:
         _add_dropped(dx, ds, group)
     return dx
+
+
+def _by_kernel(form: str, x: Tensor, group: Group) -> bool:
+    """Whether lora_gemm makes the product of x, or dY: of quantised weights by the number of rows alone."""
+    if group.format == WIDE:
+        return form == "triton"
+    return in_the_loop(len(x), group.a[0].shape[1], {group.format})
 
 
 def on_torch(

@@ -22,7 +22,7 @@ QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP
 
 def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     """Lines for people: what of each layer runs where; layers that agree stand on one line. The model may be without data."""
-    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device).expand(ROWS_IN_THE_LOOP + 1, 1)
+    probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
     heads = probe.new_empty(1, 1, model.config.head_size)
     attends = [f"attention: {attention_path(heads)}"] if heads.is_cuda else []
     if not use_triton(probe):
@@ -33,9 +33,8 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
         layers = f"layers {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"
         lines.append(f"{layers}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}")
     lines += [*attends, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
-    if formats := sorted(
-        {m.weight.name for m in model.modules() if isinstance(getattr(m, "weight", 0), QuantizedWeight)}
-    ):
+    weights = [getattr(m, "weight", None) for m in model.modules()]
+    if formats := sorted({w.name for w in weights if isinstance(w, QuantizedWeight)}):
         lines.append(f"{', '.join(formats)}: {QUANTIZED}")
     return lines
 

@@ -250,7 +250,7 @@ def test_on_a_gpu_all_weights_are_widened_into_the_same_memory(form, monkeypatch
     monkeypatch.setattr(frozen_linear, "WHOLE", 0)
     small, large = form.quantize(random(6, 40)), form.quantize(random(30, 40))
     whole, x = stacked([small, large]), random(5, 40)
-    assert whole is not None
+    assert isinstance(whole, QuantizedWeight)
     for weight, height in ((small, 6), (large, 30), (small, 30), (whole, 36), (large, 36)):
         wide = weight.weight_as(torch.float32)
         assert torch.equal(frozen_linear.frozen_linear(x, weight), torch.nn.functional.linear(x, wide))

@@ -12,7 +12,7 @@ from test_lora_linear import GROUPS, KEY, SCALES, P
 from torch import Tensor
 
 from minilora.kernels import dequantize, fp8_blocks, int8_rows, lora_gemm, nf4
-from minilora.kernels.dispatch import kernels_enabled
+from minilora.kernels.dispatch import kernels_enabled, use_gemm
 from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import QuantizedWeight, weight_as
@@ -168,9 +168,20 @@ def kernels_of(rows: int, form: str, k: int = 64) -> list[str]:
 def test_many_rows_go_by_two_steps(form: str, monkeypatch: pytest.MonkeyPatch):
     assert kernels_of(20, form)[-1] == "_forward_kernel"
     monkeypatch.setattr(dequantize, "ROWS_IN_THE_LOOP", 19)
-    assert kernels_of(20, form) == ["_widen_kernel"] * 3
+    assert kernels_of(20, form) == ["_shrink_kernel", "_sum_kernel", *["_widen_kernel"] * 3]
     with kernels_enabled(False):
         assert kernels_of(3, form) == []
+
+
+@pytest.mark.parametrize("form", REFS)
+def test_two_steps_are_the_librarys_products_of_the_wide_w(form: str, monkeypatch: pytest.MonkeyPatch):
+    """Gradients too, under dropout."""
+    group, x = projections(form, "qkv dropped", torch.float32, 64), torch.randn(20, 64)
+    monkeypatch.setattr(dequantize, "ROWS_IN_THE_LOOP", 19)
+    with use_gemm("library"):
+        found, same = (both_ways(lora_linear_group, x, given) for given in (group, widened(group, torch.float32)))
+    for ours, wide in zip(found, same, strict=True):
+        assert (ours - wide).norm() <= 1e-6 * wide.norm()
 
 
 def test_what_no_loop_reads():

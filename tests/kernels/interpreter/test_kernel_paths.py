@@ -11,6 +11,7 @@ from minilora import add_lora
 from minilora.kernels import int8_rows
 from minilora.kernels.dequantize import ROWS_IN_THE_LOOP
 from minilora.kernels.dispatch import kernels_enabled, use_gemm
+from minilora.lora import LoRALinear
 from minilora.machine.kernel_paths import kernel_paths
 from minilora.models.layers import Linear
 from minilora.models.stream import Documents
@@ -65,15 +66,15 @@ def test_quantised_linears_are_said_to_go_by_two_ways():
     for module in [m for b in model.blocks for m in b.modules() if isinstance(m, Linear)]:
         weight = int8_rows.quantize(module.weight)
         del module.weight
-        module.weight = weight
+        module.register_module("weight", weight)
     add_lora(model, "all-linear")
     layers, loss, ways = kernel_paths(model, CPU)
     assert (
-        "q/k/v" in layers.partition(";")[2] and loss.startswith("loss") and ways.startswith("int8: widened by a kernel")
+        "q/k/v" in layers.partition(";")[0] and loss.startswith("loss") and ways.startswith("int8: widened by a kernel")
     )
+    linear = next(m for m in model.modules() if isinstance(m, LoRALinear))
     with torch.no_grad(), shadow() as launches:
         for rows in (3, ROWS_IN_THE_LOOP + 1):
-            linear = model.blocks[0].mlp.down_proj
             linear(torch.randn(rows, linear.base.in_features))
     made = [launch.kernel for launch in launches]
     assert made[-1] == "dequantize._widen_kernel" and "lora_gemm._forward_kernel" in made[:-1]
