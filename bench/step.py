@@ -188,7 +188,7 @@ def training(shape: Shape, form: Form) -> Step:
     batches = pack(examples, form.tokens)
 
     def run() -> float:
-        return train.train_step(model, optimizer, pack(examples, form.tokens), config, next(steps))[0]
+        return train.train_step(model, optimizer, pack(examples, form.tokens), config, next(steps)).read()[0]
 
     return Step(run, int(lengths.sum()), step_flops(model.config, batches, flops_per_token(model, full=False)))
 

@@ -102,7 +102,7 @@ class Group(NamedTuple):
     ranks: tuple[int, ...]
     rates: tuple[float, ...]
     factors: tuple[float, ...]
-    seeds: tuple[Tensor, ...]  # of the masks
+    seeds: tuple[Tensor, ...]  # the keys of the masks; memory that is not read for an adapter without one
     projections: tuple[Projection, ...]  # as they came
     forms: Forms
 
@@ -119,11 +119,13 @@ class Group(NamedTuple):
                 ranks.append(rank)
                 rates.append(adapter.p)
                 factors.append(factor)
-                seeds.append(seed_of(adapter.key, w.device))
+                seeds.append(seed_of(adapter.key, w.device) if adapter.p else None)
             weights.append(w)
             parts.append(of_scales)
             biases.append(None if bias is None else bias.contiguous())
             sizes.append(Sizes(n, w.stride(0), 0 if bias is None else n, rank, factor))
+        dropped = [seed for seed in seeds if seed is not None]
+        seeds = [dropped[0] if seed is None else seed for seed in seeds] if dropped else a
         scales = tuple([part for of_all in zip(*parts, strict=True) for part in of_all]) or None
         rest, unread = iter(b), next((bias for bias in biases if bias is not None), weights[0])
         biases = [unread if bias is None else bias for bias in biases]

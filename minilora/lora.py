@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import NO_KEYS, shared_keys
+from minilora.kernels.dropout import DEFAULT_KEY, NO_KEYS, shared_keys
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
@@ -49,7 +49,7 @@ class LoRALinear(Adapted):
     def projection(self) -> Projection:
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
-        key = self.keys.of(self.number)
+        key = self.keys.of(self.number) if p else DEFAULT_KEY
         return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minilora.kernels.cross_entropy import BLOCK_ROWS
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import quantized_weights
@@ -140,10 +141,12 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
 
 def card_memory(model: Decoder, batch: Batch) -> StepMemory:
     """The memory of a step on a GPU, whose loss has the logits of more rows at a time than that of a dry run."""
-    memory = step_memory(model, batch)
-    rows = min(CHUNK_ROWS_CUDA, len(batch.targets))
-    logits = rows * model.config.vocab * model.compute_dtype.itemsize
-    return replace(memory, temporaries=max(memory.temporaries, logits))
+    few = slice(BLOCK_ROWS)  # what the loss of more rows takes is known, and running it takes seconds
+    memory = step_memory(model, replace(batch, target_index=batch.target_index[few], targets=batch.targets[few]))
+    size, c = model.compute_dtype.itemsize, model.config
+    logits = min(CHUNK_ROWS_CUDA, len(batch.targets)) * c.vocab * size
+    hidden = 2 * len(batch.targets[BLOCK_ROWS:]) * c.width * size  # of the others, and their gradient
+    return replace(memory, activations=memory.activations + hidden, temporaries=max(memory.temporaries, logits))
 
 
 def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int, int]:

@@ -33,16 +33,20 @@ def stream_tokens(config: TrainConfig, folder: ModelFolder, model: Decoder, long
     device = model.head.device
     if device.type != "cuda":
         return Streams(max(config.micro_tokens or config.max_length, longest))
-    trial = prepare(
-        empty_model(model.config, model.head.dtype, in_memory(quant_asked(config, device), folder.config)), config
-    )
+    quant = in_memory(quant_asked(config, device), folder.config)
+    trial = prepare(empty_model(model.config, model.head.dtype, quant), config)
     trial.compute = model.compute
-    memory = step_memory(trial, _trial_stream(model))
-    logits = CHUNK_ROWS_CUDA * model.config.vocab * model.compute_dtype.itemsize  # of a chunk, larger than on the CPU
-    there = SHARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) - logits
-    alone, twice = (memory.most_tokens(TRIAL, there, copies) for copies in (1, 2))
-    tokens = max(config.micro_tokens or min(alone, LARGEST, rows * longest), longest)
-    return Streams(tokens, tokens <= twice)
+    there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return streams_on_card(config, trial, there, longest, rows)
+
+
+def streams_on_card(config: TrainConfig, trial: Decoder, there: float, longest: int, rows: int) -> Streams:
+    """The same on a GPU with so many bytes for the run; trial is its model on the meta device."""
+    logits = CHUNK_ROWS_CUDA * trial.config.vocab * trial.compute_dtype.itemsize  # of a chunk; no more with more tokens
+    memory = step_memory(trial, _trial_stream(trial))
+    most, most_twice = (memory.most_tokens(TRIAL, SHARE * there - logits, copies) for copies in (1, 2))
+    tokens = max(config.micro_tokens or min(most, LARGEST, rows * longest), longest)
+    return Streams(tokens, tokens <= most_twice)
 
 
 def _trial_stream(model: Decoder) -> Batch:

@@ -26,6 +26,7 @@ from ..machine.dry_run import StepMemory, card_memory, step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..machine.gemm import settle
 from ..rows.dataset import load_data
+from ..run.fit import streams_on_card
 from ..run.schedule import count_steps
 from ..run.setup import check_offload, dtypes, prepare, quant_asked
 from ..terminal import clock
@@ -61,12 +62,21 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         "linears": sum(1 for _ in adapters(model)),
         "trained": trained,
     }
-    prefix = hasattr(c, "sop")
+    prefix, rows = hasattr(c, "sop"), config.batch_size * config.accumulation
+    gb = memory_gb(device) if card_gb is None else card_gb
+
+    def streams_of(examples: Sequence[Example], longest: int, steps: int) -> list[Batch]:
+        """The streams of the steps of one epoch, as training packs them."""
+        room = max(config.micro_tokens or config.max_length, longest)
+        if on_card:
+            room = streams_on_card(config, model, 1e9 * gb, longest, rows).tokens
+        return [b for step in range(steps) for b in pack(step_examples(examples, rows, config.seed, step), room)]
+
     if config.data:
         data = load_data(config, folder)
         check_fits(data.tokenizer, c.vocab, folder)
         steps, per_epoch, epochs = count_steps(config, len(data.train))
-        streams = _streams(config, data.train, per_epoch)
+        streams = streams_of(data.train, data.train.longest, per_epoch)
         found |= {
             "rows": len(data.train),
             "report": "\n".join([str(data.report), *data.notes.values()]),
@@ -76,7 +86,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         }
     else:
         row = _assumed_row(config, prefix)
-        streams = _streams(config, [row] * (config.batch_size * config.accumulation), 1)
+        streams = streams_of([row] * rows, len(row.ids), 1)
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
         found["note"] = positions_note(folder, len(row.ids))
     largest = max(streams, key=lambda batch: len(batch.ids))
@@ -86,7 +96,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         settle(model, len(largest.ids))
         memory = (card_memory if on_card else step_memory)(model, largest)
     found["step"] = {
-        "rows": config.batch_size * config.accumulation,
+        "rows": rows,
         "tokens": None if config.data else sum(len(batch.ids) for batch in streams),
         "streams": None if config.data else len(streams),
         "stream_tokens": len(largest.ids),
@@ -97,8 +107,8 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     found["memory"] = {k: v for k, v in vars(memory).items() if k != "host"} | {"total": memory.total}
     found["host"] = memory.host
     found["device"] = device_name(device) if card_gb is None else "a card"
-    found["device_gb"] = memory_gb(device) if card_gb is None else card_gb
-    found["most_tokens"] = _most_tokens(memory, largest, found["device_gb"])
+    found["device_gb"] = gb
+    found["most_tokens"] = _most_tokens(memory, largest, gb)
     if on_card:
         found["cards"] = _cards(model, largest, memory)
     return found
@@ -112,13 +122,6 @@ def _assumed_row(config: TrainConfig, prefix: bool) -> Example:
     targets = np.full(length, IGNORE, dtype=np.int64)
     targets[length - 1 - target : length - 1] = 1
     return Example(np.zeros(length, dtype=np.int64), targets, "assumed", length - target if prefix else None)
-
-
-def _streams(config: TrainConfig, examples: Sequence[Example], steps: int) -> list[Batch]:
-    """The streams of the steps of one epoch, as training packs them."""
-    room = max(config.micro_tokens or config.max_length, max(len(e.ids) for e in examples))
-    rows = config.batch_size * config.accumulation
-    return [b for step in range(steps) for b in pack(step_examples(examples, rows, config.seed, step), room)]
 
 
 def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:

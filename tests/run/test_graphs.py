@@ -21,12 +21,15 @@ from torch import Tensor
 from bench.proof.fake_cuda import fake_cuda
 from minilora import add_lora
 from minilora.checkpoint.load import read_config
+from minilora.checkpoint.quantized import FORMS
 from minilora.data import IGNORE, Batch, Example, make_batch
 from minilora.files.model_folder import ModelFolder
 from minilora.kernels.dispatch import kernels_enabled
 from minilora.kernels.lang import INTERPRETED
+from minilora.lora import linears
 from minilora.models import layers
 from minilora.models.decoder import Decoder
+from minilora.models.quantized import quantize_linears
 from minilora.models.stream import Context
 from minilora.run import fit, graphs
 from minilora.run.fit import Streams, stream_tokens
@@ -154,10 +157,18 @@ def test_a_size_too_many_runs_without_a_graph(recorder: Recorder, monkeypatch: p
 # on a GPU without data
 
 
-def recorded_on_fake_cuda(family: str, kernels: bool, **settings: Any) -> list[str]:
+def quantize(model: Decoder, quant: str) -> None:
+    """Give the linears weights of so many bits, without data."""
+    if quant in FORMS:
+        empty = {f"{path}.weight": FORMS[quant].empty(w.weight.shape, "meta") for path, w in linears(model).items()}
+        quantize_linears(model, empty)
+
+
+def recorded_on_fake_cuda(family: str, kernels: bool, quant: str = "off", **settings: Any) -> list[str]:
     """Three steps of a family; RuntimeError if anything passes between the host and the GPU while a graph is recorded."""
     config, recorded = resolve(settings), []
     model = tiny(family, torch.bfloat16, **WIDE[family])
+    quantize(model, quant)
     add_lora(model, r=4, dropout=config.lora_dropout)
     model.checkpointing = model.keep_attention = config.checkpointing
     with fake_cuda(90) as cuda, kernels_enabled(kernels):
@@ -182,6 +193,12 @@ def recorded_on_fake_cuda(family: str, kernels: bool, **settings: Any) -> list[s
 def test_a_recording_touches_no_host(family: str, kernels: bool):
     settings = {"lora_dropout": 0.1, "checkpointing": True} if kernels else {}
     assert recorded_on_fake_cuda(family, kernels, **settings) == ["micro_batch", "update"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_recording_of_a_quantised_base_touches_no_host(quant: str):
+    assert recorded_on_fake_cuda("qwen2", True, quant) == ["micro_batch", "update"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
@@ -213,8 +230,10 @@ def choice(
     kernels: bool = True,
     offload: bool = False,
     graphs: str = "auto",
+    quant: str = "off",
 ) -> Choice:
     model = tiny(family, torch.bfloat16, **WIDE[family])
+    quantize(model, quant)
     add_lora(model, r=4, dropout=dropout)
     model.offload = offload
     name = patch.object(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
@@ -233,7 +252,8 @@ def test_graphs_are_on_where_launching_takes_longer_than_computing():
 @pytest.mark.skipif(INTERPRETED, reason="there is no GPU for it")
 @pytest.mark.parametrize("case, why", [
     ({"streams": Streams(8192, False)}, "does not fit"), ({"dropout": 0.1, "kernels": False}, "masks of dropout"), ({"offload": True}, "--offload"),
-    ({"family": "qwen3"}, "a document at a time"),
+    ({"family": "qwen3"}, "a document at a time"), ({"dropout": 0.1, "quant": "nf4"}, "masks of dropout"),
+    ({"dropout": 0.1, "quant": "int8"}, "masks of dropout"),
 ])  # fmt: skip
 def test_why_there_are_no_graphs(case: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(WIDE, "qwen3", WIDE["qwen3"] | {"head_dim": 12})  # no head for flash attention

@@ -19,6 +19,7 @@ from minilora.lora import adapters, base_parameters
 from minilora.machine.compute import name_of
 from minilora.machine.dry_run import _Live, card_memory, step_memory
 from minilora.machine.gemm import settle
+from minilora.run.fit import LARGEST
 from minilora.run.setup import prepare
 from minilora.settings import resolve
 from minilora.tools.plan import _assumed_row, forecast, text_of
@@ -144,6 +145,20 @@ def plan(capsys):
     return call
 
 
+def test_on_a_card_a_stream_is_as_long_as_it_takes(plan, folder):
+    """Up to a step, and to what a run would take of itself; on a CPU it is max_length."""
+
+    def stream(*arguments) -> int:
+        return json.loads(plan("--model", folder, "--max-length", 100, "--json", *arguments)[1])["step"][
+            "stream_tokens"
+        ]
+
+    assert stream() == 100
+    assert stream("--device-memory", 80) == 800  # all eight rows of the step
+    assert stream("--device-memory", 80, "--accumulation", 1000) == LARGEST // 100 * 100
+    assert stream("--device-memory", 1e-4) == 100 and stream("--device-memory", 80, "--micro-tokens", 250) == 200
+
+
 def test_a_config_alone(plan, folder, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -158,7 +173,8 @@ def test_a_config_alone(plan, folder, tmp_path):
     assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
     # a stream of the size that is said to fit needs what the card has
     small = memory["total"] / 1e9 * 4
-    most = json.loads(plan(*arguments, "--max-length", 120, "--json", "--device-memory", small)[1])["most_tokens"]
+    on_card = ["--max-length", 120, "--micro-tokens", 120, "--json", "--device-memory", small]
+    most = json.loads(plan(*arguments, *on_card)[1])["most_tokens"]
     rows = most // 50
     again = json.loads(
         plan(*arguments, "--max-length", 50 * rows, "--batch-size", rows, "--json", "--compute", "bfloat16")[1]
