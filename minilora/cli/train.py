@@ -1,5 +1,7 @@
 """minilora train: an adapter (or the whole model) trained on rows of conversations."""
 
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
@@ -25,8 +27,12 @@ def run(
     config: ConfigFile | None = None,
     resume: Annotated[bool, Arg("go on from the newest checkpoint in --output")] = False,
     overwrite: Annotated[bool, Arg("delete what is in --output")] = False,
+    gpus: Annotated[
+        int | None,
+        Arg("train on so many GPUs of this machine, or processes on its CPU", group="machine", within=(1, 1024)),
+    ] = None,
     **settings: Annotated[Any, Settings()],
-) -> None:
+) -> int:
     from pathlib import Path
 
     from ..settings import read_yaml, resolve
@@ -43,11 +49,21 @@ def run(
         sources.insert(0, read_yaml(saved))
     resolved = resolve(*sources)
     check_paths(resolved.model, None, resolved.data, resolved.encoding)
+    if gpus is not None and gpus > 1 and "RANK" not in os.environ:
+        from ..ranks.start import train_on
+
+        return train_on(gpus, sys.argv[1:])
+    if os.environ.get("RANK", "0") != "0":
+        from ..train import train
+
+        train(resolved, resume, overwrite)
+        return 0
     say(f"train   {resolved.model} on {resolved.data}" if resolved.model and resolved.data else "train")
     from ..train import train
 
     train(resolved, resume, overwrite)
     say("\n".join(["", *(f"  {line}" for line in next_commands(resolved))]))
+    return 0
 
 
 def next_commands(config: "TrainConfig") -> list[str]:
