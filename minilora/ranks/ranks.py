@@ -207,4 +207,5 @@ def join(timeout: float) -> Ranks:
     hosts = [store.get(f"host/{r}").decode() for r in range(count)]  # waits for each
     watch = Watch(store, rank, hosts, timeout)
     watch.start()
+    atexit.register(watch.end)  # or the interpreter would end below a thread that asks the store
     return Ranks(rank, count, watch)
