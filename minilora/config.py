@@ -131,6 +131,9 @@ class TrainConfig(DataConfig):
     graphs: Literal["auto", "on", "off"] = setting(
         "auto", "CUDA graphs; auto: where a CPU takes longer to launch a stream than the GPU to compute it", same=False
     )
+    rank_timeout: float = setting(
+        300.0, "seconds to wait for a rank that gives no answer, with torchrun or --gpus", same=False
+    )
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)

@@ -70,6 +70,14 @@ class CheckpointMismatch(MiniloraError):
     code = 9
 
 
+class RankLost(MiniloraError):
+    """Another rank died, hangs or ended; `code` is that rank's if it told one, and there are no words where it says them itself."""
+
+    def __init__(self, code: int, what: str):
+        super().__init__(what, "Go on with the same command and --resume." if what else "")
+        self.code = code
+
+
 class Stopped(MiniloraError):
     """A signal stopped the run; its state is saved."""
 

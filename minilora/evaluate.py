@@ -9,6 +9,7 @@ import torch
 from minilora.models.decoder import Decoder
 
 from .data import Example, pack
+from .ranks.ranks import ALONE, Ranks
 
 
 class Score(NamedTuple):
@@ -27,14 +28,18 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, examples: Sequence[Example], micro_tokens: int) -> Score:
-    """The Score of a model on examples, dropout off, packed into streams of at most micro_tokens."""
+def evaluate(model: Decoder, examples: Sequence[Example], micro_tokens: int, ranks: Ranks = ALONE) -> Score:
+    """The Score of a model on examples, dropout off, packed into streams of at most micro_tokens.
+
+    Ranks share the streams, and the sum is that of one rank to the bit.
+    """
     was_training = model.training
     model.eval()
-    device = model.head.device
-    total, tokens = 0.0, 0
-    for batch in pack(examples, micro_tokens):
-        total += float(model.loss(batch.to(device)))
-        tokens += len(batch.targets)
+    device, batches = model.head.device, pack(examples, micro_tokens)
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    for i in ranks.own([len(b.ids) for b in batches]):
+        ranks.begin(f"stream {i + 1} of the validation rows")
+        losses[i] = model.loss(batches[i].to(device))
+    ranks.sum([losses])
     model.train(was_training)
-    return Score(total, tokens)
+    return Score(sum(losses.tolist()), sum(len(b.targets) for b in batches))

@@ -23,18 +23,19 @@ from .config import TrainConfig
 from .console import Console
 from .data import Batch, pack, step_examples
 from .errors import Stopped, UsageError
-from .files.atomic import locked
 from .files.model_folder import ModelFolder
 from .lora import set_dropout_keys
+from .ranks.ranks import ALONE, Ranks, join
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
-from .run.ending import final_report, finish, memory_hint, state_saved
-from .run.folder import Progress, Run, check_disk, check_output, check_unlocked, clear, restore, save, write_beginning
+from .run.ending import finish, memory_hint, owned, state_saved
+from .run.folder import Progress, Run, restore, save, write_beginning
 from .run.graphs import Graphs
 from .run.monitor import Monitor, RunConsole, working
 from .run.schedule import learning_rate, make_plan, set_learning_rate
 from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
+from .run.snapshot import snapshots
 from .run.step import StepLog, StepResult, skip_unless_finite
 from .run.validation import validate
 
@@ -48,33 +49,35 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     for key in ("model", "data", "output"):
         if not getattr(config, key):
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
-    folder = Path(config.output)
-    if not resume:
-        check_unlocked(folder, overwrite)
-    with final_report(folder), memory_hint(), locked(folder), kernels(config):
-        check_output(folder, resume, overwrite)
+    folder, ranks = Path(config.output), join(config.rank_timeout)
+    console.quiet |= not ranks.first
+    if ranks.restarted:  # from the newest checkpoint, if the run had come to one
+        resume = bool(snapshots(folder / "checkpoints"))
+        overwrite = not resume
+    with ranks.ending_as_one(), owned(folder, ranks, resume, overwrite), memory_hint(), kernels(config):
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)
             data = load_data(config, base)
         with working(console, "loading the weights"):
             asked = config.compute
-            model, config = load(config, base, resume)
-            plan = make_plan(config, base, data, model, computing(model, asked))
+            model, config = load(config, base, resume, ranks)
+            plan = make_plan(config, base, data, model, computing(model, asked), ranks)
         console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-        run = Run(folder, config, plan, model, optimizer_of(model, config), Progress())
+        run = Run(folder, config, plan, model, optimizer_of(model, config), Progress(), ranks)
         if resume:
             restore(run, console)
-        elif overwrite:
-            clear(folder)
-        check_disk(folder, model, config.keep_checkpoints)
-        write_beginning(run, data)
+        if ranks.first:
+            write_beginning(run, data, overwrite)
         with (
-            Monitor(folder / "metrics.jsonl", plan.steps, run.progress.step, console) as monitor,
+            Monitor(
+                folder / "metrics.jsonl" if ranks.first else None, plan.steps, run.progress.step, console
+            ) as monitor,
             StopSignal() as stop,
             state_saved(run, monitor, stop),
             StepLog(run, monitor) as log,
         ):
             _loop(run, monitor, stop, log)
+        ranks.leave()
         return finish(run, console)
 
 
@@ -92,8 +95,10 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
         # which rows, and in which order, follows from (seed, step): nothing of it is stored
         batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
         monitor.begin(step + 1, sum(len(b.ids) for b in batches))
-        result = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached, call)
+        result = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached, call, run.ranks)
         log.add(result, lr, start)
+        if log.stopping:
+            raise Stopped("")
         last, best = at.step == plan.steps, at.best_step
         if plan.val and (at.step % plan.eval_every == 0 or last):
             log.read()
@@ -117,24 +122,30 @@ def train_step(
     stop: StopSignal | None = None,
     reached: Callable[[int], object] = lambda tokens: None,
     call: Callable[..., Tensor] = operator.call,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """One optimizer step on the streams of a step, launched; its loss and gradient norm are read from what it returns.
 
     The optimizer is a fused one, and the learning rate is its own; `reached(tokens)` is called after each stream. If the loss
     or the norm is not finite, nothing is changed, and reading raises Diverged. Raises Stopped between two streams if a signal
-    came: the parameters are then those of the step before.
+    came: the parameters are then those of the step before. Ranks share the streams, and a signal ends them after the step.
     """
-    targets = torch.tensor(float(sum(len(b.targets) for b in batches)))  # the loss is one sum, divided once
-    losses = []
-    for micro, batch in enumerate(batches):
-        if stop is not None and stop.requested:
+    targets = torch.tensor(
+        float(sum(len(b.targets) for b in batches))
+    )  # of all ranks: the loss is one sum, divided once
+    losses, own = [], ranks.own([len(b.ids) for b in batches])
+    for micro in own:
+        if stop is not None and stop.requested and ranks.count == 1:
             optimizer.zero_grad(set_to_none=True)
             raise Stopped("")
+        ranks.begin(f"step {step + 1}, stream {micro + 1} of {len(batches)}")
         if config.lora_dropout:  # masks follow from the place, so a resumed run draws the same
             set_dropout_keys(model, config.seed, step, micro)
-        losses.append(call(micro_batch, model, batch, targets))
-        reached(sum(len(b.ids) for b in batches[: micro + 1]))
-    numbers = call(update, optimizer, torch.stack(losses).sum(), config.clip)
+        losses.append(call(micro_batch, model, batches[micro], targets))
+        reached(sum(len(batches[i].ids) for i in own if i <= micro))
+    loss = torch.stack(losses).sum() if losses else torch.zeros((), device=model.head.device)
+    stops = ranks.sum_step(optimizer, loss, stop is not None and stop.requested)
+    numbers = call(update, optimizer, loss, stops, config.clip)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(model, optimizer, batches, step, numbers)
 
@@ -147,12 +158,12 @@ def micro_batch(model: Decoder, batch: Batch, targets: Tensor) -> Tensor:
     return loss.detach()
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> Tensor:
-    """Clip the gradients and step; returns the loss, the gradient norm before clipping, and that of each parameter."""
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, stops: Tensor, clip: float) -> Tensor:
+    """Clip the gradients and step; returns loss, gradient norm before clipping, stops, and the norm of each parameter's."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norms = torch.stack(torch._foreach_norm([p.grad for p in trained if p.grad is not None]))
     norm = torch.linalg.vector_norm(norms)
-    numbers = torch.stack((loss, norm.to(loss.dtype)))
+    numbers = torch.stack((loss, norm.to(loss.dtype), stops.to(loss.dtype)))
     skip_unless_finite(optimizer, numbers)
     if clip:
         torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)

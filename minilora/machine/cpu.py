@@ -52,9 +52,9 @@ def tune_memory() -> None:
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """CPUs that this process may run on: its affinity, and the quota of its control group, rounded up."""
+    """CPUs that this process may run on: its affinity, and the quota of its control group, rounded up; its share, beside other ranks."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, _quota(cgroup) or allowed))
+    return max(1, min(allowed, _quota(cgroup) or allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _quota(cgroup: Path) -> int | None:

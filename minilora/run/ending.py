@@ -9,11 +9,13 @@ import torch
 from ..checkpoint.adapter import save_adapter
 from ..checkpoint.load import save_model
 from ..console import Console
-from ..errors import Diverged, OutOfMemory, Stopped
+from ..errors import Diverged, OutOfMemory, RankLost, Stopped
+from ..files.atomic import locked
+from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
 from ..terminal import shell
-from .folder import Run, load_kept_step, save
+from .folder import Run, check_output, check_unlocked, load_kept_step, save
 from .monitor import Monitor
 from .signals import StopSignal
 
@@ -23,10 +25,23 @@ def final_report(folder: Path) -> Iterator[None]:
     """Write the report again if the run ends early: the page on disk says that it still goes on."""
     try:
         yield
-    except (Stopped, Diverged, OutOfMemory):
+    except (Stopped, Diverged, OutOfMemory, RankLost):
         if (folder / "report.html").is_file():
             report_quietly(folder)
         raise
+
+
+@contextmanager
+def owned(folder: Path, ranks: Ranks, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The run folder, empty or to be resumed or overwritten, locked for this run; its first rank holds it. Raises OutputInUse."""
+    if not ranks.first:
+        yield
+        return
+    if not resume:
+        check_unlocked(folder, overwrite)
+    with final_report(folder), locked(folder):
+        check_output(folder, resume, overwrite)
+        yield
 
 
 @contextmanager
@@ -52,9 +67,9 @@ def state_saved(run: Run, monitor: Monitor, stop: StopSignal) -> Iterator[None]:
     except Stopped:
         if at.saved != at.step:
             save(run)
-        what = f"stopped by {stop.name} at step {at.step} of {run.plan.steps}; the state is saved in {run.checkpoints}"
+        what = f"stopped by {stop.name or 'a signal to another rank'} at step {at.step} of {run.plan.steps}; the state is saved in {run.checkpoints}"
         raise Stopped(what, f"Go on with: {shell('train', '--output', run.folder, '--resume')}") from None
-    except (MemoryError, RuntimeError):
+    except (MemoryError, RuntimeError, RankLost):
         # a forward or backward pass failed: the parameters are still those of the last step
         run.optimizer.zero_grad(set_to_none=True)
         if at.step and at.saved != at.step:

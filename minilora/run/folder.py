@@ -17,6 +17,7 @@ from ..files.atomic import verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
+from ..ranks.ranks import ALONE, Ranks
 from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
 from .schedule import Plan, data_record
@@ -50,6 +51,7 @@ class Run:
     model: Decoder
     optimizer: torch.optim.AdamW
     progress: Progress
+    ranks: Ranks = ALONE
 
     @property
     def checkpoints(self) -> Path:
@@ -96,8 +98,14 @@ def check_disk(folder: Path, model: Decoder, keep: int) -> None:
         raise DiskError(what, "Free some space, or give another --output.")
 
 
-def write_beginning(run: Run, data: Data) -> None:
-    """Write what a run knows before its first step: its settings, a record of its rows, and which rows it trains on."""
+def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
+    """Write what a run knows before its first step: its settings, a record of its rows, and which rows it trains on.
+
+    Deletes an older run first if that is to be overwritten. Raises DiskError if there is too little room for the checkpoints.
+    """
+    if overwrite:
+        clear(run.folder)
+    check_disk(run.folder, run.model, run.config.keep_checkpoints)
     write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_choice(run.folder / GEMM, run.model.head.device)
     write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan)) + "\n")
@@ -106,8 +114,11 @@ def write_beginning(run: Run, data: Data) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a snapshot of the current step, then delete older ones."""
+    """Write a snapshot of the current step, then delete older ones; all ranks have the same state, and the first writes it."""
     at = run.progress
+    at.saved = at.step
+    if not run.ranks.first:
+        return
     state: dict[str, Any] = {
         "step": at.step,
         "seconds": at.seconds,
@@ -117,7 +128,6 @@ def save(run: Run) -> None:
     state |= {"identity": _identity(run), "machine": _machine(run)}
     folder = run.checkpoints / f"step-{at.step}"
     save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
-    at.saved = at.step
     rotate(run.checkpoints, run.config.keep_checkpoints, at.step, at.best_step)
 
 

@@ -51,9 +51,12 @@ def working(console: Console, what: str) -> Iterator[None]:
 
 
 class Monitor:
-    """Follows a run of `total` steps from `start`; drops the metrics that an older file has of steps beyond `start`."""
+    """Follows a run of `total` steps from `start`; drops the metrics that an older file has of steps beyond `start`.
 
-    def __init__(self, path: Path, total: int, start: int, console: Console):
+    Without a path, for a rank that writes nothing, metrics are kept nowhere.
+    """
+
+    def __init__(self, path: Path | None, total: int, start: int, console: Console):
         self.total, self.start, self.console = total, start, console
         self._done = start  # the last step whose metrics came
         self._durations: deque[float] = deque(maxlen=RECENT)
@@ -61,10 +64,10 @@ class Monitor:
         self._doing, self._since = "measuring the speed of this machine", time.monotonic()
         self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
-        kept = [line for line in read_json_lines(path) if line.get("step", 0) <= start]
-        if path.exists():
+        kept = [line for line in read_json_lines(path) if line.get("step", 0) <= start] if path else []
+        if path and path.exists():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
+        self._file = open(path or os.devnull, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
         self._every = max(-(-(total - start) // LINES), 1)
         self._live = None
         if console.is_terminal:

@@ -15,13 +15,14 @@ from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import folder_notes
 from ..checkpoint.quantized import quantized_note
 from ..config import TrainConfig
-from ..data import Examples, steps_per_epoch
+from ..data import Examples, pack, step_examples, steps_per_epoch
 from ..files.model_folder import ModelFolder
 from ..lora import adapters, base_parameters, trained_parameters
 from ..machine.compute import name_of
 from ..machine.cpu import device_name
 from ..machine.gemm import gemm_lines
 from ..machine.kernel_paths import kernel_paths
+from ..ranks.ranks import ALONE, Ranks
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
 from .fit import stream_tokens
@@ -50,7 +51,9 @@ class Plan:
     header: str
 
 
-def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, computing: str) -> Plan:
+def make_plan(
+    config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, computing: str, ranks: Ranks = ALONE
+) -> Plan:
     """Steps and streams of a run, and its header, which has `computing` as the line on dtype and threads.
 
     ModelError if the tokenizer has more ids than the model.
@@ -58,14 +61,15 @@ def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decod
     check_fits(data.tokenizer, model.config.vocab, folder)
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     rows_per_step = config.batch_size * config.accumulation
-    streams = stream_tokens(config, folder, model, max(data.train.longest, data.val.longest), rows_per_step)
+    longest = max(data.train.longest, data.val.longest)
+    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count))
     plan = Plan(
         train=data.train,
         val=data.val,
         steps=steps,
         steps_per_epoch=per_epoch,
         rows_per_step=rows_per_step,
-        micro_tokens=streams.tokens,
+        micro_tokens=ranks.least(streams.tokens),
         graphs=choose(config, model, streams),
         eval_every=config.eval_every or per_epoch,
         save_every=config.save_every or per_epoch,
@@ -81,7 +85,7 @@ def make_plan(config: TrainConfig, folder: ModelFolder, data: Data, model: Decod
         },
         header="",
     )
-    return replace(plan, header=_header(config, folder, data, model, plan, epochs, computing))
+    return replace(plan, header=_header(config, folder, data, model, plan, epochs, computing, ranks))
 
 
 def data_record(data: Data, plan: Plan) -> dict[str, Any]:
@@ -139,7 +143,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def _header(
-    config: TrainConfig, folder: ModelFolder, data: Data, model: Decoder, plan: Plan, epochs: float, computing: str
+    config: TrainConfig,
+    folder: ModelFolder,
+    data: Data,
+    model: Decoder,
+    plan: Plan,
+    epochs: float,
+    computing: str,
+    ranks: Ranks,
 ) -> str:
     device = model.head.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -175,6 +186,9 @@ def _header(
         lines.append(f"graphs  {'on' if plan.graphs.on else 'off'}: {plan.graphs.why}")
     forms = gemm_lines(model)
     lines += ["gemm    " + indent.join(forms)] if forms else []
+    if ranks.count > 1:
+        first = pack(step_examples(plan.train, plan.rows_per_step, config.seed, 0), plan.micro_tokens)
+        lines.append("ranks   " + ranks.note([len(batch.ids) for batch in first]))
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(

@@ -23,9 +23,12 @@ from ..lora import add_lora, trained_parameters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 from ..machine.gemm import GEMM, MOST_ROWS, read_choice, settle
+from ..ranks.ranks import ALONE, Ranks
 
 
-def load(config: TrainConfig, folder: ModelFolder, resume: bool = False) -> tuple[Decoder, TrainConfig]:
+def load(
+    config: TrainConfig, folder: ModelFolder, resume: bool = False, ranks: Ranks = ALONE
+) -> tuple[Decoder, TrainConfig]:
     """The model ready to train, and the config with the compute dtype and the threads that were chosen.
 
     resume: the adapters' values are read from a snapshot afterwards, and the forms of GEMM are those that the run had.
@@ -33,6 +36,8 @@ def load(config: TrainConfig, folder: ModelFolder, resume: bool = False) -> tupl
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     check_offload(config, device)
     stored, compute = dtypes(config, c, device)
+    if not ranks.least(compute.itemsize == 2) and compute.itemsize == 2:
+        compute = torch.float32  # another rank found it faster
     model = prepare(load_model(folder, stored, device, name_of(compute), quant_asked(config, device)), config)
     if config.lora_init == "loftq" and not resume:
         loftq_init(model, folder)

@@ -35,8 +35,9 @@ class StepResult:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], step: int, numbers: Tensor
     ):
-        """numbers: the loss, the norm of all gradients, and that of each, in the order of the trained parameters."""
+        """numbers: loss, norm of all gradients, ranks that are to stop, and the norm of each gradient, as parameters are trained."""
         self.model, self.optimizer, self.batches, self.step = model, optimizer, batches, step
+        self.stops = False  # whether a signal came to a rank, once it is read
         self._numbers, self._computed = numbers.to("cpu", non_blocking=True), None
         if numbers.is_cuda:
             self._computed = torch.cuda.Event()
@@ -51,7 +52,8 @@ class StepResult:
         """The loss and the gradient norm before clipping. Raises Diverged if one is not finite; then the step changed nothing."""
         if self._computed is not None:
             self._computed.synchronize()
-        loss, grad_norm, *norms = self._numbers.tolist()
+        loss, grad_norm, stops, *norms = self._numbers.tolist()
+        self.stops = stops > 0
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return loss, grad_norm
         vars(self.optimizer)["found_inf"].zero_()
@@ -69,17 +71,19 @@ class StepLog:
         self.run, self.monitor = run, monitor
         model = run.model
         self._peak, self._per_token = (
-            peak_flops(model.head.device, model.compute_dtype),
+            peak_flops(model.head.device, model.compute_dtype) * run.ranks.count,
             flops_per_token(model, run.plan.full),
         )
         self._unread: tuple[StepResult, float, float] | None = None
         self._metrics: dict[str, Any] | None = None
         self._read_at = -math.inf
+        self.stopping = self._stops = False
         self._began = time.perf_counter() - run.progress.seconds
 
     def add(self, result: StepResult, lr: float, start: float) -> None:
         """A step was launched that began at `start`: the one before is written, and this one if it is there already."""
         self.write()
+        self.stopping = self._stops  # of a step that all ranks have read by now, so that all stop behind the same one
         self._unread = result, lr, start
         self.run.progress.step = result.step + 1
         if result.ready:
@@ -91,6 +95,7 @@ class StepLog:
             return
         (result, lr, start), self._unread = self._unread, None
         loss, grad_norm = result.read()
+        self._stops |= result.stops
         now, at = time.perf_counter(), self.run.progress
         seconds = now - max(start, self._read_at)  # a step that was launched behind another one begins after that
         self._read_at, at.seconds = now, now - self._began

@@ -11,7 +11,7 @@ def validate(run: Run, monitor: Monitor) -> tuple[float, str]:
     """Evaluate and remember the best; returns the loss, and a line that says so."""
     at = run.progress
     monitor.validating()
-    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens)
+    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens, run.ranks)
     better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
     note = (
         "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss is not None else ""

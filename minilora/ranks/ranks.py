@@ -1,0 +1,211 @@
+"""The ranks of a run: the processes that train together, each with the base model and the same adapters.
+
+Only gradients of what is trained travel, in one buffer a step, and every rank then makes the same step with the same bits. What is
+printed and written is rank 0's. If one rank ends or is lost, all end, with one message.
+"""
+
+import atexit
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import MiniloraError, RankLost, Stopped, UsageError
+from .deal import deal, imbalance
+from .watch import DEAD, Watch
+
+EXIT_CODES = (
+    "MINILORA_EXIT_CODES"  # a file to which each rank adds its exit code: torchrun's own is 1 whatever happened
+)
+
+
+class Ranks:
+    """This process among those that train together: number `rank` of `count`."""
+
+    def __init__(self, rank: int = 0, count: int = 1, watch: Watch | None = None):
+        self.rank, self.count, self.watch = rank, count, watch
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun started the ranks again, after one was lost (--max-restarts)."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    def begin(self, place: str) -> None:
+        """Say what this rank does from now on, for the message if it gets lost."""
+        if self.watch:
+            self.watch.begin(place)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one device by their sums over all ranks: the same bits on every one.
+
+        They travel in one buffer. Raises RankLost.
+        """
+        if self.watch is None:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        self.watch.wait()
+        try:
+            work = dist.all_reduce(flat, async_op=True)
+            assert work is not None
+            # on a GPU the sum is queued, and the main thread goes on
+            while not flat.is_cuda and not work.is_completed():
+                if self.watch.failed.wait(0.0005):
+                    break
+            else:
+                work.wait()
+        except RuntimeError:  # the network says that a rank is gone
+            self.watch.diagnosis()
+        self.check()
+        self.watch.begin("the rest of the step")
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))
+
+    def sum_step(self, optimizer: torch.optim.Optimizer, loss: Tensor, stop: bool) -> Tensor:
+        """Add up over all ranks what is to be stepped by and the loss, in place; a rank without a stream adds zeros.
+
+        Returns on how many ranks a signal asks to stop, as the device will have it.
+        """
+        stops = torch.full((), float(stop), device=loss.device)
+        if self.count > 1:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for p in parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            self.sum([loss, stops, *(p.grad for p in parameters if p.grad is not None)])
+        return stops
+
+    def least(self, number: int) -> int:
+        """The smallest number of all ranks: what each measured for itself may differ, and all have to do the same."""
+        told = torch.zeros(self.count, dtype=torch.int64)
+        told[self.rank] = number
+        self.sum([told])
+        return int(told.min())
+
+    def note(self, tokens: Sequence[int]) -> str:
+        """How evenly streams of so many tokens are dealt, for people."""
+        assert self.watch
+        machines = len(set(self.watch.hosts))
+        where = f"on {machines} machines" if machines > 1 else "on this machine"
+        fullest = imbalance(tokens, self.count)
+        hint = "; shorter streams (--micro-tokens), or more rows a step, would share better" if fullest > 1.2 else ""
+        return f"{self.count} {where}; in the first step the fullest has {fullest:.2f} of the mean's tokens{hint}"
+
+    def own(self, tokens: Sequence[int]) -> list[int]:
+        """Which of the streams of a step, or of an evaluation, are this rank's; tokens: of each stream."""
+        return deal(tokens, self.count)[self.rank]
+
+    def check(self) -> None:
+        """RankLost if the run has to end because of another rank."""
+        if self.watch and self.watch.failed.is_set():
+            raise RankLost(self.watch.code, self.watch.failure)
+
+    def leave(self) -> None:
+        """The ranks need nothing of each other any more."""
+        if self.watch:
+            self.watch.end()
+
+    @contextmanager
+    def ending_as_one(self) -> Iterator[None]:
+        """All ranks end as the first that fails does: one message, one exit code."""
+        if self.watch is None:
+            yield
+            return
+        try:
+            yield
+        except MiniloraError as error:
+            self._end(error.code, follows=isinstance(error, RankLost))
+            if isinstance(error, RankLost):
+                speaks = error.what and self._speaks()
+            else:  # what all ranks find wrong is rank 0's to say; what this rank alone does, its own
+                speaks = self.first or (not isinstance(error, Stopped) and not self._first_ends())
+                error.what = error.what if self.first else f"rank {self.rank} on {socket.gethostname()}: {error.what}"
+            if not speaks:
+                raise SystemExit(error.code) from None
+            raise
+        except Exception:
+            self._end(70)
+            raise
+        finally:
+            if self.watch.failed.is_set():
+                atexit.register(_exit, self.watch.code)
+            else:
+                self.watch.end()
+
+    def _end(self, code: int, follows: bool = False) -> None:
+        """Tell the other ranks, and whoever started this one, how it ends; `follows`: because another one did."""
+        assert self.watch
+        if EXIT_CODES in os.environ:
+            with Path(os.environ[EXIT_CODES]).open("a") as codes:
+                codes.write(f"{code}\n")
+        try:
+            self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
+        except RuntimeError:  # torchrun is gone
+            print(f"rank {self.rank} ends with exit code {code}", file=sys.stderr)
+
+    def _speaks(self) -> bool:
+        """Whether this rank is the one that says which rank was lost."""
+        assert self.watch
+        try:
+            return self.watch.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
+        except RuntimeError:  # no store on this side of the network
+            return os.environ["LOCAL_RANK"] == "0"
+
+    def _first_ends(self) -> bool:
+        """Whether rank 0 ends by itself, too, within some seconds."""
+        assert self.watch
+        until = time.monotonic() + DEAD
+        while time.monotonic() < until:
+            if self.watch.store.check(["ended/0"]):
+                return b"follows" not in self.watch.store.get("ended/0")
+            time.sleep(0.1)
+        return False
+
+
+def _exit(code: int) -> None:
+    """End the process now: torch would wait for what it has sent to the lost rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+ALONE = Ranks()
+
+
+def join(timeout: float) -> Ranks:
+    """The ranks that torchrun started, which must all come within `timeout` seconds; without torchrun this process alone.
+
+    On a GPU the current device becomes the one of the rank. Raises UsageError if there are fewer GPUs than ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return ALONE
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise UsageError(f"rank {rank}: this machine has {gpus} GPUs", f"Start at most {gpus} processes on it.")
+    if gpus:
+        torch.cuda.set_device(local)
+    wait = timedelta(seconds=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait + timedelta(minutes=1))
+    count = dist.get_world_size()
+    # a connection of its own: a thread that waits in one keeps the others out
+    tcp = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
+    store = dist.PrefixStore(f"minilora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    store.set(f"host/{rank}", socket.gethostname())
+    hosts = [store.get(f"host/{r}").decode() for r in range(count)]  # waits for each
+    watch = Watch(store, rank, hosts, timeout)
+    watch.start()
+    atexit.register(watch.end)  # or the interpreter would end below a thread that asks the store
+    return Ranks(rank, count, watch)

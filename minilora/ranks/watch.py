@@ -1,0 +1,114 @@
+"""Notice that a rank died or hangs, and say which one: its host, and the step and stream that it was last seen in.
+
+Every rank has a thread that leaves a sign of life in torchrun's store twice a second and reads those of the others. A rank whose signs
+end has died, or its host or the network has; one whose signs go on while the others wait for it hangs.
+"""
+
+import json
+import os
+import threading
+import time
+from typing import NamedTuple
+
+from torch.distributed import Store
+
+PERIOD = 0.5  # seconds between two signs
+DEAD = 5 * PERIOD  # without a sign, of a rank that the network already says is gone
+GRACE = 10.0  # seconds that the main thread has to end after a failure, before the process is ended
+
+
+class Sign(NamedTuple):
+    """What a rank says of itself: a number that grows, what it does, and whether it waits for the others."""
+
+    number: int
+    place: str
+    waiting: bool
+
+
+class Watch(threading.Thread):
+    """The thread of one rank. `failed` is set once the run has to end; `failure` says why, and is empty where another rank says it."""
+
+    def __init__(self, store: Store, rank: int, hosts: list[str], timeout: float):
+        """store: of a connection that no other thread uses; hosts: of every rank; timeout: seconds to wait for a rank."""
+        super().__init__(daemon=True, name="watch")
+        self.store, self.rank, self.hosts, self.timeout = store, rank, hosts, timeout
+        self.failed, self.failure, self.code = threading.Event(), "", 10
+        self._done = threading.Event()
+        self._place, self._waiting_since = "no step yet", 0.0
+        self._parent = os.getppid()
+        now = time.monotonic()
+        self._others = {r: (Sign(0, self._place, False), now) for r in range(len(hosts)) if r != rank}
+
+    # called by the main thread
+
+    def begin(self, place: str) -> None:
+        """The main thread does something of its own, as in "step 12, stream 3"."""
+        self._place, self._waiting_since = place, 0.0
+
+    def wait(self) -> None:
+        """The main thread waits for the other ranks."""
+        self._waiting_since = time.monotonic()
+
+    def end(self) -> None:
+        """All ranks have what they need of each other."""
+        self._done.set()
+        self.join(DEAD)
+
+    def diagnosis(self) -> tuple[int, str]:
+        """(exit code, what happened) once the network said that some rank is gone; no words where another rank says them."""
+        self._waiting_since, until, dead = 0.0, time.monotonic() + 2 * DEAD, []
+        while not dead and time.monotonic() < until and not self.failed.wait(PERIOD):
+            dead = self._silent(DEAD)
+        self._fail("; ".join(self._said(r, "died") for r in dead) or "the connection between the ranks broke")
+        return self.code, self.failure
+
+    # the thread
+
+    def run(self) -> None:
+        number, answered = 0, time.monotonic()
+        while not self._done.wait(PERIOD) and not self.failed.is_set():
+            number += 1
+            if os.getppid() != self._parent:
+                self._fail("torchrun, which started this rank, was killed")
+            try:
+                self.store.set(f"sign/{self.rank}", json.dumps(Sign(number, self._place, self._waiting_since > 0)))
+                self._read()
+                answered = time.monotonic()
+            except RuntimeError:  # the store does not answer
+                if time.monotonic() - answered > self.timeout:
+                    self._fail(f"{self.hosts[self.rank]} cannot reach torchrun on {self.hosts[0]}")
+            self._judge(time.monotonic())
+        if self.failed.is_set() and not self._done.wait(GRACE):
+            os._exit(self.code)  # the main thread is in a call that does not come back
+
+    def _read(self) -> None:
+        for r, (sign, _) in self._others.items():
+            if self.store.check([f"ended/{r}"]):
+                self.code = int(self.store.get(f"ended/{r}").split()[0])
+                return self._fail("")
+            if self.store.check([f"sign/{r}"]):
+                now = Sign(*json.loads(self.store.get(f"sign/{r}")))
+                if now.number != sign.number:
+                    self._others[r] = (now, time.monotonic())
+
+    def _silent(self, seconds: float) -> list[int]:
+        """The ranks that gave no sign for so long."""
+        return [r for r, (_, when) in self._others.items() if time.monotonic() - when > seconds]
+
+    def _judge(self, now: float) -> None:
+        if silent := self._silent(self.timeout):
+            self._fail("; ".join(self._said(r, f"gave no sign for {self.timeout:.0f} s") for r in silent))
+        elif self._waiting_since and now - self._waiting_since > self.timeout:
+            late = self._silent(DEAD) or [r for r, (sign, _) in self._others.items() if not sign.waiting]
+            hangs = f"hangs or is cut off: the others have waited {self.timeout:.0f} s for it"
+            self._fail(
+                "; ".join(self._said(r, hangs) for r in late) or f"no answer over the network for {self.timeout:.0f} s"
+            )
+
+    def _said(self, rank: int, what: str) -> str:
+        return f"rank {rank} on {self.hosts[rank]} {what} ({self._others[rank][0].place})"
+
+    def _fail(self, what: str) -> None:
+        if not self.failed.is_set():
+            self.failure = what
+            self.failed.set()

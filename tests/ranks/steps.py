@@ -1,0 +1,70 @@
+"""Training steps in every setting, by as many ranks as there are: run alone, or by torchrun. Writes what each rank found.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks/steps.py MODEL OUT
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minilora.checkpoint.load import load_model
+from minilora.config import TrainConfig
+from minilora.data import IGNORE, Example, pack
+from minilora.evaluate import evaluate
+from minilora.lora import trained_parameters
+from minilora.ranks.ranks import Ranks, join
+from minilora.run.setup import optimizer_of, prepare
+from minilora.train import train_step
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"method": "full"},
+    "checkpointing": {"checkpointing": True},
+    "dropout": {"lora_dropout": 0.3},
+    "one stream": {"micro_tokens": 10**6},  # ranks beyond the first have none
+}
+LENGTHS = (9, 3, 17, 5, 12, 1, 8, 20, 2, 11)
+
+
+def examples() -> list[Example]:
+    numbers = np.random.default_rng(0)
+    found = []
+    for n in LENGTHS:
+        ids = numbers.integers(0, 256, n)
+        targets = np.where(numbers.random(n) < 0.6, numbers.integers(0, 256, n), IGNORE)
+        targets[0] = 7
+        found.append(Example(ids, targets, ""))
+    return found
+
+
+def results(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    found = {}
+    rows = examples()
+    for name, settings in CASES.items():
+        config = TrainConfig(**({"micro_tokens": 24, "lora_r": 4} | settings))
+        model = prepare(load_model(folder, torch.float64, torch.device("cpu")), config).double()
+        optimizer = optimizer_of(model, config)
+        assert config.micro_tokens
+        steps = [
+            train_step(model, optimizer, pack(rows[s:], config.micro_tokens), config, s, ranks=ranks).read()
+            for s in range(3)
+        ]
+        score = evaluate(model, rows, config.micro_tokens, ranks)
+        flat = torch.cat([p.detach().flatten() for p in trained_parameters(model).values()])
+        found[name] = {
+            "steps": steps, "val": score.total, "tokens": score.tokens, "some": flat[:: max(1, len(flat) // 500)].tolist(),
+            "bits": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    me = join(60)
+    told = results(Path(sys.argv[1]), me)
+    Path(sys.argv[2], f"{me.count}-{me.rank}.json").write_text(json.dumps(told))
