@@ -25,8 +25,8 @@ from minilora.kernels.launch import Launch, per_shape
 from minilora.kernels.lora_gemm import as_operand, dot, load_operand
 
 PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a GPU: one for each multiprocessor
-# of shrink and of its backward, whose programs wait for memory: two for each; on sm_90 that would be too many partial sums
-STREAMS = {0: 128, 80: 216, 86: 168, 90: 132}
+# of shrink and of its backward, whose programs wait for memory: two for each on sm_80; elsewhere that spills or adds too many partial sums
+STREAMS = {0: 128, 80: 216, 86: 84, 90: 132}
 # by architecture, as in lora_gemm
 SHRINK = {
     0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},

@@ -199,3 +199,39 @@ def test_a_resumed_run_takes_the_forms_that_it_had(folder, tmp_path, monkeypatch
     (run / "gemm.json").write_text(json.dumps(kept))
     other = header(resume=True)
     assert "q/k/v: y library (augmented 2.00x)" in other and "gemm was" in other
+
+
+def test_a_gpu_is_timed_in_turn_and_without_the_warm_up(monkeypatch):
+    """On a clock that stands for the GPU's: each function starts a round as often as any, and the median is that of the later rounds."""
+    clock, calls = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(gemm, "FLUSH", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+
+    def taking(name: str, milliseconds: float):
+        def function() -> None:
+            calls.append(name)
+            clock[0] += milliseconds * (100 if calls.count(name) <= gemm.WARM else 1)
+
+        return function
+
+    found = gemm.gpu_seconds({"library": taking("library", 2.0), "triton": taking("triton", 3.0)}, CPU)
+    assert found == pytest.approx({"library": 0.002, "triton": 0.003})
+    assert calls == ["library", "triton", "triton", "library"] * ((gemm.WARM + gemm.ROUNDS) // 2) + [
+        "library",
+        "triton",
+    ]
