@@ -122,7 +122,7 @@ class Masked(Protocol):
 
     keys: PassKeys
     number: int
-    lora_A: Tensor
+    lora_A: torch.nn.Parameter
 
 
 def shared_keys(adapters: Iterator[Masked]) -> PassKeys:

@@ -11,6 +11,7 @@ import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def train_step(
     step: int,
     stop: StopSignal | None = None,
     reached: Callable[[int], object] = lambda tokens: None,
-    call: Callable[..., Tensor] = operator.call,
+    call: Callable[..., Any] = operator.call,
     ranks: Ranks = ALONE,
 ) -> StepResult:
     """One optimizer step on the streams of a step, launched; its loss and gradient norm are read from what it returns.
