@@ -17,19 +17,19 @@ on a GPU: the library's GEMM, one for all weights where they are packed (packed.
 the product of rank R.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels import lora_gemm, lora_shrink
+from minilora.kernels import kept
 from minilora.kernels.dispatch import library_gemm, once_differentiable, recording, use_triton
 from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask, dropped
 from minilora.kernels.frozen_linear import FEW_ROWS, add_input_gradient, frozen_linear
-from minilora.kernels.group import Group, Place
-from minilora.kernels.lang import INTERPRETED, rows_of
+from minilora.kernels.lang import INTERPRETED
+from minilora.kernels.on_triton import OnTriton, uninitialised
 from minilora.kernels.packed import stacked
 from minilora.kernels.projection import Adapter, Projection, check
 from minilora.kernels.quantized import Weight, weight_as
@@ -62,114 +62,112 @@ def lora_linear_ref(
     return _one_ref(x, w, bias, Adapter(a, b, scale, p, key))
 
 
-class _OnTriton(torch.autograd.Function):
+class OnTorch:
+    """Projections of one input on torch's operations, as on_triton.py has them: S [T, sum of R_j], dS and masks lists."""
+
+    def __init__(self, projections: Sequence[Projection]):
+        self.projections, self.adapters = projections, [p.adapter for p in projections if p.adapter]
+        self.adapted = bool(self.adapters)
+
+    def forward(self, x: Tensor, s: Tensor | None, output_needed: bool) -> tuple[Tensor | None, list[Tensor]]:
+        s = _shrink(x, self.adapters) if s is None and self.adapted else s
+        if not output_needed:
+            return s, uninitialised(x, [p.weight for p in self.projections])
+        ys, shrunk = [], iter(self._apart(s))
+        for weight, bias, ns in _products(self.projections, x.dtype):  # x W^T + b
+            plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
+            y = F.linear(x, cast(Tensor, weight), bias) if plain else frozen_linear(x, weight, bias)
+            ys += y.split_with_sizes(ns, 1)
+        for y, p in zip(ys, self.projections, strict=True):  # + S (s B)^T
+            if p.adapter:
+                y.addmm_(next(shrunk), _scaled(p.adapter, x.dtype).T)
+        return s, ys
+
+    def _apart(self, s: Tensor | None) -> Sequence[Tensor]:
+        return () if s is None else s.split_with_sizes([adapter.a.shape[0] for adapter in self.adapters], 1)
+
+    def expand_backward(
+        self, dys: Sequence[Tensor], s: Tensor | None, needs_ds: bool, needs_b: Sequence[bool]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        dys = [dy for dy, p in zip(dys, self.projections, strict=True) if p.adapter]
+        ds = [dy @ _scaled(a, dy.dtype) for dy, a in zip(dys, self.adapters, strict=True)] if needs_ds else []
+        each = zip(dys, self._apart(s), self.adapters, needs_b, strict=True)
+        return ds, [(dy.T @ s).to(a.b.dtype).mul_(a.scale) if needed else None for dy, s, a, needed in each]
+
+    def masks(self, x: Tensor) -> list[Tensor | None]:
+        return [_mask(x, adapter) for adapter in self.adapters]
+
+    def input_gradient(self, dys: Sequence[Tensor], ds: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+        dx, each = None, zip(ds, masks, strict=True)
+        for dy, p in zip(dys, self.projections, strict=True):
+            dx = add_input_gradient(dx, dy, p.weight)  # dX += dY W
+            if p.adapter:  # dX += drop(dS A)
+                (d, mask), a = next(each), p.adapter.a.to(dy.dtype)
+                dx = dx.addmm_(d, a) if mask is None else dx.add_(dropped(d @ a, mask, p.adapter.p))
+        assert dx is not None
+        return dx
+
+    def shrink_backward(
+        self, x: Tensor, ds: Sequence[Tensor], masks: Sequence[Tensor | None], needs_a: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        each = zip(ds, masks, self.adapters, needs_a, strict=True)
+        return [d.T @ dropped(x, mask, a.p) if needed else None for d, mask, a, needed in each]
+
+
+Linears = OnTriton | OnTorch
+
+
+def linears_of(x: Tensor, projections: Sequence[Projection]) -> Linears:
+    """Projections of x by the path that they take."""
+    return (OnTriton if runs_on_triton(x, projections) else OnTorch)(projections)
+
+
+class _Group(torch.autograd.Function):
     """trained is [a_0, b_0, a_1, ...], the tensors of the projections' adapters, named to autograd."""
 
     @staticmethod
-    def forward(
-        ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
-    ) -> tuple[Tensor, ...]:
-        group, rows = Group.of(projections), rows_of(x)
-        with torch.cuda.device_of(x):
-            if not output_needed:
-                s, ys = lora_shrink.shrink(rows, group), _uninitialised(x, projections)
-            elif lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
-                y, s = lora_gemm.single_pass(rows, group)
-                ys = [y]
-            else:
-                s = lora_shrink.shrink(rows, group)
-                ys = lora_gemm.forward(rows, s, group)
-        ctx.save_for_backward(x, s, *trained)
-        ctx.group = group
+    def forward(ctx, linears: Linears, output_needed: bool, x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+        s, ys = linears.forward(x, kept.given() if linears.adapted else None, output_needed)
+        ctx.save_for_backward(x, kept.keep(s), *trained)
+        ctx.linears = linears
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        return None, None, *_triton_gradients(x, s, ctx.group, trained, grads, ctx.needs_input_grad[2:])
+        return None, None, *gradients(ctx.linears, x, s, trained, grads, ctx.needs_input_grad[2:])
 
 
-def _triton_gradients(
-    x: Tensor, s: Tensor, group: Group, trained: Sequence[Tensor], dys: Sequence[Tensor], needs: Sequence[bool]
+class _OnTriton(_Group):
+    """Its name tells in a graph which path was taken."""
+
+
+class _OnTorch(_Group):
+    """The other one."""
+
+
+def gradients(
+    linears: Any, x: Tensor, s: Tensor | None, trained: Sequence[Tensor], dys: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
-    dys, rows = [rows_of(dy) for dy in dys], rows_of(x)
+    """dX and dA_0, dB_0, dA_1, ..., each where it is needed, in the dtypes of `trained`."""
     needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
-    dx, das = None, [None] * len(group.a)
-    with torch.cuda.device_of(x):
-        adapted = [dy for dy, size in zip(dys, group.sizes, strict=True) if size.rank]
-        ds, dbs = lora_shrink.expand_backward(adapted, s, group, needs_x or any(needs_a), any(needs_b))
-        if needs_x and ds is not None:
-            dx = lora_gemm.input_gradient(dys, ds, group)
-        if any(needs_a) and ds is not None:
-            das = lora_shrink.shrink_backward(rows, ds, group)
-    found = [d for pair in zip(das, dbs, strict=True) for d in pair]
-    return dx, *[
-        d.to(t.dtype) if needed and d is not None else None
-        for d, t, needed in zip(found, trained, needs[1:], strict=True)
-    ]
+    dx, das = None, [None] * len(needs_a)
+    ds, dbs = linears.expand_backward(dys, s, needs_x or any(needs_a), needs_b)
+    if needs_x or any(needs_a):
+        masks = linears.masks(x)
+        dx = linears.input_gradient(dys, ds, masks) if needs_x else None
+        das = linears.shrink_backward(x, ds, masks, needs_a) if any(needs_a) else das
+    return dx, *in_order(das, dbs, trained, needs[1:])
 
 
-class _OnTorch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
-    ) -> tuple[Tensor, ...]:
-        shrunk = _shrink(x, [p.adapter for p in projections if p.adapter])
-        ctx.save_for_backward(x, *shrunk, *trained)
-        ctx.projections, rest = projections, iter(shrunk)
-        if not output_needed:
-            return tuple(_uninitialised(x, projections))
-        ys: list[Tensor] = []
-        for weight, bias, ns in _products(projections, x.dtype):  # x W^T + b
-            plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
-            y = F.linear(x, cast(Tensor, weight), bias) if plain else frozen_linear(x, weight, bias)
-            ys += y.split_with_sizes(ns, 1)
-        for y, p in zip(ys, projections, strict=True):  # + S (s B)^T
-            if p.adapter:
-                y.addmm_(next(rest), _scaled(p.adapter, x.dtype).T)
-        return tuple(ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        x, *saved = ctx.saved_tensors
-        shrunk = saved[: len(saved) // 3]
-        return None, None, *_torch_gradients(x, shrunk, ctx.projections, grads, ctx.needs_input_grad[2:])
-
-
-def _torch_gradients(
-    x: Tensor, shrunk: Sequence[Tensor], projections: Sequence[Projection], dys: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
-    needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
-    dx, found, number = None, [], 0
-    for dy, p in zip(dys, projections, strict=True):
-        if needs_x:
-            dx = add_input_gradient(dx, dy, p.weight)  # dX += dY W
-        if p.adapter is None:
-            continue
-        a, b, scale, rate, key = p.adapter
-        da = db = None
-        if needs_b[number]:
-            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(scale)  # dB = s dY^T S
-        if needs_x or needs_a[number]:
-            ds = dy @ _scaled(p.adapter, dy.dtype)  # dS = s dY B
-            mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
-            if needs_a[number]:
-                da = (ds.T @ dropped(x, mask, rate)).to(a.dtype)  # dA = dS^T drop(x)
-            if dx is not None:  # dX += drop(dS A)
-                a = a.to(dy.dtype)
-                dx = dx.addmm_(ds, a) if mask is None else dx.add_(dropped(ds @ a, mask, rate))
-        found += [da, db]
-        number += 1
-    return dx, *found
-
-
-def _uninitialised(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """Uninitialised memory in the shape of the outputs."""
-    return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
+def in_order(
+    das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], trained: Sequence[Tensor], needs: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """dA_0, dB_0, dA_1, ..., each where it is needed, in the dtypes of `trained`."""
+    found = (d for pair in zip(das, dbs, strict=True) for d in pair)
+    for d, t, needed in zip(found, trained, needs, strict=True):
+        yield d.to(t.dtype) if needed and d is not None else None
 
 
 def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Weight, Tensor | None, list[int]]]:
@@ -187,13 +185,15 @@ def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tup
     return [(whole, bias, ns)]
 
 
-def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
-    """S_j of every adapter; one product for all where nothing is dropped."""
-    if len(adapters) > 1 and not any(a.p for a in adapters):
-        ranks = [a.a.shape[0] for a in adapters]
-        return list((x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T).split(ranks, dim=1))
-    masks = [dropout_mask((x.shape[0], x.shape[1]), a.p, a.key, x.device) if a.p else None for a in adapters]
-    return [dropped(x, mask, a.p) @ a.a.to(x.dtype).T for mask, a in zip(masks, adapters, strict=True)]
+def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """S of every adapter, side by side; one product for all where nothing is dropped."""
+    if not any(a.p for a in adapters):
+        return x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T
+    return torch.cat([dropped(x, _mask(x, a), a.p) @ a.a.to(x.dtype).T for a in adapters], dim=1)
+
+
+def _mask(x: Tensor, adapter: Adapter) -> Tensor | None:
+    return dropout_mask((x.shape[0], x.shape[1]), adapter.p, adapter.key, x.device) if adapter.p else None
 
 
 def _scaled(adapter: Adapter, dtype: torch.dtype) -> Tensor:
@@ -211,8 +211,9 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_neede
     if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
-    on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
-    return recording(on)(projections, output_needed, x, *trained)
+    linears = linears_of(x, projections)
+    on = _OnTriton if isinstance(linears, OnTriton) else _OnTorch
+    return recording(on)(linears, output_needed, x, *trained)
 
 
 def lora_linear(
@@ -236,7 +237,7 @@ def runs_on_triton(x: Tensor, projections: Sequence[Projection]) -> bool:
     there = (
         x.numel() > 0 and any(p.adapter for p in projections) and all(p.weight.dtype == x.dtype for p in projections)
     )
-    sizes = (x.shape[1], *(p.weight.shape[0] for p in projections))
+    sizes = (projections[0].weight.shape[1], *(p.weight.shape[0] for p in projections))
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for size in sizes))
     return there and fits and not library_gemm() and use_triton(x)  # check() saw that all are on one device
 

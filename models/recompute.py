@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora.kernels.dispatch import once_differentiable
+from minilora.kernels.kept import giving, keeping
 
 from .layers import Adapted, Linear
 from .stream import Context
@@ -40,20 +41,23 @@ class _Recomputed(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         saved: list[tuple[Tensor, Tensor | None]] = []
-        y = block(x, replace(context, saved_attention=saved) if keep_attention else context)
-        ctx.save_for_backward(x, *trained, *(t for pair in saved for t in pair))
-        ctx.block, ctx.last, ctx.context, ctx.count = block, last, context, len(trained)
+        shrunk: list[Tensor] = []
+        with keeping(shrunk):
+            y = block(x, replace(context, saved_attention=saved) if keep_attention else context)
+        ctx.save_for_backward(x, *trained, *shrunk, *(t for pair in saved for t in pair))
+        ctx.block, ctx.last, ctx.context, ctx.counts = block, last, context, (len(trained), len(shrunk))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
-        trained, attended = saved[: ctx.count], tuple(saved[ctx.count :])
+        trained, (some, more) = saved[: ctx.counts[0]], ctx.counts
+        shrunk, attended = saved[some : some + more], tuple(saved[some + more :])
         x = x.detach().requires_grad_(ctx.needs_input_grad[4])
         ctx.last.output_needed = False
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), giving(shrunk):
                 y = ctx.block(x, replace(ctx.context, saved_attention=[attended]) if attended else ctx.context)
         finally:
             ctx.last.output_needed = True
