@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.kernels import kept
+from minilora.kernels import kept, swiglu_shrink
 from minilora.kernels.dispatch import once_differentiable, use_triton
 from minilora.kernels.lora_linear import (
     Linears,
@@ -22,7 +22,7 @@ from minilora.kernels.lora_linear import (
     lora_linear_group_ref,
 )
 from minilora.kernels.lora_swiglu import check_pair, lora_swiglu, lora_swiglu_ref
-from minilora.kernels.on_triton import uninitialised
+from minilora.kernels.on_triton import OnTriton, uninitialised
 from minilora.kernels.projection import Projection, check
 from minilora.kernels.swiglu import halves, swiglu_backward, swiglu_forward
 
@@ -44,7 +44,10 @@ class _MLP(torch.autograd.Function):
         g, u = gu if len(gu) == 2 else (gu[0], None)
         s_down = kept.given() if last.adapted else None
         if output_needed or (last.adapted and s_down is None):
-            h = swiglu_forward(g, u, on_triton)
+            if isinstance(last, OnTriton) and s_down is None:
+                h, s_down = swiglu_shrink.forward(g, u, last.group)
+            else:
+                h = swiglu_forward(g, u, on_triton)
             check(h, [down])
             s_down, (y,) = last.forward(h, s_down, output_needed)
         else:
@@ -80,7 +83,11 @@ def _down_backward(
     ds, dbs = down.expand_backward([dy], s, needs_gu or any(needs_a), needs_b)
     masks = down.masks(shape)
     if needs_gu:
-        dgu, h = swiglu_backward(down.input_gradient([dy], ds, masks), g, u, on_triton)
+        dh = down.input_gradient([dy], ds, masks)
+        if isinstance(down, OnTriton) and needs_a[0]:
+            dgu, das = swiglu_shrink.backward(dh, g, u, ds, down.group)
+            return dgu, (das, dbs)
+        dgu, h = swiglu_backward(dh, g, u, on_triton)
     else:
         dgu, h = [], swiglu_forward(g, u, on_triton)
     das = down.shrink_backward(h, ds, masks, needs_a) if any(needs_a) else [None] * len(needs_a)

@@ -24,13 +24,24 @@ from triton.backends.compiler import GPUTarget
 
 from bench.proof.launches import Launch, recorded
 from bench.proof.sass import blocks, cycles, disassemble, main_loop, operation
-from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_swiglu, rms_norm, rope, swiglu
+from minilora.kernels import (
+    cross_entropy,
+    linear_cross_entropy,
+    lora_linear,
+    lora_mlp,
+    lora_swiglu,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from minilora.kernels.projection import Projection
 
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STREAMS = ("lora_shrink.",)  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
+FEW = (2051, 1027)
 
 
 def call(
@@ -74,15 +85,34 @@ def _rope_sections(dtype: torch.dtype) -> None:
     y.backward(torch.empty_like(y))
 
 
-def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> Callable[[torch.dtype], None]:
+def _projections(
+    tokens: int, k: int, ns: tuple[int, ...], r: int, p: float, dtype: torch.dtype
+) -> tuple[Tensor, list[Projection]]:
+    (x, projections), _ = lora_linear.group_example(tokens, k, ns, r, dtype, "meta", p)
+    for projection in projections:
+        assert projection.adapter
+        projection.adapter.a.requires_grad_()
+        projection.adapter.b.requires_grad_()
+    return x.requires_grad_(), projections
+
+
+def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0, tokens: int = TOKENS) -> Callable[[torch.dtype], None]:
     def once(dtype: torch.dtype) -> None:
-        (x, projections), _ = lora_linear.group_example(TOKENS, k, ns, r, dtype, "meta", p)
-        for projection in projections:
-            assert projection.adapter
-            projection.adapter.a.requires_grad_()
-            projection.adapter.b.requires_grad_()
-        ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
+        ys = lora_linear.lora_linear_group(*_projections(tokens, k, ns, r, p, dtype))
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+    return once
+
+
+def _mlp(r: int, p: float = 0.0, tokens: int = TOKENS) -> Callable[[torch.dtype], None]:
+    """Of Qwen2.5-7B; what it launches beside its own kernels is among the groups above."""
+
+    def once(dtype: torch.dtype) -> None:
+        (x, gate_up), (_, (down,)) = (
+            _projections(tokens, k, ns, r, p, dtype) for k, ns in ((3584, (18944, 18944)), (18944, (3584,)))
+        )
+        y = lora_mlp.lora_mlp(x, gate_up, down)
+        y.backward(torch.empty_like(y))
 
     return once
 
@@ -143,6 +173,13 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     **{f"lora_gate_up r={r} dropout": _lora(3584, (18944, 18944), r, 0.05) for r in RANKS},
     **{f"lora_down r={r} dropout": _lora(18944, (3584,), r, 0.05) for r in RANKS},
     **{f"lora_k r={r} dropout": _lora(3584, (512,), r, 0.05) for r in RANKS},
+    **{f"lora_mlp r={r}": _mlp(r) for r in RANKS},
+    **{f"lora_mlp r={r} dropout": _mlp(r, 0.05) for r in RANKS},
+    # few rows, few columns: other tiles
+    **{f"lora_mlp r=16 of {tokens}": _mlp(16, tokens=tokens) for tokens in FEW},
+    **{f"lora_qkv r=16 of {tokens}": _lora(3584, (3584, 512, 512), 16, tokens=tokens) for tokens in FEW},
+    **{f"lora_qkv 896 r={r}": _lora(896, (896, 128, 128), r) for r in RANKS},
+    **{f"lora_qkv 896 r={r} dropout": _lora(896, (896, 128, 128), r, 0.05) for r in RANKS},
     **{f"lora_swiglu r={r}": _dual(3584, 18944, r) for r in RANKS},
     "cross_entropy 152064": _on_logits(152064, True),
     "cross_entropy 152064 scaled": _on_logits(152064, True, scaled=True),

@@ -10,7 +10,7 @@ from shadow import Launch, backwards, shadow, shuffled
 from torch import Tensor
 
 from bench.proof import traffic
-from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_swiglu
+from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_mlp, lora_swiglu
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
 
@@ -29,6 +29,19 @@ def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> C
         ys = lora_linear.lora_linear_group(x, frozen)
         torch.autograd.backward(ys, [upstream(y) for y in ys])
         return [*ys, *gradients(x, *trained)]
+
+    return call
+
+
+def mlp(tokens: int, d: int, f: int, r: int, p: float = 0.0, joined: bool = False) -> Call:
+    def call() -> list[Tensor]:
+        ns = (2 * f,) if joined else (f, f)
+        (x, gate_up), _ = lora_linear.group_example(tokens, d, ns, r, torch.bfloat16, "cpu", p)
+        (_, (down,)), _ = lora_linear.group_example(tokens, f, (d,), r, torch.bfloat16, "cpu", p)
+        trained = [t.requires_grad_() for q in (*gate_up, down) if q.adapter for t in (q.adapter.a, q.adapter.b)]
+        y = lora_mlp.lora_mlp(x.requires_grad_(), gate_up, down)
+        y.backward(upstream(y))
+        return [y, *gradients(x, *trained)]
 
     return call
 
@@ -63,7 +76,7 @@ def dual() -> list[Tensor]:
 KERNELS = {
     "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
-    "lora_swiglu._dual_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
+    "lora_swiglu._dual_kernel", "swiglu_shrink._fwd_kernel", "swiglu_shrink._bwd_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
 }  # fmt: skip
 CALLS = {  # two tiles of every size, the second ragged
@@ -72,6 +85,8 @@ CALLS = {  # two tiles of every size, the second ragged
     "lora_linear_group dropout": group(37, 40, (41, 20), 5, 0.3),
     "lora_linear": group(37, 40, (41,), 5),
     "lora_linear of two parts of a rank": group(37, 40, (33,), 20),
+    "lora_mlp": mlp(37, 20, 41, 5, 0.3),
+    "lora_mlp of two parts of a rank, joined": mlp(19, 20, 41, 20, joined=True),
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
     "linear_cross_entropy": of_a_head(37, 70, 555),
@@ -79,6 +94,7 @@ CALLS = {  # two tiles of every size, the second ragged
 }
 LARGE = {
     "lora_linear_group": group(70, 100, (90, 41, 60), 5, 0.3),
+    "lora_mlp": mlp(70, 60, 90, 20, 0.3),
     "lora_linear of a wide rank": group(70, 100, (90,), 70),
     "linear_cross_entropy": of_a_head(70, 90, 1111),
 }
@@ -124,7 +140,11 @@ def arguments_once(launch: Launch) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("call", [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3)], ids=["group", "one"])
+@pytest.mark.parametrize(
+    "call",
+    [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3), mlp(64, 96, 128, 16)],
+    ids=["group", "one", "mlp"],
+)
 def test_a_launch_moves_each_of_its_arguments_once(call: Call):
     """So bytes of a launch are those of its arguments, whatever their size, and bench/proof/layer_bytes.py adds them up."""
     for launch in shadowed(call)[0]:
