@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.kernels import kept, swiglu_shrink
+from minilora.kernels import kept, lora_linear, swiglu_shrink
 from minilora.kernels.dispatch import once_differentiable, use_triton
 from minilora.kernels.lora_linear import (
     Linears,
@@ -105,3 +105,14 @@ def lora_mlp(x: Tensor, gate_up: Sequence[Projection], down: Projection, output_
     check(x, gate_up)
     trained = [t for p in (*gate_up, down) if p.adapter for t in (p.adapter.a, p.adapter.b)]
     return _MLP.apply(gate_up, down, output_needed, x, *trained)  # pyright: ignore[reportReturnType]
+
+
+def example(
+    tokens: int, d: int, f: int, r: int, dtype: torch.dtype, device: str = "cpu", p: float = 0.0, joined: bool = False
+) -> tuple[tuple[Tensor, list[Projection], Projection], dict]:
+    """Arguments of one call, gate and up joined or not, and the flops and bytes that a perfect forward and backward need."""
+    (x, gate_up), wide = lora_linear.group_example(tokens, d, (2 * f,) if joined else (f, f), r, dtype, device, p)
+    (_, (down,)), narrow = lora_linear.group_example(tokens, f, (d,), r, dtype, device, p)
+    # g and u read, h written; dh, g and u read, dg and du written
+    between = {"bytes": 3 * tokens * f * dtype.itemsize, "backward_bytes": 5 * tokens * f * dtype.itemsize}
+    return (x, gate_up, down), {key: wide[key] + narrow[key] + between.get(key, 0) for key in wide}

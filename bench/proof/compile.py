@@ -41,7 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STREAMS = ("lora_shrink.",)  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
-FEW = (2051, 1027)
+FEW = (1511, 711)
 
 
 def call(
@@ -85,20 +85,16 @@ def _rope_sections(dtype: torch.dtype) -> None:
     y.backward(torch.empty_like(y))
 
 
-def _projections(
-    tokens: int, k: int, ns: tuple[int, ...], r: int, p: float, dtype: torch.dtype
-) -> tuple[Tensor, list[Projection]]:
-    (x, projections), _ = lora_linear.group_example(tokens, k, ns, r, dtype, "meta", p)
-    for projection in projections:
-        assert projection.adapter
-        projection.adapter.a.requires_grad_()
-        projection.adapter.b.requires_grad_()
-    return x.requires_grad_(), projections
+def _train(x: Tensor, *projections: Projection) -> None:
+    for t in (x, *(t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b))):
+        t.requires_grad_()
 
 
 def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0, tokens: int = TOKENS) -> Callable[[torch.dtype], None]:
     def once(dtype: torch.dtype) -> None:
-        ys = lora_linear.lora_linear_group(*_projections(tokens, k, ns, r, p, dtype))
+        x, projections = lora_linear.group_example(tokens, k, ns, r, dtype, "meta", p)[0]
+        _train(x, *projections)
+        ys = lora_linear.lora_linear_group(x, projections)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
     return once
@@ -108,9 +104,8 @@ def _mlp(r: int, p: float = 0.0, tokens: int = TOKENS) -> Callable[[torch.dtype]
     """Of Qwen2.5-7B; what it launches beside its own kernels is among the groups above."""
 
     def once(dtype: torch.dtype) -> None:
-        (x, gate_up), (_, (down,)) = (
-            _projections(tokens, k, ns, r, p, dtype) for k, ns in ((3584, (18944, 18944)), (18944, (3584,)))
-        )
+        x, gate_up, down = lora_mlp.example(tokens, 3584, 18944, r, dtype, "meta", p)[0]
+        _train(x, *gate_up, down)
         y = lora_mlp.lora_mlp(x, gate_up, down)
         y.backward(torch.empty_like(y))
 

@@ -379,3 +379,12 @@ def test_forward_and_backward_of_each_member_drop_by_its_own_mask():
         assert a.grad is not None and torch.equal(a.grad, (2.0 * 4 * mask.sum(0)).expand(2, 30))
     assert x.grad is not None and torch.equal(x.grad, 2.0 * 8 * (masks[0].float() + masks[1].float()))
     assert not torch.equal(*masks)
+
+
+def test_autograd_takes_a_gradient_as_it_is():
+    """A rank below the padded one leaves no gap in dB, for which it would be copied: both gradients lie in one storage."""
+    (x, projections), _ = lora_linear.group_example(20, 30, (5, 7), 3, torch.float32)
+    bs = [p.adapter.b.requires_grad_() for p in projections]
+    ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
+    torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    assert [b.grad.untyped_storage().nbytes() for b in bs] == [4 * 3 * (5 + 7)] * 2

@@ -35,9 +35,7 @@ def group(tokens: int, k: int, ns: tuple[int, ...], r: int, p: float = 0.0) -> C
 
 def mlp(tokens: int, d: int, f: int, r: int, p: float = 0.0, joined: bool = False) -> Call:
     def call() -> list[Tensor]:
-        ns = (2 * f,) if joined else (f, f)
-        (x, gate_up), _ = lora_linear.group_example(tokens, d, ns, r, torch.bfloat16, "cpu", p)
-        (_, (down,)), _ = lora_linear.group_example(tokens, f, (d,), r, torch.bfloat16, "cpu", p)
+        (x, gate_up, down), _ = lora_mlp.example(tokens, d, f, r, torch.bfloat16, "cpu", p, joined)
         trained = [t.requires_grad_() for q in (*gate_up, down) if q.adapter for t in (q.adapter.a, q.adapter.b)]
         y = lora_mlp.lora_mlp(x.requires_grad_(), gate_up, down)
         y.backward(upstream(y))
