@@ -38,7 +38,6 @@ EXPAND_BACKWARD = {  # ROWS for 16 ranks, half for 32: their dS stays in registe
     86: {"ROWS": 512, "BN": 32, "R": 32, "num_warps": 8, "num_stages": 2},
     90: {"ROWS": 1024, "BN": 32, "R": 32, "num_warps": 8, "num_stages": 2},
 }
-SHARED = {0: 2**20, 80: 160 * 2**10, 86: 96 * 2**10, 90: 160 * 2**10}  # bytes for the stages of a program
 SUM = {arch: {"BLOCK": 1024, "num_warps": 4} for arch in (0, 80, 86, 90)}
 
 
@@ -371,18 +370,14 @@ def _shrink_backward_launch(
     place: Place, rows: int, k: int, x_stride: int, ranks: tuple[int, ...], rates: tuple[float, ...]
 ) -> Launch:
     options = launch_options(SHRINK, place, ranks)
+    columns = len(ranks) * options["R"]
     if place.arch == 86 and any(rates):
-        options["num_stages"] = 3  # beside masks the offsets of a fourth spill there
+        options["num_stages"] = 3 if columns <= 48 else 2  # beside masks the offsets of more spill there
     options |= _many(rates, options["R"])
     blocks = options["PADDED_R"] // options["R"]
-    # few columns: narrower tiles of more rows, as large as before, until half of the multiprocessors has one
-    while options["BK"] > 16 and 2 * cdiv(k, options["BK"]) * blocks < PROGRAMS[place.arch]:
-        size = options["BM"] * (
-            options["BK"] + 2 * len(ranks) * options["R"]
-        )  # of x and dS in a stage, if they are narrower
-        if size * options["num_stages"] * place.dtype.itemsize > SHARED[place.arch]:
-            break
-        options |= {"BM": 2 * options["BM"], "BK": options["BK"] // 2}
+    if options["BK"] > 32 and cdiv(k, options["BK"]) * blocks < PROGRAMS[place.arch]:
+        # few columns: narrower tiles, of which twice as many are on their way where registers hold as much of dS
+        options |= {"BK": 32, "num_stages": options["num_stages"] * (2 if columns <= 48 else 1)}
     numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, blocks
     return Launch(place.device, cdiv(k, options["BK"]) * blocks, numbers, DROPOUT=any(rates), **options)
 

@@ -206,7 +206,7 @@ class GatedMLP(nn.Module):
         return self.gate_up if len(self.gate_up) > 1 else ()
 
     def forward(self, x: Tensor) -> Tensor:
-        first, last = [self.get_submodule(name) for name in self.gate_up], self.get_submodule(self.down)
+        first, last = [getattr(self, name) for name in self.gate_up], getattr(self, self.down)
         if fused := projections(*first, last):
             return lora_mlp(x, fused[:-1], fused[-1], getattr(last, "output_needed", True))
         gu = each(x, *first)
