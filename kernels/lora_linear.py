@@ -87,17 +87,17 @@ class OnTorch:
         return () if s is None else s.split_with_sizes([adapter.a.shape[0] for adapter in self.adapters], 1)
 
     def expand_backward(
-        self, dys: Sequence[Tensor], s: Tensor | None, needs_ds: bool, needs_b: Sequence[bool]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        self, dys: Sequence[Tensor], s: Any, needs_ds: bool, needs_b: Sequence[bool]
+    ) -> tuple[Any, Sequence[Tensor | None]]:
         dys = [dy for dy, p in zip(dys, self.projections, strict=True) if p.adapter]
         ds = [dy @ _scaled(a, dy.dtype) for dy, a in zip(dys, self.adapters, strict=True)] if needs_ds else []
         each = zip(dys, self._apart(s), self.adapters, needs_b, strict=True)
         return ds, [(dy.T @ s).to(a.b.dtype).mul_(a.scale) if needed else None for dy, s, a, needed in each]
 
-    def masks(self, x: Tensor) -> list[Tensor | None]:
+    def masks(self, x: Tensor) -> Any:
         return [_mask(x, adapter) for adapter in self.adapters]
 
-    def input_gradient(self, dys: Sequence[Tensor], ds: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    def input_gradient(self, dys: Sequence[Tensor], ds: Any, masks: Any) -> Tensor:
         dx, each = None, zip(ds, masks, strict=True)
         for dy, p in zip(dys, self.projections, strict=True):
             dx = add_input_gradient(dx, dy, p.weight)  # dX += dY W
@@ -107,9 +107,7 @@ class OnTorch:
         assert dx is not None
         return dx
 
-    def shrink_backward(
-        self, x: Tensor, ds: Sequence[Tensor], masks: Sequence[Tensor | None], needs_a: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
+    def shrink_backward(self, x: Tensor, ds: Any, masks: Any, needs_a: Sequence[bool]) -> Sequence[Tensor | None]:
         each = zip(ds, masks, self.adapters, needs_a, strict=True)
         return [d.T @ dropped(x, mask, a.p) if needed else None for d, mask, a, needed in each]
 
@@ -148,7 +146,12 @@ class _OnTorch(_Group):
 
 
 def gradients(
-    linears: Any, x: Tensor, s: Tensor | None, trained: Sequence[Tensor], dys: Sequence[Tensor], needs: Sequence[bool]
+    linears: Linears,
+    x: Tensor,
+    s: Tensor | None,
+    trained: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """dX and dA_0, dB_0, dA_1, ..., each where it is needed, in the dtypes of `trained`."""
     needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]

@@ -1,6 +1,7 @@
 """The steps of linears with adapters on this project's kernels, of which lora_linear.py and lora_mlp.py are made."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,22 +30,22 @@ class OnTriton:
             return s, lora_gemm.forward(x, s, group) if output_needed else uninitialised(x, group.weights)
 
     def expand_backward(
-        self, dys: Sequence[Tensor], s: Tensor, needs_ds: bool, needs_b: Sequence[bool]
-    ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        self, dys: Sequence[Tensor], s: Any, needs_ds: bool, needs_b: Sequence[bool]
+    ) -> tuple[Any, Sequence[Tensor | None]]:
         """dS of all adapters and dB of each, where they are wanted."""
         adapted = [rows_of(dy) for dy, size in zip(dys, self.group.sizes, strict=True) if size.rank]
         with torch.cuda.device_of(s):
             return lora_shrink.expand_backward(adapted, s, self.group, needs_ds, any(needs_b))
 
-    def masks(self, x: Tensor) -> None:
+    def masks(self, x: Tensor) -> Any:
         """Of dropout: the kernels draw them where they need them."""
 
-    def input_gradient(self, dys: Sequence[Tensor], ds: Tensor, masks: None) -> Tensor:
+    def input_gradient(self, dys: Sequence[Tensor], ds: Any, masks: Any) -> Tensor:
         """dX [T, K]."""
         with torch.cuda.device_of(ds):
             return lora_gemm.input_gradient([rows_of(dy) for dy in dys], ds, self.group)
 
-    def shrink_backward(self, x: Tensor, ds: Tensor, masks: None, needs_a: Sequence[bool]) -> Sequence[Tensor | None]:
+    def shrink_backward(self, x: Tensor, ds: Any, masks: Any, needs_a: Sequence[bool]) -> Sequence[Tensor | None]:
         """dA of each adapter."""
         with torch.cuda.device_of(x):
             return lora_shrink.shrink_backward(rows_of(x), ds, self.group)

@@ -137,7 +137,8 @@ class _OnTriton(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        return _backward_on_triton(*grads, *ctx.saved_tensors, ctx.needs_input_grad)
+        (dh,), (g, u) = grads, ctx.saved_tensors
+        return _backward_on_triton(dh, g, u, ctx.needs_input_grad)
 
 
 def _forward_on_torch(g: Tensor, u: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ FORMS = {
     "not down": ((2, 3, 0), 0.2),
     "frozen": ((0, 0, 0), 0.0),
     "joined": ((4, 3), 0.2),
+    "joined plain": ((4, 3), 0.0),
     "joined without down": ((4, 0), 0.0),
     "joined down alone": ((0, 18), 0.0),
 }
@@ -77,6 +78,15 @@ def test_an_mlp_and_its_gradients(name: str, dtype: torch.dtype):
     x, projections = made(name, dtype)
     (op, matrices), (ref, _) = of(lora_mlp, projections), of(lora_mlp_ref, projections)
     check_op(op, ref, (x, *matrices), range(1 + len(matrices)))
+
+
+@pytest.mark.parametrize("name", ["all", "joined plain"])
+def test_products_of_the_library(name: str):
+    """On a GPU the kernel of the gate's backward makes h for them."""
+    x, projections = made(name, torch.float32)
+    (op, matrices), (ref, _) = of(lora_mlp, projections), of(lora_mlp_ref, projections)
+    with use_library_gemm():
+        check_op(op, ref, (x, *matrices), range(1 + len(matrices)))
 
 
 @pytest.mark.parametrize("name", ["all dropped", "joined"])

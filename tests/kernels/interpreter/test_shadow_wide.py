@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.proof import traffic
 from minilora.kernels import cross_entropy, linear_cross_entropy, lora_linear, lora_mlp, lora_swiglu
+from minilora.kernels.dispatch import use_library_gemm
 
 Call = Callable[[], list[Tensor]]  # makes the arguments, runs forward and backward, returns outputs and gradients
 
@@ -44,6 +45,14 @@ def mlp(tokens: int, d: int, f: int, r: int, p: float = 0.0, joined: bool = Fals
     return call
 
 
+def by_the_library(call: Call) -> Call:
+    def again() -> list[Tensor]:
+        with use_library_gemm():
+            return call()
+
+    return again
+
+
 def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
     def call() -> list[Tensor]:
         logits, targets = cross_entropy.example(rows, vocab, torch.bfloat16)[0]
@@ -74,7 +83,7 @@ def dual() -> list[Tensor]:
 KERNELS = {
     "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
-    "lora_swiglu._dual_kernel", "swiglu_shrink._fwd_kernel", "swiglu_shrink._bwd_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
+    "lora_swiglu._dual_kernel", "swiglu._fwd_kernel", "swiglu._bwd_kernel", "swiglu_shrink._fwd_kernel", "swiglu_shrink._bwd_kernel", "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
 }  # fmt: skip
 CALLS = {  # two tiles of every size, the second ragged
@@ -84,6 +93,7 @@ CALLS = {  # two tiles of every size, the second ragged
     "lora_linear": group(37, 40, (41,), 5),
     "lora_linear of two parts of a rank": group(37, 40, (33,), 20),
     "lora_mlp": mlp(37, 20, 41, 5, 0.3),
+    "lora_mlp by the library, where h takes the place of dh": by_the_library(mlp(5, 20, 2051, 5)),
     "lora_mlp of two parts of a rank, joined": mlp(19, 20, 41, 20, joined=True),
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
