@@ -17,7 +17,7 @@ on a GPU: the library's GEMM, one for all weights where they are packed (packed.
 the product of rank R.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -125,7 +125,8 @@ class _Group(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, linears: Linears, output_needed: bool, x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
-        s, ys = linears.forward(x, kept.given() if linears.adapted else None, output_needed)
+        with torch.cuda.device_of(x):
+            s, ys = linears.forward(x, kept.given() if linears.adapted else None, output_needed)
         ctx.save_for_backward(x, kept.keep(s), *trained)
         ctx.linears = linears
         return tuple(ys)
@@ -134,7 +135,8 @@ class _Group(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        return None, None, *gradients(ctx.linears, x, s, trained, grads, ctx.needs_input_grad[2:])
+        with torch.cuda.device_of(x):
+            return None, None, *gradients(ctx.linears, x, s, trained, grads, ctx.needs_input_grad[2:])
 
 
 class _OnTriton(_Group):
@@ -166,11 +168,11 @@ def gradients(
 
 def in_order(
     das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], trained: Sequence[Tensor], needs: Sequence[bool]
-) -> Iterator[Tensor | None]:
+) -> list[Tensor | None]:
     """dA_0, dB_0, dA_1, ..., each where it is needed, in the dtypes of `trained`."""
-    found = (d for pair in zip(das, dbs, strict=True) for d in pair)
-    for d, t, needed in zip(found, trained, needs, strict=True):
-        yield d.to(t.dtype) if needed and d is not None else None
+    found = [d for pair in zip(das, dbs, strict=True) for d in pair]
+    each = zip(found, trained, needs, strict=True)
+    return [d.to(t.dtype) if needed and d is not None else None for d, t, needed in each]
 
 
 def _products(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[Weight, Tensor | None, list[int]]]:

@@ -40,18 +40,19 @@ class _MLP(torch.autograd.Function):
         ctx, gate_up: Sequence[Projection], down: Projection, output_needed: bool, x: Tensor, *trained: Tensor
     ) -> Tensor:
         first, last, on_triton = linears_of(x, gate_up), linears_of(x, [down]), use_triton(x)
-        s, gu = first.forward(x, kept.given() if first.adapted else None, True)
-        g, u = gu if len(gu) == 2 else (gu[0], None)
-        s_down = kept.given() if last.adapted else None
-        if output_needed or (last.adapted and s_down is None):
-            if isinstance(last, OnTriton) and s_down is None:
-                h, s_down = swiglu_shrink.forward(g, u, last.group)
+        with torch.cuda.device_of(x):
+            s, gu = first.forward(x, kept.given() if first.adapted else None, True)
+            g, u = gu if len(gu) == 2 else (gu[0], None)
+            s_down = kept.given() if last.adapted else None
+            if output_needed or (last.adapted and s_down is None):
+                if isinstance(last, OnTriton) and s_down is None:
+                    h, s_down = swiglu_shrink.forward(g, u, last.group)
+                else:
+                    h = swiglu_forward(g, u, on_triton)
+                check(h, [down])
+                s_down, (y,) = last.forward(h, s_down, output_needed)
             else:
-                h = swiglu_forward(g, u, on_triton)
-            check(h, [down])
-            s_down, (y,) = last.forward(h, s_down, output_needed)
-        else:
-            (y,) = uninitialised(x, [down.weight])
+                (y,) = uninitialised(x, [down.weight])
         ctx.save_for_backward(x, g, u, kept.keep(s), kept.keep(s_down), *trained)
         ctx.linears, ctx.on_triton = (first, last), on_triton
         return y
@@ -63,8 +64,9 @@ class _MLP(torch.autograd.Function):
         (first, last), needs = ctx.linears, ctx.needs_input_grad[3:]
         own = 2 if last.adapted else 0  # tensors of down's adapter, behind the others
         inner, outer = needs[: len(needs) - own], needs[len(needs) - own :]
-        dgu, of_down = _down_backward(last, grads[0], g, u, s_down, ctx.on_triton, any(inner), outer)
-        found = gradients(first, x, s, trained[: len(inner) - 1], dgu, inner) if dgu else [None] * len(inner)
+        with torch.cuda.device_of(x):
+            dgu, of_down = _down_backward(last, grads[0], g, u, s_down, ctx.on_triton, any(inner), outer)
+            found = gradients(first, x, s, trained[: len(inner) - 1], dgu, inner) if dgu else [None] * len(inner)
         return None, None, None, *found, *in_order(*of_down, trained[len(inner) - 1 :], outer)
 
 
@@ -81,6 +83,8 @@ def _down_backward(
     """[dg, du], or one gradient that is both, or nothing where it is not needed; dA and dB of down's adapter, if any."""
     needs_a, needs_b, shape = needs[::2], needs[1::2], halves(g, u)[0]
     ds, dbs = down.expand_backward([dy], s, needs_gu or any(needs_a), needs_b)
+    if not needs_gu and not any(needs_a):
+        return [], ([None] * len(needs_a), dbs)
     masks = down.masks(shape)
     if needs_gu:
         dh = down.input_gradient([dy], ds, masks)

@@ -1,9 +1,11 @@
-"""The steps of linears with adapters on this project's kernels, of which lora_linear.py and lora_mlp.py are made."""
+"""The steps of linears with adapters on this project's kernels, of which lora_linear.py and lora_mlp.py are made.
+
+They launch on the current device, which is that of their tensors.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minilora.kernels import lora_gemm, lora_shrink
@@ -22,33 +24,29 @@ class OnTriton:
     def forward(self, x: Tensor, s: Tensor | None, output_needed: bool) -> tuple[Tensor, list[Tensor]]:
         """S, made if it is None, and y_j [T, N_j]; uninitialised memory if these are not needed."""
         x, group = rows_of(x), self.group
-        with torch.cuda.device_of(x):
-            if s is None and output_needed and lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
-                y, s = lora_gemm.single_pass(x, group)
-                return s, [y]
-            s = lora_shrink.shrink(x, group) if s is None else s
-            return s, lora_gemm.forward(x, s, group) if output_needed else uninitialised(x, group.weights)
+        if s is None and output_needed and lora_gemm.single_pass_wins(Place.of(x), group.sizes, group.rates):
+            y, s = lora_gemm.single_pass(x, group)
+            return s, [y]
+        s = lora_shrink.shrink(x, group) if s is None else s
+        return s, lora_gemm.forward(x, s, group) if output_needed else uninitialised(x, group.weights)
 
     def expand_backward(
         self, dys: Sequence[Tensor], s: Any, needs_ds: bool, needs_b: Sequence[bool]
     ) -> tuple[Any, Sequence[Tensor | None]]:
         """dS of all adapters and dB of each, where they are wanted."""
         adapted = [rows_of(dy) for dy, size in zip(dys, self.group.sizes, strict=True) if size.rank]
-        with torch.cuda.device_of(s):
-            return lora_shrink.expand_backward(adapted, s, self.group, needs_ds, any(needs_b))
+        return lora_shrink.expand_backward(adapted, s, self.group, needs_ds, any(needs_b))
 
     def masks(self, x: Tensor) -> Any:
         """Of dropout: the kernels draw them where they need them."""
 
     def input_gradient(self, dys: Sequence[Tensor], ds: Any, masks: Any) -> Tensor:
         """dX [T, K]."""
-        with torch.cuda.device_of(ds):
-            return lora_gemm.input_gradient([rows_of(dy) for dy in dys], ds, self.group)
+        return lora_gemm.input_gradient([rows_of(dy) for dy in dys], ds, self.group)
 
     def shrink_backward(self, x: Tensor, ds: Any, masks: Any, needs_a: Sequence[bool]) -> Sequence[Tensor | None]:
         """dA of each adapter."""
-        with torch.cuda.device_of(x):
-            return lora_shrink.shrink_backward(rows_of(x), ds, self.group)
+        return lora_shrink.shrink_backward(rows_of(x), ds, self.group)
 
 
 def uninitialised(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:

@@ -157,10 +157,9 @@ def forward(g: Tensor, u: Tensor | None, group: Group) -> tuple[Tensor, Tensor]:
     strides = rows_g.stride(0), rows_u.stride(0)
     launch, parts, width = _forward_launch(place, rows, k, strides, group.ranks, group.rates)
     h = torch.empty((rows, k), dtype=g.dtype, device=g.device)
-    with torch.cuda.device_of(g):
-        s, out = lora_shrink.sums(h, (1, rows, width), parts)
-        launch(_fwd_kernel, rows_g, rows_u, h, out, *group.a, group.keys)
-        lora_shrink.add_up(place, out, s, parts)
+    s, out = lora_shrink.sums(h, (1, rows, width), parts)
+    launch(_fwd_kernel, rows_g, rows_u, h, out, *group.a, group.keys)
+    lora_shrink.add_up(place, out, s, parts)
     return h, s
 
 
@@ -187,6 +186,5 @@ def backward(
     strides = rows_g.stride(0), rows_u.stride(0), to_g.stride(0)
     da = torch.empty((width, k), dtype=lora_shrink.wide_dtype(g.dtype), device=g.device)
     launch = _backward_launch(Place.of(g), rows, k, strides, group.ranks, group.rates)
-    with torch.cuda.device_of(g):
-        launch(_bwd_kernel, dh, rows_g, rows_u, to_g, to_u, ds, da, group.keys)
+    launch(_bwd_kernel, dh, rows_g, rows_u, to_g, to_u, ds, da, group.keys)
     return dgu, [da if width == group.ranks[0] else da[: group.ranks[0]]]
