@@ -168,8 +168,8 @@ def _backward_launch(
     place: Place, rows: int, k: int, strides: tuple[int, int, int], ranks: tuple[int, ...], rates: tuple[float, ...]
 ) -> Launch:
     options = launch_options(BACKWARD, place, ranks)
-    if any(rates) and options["R"] > 32:
-        options["num_warps"] = 8  # masks take registers too
+    if options["R"] > 32:
+        options["num_warps"] = 8  # a wider dA would spill
     blocks = options["PADDED_R"] // options["R"]
     numbers = tuple(map(threshold, rates)), *ranks, *strides, rows, k, blocks
     return Launch(place.device, cdiv(k, options["BK"]) * blocks, numbers, DROPOUT=any(rates), **options)

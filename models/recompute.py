@@ -2,8 +2,8 @@
 
 The backward never reads the block's output, which is a residual plus the output of the block's last linear. So that
 product, 29 % of the GEMMs of a Qwen2.5-7B block, is not made again: the linear records its node and returns
-uninitialised memory. With `keep_attention` the output of attention is kept too, [T, H, E] and one number a query, and
-its forward is skipped.
+uninitialised memory. S of every adapter, R numbers a token, is kept (kernels/kept.py). With `keep_attention` the output
+of attention is kept too, [T, H, E] and one number a query, and its forward is skipped.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from .stream import Context
 
 
 def recomputed(block: nn.Module, x: Tensor, context: Context, keep_attention: bool) -> Tensor:
-    """block(x, context) for x [T, D], keeping only x (and the output of attention) for the backward."""
+    """block(x, context) for x [T, D], keeping only x and every S (and the output of attention) for the backward."""
     name = getattr(block, "last_linear", None)
     last = block.get_submodule(name) if name else None
     if not isinstance(last, (Linear, Adapted)):  # no such linear, or of another class: all is computed again
