@@ -20,6 +20,7 @@ from minilora.kernels import (
     cross_entropy,
     linear_cross_entropy,
     lora_linear,
+    lora_mlp,
     lora_swiglu,
     rms_norm,
     rope,
@@ -296,6 +297,35 @@ def dual(tokens: int, k: int, f: int, r: int = RANK, p: float = 0.0, fused: bool
     return Entry("lora_swiglu", f"{tokens} x {k} -> 2 x {f}, r={r}{form}", make)
 
 
+def mlp(tokens: int, d: int, f: int, r: int = RANK, p: float = 0.0, joined: bool = False) -> Entry:
+    """Gate, up, SwiGLU and down; gate and up may be one linear."""
+
+    def make(dtype: torch.dtype, device: torch.device) -> Operation:
+        (x, gate_up, down), cost = lora_mlp.example(tokens, d, f, r, dtype, str(device), p, joined)
+        args, trained, again = flat(x, [*gate_up, down])
+
+        def of(function: Callable[..., Any]) -> Callable[..., Any]:
+            def y(x: Tensor, *rest: Any) -> Tensor:
+                *first, last = again(*rest)
+                return function(x, first, last)
+
+            return y
+
+        def term_by_term(peer: Callable[..., Tensor]) -> Callable[..., Any]:
+            def y(x: Tensor, first: list[Projection], last: Projection) -> Tensor:
+                gu = [peer(x, q.weight, q.bias, *adapter_of(q)[:3]) for q in first]
+                h = others.hf_swiglu(*(gu[0].chunk(2, -1) if joined else gu))
+                return peer(h, last.weight, last.bias, *adapter_of(last)[:3])
+
+            return of(y)
+
+        peers = {} if p else {label: term_by_term(peer) for label, peer in others.LORA_LINEARS.items()}
+        return Operation(of(lora_mlp.lora_mlp), of(lora_mlp.lora_mlp_ref), args, trained, Cost(**cost), peers)
+
+    form = ", joined" * joined + f", dropout {p}" * bool(p)
+    return Entry("lora_mlp", f"{tokens} x {d} -> {f} -> {d}, r={r}{form}", make)
+
+
 def attend(
     lengths: Sequence[int], heads: int, groups: int, size: int, window: int | None = None, prefix: int | None = None
 ) -> Entry:
@@ -386,6 +416,7 @@ def of_model(model: str, s: Shape, m: int) -> Iterator[Entry]:
         yield add_norm(m, s.width)
         yield rotate(m, s.heads, s.head_size, s.head_size // 2 if glm else None, glm)
         yield (gate_fused if glm else gate)(m, s.ffn)
+        yield mlp(m, s.width, s.ffn, joined=glm)
     if model == "qwen2.5-7b":  # settles kernels/dequantize.py's ROWS_IN_THE_LOOP
         for rows in (1, 16, 128, 256, 512, 1024, 2048):
             yield quantized("gate, up", NF4Weight, rows, s.width, (s.ffn, s.ffn))

@@ -17,20 +17,21 @@ that is fastest for these shapes is taken (wide_products.py). Without a GPU, and
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels import library_gemm, lora_gemm, lora_shrink, wide_products
+from minilora.kernels import kept, library_gemm, wide_products
 from minilora.kernels.augmented import Augmented
 from minilora.kernels.dequantize import in_the_loop, readable
 from minilora.kernels.dispatch import once_differentiable, recording, use_triton
 from minilora.kernels.dropout import DEFAULT_KEY, DropoutKey, dropout, dropout_mask
 from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
-from minilora.kernels.group import Forms, Group
-from minilora.kernels.lang import INTERPRETED, rows_of
+from minilora.kernels.group import Forms
+from minilora.kernels.lang import INTERPRETED
+from minilora.kernels.on_triton import OnTriton, uninitialised
 from minilora.kernels.projection import Adapter, Projection, check
 from minilora.kernels.quantized import Weight, format_of, weight_as
 
@@ -62,130 +63,127 @@ def lora_linear_ref(
     return _one_ref(x, w, bias, Adapter(a, b, scale, p, key))
 
 
-class _OnTriton(torch.autograd.Function):
+class OnTorch:
+    """Projections of one input on torch's operations, as on_triton.py has them: S [T, sum of R_j], dS and masks lists."""
+
+    def __init__(self, projections: Sequence[Projection]):
+        self.projections, self.adapters = projections, [p.adapter for p in projections if p.adapter]
+        self.adapted, self.forms = bool(self.adapters), Forms.of(projections)
+
+    def forward(self, x: Tensor, s: Tensor | None, output_needed: bool) -> tuple[Tensor | None, list[Tensor]]:
+        s = _shrink(x, self.adapters) if s is None and self.adapted else s
+        if not output_needed:
+            return s, uninitialised(x, [p.weight for p in self.projections])
+        shrunk, ys = self._apart(s), []
+        whole = Augmented.of(self.projections, x) if self.forms.y == "augmented" else None
+        if whole is not None:
+            return s, whole.forward(x, shrunk, self.projections)
+        for weight, bias, ns in library_gemm.base_products(self.projections, x.dtype):  # x W^T + b
+            plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
+            y = F.linear(x, cast(Tensor, weight), bias) if plain else frozen_linear(x, weight, bias)
+            ys += y.split_with_sizes(ns, 1)
+        library_gemm.add_expanded(ys, shrunk, self.projections)  # + S (f B)^T
+        return s, ys
+
+    def _apart(self, s: Tensor | None) -> Sequence[Tensor]:
+        return () if s is None else s.split_with_sizes([adapter.a.shape[0] for adapter in self.adapters], 1)
+
+    def expand_backward(
+        self, dys: Sequence[Tensor], s: Any, needs_ds: bool, needs_b: Sequence[bool]
+    ) -> tuple[Any, Sequence[Tensor | None]]:
+        dys = [dy for dy, p in zip(dys, self.projections, strict=True) if p.adapter]
+        each = zip(dys, self.adapters, strict=True)
+        ds = [dy @ library_gemm.scaled(a.b, a.factor, dy.dtype) for dy, a in each] if needs_ds else []  # dS = f dY B
+        every = zip(dys, self._apart(s), self.adapters, needs_b, strict=True)  # dB = f dY^T S
+        return ds, [(dy.T @ s).to(a.b.dtype).mul_(a.factor) if needed else None for dy, s, a, needed in every]
+
+    def masks(self, x: Tensor) -> Any:
+        return [_mask(x, adapter) for adapter in self.adapters]
+
+    def input_gradient(self, dys: Sequence[Tensor], ds: Any, masks: Any) -> Tensor:
+        masked = any(adapter.p for adapter in self.adapters)
+        dx = wide_products.on_torch(self.forms.dx, dys, None if masked else ds, self.projections)
+        for d, mask, adapter in zip(ds, masks, self.adapters, strict=True) if masked else ():
+            dx += _masked(d @ adapter.a.to(d.dtype), mask)  # dX += mask(dS A)
+        return dx
+
+    def shrink_backward(self, x: Tensor, ds: Any, masks: Any, needs_a: Sequence[bool]) -> Sequence[Tensor | None]:
+        each = zip(ds, masks, needs_a, strict=True)
+        return [d.T @ _masked(x, mask) if needed else None for d, mask, needed in each]  # dA = dS^T mask(x)
+
+
+Linears = OnTriton | OnTorch
+
+
+def linears_of(x: Tensor, projections: Sequence[Projection]) -> Linears:
+    """Projections of x by the path that they take."""
+    return (OnTriton if runs_on_triton(x, projections) else OnTorch)(projections)
+
+
+class _Group(torch.autograd.Function):
     """trained is [a_0, b_0, a_1, ...], the tensors of the projections' adapters, named to autograd."""
 
     @staticmethod
-    def forward(
-        ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
-    ) -> tuple[Tensor, ...]:
-        group, rows = Group.of(projections), rows_of(x)
+    def forward(ctx, linears: Linears, output_needed: bool, x: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
         with torch.cuda.device_of(x):
-            if not output_needed:
-                s, ys = lora_shrink.shrink(rows, group), _uninitialised(x, projections)
-            elif not group.a:
-                s, ys = x, lora_gemm.forward(rows, rows, group)
-            elif wide_products.in_one_pass(rows, group):
-                y, s = lora_gemm.single_pass(rows, group)
-                ys = [y]
-            else:
-                s = lora_shrink.shrink(rows, group)
-                ys = wide_products.forward(rows, s, group)
-        ctx.save_for_backward(x, s, *trained)
-        ctx.group = group
+            s, ys = linears.forward(x, kept.given() if linears.adapted else None, output_needed)
+        ctx.save_for_backward(x, kept.keep(s), *trained)
+        ctx.linears = linears
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, s, *trained = ctx.saved_tensors
-        return None, None, *_triton_gradients(x, s, ctx.group, trained, grads, ctx.needs_input_grad[2:])
+        with torch.cuda.device_of(x):
+            return None, None, *gradients(ctx.linears, x, s, trained, grads, ctx.needs_input_grad[2:])
 
 
-def _triton_gradients(
-    x: Tensor, s: Tensor, group: Group, trained: Sequence[Tensor], dys: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
-    dys, rows = [rows_of(dy) for dy in dys], rows_of(x)
-    needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
-    dx, das = None, [None] * len(group.a)
-    with torch.cuda.device_of(x):
-        adapted = [dy for dy, size in zip(dys, group.sizes, strict=True) if size.rank]
-        ds, dbs = lora_shrink.expand_backward(adapted, s, group, needs_x or any(needs_a), any(needs_b))
-        if needs_x and ds is not None:
-            dx = wide_products.input_gradient(dys, ds, group)
-        if any(needs_a) and ds is not None:
-            das = lora_shrink.shrink_backward(rows, ds, group)
-    found = [d for pair in zip(das, dbs, strict=True) for d in pair]
-    return dx, *[
-        d.to(t.dtype) if needed and d is not None else None
-        for d, t, needed in zip(found, trained, needs[1:], strict=True)
-    ]
+class _OnTriton(_Group):
+    """Its name tells in a graph which path was taken."""
 
 
-class _OnTorch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, projections: Sequence[Projection], output_needed: bool, x: Tensor, *trained: Tensor
-    ) -> tuple[Tensor, ...]:
-        shrunk = _shrink(x, [p.adapter for p in projections if p.adapter])
-        ctx.save_for_backward(x, *shrunk, *trained)
-        ctx.projections, (form, ctx.form) = projections, Forms.of(projections)
-        if not output_needed:
-            return tuple(_uninitialised(x, projections))
-        whole = Augmented.of(projections, x) if form == "augmented" else None
-        if whole is not None:
-            return tuple(whole.forward(x, shrunk, projections))
-        ys: list[Tensor] = []
-        for weight, bias, ns in library_gemm.base_products(projections, x.dtype):  # x W^T + b
-            plain = weight.dtype == x.dtype and x.shape[0] > FEW_ROWS
-            y = F.linear(x, cast(Tensor, weight), bias) if plain else frozen_linear(x, weight, bias)
-            ys += y.split_with_sizes(ns, 1)
-        library_gemm.add_expanded(ys, shrunk, projections)  # + S (f B)^T
-        return tuple(ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        x, *saved = ctx.saved_tensors
-        shrunk = saved[: len(saved) // 3]
-        return None, None, *_torch_gradients(x, shrunk, ctx.projections, grads, ctx.needs_input_grad[2:], ctx.form)
+class _OnTorch(_Group):
+    """The other one."""
 
 
-def _torch_gradients(
+def gradients(
+    linears: Linears,
     x: Tensor,
-    shrunk: Sequence[Tensor],
-    projections: Sequence[Projection],
+    s: Tensor | None,
+    trained: Sequence[Tensor],
     dys: Sequence[Tensor],
     needs: Sequence[bool],
-    form: str,
 ) -> tuple[Tensor | None, ...]:
-    """dX and dA_0, dB_0, dA_1, ..., each where it is needed."""
+    """dX and dA_0, dB_0, dA_1, ..., each where it is needed, in the dtypes of `trained`."""
     needs_x, needs_a, needs_b = needs[0], needs[1::2], needs[2::2]
-    masked = any(p.adapter.p for p in projections if p.adapter)
-    dx = wide_products.on_torch(form, dys, None, projections) if needs_x and masked else None
-    all_ds, found = [], []
-    adapted = [(dy, p.adapter) for dy, p in zip(dys, projections, strict=True) if p.adapter]
-    for number, (dy, adapter) in enumerate(adapted):
-        a, b, _, rate, key = adapter
-        da = db = None
-        if needs_b[number]:
-            db = (dy.T @ shrunk[number]).to(b.dtype).mul_(adapter.factor)  # dB = f dY^T S
-        if needs_x or needs_a[number]:
-            all_ds.append(ds := dy @ library_gemm.scaled(b, adapter.factor, dy.dtype))  # dS = f dY B
-            mask = dropout_mask((x.shape[0], x.shape[1]), rate, key, x.device) if rate else None
-            if needs_a[number]:
-                da = (ds.T @ _masked(x, mask)).to(a.dtype)  # dA = dS^T mask(x)
-            if dx is not None:
-                dx += _masked(ds @ a.to(ds.dtype), mask)  # dX += mask(dS A)
-        found += [da, db]
-    if needs_x and not masked:
-        dx = wide_products.on_torch(form, dys, all_ds, projections)
-    return dx, *found
+    dx, das = None, [None] * len(needs_a)
+    ds, dbs = linears.expand_backward(dys, s, needs_x or any(needs_a), needs_b)
+    if needs_x or any(needs_a):
+        masks = linears.masks(x)
+        dx = linears.input_gradient(dys, ds, masks) if needs_x else None
+        das = linears.shrink_backward(x, ds, masks, needs_a) if any(needs_a) else das
+    return dx, *in_order(das, dbs, trained, needs[1:])
 
 
-def _uninitialised(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """Uninitialised memory in the shape of the outputs."""
-    return [x.new_empty(x.shape[0], p.weight.shape[0]) for p in projections]
+def in_order(
+    das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], trained: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """dA_0, dB_0, dA_1, ..., each where it is needed, in the dtypes of `trained`."""
+    found = [d for pair in zip(das, dbs, strict=True) for d in pair]
+    each = zip(found, trained, needs, strict=True)
+    return [d.to(t.dtype) if needed and d is not None else None for d, t, needed in each]
 
 
-def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
-    """S_j = mask_j(x) A_j^T of every adapter; one product for all where nothing is dropped."""
-    if len(adapters) > 1 and not any(a.p for a in adapters):
-        ranks = [a.a.shape[0] for a in adapters]
-        return list((x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T).split(ranks, dim=1))
-    masks = [dropout_mask((x.shape[0], x.shape[1]), a.p, a.key, x.device) if a.p else None for a in adapters]
-    return [_masked(x, mask) @ a.a.to(x.dtype).T for mask, a in zip(masks, adapters, strict=True)]
+def _shrink(x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """S of every adapter, side by side; one product for all where nothing is dropped."""
+    if not any(a.p for a in adapters):
+        return x @ torch.cat([a.a.to(x.dtype) for a in adapters]).T
+    return torch.cat([_masked(x, _mask(x, a)) @ a.a.to(x.dtype).T for a in adapters], dim=1)
+
+
+def _mask(x: Tensor, adapter: Adapter) -> Tensor | None:
+    return dropout_mask((x.shape[0], x.shape[1]), adapter.p, adapter.key, x.device) if adapter.p else None
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -203,8 +201,9 @@ def lora_linear_group(x: Tensor, projections: Sequence[Projection], output_neede
     if not torch.is_inference_mode_enabled() or x.shape[0] > FEW_ROWS:
         check(x, projections)
     trained = [t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b)]
-    on = _OnTriton if runs_on_triton(x, projections) else _OnTorch
-    return recording(on)(projections, output_needed, x, *trained)
+    linears = linears_of(x, projections)
+    on = _OnTriton if isinstance(linears, OnTriton) else _OnTorch
+    return recording(on)(linears, output_needed, x, *trained)
 
 
 def lora_linear(

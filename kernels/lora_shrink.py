@@ -5,8 +5,8 @@ S.
 
 mask_j(x) is x where the dropout mask of a projection keeps it and 0 elsewhere; s_j = scale_j / (1 - p_j) makes up for
 what is dropped. x [T, K] is read once for all projections of the group, each with its own mask; each dY_j [T, N_j] once
-for dS_j and dB_j. What several programs add to is kept as fp32 partials, which a second kernel adds up in a fixed
-order: no atomics, and the number of partials depends only on the shapes. S and dS are [projections, T, padded rank] in
+for dS_j and dB_j. What several programs add to, dS and dB, and S of few rows, is kept as fp32 partials, which a second
+kernel adds up in a fixed order: no atomics, and the number of partials depends only on the shapes. S and dS are [projections, T, padded rank] in
 the dtype of x; their columns from the rank on are zero.
 """
 
@@ -25,8 +25,6 @@ from minilora.kernels.launch import Launch, per_shape
 from minilora.kernels.lora_gemm import as_operand, dot, load_operand
 
 PROGRAMS = {0: 128, 80: 108, 86: 84, 90: 132}  # that fill a GPU: one for each multiprocessor
-# of shrink and of its backward, whose programs wait for memory: two for each on sm_80; elsewhere that spills or adds too many partial sums
-STREAMS = {0: 128, 80: 216, 86: 84, 90: 132}
 # by architecture, as in lora_gemm
 SHRINK = {
     0: {"BM": 16, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 1},
@@ -175,18 +173,17 @@ def _expand_backward_kernel(
         store(ds_ptr + i_span.to(tl.int64) * rows * PADDED_R + o_m * PADDED_R + o_r, b_ds * scale, m_m)
 
 
-@jit(do_not_specialize=["rows", "thresholds", "span"])
+@jit(do_not_specialize=["rows", "thresholds"])
 def _shrink_backward_kernel(
     x_ptr,
     ds_ptr,
-    out_ptr,
+    da_ptr,
     seed_ptrs,
     thresholds,
     ranks,
     x_stride,
     rows,
     K,
-    span,
     blocks,
     COUNT: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -196,16 +193,13 @@ def _shrink_backward_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: BK of the K columns, `span` rows, R rows of every dA_j; out [rows / span, COUNT, PADDED_R, K]."""
-    col_tiles = tl.cdiv(K, BK)
-    o_r, i_rest = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
-    i_k, i_span = i_rest % col_tiles, i_rest // col_tiles
+    """A program: BK of the K columns, all rows, R rows of every dA_j [PADDED_R, K]."""
+    o_r, i_k = tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(0) // blocks
     o_k = i_k * BK + tl.arange(0, BK)[None, :]
     # from S_j = mask_j(x) A_j^T: dA_j += dS_j^T mask_j(x), every adapter from one tile of x  [R, BM] x [BM, BK]
     sums = (tl.zeros((R, BK), ACC),) * COUNT
-    first = i_span.to(tl.int64) * span
-    for start_m in range(0, span, BM):
-        o_m = first + start_m + tl.arange(0, BM)[:, None]
+    for start_m in range(0, rows, BM):
+        o_m = tl.cast(start_m, tl.int64) + tl.arange(0, BM)[:, None]
         m_m = o_m < rows
         b_x = load_operand(x_ptr + o_m * x_stride + o_k, m_m & (o_k < K), ACC)
         news = ()
@@ -218,21 +212,19 @@ def _shrink_backward_kernel(
                 b_xj = b_x
             news = news + (dot(tl.trans(b_ds), b_xj, sums[j]),)
         sums = news
-    # store the partial sums of this span of rows; _sum_kernel adds them up                              [R, BK]
     for j in tl.static_range(COUNT):
-        o_a = ((i_span * COUNT + j) * PADDED_R + o_r[:, None]).to(tl.int64) * K + o_k
-        store(out_ptr + o_a, sums[j], o_k < K)
+        store(da_ptr + (j * PADDED_R + o_r[:, None]).to(tl.int64) * K + o_k, sums[j], o_k < K)
 
 
 @jit
-def _add_up(parts_ptr, out_ptr, i_n, parts, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK values of out [size] = the sum of parts [parts, size], first to last; size is a multiple of 16, as every padded rank is."""
+def _add_up(parts_ptr, out_ptr, i_n, parts, size, width, rank, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """BLOCK values of the sum of parts [parts, size], first to last; out has `rank` of each `width` values, size is a multiple of 16."""
     o_n = i_n.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros((BLOCK,), ACC)
     for _ in range(parts):
         b_sum += load(parts_ptr + o_n, o_n < size, ACC)
         parts_ptr += size
-    store(out_ptr + o_n, b_sum, o_n < size)
+    store(out_ptr + o_n // width * rank + o_n % width, b_sum, (o_n < size) & (o_n % width < rank))
 
 
 @jit(do_not_specialize=["parts", "more_parts"])
@@ -245,11 +237,13 @@ def _sum_kernel(
     size,
     more_parts,
     more_size,
+    more_width,
+    more_rank,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """out [COUNT, size], row j the sum of the next parts[j] of [sum of parts, size]; and the sum of one more, or None."""
+    """out [COUNT, size], row j the sum of the next parts[j] of [sum of parts, size]; and one more sum, or None, without padding."""
     tiles = tl.cdiv(size, BLOCK)
     j, i_n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if j < COUNT:
@@ -257,9 +251,10 @@ def _sum_kernel(
         for i in tl.static_range(1, COUNT):
             first, count = tl.where(j >= i, first + parts[i - 1], first), tl.where(j == i, parts[i], count)
         parts_ptr += tl.cast(first, tl.int64) * size
-        _add_up(parts_ptr, out_ptr + j.to(tl.int64) * size, i_n, count, size, BLOCK, ACC)
+        _add_up(parts_ptr, out_ptr + j.to(tl.int64) * size, i_n, count, size, 1, 1, BLOCK, ACC)
     elif more_ptr is not None:
-        _add_up(more_ptr, more_out_ptr, tl.program_id(0) - COUNT * tiles, more_parts, more_size, BLOCK, ACC)
+        i_more = tl.program_id(0) - COUNT * tiles
+        _add_up(more_ptr, more_out_ptr, i_more, more_parts, more_size, more_width, more_rank, BLOCK, ACC)
 
 
 @per_shape
@@ -269,24 +264,33 @@ def _shrink_launch(
     """And the number of parts of K, and the padded rank."""
     options = launch_options(SHRINK, place, ranks)
     options |= _many(rates, options["R"])
-    width = options["PADDED_R"]
-    row_tiles, blocks = cdiv(rows, options["BM"]), width // options["R"]
-    parts, span = _split(k, options["BK"], row_tiles * blocks, STREAMS[place.arch])
+    blocks = options["PADDED_R"] // options["R"]
+    parts, span = split(options, rows, k, blocks, place)
     numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, span, blocks
-    launch = Launch(place.device, row_tiles * blocks * parts, numbers, DROPOUT=any(rates), **options)
-    return launch, parts, width
+    programs = cdiv(rows, options["BM"]) * blocks * parts
+    return Launch(place.device, programs, numbers, DROPOUT=any(rates), **options), parts, options["PADDED_R"]
 
 
 def shrink(x: Tensor, group: Group) -> Tensor:
     """S [adapters, T, padded rank] for x [T, K]."""
     place, (rows, k) = Place.of(x), x.shape
     launch, parts, width = _shrink_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
-    s = torch.empty((len(group.a), rows, width), dtype=x.dtype, device=x.device)
-    out = s if parts == 1 else torch.empty((parts, *s.shape), dtype=_accum_dtype(x.dtype), device=x.device)
+    s, out = sums(x, (len(group.a), rows, width), parts)
     launch(_shrink_kernel, x, out, group.a, group.seeds)
-    if parts > 1:
-        _sum_launch(place, (parts,), s.numel())(_sum_kernel, out, s, None, None)
+    add_up(place, out, s, parts)
     return s
+
+
+def sums(x: Tensor, shape: tuple[int, ...], parts: int) -> tuple[Tensor, Tensor]:
+    """Memory for sums in the dtype of x, and for so many parts of them: the same where there is one."""
+    s = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return s, s if parts == 1 else torch.empty((parts, *shape), dtype=wide_dtype(x.dtype), device=x.device)
+
+
+def add_up(place: Place, parts: Tensor, s: Tensor, count: int) -> None:
+    """Write the sums of the parts into s, where there are several."""
+    if count > 1:
+        _sum_launch(place, (count,), s.numel())(_sum_kernel, parts, s, None, None)
 
 
 class _ExpandBackward(NamedTuple):
@@ -294,6 +298,11 @@ class _ExpandBackward(NamedTuple):
     sums: Launch  # of the partial sums of dS and dB, those that are wanted
     ranges: int  # of columns, of all projections
     row_tiles: int
+
+
+def _db_columns(ranks: Sequence[int], width: int, needs_ds: bool) -> int:
+    """Of the sum of dB: without padding where the ranks are one, so that autograd takes a gradient as it is, without a copy."""
+    return ranks[0] if needs_ds and len(set(ranks)) == 1 else width
 
 
 @per_shape
@@ -320,7 +329,7 @@ def _expand_backward_launch(
     numbers = strides, factors, ns, ranks, rows, row_tiles, tiles, blocks, sum(ns)
     grid = row_tiles * blocks * sum(ranges)
     launch = Launch(place.device, grid, numbers, WARPS=options["num_warps"], **options)
-    of_db = row_tiles, sum(ns) * width
+    of_db = row_tiles, sum(ns) * width, width, _db_columns(ranks, width, needs_ds)
     if needs_ds:
         sums = _sum_launch(place, ranges, rows * width, *(of_db if needs_db else ()))
     else:
@@ -336,58 +345,66 @@ def expand_backward(
         return None, [None] * len(dys)
     (_, rows, width), ns, device = s.shape, tuple([b.shape[0] for b in group.b]), s.device
     strides = tuple([dy.stride(0) for dy in dys])
-    launch, sums, ranges, row_tiles = _expand_backward_launch(
+    launch, adding, ranges, row_tiles = _expand_backward_launch(
         Place.of(s), rows, strides, ns, group.ranks, group.factors, needs_ds, needs_db
     )
-    wide, ds, db, ds_parts, db_parts = _accum_dtype(s.dtype), None, None, None, None
+    wide, ds, db, ds_parts, db_parts = wide_dtype(s.dtype), None, None, None, None
     if needs_ds:
         ds_parts = torch.empty((ranges, rows, width), dtype=wide, device=device)
         ds = torch.empty(s.shape, dtype=s.dtype, device=device)
     if needs_db:
         db_parts = torch.empty((row_tiles, sum(ns), width), dtype=wide, device=device)
-        db = torch.empty((sum(ns), width), dtype=wide, device=device)
+        db = torch.empty((sum(ns), _db_columns(group.ranks, width, needs_ds)), dtype=wide, device=device)
     launch(_expand_backward_kernel, tuple(dys), group.b, s, ds_parts, db_parts)
     if ds is None:
-        sums(_sum_kernel, db_parts, db, None, None)
+        adding(_sum_kernel, db_parts, db, None, None)
     else:
-        sums(_sum_kernel, ds_parts, ds, db_parts, db)
+        adding(_sum_kernel, ds_parts, ds, db_parts, db)
     if db is None:
         return ds, [None] * len(dys)
-    return ds, [d if r == width else d[:, :r] for d, r in zip(db.split(ns), group.ranks, strict=True)]
+    return ds, [d if r == db.shape[1] else d[:, :r] for d, r in zip(db.split(ns), group.ranks, strict=True)]
 
 
 @per_shape
 def _shrink_backward_launch(
     place: Place, rows: int, k: int, x_stride: int, ranks: tuple[int, ...], rates: tuple[float, ...]
-) -> tuple[Launch, int]:
-    """And the number of parts of the rows."""
+) -> Launch:
     options = launch_options(SHRINK, place, ranks)
+    columns = len(ranks) * options["R"]
     if place.arch == 86 and any(rates):
-        options["num_stages"] = 3  # beside masks the offsets of a fourth spill there
+        options["num_stages"] = 3 if columns <= 48 else 2  # beside masks the offsets of more spill there
     options |= _many(rates, options["R"])
-    tiles, blocks = cdiv(k, options["BK"]), options["PADDED_R"] // options["R"]
-    parts, span = _split(rows, options["BM"], tiles * blocks, STREAMS[place.arch])
-    numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, span, blocks
-    return Launch(place.device, tiles * blocks * parts, numbers, DROPOUT=any(rates), **options), parts
+    blocks = options["PADDED_R"] // options["R"]
+    if options["BK"] > 32 and cdiv(k, options["BK"]) * blocks < PROGRAMS[place.arch]:
+        # few columns: narrower tiles, of which twice as many are on their way where registers hold as much of dS
+        options |= {"BK": 32, "num_stages": options["num_stages"] * (2 if columns <= 48 else 1)}
+    numbers = tuple(map(threshold, rates)), ranks, x_stride, rows, k, blocks
+    return Launch(place.device, cdiv(k, options["BK"]) * blocks, numbers, DROPOUT=any(rates), **options)
 
 
 def shrink_backward(x: Tensor, ds: Tensor, group: Group) -> list[Tensor]:
     """dA [R_j, K] of every adapter in fp32."""
     place, (rows, k), (count, _, width) = Place.of(x), x.shape, ds.shape
-    launch, parts = _shrink_backward_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
-    da = torch.empty((count, width, k), dtype=_accum_dtype(x.dtype), device=x.device)
-    out = da if parts == 1 else torch.empty((parts, *da.shape), dtype=da.dtype, device=x.device)
-    launch(_shrink_backward_kernel, x, ds, out, group.seeds)
-    if parts > 1:
-        _sum_launch(place, (parts,), da.numel())(_sum_kernel, out, da, None, None)
+    launch = _shrink_backward_launch(place, rows, k, x.stride(0), group.ranks, group.rates)
+    da = torch.empty((count, width, k), dtype=wide_dtype(x.dtype), device=x.device)
+    launch(_shrink_backward_kernel, x, ds, da, group.seeds)
     return [d if r == width else d[:r] for d, r in zip(da.unbind(), group.ranks, strict=True)]
 
 
 @per_shape
-def _sum_launch(place: Place, parts: tuple[int, ...], size: int, more_parts: int = 0, more_size: int = 0) -> Launch:
+def _sum_launch(
+    place: Place,
+    parts: tuple[int, ...],
+    size: int,
+    more_parts: int = 0,
+    more_size: int = 0,
+    more_width: int = 1,
+    more_rank: int = 1,
+) -> Launch:
     options = configuration(SUM, place)
     programs = len(parts) * cdiv(size, options["BLOCK"]) + cdiv(more_size, options["BLOCK"])
-    return Launch(place.device, programs, (parts, size, more_parts, more_size), COUNT=len(parts), **options)
+    numbers = parts, size, more_parts, more_size, more_width, more_rank
+    return Launch(place.device, programs, numbers, COUNT=len(parts), **options)
 
 
 def _many(rates: Sequence[float], r: int) -> dict:
@@ -398,10 +415,18 @@ def _many(rates: Sequence[float], r: int) -> dict:
     return {"num_warps": 8, "num_stages": 3, "R": 16 if masked and len(rates) == 3 else 32}
 
 
-def _split(size: int, block: int, others: int, programs: int) -> tuple[int, int]:
-    """(parts, span of a part) of a size, in whole blocks: so many parts that parts * others is about `programs`."""
-    span = cdiv(cdiv(size, block), max(1, programs // others)) * block
-    return cdiv(size, span), span
+def split(options: dict, rows: int, k: int, blocks: int, place: Place) -> tuple[int, int]:
+    """(parts, span of a part) of K for kernels that sum over it, in whole tiles.
+
+    Parts must be added up by one more launch. So the tiles in `options` get fewer rows first, until a quarter of the
+    multiprocessors has one; only then, for some hundred rows, there are parts, about a program for each.
+    """
+    programs = PROGRAMS[place.arch]
+    while options["BM"] > 16 and 4 * cdiv(rows, options["BM"]) * blocks < programs:
+        options["BM"] //= 2
+    others = cdiv(rows, options["BM"]) * blocks
+    span = cdiv(cdiv(k, options["BK"]), programs // others if 4 * others < programs else 1) * options["BK"]
+    return cdiv(k, span), span
 
 
 def _row_tile(rows: int, n: int, most: int, programs: int) -> int:
@@ -410,5 +435,5 @@ def _row_tile(rows: int, n: int, most: int, programs: int) -> int:
 
 
 @per_shape
-def _accum_dtype(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)

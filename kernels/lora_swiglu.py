@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.kernels import lora_linear, lora_shrink
+from minilora.kernels import kept, lora_linear, lora_shrink
 from minilora.kernels.group import Forms, Group, Place, Sizes, launch_options, s_index
 from minilora.kernels.lang import cdiv, jit, load, rounded, rows_of, store, tl
 from minilora.kernels.launch import Launch, per_shape
@@ -122,7 +122,7 @@ def _on_triton(x: Tensor, weight: Tensor, pair: Sequence[Projection]) -> Tensor:
     launch = _dual_launch(Place.of(x), rows, k, x.stride(0), group.sizes, index)
     h = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        s = lora_shrink.shrink(x, shrunk)
+        s = kept.keep(lora_shrink.shrink(x, shrunk))
         launch(_dual_kernel, x, s, weight, group.biases, group.wide_bs, h)
     return h
 
@@ -136,15 +136,20 @@ def _halves(fused: Projection) -> list[Projection]:
     ]
 
 
+def check_pair(projections: Sequence[Projection]) -> None:
+    """ValueError unless they are gate and up, or one that is both."""
+    shapes = [list(p.weight.shape) for p in projections]
+    if len(shapes) not in (1, 2) or shapes[0] != shapes[-1] or (len(shapes) == 1 and shapes[0][0] % 2):
+        raise ValueError(f"gate and up are two weights of one shape, or one with the rows of both, not {shapes}")
+
+
 def lora_swiglu(x: Tensor, projections: Sequence[Projection]) -> Tensor:
     """silu(gate) * up [T, F] for the projections of x [T, K]: gate and up, or one that holds both, the gate's F rows
     first.
 
     No gradient is recorded. ValueError if they do not fit together.
     """
-    shapes = [list(p.weight.shape) for p in projections]
-    if len(shapes) not in (1, 2) or shapes[0] != shapes[-1] or (len(shapes) == 1 and shapes[0][0] % 2):
-        raise ValueError(f"gate and up are two weights of one shape, or one with the rows of both, not {shapes}")
+    check_pair(projections)
     check(x, projections)
     with torch.no_grad():
         if Forms.of(projections).y == "triton" and all(isinstance(p.weight, Tensor) for p in projections):

@@ -10,6 +10,8 @@ back as one such matrix, written once. A perfect forward moves three values for 
 A program of the kernels takes BLOCK columns of one row: g and u may be column ranges of one wider matrix.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +48,7 @@ def _bwd_kernel(
     u_ptr,
     dg_ptr,
     du_ptr,
+    h_ptr,
     dh_stride,
     g_stride,
     u_stride,
@@ -55,7 +58,7 @@ def _bwd_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dg_ptr or du_ptr is None where that gradient is not wanted; d_stride is the row stride of both."""
+    """A pointer is None where it is not wanted what it is for; h_ptr may be dh_ptr. d_stride: of the rows of dg and du."""
     i_m = (tl.program_id(0) // blocks).to(tl.int64)
     o_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < F
@@ -66,9 +69,12 @@ def _bwd_kernel(
     if du_ptr is not None:
         store(du_ptr + i_m * d_stride + o_n, b_dh * b_g * b_s, m_n)
     # ds / dg = s (1 - s), so d(g s) / dg = s + g s (1 - s)
-    if dg_ptr is not None:
+    if dg_ptr is not None or h_ptr is not None:
         b_u = load(u_ptr + i_m * u_stride + o_n, m_n, ACC)
-        store(dg_ptr + i_m * d_stride + o_n, b_dh * b_u * b_s * (1 + b_g * (1 - b_s)), m_n)
+        if dg_ptr is not None:
+            store(dg_ptr + i_m * d_stride + o_n, b_dh * b_u * b_s * (1 + b_g * (1 - b_s)), m_n)
+        if h_ptr is not None:
+            store(h_ptr + i_m * F + o_n, b_g * b_s * b_u, m_n)
 
 
 @jit
@@ -87,11 +93,37 @@ def _launch(device: torch.device, dtype: torch.dtype, rows: int, f: int, *stride
     return Launch(device, rows * blocks, (*strides, f, blocks), **options)
 
 
-def _both(g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+def halves(g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of g and of u; where u is None, g holds both."""
     rows = rows_of(g)
     first, second = rows.chunk(2, dim=1) if u is None else (rows, rows_of(u))
     return first, second
+
+
+def _forward_on_triton(g: Tensor, u: Tensor | None) -> Tensor:
+    rows_g, rows_u = halves(g, u)
+    count, f = rows_g.shape
+    h = torch.empty((*g.shape[:-1], f), dtype=g.dtype, device=g.device)
+    if h.numel():
+        launch = _launch(g.device, g.dtype, count, f, rows_g.stride(0), rows_u.stride(0))
+        with torch.cuda.device_of(g):
+            launch(_fwd_kernel, rows_g, rows_u, h)
+    return h
+
+
+def _backward_on_triton(
+    dh: Tensor, g: Tensor, u: Tensor | None, wanted: Sequence[bool], h: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    dh, (rows_g, rows_u) = rows_of(dh), halves(g, u)
+    count, f = rows_g.shape
+    dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) if needed else None for needed in wanted)
+    to_g, to_u = (dg, du) if dg is None or u is not None else halves(dg, None)
+    if g.numel():
+        strides = dh.stride(0), rows_g.stride(0), rows_u.stride(0), f if u is not None else 2 * f
+        launch = _launch(g.device, g.dtype, count, f, *strides)
+        with torch.cuda.device_of(g):
+            launch(_bwd_kernel, dh, rows_g, rows_u, to_g, to_u, h)
+    return dg, du
 
 
 class _OnTriton(torch.autograd.Function):
@@ -100,30 +132,18 @@ class _OnTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Tensor, u: Tensor | None) -> Tensor:
         ctx.save_for_backward(g, u)
-        rows_g, rows_u = _both(g, u)
-        count, f = rows_g.shape
-        h = torch.empty((*g.shape[:-1], f), dtype=g.dtype, device=g.device)
-        if h.numel():
-            launch = _launch(g.device, g.dtype, count, f, rows_g.stride(0), rows_u.stride(0))
-            with torch.cuda.device_of(g):
-                launch(_fwd_kernel, rows_g, rows_u, h)
-        return h
+        return _forward_on_triton(g, u)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        g, u = ctx.saved_tensors
-        dh, (rows_g, rows_u) = rows_of(grads[0]), _both(g, u)
-        count, f = rows_g.shape
-        wanted = ctx.needs_input_grad
-        dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) if needed else None for needed in wanted)
-        to_g, to_u = (dg, du) if dg is None or u is not None else _both(dg, None)
-        if g.numel():
-            strides = dh.stride(0), rows_g.stride(0), rows_u.stride(0), f if u is not None else 2 * f
-            launch = _launch(g.device, g.dtype, count, f, *strides)
-            with torch.cuda.device_of(g):
-                launch(_bwd_kernel, dh, rows_g, rows_u, to_g, to_u)
-        return dg, du
+        (dh,), (g, u) = grads, ctx.saved_tensors
+        return _backward_on_triton(dh, g, u, ctx.needs_input_grad)
+
+
+def _forward_on_torch(g: Tensor, u: Tensor | None) -> Tensor:
+    first, second = (g, u) if u is not None else g.chunk(2, dim=-1)
+    return F.silu(first).mul_(second)
 
 
 class _OnTorch(torch.autograd.Function):
@@ -132,8 +152,7 @@ class _OnTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Tensor, u: Tensor | None) -> Tensor:
         ctx.save_for_backward(g, u)
-        first, second = (g, u) if u is not None else g.chunk(2, dim=-1)
-        return F.silu(first).mul_(second)
+        return _forward_on_torch(g, u)
 
     @staticmethod
     @once_differentiable
@@ -149,6 +168,25 @@ class _OnTorch(torch.autograd.Function):
         du = F.silu(g).mul_(dh) if ctx.needs_input_grad[1] else None  # dh g s
         dg = torch.ops.aten.silu_backward(dh * u, g) if ctx.needs_input_grad[0] else None  # dh u s (1 + g (1 - s))
         return dg, du
+
+
+def swiglu_forward(g: Tensor, u: Tensor | None, on_triton: bool) -> Tensor:
+    """h of g and u, or of a g that holds both, without a record for autograd."""
+    return (_forward_on_triton if on_triton else _forward_on_torch)(g, u)
+
+
+def swiglu_backward(dh: Tensor, g: Tensor, u: Tensor | None, on_triton: bool) -> tuple[list[Tensor], Tensor]:
+    """[dg, du], or one gradient that holds both, and h once more. The memory of dh, [T, F] without gaps, is used up."""
+    if on_triton:
+        found = _backward_on_triton(dh, g, u, (True, u is not None), h=dh)
+        return [d for d in found if d is not None], dh
+    whole = torch.empty_like(g, memory_format=torch.contiguous_format) if u is None else None
+    first, second = halves(g, u)
+    to_g, to_u = (dh, torch.empty_like(dh)) if whole is None else halves(whole, None)
+    silu = F.silu(first)
+    torch.mul(silu, dh, out=to_u)
+    torch.ops.aten.silu_backward(dh.mul_(second), first, grad_input=to_g)
+    return [to_g, to_u] if whole is None else [whole], silu.mul_(second)
 
 
 def swiglu(g: Tensor, u: Tensor) -> Tensor:

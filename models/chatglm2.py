@@ -18,7 +18,7 @@ from minilora.kernels.rope import rope_pair
 from .config import Config
 from .config_json import dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import Linear, RMSNorm, gated_fused
+from .layers import GatedMLP, Linear, RMSNorm
 from .stream import Context
 
 NAMES = Names(
@@ -48,14 +48,8 @@ class Attention(nn.Module):
         return self.dense(context.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.dense_h_to_4h = Linear(c.width, 2 * c.ffn, bias=False)
-        self.dense_4h_to_h = Linear(c.ffn, c.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(gated_fused(x, self.dense_h_to_4h))
+class MLP(GatedMLP):
+    gate_up, down = ("dense_h_to_4h",), "dense_4h_to_h"
 
 
 class Block(nn.Module):

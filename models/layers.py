@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
 from minilora.kernels.lora_linear import lora_linear_group
-from minilora.kernels.lora_swiglu import lora_swiglu
+from minilora.kernels.lora_mlp import lora_mlp
 from minilora.kernels.projection import Projection
 from minilora.kernels.quantized import QuantizedWeight
 from minilora.kernels.rms_norm import add_rms_norm, rms_norm
@@ -130,20 +130,6 @@ def each(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     return [linear(x) for linear in linears]
 
 
-def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
-    """SwiGLU of two linears of x [T, K]; where no backward follows, gate and up are not stored."""
-    fused = projections(gate, up)
-    if fused is None:
-        return swiglu(*each(x, gate, up))
-    return swiglu(*lora_linear_group(x, fused)) if torch.is_grad_enabled() else lora_swiglu(x, fused)
-
-
-def gated_fused(x: Tensor, gate_up: nn.Module) -> Tensor:
-    """The same of one linear that is both, the gate's rows first."""
-    fused = None if torch.is_grad_enabled() else projections(gate_up)
-    return swiglu_fused(gate_up(x)) if fused is None else lora_swiglu(x, fused)
-
-
 def pack_weights(model: nn.Module) -> None:
     """Allocate linears of one input (q/k/v, gate/up) contiguously, so that one GEMM reads them all.
 
@@ -203,31 +189,36 @@ class Attention(nn.Module):
         return self.o_proj(context.attend(self.layer, q, k, v, self.window).flatten(-2))
 
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer, 2020): x [T, D] -> [T, D]."""
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): x [T, D] -> [T, D]. A subclass names its linears."""
 
-    packed_modules = ("gate_proj", "up_proj")
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.gate_proj = Linear(c.width, c.ffn, bias=False)
-        self.up_proj = Linear(c.width, c.ffn, bias=False)
-        self.down_proj = Linear(c.ffn, c.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
-
-
-class GateUpMLP(nn.Module):
-    """SwiGLU whose gate and up projections are one matrix, the gate's rows first."""
+    gate_up: tuple[str, ...]  # gate and up, or one that is both, the gate's rows first
+    down: str
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up_proj = Linear(c.width, 2 * c.ffn, bias=False)
-        self.down_proj = Linear(c.ffn, c.width, bias=False)
+        for name in sorted(self.gate_up):  # the order of the checkpoints
+            self.add_module(name, Linear(c.width, 2 * c.ffn // len(self.gate_up), bias=False))
+        self.add_module(self.down, Linear(c.ffn, c.width, bias=False))
+
+    @property
+    def packed_modules(self) -> tuple[str, ...]:
+        return self.gate_up if len(self.gate_up) > 1 else ()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated_fused(x, self.gate_up_proj))
+        first, last = [getattr(self, name) for name in self.gate_up], getattr(self, self.down)
+        if fused := projections(*first, last):
+            return lora_mlp(x, fused[:-1], fused[-1], getattr(last, "output_needed", True))
+        gu = each(x, *first)
+        return last(swiglu(*gu) if len(gu) == 2 else swiglu_fused(*gu))
+
+
+class MLP(GatedMLP):
+    gate_up, down = ("gate_proj", "up_proj"), "down_proj"
+
+
+class GateUpMLP(GatedMLP):
+    gate_up, down = ("gate_up_proj",), "down_proj"
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from minilora.kernels.rope import rope_angles, rope_pair
 from .config import Config
 from .config_json import DTYPES, dtype_of, flag, only, positive, whole
 from .decoder import Decoder, Names
-from .layers import Linear, RMSNorm, gated
+from .layers import GatedMLP, Linear, RMSNorm
 from .stream import Context, Documents, inverse_frequencies
 
 NAMES = Names("transformer.wte", "transformer.h", "transformer.ln_f", "lm_head")
@@ -50,17 +50,8 @@ class Attention(nn.Module):
         return self.c_proj(context.attend(self.layer, q, k, v).flatten(-2))
 
 
-class MLP(nn.Module):
-    packed_modules = ("w2", "w1")
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.w1 = Linear(c.width, c.ffn, bias=False)
-        self.w2 = Linear(c.width, c.ffn, bias=False)
-        self.c_proj = Linear(c.ffn, c.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(gated(x, self.w2, self.w1))
+class MLP(GatedMLP):
+    gate_up, down = ("w2", "w1"), "c_proj"
 
 
 class Block(nn.Module):

@@ -2,8 +2,9 @@
 
 The backward never reads the block's output, which is a residual plus the output of the block's last linear. So that
 product, 29 % of the GEMMs of a Qwen2.5-7B block, is not made again: the linear records its node and returns
-uninitialised memory. With `keep_attention` the output of attention is kept too, [T, H, E] and one number a query, and
-its forward is skipped. With an Offload (offload.py) the input waits in host memory.
+uninitialised memory. S of every adapter, R numbers a token, is kept (kernels/kept.py). With `keep_attention` the output
+of attention is kept too, [T, H, E] and one number a query, and its forward is skipped. With an Offload (offload.py) the
+input waits in host memory.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.kernels.dispatch import once_differentiable
+from minilora.kernels.kept import giving, keeping
 
 from .layers import Adapted, Linear
 from .offload import Offload
@@ -23,7 +25,7 @@ from .stream import Context
 def recomputed(
     block: nn.Module, x: Tensor, context: Context, keep_attention: bool, offload: Offload | None = None
 ) -> Tensor:
-    """block(x, context) for x [T, D], keeping only x (and the output of attention) for the backward."""
+    """block(x, context) for x [T, D], keeping only x and every S (and the output of attention) for the backward."""
     trained = [p for p in block.parameters() if p.requires_grad]
     if not trained and not x.requires_grad:  # nothing is kept of it
         return block(x, context)
@@ -57,20 +59,24 @@ class _Recomputed(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         saved: list[tuple[Tensor, Tensor | None]] = []
+        shrunk: list[Tensor] = []
         ctx.offload, ctx.number = offload, None if offload is None else offload.keep(x)
-        y = block(x, replace(context, saved_attention=saved) if keep_attention else context)
-        ctx.save_for_backward(x if offload is None else None, *trained, *(t for pair in saved for t in pair))
-        ctx.block, ctx.context, ctx.count = block, context, len(trained)
+        with keeping(shrunk):
+            y = block(x, replace(context, saved_attention=saved) if keep_attention else context)
+        attended = [t for pair in saved for t in pair]
+        ctx.save_for_backward(x if offload is None else None, *trained, *shrunk, *attended)
+        ctx.block, ctx.context, ctx.counts = block, context, (len(trained), len(shrunk))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, *saved = ctx.saved_tensors
-        trained, attended = saved[: ctx.count], tuple(saved[ctx.count :])
+        trained, (some, more) = saved[: ctx.counts[0]], ctx.counts
+        shrunk, attended = saved[some : some + more], tuple(saved[some + more :])
         x = (x if ctx.offload is None else ctx.offload.fetch(ctx.number)).detach()
         x.requires_grad_(ctx.needs_input_grad[4])
-        with torch.enable_grad(), _without_last_product(ctx.block):
+        with torch.enable_grad(), giving(shrunk), _without_last_product(ctx.block):
             y = ctx.block(x, replace(ctx.context, saved_attention=[attended]) if attended else ctx.context)
         inputs = [t for t in (x, *trained) if t.requires_grad]
         found = iter(torch.autograd.grad(y, inputs, grads, allow_unused=True))

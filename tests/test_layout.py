@@ -177,12 +177,14 @@ def test_a_kernel_loads_nothing_of_the_engine():
         "minilora.kernels.fp8_rows",
         "minilora.kernels.frozen_linear",
         "minilora.kernels.group",
+        "minilora.kernels.kept",
         "minilora.kernels.lang",
         "minilora.kernels.launch",
         "minilora.kernels.library_gemm",
         "minilora.kernels.lora_gemm",
         "minilora.kernels.lora_linear",
         "minilora.kernels.lora_shrink",
+        "minilora.kernels.on_triton",
         "minilora.kernels.packed",
         "minilora.kernels.projection",
         "minilora.kernels.quantized",
@@ -220,7 +222,7 @@ def test_the_core_path_is_short():
 
 
 def test_few_calls_from_a_training_step_to_the_matmul():
-    """Eight to the q, k and v of a block, none over nine; counted by the interpreter itself, torch's own calls left out."""
+    """Nine to the q, k and v of a block, none over ten; counted by the interpreter itself, torch's own calls left out."""
     example = Example(np.arange(3, 40), np.arange(4, 41), "row", None)
     config = resolve({})
     model = load_model(ROOT / "minilora" / "demo" / "mini", torch.float32, "cpu")
@@ -241,9 +243,9 @@ def test_few_calls_from_a_training_step_to_the_matmul():
         train_step(model, optimizer, [make_batch([example])], config, 0)
     finally:
         sys.setprofile(None)
-    to_qkv = {stack for stack in stacks if stack[-3:-1] == ("lora_linear_group", "_OnTorch.forward") and len(stack) < 9}
+    to_qkv = {stack for stack in stacks if stack[4:6] == ("Attention.forward", "lora_linear_group")}
     assert to_qkv == {
-        ("micro_batch", "Decoder.loss", "Decoder.forward", "Block.forward", "Attention.forward", "lora_linear_group", "_OnTorch.forward",
-         "F.linear")
+        ("micro_batch", "Decoder.loss", "Decoder.forward", "Block.forward", "Attention.forward", "lora_linear_group", "_Group.forward",
+         "OnTorch.forward", "F.linear")
     }  # fmt: skip
-    assert max(map(len, stacks)) <= 9, max(stacks, key=len)
+    assert max(map(len, stacks)) <= 10, max(stacks, key=len)

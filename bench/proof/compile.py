@@ -29,6 +29,7 @@ from minilora.kernels import (
     fp8_rows,
     linear_cross_entropy,
     lora_linear,
+    lora_mlp,
     lora_swiglu,
     rms_norm,
     rope,
@@ -48,6 +49,7 @@ FORMATS: dict[str, type[QuantizedWeight]] = {form.name: form for form in (NF4Wei
 STREAMS = ("lora_shrink.", "wide_products.")  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
+FEW = (1511, 711)
 
 
 def call(
@@ -91,16 +93,32 @@ def _rope_sections(dtype: torch.dtype) -> None:
     y.backward(torch.empty_like(y))
 
 
-def _lora(k: int, ns: tuple[int, ...], r: int, p: float = 0.0, form: str = "triton") -> Callable[[torch.dtype], None]:
+def _train(x: Tensor, *projections: Projection) -> None:
+    for t in (x, *(t for p in projections if p.adapter for t in (p.adapter.a, p.adapter.b))):
+        t.requires_grad_()
+
+
+def _lora(
+    k: int, ns: tuple[int, ...], r: int, p: float = 0.0, form: str = "triton", tokens: int = TOKENS
+) -> Callable[[torch.dtype], None]:
     def once(dtype: torch.dtype) -> None:
-        (x, projections), _ = lora_linear.group_example(TOKENS, k, ns, r, dtype, "meta", p)
-        for projection in projections:
-            assert projection.adapter
-            projection.adapter.a.requires_grad_()
-            projection.adapter.b.requires_grad_()
+        x, projections = lora_linear.group_example(tokens, k, ns, r, dtype, "meta", p)[0]
+        _train(x, *projections)
         with use_gemm(form):
-            ys = lora_linear.lora_linear_group(x.requires_grad_(), projections)
+            ys = lora_linear.lora_linear_group(x, projections)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+    return once
+
+
+def _mlp(r: int, p: float = 0.0, tokens: int = TOKENS) -> Callable[[torch.dtype], None]:
+    """Of Qwen2.5-7B; what it launches beside its own kernels is among the groups above."""
+
+    def once(dtype: torch.dtype) -> None:
+        x, gate_up, down = lora_mlp.example(tokens, 3584, 18944, r, dtype, "meta", p)[0]
+        _train(x, *gate_up, down)
+        y = lora_mlp.lora_mlp(x, gate_up, down)
+        y.backward(torch.empty_like(y))
 
     return once
 
@@ -194,6 +212,13 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     **{f"lora_k r={r} dropout": _lora(3584, (512,), r, 0.05) for r in RANKS},
     # what is left of dX under dropout where the library makes the wide products
     **{f"lora_qkv r={r} dropout, library": _lora(3584, (3584, 512, 512), r, 0.05, "library") for r in RANKS},
+    **{f"lora_mlp r={r}": _mlp(r) for r in RANKS},
+    **{f"lora_mlp r={r} dropout": _mlp(r, 0.05) for r in RANKS},
+    # few rows, few columns: other tiles
+    **{f"lora_mlp r=16 of {tokens}": _mlp(16, tokens=tokens) for tokens in FEW},
+    **{f"lora_qkv r=16 of {tokens}": _lora(3584, (3584, 512, 512), 16, tokens=tokens) for tokens in FEW},
+    **{f"lora_qkv 896 r={r}": _lora(896, (896, 128, 128), r) for r in RANKS},
+    **{f"lora_qkv 896 r={r} dropout": _lora(896, (896, 128, 128), r, 0.05) for r in RANKS},
     **{f"lora_swiglu r={r}": _dual(3584, 18944, r) for r in RANKS},
     "fp8_rows 896": _in_fp8(896),
     "fp8_rows 3584 scaled": _in_fp8(3584, scaled=True),

@@ -8,6 +8,7 @@ stands what other formulations move (bench/proof/traffic.py); extra is what come
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bench.proof.traffic import Cost, lora_group
 from bench.shapes import MODELS, Shape
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_linear import lora_linear_group
+from minilora.kernels.lora_mlp import lora_mlp
 from minilora.kernels.projection import Adapter, Projection
 
 
@@ -35,11 +37,10 @@ def moved(launch: Launch) -> int:
 def narrow_work(launch: Launch) -> int:
     """Operations of the tensor cores on the adapters' products, with what the tiles pad."""
     a = arguments(launch)
-    rows, slot = a.get("rows", 0), a.get("SLOT", 0)
     return (
         2
-        * rows
-        * slot
+        * a.get("rows", 0)
+        * a.get("PADDED_R", 0)
         * {
             "lora_shrink._shrink_kernel": lambda: a["COUNT"] * a["K"],
             "lora_shrink._expand_backward_kernel": lambda: 2 * sum(a["ns"]),
@@ -48,6 +49,8 @@ def narrow_work(launch: Launch) -> int:
             "lora_gemm._forward_kernel": lambda: sum(a["ns"]),
             "lora_gemm._input_gradient_kernel": lambda: a["ADAPTED"] * a["K"],
             "lora_gemm._single_pass_kernel": lambda: a["N"] + a["K"] * a["col_tiles"],
+            "swiglu_shrink._fwd_kernel": lambda: a["K"],
+            "swiglu_shrink._bwd_kernel": lambda: a["K"],
         }[launch.name]()
     )
 
@@ -57,34 +60,49 @@ def launches(
 ) -> tuple[list[Launch], list[Launch]]:
     """Of forward and backward of one group of linears on 16-bit tensors, all its inputs and adapters wanting gradients."""
     x = torch.empty(tokens, k, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    return of(lambda: lora_linear_group(x, adapted(k, ns, rank, p)), arch)
+
+
+def adapted(k: int, ns: list[int], rank: int, p: float) -> list[Projection]:
+    """Linears of 16 bits from k to each of ns, with trained adapters, on the meta device."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta", requires_grad=True)
 
-    projections = [
+    return [
         Projection(
-            torch.empty(n, k, device="meta", dtype=x.dtype),
+            torch.empty(n, k, device="meta", dtype=torch.bfloat16),
             None,
             Adapter(empty(rank, k), empty(n, rank), 2.0, p, DropoutKey(0, 0, 0, j)),
         )
         for j, n in enumerate(ns)
     ]
+
+
+def of(call: Callable[[], Sequence[Tensor]], arch: int) -> tuple[list[Launch], list[Launch]]:
+    """The launches of a call and of its backward."""
     with recorded(arch) as made:
-        ys = lora_linear_group(x, projections)
+        ys = call()
         there = len(made)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     return made[:there], made[there:]
 
 
 def group(tokens: int, k: int, ns: list[int], rank: int, p: float = 0.0, arch: int = 80) -> Cost:
-    there, back = launches(tokens, k, ns, rank, p, arch)
-    wide = 2 * tokens * k * sum(ns)
-    return Cost(
-        wide + sum(map(narrow_work, there)),
-        sum(map(moved, there)),
-        wide + sum(map(narrow_work, back)),
-        sum(map(moved, back)),
-    )
+    return cost(2 * tokens * k * sum(ns), *launches(tokens, k, ns, rank, p, arch))
+
+
+def cost(wide: int, there: list[Launch], back: list[Launch]) -> Cost:
+    """Of launches whose wide products are so many operations."""
+    narrow = [sum(map(narrow_work, some)) for some in (there, back)]
+    return Cost(wide + narrow[0], sum(map(moved, there)), wide + narrow[1], sum(map(moved, back)))
+
+
+def mlp(tokens: int, width: int, ffn: int, rank: int, p: float = 0.0, arch: int = 80) -> Cost:
+    """Of gate, up, SwiGLU and down as one operation."""
+    x = torch.empty(tokens, width, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    gate_up, (down,) = adapted(width, [ffn, ffn], rank, p), adapted(ffn, [width], rank, p)
+    return cost(2 * tokens * width * 3 * ffn, *of(lambda: [lora_mlp(x, gate_up, down)], arch))
 
 
 def partial_sums(tokens: int, k: int, ns: list[int], rank: int, arch: int = 80) -> int:

@@ -225,14 +225,16 @@ def chosen(found: list[Fault], each: int) -> list[Fault]:
 
 # what the names of a file's tests hold, where it is not the name of the file; a longer word is not meant
 NEAR = {
-    "swiglu": r"(?<!lora_)swiglu",
+    "swiglu": r"(?<!lora_)swiglu|mlp",
+    "swiglu_shrink": r"mlp|gate_and_up",
+    "kept": r"mlp",
     "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far",
     "attention": r"attention|window|prefix|packed",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
-        ["group", "lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "projection"],
+        ["group", "lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "on_triton", "projection"],
         r"lora|test_kernel_choice|test_far|dequantize|weights",
     ),
     **dict.fromkeys(
@@ -259,7 +261,12 @@ def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = No
 
 def collected(folder: Path, interpret: str) -> list[str]:
     """The tests that the suite runs on Triton's interpreter, or on the torch paths."""
-    files = ["tests/kernels/test_kernels.py", "tests/kernels/test_lora_linear_group.py", *FILES[interpret]]
+    files = [
+        "tests/kernels/test_kernels.py",
+        "tests/kernels/test_lora_linear_group.py",
+        "tests/kernels/test_lora_mlp.py",
+        *FILES[interpret],
+    ]
     listed = _pytest(folder, interpret, "--collect-only", "-q", *files).stdout
     names = [line for line in listed.splitlines() if "::" in line]
     if interpret == "1":
@@ -285,7 +292,7 @@ def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[
     near = re.compile(NEAR.get(stem, rf"(?<![a-z]){stem}"))
     found = {mode: [name for name in names if near.search(name)] for mode, names in there.items()}
     assert any(found.values()), f"no tests for {fault.file}"
-    if "_OnTorch" in fault.function:
+    if "OnTorch" in fault.function:
         modes = ["0"]
     elif "kernel" in fault.function:
         modes = ["1"]

@@ -158,6 +158,9 @@ def ragged() -> Iterator[Check]:
     yield Check(ops.dual(35, 37, 35, 3))
     yield Check(ops.dual(35, 48, 80, 3, 0.2))
     yield Check(ops.dual(35, 48, 80, 3, 0.2, fused=True))
+    yield Check(ops.mlp(35, 37, 53, 3))
+    yield Check(ops.mlp(35, 48, 80, 17, 0.2))
+    yield Check(ops.mlp(35, 48, 80, 3, 0.2, joined=True))
     yield Check(ops.attend((5, 1, 13), 4, 2, 16))
     yield Check(ops.attend((5, 1, 13), 4, 2, 16, window=4))
     yield Check(ops.attend((5, 2, 13), 4, 4, 16, prefix=3))
@@ -184,6 +187,7 @@ def real() -> Iterator[Check]:
         yield Check(ops.linear("o", m, s.query, s.width))
         yield Check(ops.linear("down", m, s.ffn, s.width))
         yield Check(ops.dual(m, s.width, s.ffn))
+        yield Check(ops.mlp(m, s.width, s.ffn))
         yield Check(ops.attend((400, 1, 630), s.heads, s.kv_heads, s.head_size))
         yield Check(in_parts(ops.loss(m, s.vocab)))
         yield Check(in_parts(ops.linear_loss(m, s.width, s.vocab)))
@@ -201,6 +205,9 @@ def real() -> Iterator[Check]:
     for form in (NF4Weight, Int8Weight, FP8Weight):
         for rows in (1, 259, m):
             yield Check(ops.quantized("q, k, v", form, rows, wide.width, (wide.query, wide.kv, wide.kv)))
+    yield Check(ops.mlp(m, s.width, s.ffn, 70, 0.1))
+    for path in ("library", "kernels off"):
+        yield Check(ops.mlp(m, s.width, s.ffn), path)
     yield Check(scaled_loss(m, s.vocab))
     yield Check(masked_linear_loss(m, s.width, s.vocab, (0, 1)))
     yield Check(in_parts(ops.linear_loss(m, s.width, s.vocab)), "library")
@@ -210,6 +217,7 @@ def real() -> Iterator[Check]:
     yield Check(ops.gate_fused(m, glm9.ffn))
     yield Check(ops.linear("gate and up", m, glm9.width, 2 * glm9.ffn))
     yield Check(ops.dual(m, glm9.width, glm9.ffn, fused=True))
+    yield Check(ops.mlp(m, glm9.width, glm9.ffn, joined=True))
     yield Check(ops.turn_sections(m, glm6.heads, glm6.head_size))
     yield Check(ops.linear("q, k, v", m, glm6.width, 3 * glm6.query))
     yield Check(ops.attend((400, 2, 629), glm6.heads, glm6.kv_heads, glm6.head_size, prefix=300))

@@ -23,6 +23,7 @@ ACC = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and no
         pytest.param(["tests/kernels/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
         pytest.param([*SHARED, "-k", ROWS], id="shared rows"),
         pytest.param([*SHARED, "-k", ACC], id="shared wide"),
+        pytest.param(["tests/kernels/test_lora_mlp.py"], id="shared mlp"),
     ],
 )
 def test_kernels_on_the_interpreter(arguments: list[str]):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from minilora import add_lora
 from minilora.data import make_batch
+from minilora.lora import adapters
 from minilora.models import stream
 from minilora.models.decoder import Decoder
 
@@ -93,8 +94,8 @@ def backward_flops(model: Decoder) -> int:
     return counter.total
 
 
-def test_the_last_linear_is_not_computed_again():
-    """The backward costs the forward of a block more, less its down_proj."""
+def test_the_last_linear_and_no_s_are_computed_again():
+    """The backward costs the forward of a block more, less its down_proj and the products S = x A^T."""
     model = adapted("qwen2", dropout=0.0)
     plain = backward_flops(model)
     model.checkpointing = True
@@ -103,8 +104,9 @@ def test_the_last_linear_is_not_computed_again():
     with Flops() as counter, torch.no_grad():
         for block in model.blocks:
             block(model.embedding(batch.ids), model.context(batch.documents, torch.float32))
-    c = model.config
-    assert more == counter.total - c.layers * 2 * len(batch.ids) * c.ffn * c.width
+    c, down = model.config, model.config.ffn * model.config.width
+    shrink = sum(adapter.lora_A.numel() for _, adapter in adapters(model)) // c.layers
+    assert more == counter.total - c.layers * 2 * len(batch.ids) * (down + shrink)
 
 
 def test_attention_kept_is_not_attended_again():
@@ -122,8 +124,8 @@ def test_attention_kept_is_not_attended_again():
     assert calls == [False] * model.config.layers
 
 
-def test_a_block_keeps_its_input_alone():
-    """What autograd saves of a stream does not grow with the width of the MLP."""
+def test_a_block_keeps_its_input_and_every_s():
+    """What autograd saves of a stream does not grow with the width of the MLP; an S has 3 numbers a token and adapter."""
     model = adapted("qwen2", dropout=0.0)
     model.checkpointing = True
     batch = make_batch(conversations("qwen2"))
@@ -138,4 +140,6 @@ def test_a_block_keeps_its_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(batch.ids, batch.documents)
     width, tokens = model.config.width, len(batch.ids)
-    assert saved.count(width * tokens) == len(saved) - saved.count(tokens) <= model.config.layers + 2
+    wide, narrow = [n for n in saved if n > 9 * tokens], [n for n in saved if n <= 9 * tokens]
+    assert wide.count(width * tokens) == len(wide) <= model.config.layers + 2
+    assert sum(narrow) == tokens + 3 * tokens * sum(1 for _ in adapters(model))

@@ -179,7 +179,7 @@ def test_a_config_alone(plan, folder, tmp_path):
     again = json.loads(
         plan(*arguments, "--max-length", 50 * rows, "--batch-size", rows, "--json", "--compute", "bfloat16")[1]
     )
-    assert 0.9 < again["memory"]["total"] / 1e9 / small <= 1  # never more
+    assert 0.85 < again["memory"]["total"] / 1e9 / small <= 1  # never more
     code, out = plan(*arguments, "--device-memory", 0.0001)
     assert code == 0 and "GB more than" in out
 

@@ -14,7 +14,7 @@ from oracle import upstream
 from torch import Tensor
 from triton.runtime import interpreter
 
-from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear, lora_shrink
+from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear, lora_shrink, swiglu_shrink
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.group import Group
 from minilora.kernels.lang import accum_dtype
@@ -31,6 +31,24 @@ def far(x: Tensor) -> Tensor:
 
 def gradients(out: list[Tensor], dys: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
     return [*out, *torch.autograd.grad(out, leaves, dys)]
+
+
+@pytest.mark.parametrize("where", ["g", "u", "both"])
+def test_rows_of_gate_and_up_far_apart(where: str):
+    torch.manual_seed(0)
+    g, u, dh = (torch.randn(3, 40, dtype=torch.float16) for _ in range(3))
+    adapter = Adapter(torch.randn(2, 40), torch.randn(5, 2), 1.5, 0.25, DropoutKey(1, 2, 3, 4))
+    group, ds = Group.of([Projection(torch.randn(5, 40), None, adapter)]), torch.randn(1, 3, 16, dtype=torch.float16)
+
+    def results(g: Tensor, u: Tensor | None) -> list[Tensor]:
+        dgu, da = swiglu_shrink.backward(dh, g, u, ds, group)
+        return [*swiglu_shrink.forward(g, u, group), torch.cat(dgu, 1), *da]
+
+    if where == "both":
+        expected, found = results(torch.cat((g, u), 1), None), results(far(torch.cat((g, u), 1)), None)
+    else:
+        expected, found = results(g, u), results(far(g) if where == "g" else g, far(u) if where == "u" else u)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["one pass", "two"])

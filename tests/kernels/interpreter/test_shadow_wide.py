@@ -18,6 +18,7 @@ from minilora.kernels import (
     int8_rows,
     linear_cross_entropy,
     lora_linear,
+    lora_mlp,
     lora_swiglu,
     nf4,
 )
@@ -65,6 +66,25 @@ def widened() -> list[Tensor]:
     return [form.quantize(weight).weight_as(torch.bfloat16) for form in (nf4, int8_rows, fp8_blocks)]
 
 
+def mlp(tokens: int, d: int, f: int, r: int, p: float = 0.0, joined: bool = False) -> Call:
+    def call() -> list[Tensor]:
+        (x, gate_up, down), _ = lora_mlp.example(tokens, d, f, r, torch.bfloat16, "cpu", p, joined)
+        trained = [t.requires_grad_() for q in (*gate_up, down) if q.adapter for t in (q.adapter.a, q.adapter.b)]
+        y = lora_mlp.lora_mlp(x.requires_grad_(), gate_up, down)
+        y.backward(upstream(y))
+        return [y, *gradients(x, *trained)]
+
+    return call
+
+
+def by_the_library(call: Call) -> Call:
+    def again() -> list[Tensor]:
+        with use_gemm("library"):
+            return call()
+
+    return again
+
+
 def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
     def call() -> list[Tensor]:
         logits, targets = cross_entropy.example(rows, vocab, torch.bfloat16)[0]
@@ -105,6 +125,7 @@ KERNELS = {
     "lora_shrink._shrink_kernel", "lora_shrink._expand_backward_kernel", "lora_shrink._shrink_backward_kernel", "lora_shrink._sum_kernel",
     "lora_gemm._forward_kernel", "lora_gemm._input_gradient_kernel", "lora_gemm._single_pass_kernel",
     "dequantize._widen_kernel", "wide_products._dropped_kernel", "lora_swiglu._dual_kernel",
+    "swiglu._fwd_kernel", "swiglu._bwd_kernel", "swiglu_shrink._fwd_kernel", "swiglu_shrink._bwd_kernel",
     "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
     "fp8_rows._rows_kernel",
@@ -122,6 +143,9 @@ CALLS = {  # two tiles of every size, the second ragged
     "int8 weights": quantized(int8_rows, 19),
     "fp8 weights": quantized(fp8_blocks, 19),
     "lora_linear of two parts of a rank": group(37, 40, (33,), 20),
+    "lora_mlp": mlp(37, 20, 41, 5, 0.3),
+    "lora_mlp by the library, where h takes the place of dh": by_the_library(mlp(5, 20, 2051, 5)),
+    "lora_mlp of two parts of a rank, joined": mlp(19, 20, 41, 20, joined=True),
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
     "linear_cross_entropy": of_a_head(37, 70, 555),
@@ -130,6 +154,7 @@ CALLS = {  # two tiles of every size, the second ragged
 }
 LARGE = {
     "lora_linear_group": group(70, 100, (90, 41, 60), 5, 0.3),
+    "lora_mlp": mlp(70, 60, 90, 20, 0.3),
     "lora_linear of a wide rank": group(70, 100, (90,), 70),
     "linear_cross_entropy": of_a_head(70, 90, 1111),
 }
@@ -177,8 +202,8 @@ def arguments_once(launch: Launch) -> int:
 
 @pytest.mark.parametrize(
     "call",
-    [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3), in_fp8(64, 1024), widened],
-    ids=["group", "one", "fp8", "widened"],
+    [group(64, 96, (96, 32), 16), group(64, 96, (96,), 16, 0.3), mlp(64, 96, 128, 16), in_fp8(64, 1024), widened],
+    ids=["group", "one", "mlp", "fp8", "widened"],
 )
 def test_a_launch_moves_each_of_its_arguments_once(call: Call):
     """So bytes of a launch are those of its arguments, whatever their size, and bench/proof/layer_bytes.py adds them up."""
