@@ -198,7 +198,8 @@ def test_a_recording_touches_no_host(family: str, kernels: bool):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_recording_of_a_quantised_base_touches_no_host(quant: str):
-    assert recorded_on_fake_cuda("qwen2", True, quant) == ["micro_batch", "update"]
+    settings = {"lora_dropout": 0.1} if quant == "int8" else {}  # the tiny widths of nf4 take PyTorch's path
+    assert recorded_on_fake_cuda("qwen2", True, quant, **settings) == ["micro_batch", "update"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
@@ -253,7 +254,6 @@ def test_graphs_are_on_where_launching_takes_longer_than_computing():
 @pytest.mark.parametrize("case, why", [
     ({"streams": Streams(8192, False)}, "does not fit"), ({"dropout": 0.1, "kernels": False}, "masks of dropout"), ({"offload": True}, "--offload"),
     ({"family": "qwen3"}, "a document at a time"), ({"dropout": 0.1, "quant": "nf4"}, "masks of dropout"),
-    ({"dropout": 0.1, "quant": "int8"}, "masks of dropout"),
 ])  # fmt: skip
 def test_why_there_are_no_graphs(case: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(WIDE, "qwen3", WIDE["qwen3"] | {"head_dim": 12})  # no head for flash attention
