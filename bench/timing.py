@@ -102,7 +102,7 @@ def profiled(function: Callable[[], Any], device: torch.device, trace: Path | No
     if trace:
         seen.export_chrome_trace(str(trace))
     return summed(
-        [(e.name, e.time_range.start, e.time_range.end) for e in seen.events() if e.device_type != DeviceType.CPU]
+        [(e.name, e.time_range.start, e.time_range.end) for e in seen.events() or [] if e.device_type != DeviceType.CPU]
     )
 
 

@@ -6,6 +6,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks/step
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def results(folder: Path, ranks: Ranks) -> dict[str, Any]:
     found = {}
     rows = examples()
     for name, settings in CASES.items():
-        config = TrainConfig(**({"micro_tokens": 24, "lora_r": 4} | settings))
+        config = replace(TrainConfig(micro_tokens=24, lora_r=4), **settings)
         model = prepare(load_model(folder, torch.float64, torch.device("cpu")), config).double()
         optimizer = optimizer_of(model, config)
         assert config.micro_tokens
