@@ -62,6 +62,7 @@ def stages(out: Path, minutes: float, toy: bool) -> list[Stage]:
         bench("Parity in bf16", "parity.json", 12, "proof.parity --dtypes bfloat16"),
         bench("The wide products of Qwen2.5-7B", "products.json", 10, "kernels --models qwen2.5-7b --only lora_ linear_"),
         step("Training steps of Qwen2.5-7B", "steps-7b.json", 18, "--models qwen2.5-7b"),
+        bench("Tiles of the Triton GEMMs", "tiles.json", 8, "tiles --time"),
         step("Training steps of Qwen2.5-0.5B", "steps-0.5b.json", 10, "--models qwen2.5-0.5b --tokens 2048 8192"),
         bench("The other kernels of Qwen2.5-7B", "kernels.json", 10, "kernels --models qwen2.5-7b", "--only", "attention", "rms_", "rope", ": swiglu", ": cross_"),
         step("Lengths of a stream", "lengths.json", 12, "--models qwen2.5-7b qwen2.5-0.5b qwen2.5-1.5b --tokens 1024 2048 4096", *most),

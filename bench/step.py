@@ -2,9 +2,9 @@
 
     python -m bench.step [--models qwen2.5-0.5b ...] [--tokens 8192 ...] [--sides NAME ...] [--trace DIR] [--save FILE.json]
 
-One stream of packed documents, half of each trained; forward and backward, the optimizer's step left out. The sides: minilora, the
-same with recomputation, with the wide products by the library's GEMM, and on PyTorch's operations alone (--kernels off); whole
-training steps, with packing, clipping and AdamW; the formulation of transformers and peft in this project's blocks (adapters in fp32,
+One stream of packed documents, half of each trained; forward and backward, the optimizer's step left out. The sides: minilora, its
+products in the forms of GEMM that are fastest here; the same in each form; with recomputation; and on PyTorch's operations alone
+(--kernels off); whole training steps, with packing, clipping and AdamW; the formulation of transformers and peft in this project's blocks (adapters in fp32,
 each operation term by term, all logits in fp32) with and without recomputation, and under torch.compile; and transformers with peft
 themselves where they are installed, under autocast as their Trainer runs, a row of a batch for each document.
 
@@ -39,6 +39,7 @@ from minilora.data import IGNORE, Example, pack
 from minilora.kernels.dispatch import kernels_enabled, use_gemm
 from minilora.lora import LoRALinear, add_lora
 from minilora.machine.flops import flops_per_token, measured_flops, peak_flops, step_flops
+from minilora.machine.gemm import matrices, settle
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
 from minilora.models.stream import Batch, Documents
@@ -146,20 +147,30 @@ def _compiled(model: Decoder) -> Callable[..., Tensor]:
     return others.compiled(model)
 
 
+def in_form(gemm: str, model: Decoder, tokens: int) -> Context:
+    """The products of a model in a form of GEMM; auto: in those that are fastest here, measured now."""
+    chosen = {} if gemm == "auto" else gemm
+    with use_gemm(chosen):
+        settle(model, tokens)
+    if matrices(model):
+        the_model.cache_clear()  # its weights lie in other memory now: the next side gets a new one
+    return partial(use_gemm, chosen)
+
+
 def formulation(
-    loss_of: Callable[[Decoder, Batch], Tensor], *contexts: Context, recomputing: bool = False
+    loss_of: Callable[[Decoder, Batch], Tensor], *contexts: Context, recomputing: bool = False, gemm: str = "auto"
 ) -> Callable[[Shape, Form], Step]:
     """A side that computes the model's loss by a formulation, inside of the contexts."""
 
     def make(shape: Shape, form: Form) -> Step:
         model = the_model(shape, form.rank, form.device)
         torch.manual_seed(1)  # the same stream for all
-        batch = form.stream(shape)
+        batch, chosen = form.stream(shape), in_form(gemm, model, form.tokens)
 
         def run() -> Tensor:
             try:
                 with ExitStack() as stack:
-                    for context in (*contexts, partial(patch.object, model, "checkpointing", recomputing)):
+                    for context in (chosen, *contexts, partial(patch.object, model, "checkpointing", recomputing)):
                         stack.enter_context(context())
                     loss = loss_of(model, batch) / len(batch.targets)
                     loss.backward()
@@ -175,6 +186,7 @@ def formulation(
 def training(shape: Shape, form: Form) -> Step:
     """Whole steps of `train`: rows of many lengths packed into streams, clipping and AdamW."""
     model = the_model(shape, form.rank, form.device)
+    chosen = in_form("auto", model, form.tokens)
     the_model.cache_clear()  # training changes the adapters: the next side gets new ones
     config = TrainConfig()
     optimizer = train.optimizer_of(model, config)
@@ -188,7 +200,8 @@ def training(shape: Shape, form: Form) -> Step:
     batches = pack(examples, form.tokens)
 
     def run() -> float:
-        return train.train_step(model, optimizer, pack(examples, form.tokens), config, next(steps)).read()[0]
+        with chosen():
+            return train.train_step(model, optimizer, pack(examples, form.tokens), config, next(steps)).read()[0]
 
     return Step(run, int(lengths.sum()), step_flops(model.config, batches, flops_per_token(model, full=False)))
 
@@ -232,14 +245,16 @@ def transformers_peft(shape: Shape, form: Form) -> Step:
 off = partial(kernels_enabled, False)
 SIDES: dict[str, Callable[[Shape, Form], Step]] = {
     "minilora": formulation(ours),
-    BASE: formulation(theirs, formulated_by_others, off),
-    "minilora, library GEMM": formulation(ours, partial(use_gemm, "library")),
+    BASE: formulation(theirs, formulated_by_others, off, gemm="library"),
+    "minilora, Triton GEMM": formulation(ours, gemm="triton"),
+    "minilora, library GEMM": formulation(ours, gemm="library"),
+    "minilora, augmented GEMM": formulation(ours, gemm="augmented"),
     "minilora, whole training step": training,
     "transformers + peft": transformers_peft,
     "minilora, recomputing": formulation(ours, recomputing=True),
-    "peft style, recomputing": formulation(theirs, formulated_by_others, off, recomputing=True),
+    "peft style, recomputing": formulation(theirs, formulated_by_others, off, recomputing=True, gemm="library"),
     "minilora, kernels off": formulation(ours, off),
-    "peft style, torch.compile": formulation(compiled, formulated_by_others, off),
+    "peft style, torch.compile": formulation(compiled, formulated_by_others, off, gemm="library"),
 }
 SLOW = {"peft style, torch.compile"}  # compiles for minutes: only where it is asked for by name
 

@@ -21,6 +21,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from bench import tiles
 from bench.operations import both_ways, leaves, of_model, upstream
 from bench.proof.launches import Launch, recorded
 from bench.proof.parity import PATHS, Check, ragged, real
@@ -81,15 +82,22 @@ def step(
     return once
 
 
-def distinct(architecture: int, toy: bool) -> list[Launch]:
-    """The launches that are compiled, each once."""
-    found = {}
+def launched(architecture: int, toy: bool) -> Iterator[Launch]:
+    """Every launch of the day on a card of this architecture."""
     for call in calls(toy):
         with recorded(architecture) as made:
             call()
-        for launch in made:
-            source, options = launch.source(architecture)
-            found.setdefault((source.hash(), str(sorted(options.items()))), launch)
+        yield from made
+    if not toy:
+        yield from tiles.launches(architecture)
+
+
+def distinct(architecture: int, toy: bool) -> list[Launch]:
+    """The launches that are compiled, each once."""
+    found = {}
+    for launch in launched(architecture, toy):
+        source, options = launch.source(architecture)
+        found.setdefault((source.hash(), str(sorted(options.items()))), launch)
     return list(found.values())
 
 

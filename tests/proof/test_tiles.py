@@ -6,10 +6,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 from triton import knobs
 
 from bench.proof.launches import recorded
-from bench.tiles import CANDIDATES, KERNELS, Tile, called, needed, taking
+from bench.shapes import TOY
+from bench.tiles import CANDIDATES, KERNELS, Tile, called, needed, products, taking
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
 each = pytest.mark.parametrize("what, arch", CANDIDATES, ids=str)
@@ -45,3 +47,13 @@ def test_each_compiles_without_a_spill_and_fits(what: str, arch: int, tmp_path: 
     for tile in CANDIDATES[what, arch]:
         found = needed(what, arch, tile)
         assert found["spills"] == 0 and found["shared"] <= SHARED[arch] and found["blocks"] >= 1, tile
+
+
+@pytest.mark.parametrize("what", ["y", "dx"])
+def test_a_timed_product_is_one_launch_with_the_tile(what: str):
+    tile = CANDIDATES[what, 80][4]
+    for call in products(what, 48, torch.device("meta"), TOY).values():
+        with taking(what, 80, tile), recorded(80) as made:
+            call()
+        (launch,) = made
+        assert launch.name == KERNELS[what].name and launch.options["BN"] == tile.BN
