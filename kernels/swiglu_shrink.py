@@ -143,6 +143,8 @@ def _forward_launch(
 ) -> tuple[Launch, int, int]:
     """And the number of parts of K, and the padded rank."""
     options = launch_options(FORWARD, place, ranks)
+    if any(rates) and options["R"] > 32:
+        options["BM"] = 32  # beside masks a larger tile would spill
     blocks = options["PADDED_R"] // options["R"]
     parts, span = lora_shrink.split(options, rows, k, blocks, place)
     numbers = tuple(map(threshold, rates)), *ranks, *strides, rows, k, span, blocks

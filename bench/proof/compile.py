@@ -46,7 +46,11 @@ from minilora.kernels.quantized import QuantizedWeight, weight_as
 ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS: dict[str, type[QuantizedWeight]] = {form.name: form for form in (NF4Weight, Int8Weight, FP8Weight)}
-STREAMS = ("lora_shrink.", "wide_products.")  # kernels with tensor cores that read what they multiply from memory, once
+STREAMS = (
+    "lora_shrink.",
+    "swiglu_shrink.",
+    "wide_products.",
+)  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 FEW = (1511, 711)
