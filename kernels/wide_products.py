@@ -42,7 +42,7 @@ def in_one_pass(x: Tensor, group: Group) -> bool:
 
 def forward(x: Tensor, s: Tensor, group: Group) -> list[Tensor]:
     """y_j [T, N_j] of every projection, at least one with an adapter; s from lora_shrink.shrink."""
-    if _by_kernel(group.forms.y, x, group):
+    if _on_triton(group.forms.y, x, group):
         return lora_gemm.forward(x, s, group)
     shrunk = _unpadded(s, group)
     whole = Augmented.of(group.projections, x) if group.forms.y == "augmented" else None
@@ -53,7 +53,7 @@ def forward(x: Tensor, s: Tensor, group: Group) -> list[Tensor]:
 
 def input_gradient(dys: Sequence[Tensor], ds: Tensor, group: Group) -> Tensor:
     """dX [T, K]; ds from lora_shrink.expand_backward."""
-    if _by_kernel(group.forms.dx, dys[0], group):
+    if _on_triton(group.forms.dx, dys[0], group):
         return lora_gemm.input_gradient(dys, ds, group)
     masked = any(group.rates)
     dx = on_torch(group.forms.dx, dys, None if masked else _unpadded(ds, group), group.projections)
@@ -62,7 +62,7 @@ def input_gradient(dys: Sequence[Tensor], ds: Tensor, group: Group) -> Tensor:
     return dx
 
 
-def _by_kernel(form: str, x: Tensor, group: Group) -> bool:
+def _on_triton(form: str, x: Tensor, group: Group) -> bool:
     """Whether lora_gemm makes the product of x, or dY: of quantised weights by the number of rows alone."""
     if group.format == WIDE:
         return form == "triton"
