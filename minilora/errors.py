@@ -73,6 +73,8 @@ class CheckpointMismatch(MiniloraError):
 class RankLost(MiniloraError):
     """Another rank died, hangs or ended; `code` is that rank's if it told one, and there are no words where it says them itself."""
 
+    code = 10
+
     def __init__(self, code: int, what: str):
         super().__init__(what, "Go on with the same command and --resume." if what else "")
         self.code = code

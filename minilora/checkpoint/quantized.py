@@ -33,7 +33,12 @@ NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STAT
 KEYS = ("quantization_config", "quantization_bit", "compression_config", "quantization")  # of config.json
 QUANTS = ("nf4", "int8")  # that a plain weight is put into while it is loaded
 # what has a scale of its own
-BLOCKS = {"nf4": f"in blocks of {BLOCK}", "int8": "by rows", "fp8": "in blocks of 128 x 128", "fp8-rows": "by rows"}
+BLOCKS = {
+    "nf4": f"in blocks of {BLOCK}",
+    "int8": "by rows",
+    "fp8": "in blocks of 128 x 128",
+    "fp8-rows": "with a scale a row",
+}
 FORMS: dict[str, type[QuantizedWeight]] = {
     "nf4": NF4Weight, "int8": Int8Weight, "fp8": FP8Weight, "fp8-rows": FP8RowsWeight
 }  # fmt: skip
@@ -88,7 +93,7 @@ def quantized_note(model: nn.Module) -> str | None:
     size, count = sum(w.nbytes for w in weights.values()), sum(w.numel() for w in weights.values())
     names = " and ".join(f"{name} {BLOCKS[name]}" for name in sorted({w.name for w in weights.values()}))
     line = f"{names}: {len(weights)} weights at {8 * size / count:.2f} bits, {size / 1e6:,.1f} MB"
-    if names == FP8RowsWeight.name:
+    if names.startswith(FP8RowsWeight.name):
         line += ", x and dY rounded to FP8 by tokens for products with them, adapters in the compute dtype"
     errors = {name: w.error for name, w in weights.items() if w.error is not None}
     if not errors:

@@ -26,8 +26,7 @@ def run(
     resume: Annotated[bool, Arg("go on from the newest checkpoint in --output")] = False,
     overwrite: Annotated[bool, Arg("delete what is in --output")] = False,
     gpus: Annotated[
-        int | None,
-        Arg("train on so many GPUs of this machine, or processes on its CPU", group="machine", within=(1, 1024)),
+        int | None, Arg("train on so many GPUs of this machine, or processes on its CPU", within=(1, 1024))
     ] = None,
     **settings: Annotated[Any, Settings()],
 ) -> int:

@@ -229,10 +229,11 @@ def _word(part: Any) -> str:
 
 
 def write_choice(path: Path, device: torch.device) -> None:
-    """Write what was measured, with the machine that it holds for."""
+    """Write what was measured, if anything was, with the machine that it holds for."""
     chosen = gemm_choice()
-    forms = [] if isinstance(chosen, str) else [[key, *timed] for key, timed in chosen.items()]
-    write_file(path, json.dumps({"machine": _machine(device), "forms": forms}) + "\n")
+    if not isinstance(chosen, str) and chosen:
+        forms = [[key, *timed] for key, timed in chosen.items()]
+        write_file(path, json.dumps({"machine": _machine(device), "forms": forms}) + "\n")
 
 
 def read_choice(path: Path, device: torch.device) -> dict[Key, Timed] | None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import MiniloraError, RankLost, Stopped, UsageError
+from ..terminal import say
 from .deal import deal, imbalance
 from .watch import DEAD, Watch
 
@@ -153,7 +154,7 @@ class Ranks:
         try:
             self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
         except RuntimeError:  # torchrun is gone
-            print(f"rank {self.rank} ends with exit code {code}", file=sys.stderr)
+            say(f"rank {self.rank} ends with exit code {code}", quiet=True)
 
     def _speaks(self) -> bool:
         """Whether this rank is the one that says which rank was lost."""

@@ -179,7 +179,10 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(weights[name].codes.float(), FP8RowsWeight.of(plain.get_parameter(name)).codes.float())
     note = quantized_note(model)
     assert (
-        note is not None and "fp8-rows: 35 weights at 8." in note and "rounded to FP8 by tokens" in note and "%" in note
+        note is not None
+        and "fp8-rows with a scale a row: 35 weights at 8." in note
+        and "rounded to FP8 by tokens" in note
+        and "%" in note
     )
     products = []
     real = torch._scaled_mm
@@ -223,7 +226,7 @@ def test_where_it_is_refused(
 
 
 def test_a_card_is_planned_for(capsys: pytest.CaptureFixture[str]):
-    words = ["plan", "--model", str(DEMO), "--json", "--device-memory", "80"]
+    words = ["plan", "--model", str(DEMO), "--json", "--device-memory", "80", "--gemm", "library"]
     sizes = []
     for flags in ([], ["--fp8", "on"]):
         assert main([*words, *flags]) == 0

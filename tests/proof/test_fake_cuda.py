@@ -90,7 +90,7 @@ def test_memory_of_the_cpu_in_a_launch_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_another_dtype_is_found(monkeypatch: pytest.MonkeyPatch):
-    silu_times = layers.swiglu
-    monkeypatch.setattr(layers, "swiglu", lambda *xs: silu_times(*xs).float())
+    rotated = layers.rotated
+    monkeypatch.setattr(layers, "rotated", lambda *args: tuple(t.float() for t in rotated(*args)))
     with pytest.raises((RuntimeError, ValueError), match="dtype|float32"):
         step_of("qwen2")
