@@ -28,8 +28,8 @@ def arguments(launch: Launch) -> dict[str, Any]:
 
 
 def moved(launch: Launch) -> int:
-    """Bytes of all tensors of a launch, each once, though it may be given twice; of keys of masks, 8 bytes each, none."""
-    given = [value for name, value in arguments(launch).items() if name != "seed_ptrs"]
+    """Bytes of all tensors of a launch, each once, though it may be given twice."""
+    given = [value for name, value in arguments(launch).items() if name != "seed_ptrs" or value[0].dtype == torch.int64]
     values = [v for value in given for v in (value if isinstance(value, tuple) else (value,))]
     tensors = {(v.untyped_storage()._cdata, v.storage_offset(), v.shape): v for v in values if isinstance(v, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
