@@ -29,7 +29,8 @@ GEMM = {
     86: {"BM": 128, "BN": 128, "BK": 32, "R": 16, "num_warps": 4, "num_stages": 4},
     90: {"BM": 128, "BN": 256, "BK": 64, "R": 32, "num_warps": 8, "num_stages": 3},
 }
-INPUT_GRADIENT = dict(GEMM)  # a table of its own: W is read along its other axis, and another tile may be faster
+# W is read along its other axis; on sm_86 four warps would spill at ranks above 16
+INPUT_GRADIENT = GEMM | {86: GEMM[86] | {"num_warps": 8}}
 SINGLE = {  # S beside the accumulator
     0: GEMM[0],
     80: {"BM": 128, "BN": 128, "BK": 64, "R": 64, "num_warps": 8, "num_stages": 3},
