@@ -373,7 +373,8 @@ def _shrink_backward_launch(
     columns = len(ranks) * options["R"]
     if place.arch == 86 and any(rates):
         options["num_stages"] = 3 if columns <= 48 else 2  # beside masks the offsets of more spill there
-    options |= _many(rates, options["R"])
+    many = _many(rates, options["R"])
+    options |= many | ({"num_stages": 2} if many and any(rates) else {})  # masks take the registers of a third
     blocks = options["PADDED_R"] // options["R"]
     if options["BK"] > 32 and cdiv(k, options["BK"]) * blocks < PROGRAMS[place.arch]:
         # few columns: narrower tiles, of which twice as many are on their way where registers hold as much of dS
