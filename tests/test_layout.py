@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -214,6 +215,15 @@ CORE = (
     "models/decoder.py", "models/config.py", "models/qwen.py", "models/layers.py", "minilora/lora.py", "kernels/projection.py",
     "kernels/lora_linear.py",
 )  # fmt: skip
+
+
+def test_every_room_is_in_the_wheel():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {p.parent for p in (ROOT / "minilora").rglob("*.py") if not {"kernels", "models"} & set(p.parts)}
+    assert {".".join(room.relative_to(ROOT).parts) for room in rooms} == {*packages} - {
+        "minilora.kernels",
+        "minilora.models",
+    }
 
 
 def test_the_core_path_is_short():
