@@ -70,7 +70,7 @@ class Ranks:
         except RuntimeError:  # the network says that a rank is gone
             self.watch.diagnosis()
         self.check()
-        self.watch.begin("the rest of the step")
+        self.watch.go_on()
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 

@@ -49,6 +49,10 @@ class Watch(threading.Thread):
         """The main thread waits for the other ranks."""
         self._waiting_since = time.monotonic()
 
+    def go_on(self) -> None:
+        """The others have come."""
+        self._waiting_since = 0.0
+
     def end(self) -> None:
         """All ranks have what they need of each other."""
         self._done.set()
