@@ -34,7 +34,7 @@ class Watch(threading.Thread):
         self.store, self.rank, self.hosts, self.timeout = store, rank, hosts, timeout
         self.failed, self.failure, self.code = threading.Event(), "", 10
         self._done = threading.Event()
-        self._place, self._waiting_since = "no step yet", 0.0
+        self._place, self._waiting_since = "before the first step", 0.0
         self._parent = os.getppid()
         now = time.monotonic()
         self._others = {r: (Sign(0, self._place, False), now) for r in range(len(hosts)) if r != rank}
@@ -110,7 +110,9 @@ class Watch(threading.Thread):
             )
 
     def _said(self, rank: int, what: str) -> str:
-        return f"rank {rank} on {self.hosts[rank]} {what} ({self._others[rank][0].place})"
+        last = self._others[rank][0].place  # up to a period old
+        seen = "" if last == self._place else f"; it was last seen: {last}"
+        return f"rank {rank} on {self.hosts[rank]} {what} ({self._place}{seen})"
 
     def _fail(self, what: str) -> None:
         if not self.failed.is_set():
