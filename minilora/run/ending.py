@@ -83,7 +83,10 @@ def state_saved(run: Run, monitor: Monitor, stop: StopSignal) -> Iterator[None]:
 
 def finish(run: Run, console: Console) -> Path:
     """Write what was trained and the last lines: the time it took, the files, and the step they hold; returns its folder."""
-    result, kept = run.folder / ("model" if run.plan.full else "adapter"), load_kept_step(run)
+    result = run.folder / ("model" if run.plan.full else "adapter")
+    if not run.ranks.first:
+        return result
+    kept = load_kept_step(run)
     if run.plan.full:
         save_model(run.model, result, run.config.model)
     else:
