@@ -23,9 +23,8 @@ from ..terminal import say
 from .deal import deal, imbalance
 from .watch import DEAD, Watch
 
-EXIT_CODES = (
-    "MINILORA_EXIT_CODES"  # a file to which each rank adds its exit code: torchrun's own is 1 whatever happened
-)
+# names a file to which each rank adds its exit code: torchrun's own is 1 whatever happened
+EXIT_CODES = "MINILORA_EXIT_CODES"
 
 
 class Ranks:
@@ -68,7 +67,7 @@ class Ranks:
             else:
                 work.wait()
         except RuntimeError:  # the network says that a rank is gone
-            self.watch.diagnosis()
+            self.watch.diagnose()
         self.check()
         self.watch.go_on()
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):

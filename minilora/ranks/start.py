@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .ranks import EXIT_CODES
 
-STOPPED, LOST = 75, 10
+LOST = 10
 SAVING = 120  # seconds that ranks have to save their state when a signal ends them
 
 
@@ -28,11 +28,10 @@ def train_on(count: int, words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         codes = Path(folder) / "codes"
         os.environ[EXIT_CODES] = str(codes)
-        failed = False
         try:
             run(parse_args(how))
+            return 0
         except (ChildFailedError, SignalException):
-            failed = True
-        told = [int(line) for line in codes.read_text().split()] if codes.exists() else []
-    # a rank that followed another one out says 10; the one that knows better says why
-    return next((code for code in told if code != LOST), LOST) if failed or told else 0
+            told = [int(line) for line in codes.read_text().split()] if codes.exists() else []
+    # those that only found another one gone say 10; the one that knows better says why
+    return next((code for code in told if code != LOST), LOST)

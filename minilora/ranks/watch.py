@@ -58,13 +58,12 @@ class Watch(threading.Thread):
         self._done.set()
         self.join(DEAD)
 
-    def diagnosis(self) -> tuple[int, str]:
-        """(exit code, what happened) once the network said that some rank is gone; no words where another rank says them."""
+    def diagnose(self) -> None:
+        """Find out which rank is gone, once the network said that one is: `failed` is set, and `failure` says it."""
         self._waiting_since, until, dead = 0.0, time.monotonic() + 2 * DEAD, []
         while not dead and time.monotonic() < until and not self.failed.wait(PERIOD):
             dead = self._silent(DEAD)
         self._fail("; ".join(self._said(r, "died") for r in dead) or "the connection between the ranks broke")
-        return self.code, self.failure
 
     # the thread
 
