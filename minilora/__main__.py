@@ -110,6 +110,7 @@ COMMANDS = {
 # commands of two words: each has its own module, such as cli/inspect_data.py
 SUBCOMMANDS = {
     "inspect": {
+        "adapter": "what an adapter learned: sizes, spectra, directions, drift, and a smaller rank that would do",
         "data": "what the model sees of a file of rows: tokens, roles, what is trained, lengths, problems",
         "model": "family, sizes, linears that take adapters, chat format and stop tokens of a model folder",
     },

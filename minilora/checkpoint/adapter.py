@@ -130,7 +130,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
     """
     folder = ModelFolder.of(folder)
     j, folder = folder.adapter_config, folder.path
-    _refuse_what_is_not_lora(folder, j)
+    refuse_what_is_not_lora(folder, j)
     if not (folder / WEIGHTS).exists():
         pickle = (folder / "adapter_model.bin").exists()
         what = (
@@ -159,7 +159,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
         )
     tensors = {}
     for key in file.entries:
-        t = tensors[_path_and_half(key)] = file.tensor(key)
+        t = tensors[path_and_half(key)] = file.tensor(key)
         if not t.is_floating_point():
             raise ModelError(f"{folder / WEIGHTS}: {key} is {t.dtype}", "Floating-point numbers belong there.")
         check_finite(t, f"{folder / WEIGHTS}: {key}")
@@ -198,7 +198,7 @@ def base_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:
     return f"the adapter was made for {quote(named, 60)}; whether {folder} holds the same weights cannot be seen"
 
 
-def _refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
+def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
     kind = j.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
@@ -245,7 +245,7 @@ def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFi
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     beyond: list[str] = []
     for key, entry in file.entries.items():
-        found = _path_and_half(key)
+        found = path_and_half(key)
         if found is None or found[0].split(".")[-1] in HEADS:
             beyond.append(key)
         elif found[0] not in targets:
@@ -265,14 +265,14 @@ def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFi
     plan = {}
     for path, shapes in halves.items():
         linear = targets[path]
-        r = _by_pattern(folder, j, "rank_pattern", path, j["r"])
+        r = by_pattern(folder, j, "rank_pattern", path, j["r"])
         wanted = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
         for h in "AB":
             if h not in shapes:
                 problems[f"lora_{h} is missing"].append(path)
             elif shapes[h] != wanted[h]:
                 problems[f"lora_{h} is {list(shapes[h])}, {list(wanted[h])} fits"].append(path)
-        plan[path] = (r, _by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
+        plan[path] = (r, by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
     if problems or not plan:
         kinds = [f"{what}: {fold(dict.fromkeys(paths))}" for what, paths in problems.items()]
         shown = "\n  ".join(kinds[:KINDS] or ["it holds no adapter"])
@@ -283,7 +283,7 @@ def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFi
     return plan
 
 
-def _path_and_half(key: str) -> tuple[str, str] | None:
+def path_and_half(key: str) -> tuple[str, str] | None:
     """(path of the linear, "A" or "B") of a key, with PEFT's prefix or without, with an adapter's name in it or without."""
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key)
     return (match[1], match[2]) if match else None
@@ -331,7 +331,7 @@ def _is_plain(pattern: str) -> bool:
     return len(pattern) <= 200 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+?{]", pattern)) <= 2
 
 
-def _by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
+def by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
         if not _is_plain(pattern):

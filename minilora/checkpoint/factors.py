@@ -1,0 +1,75 @@
+"""The two matrices of every adapter in a PEFT folder, read and written without the base model."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import ModelError
+from ..files.atomic import atomic_folder
+from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
+from ..files.safetensors import SafetensorsFile, write_tensors
+from .adapter import PREFIX, by_pattern, path_and_half, refuse_what_is_not_lora
+from .load import check_finite
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapter: dW = scale * B A, with A [R, K] and B [N, R] in fp64."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+
+def read_factors(folder: Folder) -> dict[str, Factors]:
+    """path of a linear -> its Factors; ModelError for a folder that is not plain LoRA, or has matrices that do not fit."""
+    folder = ModelFolder.of(folder)
+    j, path = folder.adapter_config, folder / ADAPTER_WEIGHTS
+    refuse_what_is_not_lora(folder.path, j)
+    if not path.is_file():
+        raise ModelError(f"{path} is missing", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
+    file = SafetensorsFile(path)
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key in file.entries:
+        found = path_and_half(key)
+        if found is None:
+            raise ModelError(f"{path}: {key} is no matrix of an adapter", "Only plain LoRA can be read.")
+        value = file.tensor(key)
+        check_finite(value, f"{path}: {key}")
+        halves.setdefault(found[0], {})[found[1]] = value.double()
+    if not halves:
+        raise ModelError(f"{path} holds no adapter", "Give the folder of a trained adapter, such as RUN/adapter.")
+    factors = {}
+    for name, half in halves.items():
+        r = by_pattern(folder.path, j, "rank_pattern", name, j["r"])
+        alpha = by_pattern(folder.path, j, "alpha_pattern", name, j["lora_alpha"])
+        shapes = {which: list(t.shape) for which, t in half.items()}
+        if [len(s) for s in shapes.values()] != [2, 2] or not shapes["A"][0] == shapes["B"][1] == r:
+            told = ", ".join(f"lora_{which} {shape}" for which, shape in sorted(shapes.items()))
+            raise ModelError(f"{path}: {name} has {told}", f"A [{r}, in] and B [out, {r}] belong there.")
+        factors[name] = Factors(half["A"], half["B"], alpha / (math.sqrt(r) if j.get("use_rslora") else r))
+    return factors
+
+
+def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> None:
+    """Write adapters of scale 1 as the PEFT folder `target`; all but ranks and alphas is said as the folder `source` says it."""
+    source = ModelFolder.of(source)
+    assert all(f.scale == 1 for f in factors.values())
+    most = max(f.r for f in factors.values())
+    others = {path: f.r for path, f in factors.items() if f.r != most}
+    ranks = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": others, "alpha_pattern": others}
+    tensors = {
+        f"{PREFIX}{path}.lora_{which}.weight": t.float()
+        for path, f in factors.items()
+        for which, t in (("A", f.a), ("B", f.b))
+    }
+    with atomic_folder(target) as stage:
+        write_tensors(stage / ADAPTER_WEIGHTS, tensors, SafetensorsFile(source / ADAPTER_WEIGHTS).metadata)
+        (stage / ADAPTER_CONFIG).write_text(json.dumps(source.adapter_config | ranks, indent=2) + "\n")
