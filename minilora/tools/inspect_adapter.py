@@ -1,7 +1,7 @@
 """What an adapter learned: how much it changes each linear, in how many directions, and where these lie beside the base's.
 
 dW = scale * B A is never made. With QR of B = Q_b R_b and of A^T = Q_a R_a, the singular values of dW are those of the small
-R_b R_a^T, and its singular vectors are theirs, turned by Q_b and Q_a.
+R_b R_a^T, and its singular vectors are theirs, rotated by Q_b and Q_a.
 """
 
 import re
@@ -76,7 +76,7 @@ class Change:
     rank_90: int  # that keeps 90 % of the energy
     rank_99: int
     dead: bool = False
-    turned: float | None = None  # 1 - overlap of what A reads with what it read at the start of the run
+    rotated: float | None = None  # 1 - overlap of what A reads with what it read at the start of the run
     base: BesideBase | None = None
 
     @property
@@ -144,7 +144,7 @@ def inspect_adapter(
     found = AdapterInspection(str(folder), changes)
     if (run / "config.yaml").is_file():
         starts = _starts(run, factors)
-        found.changes = [replace(c, turned=starts.get(c.path)) for c in changes]
+        found.changes = [replace(c, rotated=starts.get(c.path)) for c in changes]
         found.drift = [_moment(p, factors) for p in sorted(snapshots(run / "checkpoints"), key=step_of)]
     if model is not None:
         found.changes = _beside_base(found.changes, factors, spectra, ModelFolder.of(model), progress)
@@ -192,7 +192,7 @@ def overlap(one: Tensor, other: Tensor) -> float:
 
 
 def _starts(run: Path, factors: dict[str, Factors]) -> dict[str, float]:
-    """Change.turned by path.
+    """Change.rotated by path.
 
     The start is drawn again from the run's seed. Empty for a run whose base is not there any more, or that began otherwise.
     """

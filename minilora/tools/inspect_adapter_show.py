@@ -32,7 +32,7 @@ def sentences(found: AdapterInspection) -> dict[str, list[str]]:
         parts["In how many directions"] = _ranks(alive)
     if any(c.base for c in alive):
         parts["Where its directions lie"] = _directions(alive)
-    if found.drift or any(c.turned is not None for c in alive):
+    if found.drift or any(c.rotated is not None for c in alive):
         parts["How it got there"] = _way(found, alive)
     if found.likeness:
         parts["Beside the other adapter"] = _likeness(found)
@@ -115,10 +115,10 @@ def _directions(alive: Sequence[Change]) -> list[str]:
 
 def _way(found: AdapterInspection, alive: Sequence[Change]) -> list[str]:
     told = []
-    turned = [c.turned for c in alive if c.turned is not None]
-    if turned:
+    rotated = [c.rotated for c in alive if c.rotated is not None]
+    if rotated:
         told.append(
-            f"The directions that A reads began at random. In the median {median(turned):.1%} of them turned away from that start; "
+            f"The directions that A reads began at random. In the median {median(rotated):.1%} of them rotated away from that start; "
             "near 0 %, A stayed where it began, and only B learned."
         )
     told += [
@@ -240,10 +240,10 @@ def _spectra(alive: Sequence[Change]) -> str:
 
 
 def _table(found: AdapterInspection) -> tuple[list[str], list[list[object]]]:
-    based, turned = any(c.base for c in found.changes), any(c.turned is not None for c in found.changes)
+    based, rotated = any(c.base for c in found.changes), any(c.rotated is not None for c in found.changes)
     alike = {x.path: x for x in found.likeness}
     head = ["linear", "[out, in]", "r", "||dW||", "effective rank", "for 90 %", "for 99 %"]
-    head += ["||dW|| / ||W||", "in strong directions", "intruders"] * based + ["turned"] * turned
+    head += ["||dW|| / ||W||", "in strong directions", "intruders"] * based + ["rotated"] * rotated
     head += ["cosine", "writes alike", "reads alike"] * bool(alike)
     rows = []
     for c in found.changes:
@@ -257,7 +257,7 @@ def _table(found: AdapterInspection) -> tuple[list[str], list[list[object]]]:
             c.rank_99,
         ]
         row += [c.base.relative, c.base.strong, c.base.intruders] if c.base else [""] * 3 * based
-        row += [c.turned if c.turned is not None else ""] * turned
+        row += [c.rotated if c.rotated is not None else ""] * rotated
         x = alike.get(c.path)
         row += [x.cosine, x.outputs, x.inputs] if x else [""] * 3 * bool(alike)
         rows.append(row)

@@ -132,11 +132,11 @@ def test_a_run_has_a_start_and_checkpoints(tmp_path, capsys):
     start = {path: linear.lora_A.detach() for path, linear in adapters(model)}
     for change, (path, f) in zip(found.changes, read_factors(run / "adapter").items(), strict=True):
         first, now = (torch.linalg.svd(a.double(), full_matrices=False)[2] for a in (start[path], f.a))
-        assert change.turned == pytest.approx(1 - float((first @ now.T).square().sum()) / 4, abs=1e-9)
-        assert 0 < change.turned < 0.5
+        assert change.rotated == pytest.approx(1 - float((first @ now.T).square().sum()) / 4, abs=1e-9)
+        assert 0 < change.rotated < 0.5
     capsys.readouterr()
     assert main(["inspect", "adapter", str(run)]) == 0
-    assert "turned away from that start" in " ".join(capsys.readouterr().out.split())
+    assert "rotated away from that start" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_smaller_adapter_is_written_and_its_loss_told(planted, tmp_path, capsys):
