@@ -234,8 +234,19 @@ NEAR = {
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
     **dict.fromkeys(
-        ["group", "lora_gemm", "lora_shrink", "lora_linear", "lora_swiglu", "on_triton", "projection"],
-        r"lora|test_kernel_choice|test_far|dequantize|weights",
+        [
+            "augmented",
+            "group",
+            "library_gemm",
+            "lora_gemm",
+            "lora_shrink",
+            "lora_linear",
+            "lora_swiglu",
+            "on_triton",
+            "projection",
+            "wide_products",
+        ],
+        r"lora|augmented|test_kernel_choice|test_far|dequantize|weights",
     ),
     **dict.fromkeys(
         ["dequantize", "nf4", "int8_rows", "fp8_blocks", "quantized", "packed", "frozen_linear"],
@@ -247,7 +258,10 @@ NEAR = {
 # beside the tests that run both ways, by TRITON_INTERPRET
 FILES = {
     "1": ["tests/kernels/interpreter"],
-    "0": ["tests/kernels/test_attention.py", "tests/kernels/test_kernel_choice.py", "tests/kernels/test_quantized.py"],
+    "0": [
+        f"tests/kernels/test_{name}.py"
+        for name in ("attention", "augmented", "fp8_rows", "kernel_choice", "launch", "quantized")
+    ],
 }
 
 
