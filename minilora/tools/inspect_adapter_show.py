@@ -49,10 +49,6 @@ def _sizes(changes: Sequence[Change], alive: Sequence[Change]) -> list[str]:
             f"The change dW = scale x B A is {_share(median(map(size, alive)), largest)} {unit} in the median, and largest in "
             f"{largest.path} ({_share(size(largest), largest)})."
         )
-        if largest.base:
-            told.append(
-                "A change of a few percent is usual for LoRA; above 30 % the base is mostly overwritten, and what it knew is at risk."
-            )
     if dead:
         told.append(
             f"{len(dead)} of them are dead: their change is below a hundredth of the median ({_few(dead)}). They were not "
@@ -137,8 +133,7 @@ def _likeness(found: AdapterInspection) -> list[str]:
         ),
         (
             f"What they write overlaps by {fmean(x.outputs for x in found.likeness):.1%}, what they read by "
-            f"{fmean(x.inputs for x in found.likeness):.1%}. Two runs that differ in their seed often write alike and read differently, "
-            "since A starts at random."
+            f"{fmean(x.inputs for x in found.likeness):.1%}. A starts at random, so that runs of different seeds read other directions at first."
         ),
     ]
 
@@ -210,7 +205,7 @@ def to_html(found: AdapterInspection, model: str | None = None) -> str:
         page.charts(*(heat_map(_grid(found.changes, value), "layer", title) for title, value in _maps(found, heading)))
         if heading == "In how many directions":
             page.charts(_spectra(alive))
-        if heading == "How it got there" and found.drift:
+        if heading == "How it got there" and len(found.drift) > 1:
             drift = [
                 Series("size", [(m.step, m.norm) for m in found.drift], 0),
                 Series("cosine", [(m.step, m.cosine) for m in found.drift], 1),
