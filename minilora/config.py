@@ -137,6 +137,7 @@ class TrainConfig(DataConfig):
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
+    study: bool = setting(False, "every few steps, log how each adapter learns; the report draws it", same=False)
     keep: Literal["best", "last"] = setting(
         "best", "step that RUN/adapter holds: the one of the lowest validation loss, or the last", same=False
     )

@@ -126,7 +126,7 @@ def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0
     base = model.get_submodule(path)
     assert isinstance(base, nn.Linear), (path, type(base))
     wrapper = LoRALinear(base, r, alpha, dropout, rslora).train(model.training)
-    _replace(model, path, wrapper)
+    replace_module(model, path, wrapper)
     return wrapper
 
 
@@ -156,7 +156,7 @@ def _selects(name: str, path: str) -> bool:
     return name in ("all-linear", "all") or path == name or path.endswith("." + name)
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -168,7 +168,7 @@ def merge(model: nn.Module) -> None:
     for path, wrapper in list(adapters(model)):
         with torch.no_grad():
             wrapper.base.weight.copy_(wrapper.merged_weight())
-        _replace(model, path, wrapper.base)
+        replace_module(model, path, wrapper.base)
 
 
 @contextmanager
@@ -176,12 +176,12 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """The base model while the block runs: the wrappers are taken out and put back."""
     wrapped = list(adapters(model))
     for path, wrapper in wrapped:
-        _replace(model, path, wrapper.base)
+        replace_module(model, path, wrapper.base)
     try:
         yield
     finally:
         for path, wrapper in wrapped:
-            _replace(model, path, wrapper)
+            replace_module(model, path, wrapper)
 
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:

@@ -38,6 +38,7 @@ from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
 from .run.snapshot import snapshots
 from .run.step import StepLog, StepResult, skip_unless_finite
+from .run.study import Study
 from .run.validation import validate
 
 
@@ -90,14 +91,16 @@ def _loop(run: Run, monitor: Monitor, stop: StopSignal, log: StepLog) -> None:
         loss, line = validate(run, monitor)
         monitor.step({"step": 0, "val_loss": loss})
         monitor.say(line)
+    study = Study(run, monitor.say)
     for step in range(at.step, plan.steps):
         start, lr = time.perf_counter(), learning_rate(config, step, plan.steps)
         set_learning_rate(run.optimizer, lr)
         # which rows, and in which order, follows from (seed, step): nothing of it is stored
         batches = pack(step_examples(plan.train, plan.rows_per_step, config.seed, step), plan.micro_tokens)
         monitor.begin(step + 1, sum(len(b.ids) for b in batches))
+        study.before(step)
         result = train_step(run.model, run.optimizer, batches, config, step, stop, monitor.reached, call, run.ranks)
-        log.add(result, lr, start)
+        log.add(result, lr, start, **study.after(result))
         if log.stopping:
             raise Stopped("")
         last, best = at.step == plan.steps, at.best_step

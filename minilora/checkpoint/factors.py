@@ -27,6 +27,15 @@ class Factors:
     def r(self) -> int:
         return self.a.shape[0]
 
+    def dot(self, other: "Factors") -> float:
+        """The inner product of two dW as vectors, from products of r x r: sum (B1^T B2) * (A1 A2^T)."""
+        return float(self.scale * other.scale * ((self.b.T @ other.b) * (self.a @ other.a.T)).sum())
+
+    @property
+    def norm(self) -> float:
+        """||dW||, Frobenius."""
+        return max(self.dot(self), 0.0) ** 0.5
+
 
 def read_factors(folder: Folder) -> dict[str, Factors]:
     """path of a linear -> its Factors; ModelError for a folder that is not plain LoRA, or has matrices that do not fit."""

@@ -9,13 +9,14 @@ import re
 import time
 from collections import deque
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 from ..config import defaults
 from ..errors import MiniloraError, UsageError
 from ..files.atomic import write_file
-from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.strict_json import read_json_lines
 from ..terminal import clock, shell
 from .caveats import over_the_limit
@@ -60,6 +61,8 @@ def run_page(run: Record) -> Document:
         page.text(f"{versions}, on {made['device']}; computed in {made['computing']}", "dim")
     if run.metrics:
         _curves(page, run)
+    if any("study" in m for m in run.metrics):
+        _study(page, run)
     if run.data:
         _data(page, run)
     if (run.folder / "adapter" / ADAPTER_WEIGHTS).is_file():
@@ -157,7 +160,9 @@ def _data(page: Document, run: Record) -> None:
 
 def _adapter(page: Document, run: Record) -> None:
     """How far each adapter moves its linear."""
-    norms = adapter_norms(run.folder / "adapter")
+    from ..checkpoint.factors import read_factors  # it loads torch
+
+    norms = {path: factors.norm for path, factors in read_factors(run.folder / "adapter").items()}
     page.heading("Adapter")
     cells, rest = {}, []
     for path, norm in norms.items():
@@ -175,25 +180,6 @@ def _adapter(page: Document, run: Record) -> None:
     still = [path for path, norm in norms.items() if norm == 0]
     if still:
         page.text(f"{len(still):,} of {len(norms):,} adapters change nothing (first: {still[0]})", "warning")
-
-
-def adapter_norms(folder: Path) -> dict[str, float]:
-    """||scale B A||_F of every adapter of a PEFT folder, by path; from r x r products, without forming B A."""
-    from ..files.safetensors import SafetensorsFile
-
-    config = read_json(folder / ADAPTER_CONFIG)
-    file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
-    norms = {}
-    for name in file.entries:
-        if not name.endswith(".lora_A.weight"):
-            continue
-        path = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        a, b = (file.tensor(n).double() for n in (name, name.replace(".lora_A.", ".lora_B.")))
-        r = a.shape[0]
-        alpha = (config.get("alpha_pattern") or {}).get(path, config["lora_alpha"])
-        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        norms[path] = scale * math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
-    return norms
 
 
 def make_samples(run: Record, count: int) -> None:
@@ -245,6 +231,41 @@ def _samples(page: Document, run: Record) -> None:
         page.heading(row["where"], small=True)
         page.verbatim(row["question"])
         page.sides([("reference", row["label"]), ("before", row["before"]), ("after", row["after"])])
+
+
+def _study(page: Document, run: Record) -> None:
+    """How each kind of linear learned, by the steps that train --study looked at."""
+    looks = [(m["step"], m["study"]) for m in run.metrics if "study" in m]
+    page.heading("How the adapters learned")
+    page.text(
+        f"{len(looks):,} looks at every linear, the median over layers. How far an adapter moves what its linear gives is "
+        "||s B A x|| / ||W x|| on the same few rows each time. A and B are measured by what a step changes of them."
+    )
+    pictures = {
+        "moved by the adapter": lambda x: x["moved"],
+        "gradient of B": lambda x: x["grad_b"],
+        "step of A / A": lambda x: x["step_a"] / x["a"] if x["a"] else 0.0,
+        "step of B / B": lambda x: x["step_b"] / x["b"] if x["b"] else 0.0,
+    }
+    charts = []
+    for title, value in pictures.items():
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for step, linears in looks:
+            kinds: dict[str, list[float]] = {}
+            for path, numbers in linears.items():
+                kinds.setdefault(path.split(".")[-1], []).append(value(numbers))
+            for kind, values in kinds.items():
+                curves.setdefault(kind, []).append((step, median(values)))
+        charts.append(
+            line_chart([Series(kind, c, i) for i, (kind, c) in enumerate(curves.items())], "step", title, log=True)
+        )
+    page.charts(*charts)
+    last = {(path.split(".")[-1], _layer(path)): numbers["moved"] for path, numbers in looks[-1][1].items()}
+    page.charts(heat_map(last, "layer", f"moved by the adapter at step {looks[-1][0]:,}"))
+
+
+def _layer(path: str) -> str:
+    return next((part for part in path.split(".") if part.isdigit()), "")
 
 
 def _scores(page: Document, run: Record) -> None:

@@ -43,6 +43,12 @@ class StepResult:
             self._computed = torch.cuda.Event()
             self._computed.record()
 
+    def grad_norms(self) -> dict[str, float]:
+        """The norm of each gradient before clipping, by parameter. Raises Diverged."""
+        self.read()
+        moved = [name for name, p in trained_parameters(self.model).items() if p in self.optimizer.state]
+        return dict(zip(moved, self._numbers.tolist()[3:], strict=True))
+
     @property
     def ready(self) -> bool:
         """Whether reading would not wait."""
@@ -74,17 +80,17 @@ class StepLog:
             peak_flops(model.head.device, model.compute_dtype) * run.ranks.count,
             flops_per_token(model, run.plan.full),
         )
-        self._unread: tuple[StepResult, float, float] | None = None
+        self._unread: tuple[StepResult, float, float, dict[str, Any]] | None = None
         self._metrics: dict[str, Any] | None = None
         self._read_at = -math.inf
         self.stopping = self._stops = False
         self._began = time.perf_counter() - run.progress.seconds
 
-    def add(self, result: StepResult, lr: float, start: float) -> None:
-        """A step was launched that began at `start`: the one before is written, and this one if it is there already."""
+    def add(self, result: StepResult, lr: float, start: float, **more: Any) -> None:
+        """A step was launched that began at `start`: the one before is written, and this one, with more, when it is there."""
         self.write()
         self.stopping = self._stops  # of a step that all ranks have read by now, so that all stop behind the same one
-        self._unread = result, lr, start
+        self._unread = result, lr, start, more
         self.run.progress.step = result.step + 1
         if result.ready:
             self.read()
@@ -93,7 +99,7 @@ class StepLog:
         """Wait for the numbers of the last step. Raises Diverged."""
         if self._unread is None:
             return
-        (result, lr, start), self._unread = self._unread, None
+        (result, lr, start, more), self._unread = self._unread, None
         loss, grad_norm = result.read()
         self._stops |= result.stops
         now, at = time.perf_counter(), self.run.progress
@@ -101,8 +107,9 @@ class StepLog:
         self._read_at, at.seconds = now, now - self._began
         flops = step_flops(self.run.model.config, result.batches, self._per_token) / seconds
         self._peak = max(self._peak, flops)  # the measured peak is too low if the machine was busy then
-        self._metrics = step_metrics(
-            self.run, result.step + 1, result.batches, loss, lr, grad_norm, seconds, flops / self._peak
+        self._metrics = (
+            step_metrics(self.run, result.step + 1, result.batches, loss, lr, grad_norm, seconds, flops / self._peak)
+            | more
         )
 
     def write(self, **more: float) -> None:

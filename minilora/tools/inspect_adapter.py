@@ -217,14 +217,9 @@ def _moment(checkpoint: Path, end: dict[str, Factors]) -> Moment:
     there = read_factors(checkpoint)
     both = [(there[path], f) for path, f in end.items() if path in there]
     inner, then, now = (
-        sum(dot(x, y) for x, y in pairs) for pairs in (both, [(x, x) for x, _ in both], [(y, y) for _, y in both])
+        sum(x.dot(y) for x, y in pairs) for pairs in (both, [(x, x) for x, _ in both], [(y, y) for _, y in both])
     )
     return Moment(step_of(checkpoint), (then / now) ** 0.5 if now else 0.0, cosine(inner, then, now))
-
-
-def dot(one: Factors, other: Factors) -> float:
-    """The inner product of two dW as vectors: sum (B1^T B2) * (A1 A2^T)."""
-    return float(one.scale * other.scale * ((one.b.T @ other.b) * (one.a @ other.a.T)).sum())
 
 
 def cosine(inner: float, one: float, other: float) -> float:
@@ -246,7 +241,7 @@ def compare_adapters(spectra: dict[str, Spectrum], factors: dict[str, Factors], 
                 f"{other}: {path} has another shape than in this adapter", "Compare adapters of one model."
             )
         (u1, v1), (u2, v2) = _spaces(spectra[path]), _spaces(Spectrum.of(two))
-        alike = cosine(dot(one, two), dot(one, one), dot(two, two))
+        alike = cosine(one.dot(two), one.dot(one), two.dot(two))
         found.append(Likeness(path, alike, overlap(u1, u2), overlap(v1, v2)))
     return found
 

@@ -12,6 +12,7 @@ from seen import Seen
 
 from minilora.__main__ import main
 from minilora.checkpoint.adapter import load_adapter
+from minilora.checkpoint.factors import read_factors
 from minilora.checkpoint.load import load_model
 from minilora.config import to_yaml
 from minilora.errors import DataError, Diverged, UsageError
@@ -23,7 +24,7 @@ from minilora.report.charts import Axis, Level, Series, heat_map, histogram, lin
 from minilora.report.compare import compare, comparison
 from minilora.report.page import Document
 from minilora.report.record import Record, read_record
-from minilora.report.run_page import adapter_norms, report
+from minilora.report.run_page import report
 from minilora.report.verdict import reading, verdict
 from minilora.settings import resolve
 
@@ -297,7 +298,7 @@ def test_adapter_norms_are_those_of_the_product(tmp_path, monkeypatch):
         assert text in pages[-1]
     decoder = load_model(model, torch.float64, "cpu")
     load_adapter(decoder, run / "adapter")
-    found = adapter_norms(run / "adapter")
+    found = {path: factors.norm for path, factors in read_factors(run / "adapter").items()}
     wanted = {
         path: float((w.scale * w.lora_B.detach().double() @ w.lora_A.detach().double()).norm())
         for path, w in adapters(decoder)
