@@ -238,7 +238,7 @@ def _study(page: Document, run: Record) -> None:
     looks = [(m["step"], m["study"]) for m in run.metrics if "study" in m]
     page.heading("How the adapters learned")
     page.text(
-        f"{len(looks):,} looks at every linear, the median over layers. How far an adapter moves what its linear gives is "
+        f"{len(looks):,} steps were looked at; the median over layers. How far an adapter moves what its linear gives is "
         "||s B A x|| / ||W x|| on the same few rows each time. A and B are measured by what a step changes of them."
     )
     pictures = {
@@ -257,7 +257,9 @@ def _study(page: Document, run: Record) -> None:
             for kind, values in kinds.items():
                 curves.setdefault(kind, []).append((step, median(values)))
         charts.append(
-            line_chart([Series(kind, c, i) for i, (kind, c) in enumerate(curves.items())], "step", title, log=True)
+            line_chart(
+                [Series(kind, c, i, dots=True) for i, (kind, c) in enumerate(curves.items())], "step", title, log=True
+            )
         )
     page.charts(*charts)
     last = {(path.split(".")[-1], _layer(path)): numbers["moved"] for path, numbers in looks[-1][1].items()}
