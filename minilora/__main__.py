@@ -99,6 +99,7 @@ COMMANDS = {
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on a file of rows",
     "inspect": "look at a model folder or a file of rows before anything is done with it",
+    "explain": "one step of training through one linear, number by number, and where its code is",
     "data": "measure, filter and divide rows",
     "predict": "answers to the questions of a test set, and their BLEU and ROUGE",
     "sweep": "several runs that differ in one thing, and the page that compares them",
