@@ -88,6 +88,10 @@ class TrainConfig(DataConfig):
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
     lora_init: Literal["kaiming", "loftq"] = setting("kaiming", "start of A and B; loftq: the error of --quant")
+    objective: Literal["sft", "dpo"] = setting(
+        "sft", "sft: train answers; dpo: prefer the chosen answer of each row to the rejected one"
+    )
+    beta: float = setting(0.1, "dpo's: how far the model may move from the base")
     lr: float = setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
     warmup: float = setting(0.03, "warmup: a share of the steps below 1, else a number of steps")

@@ -24,11 +24,12 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     """Lay examples end to end."""
     targets = torch.from_numpy(np.concatenate([e.targets for e in examples]))
     index = (targets != IGNORE).nonzero().squeeze(1)
-    prefix_lens = [e.prefix for e in examples if e.prefix is not None]
-    assert len(prefix_lens) in (0, len(examples)), "examples of two kinds of models"
+    lengths = [n for e in examples for n in e.lengths]
+    prefix_lens = [e.prefix for e in examples if e.prefix is not None for _ in e.lengths]
+    assert len(prefix_lens) in (0, len(lengths)), "examples of two kinds of models"
     return Batch(
         ids=torch.from_numpy(np.concatenate([e.ids for e in examples])),
-        documents=Documents.of([len(e.ids) for e in examples], prefix_lens or None),
+        documents=Documents.of(lengths, prefix_lens or None),
         target_index=index,
         targets=targets[index],
         where=[e.where for e in examples],

@@ -10,6 +10,7 @@ that was never stopped.
 import operator
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .data import Batch, pack, step_examples
 from .errors import Stopped, UsageError
 from .files.model_folder import ModelFolder
 from .lora import set_dropout_keys
+from .objective import SFT, Objective, objective_of
 from .ranks.ranks import ALONE, Ranks, join
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
@@ -134,9 +136,9 @@ def train_step(
     or the norm is not finite, nothing is changed, and reading raises Diverged. Raises Stopped between two streams if a signal
     came: the parameters are then those of the step before. Ranks share the streams, and a signal ends them after the step.
     """
-    targets = torch.tensor(
-        float(sum(len(b.targets) for b in batches))
-    )  # of all ranks: the loss is one sum, divided once
+    objective = objective_of(config)
+    each = micro_batch if objective == SFT else partial(micro_batch, objective=objective)
+    units = torch.tensor(float(sum(map(objective.units, batches))))  # of all ranks: the loss is one sum, divided once
     losses, own = [], ranks.own([len(b.ids) for b in batches])
     for micro in own:
         if stop is not None and stop.requested and ranks.count == 1:
@@ -145,29 +147,30 @@ def train_step(
         ranks.begin(f"step {step + 1}, stream {micro + 1} of {len(batches)}")
         if config.lora_dropout:  # masks follow from the place, so a resumed run draws the same
             set_dropout_keys(model, config.seed, step, micro)
-        losses.append(call(micro_batch, model, batches[micro], targets))
+        losses.append(call(each, model, batches[micro], units))
         reached(sum(len(batches[i].ids) for i in own if i <= micro))
-    loss = torch.stack(losses).sum() if losses else torch.zeros((), device=model.head.device)
+    empty = torch.zeros(1 + len(objective.logged), device=model.head.device)
+    loss = torch.stack(losses).sum(0) if losses else empty
     stops = ranks.sum_step(optimizer, loss, stop is not None and stop.requested)
     numbers = call(update, optimizer, loss, stops, config.clip)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(model, optimizer, batches, step, numbers)
+    return StepResult(model, optimizer, batches, step, numbers, objective.logged)
 
 
-def micro_batch(model: Decoder, batch: Batch, targets: Tensor) -> Tensor:
-    """Forward and backward of one stream of a step that has so many targets; returns its part of the loss."""
+def micro_batch(model: Decoder, batch: Batch, units: Tensor, objective: Objective = SFT) -> Tensor:
+    """Forward and backward of one stream of a step that has so many targets, or pairs; returns its part of the loss, [1 + logged]."""
     device = model.head.device
-    loss = model.loss(batch.to(device)) / to_device(targets, device)
-    loss.backward()  # adds to the gradients of A and B; W has none
-    return loss.detach()
+    numbers = (objective.numbers(model, batch.to(device)) / to_device(units, device)).reshape(-1)
+    numbers.sum().backward()  # what is logged has no gradient; adds to the gradients of A and B; W has none
+    return numbers.detach()
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, stops: Tensor, clip: float) -> Tensor:
-    """Clip the gradients and step; returns loss, gradient norm before clipping, stops, and the norm of each parameter's."""
+    """Clip the gradients and step; returns loss, gradient norm before clipping, stops, what is logged beside the loss, and each norm."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norms = torch.stack(torch._foreach_norm([p.grad for p in trained if p.grad is not None]))
     norm = torch.linalg.vector_norm(norms)
-    numbers = torch.stack((loss, norm.to(loss.dtype), stops.to(loss.dtype)))
+    numbers = torch.cat((loss[:1], torch.stack((norm.to(loss.dtype), stops.to(loss.dtype))), loss[1:]))
     skip_unless_finite(optimizer, numbers)
     if clip:
         torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)

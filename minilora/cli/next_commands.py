@@ -19,8 +19,9 @@ def next_commands(config: TrainConfig) -> list[str]:
     reading = (replace(config, encoding="") if rows == split_off else config).reading_flags()
     reading += [] if config.train_end else ["--no-train-end"]
     bits = () if config.quant == "keep" else ("--quant", config.quant)
+    measure = [shell("eval", *both, *bits, "--data", rows, *reading)]
     return [
         shell("chat", *both, *bits),
-        shell("eval", *both, *bits, "--data", rows, *reading),
+        *(measure if config.objective == "sft" else []),  # eval reads answers as they are
         shell("merge", *both, "--output", run / "merged"),
     ]

@@ -124,6 +124,12 @@ def _curves(page: Document, run: Record) -> None:
                     for s, y in run.val
                 ],
             )
+    if run.column("margin"):  # of preferences
+        sides = [Series(name, run.column(name), i) for i, name in enumerate(("chosen", "rejected"))]
+        page.charts(
+            line_chart(sides, "step", "reward (log p - log q, times beta)"),
+            line_chart([Series("", run.column("accuracy"))], "step", "pairs whose chosen answer has the higher reward"),
+        )
     page.heading("Optimizer and speed")
     clip = run.config.get("clip")
     levels = [Level(clip, f"clipped above {clip:g}")] if isinstance(clip, (int, float)) and clip > 0 else []

@@ -39,7 +39,7 @@ def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
     cache = TokenCache(Path(config.cache), folder.path) if config.cache else None
 
     def load(path: str | Path) -> tuple[Examples, Report]:
-        return load_examples(path, tokenizer, config, config.seed, cache)
+        return load_examples(path, tokenizer, config, config.seed, cache, config.objective == "dpo")
 
     path, val_path = config.data, Path(config.val) if config.val and Path(config.val).exists() else None
     notes: dict[str, str] = {}

@@ -54,8 +54,10 @@ def _hint(key: str) -> str:
     leave = f"--ignore-keys {shown} leaves it out."
     if name in ("tools", "tool_calls", "function_call", "functions", "tool_call_id"):
         return f"Tool calls cannot be trained yet; {leave}"
-    if name in ("chosen", "rejected", "label", "score", "reward", "preference"):
-        return f"Preferences cannot be trained, only answers as they are; {leave}"
+    if name in ("chosen", "rejected"):
+        return f"train --objective dpo learns from chosen and rejected answers; {leave}"
+    if name in ("label", "score", "reward", "preference"):
+        return f"Preferences can be trained as chosen and rejected answers alone; {leave}"
     if name in ("images", "image", "audio", "audios", "video", "videos"):
         return f"Only text can be trained; {leave}"
     if key.startswith(OF_MESSAGE) or name in (*LOSSES, *THOUGHTS):

@@ -15,12 +15,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..config import PLAIN, DataConfig
-from ..errors import DataError, RowError
+from ..errors import DataError, RowError, UsageError
 from ..text.tokenizer import Tokenizer
 from .files import RowFile, open_rows, read_row
-from .render import MARK, hashes, render_row, render_within
+from .preferences import to_pair
+from .render import MARK, hashes, render_row, render_sides, render_within
 from .report import Report, counted
-from .shapes import TEXT, check_columns, fill, to_messages, trainable
+from .shapes import TEXT, Row, check_columns, fill, to_messages, trainable
 from .sources import draw, parse_sources
 from .token_store import Example, Examples, TokenCache, TokenStore, Writer, shifted, unnamed_file
 
@@ -31,25 +32,31 @@ def load_examples(
     settings: DataConfig = PLAIN,
     seed: int = 42,
     cache: TokenCache | None = None,
+    pairs: bool = False,
 ) -> tuple[Examples, Report]:
     """The examples of files of rows, `{{key}}` in their texts replaced by define[key], and the report on them.
 
     path is a file, or sources as sources.py reads them. A row longer than max_length tokens, or with more masked tokens than
     max_source_length or more trained tokens than max_target_length (each with the template's own), is left out and counted
     (truncate "drop"), shortened and counted ("cut"), or an error ("error"). Raw text is cut into pieces of max_length.
-    train_end says whether the token that ends an answer is trained with it.
+    train_end says whether the token that ends an answer is trained with it. With `pairs` each row has a chosen and a rejected
+    answer (preferences.py), and the limits are those of each.
     Raises RowError for the first row that cannot be used, unless skip_bad counts those; DataError if no row is left.
     """
     check_columns(settings.columns)
+    if pairs and settings.truncate == "cut":
+        raise UsageError(
+            "--truncate cut could make two questions of a pair's", "Say --truncate drop or --truncate error."
+        )
     total, stores = Report(), []
     sources = parse_sources(path)
     for source in sources:
         file = open_rows(source.path, settings)
         numbers = draw(source, len(file), seed)
         if cache is None:
-            store, report = _tokenize(file, numbers, tokenizer, settings, unnamed_file())
+            store, report = _tokenize(file, numbers, tokenizer, settings, unnamed_file(), pairs)
         else:
-            store, report = _cached(file, numbers, tokenizer, settings, cache)
+            store, report = _cached(file, numbers, tokenizer, settings, cache, pairs)
         store.rate = source.rate
         if file.note:
             report.notes.insert(0, f"{source.path}: {file.note}")
@@ -86,11 +93,11 @@ def render_rows(rows: Sequence[Any], tokenizer: Tokenizer, settings: DataConfig 
 
 
 def _cached(
-    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, cache: TokenCache
+    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, cache: TokenCache, pairs: bool
 ) -> tuple[TokenStore, Report]:
     """The store of a cache, which is made if it is not there, and the report that was written with it."""
     rows, template = hashlib.sha256(numbers.tobytes()).hexdigest(), repr(tokenizer.template)
-    key = cache.key(file=file.sha256, rows=rows, template=template, **settings.data_settings())
+    key = cache.key(file=file.sha256, rows=rows, template=template, pairs=pairs, **settings.data_settings())
     held = cache.load(key, file)
     if held is not None:
         store, written = held
@@ -100,7 +107,7 @@ def _cached(
         return store, report
     with cache.write(key) as folder:
         out = open(folder / "tokens", "w+b")  # noqa: SIM115 the store reads from it as long as it lives
-        store, report = _tokenize(file, numbers, tokenizer, settings, out)
+        store, report = _tokenize(file, numbers, tokenizer, settings, out, pairs)
         store.records.tofile(folder / "records")
         notes = {"digest": store.digest, "report": vars(report)}
         (folder / "notes.json").write_text(json.dumps(notes, ensure_ascii=False), encoding="utf-8")
@@ -108,7 +115,7 @@ def _cached(
 
 
 def _tokenize(
-    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, out: BinaryIO
+    file: RowFile, numbers: np.ndarray, tokenizer: Tokenizer, settings: DataConfig, out: BinaryIO, pairs: bool
 ) -> tuple[TokenStore, Report]:
     """Render rows of a file into `out`."""
     report = Report(ignored=Counter(dict.fromkeys(settings.ignored, 0)))
@@ -116,20 +123,21 @@ def _tokenize(
         for number in numbers.tolist():
             report.rows += 1
             try:
-                row = trainable(read_row(file, number, settings))
-                used, undefined = fill(row, settings.define)
-                question, content = hashes(row)
-                pieces, over = render_within(row, tokenizer, settings)
+                sides = [trainable(side) for side in _sides(file, number, settings, pairs)]
+                row, filled = sides[0], [fill(side, settings.define) for side in sides]
+                question, content = hashes(*sides)
+                pieces, over = render_sides(sides, tokenizer, settings)
             except RowError as error:
                 if not settings.skip_bad:
-                    raise _all_broken(error, file, numbers[numbers > number], settings) from None
+                    raise _all_broken(error, file, numbers[numbers > number], settings, pairs) from None
                 report.broken[error.reason] += 1
                 report.first_broken = report.first_broken or error.what
                 continue
-            report.defined.update(used)
+            for used, undefined in filled:
+                report.defined.update(used)
+                report.undefined.update(undefined)
             report.ignored.update(row.ignored)
-            report.undefined.update(undefined)
-            report.shapes[row.shape] += 1
+            report.shapes["preferences" if pairs else row.shape] += 1
             report.unanswered += row.messages[-1]["role"] not in ("assistant", TEXT)
             report.marked += any(MARK.search(m["content"]) for m in row.messages)
             if over and settings.truncate == "error":
@@ -142,8 +150,8 @@ def _tokenize(
                 report.first_dropped = report.first_dropped or f"{row.where}, {length:,} tokens"
             elif over:
                 report.cut[over] += 1
-            for ids, trained in pieces:
-                writer.add(ids, trained, number, question, content, tokenizer.prefix(ids.tolist()))
+            for ids, trained, second in pieces:
+                writer.add(ids, trained, number, question, content, tokenizer.prefix(ids.tolist()), second)
                 report.examples += 1
                 report.tokens += len(ids)
                 report.trained += int(trained[1:].sum())
@@ -151,12 +159,18 @@ def _tokenize(
         return writer.finish(file), report
 
 
-def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: DataConfig) -> DataError:
+def _sides(file: RowFile, number: int, settings: DataConfig, pairs: bool) -> Sequence[Row]:
+    """The conversation of a row, or the two that differ in their last answer."""
+    return to_pair(file.value(number), file.where(number), settings) if pairs else [read_row(file, number, settings)]
+
+
+def _all_broken(error: RowError, file: RowFile, rest: np.ndarray, settings: DataConfig, pairs: bool) -> DataError:
     """The error of the first row that cannot be used, with the number of those behind it."""
     more = Counter()
     for number in rest.tolist():
         try:
-            trainable(read_row(file, number, settings))
+            for side in _sides(file, number, settings, pairs):
+                trainable(side)
         except RowError as other:
             more[other.reason] += 1
     if not more:

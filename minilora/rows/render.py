@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,21 @@ def render_within(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> tuple
         if shorter is None:
             return ([] if over else [(ids, trained)]), first
         row = shorter
+
+
+def render_sides(
+    rows: Sequence[Row], tokenizer: Tokenizer, settings: DataConfig
+) -> tuple[list[tuple[np.ndarray, np.ndarray, int]], str | None]:
+    """render_within of a row, each piece with a 0; or of a pair, one behind the other, with where the second begins."""
+    rendered = [render_within(row, tokenizer, settings) for row in rows]
+    over = next((over for _, over in rendered if over), None)
+    if len(rows) == 1:
+        return [(ids, trained, 0) for ids, trained in rendered[0][0]], over
+    pieces = [piece for found, _ in rendered for piece in found]
+    if len(pieces) < len(rows):
+        return [], over
+    ids, trained = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return [(ids, trained, len(pieces[0][0]))], over
 
 
 def check_thoughts(row: Row, tokenizer: Tokenizer) -> None:
@@ -103,11 +119,12 @@ def _shorten(row: Row, tokenizer: Tokenizer, settings: DataConfig, ids: np.ndarr
     return row._replace(messages=messages)
 
 
-def hashes(row: Row) -> tuple[int, int]:
-    """64-bit hashes of a row's question (all that stands before its last answer) and of the whole row."""
+def hashes(row: Row, *others: Row) -> tuple[int, int]:
+    """64-bit hashes of a row's question (all that stands before its last answer) and of the whole row, with other answers to it."""
     texts = [(m["role"], m["content"]) for m in row.messages]
     last = max((i for i, (role, _) in enumerate(texts) if role == "assistant"), default=len(texts))
-    return _hash64(texts[:last]), _hash64(texts)
+    whole = texts + [(m["role"], m["content"]) for other in others for m in other.messages[last:]]
+    return _hash64(texts[:last]), _hash64(whole)
 
 
 def _hash64(value: Any) -> int:

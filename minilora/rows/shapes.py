@@ -116,6 +116,7 @@ def check_answers(row: Row) -> None:
         unread = f" (not read: {quote(', '.join(row.unread))})" if row.unread else ""
         what = f"{row.where}: there is nothing to learn, {more}{unread}"
         name = "" if answers else " --columns response=NAME names its column."
+        name = " train --objective dpo learns from chosen and rejected." if "chosen" in row.unread else name
         raise RowError("no answer", what, f"Add the answer, or take the row out.{name}")
     if any(BLANK.fullmatch(m["content"]) for m in trained):
         what = f"{row.where}: there is nothing to learn, the answer is empty"

@@ -23,7 +23,7 @@ from .files import Places
 IGNORE = -100
 RECORD = np.dtype(
     [("start", "<i8"), ("length", "<i4"), ("trained", "<i4"), ("row", "<i8"), ("question", "<u8"), ("content", "<u8"),
-     ("prefix", "<i4")]
+     ("prefix", "<i4"), ("second", "<i4")]
 )  # fmt: skip
 BYTES = 5  # of a token: its id as int32, and whether it is trained
 
@@ -32,13 +32,20 @@ BYTES = 5  # of a token: its id as int32, and whether it is trained
 class Example:
     """One conversation: ids and targets int64 [n]; targets[t] is the token that follows t if it is trained, else -100.
 
-    prefix is how many first tokens see each other, None for a model that is causal throughout.
+    prefix is how many first tokens see each other, None for a model that is causal throughout. A pair of conversations
+    (preferences.py) has one after the other: the second begins at `second`.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     where: str
     prefix: int | None = None
+    second: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of its documents."""
+        return [self.second, len(self.ids) - self.second] if self.second else [len(self.ids)]
 
     @property
     def trained(self) -> int:
@@ -71,7 +78,7 @@ class TokenStore:
         ids = np.frombuffer(raw, "<i4", n).astype(np.int64)
         trained = np.frombuffer(raw, bool, n, 4 * n)
         prefix = None if record["prefix"] < 0 else int(record["prefix"])
-        return Example(ids, shifted(ids, trained), self.source.where(int(record["row"])), prefix)
+        return Example(ids, shifted(ids, trained), self.source.where(int(record["row"])), prefix, int(record["second"]))
 
 
 def shifted(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -96,14 +103,21 @@ class Writer:
             self._file.close()
 
     def add(
-        self, ids: np.ndarray, trained: np.ndarray, row: int, question: int, content: int, prefix: int | None
+        self,
+        ids: np.ndarray,
+        trained: np.ndarray,
+        row: int,
+        question: int,
+        content: int,
+        prefix: int | None,
+        second: int = 0,
     ) -> None:
-        """ids int64 [n] below 2^31, trained bool [n]; question and content are 64-bit hashes; prefix as an Example's."""
+        """ids int64 [n] below 2^31, trained bool [n]; question and content are 64-bit hashes; the others as an Example's."""
         raw = ids.astype("<i4").tobytes() + trained.tobytes()
         self._digest.update(len(ids).to_bytes(8, "little") + raw)
         self._file.write(raw)
         targets = int(trained[1:].sum())
-        record = (self._tokens, len(ids), targets, row, question, content, -1 if prefix is None else prefix)
+        record = (self._tokens, len(ids), targets, row, question, content, -1 if prefix is None else prefix, second)
         self._records += np.array(record, RECORD).tobytes()
         self._tokens += len(ids)
 

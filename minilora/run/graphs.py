@@ -66,6 +66,8 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "attention is called a document at a time"
     if model.offload:
         return "--offload on"
+    if config.objective == "dpo":
+        return "--objective dpo"
     stream = probe.expand(streams.tokens, 1)
     if config.lora_dropout and not all(runs_on_triton(stream, [w.projection()]) for _, w in adapters(model)):
         return "PyTorch draws the masks of dropout from a seed of the host"

@@ -65,6 +65,8 @@ def dtypes(config: TrainConfig, c: Config, device: torch.device) -> tuple[torch.
 def prepare(model: Decoder, config: TrainConfig) -> Decoder:
     """Make a loaded model trainable: add adapters, or with method full unfreeze every weight."""
     if config.method == "full":
+        if config.objective == "dpo":
+            raise UsageError("--objective dpo compares with the model without its adapters", "Leave --method full out.")
         if config.study:
             raise UsageError("--study looks at adapters, and --method full has none", "Leave one of them out.")
         if quantized_weights(model):

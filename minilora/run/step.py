@@ -7,6 +7,7 @@ or a gradient that is not finite changes nothing (`skip_unless_finite`).
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,10 +34,17 @@ class StepResult:
     """Loss and gradient norm of a step, as the device will have them."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], step: int, numbers: Tensor
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: list[Batch],
+        step: int,
+        numbers: Tensor,
+        logged: Sequence[str] = (),
     ):
-        """numbers: loss, norm of all gradients, ranks that are to stop, and the norm of each gradient, as parameters are trained."""
+        """numbers: loss, norm of all gradients, ranks that are to stop, one of each name that is logged, and the norm of each gradient."""
         self.model, self.optimizer, self.batches, self.step = model, optimizer, batches, step
+        self.logged = dict.fromkeys(logged, 0.0)  # once they are read
         self.stops = False  # whether a signal came to a rank, once it is read
         self._numbers, self._computed = numbers.to("cpu", non_blocking=True), None
         if numbers.is_cuda:
@@ -47,7 +55,7 @@ class StepResult:
         """The norm of each gradient before clipping, by parameter. Raises Diverged."""
         self.read()
         moved = [name for name, p in trained_parameters(self.model).items() if p in self.optimizer.state]
-        return dict(zip(moved, self._numbers.tolist()[3:], strict=True))
+        return dict(zip(moved, self._numbers.tolist()[3 + len(self.logged) :], strict=True))
 
     @property
     def ready(self) -> bool:
@@ -60,6 +68,7 @@ class StepResult:
             self._computed.synchronize()
         loss, grad_norm, stops, *norms = self._numbers.tolist()
         self.stops = stops > 0
+        self.logged = {name: norms.pop(0) for name in self.logged}
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return loss, grad_norm
         vars(self.optimizer)["found_inf"].zero_()
@@ -109,6 +118,7 @@ class StepLog:
         self._peak = max(self._peak, flops)  # the measured peak is too low if the machine was busy then
         self._metrics = (
             step_metrics(self.run, result.step + 1, result.batches, loss, lr, grad_norm, seconds, flops / self._peak)
+            | result.logged
             | more
         )
 

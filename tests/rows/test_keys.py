@@ -145,8 +145,8 @@ def test_every_key_that_is_read_changes_the_tokens(shape: dict, tokenizer):
     ("row", "told"),
     [
         ({"prompt": "q", "response": "a", "label": False}, "Preferences"), ({"prompt": "q", "response": "a", "label": 0}, "Preferences"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "--columns response=NAME"),
-        ({"instruction": "q", "output": "a", "chosen": "a"}, "Preferences"), ({"question": "q", "answer": "a", "rejected": "b"}, "Preferences"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "--objective dpo"),
+        ({"instruction": "q", "output": "a", "chosen": "a"}, "--objective dpo"), ({"question": "q", "answer": "a", "rejected": "b"}, "--objective dpo"),
         *(({"prompt": "q", "response": "a", key: 0}, f"--ignore-keys {key}") for key in LOSSES),
         *(({"messages": [USER, ASSISTANT], key: False}, f"--ignore-keys {key}") for key in LOSSES),
         ({"messages": [USER, ASSISTANT], "label": False}, "Preferences"), ({"messages": [USER, ASSISTANT], "images": ["x"]}, "Only text"),
