@@ -16,8 +16,15 @@ from minilora.settings import resolve
 from minilora.tools.plan import forecast
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COURSE = sorted((ROOT / "docs" / "course").glob("*.md"))
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+BLOCKS = blocks(ROOT / "docs" / "python.md")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -25,6 +32,17 @@ def test_python_runs_as_written(number: int, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     (tmp_path / "block.py").write_text(BLOCKS[number])
     runpy.run_path(str(tmp_path / "block.py"), {"DIR": ROOT / "minilora/demo/mini"})
+
+
+@pytest.mark.parametrize("page", COURSE, ids=lambda p: p.stem)
+def test_a_page_of_the_course_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"DIR": ROOT / "minilora/demo/mini"}
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)  # noqa: S102 our own pages
+    assert page.read_text().count("\n## ") == 1 and re.findall(
+        r"^(\d)\. ", page.read_text().partition("## ")[2], re.MULTILINE
+    ) == ["1", "2", "3"]
 
 
 def commands(page: Path) -> list[str]:
