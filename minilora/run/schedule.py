@@ -25,6 +25,7 @@ from ..machine.kernel_paths import kernel_paths
 from ..ranks.ranks import ALONE, Ranks
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
+from .advice import advice
 from .fit import stream_tokens
 from .graphs import Choice, choose
 
@@ -196,4 +197,5 @@ def _header(
         if config.max_steps is None
         else f"plan    {plan.rows_per_step} rows a step, {plan.steps:,} steps"
     )
+    lines += [f"advice  {line}" for line in advice(config, trained, int(plan.train.column("trained").sum()))]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from ..machine.dry_run import StepMemory, card_memory, step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..machine.gemm import settle
 from ..rows.dataset import load_data
+from ..run.advice import advice
 from ..run.fit import streams_on_card
 from ..run.schedule import count_steps
 from ..run.setup import check_offload, dtypes, prepare, quant_asked
@@ -84,11 +85,13 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
             "epochs": epochs,
             "tokens": data.report.tokens,
         }
+        targets = data.report.trained
     else:
         row = _assumed_row(config, prefix)
-        streams = streams_of([row] * rows, len(row.ids), 1)
+        streams, targets = streams_of([row] * rows, len(row.ids), 1), None
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
         found["note"] = positions_note(folder, len(row.ids))
+    found["advice"] = advice(config, trained, targets)
     largest = max(streams, key=lambda batch: len(batch.ids))
     flops = step_flops(c, [largest], flops_per_token(model, config.method == "full"))
     form = "augmented" if on_card else "library"  # of those that may be chosen, what needs the most memory
@@ -159,6 +162,7 @@ def text_of(found: dict[str, Any]) -> str:
         if found["note"]:
             lines.append(f"note    {found['note']}")
         lines.append(f"plan    a step has {step['rows']} rows, {step['tokens']:,} tokens, in {step['streams']} streams")
+    lines += [f"advice  {line}" for line in found["advice"]]
     lines += [
         f"stream  {step['stream_tokens']:,} tokens in one pass, {step['stream_trained']:,} trained: {step['flops'] / 1e12:,.3g} TFLOP",
         "memory  GB",

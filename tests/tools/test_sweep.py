@@ -230,7 +230,8 @@ def test_another_folder_is_left_alone(tmp_path):
         sweep("identity-qwen", str(tmp_path / "out"), {}, smoke=True, console=QUIET)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     with pytest.raises(
-        UsageError, match="recipes: adgen-chatglm, classification, identity-qwen, length-512-vs-1024-chatglm, quantised, rank-and-rate"
+        UsageError,
+        match="recipes: adgen-chatglm, classification, identity-qwen, length-512-vs-1024-chatglm, quantised, rank-and-rate",
     ):
         sweep("nothing", str(tmp_path / "x"), {}, console=QUIET)
 
