@@ -1,6 +1,7 @@
 """How the next token is chosen from the logits, and what a folder's generation_config.json says of it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,16 +78,23 @@ def read_generation(folder: Folder) -> tuple[Sampling, set[int]]:
         if not all(type(i) is int for i in stop):
             raise ValueError(f"eos_token_id {str(stop)[:60]} is neither a token number nor a list of them")
         sampling = Sampling(
-            temperature=float(j.get("temperature", 1.0)) if j.get("do_sample") else 0.0,
-            top_p=float(j.get("top_p", 1.0)),
-            top_k=int(float(j.get("top_k", 50))),
-            repetition_penalty=float(j.get("repetition_penalty", 1.0)),
+            temperature=_within(j, "temperature", 1.0, 0, 1e6) if j.get("do_sample") else 0.0,
+            top_p=_within(j, "top_p", 1.0, 0, 1),
+            top_k=int(_within(j, "top_k", 50, 0, 2**31)),
+            repetition_penalty=_within(j, "repetition_penalty", 1.0, 1e-6, 1e6),
         )
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"{folder / 'generation_config.json'}: {error}", "Correct the file, or take it away."
         ) from None
     return sampling, set(stop)
+
+
+def _within(j: dict[str, Any], key: str, default: float, low: float, high: float) -> float:
+    value = float(j.get(key, default))
+    if not low <= value <= high:  # nor NaN
+        raise ValueError(f"{key} is {value:g}; a number from {low:g} to {high:g} belongs there")
+    return value
 
 
 # keys of generation_config.json: what read_generation takes, and what does not change the next token

@@ -84,6 +84,11 @@ def test_generation_config(tmp_path):
         '{"eos_token_id": 1.5}',
         '{"eos_token_id": [[1]]}',
         '{"eos_token_id": "<|im_end|>"}',
+        '{"top_k": 1e400}',
+        '{"top_k": 1e30}',
+        '{"repetition_penalty": 0}',
+        '{"repetition_penalty": NaN}',
+        '{"do_sample": true, "temperature": 1e24}',
     ):
         (folder / "generation_config.json").write_text(wrong)
         with pytest.raises(ModelError, match="generation_config"):

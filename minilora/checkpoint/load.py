@@ -94,6 +94,12 @@ def read_config(folder: Folder) -> Config:
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ChatGLMModel")
 
 
+def classes_of(j: dict[str, Any]) -> list[str]:
+    """What a config.json holds under architectures, as texts."""
+    given = j.get("architectures") or []
+    return [str(name) for name in (given if isinstance(given, list) else [given])]
+
+
 def keys_not_read(folder: Folder) -> str | None:
     """A line with the keys of a folder's config.json that are not known here, if there are any."""
     folder = ModelFolder.of(folder)
@@ -101,9 +107,7 @@ def keys_not_read(folder: Folder) -> str | None:
     names = unknown_keys(j, _family(path, j))
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
     lines = [f"keys that are not known, and not read: {told}"] if names else []
-    given = j.get("architectures") or []
-    classes = given if isinstance(given, list) else [given]
-    heads = [str(name) for name in classes if not str(name).endswith(LANGUAGE_MODELS)]
+    heads = [name for name in classes_of(j) if not name.endswith(LANGUAGE_MODELS)]
     if heads:
         lines.append(f"architectures names {quote(heads[0], 60)}; it is taken as a language model")
     return "; ".join(lines) or None

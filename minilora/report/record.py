@@ -176,7 +176,7 @@ def read_record(folder: str | Path) -> Record:
     if is_run:
         record.in_use = in_use(folder)
         record.config = read_yaml(folder / "config.yaml")
-        lines = read_json_lines(folder / "metrics.jsonl")
+        lines = [m for m in read_json_lines(folder / "metrics.jsonl") if isinstance(m, dict) and "step" in m]
         record.metrics = [m for m in lines if "loss" in m]
         record.val = [(m["step"], m["val_loss"]) for m in lines if "val_loss" in m]
         if (folder / "data.json").is_file():

@@ -64,7 +64,7 @@ class Monitor:
         self._doing, self._since = "measuring the speed of this machine", time.monotonic()
         self.average, self._weight = 0.0, 0.0
         self.losses: list[float] = []
-        kept = [line for line in read_json_lines(path) if line.get("step", 0) <= start] if path else []
+        kept = [line for line in read_json_lines(path) if _is_step(line) and line["step"] <= start] if path else []
         if path and path.exists():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path or os.devnull, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
@@ -74,7 +74,7 @@ class Monitor:
             self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._now)
         self._printed = time.monotonic()
         for line in kept:
-            if "loss" in line:
+            if isinstance(line.get("loss"), float):
                 self._average(line["loss"])
 
     def __enter__(self) -> Self:
@@ -162,6 +162,11 @@ class Monitor:
         while width is not None and len(parts) > 2 and len("  ".join(text for _, text in parts)) + 2 > width:
             parts.remove(max(parts))
         return Text(" " + "  ".join(text for _, text in parts), no_wrap=True, overflow="ellipsis")
+
+
+def _is_step(line: Any) -> bool:
+    """Whether a line of metrics.jsonl is what a run writes: an object with the number of its step."""
+    return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
 def step_metrics(

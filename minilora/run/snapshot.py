@@ -6,6 +6,7 @@ which appears whole and has a manifest of hashes. It is also a PEFT adapter fold
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,36 @@ def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest snapshot that passes its manifest, and what is wrong with each newer one."""
     skipped = []
     for folder in sorted(snapshots(checkpoints), key=step_of, reverse=True):
-        problem = verify_manifest(folder)
+        problem = verify_manifest(folder) or _state_problem(folder)
         if problem is None:
             return folder, skipped
         skipped.append(f"skipped {folder.name}: {problem}")
     return None, skipped
 
 
+def _state_problem(folder: Path) -> str | None:
+    """What is wrong with a snapshot's state: it is of another step, a folder that was renamed, or of another shape."""
+    try:
+        state = read_state(folder)
+        number = int | float
+        kinds = {
+            "step": int,
+            "seconds": number,
+            "best_loss": number | None,
+            "best_step": int | None,
+            "identity": dict,
+            "machine": dict,
+        }
+        wrong = [key for key, kind in kinds.items() if not isinstance(state[key], kind)]
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"{STATE} is damaged"
+    if wrong:
+        return f"{STATE} has another {wrong[0]} than a run writes"
+    return None if state["step"] == step_of(folder) else f"{STATE} is of step {state['step']}"
+
+
 def snapshots(checkpoints: Path) -> list[Path]:
-    return [p for p in checkpoints.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return [p for p in checkpoints.glob("step-*") if p.is_dir() and re.fullmatch(r"step-(0|[1-9][0-9]{0,17})", p.name)]
 
 
 def step_of(folder: Path) -> int:

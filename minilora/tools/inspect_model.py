@@ -11,7 +11,7 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.load import COMPANIONS, check_shapes, empty_model, keys_not_read, own_code, read_config
+from ..checkpoint.load import COMPANIONS, check_shapes, classes_of, empty_model, keys_not_read, own_code, read_config
 from ..checkpoint.quantized import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
@@ -34,7 +34,7 @@ def describe(folder: Folder, targets: str = "all-linear") -> dict[str, Any]:
     found: dict[str, Any] = {
         "folder": str(folder),
         "model_type": j.get("model_type"),
-        "architectures": j.get("architectures"),
+        "architectures": classes_of(j),
         "problems": [],
     }
     model = None
@@ -144,7 +144,7 @@ def text_of(found: dict[str, Any]) -> str:
     lines = [f"folder      {found['folder']}"]
     if "family" in found:
         s = found["sizes"]
-        names, tied = ", ".join(found["architectures"] or []), "tied to the head" if s["tied"] else "a head of its own"
+        names, tied = ", ".join(found["architectures"]), "tied to the head" if s["tied"] else "a head of its own"
         kv = f"{s['kv_heads']} for keys and values"
         lines += [
             f"family      {found['family']}   {names}",
@@ -163,7 +163,7 @@ def text_of(found: dict[str, Any]) -> str:
             )
         lines.append("kernels     " + "\n            ".join(found["kernels"]))
     else:
-        lines.append(f"model_type  {found['model_type']}   {', '.join(found['architectures'] or [])}")
+        lines.append(f"model_type  {found['model_type']}   {', '.join(found['architectures'])}")
     if "weights" in found:
         w = found["weights"]
         lines.append(f"weights     {w['tensors']:,} tensors, {w['bytes'] / 1e9:,.3g} GB")

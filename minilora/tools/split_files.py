@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import OutputInUse, UsageError
+from ..errors import DataError, OutputInUse, UsageError
 from ..files.atomic import atomic_folder
 from ..rows import Row, RowError, open_rows, to_messages
 from ..rows.duplicates import NearDuplicates
@@ -33,6 +33,8 @@ def split_files(
         raise UsageError("neither --val nor --test is given", "For example --val 0.05 --test 200.")
     check_columns(settings.columns)
     rows, values, bad, sums, notes = _read(data, settings, seed)
+    if not rows:
+        raise DataError(f"{data}: no row can be used ({counted(bad) or 'there is none'})", "Correct the rows.")
     keys = np.array([hashes(row) for row in rows], dtype=np.uint64)
     keep = np.arange(len(rows))
     lines = [f"data     {data}   {len(rows):,} rows", *(f"         {note}" for note in notes)]

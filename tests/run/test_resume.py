@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint computes the bits of the run that was never stopped."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from tiny import make_model, make_rows
 from minilora.checkpoint.load import load_model
 from minilora.console import Console
 from minilora.errors import CheckpointMismatch, DiskError, Stopped
+from minilora.files.atomic import MANIFEST
 from minilora.run.folder import check_disk
-from minilora.run.snapshot import read_state, snapshots, step_of
+from minilora.run.snapshot import newest_snapshot, read_state, snapshots, step_of
 from minilora.settings import resolve
 from minilora.train import train
 
@@ -72,6 +74,44 @@ def test_a_damaged_checkpoint_is_skipped(finished, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     train(resolve(config.__dict__, {"output": other}), resume=True, console=QUIET)
     assert losses(other) == losses(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "told"),
+    [
+        ("step-900", {}, "is of step"),  # a copy under another name
+        ("step-900", {"step": 900, "identity": []}, "another identity"),
+        ("step-900", {"step": "900"}, "another step"),
+        ("step-900", None, "damaged"),
+        ("step-0000900", {"step": 900}, None),
+        ("step-²", {"step": 2}, None),
+    ],
+)
+def test_a_checkpoint_that_a_run_did_not_write_is_not_resumed_from(finished, tmp_path, capsys, name, state, told):
+    run, _ = finished
+    newest = run / "checkpoints" / f"step-{STEPS}"
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    forged = other / "checkpoints" / name
+    shutil.copytree(newest, forged)
+    text = json.dumps([] if state is None else read_state(newest) | state).encode()
+    (forged / "state.json").write_bytes(text)
+    manifest = json.loads((forged / MANIFEST).read_bytes())
+    manifest["state.json"] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (forged / MANIFEST).write_text(json.dumps(manifest))
+    found, skipped = newest_snapshot(other / "checkpoints")
+    assert found is not None and found.name == newest.name
+    assert told is None or told in skipped[0]
+
+
+def test_lines_of_metrics_that_no_run_wrote_are_left_out(finished, tmp_path):
+    run, config = finished
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n3\nnull\n"step"\n{"step": "x"}\n{"loss": 1}\n')
+    train(resolve(config.__dict__, {"output": other}), resume=True, console=QUIET)
+    assert (other / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
 
 
 def test_other_settings_are_refused(finished):

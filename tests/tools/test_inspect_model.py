@@ -59,3 +59,9 @@ def test_what_is_not_supported_is_said(inspect, tmp_path):
     config.write_text(config.read_text().replace("gpt2", "qwen3").replace("260", "200"))
     code, out = inspect(folder)
     assert code == 4 and "ids up to 258, the model 200 rows" in out and "config.json makes it [200, 32]" in out
+
+
+def test_architectures_that_are_no_texts_are_told(inspect, tmp_path):
+    folder = make_model(tmp_path / "m", architectures=[1, {"a": 2}])
+    code, out = inspect(folder)
+    assert code == 0 and "architectures names '1'" in out

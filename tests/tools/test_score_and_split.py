@@ -132,3 +132,20 @@ def test_what_split_refuses(tmp_path, capsys):
     ):
         assert split(data, tmp_path / "out", *more) == code
         assert part in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_where_no_row_can_be_used_the_split_says_why(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "q", "output": ""}\n')
+    words = [
+        "data",
+        "split",
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--val",
+        "1",
+        "--skip-bad",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 3
+    assert "no row can be used (1 empty answer)" in capsys.readouterr().err and not (tmp_path / "out").exists()
