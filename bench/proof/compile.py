@@ -4,7 +4,7 @@
 
 For every kernel: registers and spilled bytes of a thread, shared bytes, threads, blocks that fit a multiprocessor, tensor-core instructions, global loads
 (async into shared memory, wide, narrow), and for one pass of its main loop the cycles that bench/proof/sass.py reads from the code.
-A summary goes to standard error. What was compiled once is kept by triton under a hash of its source, in --cache.
+Under another Triton, `--needs > bench/proof/compiled-3.6.json` is what a card needs for the same kernels. A summary goes to standard error. What was compiled once is kept by triton under a hash of its source, in --cache.
 """
 
 import argparse
@@ -52,6 +52,7 @@ STREAMS = (
     "wide_products.",
 )  # kernels with tensor cores that read what they multiply from memory, once
 RANKS = (16, 32, 64, 128)  # the slots of S: less than a part of a rank in a dot, one, and several
+NEEDS = ("registers", "spills", "shared", "threads", "blocks")  # of a card
 TOKENS = 4099  # not a multiple of 16: no size that varies may be taken for aligned
 FEW = (1511, 711)
 
@@ -329,12 +330,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.proof.compile", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="WORDS", help='as in "rms_norm._fwd_kernel sm_80": all of these')
     parser.add_argument("--one", action="store_true", help="the first configuration of every kernel")
+    parser.add_argument("--needs", action="store_true", help=f"{', '.join(NEEDS)} alone: the table of another Triton")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (one for each core)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minilora/compile"
     parser.add_argument("--cache", type=Path, default=cache, metavar="DIR", help=f"compiled kernels ({cache})")
     args = parser.parse_args(argv)
     rows = table(args.cache, args.only, args.jobs, args.one)
-    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+    shown = {name: {key: row[key] for key in NEEDS} if args.needs else row for name, row in rows.items()}
+    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in shown.items()]
     print(f'{{"triton": "{triton.__version__}", "kernels": {{', ",\n".join(lines), "}}", sep="\n")
     for name, row in rows.items():
         pipes = ", ".join(f"{pipe} {n}" for pipe, n in row["cycles"].items() if n)

@@ -21,6 +21,7 @@ from minilora.kernels.lang import PINNED, jit, tl
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((ROOT / "bench/proof/compiled.json").read_text())
+OLDER = json.loads((ROOT / "bench/proof/compiled-3.6.json").read_text())
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program may have
 
 
@@ -39,7 +40,10 @@ SHARE = {
 }
 
 
-@pytest.mark.skipif(triton.__version__ != COMMITTED["triton"], reason="registers are those of one compiler version")
+TABLES = {table["triton"]: table["kernels"] for table in (COMMITTED, OLDER)}
+
+
+@pytest.mark.skipif(triton.__version__ not in TABLES, reason="registers are those of two compiler versions")
 @pytest.mark.parametrize(
     "only, one",
     [
@@ -66,7 +70,10 @@ def test_what_the_kernels_need_is_what_is_committed(only: str, one: bool, tmp_pa
     )
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout)["kernels"]
-    expected = {name: row for name, row in COMMITTED["kernels"].items() if set(only.split()) <= set(name.split())}
+    table = TABLES[triton.__version__]
+    expected = {name: row for name, row in table.items() if set(only.split()) <= set(name.split())}
+    columns = next(iter(table.values())).keys()  # the older table has no cycles
+    found = {name: {key: row[key] for key in columns} for name, row in found.items()}
     if one:
         kernels = {word for name in expected for word in name.split() if "._" in word}
         assert {word for name in found for word in name.split() if "._" in word} == kernels
@@ -81,6 +88,17 @@ def test_nothing_spills_and_everything_fits(name: str):
     assert needs["spills"] == 0
     assert needs["shared"] <= SHARED[arch]
     assert needs["registers"] * needs["threads"] <= 65536 and needs["blocks"] >= 1
+
+
+def test_what_triton_3_6_makes_of_them():
+    """The tiles are chosen with 3.9. Its elder spills a few registers of some kernels, nearly all of them outside of the main loop."""
+    rows = OLDER["kernels"]
+    assert rows.keys() == COMMITTED["kernels"].keys()
+    spilled = {name: row["spills"] for name, row in rows.items() if row["spills"]}
+    assert len(spilled) <= 33 and max(spilled.values()) <= 32
+    for name, row in rows.items():
+        arch = next(word for word in name.split() if word.startswith("sm_"))
+        assert row["shared"] <= SHARED[arch] and row["registers"] * row["threads"] <= 65536 and row["blocks"] >= 1, name
 
 
 def test_memory_or_the_tensor_cores_bind():
