@@ -54,11 +54,15 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         if not getattr(config, key):
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder, ranks = Path(config.output), join(config.rank_timeout)
-    console.quiet |= not ranks.first
     if ranks.restarted:  # from the newest checkpoint, if the run had come to one
         resume = bool(snapshots(folder / "checkpoints"))
         overwrite = not resume
-    with ranks.ending_as_one(), owned(folder, ranks, resume, overwrite), memory_hint(), kernels(config):
+    with (
+        ranks.ending_as_one("Go on with the same command and --resume."),
+        owned(folder, ranks, resume, overwrite),
+        memory_hint(),
+        kernels(config),
+    ):
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)
             data = load_data(config, base)

@@ -34,9 +34,10 @@ class Watch(threading.Thread):
         self.store, self.rank, self.hosts, self.timeout = store, rank, hosts, timeout
         self.failed, self.failure, self.code = threading.Event(), "", 10
         self._done = threading.Event()
-        self._place, self._waiting_since = "before the first step", 0.0
+        self._place, self._waiting_since = "at the start", 0.0
         self._parent = os.getppid()
         now = time.monotonic()
+        self._moved = now  # when another rank last went on to something else
         self._others = {r: (Sign(0, self._place, False), now) for r in range(len(hosts)) if r != rank}
 
     # called by the main thread
@@ -93,6 +94,8 @@ class Watch(threading.Thread):
                 now = Sign(*json.loads(self.store.get(f"sign/{r}")))
                 if now.number != sign.number:
                     self._others[r] = (now, time.monotonic())
+                if now.place != sign.place:
+                    self._moved = time.monotonic()
 
     def _silent(self, seconds: float) -> list[int]:
         """The ranks that gave no sign for so long."""
@@ -101,7 +104,7 @@ class Watch(threading.Thread):
     def _judge(self, now: float) -> None:
         if silent := self._silent(self.timeout):
             self._fail("; ".join(self._said(r, f"gave no sign for {self.timeout:.0f} s") for r in silent))
-        elif self._waiting_since and now - self._waiting_since > self.timeout:
+        elif self._waiting_since and now - max(self._waiting_since, self._moved) > self.timeout:
             late = self._silent(DEAD) or [r for r, (sign, _) in self._others.items() if not sign.waiting]
             hangs = f"hangs or is cut off: the others have waited {self.timeout:.0f} s for it"
             self._fail(
