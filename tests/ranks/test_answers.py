@@ -10,6 +10,8 @@ import pytest
 from rank_runs import ROOT, given, interrupted, killing, material, ranks_of, run, torchrun
 from ranks.answers import answer
 
+from minilora.__main__ import main
+
 ROWS, PART = "generated_predictions.jsonl", "part.jsonl"
 
 
@@ -41,23 +43,24 @@ def test_ranks_give_the_loss_of_one_process_and_one_says_it(answered: Path):
 
 
 def test_a_prediction_whose_rank_was_killed_or_stopped_goes_on_to_the_same_answers(answered: Path, tmp_path: Path):
-    def command(output: Path, gpus: int) -> list[str]:
-        words = ["--max-tokens", "150", "--batch", "1", "--sample", "--gpus", str(gpus), "--output", str(output)]
-        return [sys.executable, *given("predict", answered), *words]
+    """Also with another number of ranks."""
+
+    def command(output: Path) -> list[str]:
+        words = ["--max-tokens", "60", "--batch", "1", "--sample", "--compute", "float32", "--output", str(output)]
+        return [*given("predict", answered), *words]
 
     def answers() -> int:
         return (out / PART).read_text().count("\n") - 1 if (out / PART).exists() else 0
 
-    out = tmp_path / "out"
-    code, said, _ = interrupted(command(out, 2), lambda: answers() >= 2, killing(1, out))
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    two = [sys.executable, *command(out), "--gpus", "2"]
+    code, said, _ = interrupted(two, lambda: answers() >= 2, killing(1, out))
     assert code == 10 and said.count("error:") == 1 and "Traceback" not in said, said
     assert "error: rank 1 on" in said and "died (answering, token" in said and "The same command goes on" in said
     kept = answers()
-    code, said, _ = interrupted(
-        command(out, 2), lambda: answers() >= kept + 2, lambda _: os.kill(ranks_of(out)[1], signal.SIGTERM)
-    )
+    code, said, _ = interrupted(two, lambda: answers() >= kept + 2, lambda _: os.kill(ranks_of(out)[1], signal.SIGTERM))
     assert code == 75 and said.count("stopped by a signal to another rank after") == 1 and "Traceback" not in said, said
     assert 2 <= kept < answers() < 14 and not ranks_of(out)
-    for output, gpus in ((out, 2), (tmp_path / "whole", 1)):
-        assert run(command(output, gpus)).returncode == 0
-    assert (out / ROWS).read_bytes() == (tmp_path / "whole" / ROWS).read_bytes()
+    for output in (out, whole):
+        assert main(command(output)[2:]) == 0
+    assert (out / ROWS).read_bytes() == (whole / ROWS).read_bytes()
