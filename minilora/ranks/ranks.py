@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -220,24 +220,23 @@ class Ranks:
         if EXIT_CODES in os.environ:
             with Path(os.environ[EXIT_CODES]).open("a") as codes:
                 codes.write(f"{code}\n")
-        try:
-            self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
-        except RuntimeError:  # torchrun is gone
-            print(f"rank {self.rank} ends with exit code {code}", file=sys.stderr, flush=True)
+        if self.watch.answered:
+            with suppress(RuntimeError):  # torchrun is gone
+                self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
 
     def _speaks(self) -> bool:
         """Whether this rank is the one that says which rank was lost."""
         assert self.watch
-        try:
-            return self.watch.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
-        except RuntimeError:  # no store on this side of the network
-            return os.environ["LOCAL_RANK"] == "0"
+        if self.watch.answered:
+            with suppress(RuntimeError):
+                return self.watch.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
+        return os.environ["LOCAL_RANK"] == "0"  # no store on this side of the network
 
     def _first_ends(self) -> bool:
         """Whether rank 0 ends by itself, too, within some seconds."""
         assert self.watch
         until = time.monotonic() + DEAD
-        while time.monotonic() < until:
+        while time.monotonic() < until and self.watch.answered:
             if self.watch.store.check(["ended/0"]):
                 return b"follows" not in self.watch.store.get("ended/0")
             time.sleep(0.1)
