@@ -55,7 +55,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder, ranks = Path(config.output), join(config.rank_timeout)
     if ranks.restarted:  # from the newest checkpoint, if the run had come to one
-        resume = bool(snapshots(folder / "checkpoints"))
+        resume = ranks.share(bool(snapshots(folder / "checkpoints")))
         overwrite = not resume
     with (
         ranks.ending_as_one("Go on with the same command and --resume."),

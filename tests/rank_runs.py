@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tiny import make_model, make_rows
@@ -59,8 +59,8 @@ def training(folder: Path, *words: str, ranks: int = 2) -> list[str]:
     return [sys.executable, *given("train", folder), *SETTINGS, "--gpus", str(ranks), "--output", *words]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+def run(command: list[str], environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, check=False)
 
 
 def steps(run: Path) -> int:

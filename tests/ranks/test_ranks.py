@@ -12,7 +12,9 @@ import pytest
 from rank_runs import (
     ENVIRONMENT,
     ROOT,
+    SETTINGS,
     adapter,
+    given,
     interrupted,
     killing,
     losses,
@@ -47,7 +49,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     model = make_model(folder / "model")
     script = str(ROOT / "tests/ranks/steps.py")
-    for command in ([sys.executable], torchrun(2), torchrun(4)):
+    for command in (torchrun(4), torchrun(2), [sys.executable]):
         subprocess.run([*command, script, str(model), str(folder)], check=True, env=ENVIRONMENT, capture_output=True)
     return folder
 
@@ -69,12 +71,45 @@ def test_ranks_compute_what_one_computes(found: Path, count: int, case: str):
     assert (one["val"], one["tokens"]) == (pytest.approx(alone["val"], rel=1e-12), alone["tokens"])
 
 
+def test_a_run_goes_on_from_four_ranks_to_two_to_one(found: Path):
+    """A step each, from the snapshot of the one before, is what one process computes in three; in fp64, moments too."""
+    one = read(found / "1-0.json")
+    assert one["gone on"] == pytest.approx(one["without a stop"], rel=1e-10, abs=1e-12)
+
+
 # a run of several ranks that is killed, stopped, or diverges
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_a_resumed_one_has_the_same_bits(tmp_path: Path):
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert run(training(tmp_path, str(whole))).returncode == 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing happens to; writes.log has what the second of them opened to write, or moved."""
+    folder = tmp_path_factory.mktemp("whole")
+    hook = {
+        "PYTHONPATH": f"{ROOT / 'tests/ranks/audit'}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}",
+        "AUDITED": str(folder),
+    }
+    done = run(training(folder, str(folder / "run")), hook)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_the_first_rank_alone_writes_into_the_run(whole: Path):
+    """So on a file system that machines share, no two write one file; and what is there appears by a rename (files/atomic.py)."""
+    first, second = ((whole.parent / f"writes-{rank}.log").read_text().splitlines() for rank in (0, 1))
+    assert sum("checkpoints" in line for line in first) > 3 and second == []
+
+
+def test_torchrun_starts_the_ranks_again_and_they_go_on_by_themselves(tmp_path: Path, whole: Path):
+    out = tmp_path / "run"
+    words = [*given("train", tmp_path), *SETTINGS, "--output", str(out)]
+    code, said, _ = interrupted(torchrun(2, "--max-restarts=1", *words), lambda: steps(out) >= 6, killing(1, out))
+    assert code == 0 and said.count("resume  from") == 1, said
+    assert [line["step"] for line in metrics(out)] == list(range(13)) and losses(out) == losses(whole)
+    assert adapter(out) == adapter(whole)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_a_resumed_one_has_the_same_bits(tmp_path: Path, whole: Path):
+    out = tmp_path / "killed"
     code, said, _ = interrupted(training(tmp_path, str(out)), lambda: steps(out) >= 3, killing(1, out))
     assert code == 10 and said.count("error:") == 1 and "Traceback" not in said, said
     assert "error: rank 1 on" in said and "died (step" in said
@@ -107,19 +142,19 @@ def test_divergence_ends_all_with_its_own_code(tmp_path: Path):
 
 @pytest.mark.long
 def test_killing_each_rank_again_and_again_loses_nothing(tmp_path: Path):
-    """50 kills at random steps of a run that is resumed each time, on 4, 2 and 3 ranks."""
-    choose, out = random.Random(0), tmp_path / "run"
-    command = training(tmp_path, str(out), ranks=4)
-    command[command.index("--max-steps") + 1] = "400"
+    """50 kills at random steps of a run of four ranks that is resumed each time: in the end it is the one that was never killed."""
+    choose, out, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
+    command = [*training(tmp_path, ranks=4), *["--max-steps", "250", "--eval-every", "50"]]
     for kill in range(50):
-        count = (4, 2, 3)[kill % 3]
-        command[command.index("--gpus") + 1] = str(count)
-        rank, before = choose.randrange(count), steps(out)
+        before, rank = steps(out), kill % 4
         until = before + choose.randint(1, 7)
+        again = ["--resume"] * (out / "checkpoints").exists() or ["--overwrite"] * out.exists()
         code, said, _ = interrupted(
-            [*command, *["--resume"] * bool(before)], lambda until=until: steps(out) >= until, killing(rank, out)
+            [*command, str(out), *again], lambda until=until: steps(out) >= until, killing(rank, out)
         )
-        assert code == 10 and said.count("error:") == 1, said
+        assert code == 10 and said.count("error:") == 1 and f"error: rank {rank} on" in said, said
         assert not ranks_of(out)
-    assert run([*command, "--resume"]).returncode == 0
-    assert [line["step"] for line in metrics(out) if "loss" in line] == list(range(1, 401))
+    for output, again in ((out, ["--resume"]), (whole, [])):
+        assert run([*command, str(output), *again]).returncode == 0
+    assert [line["step"] for line in metrics(out)] == list(range(251))
+    assert losses(out) == losses(whole) and adapter(out) == adapter(whole)
