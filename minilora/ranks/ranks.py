@@ -1,7 +1,8 @@
-"""The ranks of a run: the processes that train together, each with the base model and the same adapters.
+"""The ranks of a run: the processes that train together, or share rows, each with the base model and the same adapters.
 
 Only gradients of what is trained travel, in one buffer a step, and every rank then makes the same step with the same bits. What is
-printed and written is rank 0's. If one rank ends or is lost, all end, with one message.
+printed and written is rank 0's; what it needs of the others they send through torchrun's store. If one rank ends or is lost, all end,
+with one message.
 """
 
 import atexit
@@ -26,10 +27,9 @@ from .deal import deal, imbalance
 from .start import EXIT_CODES
 from .watch import DEAD, Watch
 
-_joined = itertools.count()  # a key of torchrun's store for each time that this process has joined
-
 POLL = 0.05  # seconds between two looks at whether another rank has told something
 FOREVER = timedelta(days=365)
+_joined = itertools.count()  # a key of torchrun's store for each time that this process joins
 
 
 class Ranks:
@@ -101,13 +101,12 @@ class Ranks:
             return value
         self._shared += 1
         key = f"shared/{self._shared}"
-        if self.first:
-            self.watch.store.set(key, json.dumps(value))
-            return value
         with self._waiting(self.watch):
+            if self.first:
+                self.watch.store.set(key, json.dumps(value))
             while not self.watch.store.check([key]) and not self.watch.failed.wait(POLL):
                 pass
-        return json.loads(self.watch.store.get(key))
+        return value if self.first else json.loads(self.watch.store.get(key))
 
     def gather(self, portions: Iterable[list[Any]], stopped: Callable[[], bool]) -> Iterator[Any]:
         """At the first rank the values of all, each as soon as it is there; elsewhere none: they are sent.
@@ -179,6 +178,7 @@ class Ranks:
     def check(self) -> None:
         """RankLost if the run has to end because of another rank."""
         if self.watch and self.watch.failed.is_set():
+            self.watch.notice()
             raise RankLost(self.watch.code, self.watch.failure)
 
     def leave(self) -> None:
@@ -195,24 +195,27 @@ class Ranks:
         try:
             yield
         except MiniloraError as error:
-            self._end(error.code, follows=isinstance(error, RankLost))
-            if isinstance(error, RankLost):
-                speaks, error.hint = error.what and self._speaks(), hint
-            else:  # what all ranks find wrong is rank 0's to say; what this rank alone does, its own
-                speaks = self.first or (not isinstance(error, Stopped) and not self._first_ends())
-                error.what = error.what if self.first else f"rank {self.rank} on {socket.gethostname()}: {error.what}"
-            if not speaks:
+            lost = isinstance(error, RankLost)
+            self._end(error.code, follows=lost)
+            if lost:
+                error.hint = hint
+            elif not self.first:
+                error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
+            # what all ranks find wrong is rank 0's to say; what this rank alone does, its own
+            own = self.first if isinstance(error, Stopped) else self.first or lost or not self._first_ends()
+            if not (own and error.what and self.watch.speaks()):
                 raise SystemExit(error.code) from None
             raise
         except Exception:
             self._end(70)
             raise
+        else:
+            dist.destroy_process_group()  # so that the same processes can join again
         finally:
             if self.watch.failed.is_set():
                 atexit.register(_exit, self.watch.code)
             else:
                 self.watch.end()
-                dist.destroy_process_group()  # so that the same processes can join again
 
     def _end(self, code: int, follows: bool = False) -> None:
         """Tell the other ranks, and whoever started this one, how it ends; `follows`: because another one did."""
@@ -223,14 +226,6 @@ class Ranks:
         if self.watch.answered:
             with suppress(RuntimeError):  # torchrun is gone
                 self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
-
-    def _speaks(self) -> bool:
-        """Whether this rank is the one that says which rank was lost."""
-        assert self.watch
-        if self.watch.answered:
-            with suppress(RuntimeError):
-                return self.watch.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
-        return os.environ["LOCAL_RANK"] == "0"  # no store on this side of the network
 
     def _first_ends(self) -> bool:
         """Whether rank 0 ends by itself, too, within some seconds."""
@@ -282,12 +277,9 @@ def join(timeout: float) -> Ranks:
         how = {"store": store, "rank": rank, "world_size": count, "timeout": wait + timedelta(minutes=1)}
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
     except RuntimeError as error:
-        late = (
-            f"rank {len(hosts)} did not come within {timeout:.0f} s"
-            if 0 < len(hosts) < count
-            else "the ranks cannot connect"
-        )
-        raise RankLost(RankLost.code, f"{late}: {str(error).splitlines()[0][:200]} ({address}:{port})") from None
+        met = len(hosts) in (0, count)
+        what = "the ranks cannot connect" if met else f"rank {len(hosts)} did not come within {timeout:.0f} s"
+        raise RankLost(RankLost.code, f"{what}: {str(error).splitlines()[0][:200]} ({address}:{port})") from None
     # a connection of its own: a thread that waits in one keeps the others out
     watch = Watch(store.clone(), rank, hosts, timeout)
     watch.start()

@@ -7,6 +7,7 @@ while the others wait for it hangs.
 
 import json
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -14,9 +15,14 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
+from ..terminal import printable
+from .start import SAVING
+
 PERIOD = 0.5  # seconds between two signs
 DEAD = 5 * PERIOD  # without a sign, of a rank that the network already says is gone
-GRACE = 10.0  # seconds that the main thread has to end after a failure, before the process is ended
+GRACE = (
+    10.0  # seconds in which the main thread has to notice a failure; on a GPU it may wait for the lost rank for good
+)
 
 
 class Sign(NamedTuple):
@@ -31,11 +37,12 @@ class Watch(threading.Thread):
     """The thread of one rank that judges. `failed` is set once the run has to end; `failure` says why, and is empty where another rank says it."""
 
     def __init__(self, store: Store, rank: int, hosts: list[str], timeout: float):
-        """store: of a connection that no other thread uses; hosts: of every rank; timeout: seconds to wait for a rank."""
+        """store: of a connection in which nobody waits for long; hosts: of every rank; timeout: seconds to wait for a rank."""
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.hosts, self.timeout = store, rank, hosts, timeout
         self.silence = timeout / 2  # without a sign, so that the run has ended before the timeout
         self.failed, self.failure, self.code = threading.Event(), "", 10
+        self._noticed = threading.Event()
         self._done, self._signs = threading.Event(), threading.Thread(target=self._exchange, daemon=True, name="signs")
         self._place, self._waiting_since = "at the start", 0.0
         self._parent = os.getppid()
@@ -63,6 +70,10 @@ class Watch(threading.Thread):
         for thread in (self, self._signs):
             thread.join(DEAD)
 
+    def notice(self) -> None:
+        """The main thread knows of the failure, and saves what there is."""
+        self._noticed.set()
+
     def diagnose(self) -> None:
         """Find out which rank is gone, once the network said that one is: `failed` is set, and `failure` says it."""
         self._waiting_since, until, dead = 0.0, time.monotonic() + 2 * DEAD, []
@@ -75,6 +86,13 @@ class Watch(threading.Thread):
         """Whether the store has answered of late: one that is cut off keeps whoever asks it."""
         return time.monotonic() - self._answered < DEAD
 
+    def speaks(self) -> bool:
+        """Whether this rank is the one of all that says what went wrong."""
+        if self.answered:
+            with suppress(RuntimeError):
+                return self.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
+        return os.environ["LOCAL_RANK"] == "0"  # no store on this side of the network
+
     # the threads
 
     def run(self) -> None:
@@ -83,12 +101,14 @@ class Watch(threading.Thread):
             if os.getppid() != self._parent:
                 self._fail("torchrun, which started this rank, was killed")
             self._judge(time.monotonic())
-        if self.failed.is_set() and not self._done.wait(GRACE):
+        if self.failed.is_set() and not self._done.wait(SAVING if self._noticed.wait(GRACE) else 0):
+            if not self._noticed.is_set() and self.failure and self.speaks():
+                print(f"error: {printable(self.failure)}", file=sys.stderr, flush=True)
             os._exit(self.code)  # the main thread is in a call that does not come back
 
     def _exchange(self) -> None:
         number = 0
-        while not self._done.wait(PERIOD) and not self.failed.is_set():
+        while not self._done.wait(PERIOD):
             number += 1
             with suppress(RuntimeError):  # the store may come back
                 self.store.set(f"sign/{self.rank}", json.dumps(Sign(number, self._place, self._waiting_since > 0)))
@@ -97,9 +117,9 @@ class Watch(threading.Thread):
 
     def _read(self) -> None:
         for r, (sign, _) in self._others.items():
-            if self.store.check([f"ended/{r}"]):
+            if not self.failed.is_set() and self.store.check([f"ended/{r}"]):
                 self.code = int(self.store.get(f"ended/{r}").split()[0])
-                return self._fail("")
+                self._fail("")
             if self.store.check([f"sign/{r}"]):
                 now = Sign(*json.loads(self.store.get(f"sign/{r}")))
                 if now.number != sign.number:
