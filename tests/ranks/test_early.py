@@ -12,14 +12,9 @@ from minilora.__main__ import main
 from minilora.ranks import early
 
 
-@pytest.mark.parametrize(
-    "words, told", [("--model none --data x", "none is not a folder"), ("--no-such-flag 1", "unknown argument")]
-)
-def test_what_all_find_wrong_before_they_have_joined_is_said_once(words: str, told: str):
-    done = run(torchrun(3, "-m", "minilora", "train", *words.split(), "--output", "x"))
-    assert done.returncode == 1 and done.stderr.count(f"error: {told}") == 1 == done.stderr.count(
-        "\nerror: "
-    ) + done.stderr.startswith("error: ")
+def test_what_all_find_wrong_before_they_have_joined_is_said_once():
+    done = run(torchrun(3, "-m", "minilora", "train", "--model", "none", "--data", "x", "--output", "x"))
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "error: none is not a folder" in done.stderr
 
 
 def test_what_all_find_wrong_after_they_have_joined_is_said_once_with_its_code(tmp_path: Path):
