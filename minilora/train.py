@@ -31,7 +31,7 @@ from .objective import SFT, Objective, objective_of
 from .ranks.ranks import ALONE, Ranks, join
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
-from .run.ending import finish, memory_hint, owned, state_saved
+from .run.ending import RESUME, finish, memory_hint, owned, state_saved
 from .run.folder import Progress, Run, restore, save, write_beginning
 from .run.graphs import Graphs
 from .run.monitor import Monitor, RunConsole, working
@@ -57,12 +57,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
     if ranks.restarted:  # from the newest checkpoint, if the run had come to one
         resume = ranks.share(bool(snapshots(folder / "checkpoints")))
         overwrite = not resume
-    with (
-        ranks.ending_as_one("Go on with the same command and --resume."),
-        owned(folder, ranks, resume, overwrite),
-        memory_hint(),
-        kernels(config),
-    ):
+    with ranks.ending_as_one(RESUME), owned(folder, ranks, resume, overwrite), memory_hint(), kernels(config):
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)
             data = load_data(config, base)
