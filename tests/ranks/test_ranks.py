@@ -124,12 +124,17 @@ def test_a_rank_that_is_killed_ends_the_run_and_a_resumed_one_has_the_same_bits(
     assert losses(alone) == pytest.approx(losses(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("whom", ["torchrun", "rank"])
+@pytest.mark.parametrize("whom", ["torchrun", "rank 1", "all"])
 def test_a_signal_saves_once_and_ends_all(tmp_path: Path, whom: str):
+    """Ctrl-C reaches torchrun alone, which passes it on; Slurm's SIGTERM reaches all, so that ranks get it twice."""
     out = tmp_path / "run"
 
-    def stop(process: subprocess.Popen) -> None:
-        os.kill(process.pid if whom == "torchrun" else ranks_of(out)[1], signal.SIGTERM)
+    def stop(torchrun: subprocess.Popen) -> None:
+        if whom == "torchrun":
+            return torchrun.send_signal(signal.SIGINT)
+        ranks = ranks_of(out)
+        for process in [ranks[1]] if whom == "rank 1" else [*ranks.values(), torchrun.pid]:
+            os.kill(process, signal.SIGTERM)
 
     code, said, _ = interrupted(training(tmp_path, str(out)), lambda: steps(out) >= 2, stop)
     assert code == 75 and said.count("stopped by") == 1 and "Traceback" not in said, said
@@ -143,19 +148,20 @@ def test_divergence_ends_all_with_its_own_code(tmp_path: Path):
 
 @pytest.mark.long
 def test_killing_each_rank_again_and_again_loses_nothing(tmp_path: Path):
-    """50 kills at random steps of a run of four ranks that is resumed each time: in the end it is the one that was never killed."""
+    """50 kills at random steps of a run that is resumed each time: in the end it is the one that was never killed."""
     choose, out, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
-    command = [*training(tmp_path, ranks=4)[:-1], "--max-steps", "600", "--eval-every", "50", "--output"]
+    command = [*training(tmp_path)[:-1], "--max-steps", "250", "--eval-every", "50", "--output"]
     for kill in range(50):
-        before, rank = steps(out), kill % 4
-        until = before + choose.randint(1, 7)
+        before, rank = steps(out), kill % 2
+        until = before + choose.randint(1, 4)
         again = ["--resume"] * (out / "checkpoints").exists() or ["--overwrite"] * out.exists()
-        code, said, _ = interrupted(
+        code, said, seconds = interrupted(
             [*command, str(out), *again], lambda until=until: steps(out) >= until, killing(rank, out)
         )
         assert code == 10 and said.count("error:") == 1 and f"error: rank {rank} on" in said, said
         assert not ranks_of(out)
+        print(f"kill {kill + 1} of rank {rank} after step {steps(out)}: ended in {seconds:.1f} s")
     for output, again in ((out, ["--resume"]), (whole, [])):
         assert run([*command, str(output), *again]).returncode == 0
-    assert [line["step"] for line in metrics(out)] == list(range(601))
+    assert [line["step"] for line in metrics(out)] == list(range(251))
     assert losses(out) == losses(whole) and adapter(out) == adapter(whole)
