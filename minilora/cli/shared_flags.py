@@ -25,9 +25,7 @@ Quant = Annotated[
 ]
 Json = Annotated[bool, Arg("print one JSON object")]
 Html = Annotated[str, Arg("write a page as well", "FILE")]
-GPUs = Annotated[
-    int, Arg("use so many GPUs of this machine, or processes on its CPU", group="machine", within=(1, 1024))
-]
+GPUs = Annotated[int, Arg("use so many GPUs of this machine, or processes on its CPU", within=(1, 1024))]
 RankTimeout = Annotated[
     float,
     Arg("seconds to wait for a rank that gives no answer, with --gpus or torchrun", group="machine", within=(1, 1e6)),
