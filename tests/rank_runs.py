@@ -60,7 +60,7 @@ def training(folder: Path, *words: str, ranks: int = 2) -> list[str]:
 
 
 def run(command: list[str], environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, check=False)
 
 
 def steps(run: Path) -> int:

@@ -281,7 +281,8 @@ def join(timeout: float) -> Ranks:
         what = "the ranks cannot connect" if met else f"rank {len(hosts)} did not come within {timeout:.0f} s"
         raise RankLost(RankLost.code, f"{what}: {str(error).splitlines()[0][:200]} ({address}:{port})") from None
     # a connection of its own: a thread that waits in one keeps the others out
-    watch = Watch(store.clone(), rank, hosts, timeout)
+    own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    watch = Watch(own, rank, hosts, timeout)
     watch.start()
     atexit.register(watch.end)  # or the interpreter would end below a thread that asks the store
     return Ranks(rank, count, watch)

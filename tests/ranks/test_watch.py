@@ -102,6 +102,7 @@ def test_a_rank_that_ends_by_itself_gives_its_code_and_says_why_itself(two: tupl
 def test_a_store_that_never_answers_does_not_keep_the_judge(two: tuple[Watch, Watch], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     first, second = two
+    assert isinstance(second.store, Store)
     second.store.there.clear()
     assert failure(second) == "b cannot reach torchrun on a (at the start)"
     assert second.speaks() and failure(first) == "a cannot reach torchrun on a (at the start)"
