@@ -4,8 +4,8 @@
     python -m bench.gpu --out DIR --prepare      compile all kernels beforehand, on a machine that needs no GPU
 
 In this order: the machine and its measured roof, every operation against fp64 in bf16, the wide products at the sizes of Qwen2.5-7B, the
-training steps of 7B and 0.5B with traces, the other kernels of 7B, streams of several lengths, then fp16 and fp32 and other models; from 20
-minutes on torch.compile of the peers and compute-sanitizer too. Each stage is a command of its own that writes each figure into DIR when it
+training steps of 7B and 0.5B with traces, those of 7B on all GPUs where there are several, the other kernels of 7B, streams of several
+lengths, then fp16 and fp32 and other models; from 20 minutes on torch.compile of the peers and compute-sanitizer too. Each stage is a command of its own that writes each figure into DIR when it
 is there; one that fails says so and the rest goes on, and what no longer fits the minutes is skipped and says so. summary.md has all
 tables. No network, and no package beyond the engine's own; peers are measured where they are installed. --toy tries it all out in a minute
 or so, also without a GPU: its figures mean nothing.
@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from torch.cuda import device_count
 
 ROOT = Path(__file__).parent.parent
 REPORTING = 20.0  # seconds that a stage has beyond its own deadline to end
@@ -54,14 +56,24 @@ def stages(out: Path, minutes: float, toy: bool) -> list[Stage]:
             bench("Parity", "parity.json", 30, "proof.parity --toy --dtypes bfloat16"),
             bench("Kernels", "kernels.json", 20, "kernels --models toy --tokens 16 --rounds 1"),
             step("Training steps", "steps.json", 15, "--models toy --tokens 16 --document 8 --rounds 1"),
+            bench(
+                "One rank and two",
+                "ranks.json",
+                5,
+                "ranks --models toy --ranks 1 2 --device cpu --tokens 16 --document 8 --rounds 1",
+            ),
             *sanitized(10),
         ]
     most = ("minilora", "peft style")
+    over_gpus = [bench("Qwen2.5-7B on one GPU and on all", "ranks.json", 8, "ranks --models qwen2.5-7b")] * (
+        device_count() > 1
+    )
     found = [
         machine,
         bench("Parity in bf16", "parity.json", 12, "proof.parity --dtypes bfloat16"),
         bench("The wide products of Qwen2.5-7B", "products.json", 10, "kernels --models qwen2.5-7b --only lora_ linear_"),
         step("Training steps of Qwen2.5-7B", "steps-7b.json", 18, "--models qwen2.5-7b"),
+        *over_gpus,
         bench("Tiles of the Triton GEMMs", "tiles.json", 8, "tiles --time"),
         step("Training steps of Qwen2.5-0.5B", "steps-0.5b.json", 10, "--models qwen2.5-0.5b --tokens 2048 8192"),
         bench("The other kernels of Qwen2.5-7B", "kernels.json", 10, "kernels --models qwen2.5-7b", "--only", "attention", "rms_", "rope", ": swiglu", ": cross_"),

@@ -43,6 +43,7 @@ from minilora.machine.gemm import matrices, settle
 from minilora.models import decoder, layers, qwen
 from minilora.models.decoder import Decoder
 from minilora.models.stream import Batch, Documents
+from minilora.ranks.ranks import ALONE, Ranks
 
 SHAPES = {**MODELS, "toy": TOY}
 BASE = "peft style"  # what the other sides are compared with
@@ -183,15 +184,15 @@ def formulation(
     return make
 
 
-def training(shape: Shape, form: Form) -> Step:
-    """Whole steps of `train`: rows of many lengths packed into streams, clipping and AdamW."""
+def training(shape: Shape, form: Form, ranks: Ranks = ALONE) -> Step:
+    """Whole steps of `train`: rows of many lengths packed into streams, clipping and AdamW; as many rows for each rank."""
     model = the_model(shape, form.rank, form.device)
     chosen = in_form("auto", model, form.tokens)
     the_model.cache_clear()  # training changes the adapters: the next side gets new ones
     config = TrainConfig()
     optimizer = train.optimizer_of(model, config)
     numbers = np.random.default_rng(1)
-    lengths = numbers.integers(form.document // 2, form.document + 1, 2 * form.tokens // form.document)
+    lengths = numbers.integers(form.document // 2, form.document + 1, ranks.count * 2 * form.tokens // form.document)
     examples = []
     for n in lengths:
         ids = numbers.integers(shape.vocab, size=n)
@@ -201,7 +202,8 @@ def training(shape: Shape, form: Form) -> Step:
 
     def run() -> float:
         with chosen():
-            return train.train_step(model, optimizer, pack(examples, form.tokens), config, next(steps)).read()[0]
+            streams = pack(examples, form.tokens)
+            return train.train_step(model, optimizer, streams, config, next(steps), ranks=ranks).read()[0]
 
     return Step(run, int(lengths.sum()), step_flops(model.config, batches, flops_per_token(model, full=False)))
 

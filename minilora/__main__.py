@@ -11,6 +11,7 @@ from .cli.arguments import add_arguments, keywords
 from .cli.parser import Parser
 from .errors import MiniloraError, UsageError
 from .machine.cpu import before_torch, tune_memory
+from .ranks.early import said_once
 from .terminal import printable
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -19,7 +20,8 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        with said_once():
+            return run(sys.argv[1:] if argv is None else argv)
     except MiniloraError as error:
         return fail(error.code, error.what, error.hint)
     except KeyboardInterrupt:

@@ -59,6 +59,7 @@ class DataConfig:
 
 
 PLAIN = DataConfig()
+RANK_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class TrainConfig(DataConfig):
         "auto", "CUDA graphs; auto: where a CPU takes longer to launch a stream than the GPU to compute it", same=False
     )
     rank_timeout: float = setting(
-        300.0, "seconds to wait for a rank that gives no answer, with torchrun or --gpus", same=False
+        RANK_TIMEOUT, "seconds to wait for a rank that gives no answer, with torchrun or --gpus", same=False
     )
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")

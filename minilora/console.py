@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.segment import Segment
 
-from .terminal import printable
+from .terminal import printable, prints
 
 
 class Console(RichConsole):
@@ -14,6 +14,7 @@ class Console(RichConsole):
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, **options)
+        self.quiet |= not prints()
 
     def say(self, text: str = "") -> None:
         """Print a text as it is: without markup, and with line breaks only where it has them."""

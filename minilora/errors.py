@@ -76,7 +76,7 @@ class RankLost(MiniloraError):
     code = 10
 
     def __init__(self, code: int, what: str):
-        super().__init__(what, "Go on with the same command and --resume." if what else "")
+        super().__init__(what)
         self.code = code
 
 

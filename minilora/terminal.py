@@ -1,6 +1,7 @@
 """Lines for a terminal: text of a model, a row or a file name reaches it without control codes."""
 
 import json
+import os
 import shlex
 import sys
 import unicodedata
@@ -18,9 +19,15 @@ def printable(text: str) -> str:
     )
 
 
+def prints() -> bool:
+    """Whether this process says what it does: of the ranks that torchrun started, the first alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str, quiet: bool = False) -> None:
     """Print a line at once; quiet: on standard error, where standard output is for another program."""
-    print(printable(line), file=sys.stderr if quiet else sys.stdout, flush=True)
+    if prints():
+        print(printable(line), file=sys.stderr if quiet else sys.stdout, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -31,7 +31,7 @@ from .objective import SFT, Objective, objective_of
 from .ranks.ranks import ALONE, Ranks, join
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
-from .run.ending import finish, memory_hint, owned, state_saved
+from .run.ending import RESUME, finish, memory_hint, owned, state_saved
 from .run.folder import Progress, Run, restore, save, write_beginning
 from .run.graphs import Graphs
 from .run.monitor import Monitor, RunConsole, working
@@ -54,11 +54,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
         if not getattr(config, key):
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder, ranks = Path(config.output), join(config.rank_timeout)
-    console.quiet |= not ranks.first
     if ranks.restarted:  # from the newest checkpoint, if the run had come to one
-        resume = bool(snapshots(folder / "checkpoints"))
+        resume = ranks.share(bool(snapshots(folder / "checkpoints")))
         overwrite = not resume
-    with ranks.ending_as_one(), owned(folder, ranks, resume, overwrite), memory_hint(), kernels(config):
+    with ranks.ending_as_one(RESUME), owned(folder, ranks, resume, overwrite), memory_hint(), kernels(config):
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)
             data = load_data(config, base)

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..files.model_folder import ADAPTER_CONFIG, Folder, ModelFolder
 from ..lora import merge
 from ..machine.compute import choose, choose_threads, name_of
+from ..ranks.ranks import ALONE, Ranks
 from ..sampling import generation_note
 from ..text.tokenizer import Tokenizer, check_fits
 from .adapter import base_note, load_adapter, trained_quant
@@ -41,14 +42,17 @@ def open_model(
     int8: bool = False,
     allow_partial: bool = False,
     quant: str = "keep",
+    ranks: Ranks = ALONE,
 ) -> Decoder:
-    """The Decoder of a folder with its adapter, in evaluation mode; `say` is told how it computes.
+    """The Decoder of a folder with its adapter, in evaluation mode; `say` is told how it computes, all ranks alike.
 
     int8 merges the adapter into the weights and rounds them to 8 bits (models/int8.py); quant is load_model's. Raises ModelError, and
     UsageError for int8 on a GPU or with quantised weights under an adapter.
     """
     model = load_model(folder, device=device, compute=compute, quant=quant)
     check_fits(tokenizer, model.config.vocab, folder)
+    if not ranks.least(model.compute_dtype.itemsize == 2) and model.compute_dtype.itemsize == 2:
+        model.compute = torch.float32
     if adapter:
         load_adapter(model, adapter, any_base, allow_partial)
         model.eval()
@@ -93,4 +97,6 @@ def computing(model: Decoder, asked: str = "auto") -> str:
     where = f" on {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else ""
     if model.int8_head is not None:
         return f"int8 products{where}, float32 beside them: weights rounded by rows, activations by tokens"
-    return f"{name_of(model.compute_dtype)}{where}: {choose(model.config, stored, device, asked).why}"
+    choice = choose(model.config, stored, device, asked)
+    why = choice.why if choice.dtype == model.compute_dtype else "another rank is fastest in it"
+    return f"{name_of(model.compute_dtype)}{where}: {why}"

@@ -2,9 +2,10 @@
 
 from typing import Unpack
 
-from ..config import DataConfig
+from ..config import RANK_TIMEOUT, DataConfig
+from ..ranks.start import run_on, several
 from ..terminal import say
-from .shared_flags import Adapter, Data, Int8, Json, Model, Opening, Quant, check_paths
+from .shared_flags import Adapter, Data, GPUs, Int8, Json, Model, Opening, Quant, RankTimeout, check_paths
 
 
 def run(
@@ -16,9 +17,13 @@ def run(
     data: Data,
     settings: DataConfig,
     json: Json = False,
+    gpus: GPUs = 1,
+    rank_timeout: RankTimeout = RANK_TIMEOUT,
     **opening: Unpack[Opening],
-) -> None:
+) -> int:
     check_paths(model, adapter, data, settings.encoding)
+    if several(gpus):
+        return run_on(gpus)
     say(f"eval        {model} on {data}", quiet=json)
     from json import dumps
 
@@ -26,27 +31,37 @@ def run(
     from ..data import load_examples
     from ..evaluate import evaluate
     from ..files.model_folder import ModelFolder
+    from ..ranks.ranks import join
     from ..text.tokenizer import load_tokenizer
 
-    folder = ModelFolder(model)
-    tokenizer = load_tokenizer(folder, adapter)
-    for name, note in folder_notes(folder, tokenizer, adapter).items():
-        say(f"{name:<12}{note}", quiet=json)
-    examples, report = load_examples(data, tokenizer, settings)
-    decoder = open_model(
-        folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}", quiet=json), **opening
-    )
-    score, rounded = evaluate(decoder, examples, settings.max_length), None
-    if int8:
-        round_to_int8(decoder)
-        rounded = evaluate(decoder, examples, settings.max_length)
+    ranks = join(rank_timeout)
+    with ranks.ending_as_one("Start it again."):
+        folder = ModelFolder(model)
+        tokenizer = load_tokenizer(folder, adapter)
+        for name, note in folder_notes(folder, tokenizer, adapter).items():
+            say(f"{name:<12}{note}", quiet=json)
+        examples, report = load_examples(data, tokenizer, settings)
+        decoder = open_model(
+            folder,
+            tokenizer,
+            adapter,
+            quant=quant,
+            say=lambda how: say(f"compute     {how}", quiet=json),
+            ranks=ranks,
+            **opening,
+        )
+        score, rounded = evaluate(decoder, examples, settings.max_length, ranks), None
+        if int8:
+            round_to_int8(decoder)
+            rounded = evaluate(decoder, examples, settings.max_length, ranks)
     if json:
         found = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "rows": len(examples)}
         say(dumps(found | ({} if rounded is None else {"int8_loss": rounded.loss})))
-        return
+        return 0
     say(f"data        {report}")
     say(f"loss        {score.loss:.4f} nats a token over {score.tokens:,} answer tokens")
     say(f"perplexity  {score.perplexity:.3f}")
     if rounded is not None:
         more = 100 * (rounded.loss / score.loss - 1)
         say(f"int8        loss {rounded.loss:.4f} ({more:+.2f} %), perplexity {rounded.perplexity:.3f}")
+    return 0

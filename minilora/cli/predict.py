@@ -2,10 +2,11 @@
 
 from typing import Annotated, Unpack
 
-from ..config import DataConfig
+from ..config import RANK_TIMEOUT, DataConfig
+from ..ranks.start import run_on, several
 from ..terminal import say
 from .arguments import Arg, Settings
-from .shared_flags import Adapter, Int8, Model, Opening, Quant, SamplingSeed, check_paths
+from .shared_flags import Adapter, GPUs, Int8, Model, Opening, Quant, RankTimeout, SamplingSeed, check_paths
 
 
 def run(
@@ -25,9 +26,13 @@ def run(
     reading: Annotated[DataConfig, Settings(("columns", "encoding", "ignore_keys", "define"))],
     overwrite: Annotated[bool, Arg("delete an older prediction in --output")] = False,
     json: Annotated[bool, Arg("print predict_results.json instead of the table")] = False,
+    gpus: GPUs = 1,
+    rank_timeout: RankTimeout = RANK_TIMEOUT,
     **opening: Unpack[Opening],
-) -> None:
+) -> int:
     check_paths(model, adapter, data, reading.encoding)
+    if several(gpus):
+        return run_on(gpus)
     say(f"predict {model} on {data}", quiet=json)
     from json import dumps
 
@@ -36,9 +41,17 @@ def run(
 
     console = Console(stderr=json)
     sampling = {"max_tokens": max_tokens, "batch": batch, "sample": sample, "seed": seed}
-    how = {"int8": int8, "quant": quant, "reading": reading, "overwrite": overwrite, "console": console}
+    how = {
+        "int8": int8,
+        "quant": quant,
+        "reading": reading,
+        "overwrite": overwrite,
+        "console": console,
+        "rank_timeout": rank_timeout,
+    }
     results = predict(model, data, output, adapter, **how, **sampling, **opening)
     if json:
         say(dumps(results, ensure_ascii=False, indent=1))
     else:
         show_results(results, console)
+    return 0

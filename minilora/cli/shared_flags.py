@@ -25,6 +25,11 @@ Quant = Annotated[
 ]
 Json = Annotated[bool, Arg("print one JSON object")]
 Html = Annotated[str, Arg("write a page as well", "FILE")]
+GPUs = Annotated[int, Arg("use so many GPUs of this machine, or processes on its CPU", within=(1, 1024))]
+RankTimeout = Annotated[
+    float,
+    Arg("seconds to wait for a rank that gives no answer, with --gpus or torchrun", group="machine", within=(1, 1e6)),
+]
 DataSeed = Annotated[int, Arg("of #N and @RATE", within=(0, 2**31))]
 SamplingSeed = Annotated[int, Arg("of the sampling", within=(0, 2**63 - 1))]
 Recipe = Annotated[str, Arg("yaml file of the settings below; flags win over it", "RUN.yaml")]

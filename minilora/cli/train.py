@@ -1,14 +1,13 @@
 """minilora train: an adapter (or the whole model) trained on rows of conversations."""
 
-import os
-import sys
 from typing import Annotated, Any
 
 from ..errors import UsageError
+from ..ranks.start import run_on, several
 from ..terminal import say
 from .arguments import Arg, Settings
 from .next_commands import next_commands
-from .shared_flags import ConfigFile, Recipe, check_paths, settings_of_file
+from .shared_flags import ConfigFile, GPUs, Recipe, check_paths, settings_of_file
 
 USAGE = "minilora train [RUN.yaml] [--SETTING VALUE ...]\n       minilora train --output RUN --resume"
 EPILOG = """examples:
@@ -25,9 +24,7 @@ def run(
     config: ConfigFile | None = None,
     resume: Annotated[bool, Arg("go on from the newest checkpoint in --output")] = False,
     overwrite: Annotated[bool, Arg("delete what is in --output")] = False,
-    gpus: Annotated[
-        int | None, Arg("train on so many GPUs of this machine, or processes on its CPU", within=(1, 1024))
-    ] = None,
+    gpus: GPUs = 1,
     **settings: Annotated[Any, Settings()],
 ) -> int:
     from pathlib import Path
@@ -46,16 +43,11 @@ def run(
         sources.insert(0, read_yaml(saved))
     resolved = resolve(*sources)
     check_paths(resolved.model, None, resolved.data, resolved.encoding)
-    if (gpus or 1) > 1 and "RANK" not in os.environ:  # which torchrun gives to those that it starts
-        from ..ranks.start import train_on
-
-        return train_on(gpus or 1, sys.argv[1:])
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        say(f"train   {resolved.model} on {resolved.data}" if resolved.model and resolved.data else "train")
+    if several(gpus):
+        return run_on(gpus)
+    say(f"train   {resolved.model} on {resolved.data}" if resolved.model and resolved.data else "train")
     from ..train import train
 
     train(resolved, resume, overwrite)
-    if first:
-        say("\n".join(["", *(f"  {line}" for line in next_commands(resolved))]))
+    say("\n".join(["", *(f"  {line}" for line in next_commands(resolved))]))
     return 0

@@ -1,30 +1,35 @@
-"""The ranks of a run: the processes that train together, each with the base model and the same adapters.
+"""The ranks of a run: the processes that train together, or share rows, each with the base model and the same adapters.
 
 Only gradients of what is trained travel, in one buffer a step, and every rank then makes the same step with the same bits. What is
-printed and written is rank 0's. If one rank ends or is lost, all end, with one message.
+printed and written is rank 0's; what it needs of the others they send through torchrun's store. If one rank ends or is lost, all end,
+with one message.
 """
 
 import atexit
+import itertools
+import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import MiniloraError, RankLost, Stopped, UsageError
-from ..terminal import say
 from .deal import deal, imbalance
+from .start import EXIT_CODES
 from .watch import DEAD, Watch
 
-# names a file to which each rank adds its exit code: torchrun's own is 1 whatever happened
-EXIT_CODES = "MINILORA_EXIT_CODES"
+POLL = 0.05  # seconds between two looks at whether another rank has told something
+FOREVER = timedelta(days=365)
+_joined = itertools.count()  # a key of torchrun's store for each time that this process joins
 
 
 class Ranks:
@@ -32,6 +37,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1, watch: Watch | None = None):
         self.rank, self.count, self.watch = rank, count, watch
+        self._shared = 0  # calls of share: all ranks make the same
 
     @property
     def first(self) -> bool:
@@ -56,8 +62,7 @@ class Ranks:
         if self.watch is None:
             return
         flat = torch.cat([t.flatten() for t in tensors])
-        self.watch.wait()
-        try:
+        with self._waiting(self.watch):
             work = dist.all_reduce(flat, async_op=True)
             assert work is not None
             # on a GPU the sum is queued, and the main thread goes on
@@ -66,10 +71,6 @@ class Ranks:
                     break
             else:
                 work.wait()
-        except RuntimeError:  # the network says that a rank is gone
-            self.watch.diagnose()
-        self.check()
-        self.watch.go_on()
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 
@@ -94,6 +95,73 @@ class Ranks:
         self.sum([told])
         return int(told.min())
 
+    def share(self, value: Any) -> Any:
+        """The first rank's value, which is JSON, at every rank. Raises RankLost."""
+        if self.watch is None:
+            return value
+        self._shared += 1
+        key = f"shared/{self._shared}"
+        with self._waiting(self.watch):
+            if self.first:
+                self.watch.store.set(key, json.dumps(value))
+            while not self.watch.store.check([key]) and not self.watch.failed.wait(POLL):
+                pass
+        return value if self.first else json.loads(self.watch.store.get(key))
+
+    def gather(self, portions: Iterable[list[Any]], stopped: Callable[[], bool]) -> Iterator[Any]:
+        """At the first rank the values of all, each as soon as it is there; elsewhere none: they are sent.
+
+        portions: of the values of this rank, which are JSON; between two of them `stopped` is asked whether a signal came, and one
+        to any rank ends those of all. Raises RankLost.
+        """
+        if self.watch is None:
+            for portion in portions:
+                yield from portion
+                if stopped():
+                    return
+            return
+        store, group = self.watch.store, dist.new_group(backend="gloo", timeout=FOREVER)
+        # a sum that the first rank begins now, and the others when they are through: the network breaks it once one is lost
+        through = dist.all_reduce(torch.zeros(1), group=group, async_op=True) if self.first else None
+        for portion in portions:
+            with self._waiting(self.watch):
+                yield from self._exchange(store, portion)
+                if through and through.is_completed():
+                    through.wait()
+                if stopped():
+                    store.set("stop", "")
+                if store.check(["stop"]):
+                    break
+        with self._waiting(self.watch):
+            through = through or dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+            assert through is not None
+            while not through.is_completed() and not self.watch.failed.wait(POLL):
+                yield from self._exchange(store, [])
+            if not self.watch.failed.is_set():
+                through.wait()
+            yield from self._exchange(store, [])
+
+    def _exchange(self, store: dist.Store, values: list[Any]) -> Iterator[Any]:
+        """Send values to the first rank; at the first, those and what was sent."""
+        if not self.first:
+            for value in values:
+                store.queue_push("values", json.dumps(value))
+            return
+        yield from values
+        while store.queue_len("values"):
+            yield json.loads(store.queue_pop("values"))
+
+    @contextmanager
+    def _waiting(self, watch: Watch) -> Iterator[None]:
+        """The block waits for other ranks. Raises RankLost."""
+        watch.wait()
+        try:
+            yield
+        except RuntimeError:  # the network says that a rank is gone
+            watch.diagnose()
+        self.check()
+        watch.go_on()
+
     def note(self, tokens: Sequence[int]) -> str:
         """How evenly streams of so many tokens are dealt, for people."""
         assert self.watch
@@ -110,6 +178,7 @@ class Ranks:
     def check(self) -> None:
         """RankLost if the run has to end because of another rank."""
         if self.watch and self.watch.failed.is_set():
+            self.watch.notice()
             raise RankLost(self.watch.code, self.watch.failure)
 
     def leave(self) -> None:
@@ -118,26 +187,30 @@ class Ranks:
             self.watch.end()
 
     @contextmanager
-    def ending_as_one(self) -> Iterator[None]:
-        """All ranks end as the first that fails does: one message, one exit code."""
+    def ending_as_one(self, hint: str) -> Iterator[None]:
+        """All ranks end as the first that fails does: one message, one exit code. hint: what to do after a rank was lost."""
         if self.watch is None:
             yield
             return
         try:
             yield
         except MiniloraError as error:
-            self._end(error.code, follows=isinstance(error, RankLost))
-            if isinstance(error, RankLost):
-                speaks = error.what and self._speaks()
-            else:  # what all ranks find wrong is rank 0's to say; what this rank alone does, its own
-                speaks = self.first or (not isinstance(error, Stopped) and not self._first_ends())
-                error.what = error.what if self.first else f"rank {self.rank} on {socket.gethostname()}: {error.what}"
-            if not speaks:
+            lost = isinstance(error, RankLost)
+            self._end(error.code, follows=lost)
+            if lost:
+                error.hint = hint
+            elif not self.first:
+                error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
+            # what all ranks find wrong is rank 0's to say; what this rank alone does, its own
+            own = self.first if isinstance(error, Stopped) else self.first or lost or not self._first_ends()
+            if not (own and error.what and self.watch.speaks()):
                 raise SystemExit(error.code) from None
             raise
         except Exception:
             self._end(70)
             raise
+        else:
+            dist.destroy_process_group()  # so that the same processes can join again
         finally:
             if self.watch.failed.is_set():
                 atexit.register(_exit, self.watch.code)
@@ -150,24 +223,15 @@ class Ranks:
         if EXIT_CODES in os.environ:
             with Path(os.environ[EXIT_CODES]).open("a") as codes:
                 codes.write(f"{code}\n")
-        try:
-            self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
-        except RuntimeError:  # torchrun is gone
-            say(f"rank {self.rank} ends with exit code {code}", quiet=True)
-
-    def _speaks(self) -> bool:
-        """Whether this rank is the one that says which rank was lost."""
-        assert self.watch
-        try:
-            return self.watch.store.compare_set("speaks", "", str(self.rank)) == str(self.rank).encode()
-        except RuntimeError:  # no store on this side of the network
-            return os.environ["LOCAL_RANK"] == "0"
+        if self.watch.answered:
+            with suppress(RuntimeError):  # torchrun is gone
+                self.watch.store.set(f"ended/{self.rank}", f"{code}{' follows' * follows}")
 
     def _first_ends(self) -> bool:
         """Whether rank 0 ends by itself, too, within some seconds."""
         assert self.watch
         until = time.monotonic() + DEAD
-        while time.monotonic() < until:
+        while time.monotonic() < until and self.watch.answered:
             if self.watch.store.check(["ended/0"]):
                 return b"follows" not in self.watch.store.get("ended/0")
             time.sleep(0.1)
@@ -187,25 +251,38 @@ ALONE = Ranks()
 def join(timeout: float) -> Ranks:
     """The ranks that torchrun started, which must all come within `timeout` seconds; without torchrun this process alone.
 
-    On a GPU the current device becomes the one of the rank. Raises UsageError if there are fewer GPUs than ranks.
+    On a GPU the current device becomes the one of the rank. Raises UsageError if there are fewer GPUs than ranks, RankLost if one
+    does not come.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2:
         return ALONE
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, local, host = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), socket.gethostname()
     gpus = torch.cuda.device_count()
     if gpus and local >= gpus:
         raise UsageError(f"rank {rank}: this machine has {gpus} GPUs", f"Start at most {gpus} processes on it.")
     if gpus:
         torch.cuda.set_device(local)
-    wait = timedelta(seconds=timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=wait + timedelta(minutes=1))
-    count = dist.get_world_size()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait, hosts = timedelta(seconds=timeout), []
+    try:
+        # what torchrun has opened; where something else starts the ranks, the first opens it
+        opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        tcp = dist.TCPStore(address, port, is_master=opens, timeout=wait, wait_for_workers=False)
+        started = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"minilora/{started}/{next(_joined)}", tcp)
+        store.set(f"host/{rank}", host)
+        while len(hosts) < count:
+            hosts.append(store.get(f"host/{len(hosts)}").decode())  # waits for it
+        how = {"store": store, "rank": rank, "world_size": count, "timeout": wait + timedelta(minutes=1)}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **how)
+    except RuntimeError as error:
+        met = len(hosts) in (0, count)
+        what = "the ranks cannot connect" if met else f"rank {len(hosts)} did not come within {timeout:.0f} s"
+        raise RankLost(RankLost.code, f"{what}: {str(error).splitlines()[0][:200]} ({address}:{port})") from None
     # a connection of its own: a thread that waits in one keeps the others out
-    tcp = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
-    store = dist.PrefixStore(f"minilora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
-    store.set(f"host/{rank}", socket.gethostname())
-    hosts = [store.get(f"host/{r}").decode() for r in range(count)]  # waits for each
-    watch = Watch(store, rank, hosts, timeout)
+    own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    watch = Watch(own, rank, hosts, timeout)
     watch.start()
     atexit.register(watch.end)  # or the interpreter would end below a thread that asks the store
     return Ranks(rank, count, watch)

@@ -19,6 +19,8 @@ from .folder import Run, check_output, check_unlocked, load_kept_step, save
 from .monitor import Monitor
 from .signals import StopSignal
 
+RESUME = "Go on with the same command and --resume."  # after a rank was lost
+
 
 @contextmanager
 def final_report(folder: Path) -> Iterator[None]:

@@ -132,12 +132,17 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run, console: Console) -> None:
-    """Load the newest undamaged snapshot into the model and the optimizer; CheckpointMismatch if its settings differ."""
-    folder, skipped = newest_snapshot(run.checkpoints)
+    """Load the newest undamaged snapshot into the model and the optimizer; CheckpointMismatch if its settings differ.
+
+    The first rank chooses it: on a shared file system the others may not see all yet, or see it late.
+    """
+    found, skipped = newest_snapshot(run.checkpoints) if run.ranks.first else (None, [])
     for line in skipped:
         console.say(line)
-    if folder is None:
+    name = run.ranks.share(found and found.name)
+    if name is None:
         raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
+    folder = run.checkpoints / name
     state = read_state(folder)
     then, now = state["identity"], _identity(run)
     older = defaults()  # of settings that the run's version did not have yet

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and a closed terminal ask a run to stop at its next safe point. A second signal ends it at once."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -26,6 +27,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and "RANK" in os.environ:
+            return  # torchrun passes on what has come to all already, and ends a rank that takes too long
         if self.requested:
             raise SystemExit(128 + number)
         self.requested, self.name = True, NAMES[signal.Signals(number)]

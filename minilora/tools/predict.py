@@ -3,7 +3,8 @@
 The last answer of each row is the reference, and all before it is the prompt. A row that ends with a question, or whose last
 answer is empty, has no reference: it is answered and not scored. No prompt and no reference is cut, whatever the limits of
 training were; answers that end at max_tokens are counted. Each answer is saved at once, in part.jsonl, so that a stopped
-prediction can go on. The files are those of LLaMA-Factory, with more in them.
+prediction can go on. The files are those of LLaMA-Factory, with more in them. Ranks share the questions and send their answers to
+the first, which writes them.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,7 +23,7 @@ from rich.table import Table
 from ..checkpoint.load import fingerprint
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..checkpoint.quantized import in_memory
-from ..config import PLAIN, DataConfig
+from ..config import PLAIN, RANK_TIMEOUT, DataConfig
 from ..console import Console
 from ..errors import OutputInUse, Stopped
 from ..files.atomic import locked, write_file
@@ -30,6 +32,7 @@ from ..files.strict_json import read_json_lines
 from ..generate import Request, decode
 from ..lora import base_parameters
 from ..machine.compute import name_of
+from ..ranks.ranks import Ranks, join
 from ..report.metrics import interval, measured_rows, word_cutter
 from ..report.record import RESULTS, ROWS, read_json_file
 from ..rows.questions import Question, read_questions
@@ -59,72 +62,89 @@ def predict(
     seed: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
+    rank_timeout: float = RANK_TIMEOUT,
     **opening: Unpack[Opening],
 ) -> dict[str, Any]:
     """Answer the questions of a file into a folder; returns the contents of its predict_results.json.
 
     A folder that holds the same prediction is left as it is, and one that was stopped goes on; any other raises OutputInUse.
     """
-    console, folder = console or Console(), Path(output)
-    base = ModelFolder.of(model)
-    tokenizer = load_tokenizer(base, adapter)
+    console, folder, ranks = console or Console(), Path(output), join(rank_timeout)
     say = console.say
-    for name, note in folder_notes(base, tokenizer, adapter).items():
-        say(f"{name:<8}{note}")
-    questions = read_questions(data, tokenizer, reading, say)
-    then, _, _ = _earlier(folder, overwrite)
-    dtype = then.get("dtype") if isinstance(then, dict) else None
-    if opening.get("compute", "auto") == "auto" and dtype in ("float32", "bfloat16"):
-        opening["compute"] = dtype  # a machine that is busy now may measure otherwise
-    decoder = open_model(base, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
-    sampling, stop = read_generation(base)
-    sampling = sampling if sample else GREEDY
-    quant = in_memory(opening.get("quant", "keep"), base.config)
-    settings = {
-        "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
-        "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
-        "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
-        "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
-        "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
-        "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
-    }  # fmt: skip
-    _check_output(folder)
-    with locked(folder):
-        then, results, done = _earlier(folder, overwrite)
+    with ranks.ending_as_one("The same command goes on from there."), _owned(folder, ranks):
+        base = ModelFolder.of(model)
+        tokenizer = load_tokenizer(base, adapter)
+        for name, note in folder_notes(base, tokenizer, adapter).items():
+            say(f"{name:<8}{note}")
+        questions = read_questions(data, tokenizer, reading, say)
+        then, results, done = _earlier(folder, overwrite or not ranks.first)
+        dtype = then.get("dtype") if isinstance(then, dict) else None
+        if opening.get("compute", "auto") == "auto" and dtype in ("float32", "bfloat16"):
+            opening["compute"] = dtype  # a machine that is busy now may measure otherwise
+        opening["compute"] = ranks.share(opening.get("compute", "auto"))
+        decoder = open_model(base, tokenizer, adapter, say=lambda how: say(f"compute {how}"), ranks=ranks, **opening)
+        sampling, stop = read_generation(base)
+        sampling = sampling if sample else GREEDY
+        quant = in_memory(opening.get("quant", "keep"), base.config)
+        settings = {
+            "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
+            "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
+            "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
+            "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
+            "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
+            "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
+        }  # fmt: skip
         if then is not None and not _same(then, settings):
             what = "a prediction" if results else "the beginning of a prediction"
             hint = "Give another --output, or --overwrite to start again."
             raise OutputInUse(f"{folder} holds {what} of other weights, rows or decoding", hint)
-        if results:
+        left = ranks.share(None if results else [i for i in range(len(questions)) if i not in done])
+        if left is None:
             say(f"{folder} holds this prediction already")
-            return results
-        for name in (ROWS, RESULTS):
-            (folder / name).unlink(missing_ok=True)
-        write_file(folder / PART, "".join(map(_line, [settings, *done.values()])))
+            return ranks.share(results)
+        if ranks.first:
+            for name in (ROWS, RESULTS):
+                (folder / name).unlink(missing_ok=True)
+            write_file(folder / PART, "".join(map(_line, [settings, *done.values()])))
         began = time.monotonic()
-        with open(folder / PART, "a", encoding="utf-8") as part, StopSignal() as signal:
-            left = [i for i in range(len(questions)) if i not in done]
-            generators = {} if sampling == GREEDY else {i: random_of(seed, i) for i in left}
-            stop |= tokenizer.stop_ids
-            requests = [Request(questions[i].ids, stop, max_tokens, sampling, generators.get(i), i) for i in left]
-            # the longest first: what is too long for the memory fails at once, and the cache grows once
-            requests.sort(key=lambda r: -len(r.prompt))
-            answers = _finished(decode(decoder, deque(requests), batch), signal)
+        own = ranks.own([len(questions[i].ids) + max_tokens for i in left])
+        generators = {} if sampling == GREEDY else {i: random_of(seed, i) for i in left}
+        stop |= tokenizer.stop_ids
+        requests = [
+            Request(questions[i].ids, stop, max_tokens, sampling, generators.get(i), i) for i in (left[k] for k in own)
+        ]
+        # the longest first: what is too long for the memory fails at once, and the cache grows once
+        requests.sort(key=lambda r: -len(r.prompt))
+        with open(folder / PART if ranks.first else os.devnull, "a", encoding="utf-8") as part, StopSignal() as signal:
+            answers = ranks.gather(_finished(decode(decoder, deque(requests), batch), ranks), lambda: signal.requested)
             for answer in _shown_progress(answers, len(done), len(questions), console):
-                row = _row(answer, questions[answer.number], tokenizer)
-                done[answer.number] = row
+                row = _row(answer, questions[answer["row"]], tokenizer)
+                done[answer["row"]] = row
                 part.write(_line(row))
                 part.flush()
                 os.fsync(part.fileno())
+        if ranks.first:
             if len(done) < len(questions):
-                what = f"stopped by {signal.name} after {len(done)} of {len(questions)} answers, which are kept in {folder}"
+                by = signal.name or "a signal to another rank"
+                what = f"stopped by {by} after {len(done)} of {len(questions)} answers, which are kept in {folder}"
                 raise Stopped(what, "The same command goes on from there.")
-        rows = [done[i] for i in range(len(questions))]
-        results = _results(rows, settings, time.monotonic() - began)
-        write_file(folder / ROWS, "".join(map(_line, rows)))
-        write_file(folder / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-        (folder / PART).unlink(missing_ok=True)
-    return results
+            rows = [done[i] for i in range(len(questions))]
+            results = _results(rows, settings, time.monotonic() - began)
+            write_file(folder / ROWS, "".join(map(_line, rows)))
+            write_file(folder / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+            (folder / PART).unlink(missing_ok=True)
+        return ranks.share(results)
+
+
+@contextmanager
+def _owned(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """The folder, locked for this prediction; its first rank holds it."""
+    if not ranks.first:
+        yield
+        return
+    _check_output(folder)
+    with locked(folder):
+        yield
 
 
 def _hash(texts) -> str:
@@ -165,13 +185,13 @@ def _same(then: Any, now: dict) -> bool:
     return all(then.get(key) == now[key] for key in keys)
 
 
-def _shown_progress(answers: Iterator[Request], done: int, total: int, console: Console) -> Iterator[Request]:
+def _shown_progress(answers: Iterator[dict], done: int, total: int, console: Console) -> Iterator[dict]:
     """The answers, with a line from time to time; `done` answers of an earlier process are there already."""
     began = shown = time.monotonic()
     tokens = 0
     for made, answer in enumerate(answers, 1):
         yield answer
-        tokens += len(answer.ids)
+        tokens += len(answer["ids"])
         now = time.monotonic()
         if now - shown > PLAIN_EVERY or done + made == total:
             shown = now
@@ -180,19 +200,19 @@ def _shown_progress(answers: Iterator[Request], done: int, total: int, console: 
             console.say(f" {done + made:>5}/{total} answers  {speed}  ETA {eta}")
 
 
-def _row(answer: Request, question: Question, tokenizer: Tokenizer) -> dict[str, Any]:
+def _row(answer: dict[str, Any], question: Question, tokenizer: Tokenizer) -> dict[str, Any]:
     """A row of generated_predictions.jsonl."""
     return {
-        "row": answer.number,
+        "row": answer["row"],
         "prompt": tokenizer.decode(question.ids, specials=True),
-        "predict": tokenizer.answer(answer.ids),
+        "predict": tokenizer.answer(answer["ids"]),
         "label": question.label,
         "question": question.text,
         "where": question.where,
         "hashes": [f"{h:016x}" for h in question.hashes],
-        "tokens": len(answer.ids),
+        "tokens": len(answer["ids"]),
         "label_tokens": question.label_tokens,
-        "cut": answer.finish_reason == "length",
+        "cut": answer["cut"],
     }
 
 
@@ -200,12 +220,12 @@ def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def _finished(passes: Iterator[list[Request]], signal: StopSignal) -> Iterator[Request]:
-    """Each request when it is answered, until a signal comes."""
-    for requests in passes:
-        yield from (r for r in requests if r.finish_reason)
-        if signal.requested:
-            return
+def _finished(passes: Iterator[list[Request]], ranks: Ranks) -> Iterator[list[dict[str, Any]]]:
+    """The answers of this rank that each pass ends: their row, ids, and whether they were cut."""
+    for number, requests in enumerate(passes, 1):
+        ranks.begin(f"answering, token {number}")
+        ended = [r for r in requests if r.finish_reason]
+        yield [{"row": r.number, "ids": r.ids, "cut": r.finish_reason == "length"} for r in ended]
 
 
 def _results(rows: list[dict], settings: dict, seconds: float) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def test_everything_that_a_gpu_would_run_on_torchs_paths(tmp_path: Path):
     steps = {row["name"]: row for row in json.loads((out / "steps.json").read_text())["rows"]}
     losses = [row["loss"] for name, row in steps.items() if "loss" in row and "training" not in name]
     assert len(losses) >= 4 and max(losses) - min(losses) < 0.01  # the sides compute the same
+    one, two = json.loads((out / "ranks.json").read_text())["rows"]
+    assert 1.5 < two["tokens"] / one["tokens"] < 2.5 and two["bytes"] == one["bytes"] > 0
     assert all((out / "traces" / f"toy-16-{side}.json.gz").exists() for side in ("minilora", "peft-style"))
     assert (
         "ERROR SUMMARY: 0" in (out / "memcheck.log").read_text() and "| compute-sanitizer racecheck | done" in summary

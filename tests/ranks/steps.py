@@ -6,6 +6,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks/step
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from minilora.config import TrainConfig
 from minilora.data import IGNORE, Example, pack
 from minilora.evaluate import evaluate
 from minilora.lora import trained_parameters
-from minilora.ranks.ranks import Ranks, join
+from minilora.ranks.ranks import ALONE, Ranks, join
 from minilora.run.setup import optimizer_of, prepare
+from minilora.run.snapshot import load_snapshot, save_snapshot
 from minilora.train import train_step
 
 CASES: dict[str, dict[str, Any]] = {
@@ -58,14 +60,57 @@ def results(folder: Path, ranks: Ranks) -> dict[str, Any]:
         score = evaluate(model, rows, config.micro_tokens, ranks)
         flat = torch.cat([p.detach().flatten() for p in trained_parameters(model).values()])
         found[name] = {
-            "steps": steps, "val": score.total, "tokens": score.tokens, "some": flat[:: max(1, len(flat) // 500)].tolist(),
+            "steps": steps, "val": score.total, "tokens": score.tokens, "some": some_of(model),
             "bits": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
     return found
+
+
+def begun(folder: Path, ranks: Ranks) -> tuple[torch.nn.Module, torch.optim.AdamW, Callable[[int], list[float]]]:
+    """A run with dropout: its model, its optimizer, and a call that makes its step s and returns some parameters."""
+    config = replace(TrainConfig(micro_tokens=24, lora_r=4), **CASES["dropout"])
+    model = prepare(load_model(folder, torch.float64, torch.device("cpu")), config).double()
+    optimizer = optimizer_of(model, config)
+
+    def step(s: int) -> list[float]:
+        train_step(model, optimizer, pack(examples()[s:], 24), config, s, ranks=ranks).read()
+        return some_of(model)
+
+    return model, optimizer, step
+
+
+def go_on(folder: Path, snapshot: Path, ranks: Ranks) -> list[float]:
+    """The next step of a run from what other ranks have left, and a snapshot of it."""
+    model, optimizer, step = begun(folder, ranks)
+    if snapshot.exists():
+        load_snapshot(snapshot, model, optimizer, full=False)
+    found = step(int(max(state["step"] for state in optimizer.state.values())) if optimizer.state else 0)
+    ranks.least(0)  # nobody writes before all have read
+    if ranks.first:
+        save_snapshot(snapshot, model, optimizer, {}, folder, full=False)
+    return found
+
+
+def without_a_stop(folder: Path) -> list[float]:
+    """The third step of that run; the adapters are rounded after each as a snapshot does, which is fp32 as they are elsewhere."""
+    model, _, step = begun(folder, ALONE)
+    for s in (0, 1):
+        step(s)
+        for p in trained_parameters(model).values():
+            p.data.copy_(p.data.float())
+    return step(2)
+
+
+def some_of(model: torch.nn.Module) -> list[float]:
+    flat = torch.cat([p.detach().flatten() for p in trained_parameters(model).values()])
+    return flat[:: max(1, len(flat) // 500)].tolist()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     me = join(60)
     told = results(Path(sys.argv[1]), me)
+    told["gone on"] = go_on(Path(sys.argv[1]), Path(sys.argv[2], "snapshot"), me)
+    if me.count == 1:
+        told["without a stop"] = without_a_stop(Path(sys.argv[1]))
     Path(sys.argv[2], f"{me.count}-{me.rank}.json").write_text(json.dumps(told))

@@ -2,24 +2,33 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from tiny import make_model, make_rows
+from rank_runs import (
+    ENVIRONMENT,
+    ROOT,
+    SETTINGS,
+    adapter,
+    given,
+    interrupted,
+    killing,
+    losses,
+    metrics,
+    ranks_of,
+    run,
+    steps,
+    torchrun,
+    training,
+)
+from tiny import make_model
 
+from minilora.__main__ import main
 from minilora.ranks.deal import deal, imbalance
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(ranks: int, *words: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
-
 
 # which rank has which stream
 
@@ -41,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     model = make_model(folder / "model")
     script = str(ROOT / "tests/ranks/steps.py")
-    for command in ([sys.executable], torchrun(2), torchrun(4)):
+    for command in (torchrun(4), torchrun(2), [sys.executable]):
         subprocess.run([*command, script, str(model), str(folder)], check=True, env=ENVIRONMENT, capture_output=True)
     return folder
 
@@ -63,97 +72,73 @@ def test_ranks_compute_what_one_computes(found: Path, count: int, case: str):
     assert (one["val"], one["tokens"]) == (pytest.approx(alone["val"], rel=1e-12), alone["tokens"])
 
 
+def test_a_run_goes_on_from_four_ranks_to_two_to_one(found: Path):
+    """A step each, from the snapshot of the one before, is what one process computes in three; in fp64, moments too."""
+    one = read(found / "1-0.json")
+    assert one["gone on"] == pytest.approx(one["without a stop"], rel=1e-10, abs=1e-12)
+
+
 # a run of several ranks that is killed, stopped, or diverges
 
 
-def training(folder: Path, *words: str, ranks: int = 2) -> list[str]:
-    """The command of a run on the tiny model, of 12 steps with a checkpoint every fourth."""
-    if not (folder / "model").exists():
-        make_model(folder / "model")
-        make_rows(folder / "rows.json")
-    how = f"--micro-tokens 64 --batch-size 6 --max-steps 12 --save-every 4 --lora-dropout 0.2 --compute float32 --rank-timeout 60 --val 2 --eval-every 6 --gpus {ranks}"
-    settings = ["--model", str(folder / "model"), "--data", str(folder / "rows.json"), *how.split()]
-    return [sys.executable, "-m", "minilora", "train", *settings, "--output", *words]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing happens to; writes.log has what the second of them opened to write, or moved."""
+    folder = tmp_path_factory.mktemp("whole")
+    hook = {
+        "PYTHONPATH": f"{ROOT / 'tests/ranks/audit'}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}",
+        "AUDITED": str(folder),
+    }
+    done = run(training(folder, str(folder / "run")), hook)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+def test_the_first_rank_alone_writes_into_the_run(whole: Path):
+    """So on a file system that machines share, no two write one file; and what is there appears by a rename (files/atomic.py)."""
+    first, second = ((whole.parent / f"writes-{rank}.log").read_text().splitlines() for rank in (0, 1))
+    assert sum("checkpoints" in line for line in first) > 3 and second == []
 
 
-def steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count('"loss"') if path.exists() else 0
+def test_torchrun_starts_the_ranks_again_and_they_go_on_by_themselves(tmp_path: Path, whole: Path):
+    out = tmp_path / "run"
+    words = [*given("train", tmp_path), *SETTINGS, "--output", str(out)]
+    code, said, _ = interrupted(torchrun(2, "--max-restarts=1", *words), lambda: steps(out) >= 6, killing(1, out))
+    assert code == 0 and said.count("resume  from") == 1, said
+    assert [line["step"] for line in metrics(out)] == list(range(13)) and losses(out) == losses(whole)
+    assert adapter(out) == adapter(whole)
 
 
-def of_rank(rank: int, run: Path) -> int:
-    """The process of a rank of a run."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, words = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
-        except OSError:
-            continue
-        if f"RANK={rank}".encode() in environment and str(run).encode() in words:
-            return int(process.name)
-    raise AssertionError(f"rank {rank} is not there")
-
-
-def interrupted(command: list[str], output: Path, step: int, interrupt) -> tuple[int, str, float]:
-    """(exit code, what it printed, seconds that it took to end) of a run that something happens to after a step."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while steps(output) < step:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    interrupt(process)
-    then = time.monotonic()
-    said, _ = process.communicate()
-    return process.returncode, said, time.monotonic() - then
-
-
-def adapter(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def no_rank_is_left(run: Path) -> bool:
-    with pytest.raises(AssertionError, match="is not there"):
-        of_rank(0, run)
-    with pytest.raises(AssertionError, match="is not there"):
-        of_rank(1, run)
-    return True
-
-
-def test_a_rank_that_is_killed_ends_the_run_and_a_resumed_one_has_the_same_bits(tmp_path: Path):
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert run(training(tmp_path, str(whole))).returncode == 0
-    code, said, _ = interrupted(
-        training(tmp_path, str(out)), out, 3, lambda _: os.kill(of_rank(1, out), signal.SIGKILL)
-    )
+def test_a_rank_that_is_killed_ends_the_run_and_a_resumed_one_has_the_same_bits(tmp_path: Path, whole: Path):
+    out = tmp_path / "killed"
+    code, said, _ = interrupted(training(tmp_path, str(out)), lambda: steps(out) >= 3, killing(1, out))
     assert code == 10 and said.count("error:") == 1 and "Traceback" not in said, said
     assert "error: rank 1 on" in said and "died (step" in said
-    assert no_rank_is_left(out) and not list(out.glob("**/.tmp-*"))
+    assert not ranks_of(out) and not list(out.glob("**/.tmp-*"))
     done = run([*training(tmp_path, str(out)), "--resume"])
     assert done.returncode == 0 and "resume  from" in done.stdout
     assert adapter(out) == adapter(whole)
     # what is trained does not depend on the number of ranks but for the order of a sum
     alone = tmp_path / "alone"
-    assert run(training(tmp_path, str(alone), ranks=1)).returncode == 0
+    assert main(training(tmp_path, str(alone), ranks=1)[3:]) == 0
     assert losses(alone) == pytest.approx(losses(whole), rel=1e-4)
 
 
-def losses(run: Path) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [value for line in lines for key, value in line.items() if key in ("loss", "val_loss")]
-
-
-@pytest.mark.parametrize("whom", ["torchrun", "rank"])
+@pytest.mark.parametrize("whom", ["torchrun", "rank 1", "all"])
 def test_a_signal_saves_once_and_ends_all(tmp_path: Path, whom: str):
+    """Ctrl-C reaches torchrun alone, which passes it on; Slurm's SIGTERM reaches all, so that ranks get it twice."""
     out = tmp_path / "run"
 
-    def stop(process: subprocess.Popen) -> None:
-        os.kill(process.pid if whom == "torchrun" else of_rank(1, out), signal.SIGTERM)
+    def stop(torchrun: subprocess.Popen) -> None:
+        if whom == "torchrun":
+            return torchrun.send_signal(signal.SIGINT)
+        ranks = ranks_of(out)
+        for process in [ranks[1]] if whom == "rank 1" else [*ranks.values(), torchrun.pid]:
+            os.kill(process, signal.SIGTERM)
 
-    code, said, _ = interrupted(training(tmp_path, str(out)), out, 2, stop)
+    code, said, _ = interrupted(training(tmp_path, str(out)), lambda: steps(out) >= 2, stop)
     assert code == 75 and said.count("stopped by") == 1 and "Traceback" not in said, said
-    assert no_rank_is_left(out) and "--resume" in said
+    assert not ranks_of(out) and "--resume" in said
 
 
 def test_divergence_ends_all_with_its_own_code(tmp_path: Path):
@@ -163,21 +148,20 @@ def test_divergence_ends_all_with_its_own_code(tmp_path: Path):
 
 @pytest.mark.long
 def test_killing_each_rank_again_and_again_loses_nothing(tmp_path: Path):
-    """50 kills at random steps of a run that is resumed each time, on 4, 2 and 3 ranks."""
-    import random
-
-    choose, out = random.Random(0), tmp_path / "run"
-    command = training(tmp_path, str(out), ranks=4)
-    command[command.index("--max-steps") + 1] = "400"
+    """50 kills at random steps of a run that is resumed each time: in the end it is the one that was never killed."""
+    choose, out, whole = random.Random(0), tmp_path / "run", tmp_path / "whole"
+    command = [*training(tmp_path)[:-1], "--max-steps", "250", "--eval-every", "50", "--output"]
     for kill in range(50):
-        count = (4, 2, 3)[kill % 3]
-        command[command.index("--gpus") + 1] = str(count)
-        rank, before = choose.randrange(count), steps(out)
-        code, said, _ = interrupted(
-            [*command, *["--resume"] * bool(before)], out, before + choose.randint(1, 7),
-            lambda _, rank=rank: os.kill(of_rank(rank, out), signal.SIGKILL),
-        )  # fmt: skip
-        assert code == 10 and said.count("error:") == 1, said
-        assert no_rank_is_left(out)
-    assert run([*command, "--resume"]).returncode == 0
-    assert steps(out) == 400
+        before, rank = steps(out), kill % 2
+        until = before + choose.randint(1, 4)
+        again = ["--resume"] if list(out.glob("checkpoints/step-*")) else ["--overwrite"] * out.exists()
+        code, said, seconds = interrupted(
+            [*command, str(out), *again], lambda until=until: steps(out) >= until, killing(rank, out)
+        )
+        assert code == 10 and said.count("error:") == 1 and f"error: rank {rank} on" in said, said
+        assert not ranks_of(out)
+        print(f"kill {kill + 1} of rank {rank} after step {steps(out)}: ended in {seconds:.1f} s")
+    for output, again in ((out, ["--resume"]), (whole, [])):
+        assert run([*command, str(output), *again]).returncode == 0
+    assert [line["step"] for line in metrics(out)] == list(range(251))
+    assert losses(out) == losses(whole) and adapter(out) == adapter(whole)
