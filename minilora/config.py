@@ -130,15 +130,14 @@ class TrainConfig(DataConfig):
     gemm: Literal["auto", "triton", "augmented", "library"] = setting(
         "auto", "form of the products on a GPU; auto: the fastest one, measured on the model's shapes", same=False
     )
-    deterministic: bool = setting(
-        False, "the same bits every time on a GPU too: attention adds in one order", same=False
-    )
+    deterministic: bool = setting(False, "the same bits also on a GPU: attention adds in one order", same=False)
     graphs: Literal["auto", "on", "off"] = setting(
         "auto", "CUDA graphs; auto: where a CPU takes longer to launch a stream than the GPU to compute it", same=False
     )
     rank_timeout: float = setting(
         RANK_TIMEOUT, "seconds to wait for a rank that gives no answer, with torchrun or --gpus", same=False
     )
+    shard: Literal["off", "on"] = setting("off", "on: ranks share the frozen base, each keeps 1/N of it", same=False)
     output: str = setting("", "run folder to write", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)

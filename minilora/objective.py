@@ -62,6 +62,7 @@ class Objective(NamedTuple):
     ]  # sums over a stream: the loss, which gradients flow from; with it what is logged
     units: Callable[[Batch], int]
     logged: tuple[str, ...] = ()
+    passes: tuple[bool, ...] = (True,)  # over a stream, in turn: whether gradients flow
 
 
 def targets_of(batch: Batch) -> int:
@@ -75,4 +76,4 @@ def objective_of(config: TrainConfig) -> Objective:
     """The objective that a config names."""
     if config.objective == "sft":
         return SFT
-    return Objective(partial(pair_numbers, beta=config.beta), pairs_of, LOGGED)
+    return Objective(partial(pair_numbers, beta=config.beta), pairs_of, LOGGED, passes=(False, True))

@@ -26,6 +26,7 @@ from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
+from minilora.models.gathered import GatheredWeight
 from minilora.models.layers import pack_weights
 from minilora.models.quantized import pack_codes, quantize_linears
 
@@ -156,9 +157,19 @@ def load_model(
     blocks, fp8-rows also what is multiplied with them (fp8_rows.py); a folder that is quantised already is taken as it is (keep) or
     widened to dtype (off). Beyond the model itself one tensor is in memory at a time. Raises ModelError with every mismatch between the folder and the model.
     """
-    folder = ModelFolder.of(folder)
-    c = read_config(folder)
     device = find_device(device)
+    model, stored = described_model(ModelFolder.of(folder), dtype, quant)
+    model = model.to_empty(device=device)
+    pack_weights(model)
+    pack_codes(model)
+    for name, weight in base_parameters(model).items():
+        fill(weight, stored, name)
+    return ready(model, device, compute)
+
+
+def described_model(folder: ModelFolder, dtype: torch.dtype | None, quant: str) -> tuple[Decoder, Stored]:
+    """The Decoder of a folder on the meta device, with the weights that load_model gives it, and where they are read from."""
+    c = read_config(folder)
     try:
         model = empty_model(c, dtype)
     except RuntimeError:
@@ -168,19 +179,28 @@ def load_model(
     stored = Stored.of(folder)
     check_shapes(model, stored)
     quantize_linears(model, _empty_weights(model, stored, quant))
-    model = model.to_empty(device=device).requires_grad_(False).eval()
     pack_weights(model)
     pack_codes(model)
-    for name, weight in base_parameters(model).items():
-        with stored.reading(name, weight.shape) as value, torch.no_grad():
-            if isinstance(weight, QuantizedWeight):
-                _quantize(weight, value, f"{folder}: {name}")
-            else:
-                weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
-                check_finite(weight, f"{folder}: {name}")
-    model.compute = choose(c, model.head.dtype, device, compute).dtype
-    use_newest_flash(device, c.head_size)
-    return model
+    return model, stored
+
+
+@torch.no_grad()
+def fill(weight: Weight, stored: Stored, name: str) -> None:
+    """Read a weight of that name, in the form that it has in memory."""
+    what = f"{stored.tensors.folder}: {name}"
+    with stored.reading(name, weight.shape) as value:
+        if isinstance(weight, QuantizedWeight):
+            _quantize(weight, value, what)
+        else:
+            weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
+            check_finite(weight, what)
+
+
+def ready(model: Decoder, device: torch.device, compute: str) -> Decoder:
+    """A model whose weights are there, frozen, in evaluation mode, and with the dtype that it computes in."""
+    model.compute = choose(model.config, model.head.dtype, device, compute).dtype
+    use_newest_flash(device, model.config.head_size)
+    return model.requires_grad_(False).eval()
 
 
 def _empty_weights(model: Decoder, stored: Stored, quant: str) -> dict[str, QuantizedWeight]:
@@ -297,7 +317,10 @@ def fingerprint(parameters: Mapping[str, Weight]) -> str:
     digest = hashlib.sha256()
     for name, p in sorted(parameters.items()):
         digest.update(f"{name} {list(p.shape)}".encode())
-        first = p.first_values(FIRST) if isinstance(p, QuantizedWeight) else p.detach()[:FIRST].flatten()[:FIRST]
+        if isinstance(p, QuantizedWeight):
+            first = p.first_values(FIRST)
+        else:
+            first = p.first if isinstance(p, GatheredWeight) else p.detach()[:FIRST].flatten()[:FIRST]
         digest.update(first.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -8,6 +8,7 @@ those codes beside it. After one round the base is what --quant makes of the fol
 adapter are the whole model. On other bits the adapter would add an error that is not there: loading it refuses.
 """
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -17,14 +18,16 @@ from minilora.kernels.quantized import QuantizedWeight
 
 from ..errors import UsageError
 from ..files.model_folder import Folder, ModelFolder
-from ..lora import adapters
+from ..lora import LoRALinear, adapters
 from .quantized import Stored
 
 LEAST = 1e-5  # of the largest singular value: below are rounding errors, and a start of (almost) zeros would not train
 
 
-def loftq_init(model: nn.Module, folder: Folder) -> None:
+def loftq_init(model: nn.Module, folder: Folder, wrapped: Iterable[tuple[str, LoRALinear]] | None = None) -> None:
     """Set A and B of every adapter of a model, quantised while it was loaded from the folder, and not trained yet.
+
+    wrapped: of these alone, in turn (run/load_sharded.py).
 
     B = U_R sqrt(S_R / scale) [N, R] and A = sqrt(S_R / scale) V_R^T [R, K], fp32; one weight at a time is read again.
     Where E has a lower rank, the rest of A and B stays as add_lora made it. UsageError if a base weight is not
@@ -33,7 +36,7 @@ def loftq_init(model: nn.Module, folder: Folder) -> None:
     mark_loftq(model)
     folder = ModelFolder.of(folder)
     stored = Stored.of(folder)
-    for path, wrapper in adapters(model):
+    for path, wrapper in adapters(model) if wrapped is None else wrapped:
         name, weight = f"{path}.weight", cast(QuantizedWeight, wrapper.base.weight)
         if name in stored.parts or stored.tensors.shapes.get(name, ((), ()))[1] != tuple(weight.shape):
             what = f"LoftQ starts from the weights before they were quantised, and {folder.path} does not hold {name}"

@@ -4,8 +4,8 @@ A product is timed in every form that it has (kernels/wide_products.py) with the
 turn, the second-level cache flushed in between. A model has few distinct shapes; layers of the same shapes take the same form.
 The library it is unless another form is over 3 % faster.
 
-A group that takes the augmented form is copied into its matrix then. Groups with a quantised weight, and those whose weights
-are stored in another dtype than the computed one, have no such matrix.
+A group that takes the augmented form is copied into its matrix then. Groups with a quantised weight, those whose weights are
+stored in another dtype than the computed one, and those of a base that ranks share have no such matrix.
 """
 
 import json
@@ -27,6 +27,7 @@ from minilora.kernels.linear_cross_entropy import linear_cross_entropy
 from minilora.kernels.lora_linear import lora_linear_group, runs_on_triton
 from minilora.kernels.projection import Projection
 from minilora.models.decoder import Decoder
+from minilora.models.gathered import GatheredWeight
 from minilora.models.layers import projection
 
 from ..files.atomic import write_file
@@ -128,8 +129,9 @@ def _has(form: str, projections: list[Projection], x: Tensor) -> bool:
     """Whether the products of a group with x can have a form here."""
     if form == "triton":
         return runs_on_triton(x, projections)
-    # a weight that is widened for each product has no matrix
-    return form == "library" or all(isinstance(p.weight, Tensor) and p.weight.dtype == x.dtype for p in projections)
+    # a weight that is widened for each product has no matrix, nor has one that is gathered for each pass
+    plain = all(isinstance(p.weight, Tensor) and p.weight.dtype == x.dtype for p in projections)
+    return form == "library" or (plain and not any(isinstance(p.weight, GatheredWeight) for p in projections))
 
 
 def _ways(projections: list[Projection], x: Tensor) -> dict[str, list[Projection]]:

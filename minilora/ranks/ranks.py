@@ -1,4 +1,4 @@
-"""The ranks of a run: the processes that train together, or share rows, each with the base model and the same adapters.
+"""The ranks of a run: the processes that train together, or share rows, each with the base model, or its part of it, and the same adapters.
 
 Only gradients of what is trained travel, in one buffer a step, and every rank then makes the same step with the same bits. What is
 printed and written is rank 0's; what it needs of the others they send through torchrun's store. If one rank ends or is lost, all end,
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from ..errors import MiniloraError, RankLost, Stopped, UsageError
 from .deal import deal, imbalance
 from .start import EXIT_CODES
 from .watch import DEAD, Watch
+
+if TYPE_CHECKING:
+    from .gather import Shards
 
 POLL = 0.05  # seconds between two looks at whether another rank has told something
 FOREVER = timedelta(days=365)
@@ -37,6 +40,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1, watch: Watch | None = None):
         self.rank, self.count, self.watch = rank, count, watch
+        self.shards: Shards | None = None  # of the base model, where the ranks share it out
+        self._idle = 0  # streams of other ranks for which this one has none
         self._shared = 0  # calls of share: all ranks make the same
 
     @property
@@ -61,16 +66,13 @@ class Ranks:
         """
         if self.watch is None:
             return
+        if self.shards:
+            for _ in range(self._idle):
+                self.shards.serve()
+            self._idle = 0
         flat = torch.cat([t.flatten() for t in tensors])
-        with self._waiting(self.watch):
-            work = dist.all_reduce(flat, async_op=True)
-            assert work is not None
-            # on a GPU the sum is queued, and the main thread goes on
-            while not flat.is_cuda and not work.is_completed():
-                if self.watch.failed.wait(0.0005):
-                    break
-            else:
-                work.wait()
+        with self.exchanging():
+            self.wait([dist.all_reduce(flat, async_op=True)], flat.device)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 
@@ -101,7 +103,7 @@ class Ranks:
             return value
         self._shared += 1
         key = f"shared/{self._shared}"
-        with self._waiting(self.watch):
+        with self.exchanging():
             if self.first:
                 self.watch.store.set(key, json.dumps(value))
             while not self.watch.store.check([key]) and not self.watch.failed.wait(POLL):
@@ -124,7 +126,7 @@ class Ranks:
         # a sum that the first rank begins now, and the others when they are through: the network breaks it once one is lost
         through = dist.all_reduce(torch.zeros(1), group=group, async_op=True) if self.first else None
         for portion in portions:
-            with self._waiting(self.watch):
+            with self.exchanging():
                 yield from self._exchange(store, portion)
                 if through and through.is_completed():
                     through.wait()
@@ -132,7 +134,7 @@ class Ranks:
                     store.set("stop", "")
                 if store.check(["stop"]):
                     break
-        with self._waiting(self.watch):
+        with self.exchanging():
             through = through or dist.all_reduce(torch.zeros(1), group=group, async_op=True)
             assert through is not None
             while not through.is_completed() and not self.watch.failed.wait(POLL):
@@ -152,15 +154,25 @@ class Ranks:
             yield json.loads(store.queue_pop("values"))
 
     @contextmanager
-    def _waiting(self, watch: Watch) -> Iterator[None]:
+    def exchanging(self) -> Iterator[None]:
         """The block waits for other ranks. Raises RankLost."""
-        watch.wait()
+        assert self.watch
+        self.watch.wait()
         try:
             yield
         except RuntimeError:  # the network says that a rank is gone
-            watch.diagnose()
+            self.watch.diagnose()
         self.check()
-        watch.go_on()
+        self.watch.go_on()
+
+    def wait(self, works: Sequence[Any], device: torch.device) -> None:
+        """Wait, in a block that is exchanging, for what travels to this device; on a GPU it is queued, and the main thread goes on."""
+        assert self.watch
+        for work in works:
+            while device.type != "cuda" and not work.is_completed():
+                if self.watch.failed.wait(0.0005):
+                    return
+            work.wait()
 
     def note(self, tokens: Sequence[int]) -> str:
         """How evenly streams of so many tokens are dealt, for people."""
@@ -173,7 +185,9 @@ class Ranks:
 
     def own(self, tokens: Sequence[int]) -> list[int]:
         """Which of the streams of a step, or of an evaluation, are this rank's; tokens: of each stream."""
-        return deal(tokens, self.count)[self.rank]
+        dealt = deal(tokens, self.count)
+        self._idle = max(map(len, dealt)) - len(dealt[self.rank])
+        return dealt[self.rank]
 
     def check(self) -> None:
         """RankLost if the run has to end because of another rank."""

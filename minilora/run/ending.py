@@ -56,7 +56,7 @@ def memory_hint() -> Iterator[None]:
         if not known and "can't allocate memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0][:200] or "the system gives no more"
-        hint = "Try --checkpointing, a smaller --micro-tokens (with a smaller --max-length), or a smaller --lora-r."
+        hint = "Try --checkpointing, a smaller --micro-tokens (with a smaller --max-length), a smaller --lora-r, or with several GPUs --shard on."
         raise OutOfMemory(f"out of memory: {reason}", hint) from None
 
 

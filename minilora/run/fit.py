@@ -28,15 +28,17 @@ class Streams(NamedTuple):
     fit_twice: bool = False
 
 
-def stream_tokens(config: TrainConfig, folder: ModelFolder, model: Decoder, longest: int, rows: int) -> Streams:
-    """The streams of a run whose steps have so many rows, the longest of so many tokens."""
+def stream_tokens(
+    config: TrainConfig, folder: ModelFolder, model: Decoder, longest: int, rows: int, spared: int = 0
+) -> Streams:
+    """The streams of a run whose steps have so many rows, the longest of so many tokens; spared: bytes that other ranks hold of the base."""
     device = model.head.device
     if device.type != "cuda":
         return Streams(max(config.micro_tokens or config.max_length, longest))
     quant = in_memory(quant_asked(config, device), folder.config)
     trial = prepare(empty_model(model.config, model.head.dtype, quant), config)
     trial.compute = model.compute
-    there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    there = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + spared
     return streams_on_card(config, trial, there, longest, rows)
 
 

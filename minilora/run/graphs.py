@@ -23,6 +23,7 @@ from minilora.kernels.dispatch import to_device
 from minilora.kernels.dropout import shared_keys
 from minilora.kernels.lora_linear import runs_on_triton
 from minilora.models.decoder import Decoder
+from minilora.models.gathered import GatheredWeight
 
 from ..config import TrainConfig
 from ..data import IGNORE, Batch
@@ -68,6 +69,8 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "--offload on"
     if config.objective == "dpo":
         return "--objective dpo"
+    if isinstance(model.head, GatheredWeight):
+        return "--shard on gathers every layer from the other ranks"
     stream = probe.expand(streams.tokens, 1)
     if config.lora_dropout and not all(runs_on_triton(stream, [w.projection()]) for _, w in adapters(model)):
         return "PyTorch draws the masks of dropout from a seed of the host"

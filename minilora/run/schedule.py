@@ -63,7 +63,8 @@ def make_plan(
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     rows_per_step = config.batch_size * config.accumulation
     longest = max(data.train.longest, data.val.longest)
-    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count))
+    spared = ranks.shards.bytes.spared if ranks.shards else 0
+    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count), spared)
     plan = Plan(
         train=data.train,
         val=data.val,
@@ -190,6 +191,8 @@ def _header(
     if ranks.count > 1:
         first = pack(step_examples(plan.train, plan.rows_per_step, config.seed, 0), plan.micro_tokens)
         lines.append("ranks   " + ranks.note([len(batch.ids) for batch in first]))
+    if config.shard == "on":
+        lines.append("shard   " + (ranks.shards.note() if ranks.shards else "off: there is one rank"))
     lines.append("data    " + str(data.report).replace("\n", indent))
     lines += [f"{name:<8}" + note.replace("\n", indent) for name, note in data.notes.items()]
     lines.append(

@@ -23,7 +23,9 @@ from ..lora import add_lora, trained_parameters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 from ..machine.gemm import GEMM, MOST_ROWS, read_choice, settle
+from ..objective import objective_of
 from ..ranks.ranks import ALONE, Ranks
+from .load_sharded import load_sharded, starts
 
 
 def load(
@@ -35,12 +37,16 @@ def load(
     """
     c, device = read_config(folder), find_device(None if config.device == "auto" else config.device)
     check_offload(config, device)
+    check_shard(config)
     stored, compute = dtypes(config, c, device)
     if not ranks.least(compute.itemsize == 2) and compute.itemsize == 2:
         compute = torch.float32  # another rank found it faster
-    model = prepare(load_model(folder, stored, device, name_of(compute), quant_asked(config, device)), config)
+    form = folder, stored, device, name_of(compute), quant_asked(config, device)
+    shares = config.shard == "on" and ranks.count > 1
+    loaded = load_sharded(*form, ranks, objective_of(config).passes) if shares else load_model(*form)
+    model = prepare(loaded, config)
     if config.lora_init == "loftq" and not resume:
-        loftq_init(model, folder)
+        loftq_init(model, folder, starts(ranks.shards) if ranks.shards else None)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     kept = read_choice(Path(config.output) / GEMM, device) if resume else None
@@ -99,6 +105,12 @@ def check_offload(config: TrainConfig, device: torch.device) -> None:
             "--offload on moves the inputs of layers from a GPU to the host's memory, and this run is on a CPU",
             "Leave it out.",
         )
+
+
+def check_shard(config: TrainConfig) -> None:
+    """UsageError where --shard has nothing to shard."""
+    if config.shard == "on" and config.method == "full":
+        raise UsageError("--shard on shares a frozen base, and --method full trains it", "Give one of them.")
 
 
 def quant_asked(config: TrainConfig, device: torch.device, planned: bool = False) -> str:
