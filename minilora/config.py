@@ -94,6 +94,7 @@ class TrainConfig(DataConfig):
     )
     beta: float = setting(0.1, "dpo's: how far the model may move from the base")
     lr: float = setting(2e-4, "peak learning rate")
+    loraplus_lr_ratio: float = setting(1.0, "LoRA+: the rate of B over that of A; 16 is its paper's")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warmup")
     warmup: float = setting(0.03, "warmup: a share of the steps below 1, else a number of steps")
     epochs: float | None = setting(

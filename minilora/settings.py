@@ -58,7 +58,7 @@ REFUSED = {
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
     "accumulation", "micro_tokens", "eval_every", "save_every", "keep_checkpoints", "threads",
-    "rank_timeout", "beta",
+    "rank_timeout", "beta", "loraplus_lr_ratio",
 }  # fmt: skip
 NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}

@@ -173,12 +173,13 @@ def step_metrics(
     run: "Run", step: int, batches: "list[Batch]", loss: float, lr: float, grad_norm: float, seconds: float, mfu: float
 ) -> dict[str, Any]:
     """The object of metrics.jsonl for a step, counted from 1."""
-    tokens = sum(len(b.ids) for b in batches)
+    tokens, ratio = sum(len(b.ids) for b in batches), run.config.loraplus_lr_ratio
     return {
         "step": step,
         "epoch": round(step / run.plan.steps_per_epoch, 4),
         "loss": loss,
         "lr": lr,
+        **({"lr_b": lr * ratio} if ratio != 1 else {}),
         "grad_norm": grad_norm,
         "tokens": tokens,
         "target_tokens": sum(len(b.targets) for b in batches),

@@ -136,12 +136,12 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of the next step; on a GPU it lies in a tensor, from which a CUDA graph reads it."""
+    """The rate of the next step, for each group times its ratio; on a GPU it lies in a tensor, from which a CUDA graph reads it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group.get("ratio", 1.0))
         else:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("ratio", 1.0)
 
 
 def _header(

@@ -24,6 +24,7 @@ from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 from ..machine.gemm import GEMM, MOST_ROWS, read_choice, settle
 from ..objective import objective_of
+from ..methods.lora_plus import rate_groups
 from ..ranks.ranks import ALONE, Ranks
 from .load_sharded import load_sharded, starts
 
@@ -138,11 +139,11 @@ def _machine(device: torch.device) -> str:
 
 def optimizer_of(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW on the trained parameters; on a GPU the learning rate lies in a tensor (schedule.set_learning_rate)."""
-    parameters = list(trained_parameters(model).values())
     form = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, **form)
+    optimizer = torch.optim.AdamW(rate_groups(model, config.loraplus_lr_ratio), lr=config.lr, **form)
     if model.head.is_cuda:
-        optimizer.param_groups[0]["lr"] = torch.tensor(config.lr, device=model.head.device)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.lr * group["ratio"], device=model.head.device)
     return optimizer
 
 

@@ -42,7 +42,9 @@ class StepResult:
         numbers: Tensor,
         logged: Sequence[str] = (),
     ):
-        """numbers: loss, norm of all gradients, ranks that are to stop, one of each name that is logged, and the norm of each gradient."""
+        """numbers: loss, norm of all gradients, ranks that are to stop, one of each name that is logged, and the norm of each gradient,
+        in the order of the optimizer.
+        """
         self.model, self.optimizer, self.batches, self.step = model, optimizer, batches, step
         self.logged = dict.fromkeys(logged, 0.0)  # once they are read
         self.stops = False  # whether a signal came to a rank, once it is read
@@ -54,8 +56,13 @@ class StepResult:
     def grad_norms(self) -> dict[str, float]:
         """The norm of each gradient before clipping, by parameter. Raises Diverged."""
         self.read()
-        moved = [name for name, p in trained_parameters(self.model).items() if p in self.optimizer.state]
-        return dict(zip(moved, self._numbers.tolist()[3 + len(self.logged) :], strict=True))
+        return dict(zip(self._moved(), self._numbers.tolist()[3 + len(self.logged) :], strict=True))
+
+    def _moved(self) -> list[str]:
+        """The parameters that have a gradient, in the order of the optimizer, which is that of their norms."""
+        names = {p: name for name, p in trained_parameters(self.model).items()}
+        ordered = (p for group in self.optimizer.param_groups for p in group["params"])
+        return [names[p] for p in ordered if p in self.optimizer.state]
 
     @property
     def ready(self) -> bool:
@@ -72,8 +79,7 @@ class StepResult:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return loss, grad_norm
         vars(self.optimizer)["found_inf"].zero_()
-        moved = [name for name, p in trained_parameters(self.model).items() if p in self.optimizer.state]
-        bad = next((name for name, norm in zip(moved, norms, strict=True) if not math.isfinite(norm)), "none")
+        bad = next((name for name, norm in zip(self._moved(), norms, strict=True) if not math.isfinite(norm)), "none")
         rows = ", ".join([w for b in self.batches for w in b.where][:4])
         what = f"loss {loss}, gradient norm {grad_norm} (first bad gradient: {bad}; rows: {rows} ...)"
         raise Diverged(f"step {self.step + 1}: {what}", "Lower --lr or raise --warmup; nothing of this step was kept.")
