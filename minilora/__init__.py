@@ -12,7 +12,7 @@ _HOMES = {
     "load_model": "checkpoint.load",
     "save_model": "checkpoint.load",
     "add_lora": "lora",
-    "merge": "lora",
+    "merge": "adapted",
     "set_dropout_keys": "lora",
     "loftq_init": "checkpoint.loftq",
     "load_adapter": "checkpoint.adapter",
@@ -24,6 +24,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from .adapted import merge as merge
     from .checkpoint.adapter import load_adapter as load_adapter
     from .checkpoint.adapter import save_adapter as save_adapter
     from .checkpoint.load import load_model as load_model
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .finetuning import finetune as finetune
     from .generate import reply as reply
     from .lora import add_lora as add_lora
-    from .lora import merge as merge
     from .lora import set_dropout_keys as set_dropout_keys
     from .sampling import Sampling as Sampling
     from .text.tokenizer import load_tokenizer as load_tokenizer

@@ -73,7 +73,9 @@ class TrainConfig(DataConfig):
     mix_ratio: str = setting("1:1", "own rows : general rows")
     cache: str = setting("", "folder that keeps the tokens of the rows for the next run", same=False)
     model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
-    method: Literal["lora", "full"] = setting("lora", "train adapters, or every weight in fp32 (small models)")
+    method: Literal["lora", "dora", "prefix", "prompt", "ia3", "freeze", "bitfit", "bottleneck", "full"] = setting(
+        "lora", "what is trained (docs/methods.md); full: every weight in fp32, for small models"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of the base weights; auto is the checkpoint's, bfloat16 for float16"
     )
@@ -88,7 +90,13 @@ class TrainConfig(DataConfig):
         "all-linear", "all-linear, attention, mlp, names with commas, or a regex over whole paths"
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
-    lora_init: Literal["kaiming", "loftq"] = setting("kaiming", "start of A and B; loftq: the error of --quant")
+    lora_init: Literal["kaiming", "loftq", "pissa"] = setting(
+        "kaiming", "start of A and B; loftq: the error of --quant; pissa: the largest part of each weight"
+    )
+    pre_seq_len: int = setting(128, "virtual tokens of prefix and prompt tuning")
+    prefix_projection: bool = setting(False, "an MLP makes the prefix while it is trained")
+    freeze_trainable_layers: int = setting(2, "last layers that freeze trains")
+    bottleneck_size: int = setting(64, "width of bottleneck adapters")
     objective: Literal["sft", "dpo"] = setting(
         "sft", "sft: train answers; dpo: prefer the chosen answer of each row to the rejected one"
     )

@@ -49,7 +49,7 @@ def decode(model: Decoder, waiting: deque[Request], slots: int = 1) -> Iterator[
     A request leaves `waiting` when a slot is free. Between passes the caller may append to `waiting`, and may end a request
     by giving it a finish_reason. Answers do not depend on what runs beside them, up to the rounding of the model's dtype.
     """
-    cache = Cache(model.config.layers, slots, model.head.device)
+    cache = Cache(model.config.layers, slots, model.head.device, model.virtual)
     running: list[Request] = []
     while True:
         for slot in reversed(range(len(running))):

@@ -7,7 +7,7 @@ A wrapped linear computes y = W x + b + scale * B A dropout(x), with W and b fro
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "ml
 class LoRALinear(Adapted):
     """A frozen linear layer and its adapter: x [T, in] -> [T, out]."""
 
+    merges = ("weight",)
+
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -46,24 +48,27 @@ class LoRALinear(Adapted):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def projection(self) -> Projection:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [R, in] and B [out, R] of dW = scale * B A."""
+        return self.lora_A, self.lora_B
+
+    def projection(self) -> Projection | None:
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
         key = self.keys.of(self.number) if p else DEFAULT_KEY
-        return Projection(self.base.weight, self.base.bias, Adapter(self.lora_A, self.lora_B, self.scale, p, key))
+        return Projection(self.base.weight, self.base.bias, Adapter(*self.factors(), self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear_group(x, [self.projection()], self.output_needed)[0]
+        return lora_linear_group(x, [cast(Projection, self.projection())], self.output_needed)[0]
 
-    def merged_weight(self, stored: Tensor | None = None) -> Tensor:
-        """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W.
+    def merged(self, name: str, stored: Tensor) -> Tensor:
+        """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W."""
+        return self.wide_sum(stored).to(stored.dtype)
 
-        W is the base's weight, or `stored`, the same matrix as a file has it.
-        """
-        w = self.base.weight.detach() if stored is None else stored.to(self.lora_A.device)
+    def wide_sum(self, w: Tensor) -> Tensor:
         wide = torch.promote_types(w.dtype, torch.float32)
-        delta = self.lora_B.detach().to(wide) @ self.lora_A.detach().to(wide)
-        return w.to(wide).add(delta, alpha=self.scale).to(w.dtype)
+        a, b = (t.detach().to(wide) for t in self.factors())
+        return w.to(b.device, wide).add(b @ a, alpha=self.scale)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -79,7 +84,9 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 def base_parameters(model: nn.Module) -> dict[str, Weight]:
     """The weights of the model under its adapters, by the names that they have in the checkpoint."""
     named: dict[str, Weight] = {**dict(model.named_parameters()), **quantized_weights(model)}
-    return {n.replace(".base.", "."): p for n, p in named.items() if not n.endswith((".lora_A", ".lora_B"))}
+    inside = [pair for m in model.modules() if isinstance(m, Adapted) for pair in m.named_parameters()]
+    own = {id(p) for name, p in inside if not name.startswith("base.")}
+    return {n.replace(".base.", "."): p for n, p in named.items() if id(p) not in own}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,6 +102,7 @@ def add_lora(
     dropout: float = 0.0,
     rslora: bool = False,
     seed: int = 0,
+    kind: type[LoRALinear] = LoRALinear,
 ) -> None:
     """Freeze a model and wrap the targeted linears with new adapters, B zero: the model computes what it did.
 
@@ -108,7 +116,7 @@ def add_lora(
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for path in target_paths(model, targets):
-        wrapper = wrap(model, path, r, alpha, dropout, rslora)
+        wrapper = wrap(model, path, r, alpha, dropout, rslora, kind=kind)
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
             wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
@@ -117,15 +125,15 @@ def add_lora(
 
 def require_no_adapters(model: nn.Module) -> None:
     """UsageError if the model has adapters: one linear carries one."""
-    if any(True for _ in adapters(model)):
+    if any(isinstance(m, Adapted) for m in model.modules()):
         raise UsageError("the model has adapters already", "Merge them first, or load the model again.")
 
 
-def wrap(model: nn.Module, path: str, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> LoRALinear:
-    """Replace the linear at a path by a wrapper around it; A is not initialised."""
+def wrap(model: nn.Module, path: str, *form: Any, kind: type[LoRALinear] = LoRALinear) -> LoRALinear:
+    """Replace the linear at a path by a wrapper around it, of a form as LoRALinear takes it; A is not initialised."""
     base = model.get_submodule(path)
     assert isinstance(base, nn.Linear), (path, type(base))
-    wrapper = LoRALinear(base, r, alpha, dropout, rslora).train(model.training)
+    wrapper = kind(base, *form).train(model.training)
     replace_module(model, path, wrapper)
     return wrapper
 
@@ -159,29 +167,6 @@ def _selects(name: str, path: str) -> bool:
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def merge(model: nn.Module) -> None:
-    """Add every adapter into its weight, in place, and take the wrappers away; rounded once to the weight's dtype."""
-    if quantized_weights(model) and any(True for _ in adapters(model)):  # the sum would be rounded to few levels
-        raise UsageError("the adapters are on quantised weights", "Load the model with quant off to merge them.")
-    for path, wrapper in list(adapters(model)):
-        with torch.no_grad():
-            wrapper.base.weight.copy_(wrapper.merged_weight())
-        replace_module(model, path, wrapper.base)
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model while the block runs: the wrappers are taken out and put back."""
-    wrapped = list(adapters(model))
-    for path, wrapper in wrapped:
-        replace_module(model, path, wrapper.base)
-    try:
-        yield
-    finally:
-        for path, wrapper in wrapped:
-            replace_module(model, path, wrapper)
 
 
 def set_dropout_keys(model: nn.Module, seed: int, step: int, micro: int) -> None:

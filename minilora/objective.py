@@ -21,7 +21,7 @@ from minilora.models.decoder import Decoder
 
 from .config import TrainConfig
 from .data import Batch
-from .lora import without_adapters
+from .adapted import without_adapters
 
 LOGGED = ("margin", "accuracy", "chosen", "rejected")  # means over pairs, beside the loss
 

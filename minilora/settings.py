@@ -24,7 +24,7 @@ ALIASES = {
     "lora_target": "lora_targets", "target_modules": "lora_targets", "targets": "lora_targets", "use_rslora": "rslora",
     "dropout": "lora_dropout", "gradient_checkpointing": "checkpointing", "eval_steps": "eval_every",
     "save_steps": "save_every", "save_total_limit": "keep_checkpoints", "adam_beta1": "beta1", "adam_beta2": "beta2",
-    "tokenized_path": "cache", "test_size": "test",
+    "tokenized_path": "cache", "num_virtual_tokens": "pre_seq_len", "virtual_tokens": "pre_seq_len", "test_size": "test",
     "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps",
 }  # fmt: skip
 # settings of LLaMA-Factory, Hugging Face and axolotl that have no meaning here, and why none is needed
@@ -58,7 +58,7 @@ REFUSED = {
 POSITIVE = {
     "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
     "accumulation", "micro_tokens", "eval_every", "save_every", "keep_checkpoints", "threads",
-    "rank_timeout", "beta", "loraplus_lr_ratio",
+    "rank_timeout", "beta", "loraplus_lr_ratio", "pre_seq_len", "freeze_trainable_layers", "bottleneck_size",
 }  # fmt: skip
 NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilora.kernels.attention import attention_cached, attention_decode
 
 from .stream import Documents
+from .virtual import Virtual
 
 
 class Cache:
@@ -18,8 +20,13 @@ class Cache:
     `start` and `extend` prepare a pass of the model and return its documents.
     """
 
-    def __init__(self, layers: int, slots: int = 1, device: torch.device | None = None):
+    def __init__(
+        self, layers: int, slots: int = 1, device: torch.device | None = None, virtual: nn.Module | None = None
+    ):
+        """virtual: the Decoder's, whose rows are the first of every document."""
         self.slots, self.device, self.capacity = slots, device, 0
+        self.virtual = cast(Virtual, virtual).count if virtual is not None else 0
+        self._counted = self.virtual if virtual is not None and cast(Virtual, virtual).counted else 0
         # by slot: tokens, prompt length, and length of the bidirectional prefix in a prefix LM
         self.lengths: list[int] = []
         self.prompt_lens: list[int] = []
@@ -29,17 +36,17 @@ class Cache:
 
     def start(self, lengths: list[int], prefix_lens: list[int] | None = None) -> Documents:
         """Prefill: add new documents, and return them for the pass."""
-        self.lengths += lengths
-        self.prompt_lens += lengths
-        self.prefix_lens += prefix_lens or []
-        self._prepare(lengths)
+        self.lengths += [n + self.virtual for n in lengths]
+        self.prompt_lens += [n + self._counted for n in lengths]
+        self.prefix_lens += [n + self._counted for n in prefix_lens or []]
+        self._prepare([n + self.virtual for n in lengths])
         return replace(Documents.of(lengths, prefix_lens), cache=self).to(self.device)
 
     def extend(self, tokens: int = 1) -> Documents:
         """Decode: one more token for every document, or several for the only one."""
         assert tokens == 1 or len(self.lengths) == 1, (tokens, self.lengths)
-        new, starts = [tokens] * len(self.lengths), self.lengths
-        self.lengths = [n + tokens for n in starts]
+        new, starts = [tokens] * len(self.lengths), [n - self.virtual + self._counted for n in self.lengths]
+        self.lengths = [n + tokens for n in self.lengths]
         self._prepare(new)
         documents = Documents.of(new, self.prefix_lens or None, starts)
         return replace(documents, cache=self, prompt_lens=self.prompt_lens).to(self.device)

@@ -51,6 +51,7 @@ class Decoder(nn.Module):
         self.offload = False  # with checkpointing, the inputs of blocks wait in host memory
         self.compute: torch.dtype | None = None  # None: in the dtype that weights are stored in
         self.int8_head: torch.ScriptObject | None = None  # int8.py
+        self.virtual: nn.Module | None = None  # trained rows in front of each document, virtual.py
         # given a weight, torch draws none: on the meta device that would import its compiler, which takes a second
         weight = torch.empty(config.vocab, config.width)
         _plant(self, names.embedding, nn.Embedding(config.vocab, config.width, _weight=weight))
@@ -86,6 +87,8 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, documents: Documents, index: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm, of all tokens [T, D] or of those at index [M] alone, for ids [T]."""
         x = self.embedding(ids).to(self.compute_dtype)
+        if self.virtual is not None:
+            x, documents, index = self.virtual(x, documents, index)
         context = self.context(documents, x.dtype)
         offload = Offload(x.device) if self.offload else None
         for block in self.blocks:

@@ -45,16 +45,23 @@ from .stream import Context
 
 
 class Adapted(nn.Module):
-    """A linear with an adapter. The kernels take its projection(), which may be fused with others."""
+    """What a method of fine-tuning puts in the place of the module `base`: its own parameters are those not under base.
+
+    The kernels take a linear's projection(), which may be fused with others; None where it computes more than that.
+    """
 
     output_needed = True  # False while recompute.py runs a block again whose output nobody reads
+    merges: tuple[str, ...] = ()  # parameters of base that merged() gives anew, so that base alone computes the same
 
-    def __init_subclass__(cls) -> None:
-        # a DoRALinear(LoRALinear) would inherit a projection() that leaves out what it adds
-        if cls.__base__ is not Adapted:
-            raise TypeError(f"{cls.__name__} must subclass Adapted itself and define projection()")
+    def __init_subclass__(cls) -> None:  # a DoRALinear(LoRALinear) would inherit one that leaves out what it adds
+        if "projection" not in vars(cls):
+            raise TypeError(f"{cls.__name__} must define its own projection()")
 
-    def projection(self) -> Projection:
+    def projection(self) -> Projection | None:
+        raise NotImplementedError
+
+    def merged(self, name: str, stored: Tensor) -> Tensor:
+        """A parameter of base with what was trained in it; `stored` is base's own, as the model or a file has it."""
         raise NotImplementedError
 
 
@@ -72,7 +79,7 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.weight.requires_grad:
             return _WithoutOutput.apply(x, self.weight, self.bias)  # pyright: ignore[reportReturnType]
-        return lora_linear_group(x, [projection(self)], self.output_needed)[0]
+        return lora_linear_group(x, [Projection(self.weight, self.bias)], self.output_needed)[0]
 
 
 class _WithoutOutput(torch.autograd.Function):
@@ -119,7 +126,8 @@ def projections(*linears: nn.Module) -> list[Projection] | None:
         frozen = type(linear) in (Linear, nn.Linear) and not linear.weight.requires_grad
         if not frozen and not isinstance(linear, Adapted):
             return None
-    return [projection(linear) for linear in linears]
+    found = [projection(linear) for linear in linears]
+    return cast(list[Projection], found) if all(found) else None
 
 
 def each(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
@@ -145,8 +153,8 @@ def pack_weights(model: nn.Module) -> None:
                 linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
 
 
-def projection(linear: nn.Module) -> Projection:
-    """A linear as the kernels see it."""
+def projection(linear: nn.Module) -> Projection | None:
+    """A linear as the kernels see it; None if they cannot."""
     return (
         Projection(linear.weight, linear.bias) if isinstance(linear, nn.Linear) else cast(Adapted, linear).projection()
     )

@@ -26,7 +26,8 @@ def recomputed(
     block: nn.Module, x: Tensor, context: Context, keep_attention: bool, offload: Offload | None = None
 ) -> Tensor:
     """block(x, context) for x [T, D], keeping only x and every S (and the output of attention) for the backward."""
-    trained = [p for p in block.parameters() if p.requires_grad]
+    past = context.documents.past
+    trained = [p for p in (*block.parameters(), *(past.layers if past else ())) if p.requires_grad]
     if not trained and not x.requires_grad:  # nothing is kept of it
         return block(x, context)
     return _Recomputed.apply(block, context, keep_attention, offload, x, *trained)  # pyright: ignore[reportReturnType]

@@ -18,6 +18,7 @@ from .config import Config
 
 if TYPE_CHECKING:
     from .cache import Cache
+    from .virtual import Past
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Documents:
     cu_seqlens [S + 1] are their bounds, from 0 to T (FlashAttention's name). positions int64 [T] restart at each document. In a
     prefix LM the first prefix_lens[i] tokens of document i all see each other, and positions are [2, T]; None: all is causal.
     A cache keeps their keys and values, if there is one; prompt_lens are the lengths of the prompts, set where documents
-    continue from the cache. bounds are varlen_bounds (attention.py), which the layers of a GPU share.
+    continue from the cache. past is a prefix of trained keys and values before each document. bounds are varlen_bounds (attention.py), which the layers of a GPU share.
     """
 
     cu_seqlens: list[int]
@@ -36,6 +37,7 @@ class Documents:
     cache: Cache | None = None
     prompt_lens: list[int] | None = None
     bounds: Tensor | None = None
+    past: Past | None = None
 
     @staticmethod
     def of(
@@ -127,6 +129,8 @@ class Context:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Attention of a layer: q [T, H, E], k and v [T, G, E] of the new tokens -> [T, H, E]."""
+        if self.documents.past is not None:
+            return self.documents.past.attend(self, layer, q, k, v, window)
         if self.documents.cache is not None:
             self.documents.cache.store(layer, k, v)
             if self.documents.prompt_lens is not None:  # decoding: attend to the cache

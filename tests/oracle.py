@@ -57,7 +57,7 @@ def upstream(out: Tensor) -> Tensor:
 
 def cached_logits(model: Decoder, ids: Tensor, lengths: list[int]) -> list[Tensor]:
     """Logits of a document that goes through the model in pieces, with a cache."""
-    cache, pieces = Cache(model.config.layers), []
+    cache, pieces = Cache(model.config.layers, virtual=model.virtual), []
     for part in ids.split(lengths):
         documents = cache.extend(len(part)) if pieces else cache.start([len(part)], model.prefix_lens(part))
         pieces.append(model.to_logits(model(part, documents)))

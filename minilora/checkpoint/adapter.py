@@ -1,14 +1,16 @@
 """Adapters in PEFT's layout, both ways: adapter_config.json and adapter_model.safetensors.
 
 Since our modules carry the checkpoint's names, a key is `base_model.model.` + path + `.lora_A.weight`. Loading is strict:
-every key must find its linear, every shape must fit, and what would change the mathematics and is not done here (DoRA,
-trained biases, whole modules) is refused, not ignored.
+every key must find its linear, every shape must fit, and what would change the mathematics and is not done here (trained
+biases, whole modules) is refused, not ignored. DoRA adds a vector to each linear; the other methods of methods/ have
+folders of their own kind (method_folder.py).
 """
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,25 @@ from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
-from ..files.safetensors import SafetensorsFile, write_tensors
+from ..files.safetensors import Entry, SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
+from ..methods.dora import DoRALinear
+from ..methods.table import PEFT_TYPES
 from .load import check_finite, fingerprint, fold
+from .method_folder import PREFIX, check_base, fill_method_folder, load_method_folder, weights_of
 from .quantized import FORMS, described, quant_of
 
-PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 KINDS = 3  # of mismatches that are shown
 # keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
 REFUSED = (
-    "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
+    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
     "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
     "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
-    "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path",
+    "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path",
 )  # fmt: skip
 # how an adapter began or was run, and what the names of its tensors say as well
 HARMLESS = (
@@ -53,11 +58,16 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "") ->
 def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
     """The two files of an adapter, into a folder that the caller makes durable."""
     wrapped = dict(adapters(model))
-    assert wrapped, "the model has no adapters"
+    if not wrapped:
+        fill_method_folder(model, folder, base)
+        return
     tensors = {}
     for path, wrapper in wrapped.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
+        a, b = wrapper.factors()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.detach().float().cpu()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.detach().float().cpu()
+        if isinstance(wrapper, DoRALinear):
+            tensors[f"{PREFIX}{path}.{MAGNITUDE}"] = wrapper.lora_magnitude_vector.detach().float().cpu()
     about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
     if any(wrapper.loftq for wrapper in wrapped.values()):
         about["minilora_init"] = "loftq"
@@ -82,8 +92,11 @@ def _metadata(folder: str | Path) -> dict[str, str]:
 
 
 def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:
-    r = Counter(w.r for w in wrapped.values()).most_common(1)[0][0]
-    alpha = Counter(w.alpha for w in wrapped.values()).most_common(1)[0][0]
+    ranks = {path: w.factors()[0].shape[0] for path, w in wrapped.items()}
+    # where the product has a higher rank than what is trained, the scale stays
+    alphas = {path: w.scale * (math.sqrt(ranks[path]) if w.rslora else ranks[path]) for path, w in wrapped.items()}
+    alphas |= {path: w.alpha for path, w in wrapped.items() if w.r == ranks[path]}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     first = next(iter(wrapped.values()))
     # a leaf name stands for all its linears; where only some are wrapped, they are named in full
     bare = {path.split(".")[-1] for path in _linears_without(model)}
@@ -97,14 +110,14 @@ def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         "target_modules": targets,
-        "rank_pattern": {p: w.r for p, w in wrapped.items() if w.r != r},
-        "alpha_pattern": {p: _number(w.alpha) for p, w in wrapped.items() if w.alpha != alpha},
+        "rank_pattern": {p: n for p, n in ranks.items() if n != r},
+        "alpha_pattern": {p: _number(x) for p, x in alphas.items() if x != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": isinstance(first, DoRALinear),
         "layers_to_transform": None,
         "layers_pattern": None,
         "revision": None,
@@ -130,18 +143,17 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
     """
     folder = ModelFolder.of(folder)
     j, folder = folder.adapter_config, folder.path
+    if j.get("peft_type") in PEFT_TYPES:
+        load_method_folder(model, folder, j, any_base)
+        return
     refuse_what_is_not_lora(folder, j)
-    if not (folder / WEIGHTS).exists():
-        pickle = (folder / "adapter_model.bin").exists()
-        what = (
-            "the weights are pickle (adapter_model.bin), which can run code when it is read"
-            if pickle
-            else f"no {WEIGHTS}"
-        )
-        raise ModelError(f"{folder}: {what}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
+    file = weights_of(folder)
     require_no_adapters(model)
-    file = SafetensorsFile(folder / WEIGHTS)
-    plan = _plan(model, folder, j, file)
+    lengths = _magnitudes(folder, file) if j.get("use_dora") else {}
+    plan = _plan(model, folder, j, {k: e for k, e in file.entries.items() if k not in lengths.values()})
+    if lengths and lengths.keys() != plan.keys():
+        odd = min(lengths.keys() ^ plan.keys())
+        raise ModelError(f"{folder / WEIGHTS}: {odd} has not all of a DoRA adapter", "Make the adapter again.")
     named = _named_by(folder, j, linears(model), plan)
     lacking = [path for path in named if path not in plan]
     beyond = [path for path in plan if path not in named] if j.get("target_modules") is not None else []
@@ -157,18 +169,14 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''})",
             "The adapter is cut short: make it again, or take it as it is with --allow-partial.",
         )
-    tensors = {}
+    tensors: dict[Any, Any] = {}
+    places = {key: path for path, key in lengths.items()}
     for key in file.entries:
-        t = tensors[path_and_half(key)] = file.tensor(key)
+        t = tensors[places.get(key) or path_and_half(key)] = file.tensor(key)
         if not t.is_floating_point():
             raise ModelError(f"{folder / WEIGHTS}: {key} is {t.dtype}", "Floating-point numbers belong there.")
         check_finite(t, f"{folder / WEIGHTS}: {key}")
-    base = file.metadata.get("minilora_base")
-    if base is not None and not any_base and base != fingerprint(base_parameters(model)):
-        raise ModelError(
-            f"{folder} was trained on another base model than this one (same shapes, other weights)",
-            "Give the base it was trained on, or --any-base to use it on this one.",
-        )
+    check_base(folder, file, model, any_base)
     needed, here = needed_quant(folder), quant_of(model)
     if needed not in (None, here) and not any_base:
         raise ModelError(
@@ -177,11 +185,31 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
         )
     model.requires_grad_(False)
     for path, (r, alpha) in plan.items():
-        wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
+        dropout, rslora = float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False))
+        wrapper = wrap(model, path, r, alpha, dropout, rslora, kind=DoRALinear if lengths else LoRALinear)
         with torch.no_grad():
+            if isinstance(wrapper, DoRALinear):
+                if tensors[path].shape != wrapper.lora_magnitude_vector.shape:
+                    what = f"{folder / WEIGHTS}: the magnitudes of {path} are {list(tensors[path].shape)}"
+                    raise ModelError(what, f"[{wrapper.base.out_features}] fits.")
+                wrapper.lora_magnitude_vector.copy_(tensors[path])
             wrapper.lora_A.copy_(tensors[path, "A"])
             wrapper.lora_B.copy_(tensors[path, "B"])
         wrapper.loftq = needed is not None
+
+
+def _magnitudes(folder: Path, file: SafetensorsFile) -> dict[str, str]:
+    """path of a linear -> the key of DoRA's vector for it; ModelError if there is none."""
+    matches = {
+        key: re.fullmatch(rf"(?:base_model\.model\.)?(.+)\.{MAGNITUDE}(\.[^.]+)?(\.weight)?", key)
+        for key in file.entries
+    }
+    found = {match[1]: key for key, match in matches.items() if match}
+    if not found:
+        raise ModelError(
+            f"{folder / CONFIG} says use_dora, and {WEIGHTS} has no {MAGNITUDE}", "Make the adapter again."
+        )
+    return found
 
 
 def base_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:
@@ -238,13 +266,15 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
                 raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
 
 
-def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:
+def _plan(
+    model: nn.Module, folder: Path, j: dict[str, Any], entries: Mapping[str, Entry]
+) -> dict[str, tuple[int, float]]:
     """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
     targets = linears(model)
     problems: defaultdict[str, list[str]] = defaultdict(list)  # what is wrong -> paths
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     beyond: list[str] = []
-    for key, entry in file.entries.items():
+    for key, entry in entries.items():
         found = path_and_half(key)
         if found is None or found[0].split(".")[-1] in HEADS:
             beyond.append(key)

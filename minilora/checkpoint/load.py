@@ -27,7 +27,7 @@ from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
 from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
-from minilora.models.layers import pack_weights
+from minilora.models.layers import Adapted, pack_weights
 from minilora.models.quantized import pack_codes, quantize_linears
 
 from ..errors import ModelError, UsageError, quote
@@ -35,7 +35,7 @@ from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, Folder, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, fold
-from ..lora import adapters, base_parameters, linears
+from ..lora import base_parameters, linears
 from ..machine.compute import choose
 from .quantized import FORMS, QUANTS, Stored, format_of, plain_config
 
@@ -379,7 +379,7 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
     """
     parameters = base_parameters(model)
-    if any(True for _ in adapters(model)):
+    if any(isinstance(m, Adapted) for m in model.modules()):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
     dtype = model.config.dtype
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}

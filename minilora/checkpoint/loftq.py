@@ -12,16 +12,15 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.kernels.quantized import QuantizedWeight
 
 from ..errors import UsageError
 from ..files.model_folder import Folder, ModelFolder
 from ..lora import LoRALinear, adapters
+from ..methods.low_rank import low_rank
 from .quantized import Stored
-
-LEAST = 1e-5  # of the largest singular value: below are rounding errors, and a start of (almost) zeros would not train
 
 
 def loftq_init(model: nn.Module, folder: Folder, wrapped: Iterable[tuple[str, LoRALinear]] | None = None) -> None:
@@ -59,18 +58,3 @@ def mark_loftq(model: nn.Module) -> None:
             what = f"LoftQ starts from the error of quantised weights, and {path} is not quantised"
             raise UsageError(what, "Give --quant nf4 or int8, or leave --lora-init out.")
         wrapper.loftq = True
-
-
-def low_rank(m: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """B [N, R'] and A [R', K] whose product is the matrix of rank R' <= R nearest to M [N, K]: U sqrt(S), sqrt(S) V^T."""
-    n, k = m.shape
-    if n < k:
-        a, b = low_rank(m.T, r)
-        return b.T, a.T
-    # V are the eigenvectors of M^T M, on the smaller side: much cheaper than an SVD, and the largest are as exact
-    v = torch.linalg.eigh(m.T @ m).eigenvectors[:, -r:].flip(1)
-    us = m @ v
-    s = torch.linalg.vector_norm(us, dim=0)
-    kept = s > LEAST * s.max()
-    root = s[kept].sqrt()
-    return us[:, kept] / root, root[:, None] * v.T[kept]

@@ -18,11 +18,12 @@ from minilora.kernels.quantized import weight_as
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import widen_linears
 
+from ..adapted import adapted, require_mergeable, without_adapters
 from ..errors import DiskError, ModelError, OutputInUse
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
-from ..lora import adapters, base_parameters, without_adapters
+from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant, trained_quant
@@ -54,6 +55,7 @@ def merge_folder(
         raise OutputInUse(f"{output} is not empty", "Give another --output.")
     decoder = load_model(model, device=device, compute=compute, quant=needed_quant(adapter) or "keep")
     load_adapter(decoder, adapter, any_base, allow_partial)
+    require_mergeable(decoder)
     bits, was = quant_of(decoder), trained_quant(adapter)
     if bits != "off":
         dtype = name_of(decoder.head.dtype)
@@ -68,7 +70,7 @@ def merge_folder(
         say(f"{name:<8}{note}")
     check_fits(tokenizer, decoder.config.vocab, model)
     prompts = prompt_ids(tokenizer)
-    wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
+    changed = {f"{path}.{name}": (module, name) for path, module in adapted(decoder) for name in module.merges}
     shapes, widened = model.tensors.shapes, {}
     if bits != "off":
         widened = base_parameters(decoder)
@@ -81,12 +83,16 @@ def merge_folder(
             "Free some space, or give another --output.",
         )
 
+    def merged(name: str, stored: Tensor) -> Tensor:
+        module, own = changed[name]
+        return module.merged(own, stored)
+
     def tensor(name: str) -> Tensor:
         if widened:
             plain = weight_as(widened[name], shapes[name][0]).detach()
-            return wrapped[name].merged_weight(plain) if name in wrapped else plain
+            return merged(name, plain) if name in changed else plain
         with model.tensors.reading(name) as value:
-            return wrapped[name].merged_weight(value) if name in wrapped else value.clone()
+            return merged(name, value) if name in changed else value.clone()
 
     with atomic_folder(output) as stage:
         write_checkpoint(stage, shapes, tensor, model.path, shard_bytes)
@@ -98,17 +104,17 @@ def merge_folder(
                 if not torch.equal(found, tensor(name).cpu()):
                     raise _not_proven(f"{name} was not read back as it was written")
         truth, plain = wide_logits_of(decoder, prompts), stored_logits_of(decoder, prompts)
-        adapted = logits_of(decoder, prompts)
+        unmerged = logits_of(decoder, prompts)
         with without_adapters(decoder):
             base = logits_of(decoder, prompts)
         del decoder
-        wrapped.clear()
+        changed.clear()
         widened.clear()
         gc.collect()
         written_model = load_model(stage, device=device, compute=compute)
         _no_narrower(written_model)
-        merged = logits_of(written_model, prompts)
-        proof = prove(truth, plain, merged, adapted, base)
+        merged_logits = logits_of(written_model, prompts)
+        proof = prove(truth, plain, merged_logits, unmerged, base)
         if not proof.holds:
             raise _not_proven(
                 f"the merged model is off by {proof.merged:.3g} in a logit, {proof.allowed:.3g} would be rounding"
@@ -118,7 +124,7 @@ def merge_folder(
             gc.collect()
             trained = load_model(model, device=device, compute=compute, quant=was)
             load_adapter(trained, adapter, any_base, allow_partial)
-            off = largest_difference(merged, logits_of(trained.eval(), prompts))
+            off = largest_difference(merged_logits, logits_of(trained.eval(), prompts))
             say(f"trained on {described(was)}: a logit of that model and of the merged one differ by up to {off:.3g}")
     return proof
 

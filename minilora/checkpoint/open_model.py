@@ -8,9 +8,9 @@ import torch
 from minilora.models.decoder import Decoder
 from minilora.models.int8 import to_int8
 
+from ..adapted import merge
 from ..errors import UsageError
 from ..files.model_folder import ADAPTER_CONFIG, Folder, ModelFolder
-from ..lora import merge
 from ..machine.compute import choose, choose_threads, name_of
 from ..ranks.ranks import ALONE, Ranks
 from ..sampling import generation_note

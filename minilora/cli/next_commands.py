@@ -6,6 +6,8 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..terminal import shell
 
+BESIDE = ("prefix", "prompt", "bottleneck")  # methods whose adapters cannot be merged
+
 
 def next_commands(config: TrainConfig) -> list[str]:
     """Commands to type: talk with what was trained, measure it, merge it."""
@@ -23,5 +25,5 @@ def next_commands(config: TrainConfig) -> list[str]:
     return [
         shell("chat", *both, *bits),
         *(measure if config.objective == "sft" else []),  # eval reads answers as they are
-        shell("merge", *both, "--output", run / "merged"),
+        *([] if config.method in BESIDE else [shell("merge", *both, "--output", run / "merged")]),
     ]

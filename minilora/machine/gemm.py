@@ -55,16 +55,17 @@ class Linears(dict[str, nn.Module]):
 
     @property
     def projections(self) -> list[Projection]:
-        return [projection(linear) for linear in self.values()]
+        return [p for p in map(projection, self.values()) if p is not None]
 
 
 def groups(model: nn.Module) -> Iterator[Linears]:
-    """The linears of a model that have an adapter, each with those that it is fused with."""
+    """The linears of a model that have an adapter which the kernels take, each with those that it is fused with."""
     for path, module in model.named_modules():
         children = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
         packed = getattr(module, "packed_modules", ())
         for names in [*([packed] if packed else []), *((n,) for n in children if n not in packed)]:
-            if any(isinstance(children.get(n), LoRALinear) for n in names):
+            adapted = any(isinstance(children.get(n), LoRALinear) for n in names)
+            if adapted and all(projection(children[n]) for n in names):
                 yield Linears({f"{path}.{n}": children[n] for n in names})
 
 

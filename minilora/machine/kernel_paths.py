@@ -13,9 +13,10 @@ from minilora.kernels.lora_linear import runs_on_triton
 from minilora.kernels.quantized import QuantizedWeight
 from minilora.kernels.rms_norm import MAX_WIDTH
 from minilora.models.decoder import Decoder
-from minilora.models.layers import RMSNorm, projection
+from minilora.models.layers import Adapted, RMSNorm, projection
 
-from ..lora import LoRALinear
+from ..methods.dora import DoRALinear
+from ..methods.freeze import Trained
 
 QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP} rows in the loop of Triton's"
 
@@ -54,13 +55,18 @@ def _why_not(probe: torch.Tensor) -> str:
 def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The operations of a block on Triton, and those on PyTorch."""
     found: dict[str, bool] = {}
+    block = block.copy if isinstance(block, Trained) else block
     for path, module in block.named_modules():
-        linears = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
+        linears = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, Adapted)) and n != "base"}
         packed = getattr(module, "packed_modules", ())
+        if not all(projection(linears[n]) for n in packed):
+            packed = ()
         groups = [packed] if packed else []
         for names in [*groups, *((n,) for n in linears if n not in packed)]:
             short = path + "." + "/".join(n.removesuffix("_proj") for n in names)
-            found[short] = runs_on_triton(probe, [projection(linears[n]) for n in names])
+            alone = linears[names[0]]
+            parts = [alone.product()] if isinstance(alone, DoRALinear) else [projection(linears[n]) for n in names]
+            found[short] = None not in parts and runs_on_triton(probe, [p for p in parts if p])
         if isinstance(module, RMSNorm):
             found["rms_norm"] = module.weight.numel() <= MAX_WIDTH and found.get("rms_norm", True)
         elif isinstance(module, nn.LayerNorm):

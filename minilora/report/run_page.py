@@ -190,9 +190,9 @@ def _adapter(page: Document, run: Record) -> None:
 
 def make_samples(run: Record, count: int) -> None:
     """Write RUN/samples.jsonl: answers of the base model and of the run's adapter to rows of its validation file or data."""
+    from ..adapted import without_adapters
     from ..checkpoint.open_model import open_model
     from ..generate import Request, decode
-    from ..lora import without_adapters
     from ..rows.questions import read_questions
     from ..sampling import read_generation
     from ..settings import resolve

@@ -71,8 +71,12 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "--objective dpo"
     if isinstance(model.head, GatheredWeight):
         return "--shard on gathers every layer from the other ranks"
+    if config.method not in ("lora", "full"):
+        return f"the steps of --method {config.method} are not recorded"
     stream = probe.expand(streams.tokens, 1)
-    if config.lora_dropout and not all(runs_on_triton(stream, [w.projection()]) for _, w in adapters(model)):
+    if config.lora_dropout and not all(
+        (p := w.projection()) and runs_on_triton(stream, [p]) for _, w in adapters(model)
+    ):
         return "PyTorch draws the masks of dropout from a seed of the host"
     return (
         None

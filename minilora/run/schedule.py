@@ -17,7 +17,7 @@ from ..checkpoint.quantized import quantized_note
 from ..config import TrainConfig
 from ..data import Examples, pack, step_examples, steps_per_epoch
 from ..files.model_folder import ModelFolder
-from ..lora import adapters, base_parameters, trained_parameters
+from ..lora import base_parameters, trained_parameters
 from ..machine.compute import name_of
 from ..machine.cpu import device_name
 from ..machine.gemm import gemm_lines
@@ -28,6 +28,7 @@ from ..text.tokenizer import check_fits
 from .advice import advice
 from .fit import stream_tokens
 from .graphs import Choice, choose
+from .method_lines import method_lines
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
 
@@ -175,12 +176,8 @@ def _header(
     if plan.full:
         lines.append(f"full    every weight is trained, {trained / 1e6:,.1f}M parameters in fp32")
     else:
-        wrapped = [w for _, w in adapters(model)]
-        names = " ".join(dict.fromkeys(p.split(".")[-1].removesuffix("_proj") for p, _ in adapters(model)))
-        lines.append(
-            f"lora    r={config.lora_r} alpha={config.lora_alpha:g} (scale {wrapped[0].scale:g})  {names}  {len(wrapped)} linears"
-            f"  {trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
-        )
+        share = f"{trained / 1e6:,.2f}M trained ({100 * trained / total:.2f} %), fp32"
+        lines += [f"{name:<8}{note}" for name, note in method_lines(config, model, share)]
     indent = "\n        "
     lines.append("compute " + computing)
     lines.append("kernels " + indent.join(kernel_paths(model, device)))

@@ -19,12 +19,15 @@ from ..checkpoint.quantized import QUANTS
 from ..config import TrainConfig
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder
-from ..lora import add_lora, trained_parameters
+from ..lora import LoRALinear, add_lora, require_no_adapters
 from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 from ..machine.gemm import GEMM, MOST_ROWS, read_choice, settle
+from ..methods.dora import DoRALinear
 from ..objective import objective_of
 from ..methods.lora_plus import rate_groups
+from ..methods.pissa import PiSSALinear, pissa_init
+from ..methods.table import METHODS
 from ..ranks.ranks import ALONE, Ranks
 from .load_sharded import load_sharded, starts
 
@@ -48,6 +51,8 @@ def load(
     model = prepare(loaded, config)
     if config.lora_init == "loftq" and not resume:
         loftq_init(model, folder, starts(ranks.shards) if ranks.shards else None)
+    if config.lora_init == "pissa" and not resume:
+        pissa_init(model)
     if device.type == "cpu":
         torch.set_num_threads(min(config.threads, usable_cpus()) if config.threads else choose_threads(c))
     kept = read_choice(Path(config.output) / GEMM, device) if resume else None
@@ -82,13 +87,30 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
                 "Leave --quant out, or take the bf16 release.",
             )
         model.requires_grad_(True)
+    elif config.method in METHODS:
+        check_method(config)
+        require_no_adapters(model)
+        model.requires_grad_(False)
+        METHODS[config.method].install(model, config)
     else:
+        check_method(config)
         size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
-        add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
+        kind = DoRALinear if config.method == "dora" else PiSSALinear if config.lora_init == "pissa" else LoRALinear
+        add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed, kind=kind)
         if config.lora_init == "loftq":
             mark_loftq(model)
     set_recomputing(model, config)
     return model.train()
+
+
+def check_method(config: TrainConfig) -> None:
+    """UsageError for a setting of LoRA that the method has no place for."""
+    if config.method == "lora":
+        return
+    of_lora = {"--study": config.study, f"--lora-init {config.lora_init}": config.lora_init != "kaiming"}
+    of_lora["--lora-dropout"] = bool(config.lora_dropout) and config.method != "dora"
+    for flag in [flag for flag, given in of_lora.items() if given]:
+        raise UsageError(f"{flag} is of --method lora, and not of {config.method}", "Leave one of them out.")
 
 
 def set_recomputing(model: Decoder, config: TrainConfig) -> None:

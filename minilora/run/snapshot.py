@@ -1,7 +1,8 @@
 """The state of a training run on disk: the trained weights, the optimizer's moments by parameter name, and how far the run is.
 
 Order and dropout are functions of (seed, step), so there is no other state. A snapshot is the folder `checkpoints/step-N`,
-which appears whole and has a manifest of hashes. It is also a PEFT adapter folder, or with method full a Hugging Face folder.
+which appears whole and has a manifest of hashes. It is also a PEFT adapter folder, or with method full a Hugging Face folder;
+where the adapter's file does not hold what is trained as it is (PiSSA, a projected prefix), that lies beside it.
 """
 
 import json
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.adapter import PREFIX, fill_adapter_folder
+from ..checkpoint.adapter import fill_adapter_folder
 from ..checkpoint.load import write_checkpoint
+from ..checkpoint.method_folder import file_keys, state_beside
 from ..errors import CheckpointMismatch
 from ..files.atomic import atomic_folder, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
@@ -23,7 +25,7 @@ from ..files.safetensors import SafetensorsFile, write_tensors
 from ..files.strict_json import parse_json
 from ..lora import trained_parameters
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, BESIDE, STATE = "optimizer.safetensors", "trained.safetensors", "state.json"
 MODEL = "model.safetensors"
 
 
@@ -38,6 +40,8 @@ def save_snapshot(
             for key, value in optimizer.state[p].items():
                 moments[f"{key}.{name}"] = value
         write_tensors(stage / OPTIMIZER, moments)
+        if not full and (beside := state_beside(model)):
+            write_tensors(stage / BESIDE, beside)
         (stage / STATE).write_text(json.dumps(state, indent=1) + "\n")
 
 
@@ -56,22 +60,31 @@ def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     parameters = trained_parameters(model)
     trained = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS))
     moments = SafetensorsFile(folder / OPTIMIZER)
-    keys = {name: name if full else f"{PREFIX}{name}.weight" for name in parameters}
-    _same_names(folder, set(keys.values()), set(trained.entries))
+    keys = {name: name for name in parameters} if full else file_keys(model)
+    beside = {} if full else state_beside(model)
+    if not beside:
+        _same_names(folder, set(keys.values()), set(trained.entries))
     state_keys = ("step", "exp_avg", "exp_avg_sq")
     wanted = {f"{k}.{name}" for k in state_keys for name in parameters} if moments.entries else set()
     _same_names(folder, wanted, set(moments.entries))
     with torch.no_grad():
+        for name, key in keys.items():
+            _restore(folder, name, parameters[name], trained.tensor(key))
+        if beside:
+            kept = SafetensorsFile(folder / BESIDE)
+            _same_names(folder, set(beside), set(kept.entries))
+            for name, p in beside.items():
+                _restore(folder, name, p, kept.tensor(name))
         for name, p in parameters.items():
-            value = trained.tensor(keys[name])
-            if value.shape != p.shape:
-                raise CheckpointMismatch(
-                    f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}",
-                    "Resume with the settings of that run.",
-                )
-            p.copy_(value)
             if moments.entries:
                 optimizer.state[p] = {k: _moment(moments.tensor(f"{k}.{name}"), k, p) for k in state_keys}
+
+
+def _restore(folder: Path, name: str, p: Tensor, value: Tensor) -> None:
+    if value.shape != p.shape:
+        what = f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}"
+        raise CheckpointMismatch(what, "Resume with the settings of that run.")
+    p.copy_(value)
 
 
 def _moment(value: Tensor, key: str, p: nn.Parameter) -> Tensor:

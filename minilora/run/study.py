@@ -98,7 +98,8 @@ class _Probe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         linear = self.linear
         wide = torch.promote_types(x.dtype, torch.float32)
-        change = (x.to(wide) @ linear.lora_A.to(wide).T) @ linear.lora_B.to(wide).T * linear.scale
+        a, b = (t.to(wide) for t in linear.factors())
+        change = x.to(wide) @ a.T @ b.T * linear.scale
         given = linear.base(x)
         plain = given if linear.base.bias is None else given - linear.base.bias.to(x.dtype)
         self.moved = change.norm() / plain.to(wide).norm()

@@ -11,10 +11,11 @@ import torch
 
 from minilora.models.decoder import Decoder
 
+from ..adapted import without_adapters
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..files.model_folder import ModelFolder, beyond
 from ..generate import generate, stream_text
-from ..lora import adapters, without_adapters
+from ..lora import adapters
 from ..sampling import Sampling, read_generation
 from ..terminal import printable, say
 from ..text.template import Message

@@ -239,7 +239,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
     run = Path(config.output)
     model = run / "model" if adapter and config.method == "full" else config.model
     words: list[object] = ["--model", model, "--data", test["data"], "--output", output]
-    if adapter and config.method == "lora":
+    if adapter and config.method != "full":
         words += ["--adapter", run / "adapter"]
     for key in ("max_tokens", "batch"):
         words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []

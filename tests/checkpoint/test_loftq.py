@@ -14,7 +14,7 @@ from tiny import make_model
 import minilora
 from minilora import load_adapter, load_model, loftq_init, save_adapter
 from minilora.__main__ import main
-from minilora.checkpoint.loftq import low_rank
+from minilora.methods.low_rank import low_rank
 from minilora.errors import ModelError, UsageError
 from minilora.kernels.quantized import QuantizedWeight, weight_as
 from minilora.lora import adapters, add_lora
@@ -118,7 +118,7 @@ def test_folder_bits_and_adapter_are_the_model_again(tmp_path: Path, capsys: pyt
     merged = load_model(tmp_path / "merged", device="cpu")
     for path, wrapper in adapters(model):
         wide = weight_as(wrapper.base.weight, torch.bfloat16)
-        assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged_weight(wide)), path
+        assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged("weight", wide)), path
 
 
 def test_a_loaded_adapter_remembers(tmp_path: Path):

@@ -87,8 +87,8 @@ def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
     folder, adapter, _ = trained
     from minilora.lora import LoRALinear
 
-    right = LoRALinear.merged_weight
-    monkeypatch.setattr(LoRALinear, "merged_weight", lambda self, stored: (right(self, stored) + stored) / 2)
+    right = LoRALinear.merged
+    monkeypatch.setattr(LoRALinear, "merged", lambda self, name, stored: (right(self, name, stored) + stored) / 2)
     with pytest.raises(ModelError, match="would be rounding; nothing was written"):
         merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
 

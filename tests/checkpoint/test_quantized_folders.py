@@ -331,7 +331,7 @@ def test_an_adapter_is_merged_into_a_widened_base(tmp_path: Path, capsys: pytest
     merged = minilora.load_model(out, device="cpu")
     for path, wrapper in adapters(base):
         wide = weight_as(wrapper.base.weight, torch.bfloat16)
-        assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged_weight(wide))
+        assert merged.get_parameter(f"{path}.weight").equal(wrapper.merged("weight", wide))
     plain = minilora.load_model(DEMO / "mini", device="cpu")
     add_lora(plain, r=4)
     minilora.save_adapter(plain, tmp_path / "plain")

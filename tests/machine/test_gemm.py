@@ -11,11 +11,12 @@ from oracle import OWN, SOP, tiny
 from tiny import make_model, make_rows
 
 from minilora import add_lora, load_model, save_model
+from minilora.adapted import merge
 from minilora.console import Console
 from minilora.data import Example, make_batch
 from minilora.kernels.augmented import AugmentedWeight
 from minilora.kernels.dispatch import Timed, use_gemm
-from minilora.lora import adapters, merge
+from minilora.lora import adapters
 from minilora.machine import gemm
 from minilora.models.stream import Documents
 from minilora.run.setup import optimizer_of

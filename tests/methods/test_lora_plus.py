@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from oracle import tiny
+from oracle import conversations, tiny
 from tiny import make_model, make_rows
 
 from minilora import add_lora
@@ -16,7 +16,6 @@ from minilora.run.schedule import set_learning_rate
 from minilora.run.setup import optimizer_of
 from minilora.settings import resolve
 from minilora.train import train, train_step
-from oracle import conversations
 
 SETTINGS = {"max_steps": 4, "batch_size": 5, "lora_r": 4, "lr": 1e-2, "save_every": 2, "device": "cpu"}
 

@@ -1,0 +1,115 @@
+"""The folder of a method beside LoRA, both ways: adapter_config.json and adapter_model.safetensors, as PEFT has them.
+
+A method says which tensors its file holds (methods/table.py). Reading is strict: the same keys and the same shapes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from minilora.models.decoder import Decoder
+
+from ..adapted import adapted
+from ..errors import ModelError, quote
+from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..files.safetensors import SafetensorsFile, write_tensors
+from ..lora import adapters, base_parameters, require_no_adapters, trained_parameters
+from ..methods.dora import DoRALinear
+from ..methods.table import PEFT_TYPES, method_of
+from .load import check_finite, fingerprint
+from .quantized import quant_of
+
+PREFIX = "base_model.model."
+
+
+def fill_method_folder(model: nn.Module, folder: Path, base: str = "") -> None:
+    """The two files of what a method trained, into a folder that the caller makes durable."""
+    method = method_of(model)
+    assert method is not None, "the model has no adapters"
+    tensors = {key: t.detach().float().cpu().contiguous() for key, t in method.tensors(model).items()}
+    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors, about)
+    common = {"peft_type": method.PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    own = {"inference_mode": True, "revision": None} | method.settings(model)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(common | own, indent=2) + "\n")
+
+
+def load_method_folder(model: Decoder, folder: Path, j: dict[str, Any], any_base: bool = False) -> None:
+    """Put in what a folder describes and copy its tensors in. Raises ModelError with what does not fit."""
+    method, file = PEFT_TYPES[j["peft_type"]], weights_of(folder)
+    require_no_adapters(model)
+    check_base(folder, file, model, any_base)
+    model.requires_grad_(False)
+    try:
+        method.read(model, j, {key: entry.shape for key, entry in file.entries.items()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG}: {quote(str(error))}", "Make the adapter again, or merge it."
+        ) from None
+    fill(folder, file, method.tensors(model))
+
+
+def fill(folder: Path, file: SafetensorsFile, wanted: dict[str, Tensor]) -> None:
+    """Copy the tensors of an adapter's file; ModelError unless it has these keys and shapes and finite numbers."""
+    if odd := sorted(wanted.keys() ^ file.entries.keys()):
+        which = "is missing" if odd[0] in wanted else "has no place in this model"
+        more = f", and {len(odd) - 1} more do not fit" if len(odd) > 1 else ""
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: {odd[0]} {which}{more}", "It belongs to another base model.")
+    for key, p in wanted.items():
+        value = file.tensor(key)
+        if value.shape != p.shape or not value.is_floating_point():
+            what = f"{folder / ADAPTER_WEIGHTS}: {key} is {list(value.shape)} {value.dtype}"
+            raise ModelError(what, f"{list(p.shape)} fits: it belongs to another base model.")
+        check_finite(value, f"{folder / ADAPTER_WEIGHTS}: {key}")
+        with torch.no_grad():
+            p.copy_(value)
+
+
+def weights_of(folder: Path) -> SafetensorsFile:
+    """The tensors of an adapter's folder; ModelError if it has none that can be read."""
+    if (folder / ADAPTER_WEIGHTS).exists():
+        return SafetensorsFile(folder / ADAPTER_WEIGHTS)
+    pickle = (folder / "adapter_model.bin").exists()
+    what = (
+        "the weights are pickle (adapter_model.bin), which can run code when it is read"
+        if pickle
+        else f"no {ADAPTER_WEIGHTS}"
+    )
+    raise ModelError(f"{folder}: {what}", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
+
+
+def check_base(folder: Path, file: SafetensorsFile, model: nn.Module, any_base: bool) -> None:
+    """ModelError if minilora saved the adapter on another base than this one, unless any_base."""
+    base = file.metadata.get("minilora_base")
+    if base is not None and not any_base and base != fingerprint(base_parameters(model)):
+        raise ModelError(
+            f"{folder} was trained on another base model than this one (same shapes, other weights)",
+            "Give the base it was trained on, or --any-base to use it on this one.",
+        )
+
+
+def file_keys(model: nn.Module) -> dict[str, str]:
+    """Trained parameter -> its key in the file of an adapter, for those that the file holds as they are."""
+    trained, method = trained_parameters(model), method_of(model)
+    if method is not None:
+        keys = {id(t): key for key, t in method.tensors(model).items()}
+        return {name: keys[id(p)] for name, p in trained.items() if id(p) in keys}
+    found = {}
+    for path, wrapper in adapters(model):
+        if wrapper.factors()[0] is wrapper.lora_A:
+            found |= {f"{path}.lora_{half}": f"{PREFIX}{path}.lora_{half}.weight" for half in "AB"}
+        if isinstance(wrapper, DoRALinear):
+            found[f"{path}.lora_magnitude_vector"] = f"{PREFIX}{path}.lora_magnitude_vector"
+    return found
+
+
+def state_beside(model: nn.Module) -> dict[str, Tensor]:
+    """What a run goes on from that its adapter's file does not hold as it is: parameters, and buffers of what was put in."""
+    keys = file_keys(model)
+    found = {name: cast(Tensor, p) for name, p in trained_parameters(model).items() if name not in keys}
+    for path, part in adapted(model):
+        found |= {f"{path}.{name}": b for name, b in part.named_buffers() if name in part.state_dict()}
+    return found

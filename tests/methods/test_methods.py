@@ -1,0 +1,164 @@
+"""Every method: new parts change nothing or almost, a folder gives the model back, packed is as alone, and what is resumed has the same bits."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import IDS, OWN, cached_logits, conversations, tiny, tiny_folder
+from tiny import make_model, make_rows
+from torch import Tensor
+
+from minilora import load_adapter, load_model, merge, save_adapter
+from minilora.adapted import adapted, without_adapters
+from minilora.checkpoint.load import fingerprint
+from minilora.console import Console
+from minilora.data import make_batch
+from minilora.errors import UsageError
+from minilora.files.safetensors import SafetensorsFile
+from minilora.lora import base_parameters, trained_parameters
+from minilora.models.decoder import Decoder
+from minilora.run.setup import load, prepare
+from minilora.settings import resolve
+from minilora.train import train
+
+VIRTUAL = {
+    "prefix": {"method": "prefix", "pre_seq_len": 5},
+    "prefix mlp": {"method": "prefix", "pre_seq_len": 5, "prefix_projection": True},
+    "prompt": {"method": "prompt", "pre_seq_len": 5},
+}
+MERGE = {
+    "dora": {"method": "dora", "lora_r": 3},
+    "ia3": {"method": "ia3"},
+    "freeze": {"method": "freeze", "freeze_trainable_layers": 1},
+    "bitfit": {"method": "bitfit"},
+}
+BOTTLENECK = {"bottleneck": {"method": "bottleneck", "bottleneck_size": 6}}
+METHODS = {**MERGE, **BOTTLENECK, **VIRTUAL}
+methods = pytest.mark.parametrize("method", METHODS)
+families = pytest.mark.parametrize("family", OWN)
+
+
+def prepared(method: str, family: str = "qwen2", dtype: torch.dtype = torch.float32, trained: bool = True) -> Decoder:
+    """A tiny model with a method's parts; trained: with values as a training would leave them."""
+    model = prepare(tiny(family, dtype), resolve(METHODS[method])).to(dtype)
+    if trained:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in trained_parameters(model).values():
+                p += 0.3 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def loss_and_gradients(model: Decoder, examples: list[Any]) -> list[Tensor]:
+    loss = model.loss(make_batch(examples))
+    loss.backward()
+    found = [loss.detach(), *(p.grad.clone() for p in trained_parameters(model).values() if p.grad is not None)]
+    model.zero_grad()
+    assert len(found) == 1 + len(trained_parameters(model))
+    return found
+
+
+@pytest.mark.parametrize("method", [*MERGE, *BOTTLENECK])
+def test_new_parts_change_nothing(method: str):
+    model = tiny()
+    before, name = model.logits(IDS), fingerprint(base_parameters(model))
+    model = prepared(method, trained=False)
+    torch.testing.assert_close(model.logits(IDS), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    assert fingerprint(base_parameters(model)) == name
+
+
+@methods
+def test_a_folder_gives_the_model_back_and_the_base_is_still_there(method: str, tmp_path: Path):
+    model, base = prepared(method), tiny()
+    with torch.no_grad():
+        wanted, plain = model.logits(IDS), base.logits(IDS)
+        assert (wanted - plain).abs().max() > 0.01 * plain.abs().max()
+        save_adapter(model, tmp_path / "a")
+        load_adapter(base, tmp_path / "a")
+        base.eval()
+        assert torch.equal(base.logits(IDS), wanted)
+        with without_adapters(base):
+            assert torch.equal(base.logits(IDS), plain)
+        assert torch.equal(base.logits(IDS), wanted)
+    assert fingerprint(base_parameters(base)) == fingerprint(base_parameters(tiny()))
+    first = {n: p.requires_grad for n, p in base.named_parameters()}
+    assert {n.split(".base.")[0] for n, on in first.items() if on} or method
+
+
+@methods
+@families
+def test_packed_documents_are_as_alone(method: str, family: str):
+    if family == "qwen3" and method == "bitfit":
+        pytest.skip("Qwen3 has no biases")
+    model = prepared(method, family, torch.float64).train()
+    examples = conversations(family)
+    together = loss_and_gradients(model, examples)
+    alone = [loss_and_gradients(model, [example]) for example in examples]
+    for part, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(part, sum(parts), rtol=1e-9, atol=1e-10)
+
+
+@methods
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_checkpointing_gives_the_same_gradients(method: str, family: str, keep_attention: bool):
+    if family == "qwen3" and method == "bitfit":
+        pytest.skip("Qwen3 has no biases")
+    model = prepared(method, family).train()
+    kept = loss_and_gradients(model, conversations(family))
+    model.checkpointing, model.keep_attention = True, keep_attention
+    again = loss_and_gradients(model, conversations(family))
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@methods
+@pytest.mark.parametrize("family", OWN)
+def test_decoding_with_a_cache_is_the_whole_document_at_once(method: str, family: str):
+    if family == "qwen3" and method == "bitfit":
+        pytest.skip("Qwen3 has no biases")
+    if family == "qwen":
+        pytest.skip("its rotary base depends on the length of the prompt")
+    model = prepared(method, family, torch.float64)
+    with torch.no_grad():
+        pieces = torch.cat(cached_logits(model, IDS, [13, 1, 1]))
+        torch.testing.assert_close(pieces, model.logits(IDS), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", MERGE)
+def test_merged_weights_compute_the_same(method: str):
+    model = prepared(method, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model.logits(IDS)
+        merge(model)
+        assert not list(adapted(model))
+        torch.testing.assert_close(model.logits(IDS), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [*BOTTLENECK, *VIRTUAL])
+def test_what_cannot_be_merged_says_so(method: str):
+    with pytest.raises(UsageError, match="no weight of the base can hold"):
+        merge(prepared(method))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "pissa"])
+def test_a_run_whole_and_resumed(method: str, tmp_path: Path):
+    if method == "bitfit":
+        pytest.skip("the tiny model of runs has no biases")
+    own = METHODS.get(method, {"lora_init": "pissa", "lora_r": 3})
+    model, rows = make_model(tmp_path / "model", torch.bfloat16), make_rows(tmp_path / "rows.json")
+    given = {"max_steps": 4, "batch_size": 5, "lr": 1e-2, "save_every": 2, "device": "cpu", "val": "3", **own}
+    given |= {"model": model, "data": rows, "compute": "float32"}
+    whole = train(resolve(given, {"output": tmp_path / "a"}), console=Console(quiet=True))
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in lines if "loss" in m]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-4")
+    again = train(resolve(given, {"output": tmp_path / "b"}), resume=True, console=Console(quiet=True))
+    name = "adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (again / name).read_bytes()
+    steps = [tmp_path / run / "checkpoints" / "step-4" / "optimizer.safetensors" for run in "ab"]
+    assert steps[0].read_bytes() == steps[1].read_bytes()
