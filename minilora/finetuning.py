@@ -6,6 +6,7 @@ from typing import Any
 
 from minilora.models.decoder import Decoder
 
+from .adapted import adapted
 from .config import TrainConfig
 from .data import pack, step_examples
 from .errors import UsageError
@@ -48,8 +49,9 @@ def finetune(
     check_fits(tokenizer, model.config.vocab, "the model")
     check_offload(config, model.head.device)
     there = [wrapper for _, wrapper in adapters(model)]
-    if there:
-        config = _with_what_adapters_have(config, set(map(canonical, settings)), there)
+    if there or any(True for _ in adapted(model)):
+        if there:
+            config = _with_what_adapters_have(config, set(map(canonical, settings)), there)
         set_recomputing(model, config)
         model.train()
     else:

@@ -25,6 +25,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import Entry, SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from ..methods.dora import DoRALinear
+from ..methods.pissa import PiSSALinear, set_starts
 from ..methods.table import PEFT_TYPES
 from .load import check_finite, fingerprint, fold
 from .method_folder import PREFIX, check_base, fill_method_folder, load_method_folder, weights_of
@@ -184,9 +185,10 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"Give --quant {needed}, or --any-base to use it on this one.",
         )
     model.requires_grad_(False)
+    kind = DoRALinear if lengths else PiSSALinear if j.get("init_lora_weights") == "pissa" else LoRALinear
     for path, (r, alpha) in plan.items():
         dropout, rslora = float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False))
-        wrapper = wrap(model, path, r, alpha, dropout, rslora, kind=DoRALinear if lengths else LoRALinear)
+        wrapper = wrap(model, path, r, alpha, 0.0 if kind is PiSSALinear else dropout, rslora, kind=kind)
         with torch.no_grad():
             if isinstance(wrapper, DoRALinear):
                 if tensors[path].shape != wrapper.lora_magnitude_vector.shape:
@@ -196,6 +198,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             wrapper.lora_A.copy_(tensors[path, "A"])
             wrapper.lora_B.copy_(tensors[path, "B"])
         wrapper.loftq = needed is not None
+    set_starts(model)
 
 
 def _magnitudes(folder: Path, file: SafetensorsFile) -> dict[str, str]:
@@ -231,7 +234,8 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
     if kind != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
     start = j.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    exact = start == "pissa" and not j.get("use_dora")  # what was taken out of the base can be found again
+    if isinstance(start, str) and not exact and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ModelError(
             f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
             "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, OutputInUse, UsageError
 from ..files.atomic import atomic_folder
-from ..files.model_folder import check_folder, read_json
+from ..files.model_folder import check_folder, is_prefix_folder, read_json
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
 from .load import copy_companions, read_config
@@ -36,7 +36,8 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
     """
     folder, output = Path(folder), Path(output)
     check_folder(folder)
-    read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
+    if not is_prefix_folder(folder):
+        read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another folder.")
     shards = _shards(folder)

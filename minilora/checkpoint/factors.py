@@ -42,10 +42,9 @@ def read_factors(folder: Folder) -> dict[str, Factors]:
     folder = ModelFolder.of(folder)
     j, path = folder.adapter_config, folder / ADAPTER_WEIGHTS
     refuse_what_is_not_lora(folder.path, j)
-    if j.get("use_dora"):
-        raise ModelError(
-            f"{folder} is DoRA, whose change of W is not B A alone", "Plain LoRA has two matrices to look at."
-        )
+    if j.get("use_dora") or j.get("init_lora_weights") == "pissa":
+        kind = "DoRA" if j.get("use_dora") else "PiSSA as PEFT trains it"
+        raise ModelError(f"{folder} is {kind}, whose change of W is not B A alone", "Only plain LoRA can be read.")
     if not path.is_file():
         raise ModelError(f"{path} is missing", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
     file = SafetensorsFile(path)

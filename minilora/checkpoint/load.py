@@ -77,8 +77,8 @@ def read_config(folder: Folder) -> Config:
         raise ModelError(f"{path}: {error}", "Use the bf16 or fp16 release of this model.") from None
     if j.get("pre_seq_len"):
         raise ModelError(
-            f"{path}: pre_seq_len asks for a P-tuning prefix, which is not supported",
-            "Use the model without the prefix: take the key out of config.json.",
+            f"{path}: pre_seq_len says that this folder holds a P-tuning prefix",
+            "Give it with --adapter, and its base with --model; or take the key out of config.json for the base alone.",
         )
     try:
         check_keys(j | {"quantization_config": None}, family)

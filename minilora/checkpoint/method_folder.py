@@ -14,7 +14,7 @@ from minilora.models.decoder import Decoder
 
 from ..adapted import adapted
 from ..errors import ModelError, quote
-from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_prefix_folder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import adapters, base_parameters, require_no_adapters, trained_parameters
 from ..methods.dora import DoRALinear
@@ -44,26 +44,26 @@ def load_method_folder(model: Decoder, folder: Path, j: dict[str, Any], any_base
     check_base(folder, file, model, any_base)
     model.requires_grad_(False)
     try:
-        method.read(model, j, {key: entry.shape for key, entry in file.entries.items()})
+        places = method.read(model, j, {key: entry.shape for key, entry in file.entries.items()})
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder / ADAPTER_CONFIG}: {quote(str(error))}", "Make the adapter again, or merge it."
         ) from None
-    fill(folder, file, method.tensors(model))
+    fill(file, places)
 
 
-def fill(folder: Path, file: SafetensorsFile, wanted: dict[str, Tensor]) -> None:
+def fill(file: SafetensorsFile, wanted: dict[str, Tensor]) -> None:
     """Copy the tensors of an adapter's file; ModelError unless it has these keys and shapes and finite numbers."""
     if odd := sorted(wanted.keys() ^ file.entries.keys()):
         which = "is missing" if odd[0] in wanted else "has no place in this model"
         more = f", and {len(odd) - 1} more do not fit" if len(odd) > 1 else ""
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: {odd[0]} {which}{more}", "It belongs to another base model.")
+        raise ModelError(f"{file.path}: {odd[0]} {which}{more}", "It belongs to another base model.")
     for key, p in wanted.items():
         value = file.tensor(key)
         if value.shape != p.shape or not value.is_floating_point():
-            what = f"{folder / ADAPTER_WEIGHTS}: {key} is {list(value.shape)} {value.dtype}"
+            what = f"{file.path}: {key} is {list(value.shape)} {value.dtype}"
             raise ModelError(what, f"{list(p.shape)} fits: it belongs to another base model.")
-        check_finite(value, f"{folder / ADAPTER_WEIGHTS}: {key}")
+        check_finite(value, f"{file.path}: {key}")
         with torch.no_grad():
             p.copy_(value)
 
@@ -72,6 +72,10 @@ def weights_of(folder: Path) -> SafetensorsFile:
     """The tensors of an adapter's folder; ModelError if it has none that can be read."""
     if (folder / ADAPTER_WEIGHTS).exists():
         return SafetensorsFile(folder / ADAPTER_WEIGHTS)
+    if is_prefix_folder(folder):
+        if (folder / "model.safetensors").exists():
+            return SafetensorsFile(folder / "model.safetensors")
+        raise ModelError(f"{folder}: the prefix is pickle", f"minilora convert {folder} OUT, and give OUT.")
     pickle = (folder / "adapter_model.bin").exists()
     what = (
         "the weights are pickle (adapter_model.bin), which can run code when it is read"

@@ -1,7 +1,9 @@
 """minilora convert: a folder of pickle weights (ChatGLM-6B, ChatGLM2-6B) as safetensors."""
 
+from pathlib import Path
 from typing import Annotated
 
+from ..files.model_folder import is_prefix_folder
 from ..terminal import say
 from .arguments import Arg
 from .shared_flags import check_paths
@@ -17,4 +19,5 @@ def run(
 
     done = convert(folder, output, say=say)
     say(f"wrote   {output}: {done.tensors:,} tensors, {done.bytes / 1e9:,.3g} GB, with the config and the tokenizer")
-    say(f"\n  minilora inspect model {output}")
+    prefix = is_prefix_folder(Path(output))
+    say(f"\n  minilora {f'chat --model BASE --adapter {output}' if prefix else f'inspect model {output}'}")

@@ -96,6 +96,8 @@ class ModelFolder:
     @cached_property
     def adapter_config(self) -> dict[str, Any]:
         check_adapter(self.path)
+        if not (self / ADAPTER_CONFIG).exists():
+            return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.config["pre_seq_len"]}
         return read_json(self / ADAPTER_CONFIG)
 
     @cached_property
@@ -123,11 +125,17 @@ def beyond(tokens: int, positions: int) -> str:
     return f"{tokens:,} tokens are more than the {positions:,} positions of the model: what it reads beyond them is noise to it"
 
 
+def is_prefix_folder(folder: Path) -> bool:
+    """Whether this is a P-tuning checkpoint as ChatGLM-6B's own code writes it: the model's config, which asks for a prefix."""
+    config = folder / "config.json"
+    return not (folder / ADAPTER_CONFIG).exists() and config.is_file() and bool(read_json(config).get("pre_seq_len"))
+
+
 def check_adapter(folder: Path) -> None:
     """ModelError if this is no folder of an adapter."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
-    if not (folder / ADAPTER_CONFIG).exists():
+    if not (folder / ADAPTER_CONFIG).exists() and not is_prefix_folder(folder):
         hint = "Give the folder of an adapter, such as RUN/adapter."
         if (folder / "checkpoints" / "last" / ADAPTER_CONFIG).exists():  # a run that did not come to its end
             hint = f"{folder / 'checkpoints' / 'last'} is the newest adapter of this run."

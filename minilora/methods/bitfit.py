@@ -59,8 +59,9 @@ def install(model: Decoder, config: TrainConfig) -> None:
     _put(model, found)
 
 
-def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     _put(model, [path for path in _with_bias(model) if f"{path}.bias" in shapes])
+    return tensors(model)
 
 
 def _with_bias(model: Decoder) -> Iterator[str]:

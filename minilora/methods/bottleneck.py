@@ -62,7 +62,7 @@ def install(model: Decoder, config: TrainConfig) -> None:
                 p.zero_()
 
 
-def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     known = linears(model)
     for key, shape in shapes.items():
         path = key.removeprefix(PREFIX).removesuffix(".adapter_down.weight")
@@ -70,6 +70,7 @@ def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
             if path not in known:
                 raise ValueError(f"the model has no linear {path}")
             _put(model, path, shape[0])
+    return tensors(model)
 
 
 def _put(model: Decoder, path: str, size: int) -> Bottleneck:

@@ -54,7 +54,7 @@ def install(model: Decoder, config: TrainConfig) -> None:
     _put(model, range(len(model.blocks) - config.freeze_trainable_layers, len(model.blocks)))
 
 
-def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     if quantized_weights(model):
         raise ValueError("trained blocks take the place of plain ones, and these are quantised: give --quant off")
     name = re.escape(model.names.layers)
@@ -62,6 +62,7 @@ def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
     if not numbers or max(numbers) >= len(model.blocks):
         raise ValueError(f"its layers are {sorted(numbers)}, the model has {len(model.blocks)}")
     _put(model, numbers)
+    return tensors(model)
 
 
 def _usage(what: str) -> Exception:

@@ -58,7 +58,7 @@ def install(model: Decoder, config: TrainConfig) -> None:
     _put(model, {p: _ends(p, FEEDFORWARD) for p in paths if not everywhere or _ends(p, ends)})
 
 
-def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     if j.get("fan_in_fan_out") or j.get("modules_to_save"):
         raise ValueError("fan_in_fan_out and modules_to_save are not read")
     found = {key.removeprefix(PREFIX).removesuffix(".ia3_l"): shape for key, shape in shapes.items()}
@@ -66,6 +66,7 @@ def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
     if absent:
         raise ValueError(f"the model has no linear {absent[0]}")
     _put(model, {path: shape[0] == 1 for path, shape in found.items()})
+    return tensors(model)
 
 
 def _put(model: Decoder, paths: dict[str, bool]) -> None:

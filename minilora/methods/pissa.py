@@ -5,9 +5,9 @@
 The paper takes B0 A0 out of W. Here W stays as it is and the product is that of an adapter of rank 2R whose second half,
 -B0 and A0, is frozen. That is the same function without rounding the rest of W to 16 bits; the base is the one that the
 folder names, and what is saved is plain LoRA of rank 2R, as PEFT writes it with path_initial_model_for_weight_conversion.
+A folder that PEFT saved without it holds B and A alone; from W, B0 A0 is found again, but not where it began by the random
+SVD of `pissa_niter_N`.
 """
-
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,26 @@ class PiSSALinear(LoRALinear):
 
 @torch.no_grad()
 def pissa_init(model: nn.Module) -> None:
-    """Set A and B of every PiSSALinear of a model, and what it starts from; one weight at a time is widened to fp32.
+    """Set A and B of every PiSSALinear of a model to what it starts from.
 
     Where W has a lower rank than the adapter, the rest of A stays as it was drawn, with B zero.
     """
-    for _, wrapper in adapters(model):
-        part = cast(PiSSALinear, wrapper)
-        wide = weight_as(part.base.weight, torch.promote_types(part.base.weight.dtype, torch.float32)).detach()
-        b, a = low_rank(wide, part.r)
-        part.lora_B[:, : b.shape[1]] = b / part.scale**0.5
-        part.lora_A[: a.shape[0]] = a / part.scale**0.5
-        part.start_A.copy_(part.lora_A)
-        part.start_B.copy_(part.lora_B)
+    set_starts(model)
+    for part in _parts(model):
+        found = part.start_A.any(dim=1)
+        part.lora_A[found] = part.start_A[found]
+        part.lora_B.copy_(part.start_B)
+
+
+@torch.no_grad()
+def set_starts(model: nn.Module) -> None:
+    """Set A0 and B0 of every PiSSALinear; one weight at a time is widened to fp32."""
+    for part in _parts(model):
+        weight = part.base.weight
+        b, a = low_rank(weight_as(weight, torch.promote_types(weight.dtype, torch.float32)).detach(), part.r)
+        part.start_A[: len(a)] = a / part.scale**0.5
+        part.start_B[:, : len(a)] = b / part.scale**0.5
+
+
+def _parts(model: nn.Module) -> list[PiSSALinear]:
+    return [wrapper for _, wrapper in adapters(model) if isinstance(wrapper, PiSSALinear)]

@@ -33,8 +33,6 @@ UNCOUNTED = ("chatglm", "chatglm2")  # families whose own code does not count th
 class Prefix(Virtual):
     """A prefix of trained keys and values: no weight of the base can hold it."""
 
-    own_keys = False  # whether its file is one of ChatGLM-6B's own checkpoints
-
     def __init__(self, c: Config, count: int, projection: tuple[int, int] | None, device: torch.device):
         """projection: the inner sizes of its MLP."""
         super().__init__()
@@ -78,19 +76,18 @@ def install(model: Decoder, config: TrainConfig) -> None:
     model.virtual = part.train(model.training)
 
 
-def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     weight = f"{ENCODER}trans.0.weight"
     inner = (shapes[weight][1], shapes[weight][0]) if weight in shapes else None
     part = Prefix(model.config, _count(j), inner, model.head.device)
-    part.own_keys = f"{ENCODER}embedding.weight" in shapes
     model.virtual = part.train(model.training)
+    if f"{ENCODER}embedding.weight" in shapes:
+        return {ENCODER + name: p for name, p in part.named_parameters()}
+    return tensors(model)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    part = cast(Prefix, model.virtual)
-    if part.own_keys:
-        return {ENCODER + name: p for name, p in part.named_parameters()}
-    return {"prompt_embeddings": part.flat()}
+    return {"prompt_embeddings": cast(Prefix, model.virtual).flat()}
 
 
 def settings(model: nn.Module) -> dict[str, Any]:

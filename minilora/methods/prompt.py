@@ -53,8 +53,9 @@ def install(model: Decoder, config: TrainConfig) -> None:
     model.virtual = part.train(model.training)
 
 
-def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     model.virtual = Prompt(_count(j), model.config.width, model.head.device).train(model.training)
+    return tensors(model)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

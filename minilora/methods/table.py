@@ -23,8 +23,8 @@ class Method(Protocol):
         """Put new parts in a frozen model, which then computes what it did, or almost."""
         ...
 
-    def read(self, model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Put in the parts that an adapter_config.json and the shapes of its file ask for; their values come later.
+    def read(self, model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Put in the parts that an adapter_config.json and the shapes of its file ask for; returns, by key, where its tensors go.
 
         ValueError for a config that is not supported, with what to do.
         """

@@ -104,7 +104,8 @@ def chat(
         say(f"{name:<8}{note}")
     int8 = opening.get("int8", False)
     decoder = open_model(folder, tokenizer, adapter, say=lambda how: say(f"compute {how}"), **opening)
-    if adapter and not int8 and not any(bool(w.lora_B.any()) for _, w in adapters(decoder)):
+    wrapped = [w for _, w in adapters(decoder)]
+    if wrapped and not any(bool(w.lora_B.any()) for w in wrapped):
         print("note: every lora_B is zero, this adapter changes nothing", file=sys.stderr)
     sampling, stop = read_generation(folder)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
