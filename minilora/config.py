@@ -1,6 +1,6 @@
 """Every setting of a training run, with its default; settings.py reads them from yaml files and flags."""
 
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import yaml
@@ -158,10 +158,6 @@ class TrainConfig(DataConfig):
 
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
-# the first field of each group of the help, in the order of the fields
-GROUPS = {
-    "data": "data", "model": "model", "lora_r": "LoRA", "lr": "optimisation", "device": "machine", "output": "what is kept",
-}  # fmt: skip
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -177,14 +173,3 @@ def must_match(config: TrainConfig) -> dict[str, Any]:
 def defaults() -> dict[str, Any]:
     """Every field's default."""
     return asdict(TrainConfig())
-
-
-def by_group() -> dict[str, list[Field]]:
-    """The settings of a run under the titles of GROUPS; how rows become tokens stands with the data."""
-    found: dict[str, list[Field]] = {}
-    title, data = "", fields(DataConfig)
-    for f in list(FIELDS.values())[len(data) :]:
-        title = GROUPS.get(f.name, title)
-        found.setdefault(title, []).append(f)
-    found["data"] += data
-    return found

@@ -19,9 +19,9 @@ from torch import Tensor
 from minilora.kernels.linear_cross_entropy import linear_cross_entropy
 from minilora.models.decoder import Decoder
 
+from .adapted import without_adapters
 from .config import TrainConfig
 from .data import Batch
-from .adapted import without_adapters
 
 LOGGED = ("margin", "accuracy", "chosen", "rejected")  # means over pairs, beside the loss
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import Field
+from dataclasses import Field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from .config import FIELDS, TrainConfig
+from .config import FIELDS, DataConfig, TrainConfig
 from .errors import UsageError
 from .spelling import SWITCH, nearest
 
@@ -61,6 +61,10 @@ POSITIVE = {
     "rank_timeout", "beta", "loraplus_lr_ratio", "pre_seq_len", "freeze_trainable_layers", "bottleneck_size",
 }  # fmt: skip
 NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
+# the first field of each group of the help, in the order of the fields
+GROUPS = {
+    "data": "data", "model": "model", "lora_r": "LoRA", "lr": "optimisation", "device": "machine", "output": "what is kept",
+}  # fmt: skip
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
 
 
@@ -209,3 +213,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
         raise UsageError(f"{path} holds no settings", "Write lines of `name: value`.")
     return value
+
+
+def by_group() -> dict[str, list[Field]]:
+    """The settings of a run under the titles of GROUPS; how rows become tokens stands with the data."""
+    found: dict[str, list[Field]] = {}
+    title, data = "", fields(DataConfig)
+    for f in list(FIELDS.values())[len(data) :]:
+        title = GROUPS.get(f.name, title)
+        found.setdefault(title, []).append(f)
+    found["data"] += data
+    return found

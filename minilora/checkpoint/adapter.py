@@ -12,10 +12,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from minilora.models.decoder import Decoder
 
 from ..errors import ModelError, quote
 from ..files.atomic import atomic_folder
@@ -145,7 +147,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
     folder = ModelFolder.of(folder)
     j, folder = folder.adapter_config, folder.path
     if j.get("peft_type") in PEFT_TYPES:
-        load_method_folder(model, folder, j, any_base)
+        load_method_folder(cast(Decoder, model), folder, j, any_base)
         return
     refuse_what_is_not_lora(folder, j)
     file = weights_of(folder)
@@ -235,7 +237,11 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
     start = j.get("init_lora_weights")
     exact = start == "pissa" and not j.get("use_dora")  # what was taken out of the base can be found again
-    if isinstance(start, str) and not exact and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if (
+        isinstance(start, str)
+        and not exact
+        and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    ):
         raise ModelError(
             f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
             "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.",

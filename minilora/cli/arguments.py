@@ -128,8 +128,8 @@ def _add(
 
 def _add_settings(parser: argparse.ArgumentParser, which: Settings, own: Collection[str] = ()) -> None:
     """Add a flag, with all its aliases, for each setting except the command's own; config.convert reads the values."""
-    from ..config import by_group, defaults
-    from ..settings import ALIASES
+    from ..config import defaults
+    from ..settings import ALIASES, by_group
 
     default = defaults()
     for title, settings in by_group().items():

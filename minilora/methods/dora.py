@@ -35,7 +35,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("squares", _squares(base.weight), persistent=False)
         self.squares: Tensor
         self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt().to(self.lora_A.dtype))
-        self._known: tuple[tuple[object, ...], Tensor] | None = None
+        self._known: tuple[object, Tensor] | None = None
 
     def projection(self) -> None:
         """None: y is more than a Projection says."""
@@ -47,14 +47,15 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def norms(self, dtype: torch.dtype) -> Tensor:
         """||V|| [out] in fp64, from a product in dtype."""
-        key = (dtype, self.lora_A._version, self.lora_B._version, self.lora_A.device)
-        if not self.training and self._known is not None and self._known[0] == key:
+        kept = not self.training and not self.lora_A.is_inference()  # whether a change of A or B would be seen
+        key = (dtype, self.lora_A.device, self.lora_A._version, self.lora_B._version) if kept else None
+        if kept and self._known is not None and self._known[0] == key:
             return self._known[1]
         a, b = self.lora_A.double(), self.lora_B.double()
         across = (b * frozen_linear(self.lora_A.to(dtype), self.base.weight).T).sum(1)
         found = self.squares + 2 * self.scale * across + self.scale**2 * (b @ (a @ a.T) * b).sum(1)
         found = found.clamp_(min=0).sqrt_()
-        self._known = None if self.training else (key, found)
+        self._known = (key, found) if kept else None
         return found
 
     def forward(self, x: Tensor) -> Tensor:

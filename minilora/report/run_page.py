@@ -166,6 +166,9 @@ def _data(page: Document, run: Record) -> None:
 
 def _adapter(page: Document, run: Record) -> None:
     """How far each adapter moves its linear."""
+    if run.config.get("method", "lora") != "lora":
+        page.text(f"What --method {run.config['method']} trained is not B A: there are no norms to draw.", "dim")
+        return
     from ..checkpoint.factors import read_factors  # it loads torch
 
     norms = {path: factors.norm for path, factors in read_factors(run.folder / "adapter").items()}

@@ -11,12 +11,12 @@ REGRET = "(Schulman et al., LoRA Without Regret, 2025)"
 def advice(config: TrainConfig, trained: int, targets: int | None = None) -> list[str]:
     """Lines for a run that trains so many parameters on rows with so many target tokens, if they are known."""
     lines = []
-    lora = config.method != "full"
+    lora, whole = config.method in ("lora", "dora"), config.method in ("full", "freeze")
     if lora and config.objective == "sft" and config.lr < FULL:
         lines.append(
             f"lr {config.lr:g} suits training every weight; the best rate of LoRA is about ten times that {REGRET}"
         )
-    if not lora and config.lr >= LORA:
+    if whole and config.lr >= LORA:
         lines.append(f"lr {config.lr:g} suits LoRA; the best rate of training every weight is about a tenth {REGRET}")
     if config.objective == "dpo" and config.lr > FULL:
         lines.append(f"lr {config.lr:g} is high for preferences: other tools begin at 5e-6 to 1e-5")

@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class _Tap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.detach()
-        (y,) = lora_linear_group(x, [self.linear.projection()])
+        (y,) = lora_linear_group(x, [cast(Projection, self.linear.projection())])
         y.retain_grad()
         self.y = y
         return y
@@ -97,6 +98,8 @@ def explain(model: Decoder, example: Example, path: str, lr: float = 2e-4) -> Ex
     linear = next((m for p, m in adapters(model) if p == path), None)
     if linear is None:
         raise UsageError(f"no linear with an adapter is called {path}", f"Some are {', '.join(_some(model))}.")
+    if linear.projection() is None:
+        raise UsageError(f"{path} is DoRA, whose step has a norm in it", "Explain shows plain LoRA.")
     model.eval()  # without dropout
     batch = make_batch([example]).to(model.head.device)
     optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=lr, weight_decay=0.0)

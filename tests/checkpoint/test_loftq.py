@@ -14,10 +14,10 @@ from tiny import make_model
 import minilora
 from minilora import load_adapter, load_model, loftq_init, save_adapter
 from minilora.__main__ import main
-from minilora.methods.low_rank import low_rank
 from minilora.errors import ModelError, UsageError
 from minilora.kernels.quantized import QuantizedWeight, weight_as
 from minilora.lora import adapters, add_lora
+from minilora.methods.low_rank import low_rank
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEMO = Path(minilora.__file__).parent / "demo"

@@ -16,9 +16,9 @@ from minilora.cli import chat, compare, inspect_model, sweep, train
 from minilora.cli import eval as eval_command
 from minilora.cli.arguments import add_arguments, keywords
 from minilora.cli.parser import Parser
-from minilora.config import GROUPS, TrainConfig
+from minilora.config import TrainConfig
 from minilora.errors import UsageError
-from minilora.settings import ALIASES, NOT_NEEDED, REFUSED, read_yaml, resolve
+from minilora.settings import ALIASES, GROUPS, NOT_NEEDED, REFUSED, read_yaml, resolve
 from minilora.spelling import HARMFUL, nearest
 
 NAMES = {f.name for f in fields(TrainConfig)}

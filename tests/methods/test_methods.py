@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import IDS, OWN, cached_logits, conversations, tiny, tiny_folder
+from oracle import IDS, OWN, cached_logits, conversations, tiny
 from tiny import make_model, make_rows
 from torch import Tensor
 
-from minilora import load_adapter, load_model, merge, save_adapter
+from minilora import load_adapter, merge, save_adapter
+from minilora.__main__ import main
 from minilora.adapted import adapted, without_adapters
 from minilora.checkpoint.load import fingerprint
+from minilora.config import TrainConfig
 from minilora.console import Console
 from minilora.data import make_batch
 from minilora.errors import UsageError
-from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import base_parameters, trained_parameters
 from minilora.models.decoder import Decoder
-from minilora.run.setup import load, prepare
+from minilora.run.setup import prepare
 from minilora.settings import resolve
 from minilora.train import train
 
@@ -143,22 +144,49 @@ def test_what_cannot_be_merged_says_so(method: str):
         merge(prepared(method))
 
 
-@pytest.mark.parametrize("method", [*METHODS, "pissa"])
-def test_a_run_whole_and_resumed(method: str, tmp_path: Path):
-    if method == "bitfit":
-        pytest.skip("the tiny model of runs has no biases")
-    own = METHODS.get(method, {"lora_init": "pissa", "lora_r": 3})
-    model, rows = make_model(tmp_path / "model", torch.bfloat16), make_rows(tmp_path / "rows.json")
-    given = {"max_steps": 4, "batch_size": 5, "lr": 1e-2, "save_every": 2, "device": "cpu", "val": "3", **own}
-    given |= {"model": model, "data": rows, "compute": "float32"}
-    whole = train(resolve(given, {"output": tmp_path / "a"}), console=Console(quiet=True))
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module", params=[*METHODS, "pissa"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, TrainConfig]:
+    """A method, the folder of a finished run of it with a checkpoint in the middle, and its config."""
+    work = tmp_path_factory.mktemp("methods")
+    own = METHODS.get(request.param, {"lora_init": "pissa", "lora_r": 3})
+    shape = {"model_type": "qwen2", "head_dim": 8}  # which has biases
+    model, rows = make_model(work / "model", torch.bfloat16, **shape), make_rows(work / "rows.json")
+    given = {"max_steps": 4, "batch_size": 11, "lr": 1e-2, "save_every": 2, "device": "cpu", "val": "3", **own}
+    config = resolve(
+        given, {"model": model, "data": rows, "compute": "float32", "output": work / "run", "keep": "last"}
+    )
+    train(config, console=Console(quiet=True))
+    return request.param, work / "run", config
+
+
+def test_a_run_learns_and_a_resumed_one_has_the_same_bits(run: tuple[str, Path, TrainConfig], tmp_path: Path):
+    _, folder, config = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in lines if "loss" in m]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
+    shutil.copytree(folder, tmp_path / "b", symlinks=True)
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-4")
-    again = train(resolve(given, {"output": tmp_path / "b"}), resume=True, console=Console(quiet=True))
+    again = train(resolve(config.__dict__, {"output": tmp_path / "b"}), resume=True, console=Console(quiet=True))
     name = "adapter_model.safetensors"
-    assert (whole / name).read_bytes() == (again / name).read_bytes()
-    steps = [tmp_path / run / "checkpoints" / "step-4" / "optimizer.safetensors" for run in "ab"]
+    assert (folder / "adapter" / name).read_bytes() == (again / name).read_bytes()
+    steps = [path / "checkpoints" / "step-4" / "optimizer.safetensors" for path in (folder, tmp_path / "b")]
     assert steps[0].read_bytes() == steps[1].read_bytes()
+
+
+def test_the_commands_read_from_the_folder_what_was_trained(
+    run: tuple[str, Path, TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    method, folder, config = run
+    both = ["--model", config.model, "--adapter", str(folder / "adapter")]
+    assert (folder / "report.html").is_file()
+    assert main(["eval", *both, "--data", config.data, "--json"]) == 0
+    adapted_loss = json.loads(capsys.readouterr().out)["loss"]
+    assert main(["chat", *both, "--greedy", "--max-tokens", "3", "--prompt", "1"]) == 0
+    code = main(["merge", *both, "--output", str(tmp_path / "merged")])
+    said = capsys.readouterr()
+    if method in (*BOTTLENECK, *VIRTUAL):
+        assert code == 2 and "no weight of the base can hold" in said.err and not (tmp_path / "merged").exists()
+        return
+    assert code == 0 and "proof" in said.out
+    assert main(["eval", "--model", str(tmp_path / "merged"), "--data", config.data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(adapted_loss, rel=0.02)

@@ -6,7 +6,7 @@ Runs where transformers and peft are installed (the extra "peers").
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -69,7 +69,9 @@ def their_loss(model: Any) -> tuple[Tensor, Tensor]:
 
 def close(ours: Tensor, wanted: Tensor, tolerance: float = 2e-6) -> None:
     """Adapters are read as fp32 on both sides: products of them in fp64 agree to its rounding."""
-    torch.testing.assert_close(ours.detach().double(), wanted.detach().double(), rtol=0, atol=tolerance * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        ours.detach().double(), wanted.detach().double(), rtol=0, atol=tolerance * float(wanted.abs().max())
+    )
 
 
 def ours_of(base: Path, adapter: Path) -> Decoder:
@@ -127,7 +129,7 @@ def _grads(model: Decoder) -> dict[str, Tensor]:
     ends = ("lora_A", "lora_B", "lora_magnitude_vector", "ia3_l")
     found = {}
     for name, p in trained_parameters(model).items():
-        found[name if name.endswith(ends) else "embedding"] = p.grad.reshape(-1)
+        found[name if name.endswith(ends) else "embedding"] = cast(Tensor, p.grad).reshape(-1)
     return found
 
 
@@ -193,7 +195,9 @@ def test_lora_plus_takes_the_steps_of_pefts_optimizer(tmp_path: Path):
     from peft.optimizers import create_loraplus_optimizer
 
     for dora in (False, True):
-        model = peft.get_peft_model(theirs("qwen2", tmp_path / "base"), peft.LoraConfig(r=3, lora_alpha=7, use_dora=dora, target_modules=KEYS))
+        model = peft.get_peft_model(
+            theirs("qwen2", tmp_path / "base"), peft.LoraConfig(r=3, lora_alpha=7, use_dora=dora, target_modules=KEYS)
+        )
         model.save_pretrained(tmp_path / "a")
         optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0)
         their_steps(model.double(), optimizer)
@@ -207,7 +211,9 @@ def test_lora_plus_takes_the_steps_of_pefts_optimizer(tmp_path: Path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_starts_and_learns_as_in_peft(rslora: bool, tmp_path: Path):
     base = theirs("qwen2", tmp_path / "base").float()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=7, use_rslora=rslora, init_lora_weights="pissa", target_modules=KEYS))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=7, use_rslora=rslora, init_lora_weights="pissa", target_modules=KEYS)
+    )
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     ours = prepare(load_model(tmp_path / "base", torch.float32), resolve({**OURS["pissa"], "rslora": rslora}))
     pissa_init(ours)
@@ -216,7 +222,9 @@ def test_pissa_starts_and_learns_as_in_peft(rslora: bool, tmp_path: Path):
         close(wrapper.lora_B @ wrapper.lora_A, b @ a, 1e-4)
     with torch.no_grad():
         close(ours.eval().logits(IDS), their_loss(model)[0], 1e-5)
-    their_steps(model, torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0))
+    their_steps(
+        model, torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), lr=1e-2, weight_decay=0)
+    )
     steps(ours)
     with torch.no_grad():
         logits = their_loss(model)[0]
