@@ -16,6 +16,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.stream import Batch, Documents
 
 from ..lora import adapters, linears
+from ..methods.freeze import Trained
 
 # dense bf16 peak of the cards that the benchmarks name, in FLOP/s (vendor data sheets)
 PEAKS = {"H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
@@ -23,10 +24,12 @@ PEAKS = {"H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H
 
 def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
     """(of every token, of every token with a target beside that) in the linears of a step, forward and backward."""
-    wide = sum(m.weight.numel() for m in linears(model).values())
+    # below a block that is trained whole no gradient flows; what it was copied from, and what makes a prefix, no token passes
+    frozen = 2 if any(isinstance(block, Trained) for block in model.blocks) else 4
+    passed = {path: m for path, m in linears(model).items() if ".base." not in path and not path.startswith("virtual.")}
+    wide = sum((6 if m.weight.requires_grad else frozen) * m.weight.numel() for m in passed.values())
     narrow = sum(w.lora_A.numel() + w.lora_B.numel() for _, w in adapters(model))
-    factor = 6 if full else 4
-    return factor * wide + 6 * narrow, factor * model.head.numel()
+    return wide + 6 * narrow, (6 if full else 4) * model.head.numel()
 
 
 def attention_flops(c: Config, documents: Documents) -> float:
