@@ -116,15 +116,16 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     base = sum(w.nbytes for w in base_parameters(model).values() if not w.requires_grad)
     base += sum(matrix.extra_bytes for matrix in matrices(model))
     blocks, count = list(model.blocks), len(model.blocks)
-    del model.blocks[ALIKE:]
+    some = ALIKE if len({type(block) for block in blocks}) == 1 else count  # --method freeze trains the last ones
+    del model.blocks[some:]
     activations, host, peak, layer = _kept_and_peak(model, batch)
-    model.blocks.extend(blocks[ALIKE:])
+    model.blocks.extend(blocks[some:])
     if layer < trained / count or model.offload:
         # going down the stack, gradients take more than activations free: the peak is where all layers have been. What
         # the host holds is of all layers, too
         activations, host, peak, _ = _kept_and_peak(model, batch)
     else:
-        rest = max(0, count - ALIKE) * layer
+        rest = max(0, count - some) * layer
         activations, peak = activations + rest, peak + rest
     full = base == 0
     # the gradients of a stream may all be there at its peak, or none: they are counted once, as the part that stays

@@ -193,9 +193,10 @@ def test_the_commands_read_from_the_folder_what_was_trained(
 @methods
 def test_a_card_is_planned_with(method: str, tmp_path: Path):
     """The memory of a step, by a model without data; and the operations of a token."""
-    folder = tiny_folder(tmp_path / "m")
+    folder = tiny_folder(tmp_path / "m", num_hidden_layers=5)
     found = forecast(resolve(METHODS[method], {"model": folder}), 80)
-    assert found["trained"] == sum(p.numel() for p in trained_parameters(prepared(method, trained=False)).values())
+    model = prepared(method, trained=False, num_hidden_layers=5)
+    assert found["trained"] == sum(p.numel() for p in trained_parameters(model).values())
     assert found["memory"]["total"] > 0 and found["step"]["flops"] > 0
 
 
