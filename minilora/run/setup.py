@@ -24,10 +24,10 @@ from ..machine.compute import choose, choose_threads, name_of
 from ..machine.cpu import usable_cpus
 from ..machine.gemm import GEMM, MOST_ROWS, read_choice, settle
 from ..methods.dora import DoRALinear
-from ..objective import objective_of
 from ..methods.lora_plus import rate_groups
 from ..methods.pissa import PiSSALinear, pissa_init
 from ..methods.table import METHODS
+from ..objective import objective_of
 from ..ranks.ranks import ALONE, Ranks
 from .load_sharded import load_sharded, starts
 
@@ -131,9 +131,12 @@ def check_offload(config: TrainConfig, device: torch.device) -> None:
 
 
 def check_shard(config: TrainConfig) -> None:
-    """UsageError where --shard has nothing to shard."""
+    """UsageError where --shard has nothing to shard, or where a method would need weights whole that no rank has whole."""
     if config.shard == "on" and config.method == "full":
         raise UsageError("--shard on shares a frozen base, and --method full trains it", "Give one of them.")
+    if config.shard == "on" and (config.method != "lora" or config.lora_init == "pissa"):
+        of = f"--method {config.method}" if config.method != "lora" else "--lora-init pissa"
+        raise UsageError(f"--shard on is for plain LoRA, and {of} is another method", "Give one of them.")
 
 
 def quant_asked(config: TrainConfig, device: torch.device, planned: bool = False) -> str:
