@@ -12,12 +12,13 @@ from tiny import make_model
 
 from minilora import load_adapter, load_model
 from minilora.__main__ import main
+from minilora.adapted import without_adapters
 from minilora.config import TrainConfig
 from minilora.data import Example, make_batch, pack
 from minilora.errors import RowError
 from minilora.evaluate import evaluate
 from minilora.files.strict_json import read_json_lines
-from minilora.lora import adapters, add_lora, trained_parameters, without_adapters
+from minilora.lora import adapters, add_lora, trained_parameters
 from minilora.objective import objective_of, pair_numbers, preference_losses
 from minilora.rows.preferences import to_pair
 from minilora.run.setup import optimizer_of

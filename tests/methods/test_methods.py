@@ -40,6 +40,7 @@ MERGE = {
 }
 BOTTLENECK = {"bottleneck": {"method": "bottleneck", "bottleneck_size": 6}}
 METHODS = {**MERGE, **BOTTLENECK, **VIRTUAL}
+EVEN: dict[str, Any] = WIDE["qwen2"]  # widths that NF4 takes
 methods = pytest.mark.parametrize("method", METHODS)
 # Qwen3 has no biases to train
 pairs = pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_a_card_is_planned_with(method: str, tmp_path: Path):
 
 @pytest.mark.parametrize("method", ["dora", "ia3", "bitfit", "bottleneck", "prefix", "prompt"])
 def test_a_quantised_base_computes_as_its_widened_weights(method: str, tmp_path: Path):
-    folder = tiny_folder(tmp_path / "m", **WIDE["qwen2"])
+    folder = tiny_folder(tmp_path / "m", **EVEN)
     nf4 = prepare(load_model(folder, quant="nf4"), resolve(METHODS[method]))
     plain = load_model(folder, quant="nf4")
     widen_linears(plain, torch.float32)
@@ -213,7 +214,7 @@ def test_a_quantised_base_computes_as_its_widened_weights(method: str, tmp_path:
 
 def test_freeze_refuses_a_quantised_base(tmp_path: Path):
     with pytest.raises(UsageError, match="quantised"):
-        prepare(load_model(tiny_folder(tmp_path / "m", **WIDE["qwen2"]), quant="nf4"), resolve(METHODS["freeze"]))
+        prepare(load_model(tiny_folder(tmp_path / "m", **EVEN), quant="nf4"), resolve(METHODS["freeze"]))
 
 
 def test_dpo_has_the_base_of_every_method_as_its_reference():
