@@ -118,9 +118,8 @@ def test_checkpointing_gives_the_same_gradients(method: str, family: str, keep_a
 
 @pairs
 def test_decoding_with_a_cache_is_the_whole_document_at_once(method: str, family: str):
-    long = (
-        {"seq_length": 64} if family == "qwen" else {}
-    )  # Qwen-1's rotary base depends on the length of a longer prompt
+    # the rotary base of Qwen-1 depends on the length of a prompt beyond this one
+    long: dict[str, Any] = dict.fromkeys(["seq_length"] if family == "qwen" else [], 64)
     model = prepared(method, family, torch.float64, **long)
     with torch.no_grad():
         pieces = torch.cat(cached_logits(model, IDS, [13, 1, 1]))
