@@ -29,6 +29,12 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }),
+    "Qwen2.5-72B": (72_706_203_648, {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }),
     "Qwen3-32B": (32_762_123_264, {
         "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "head_dim": 128,
         "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 40960,

@@ -38,7 +38,7 @@ class StepMemory:
     """Bytes by part. Their sum is the peak of the step.
 
     activations: what the forward pass keeps for the backward pass; temporaries: what comes and goes beside it, at the peak.
-    host: what it keeps in the host's memory (--offload), which is no part of the sum.
+    host: what it keeps in the host's memory (--offload), which is no part of the sum. buffers: where a base that ranks share is gathered.
     """
 
     weights: int
@@ -48,10 +48,11 @@ class StepMemory:
     activations: int
     temporaries: int
     host: int
+    buffers: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporaries
+        return sum(vars(self).values()) - self.host
 
     def most_tokens(self, tokens: int, there: float, copies: int = 1) -> int:
         """About how many tokens a stream can have in `there` bytes, with what it allocates in so many copies; this one has `tokens`."""

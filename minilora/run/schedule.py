@@ -26,7 +26,7 @@ from ..ranks.ranks import ALONE, Ranks
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
 from .advice import advice
-from .fit import stream_tokens
+from .fit import check_longest, stream_tokens
 from .graphs import Choice, choose
 
 EPOCHS, MIN_STEPS, MAX_EPOCHS = 3, 100, 20
@@ -57,14 +57,15 @@ def make_plan(
 ) -> Plan:
     """Steps and streams of a run, and its header, which has `computing` as the line on dtype and threads.
 
-    ModelError if the tokenizer has more ids than the model.
+    ModelError if the tokenizer has more ids than the model; OutOfMemory for a row that no stream has room for.
     """
     check_fits(data.tokenizer, model.config.vocab, folder)
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     rows_per_step = config.batch_size * config.accumulation
     longest = max(data.train.longest, data.val.longest)
-    spared = ranks.shards.bytes.spared if ranks.shards else 0
-    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count), spared)
+    sharing = ranks.count if ranks.shards else 1
+    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count), sharing)
+    check_longest(config, data.train, streams.room, model.head.device)
     plan = Plan(
         train=data.train,
         val=data.val,

@@ -287,9 +287,10 @@ def on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_streams_are_as_long_as_the_memory_takes(on_a_card: Callable[..., Streams]):
-    assert on_a_card(2) == Streams(2000, False)  # the longest row, whatever fits
+    assert on_a_card(2)[:2] == (2000, False)  # the longest row, whatever fits
     assert 8192 <= on_a_card(6).tokens < fit.LARGEST and not on_a_card(6).fit_twice
-    assert on_a_card(80) == Streams(fit.LARGEST, True)
-    assert on_a_card(80, longest=500, rows=8) == Streams(4000, True)  # no step has more
-    assert on_a_card(80, micro_tokens=3000) == Streams(3000, True)
+    assert on_a_card(80)[:2] == (fit.LARGEST, True)
+    assert on_a_card(80, longest=500, rows=8)[:2] == (4000, True)  # no step has more
+    assert on_a_card(80, micro_tokens=3000)[:2] == (3000, True)
     assert on_a_card(6, checkpointing=True).tokens == fit.LARGEST
+    assert on_a_card(6).room > on_a_card(6).tokens  # which leave some for the allocator
