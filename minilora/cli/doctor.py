@@ -22,7 +22,7 @@ def run(
     from ..tools.doctor import diagnose, text_of
 
     ranks = join(60)
-    with ranks.ending_as_one():
+    with ranks.ending_as_one("Start it again."):
         found = diagnose(Path(output), gpus, ranks)
     if found:
         say(text_of(found))

@@ -13,11 +13,16 @@ from ..ranks.shard import shard_bytes
 
 
 def network_forecast(
-    model: Decoder, streams: list[Batch], per_token: tuple[float, float], ranks: int, shard: bool
+    model: Decoder,
+    streams: list[Batch],
+    per_token: tuple[float, float],
+    ranks: int,
+    shard: bool,
+    passes: tuple[bool, ...] = (True,),
 ) -> dict[str, Any]:
     """A step of these streams on so many ranks, as plain values for JSON; per_token from flops_per_token.
 
-    shard: the ranks share the base out, and gather it for each stream of the one that has the most.
+    shard: the ranks share the base out, and gather it for each stream of the one that has the most; passes: Objective.passes.
     """
     tokens = [len(batch.ids) for batch in streams]
     dealt = deal(tokens, ranks)
@@ -25,7 +30,9 @@ def network_forecast(
     # in one buffer with the gradients: the loss, and on how many ranks a signal came
     buffer = sum(p.nbytes for p in trained_parameters(model).values()) + 2 * 4
     most = max(map(len, dealt))
-    step = Step(flops, all_reduce_bytes(buffer, ranks), most * shard_bytes(model, ranks).training if shard else 0.0)
+    parts = shard_bytes(model, ranks)
+    gathered = most * sum(parts.training if backward else parts.evaluation for backward in passes) if shard else 0.0
+    step = Step(flops, all_reduce_bytes(buffer, ranks), gathered)
     return {
         "count": ranks,
         "shard": shard,

@@ -27,6 +27,7 @@ from ..machine.cpu import device_name, memory_gb
 from ..machine.dry_run import StepMemory, card_memory, step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..machine.gemm import settle
+from ..objective import objective_of
 from ..rows.dataset import load_data
 from ..run.advice import advice
 from ..run.fit import long_row, longest_row, rank_memory, round_down, streams_on_card
@@ -128,7 +129,7 @@ def forecast(config: TrainConfig, card_gb: float | None, gpus: int = 1) -> dict[
     if on_card:
         found["cards"] = _cards(model, largest, memory, sharing)
     if gpus > 1:
-        found["ranks"] = network_forecast(model, of_steps[0], per_token, gpus, sharing > 1)
+        found["ranks"] = network_forecast(model, of_steps[0], per_token, gpus, sharing > 1, objective_of(config).passes)
     return found
 
 
