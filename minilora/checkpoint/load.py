@@ -57,6 +57,7 @@ SIGNATURES = {
     "qwen2": "model.layers.0.self_attn.q_proj.bias",
 }
 QUANTIZED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
+WIDE = re.compile(r".*\.(A_log|dt_bias)")  # in fp32 whatever the dtype of a model
 # what a folder holds beside its language model, which a merged folder has as well: vision, and the prediction of several tokens
 CARRIED = re.compile(r"(model\.visual|mtp)\..+")
 QUANT = ("keep", "off", *QUANTS, FP8RowsWeight.name)
@@ -382,14 +383,29 @@ def own_code(folder: Path) -> list[str]:
 def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
 
-    The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
+    The config and tokenizer files, and tensors beside the language model, are copied from the folder `companions`, the one the
+    model was loaded from.
     """
     parameters = base_parameters(model)
     if any(True for _ in adapters(model)):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
-    dtype = model.config.dtype
-    shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+    own, source = model.config.dtype, ModelFolder(companions)
+    wide = torch.promote_types(own, torch.float32)
+    shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
+    kept = carried(source)
+
+    def tensor(name: str) -> Tensor:
+        if name in parameters:
+            return weight_as(parameters[name], shapes[name][0]).detach()
+        with source.tensors.reading(name) as value:
+            return value.clone()
+
     with atomic_folder(Path(folder)) as stage:
-        write_checkpoint(
-            stage, shapes, lambda name: weight_as(parameters[name], dtype).detach(), Path(companions), shard_bytes
-        )
+        write_checkpoint(stage, shapes | kept, tensor, source.path, shard_bytes)
+
+
+def carried(folder: ModelFolder) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of what a folder holds beside its language model; of a folder without weights, none."""
+    if not any(folder.path.glob("*.safetensors")):
+        return {}
+    return {name: entry for name, entry in folder.tensors.shapes.items() if CARRIED.fullmatch(name)}
