@@ -122,11 +122,13 @@ class _Within:
         self.q, self.k = q[:, :, None], k[:, :, None]
         self.v = _into(v, cut).to(wide).unflatten(1, groups)
         self.beta = _numbers_into(beta, cut, wide).unflatten(1, groups)[..., None]
-        c = _numbers_into(g, cut, wide).cumsum(-1).unflatten(1, groups)[..., None]
+        # differences of sums: after tokens that forget everything, sums in fp32 would have too few digits left
+        c = _numbers_into(g, cut, torch.float64).cumsum(-1).unflatten(1, groups)[..., None]
         last = c[..., -1:, :]
-        self.grown, self.rest, self.whole = c.exp(), (last - c).exp(), last.exp()  # e^c, e^(c_last - c), e^(c_last)
-        below = torch.ones(cut.size, cut.size, dtype=torch.bool, device=c.device).tril()
-        self.d = (c - c.mT).masked_fill_(~below, float("-inf")).exp_()
+        self.grown, self.rest, self.whole = (x.to(wide).exp() for x in (c, last - c, last))
+        between = torch.empty(*c.shape[:-1], cut.size, dtype=wide, device=c.device)
+        above = torch.ones(cut.size, cut.size, dtype=torch.bool, device=c.device).triu(1)
+        self.d = torch.sub(c, c.mT, out=between).masked_fill_(above, float("-inf")).exp_()
         self.kk = self.k @ self.k.mT
         self.inverse = _inverse(self.kk * self.beta * self.d)
         self.p = (self.q @ self.k.mT) * self.d
@@ -275,7 +277,7 @@ class _OnTorch(torch.autograd.Function):
             given = [t[:, part] for t, part in zip(inputs, parts, strict=True)]
             for into, d, part in zip(found, _backward(do[:, many], *given, cut), parts, strict=True):
                 into[:, part] = d
-        return *found, None
+        return *(d if needed else None for d, needed in zip(found, ctx.needs_input_grad, strict=False)), None
 
 
 def gated_delta_rule(

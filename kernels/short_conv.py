@@ -23,7 +23,7 @@ from minilora.kernels.dispatch import check_same, once_differentiable, recording
 def short_conv_ref(x: Tensor, w: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     """The specification: x [T, C], w [C, K] -> [T, C], each document padded with K - 1 zeros in front."""
     taps = w.shape[1]
-    parts = [F.pad(x[start:end].T, (taps - 1, 0)) for start, end in pairwise(cu_seqlens)]
+    parts = [F.pad(x[start:end].T, (taps - 1, 0)) for start, end in pairwise(cu_seqlens) if end > start]
     return F.silu(torch.cat([F.conv1d(p[None], w[:, None], groups=len(w))[0].T for p in parts]))
 
 
@@ -33,8 +33,8 @@ def _spans(cu_seqlens: Sequence[int], i: int) -> list[tuple[slice, slice]]:
 
 
 def _convolved(x: Tensor, w: Tensor, cu_seqlens: Sequence[int], forward: bool = True) -> Tensor:
-    """z of x; forward=False: dx of dz, the same with the time reversed."""
-    *earlier, own = w.unbind(1)
+    """z of x in fp32 or wider; forward=False: dx of dz, the same with the time reversed."""
+    *earlier, own = w.to(torch.promote_types(x.dtype, torch.float32)).unbind(1)
     z = x * own
     for i, tap in enumerate(reversed(earlier), 1):
         for later, before in _spans(cu_seqlens, i):
@@ -46,7 +46,7 @@ def _convolved(x: Tensor, w: Tensor, cu_seqlens: Sequence[int], forward: bool = 
 class _OnTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        z = _convolved(x, w, cu_seqlens)
+        z = _convolved(x, w, cu_seqlens).to(x.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w, z)
         ctx.cu_seqlens = cu_seqlens
         return F.silu(z)
@@ -56,13 +56,14 @@ class _OnTorch(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         x, w, z = ctx.saved_tensors
         dz = torch.ops.aten.silu_backward(grads[0], z)
-        dx = _convolved(dz, w, ctx.cu_seqlens, forward=False) if ctx.needs_input_grad[0] else None
+        dx = _convolved(dz, w, ctx.cu_seqlens, forward=False).to(dz.dtype) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            dw, last = torch.zeros_like(w), w.shape[1] - 1
+            dw, last = torch.zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device), w.shape[1] - 1
             for i in range(last + 1):
                 for later, before in _spans(ctx.cu_seqlens, i):
                     dw[:, last - i] += (dz[later] * x[before]).sum(0)
+            dw = dw.to(w.dtype)
         return dx, dw, None
 
 
