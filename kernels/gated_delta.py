@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minilora.kernels.dispatch import check_same, once_differentiable, recording, to_device
 
-CHUNK = 64
+CHUNK = 32  # FLA takes 64; half of that is a fifth fewer operations, and on a CPU no slower for each
 EPS = 1e-6  # under the root of a length
 AT_ONCE = 1 << 20  # values of v that go through the chunks together: what a CPU's cache holds
 
@@ -221,7 +221,9 @@ def _backward(
     # o = e^c (q S) + P N
     dq = grown_do @ states.mT
     dc += (dq * w.q).sum(-1, keepdim=True)
-    dp = (do @ ns.mT).mul_(w.d)
+    dp = do @ ns.mT
+    of_p = dp * w.p
+    dp *= w.d
     dq += dp @ w.k
     dk += dp.mT @ w.q
     # R = beta (v - e^c (k S))
@@ -234,7 +236,7 @@ def _backward(
     da = (drs @ ns.mT).neg_().mul_(w.d).tril_(-1)
     of_d = da * w.kk
     dbeta += of_d.sum(-1, keepdim=True)
-    of_d = of_d.mul_(w.beta).add_(dp.mul_(w.q @ w.k.mT))
+    of_d = of_d.mul_(w.beta).add_(of_p)
     dc += of_d.sum(-1, keepdim=True) - of_d.sum(-2)[..., None]
     da *= w.beta
     dk += (da + da.mT) @ w.k
