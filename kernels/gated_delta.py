@@ -16,7 +16,7 @@ that the chunk begins with:
 
 Chunks of all documents and some heads are multiplied together; a loop goes along the documents. (I + A)^-1 is made of
 inverses of half the size, which is as stable as solving row by row. All is fp32 (fp64 for fp64). Saved for the backward:
-what was given; the rest is made again. On a GPU Flash Linear Attention's kernels (`fla-core`) run where they are installed.
+what was given; the rest is made again. A GPU runs Flash Linear Attention's kernels where they are installed (fla.py), else this.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.kernels import fla
 from minilora.kernels.dispatch import check_same, once_differentiable, recording, to_device
 
 CHUNK = 32  # FLA takes 64; half of that is a fifth fewer operations, and on a CPU no slower for each
@@ -291,6 +292,8 @@ def gated_delta_rule(
     chunk, a power of two, changes nothing beyond rounding. ValueError for other shapes.
     """
     _check(q, k, v, g, beta, cu_seqlens)
+    if fla.runs_on_fla(q, v):
+        return fla.delta_rule(q, k, v, g, beta, cu_seqlens)
     return recording(_OnTorch)(q, k, v, g, beta, Cut.of(cu_seqlens, chunk, v.device))
 
 

@@ -7,7 +7,8 @@ and x only where w is trained. With dz = dy silu'(z):
 
     dx_t = sum over i of w_i * dz_(t + i)         dw_i = sum over t of dz_t * x_(t - i)
 
-A perfect forward moves each number twice. Plain torch: a pass for each tap, over each document by itself.
+A perfect forward moves each number twice. A GPU runs FLA's kernel where it is installed (fla.py), else, as a CPU does, plain torch:
+a pass for each tap, over each document by itself.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.kernels import fla
 from minilora.kernels.dispatch import check_same, once_differentiable, recording
 
 
@@ -77,6 +79,8 @@ def short_conv(x: Tensor, w: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
         raise ValueError(f"short_conv: x {list(x.shape)}, w {list(w.shape)}; it takes [T, C] and [C, K]")
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(x) or any(a > b for a, b in pairwise(cu_seqlens)):
         raise ValueError(f"short_conv: cu_seqlens {list(cu_seqlens)} must go up from 0 to the {len(x)} tokens")
+    if fla.runs_on_fla(x):
+        return fla.convolution(x, w, cu_seqlens)
     return recording(_OnTorch)(x, w, cu_seqlens)
 
 

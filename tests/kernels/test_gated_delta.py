@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import check_op, run, upstream
 from torch import Tensor
 
-from minilora.kernels import gated_delta
+from minilora.kernels import fla, gated_delta
 from minilora.kernels.gated_delta import Cut, gated_delta_rule, gated_delta_rule_ref, gated_delta_rule_with_state
 from minilora.kernels.short_conv import short_conv, short_conv_ref
 
@@ -145,3 +145,42 @@ def test_what_does_not_fit_is_refused():
     for args, part in (((q[0], q[0], [0, 2]), "it takes"), ((q[:, 0], q[0, 0][:, None], [0, 7]), "must go up")):
         with pytest.raises(ValueError, match=part):
             short_conv(*args)
+
+
+class TheirKernels:
+    """In the place of FLA's two functions: our references, asked as FLA is."""
+
+    @staticmethod
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, use_qk_l2norm_in_kernel: bool, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor) -> tuple[Tensor, None]:
+        assert use_qk_l2norm_in_kernel and torch.equal(cu_seqlens, cu_seqlens_cpu) and all(x.is_contiguous() for x in (q, k, v))
+        return gated_delta_rule_ref(q[0], k[0], v[0], g[0], beta[0], cu_seqlens.tolist())[0][None], None
+
+    @staticmethod
+    def conv(x: Tensor, w: Tensor, *, activation: str, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor) -> tuple[Tensor, None]:
+        assert activation == "silu" and torch.equal(cu_seqlens, cu_seqlens_cpu)
+        return short_conv_ref(x[0], w, cu_seqlens.tolist())[None], None
+
+
+def test_fla_is_asked_for_documents(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fla, "runs_on_fla", lambda *_: True)
+    monkeypatch.setattr(fla, "_installed", lambda: (TheirKernels.rule, TheirKernels.conv))
+    args = example(LENGTHS)
+    assert torch.equal(gated_delta_rule(*args), ref(*args))
+    x, w = args[2].flatten(1), torch.randn(48, 4, dtype=torch.float64)
+    assert torch.equal(short_conv(x, w, args[5]), short_conv_ref(x, w, args[5]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or isinstance(fla._installed(), str), reason="needs a GPU and fla-core")
+def test_fla_is_as_wrong_as_the_chunks():
+    """In bf16, whose products FLA rounds: within a hundredth of the largest value, outputs and gradients."""
+    args = [x.cuda() if isinstance(x, Tensor) else x for x in example(LENGTHS, 2, 4, 64, torch.bfloat16)]
+    assert fla.runs_on_fla(args[0], args[2])
+    dy = upstream(args[2])
+    for ours, theirs in zip(run(ref, args, EVERY, dy), run(gated_delta_rule, args, EVERY, dy), strict=True):
+        assert (ours.float() - theirs.float()).abs().max() <= 0.01 * ours.float().abs().max()
+
+
+def test_without_fla_the_header_says_so():
+    assert not fla.runs_on_fla(torch.zeros(1, 1, 8).bfloat16())
+    if isinstance(fla._installed(), str):
+        assert "minilora[hybrid]" in fla.fla_path(torch.zeros(1, 1, 8).bfloat16())
