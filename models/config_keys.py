@@ -19,7 +19,7 @@ QWEN = LLAMA_LIKE | {
 GLM = LLAMA_LIKE | {"partial_rotary_factor"}
 HYBRID = GLM | {
     "layer_types", "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-    "linear_value_head_dim", "linear_conv_kernel_dim", "attn_output_gate", "mamba_ssm_dtype",
+    "linear_value_head_dim", "linear_conv_kernel_dim", "attn_output_gate", "output_gate_type", "mamba_ssm_dtype",
 }  # fmt: skip
 # what the family's config() reads; a test changes each of them
 USED: dict[str, set[str]] = {

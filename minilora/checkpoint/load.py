@@ -38,6 +38,7 @@ from ..files.tensors import INDEX, fold
 from ..lora import adapters, base_parameters, linears
 from ..machine.compute import choose
 from .quantized import FORMS, QUANTS, Stored, format_of, plain_config
+from .refused import refusal
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
@@ -127,6 +128,10 @@ def _family(path: Path, j: dict[str, Any]) -> str:
         return "chatglm2"
     if isinstance(kind, str) and kind in FAMILIES and kind != "chatglm2":
         return kind
+    known = refusal(str(kind), j)
+    if known is not None:
+        missing, hint = known
+        raise ModelError(f"{path}: model_type {str(kind)[:40]!r} is not supported: {missing}", hint)
     nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
     raise ModelError(
         f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",

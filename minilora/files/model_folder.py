@@ -16,6 +16,7 @@ POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
 VISION = ("qwen3_5", "qwen3_5_moe")
 OF_VISION = {
     "text_config", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "language_model_only",
 }  # fmt: skip
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
