@@ -21,7 +21,7 @@ what was given; the rest is made again. A GPU runs Flash Linear Attention's kern
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -133,7 +133,9 @@ class _Within:
         self.kk = self.k @ self.k.mT
         self.inverse = _inverse(self.kk * self.beta * self.d)
         self.p = (self.q @ self.k.mT) * self.d
-        self.at = [slice(end - n, end) for n, end in zip(cut.counts, torch.tensor(cut.counts).cumsum(0).tolist(), strict=True)]
+        self.at = [slice(end - n, end) for n, end in zip(cut.counts, accumulate(cut.counts), strict=True)]
+        if v.is_meta:  # without data one step tells what all of them take (machine/dry_run.py)
+            del self.at[1:]
 
     def _units(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of unit length, without gaps, and what each was multiplied with."""
@@ -256,7 +258,8 @@ def _parts(q: Tensor, v: Tensor, cut: Cut) -> list[tuple[slice, slice]]:
     """Heads of q and of v that are computed together."""
     each = v.shape[1] // q.shape[1]
     step = max(1, AT_ONCE // (len(cut.source) * each * v.shape[2]))
-    return [(slice(i, i + step), slice(i * each, (i + step) * each)) for i in range(0, q.shape[1], step)]
+    parts = [(slice(i, i + step), slice(i * each, (i + step) * each)) for i in range(0, q.shape[1], step)]
+    return parts[:1] if v.is_meta else parts
 
 
 class _OnTorch(torch.autograd.Function):
