@@ -92,9 +92,7 @@ def _cut(cu_seqlens: tuple[int, ...], size: int, device: torch.device) -> Cut:
         slot[cu_seqlens[i] : cu_seqlens[i + 1]] = starts * size + within % size
     source = torch.zeros(sum(counts) * size, dtype=torch.int64)
     source[slot] = torch.arange(len(slot))
-    return Cut(
-        size, to_device(source, device), to_device(slot, device), counts, to_device(torch.tensor(order), device)
-    )
+    return Cut(size, to_device(source, device), to_device(slot, device), counts, to_device(torch.tensor(order), device))
 
 
 def _into(x: Tensor, cut: Cut) -> Tensor:
@@ -144,7 +142,9 @@ class _Within:
 
     def corrections(self, at: slice, state: Tensor) -> Tensor:
         """N of a step's chunks."""
-        return self.inverse[at] @ torch.addcmul(self.v[at], self.k[at] @ state, self.grown[at], value=-1).mul_(self.beta[at])
+        return self.inverse[at] @ torch.addcmul(self.v[at], self.k[at] @ state, self.grown[at], value=-1).mul_(
+            self.beta[at]
+        )
 
     def next_state(self, at: slice, state: Tensor, n: Tensor) -> Tensor:
         return state * self.whole[at] + (self.k[at] * self.rest[at]).mT @ n
@@ -161,7 +161,9 @@ def _inverse(a: Tensor) -> Tensor:
     half = 1
     while half < size:
         count = size // (2 * half)
-        (b, whole) = (t.unflatten(2, (count, -1)).unflatten(1, (count, -1)).diagonal(0, 1, 3).movedim(-1, 1) for t in (a, found))
+        (b, whole) = (
+            t.unflatten(2, (count, -1)).unflatten(1, (count, -1)).diagonal(0, 1, 3).movedim(-1, 1) for t in (a, found)
+        )
         b, x, y = b[..., half:, :half], whole[..., :half, :half], whole[..., half:, half:]
         whole[..., half:, :half] = -b if half == 1 else -(y @ b @ x)
         half *= 2
@@ -186,9 +188,7 @@ def _forward(
     return _out_of(out.flatten(1, 2), cut).mul_(w.scale).to(v.dtype), torch.cat(last[::-1])
 
 
-def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut
-) -> tuple[Tensor, ...]:
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut) -> tuple[Tensor, ...]:
     """dq, dk, dv, dg, dbeta of some heads.
 
     With dN = P^T do + (e^(c_last - c) k) dS', P = q k^T * D and dR = (I + A)^-T dN:
@@ -204,7 +204,9 @@ def _backward(
         ns[at] = n = w.corrections(at, state)
         state = w.next_state(at, state, n)
     # of slots without a token it is zero
-    do = do.new_zeros(len(cut.source), *do.shape[1:], dtype=ns.dtype).index_copy_(0, cut.slot, do.to(ns.dtype).mul(w.scale))
+    do = do.new_zeros(len(cut.source), *do.shape[1:], dtype=ns.dtype).index_copy_(
+        0, cut.slot, do.to(ns.dtype).mul(w.scale)
+    )
     do = do.unflatten(0, (-1, cut.size)).transpose(1, 2).contiguous().view(ns.shape)
     drs, grown_do = torch.empty_like(ns), do * w.grown
     dk = ns.new_empty(*ns.shape[:-1], q.shape[2])  # of e^(c_last - c) k, at first
@@ -276,9 +278,8 @@ class _OnTorch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         (do,), inputs, cut = grads, ctx.saved_tensors, ctx.cut
-        q, k, v, g, beta = inputs
         found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
-        for few, many in _parts(q, v, cut):
+        for few, many in _parts(inputs[0], inputs[2], cut):
             parts = few, few, many, many, many
             given = [t[:, part] for t, part in zip(inputs, parts, strict=True)]
             for into, d, part in zip(found, _backward(do[:, many], *given, cut), parts, strict=True):
@@ -331,7 +332,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens:
             "it takes twice [T, G, E] and [T, H, U], H a multiple of G"
         )
     if g.shape != v.shape[:2] or beta.shape != g.shape:
-        raise ValueError(f"gated_delta_rule: g {list(g.shape)}, beta {list(beta.shape)}; both must be {list(v.shape[:2])}")
+        raise ValueError(
+            f"gated_delta_rule: g {list(g.shape)}, beta {list(beta.shape)}; both must be {list(v.shape[:2])}"
+        )
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(v) or any(a > b for a, b in pairwise(cu_seqlens)) or len(v) == 0:
         raise ValueError(f"gated_delta_rule: cu_seqlens {list(cu_seqlens)} must go up from 0 to the {len(v)} tokens")
 

@@ -61,7 +61,10 @@ class _OnTorch(torch.autograd.Function):
         dx = _convolved(dz, w, ctx.cu_seqlens, forward=False).to(dz.dtype) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            dw, last = torch.zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device), w.shape[1] - 1
+            dw, last = (
+                torch.zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device),
+                w.shape[1] - 1,
+            )
             for i in range(last + 1):
                 for later, before in _spans(ctx.cu_seqlens, i):
                     dw[:, last - i] += (dz[later] * x[before]).sum(0)

@@ -12,6 +12,7 @@ trained, under its names there. Its three rows of positions (M-RoPE) are equal f
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,12 +110,14 @@ class GatedDeltaNet(nn.Module):
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = mixed.split_with_sizes(self.sizes, -1)
-        return tuple(x.unflatten(-1, (-1, n)) for x, n in ((q, self.key_size), (k, self.key_size), (v, self.value_size)))
+        return tuple(
+            x.unflatten(-1, (-1, n)) for x, n in ((q, self.key_size), (k, self.key_size), (v, self.value_size))
+        )
 
 
 def _conv_with_tail(x: Tensor, w: Tensor, cu_seqlens: list[int], tail: Tensor | None) -> tuple[Tensor, Tensor]:
     """short_conv of documents that begin after `tail` [S, K - 1, C], None for zeros, and their own last K - 1 rows."""
-    count, lengths = w.shape[1] - 1, [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    count, lengths = w.shape[1] - 1, [b - a for a, b in pairwise(cu_seqlens)]
     tails = x.new_zeros(len(lengths), count, x.shape[1]) if tail is None else tail
     rows = [row for pair in zip(tails, x.split(lengths), strict=True) for row in pair]
     bounds = [0]
@@ -233,5 +236,7 @@ def _linear(j: dict[str, Any], layers: int) -> tuple[bool, ...]:
         interval = whole(j, "full_attention_interval", 4)
         return tuple((i + 1) % interval > 0 for i in range(layers))
     if len(types) != layers or not set(types) <= {"linear_attention", "full_attention"}:
-        raise ValueError(f"layer_types must name {layers} layers, each linear_attention or full_attention; it is {str(types)[:80]}")
+        raise ValueError(
+            f"layer_types must name {layers} layers, each linear_attention or full_attention; it is {str(types)[:80]}"
+        )
     return tuple(kind == "linear_attention" for kind in types)

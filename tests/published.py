@@ -3,7 +3,9 @@
 from typing import Any
 
 
-def qwen3_5(layers: int, width: int, heads: int, kv_heads: int, ffn: int, value_heads: int, tied: bool) -> dict[str, Any]:
+def qwen3_5(
+    layers: int, width: int, heads: int, kv_heads: int, ffn: int, value_heads: int, tied: bool
+) -> dict[str, Any]:
     """A Qwen3.5 folder's config.json, with all keys that the published ones have."""
     text = {
         "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16", "eos_token_id": 248044,
@@ -18,7 +20,12 @@ def qwen3_5(layers: int, width: int, heads: int, kv_heads: int, ffn: int, value_
                             "rope_theta": 10000000, "rope_type": "default"},
     }  # fmt: skip
     vision = {"depth": 27, "hidden_size": 1152, "model_type": "qwen3_5", "out_hidden_size": width, "patch_size": 16}
-    ids = {"image_token_id": 248056, "video_token_id": 248057, "vision_start_token_id": 248053, "vision_end_token_id": 248054}
+    ids = {
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
+    }
     return {
         "architectures": ["Qwen3_5ForConditionalGeneration"], "language_model_only": False, "model_type": "qwen3_5", "text_config": text,
         "tie_word_embeddings": tied, "transformers_version": "4.57.1", "vision_config": vision, **ids,

@@ -17,7 +17,9 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks transformers
 CLASSES = {"peft": "AutoModelForCausalLM", "vllm": "AutoModelForImageTextToText"}  # whose names are vLLM's
 classes = pytest.mark.parametrize("consumer", CLASSES)
 
@@ -27,10 +29,29 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder that transformers saved."""
     text = OWN["qwen3_5"] | {"pad_token_id": 0, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
     text |= {"tie_word_embeddings": request.param}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 2, "out_hidden_size": 24, "num_position_embeddings": 16}
-    ids = {name: 50 + i for i, name in enumerate(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"))}
-    config = transformers.AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision, tie_word_embeddings=request.param, **ids)
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 2,
+        "out_hidden_size": 24,
+        "num_position_embeddings": 16,
+    }
+    ids = {
+        name: 50 + i
+        for i, name in enumerate(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"))
+    }
+    config = transformers.AutoConfig.for_model(
+        "qwen3_5", text_config=text, vision_config=vision, tie_word_embeddings=request.param, **ids
+    )
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
@@ -78,7 +99,9 @@ def test_an_adapter_reaches_every_linear_of_each_class(base: Path, tmp_path: Pat
 @classes
 def test_an_adapter_of_each_class_opens_here(base: Path, tmp_path: Path, consumer: str):
     names = ["q_proj", "o_proj", "in_proj_qkv", "in_proj_a", "up_proj", "down_proj"]
-    theirs = peft.get_peft_model(opened(base, consumer), peft.LoraConfig(r=4, lora_alpha=6, target_modules=names)).eval()
+    theirs = peft.get_peft_model(
+        opened(base, consumer), peft.LoraConfig(r=4, lora_alpha=6, target_modules=names)
+    ).eval()
     generator = torch.Generator().manual_seed(1)
     for name, p in theirs.named_parameters():
         if "lora_" in name:

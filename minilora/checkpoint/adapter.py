@@ -212,7 +212,9 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
         )
     model.requires_grad_(False)
     for path, (r, alpha) in plan.items():
-        wrapper = wrap(model, own[path], r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
+        wrapper = wrap(
+            model, own[path], r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False))
+        )
         if wrapper.lora_A.is_meta:  # an adapter without its model
             wrapper.lora_A, wrapper.lora_B = (nn.Parameter(tensors[path, half].float()) for half in "AB")
         with torch.no_grad():

@@ -15,7 +15,10 @@ from torch import nn
 from ..lora import LoRALinear
 
 CONSUMERS = ("peft", "vllm")
-TEXT, VISION = "model.layers.", "model.language_model.layers."  # of a language model by itself, and of one with vision around it
+TEXT, VISION = (
+    "model.layers.",
+    "model.language_model.layers.",
+)  # of a language model by itself, and of one with vision around it
 # families that a consumer spells in another way than the checkpoint
 PREFIXES = {"qwen3_5": {"peft": TEXT}, "qwen3_5_moe": {"peft": TEXT}}
 

@@ -27,7 +27,9 @@ def refusal(kind: str, j: dict[str, Any]) -> tuple[str, str] | None:
     """What is missing for a model_type, and what to take instead; None if nothing is known of it."""
     found = REFUSED.get(kind) or REFUSED.get(kind.removesuffix("_text"))
     if found is None:
-        senses = [what for part, what in PARTS.items() if j.get(part)] + [WORDS[w] for w in kind.split("_") if w in WORDS]
+        senses = [what for part, what in PARTS.items() if j.get(part)] + [
+            WORDS[w] for w in kind.split("_") if w in WORDS
+        ]
         if not senses:
             return None
         glm = kind.startswith("glm")

@@ -18,7 +18,9 @@ def run(
     from ..checkpoint.adapter import export_adapter
 
     found = export_adapter(model, adapter, output, for_)
-    say(f"wrote   {output}: adapters on {found.adapted} of {found.linears} linears, by the names that {for_} gives them")
+    say(
+        f"wrote   {output}: adapters on {found.adapted} of {found.linears} linears, by the names that {for_} gives them"
+    )
     if found.made_alike:
         say(f"        all of rank {found.r} and of one scale now: {for_} reads no rank_pattern or alpha_pattern")
     if for_ == "vllm" and found.r > 16:

@@ -25,8 +25,8 @@ from minilora.kernels.cross_entropy import BLOCK_ROWS
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
-from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.quantized import quantized_weights
+from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch
 
 from ..lora import base_parameters, trained_parameters

@@ -7,8 +7,8 @@ from torch import nn
 
 from minilora.kernels.attention import attention_path
 from minilora.kernels.dequantize import ROWS_IN_THE_LOOP
-from minilora.kernels.fla import fla_path
 from minilora.kernels.dispatch import OLDEST, architecture, use_triton
+from minilora.kernels.fla import fla_path
 from minilora.kernels.lang import HAVE_TRITON
 from minilora.kernels.lora_linear import runs_on_triton
 from minilora.kernels.quantized import QuantizedWeight

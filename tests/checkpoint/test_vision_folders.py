@@ -35,8 +35,16 @@ def vision_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: A
     flat = json.loads((folder / "config.json").read_text())
     text = {key: value for key, value in flat.items() if key not in ("model_type", "tie_word_embeddings")}
     tied = {"tie_word_embeddings": flat["tie_word_embeddings"]}
-    nested = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], **tied, "image_token_id": 7}
-    nested |= {"text_config": text | {"model_type": "qwen3_5_text"}, "vision_config": {"depth": 1, "model_type": "qwen3_5"}}
+    nested = {
+        "model_type": "qwen3_5",
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        **tied,
+        "image_token_id": 7,
+    }
+    nested |= {
+        "text_config": text | {"model_type": "qwen3_5_text"},
+        "vision_config": {"depth": 1, "model_type": "qwen3_5"},
+    }
     (folder / "config.json").write_text(json.dumps(nested))
     save_file(load_file(folder / "model.safetensors") | BESIDE, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -94,7 +102,9 @@ def test_decay_stays_in_fp32(tmp_path: Path):
             assert torch.equal(found[f"model.language_model.layers.0.linear_attn.{name}"], t)
 
 
-@pytest.mark.parametrize(("top", "text", "tied"), [(True, None, True), (None, True, True), (False, True, True), (None, None, False)])
+@pytest.mark.parametrize(
+    ("top", "text", "tied"), [(True, None, True), (None, True, True), (False, True, True), (None, None, False)]
+)
 def test_the_flag_of_tying_stands_in_two_places(tmp_path: Path, top: bool | None, text: bool | None, tied: bool):
     folder = vision_folder(tmp_path / "base", tie_word_embeddings=tied)
     j = json.loads((folder / "config.json").read_text())
@@ -131,7 +141,11 @@ def test_an_adapter_as_a_consumer_spells_it(tmp_path: Path, consumer: str, targe
     assert len(keys) == 2 * count and all(key.startswith(prefix) for key in keys)
     named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
     full = "layers.1.mlp.up_proj" if targets != "all-linear" else None
-    assert named == [prefix.removeprefix("base_model.model.").removesuffix("layers.") + full] if full else "in_proj_a" in named
+    assert (
+        named == [prefix.removeprefix("base_model.model.").removesuffix("layers.") + full]
+        if full
+        else "in_proj_a" in named
+    )
     other = minilora.load_model(folder, device="cpu")
     minilora.load_adapter(other, tmp_path / "out")
     assert torch.equal(other.logits(IDS), model.eval().logits(IDS))
@@ -179,6 +193,23 @@ def test_train_predict_export_and_merge(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["train", "--model", folder, "--data", rows, "--output", run, "--epochs", "1", "--device", "cpu"]) == 0
     assert main(["export", *given, "--for", "peft", "--output", out]) == 0
     assert "adapters on 30 of 30 linears" in capsys.readouterr().out
-    assert main(["predict", "--model", folder, "--adapter", out, "--data", rows, "--output", str(tmp_path / "p"), "--max-tokens", "4"]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                "--model",
+                folder,
+                "--adapter",
+                out,
+                "--data",
+                rows,
+                "--output",
+                str(tmp_path / "p"),
+                "--max-tokens",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert main(["merge", *given, "--output", str(tmp_path / "merged")]) == 0
     assert_carried(tmp_path / "merged")

@@ -19,7 +19,9 @@ LENGTHS = [1, 70, 3, 2, 33, 32]  # documents shorter than the convolution, of wh
 EVERY = (0, 1, 2, 3, 4)
 
 
-def example(lengths: list[int], groups: int = 2, heads: int = 6, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple:
+def example(
+    lengths: list[int], groups: int = 2, heads: int = 6, size: int = 8, dtype: torch.dtype = torch.float64
+) -> tuple:
     torch.manual_seed(0)
     return gated_delta.example(lengths, groups, heads, size, dtype)[0]
 
@@ -33,7 +35,13 @@ def close(a: Tensor, b: Tensor, scale: float = 0.0) -> bool:
 
 
 @few
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 def test_any_shape(lengths: list[int], groups: int, each: int, size: int, value_size: int):
     q, k, _, g, beta, bounds = example(lengths, groups, groups * each, size)
     v = torch.randn(len(q), groups * each, value_size, dtype=q.dtype)
@@ -151,12 +159,28 @@ class TheirKernels:
     """In the place of FLA's two functions: our references, asked as FLA is."""
 
     @staticmethod
-    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, use_qk_l2norm_in_kernel: bool, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor) -> tuple[Tensor, None]:
-        assert use_qk_l2norm_in_kernel and torch.equal(cu_seqlens, cu_seqlens_cpu) and all(x.is_contiguous() for x in (q, k, v))
+    def rule(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        use_qk_l2norm_in_kernel: bool,
+        cu_seqlens: Tensor,
+        cu_seqlens_cpu: Tensor,
+    ) -> tuple[Tensor, None]:
+        assert (
+            use_qk_l2norm_in_kernel
+            and torch.equal(cu_seqlens, cu_seqlens_cpu)
+            and all(x.is_contiguous() for x in (q, k, v))
+        )
         return gated_delta_rule_ref(q[0], k[0], v[0], g[0], beta[0], cu_seqlens.tolist())[0][None], None
 
     @staticmethod
-    def conv(x: Tensor, w: Tensor, *, activation: str, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor) -> tuple[Tensor, None]:
+    def conv(
+        x: Tensor, w: Tensor, *, activation: str, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor
+    ) -> tuple[Tensor, None]:
         assert activation == "silu" and torch.equal(cu_seqlens, cu_seqlens_cpu)
         return short_conv_ref(x[0], w, cu_seqlens.tolist())[None], None
 
@@ -170,7 +194,9 @@ def test_fla_is_asked_for_documents(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(short_conv(x, w, args[5]), short_conv_ref(x, w, args[5]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or isinstance(fla._installed(), str), reason="needs a GPU and fla-core")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or isinstance(fla._installed(), str), reason="needs a GPU and fla-core"
+)
 def test_fla_is_as_wrong_as_the_chunks():
     """In bf16, whose products FLA rounds: within a hundredth of the largest value, outputs and gradients."""
     args = [x.cuda() if isinstance(x, Tensor) else x for x in example(LENGTHS, 2, 4, 64, torch.bfloat16)]

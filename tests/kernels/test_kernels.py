@@ -131,7 +131,9 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         return Case(attention.attention, attention.attention_ref, args, (0, 1, 2), plain_attention)
     if name == "gated_delta":
         args = example(gated_delta, *(([2, 3], 1, 2, 3) if small else ([13, 1, 70, 2, 3], 2, 4, 10)), dtype)
-        return Case(gated_delta.gated_delta_rule, lambda *a: gated_delta.gated_delta_rule_ref(*a)[0], args, (0, 1, 2, 3, 4))
+        return Case(
+            gated_delta.gated_delta_rule, lambda *a: gated_delta.gated_delta_rule_ref(*a)[0], args, (0, 1, 2, 3, 4)
+        )
     if name == "short_conv":
         args = example(short_conv, *(([2, 5], 3, 4) if small else ([13, 1, 31, 2, 3], 26, 4)), dtype)
         return Case(short_conv.short_conv, short_conv.short_conv_ref, args, (0, 1))

@@ -39,7 +39,9 @@ from minilora.run.setup import optimizer_of
 from minilora.settings import resolve
 from minilora.train import micro_batch, train_step
 
-families = pytest.mark.parametrize("family", [family for family in OWN if family != "qwen3_5"])  # whose chunks follow from the documents
+families = pytest.mark.parametrize(
+    "family", [family for family in OWN if family != "qwen3_5"]
+)  # whose chunks follow from the documents
 
 
 def adapted(family: str, dropout: float = 0.0) -> Decoder:
