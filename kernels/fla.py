@@ -30,6 +30,12 @@ def _installed() -> tuple[Any, Any] | str:
         return f"fla-core cannot be used: {str(error).splitlines()[0][:80]}"
 
 
+def _functions() -> tuple[Any, Any]:
+    found = _installed()
+    assert not isinstance(found, str), found
+    return found
+
+
 def runs_on_fla(*tensors: Tensor) -> bool:
     """Whether FLA takes these, of heads in their last dimension: fp16 or bf16 on a GPU that Triton serves, with the package there."""
     first = tensors[0]
@@ -54,7 +60,7 @@ def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     """gated_delta_rule, by FLA."""
-    rule, _ = _installed()
+    rule, _ = _functions()
     bounds, on_cpu = _bounds(tuple(cu_seqlens), v.device)
     given = [x.contiguous()[None] for x in (q, k, v, g, beta)]
     form = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": bounds, "cu_seqlens_cpu": on_cpu}
@@ -63,7 +69,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seql
 
 def convolution(x: Tensor, w: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     """short_conv, by FLA."""
-    _, conv = _installed()
+    _, conv = _functions()
     bounds, on_cpu = _bounds(tuple(cu_seqlens), x.device)
     found = conv(x.contiguous()[None], w.contiguous(), activation="silu", cu_seqlens=bounds, cu_seqlens_cpu=on_cpu)
     return found[0].squeeze(0)

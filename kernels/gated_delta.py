@@ -188,13 +188,14 @@ def _forward(
     return _out_of(out.flatten(1, 2), cut).mul_(w.scale).to(v.dtype), torch.cat(last[::-1])
 
 
-def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut) -> tuple[Tensor, ...]:
+def _backward(do: Tensor, inputs: Sequence[Tensor], cut: Cut) -> tuple[Tensor, ...]:
     """dq, dk, dv, dg, dbeta of some heads.
 
     With dN = P^T do + (e^(c_last - c) k) dS', P = q k^T * D and dR = (I + A)^-T dN:
 
         dS = e^(c_last) dS' + q^T (e^c do) - k^T (beta e^c dR)        dA = -dR N^T        dP = do N^T
     """
+    q, k, v, g, beta = inputs
     w = _Within(q, k, v, g, beta, cut)
     shape = (w.v.shape[0], *w.v.shape[1:3], q.shape[2], v.shape[2])
     states, ns = w.v.new_empty(shape), torch.empty_like(w.v, memory_format=torch.contiguous_format)
@@ -282,7 +283,7 @@ class _OnTorch(torch.autograd.Function):
         for few, many in _parts(inputs[0], inputs[2], cut):
             parts = few, few, many, many, many
             given = [t[:, part] for t, part in zip(inputs, parts, strict=True)]
-            for into, d, part in zip(found, _backward(do[:, many], *given, cut), parts, strict=True):
+            for into, d, part in zip(found, _backward(do[:, many], given, cut), parts, strict=True):
                 into[:, part] = d
         return *(d if needed else None for d, needed in zip(found, ctx.needs_input_grad, strict=False)), None
 

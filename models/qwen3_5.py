@@ -56,6 +56,14 @@ class OffsetRMSNorm(RMSNorm):
         return add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps, 1.0, True)
 
 
+class ShortConv(nn.Module):
+    """The taps of each channel [C, 1, K], as torch's depthwise convolution keeps them."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+
+
 class GatedDeltaNet(nn.Module):
     """x [T, D] -> [T, D]; a document's first tokens see zeros before them, in the convolution and in the state."""
 
@@ -70,8 +78,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_z = Linear(c.width, values, bias=False)
         self.in_proj_b = Linear(c.width, c.value_heads, bias=False)
         self.in_proj_a = Linear(c.width, c.value_heads, bias=False)
-        self.conv1d = nn.Module()
-        self.conv1d.weight = nn.Parameter(torch.empty(2 * keys + values, 1, c.taps))
+        self.conv1d = ShortConv(2 * keys + values, c.taps)
         self.A_log = nn.Parameter(torch.zeros(c.value_heads))
         self.dt_bias = nn.Parameter(torch.ones(c.value_heads))
         self.norm = RMSNorm(c.value_size, c.eps)
@@ -110,9 +117,8 @@ class GatedDeltaNet(nn.Module):
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = mixed.split_with_sizes(self.sizes, -1)
-        return tuple(
-            x.unflatten(-1, (-1, n)) for x, n in ((q, self.key_size), (k, self.key_size), (v, self.value_size))
-        )
+        by_heads = (-1, self.key_size)
+        return q.unflatten(-1, by_heads), k.unflatten(-1, by_heads), v.unflatten(-1, (-1, self.value_size))
 
 
 def _conv_with_tail(x: Tensor, w: Tensor, cu_seqlens: list[int], tail: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -176,7 +182,7 @@ class HybridBlock(nn.Module):
 
 def decoder(c: HybridConfig) -> Decoder:
     names = TRANSFORMERS if c.family.endswith("_text") else NESTED
-    return Decoder(c, lambda c, layer: HybridBlock(c, layer, MLP), OffsetRMSNorm, names)
+    return Decoder(c, lambda _, layer: HybridBlock(c, layer, MLP), OffsetRMSNorm, names)
 
 
 def config(j: dict[str, Any]) -> HybridConfig:

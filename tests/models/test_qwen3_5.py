@@ -44,7 +44,8 @@ def test_documents_of_one_two_and_three_tokens_are_alone(checkpointing: bool):
 
 def rule(**changed: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """gated_delta_rule with one of its arguments changed."""
-    real, names = qwen3_5.gated_delta_rule, ("q", "k", "v", "g", "beta")
+    real: Any = qwen3_5.gated_delta_rule
+    names = "q", "k", "v", "g", "beta"
 
     def wrong(*args: Any) -> Tensor:
         given = [changed.get(name, lambda x: x)(x) for name, x in zip(names, args[:5], strict=True)]
