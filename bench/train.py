@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,16 @@ class Limit:
     def __init__(self, args: argparse.Namespace, steps: list[list[dict[str, list[int]]]]):
         import torch
 
-        from minilora.checkpoint.load import find_device, read_config
+        from minilora.checkpoint.load import empty_model, find_device, read_config
+        from minilora.lora import linears
         from minilora.machine.compute import choose
         from minilora.models.config import Config
 
         c: Config = read_config(Path(args.model))
         device = find_device(args.device)
-        self.dtype, self.steps, self.layers = choose(c, c.dtype, device).dtype, steps, c.layers
-        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
-        self.shapes = [(c.width, queries + 2 * keys), (queries, c.width), (c.width, 2 * c.ffn), (c.ffn, c.width)]
+        self.dtype, self.steps = choose(c, c.dtype, device).dtype, steps
+        found = Counter((linear.in_features, linear.out_features) for linear in linears(empty_model(c)).values())
+        self.shapes, self.counts = list(found), list(found.values())
         self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n in self.shapes]
         self.head = torch.randn(c.vocab, c.width).to(device, self.dtype)
 
@@ -79,8 +81,8 @@ class Limit:
             grads = [torch.randn(tokens, n, dtype=self.dtype) for _, n in self.shapes]
             hidden = torch.randn(trained, self.head.shape[1], dtype=self.dtype)
             start, cpu = time.perf_counter(), time.process_time()
-            for _ in range(self.layers):
-                for x, dy, w in zip(inputs, grads, self.weights, strict=True):
+            for x, dy, w, count in zip(inputs, grads, self.weights, self.counts, strict=True):
+                for _ in range(count):
                     _, _ = x @ w.T, dy @ w
             for part in hidden.split(256):
                 _ = (part @ self.head.T) @ self.head

@@ -109,6 +109,7 @@ COMMANDS = {
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
+    "export": "write an adapter with the names that PEFT or vLLM reads",
 }
 # commands of two words: each has its own module, such as cli/inspect_data.py
 SUBCOMMANDS = {

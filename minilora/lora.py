@@ -22,7 +22,7 @@ from minilora.models.quantized import quantized_weights
 from .errors import UsageError
 
 HEADS = ("lm_head", "output_layer")
-GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",)}
+GROUPS = {"attention": ("self_attn", "linear_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",)}
 
 
 class LoRALinear(Adapted):

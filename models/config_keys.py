@@ -17,12 +17,18 @@ QWEN = LLAMA_LIKE | {
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "qkv_bias", "use_qk_norm",
 }  # fmt: skip
 GLM = LLAMA_LIKE | {"partial_rotary_factor"}
+HYBRID = GLM | {
+    "layer_types", "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_conv_kernel_dim", "attn_output_gate", "output_gate_type", "mamba_ssm_dtype",
+}  # fmt: skip
 # what the family's config() reads; a test changes each of them
 USED: dict[str, set[str]] = {
     "qwen2": QWEN,
     "qwen3": QWEN,
     "glm": GLM,
     "glm4": GLM,
+    "qwen3_5": HYBRID,
+    "qwen3_5_text": HYBRID,
     "chatglm2": SHARED | {
         "_name_or_path", "rope_ratio", "multi_query_attention", "rmsnorm", "post_layer_norm", "add_bias_linear",
         "apply_residual_connection_post_layernorm", "original_rope", "num_layers", "multi_query_group_num", "kv_channels",
@@ -60,6 +66,7 @@ HARMLESS = {
     "max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty", "early_stopping",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "remove_invalid_values", "prefix",
     # of an encoder, where there is none
+    "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings",  # layers that predict further tokens, which are not read
     "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder",
 }  # fmt: skip
 OWN_CODE = {"chatglm", "chatglm2", "qwen"}  # families published with their own code, which auto_map names
@@ -90,7 +97,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # what a query sees
     "sliding_window": (), "use_sliding_window": (False,), "use_swa": (False,), "sliding_window_pattern": (), "sliding_window_size": (),
     "window_size": (), "attention_window": (), "local_attention_window": (), "attention_chunk_size": (), "full_attention_interval": (),
-    "global_attn_every_n_layers": (), "linear_attention": (False,), "linear_num_value_heads": (), "linear_conv_kernel_dim": (),
+    "global_attn_every_n_layers": (), "linear_attention": (False,), "linear_num_value_heads": (), "linear_conv_kernel_dim": (), "mlp_only_layers": ([],),
     # experts and other branches
     "num_experts": (0,), "num_local_experts": (0,), "n_routed_experts": (0,), "n_shared_experts": (0,), "num_experts_per_tok": (0,),
     "moe_intermediate_size": (0,), "shared_expert_intermediate_size": (0,), "moe_num_experts": (0,), "kv_lora_rank": (),
@@ -101,6 +108,7 @@ ROPE_KEYS = {
     "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "attention_factor", "truncate",
 }  # fmt: skip
+MROPE = {"mrope_section", "mrope_interleaved"}  # three rows of positions, which are equal for text
 
 # names of one setting in several families: where a config.json has two of them, they must agree
 SPELLINGS = (
@@ -168,6 +176,7 @@ def _not_read(j: dict[str, Any], family: str) -> Iterator[tuple[str, str, Any]]:
         if key not in USED[family]:
             yield key, key, value
     inside = ROPE_KEYS | (USED[family] & {"partial_rotary_factor"})
+    inside |= MROPE if "linear_num_value_heads" in USED[family] else set()
     for rope in ("rope_parameters", "rope_scaling"):
         if rope in USED[family] and isinstance(j.get(rope), dict):
             for key, value in j[rope].items():

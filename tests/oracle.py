@@ -98,6 +98,10 @@ OWN = {
     "qwen3": SIZES | {"head_dim": 8},
     "glm": SIZES | {"head_dim": 8},
     "glm4": SIZES | {"head_dim": 8},
+    "qwen3_5": SIZES | {
+        "head_dim": 8, "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+    },
     "qwen": {
         "vocab_size": 61, "hidden_size": 24, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "kv_channels": 6, "seq_length": 10, "dtype": "float32",
@@ -116,6 +120,7 @@ OWN = {
 _WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 WIDE = {  # changes that make widths which the kernels take
     "qwen2": _WIDE, "qwen3": _WIDE | {"head_dim": 16}, "glm": _WIDE | {"head_dim": 16}, "glm4": _WIDE | {"head_dim": 16},
+    "qwen3_5": _WIDE | {"head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     "qwen": _WIDE | {"kv_channels": 16, "intermediate_size": 192},
     "chatglm2": {"hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16}, "chatglm": {"hidden_size": 64, "inner_hidden_size": 96},
 }  # fmt: skip

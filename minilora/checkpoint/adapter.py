@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
-from .load import check_finite, fingerprint, fold
+from .consumers import as_in_file, make_alike, spelled
+from .load import check_finite, empty_model, fingerprint, fold, read_config
 from .quantized import FORMS, described, quant_of
 
 PREFIX = "base_model.model."
@@ -54,15 +55,47 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
     """The two files of an adapter, into a folder that the caller makes durable."""
     wrapped = dict(adapters(model))
     assert wrapped, "the model has no adapters"
+    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+    if any(wrapper.loftq for wrapper in wrapped.values()):
+        about["minilora_init"] = "loftq"
+    _write(folder, wrapped, _linears_without(model), base, about)
+
+
+def _write(folder: Path, wrapped: dict[str, LoRALinear], without: list[str], base: str, about: dict[str, str]) -> None:
+    """The files of adapters by the paths that their keys have; without: paths of linears that have none."""
     tensors = {}
     for path, wrapper in wrapped.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = wrapper.lora_A.detach().float().cpu()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = wrapper.lora_B.detach().float().cpu()
-    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
-    if any(wrapper.loftq for wrapper in wrapped.values()):
-        about["minilora_init"] = "loftq"
     write_tensors(folder / WEIGHTS, tensors, about)
-    (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(_config(wrapped, without, base), indent=2) + "\n")
+
+
+class Exported(NamedTuple):
+    """Linears that have an adapter, those that can have one, the rank, and whether ranks were made alike for it."""
+
+    adapted: int
+    linears: int
+    r: int
+    made_alike: bool
+
+
+def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
+    """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
+
+    Raises ModelError with every key that finds no linear of the model.
+    """
+    c, adapter = read_config(model), ModelFolder.of(adapter)
+    meta = empty_model(c)
+    load_adapter(meta, adapter, any_base=True)
+    wrapped = {spelled(path, c.family, consumer): wrapper for path, wrapper in adapters(meta)}
+    without = [spelled(path, c.family, consumer) for path in _linears_without(meta)]
+    alike = consumer == "vllm" and make_alike(wrapped)
+    base = str(adapter.adapter_config.get("base_model_name_or_path") or "")
+    with atomic_folder(Path(output)) as stage:
+        _write(stage, wrapped, without, base, _metadata(adapter.path))
+    r = max(wrapper.r for wrapper in wrapped.values())
+    return Exported(len(wrapped), len(wrapped) + len(without), r, alike)
 
 
 def trained_quant(folder: str | Path) -> str | None:
@@ -81,12 +114,12 @@ def _metadata(folder: str | Path) -> dict[str, str]:
     return SafetensorsFile(path).metadata if path.is_file() else {}  # load_adapter says what is there instead
 
 
-def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:
+def _config(wrapped: dict[str, LoRALinear], without: list[str], base: str) -> dict[str, Any]:
     r = Counter(w.r for w in wrapped.values()).most_common(1)[0][0]
     alpha = Counter(w.alpha for w in wrapped.values()).most_common(1)[0][0]
     first = next(iter(wrapped.values()))
     # a leaf name stands for all its linears; where only some are wrapped, they are named in full
-    bare = {path.split(".")[-1] for path in _linears_without(model)}
+    bare = {path.split(".")[-1] for path in without}
     targets = sorted({path if path.split(".")[-1] in bare else path.split(".")[-1] for path in wrapped})
     return {
         "peft_type": "LORA",
@@ -141,8 +174,10 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
         raise ModelError(f"{folder}: {what}", f"Give a folder with {CONFIG} and {WEIGHTS}.")
     require_no_adapters(model)
     file = SafetensorsFile(folder / WEIGHTS)
-    plan = _plan(model, folder, j, file)
-    named = _named_by(folder, j, linears(model), plan)
+    own = as_in_file(linears(model), file.entries)  # by the spelling of the file
+    targets = {path: cast(nn.Linear, model.get_submodule(name)) for path, name in own.items()}
+    plan = _plan(targets, folder, j, file)
+    named = _named_by(folder, j, targets, plan)
     lacking = [path for path in named if path not in plan]
     beyond = [path for path in plan if path not in named] if j.get("target_modules") is not None else []
     if beyond and not allow_partial:
@@ -177,7 +212,11 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
         )
     model.requires_grad_(False)
     for path, (r, alpha) in plan.items():
-        wrapper = wrap(model, path, r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False)))
+        wrapper = wrap(
+            model, own[path], r, alpha, float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False))
+        )
+        if wrapper.lora_A.is_meta:  # an adapter without its model
+            wrapper.lora_A, wrapper.lora_B = (nn.Parameter(tensors[path, half].float()) for half in "AB")
         with torch.no_grad():
             wrapper.lora_A.copy_(tensors[path, "A"])
             wrapper.lora_B.copy_(tensors[path, "B"])
@@ -238,9 +277,10 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
                 raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
 
 
-def _plan(model: nn.Module, folder: Path, j: dict[str, Any], file: SafetensorsFile) -> dict[str, tuple[int, float]]:
+def _plan(
+    targets: dict[str, nn.Linear], folder: Path, j: dict[str, Any], file: SafetensorsFile
+) -> dict[str, tuple[int, float]]:
     """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
-    targets = linears(model)
     problems: defaultdict[str, list[str]] = defaultdict(list)  # what is wrong -> paths
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     beyond: list[str] = []

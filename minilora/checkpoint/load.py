@@ -21,7 +21,7 @@ from torch import Tensor
 from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
-from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
+from minilora.models import chatglm, chatglm2, glm, qwen, qwen1, qwen3_5
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
@@ -38,10 +38,12 @@ from ..files.tensors import INDEX, fold
 from ..lora import adapters, base_parameters, linears
 from ..machine.compute import choose
 from .quantized import FORMS, QUANTS, Stored, format_of, plain_config
+from .refused import refusal
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
-    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
+    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm,
+    "qwen3_5": qwen3_5, "qwen3_5_text": qwen3_5,
 }  # fmt: skip
 # the first of these tensors that a folder has tells its family: the order matters
 SIGNATURES = {
@@ -50,10 +52,15 @@ SIGNATURES = {
     "qwen": "transformer.h.0.attn.c_attn.weight",
     "glm4": "model.layers.0.post_self_attn_layernorm.weight",
     "glm": "model.layers.0.mlp.gate_up_proj.weight",
+    "qwen3_5": "model.language_model.layers.0.linear_attn.in_proj_qkv.weight",
+    "qwen3_5_text": "model.layers.0.linear_attn.in_proj_qkv.weight",
     "qwen3": "model.layers.0.self_attn.q_norm.weight",
     "qwen2": "model.layers.0.self_attn.q_proj.bias",
 }
 QUANTIZED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
+WIDE = re.compile(r".*\.(A_log|dt_bias)")  # in fp32 whatever the dtype of a model
+# what a folder holds beside its language model, which a merged folder has as well: vision, and the prediction of several tokens
+CARRIED = re.compile(r"(model\.visual|mtp)\..+")
 QUANT = ("keep", "off", *QUANTS, FP8RowsWeight.name)
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 FIRST = 16  # values of a weight by which a base model is recognised
@@ -69,7 +76,7 @@ COMPANIONS = (
 def read_config(folder: Folder) -> Config:
     """The Config of a checkpoint folder; ModelError says which key, and what is supported."""
     folder = ModelFolder.of(folder)
-    path, j = folder / "config.json", folder.config
+    path, j = folder / "config.json", folder.language
     family = _family(path, j)
     try:
         format_of(j)
@@ -104,7 +111,7 @@ def classes_of(j: dict[str, Any]) -> list[str]:
 def keys_not_read(folder: Folder) -> str | None:
     """A line with the keys of a folder's config.json that are not known here, if there are any."""
     folder = ModelFolder.of(folder)
-    path, j = folder / "config.json", folder.config
+    path, j = folder / "config.json", folder.language
     names = unknown_keys(j, _family(path, j))
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
     lines = [f"keys that are not known, and not read: {told}"] if names else []
@@ -121,6 +128,10 @@ def _family(path: Path, j: dict[str, Any]) -> str:
         return "chatglm2"
     if isinstance(kind, str) and kind in FAMILIES and kind != "chatglm2":
         return kind
+    known = refusal(str(kind), j)
+    if known is not None:
+        missing, hint = known
+        raise ModelError(f"{path}: model_type {str(kind)[:40]!r} is not supported: {missing}", hint)
     nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
     raise ModelError(
         f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",
@@ -267,6 +278,7 @@ def check_shapes(model: Decoder, stored: Stored) -> None:
                 problems.append(f"{head} differs from the embedding, though config.json ties them")
     if model.config.tied:
         found.pop(head, None)
+    found = {name: entry for name, entry in found.items() if not CARRIED.fullmatch(name)}
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     if missing:
@@ -376,14 +388,29 @@ def own_code(folder: Path) -> list[str]:
 def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
 
-    The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
+    The config and tokenizer files, and tensors beside the language model, are copied from the folder `companions`, the one the
+    model was loaded from.
     """
     parameters = base_parameters(model)
     if any(True for _ in adapters(model)):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
-    dtype = model.config.dtype
-    shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+    own, source = model.config.dtype, ModelFolder(companions)
+    wide = torch.promote_types(own, torch.float32)
+    shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
+    kept = carried(source)
+
+    def tensor(name: str) -> Tensor:
+        if name in parameters:
+            return weight_as(parameters[name], shapes[name][0]).detach()
+        with source.tensors.reading(name) as value:
+            return value.clone()
+
     with atomic_folder(Path(folder)) as stage:
-        write_checkpoint(
-            stage, shapes, lambda name: weight_as(parameters[name], dtype).detach(), Path(companions), shard_bytes
-        )
+        write_checkpoint(stage, shapes | kept, tensor, source.path, shard_bytes)
+
+
+def carried(folder: ModelFolder) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of what a folder holds beside its language model; of a folder without weights, none."""
+    if not any(folder.path.glob("*.safetensors")):
+        return {}
+    return {name: entry for name, entry in folder.tensors.shapes.items() if CARRIED.fullmatch(name)}

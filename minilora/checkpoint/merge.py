@@ -26,7 +26,7 @@ from ..lora import adapters, base_parameters, without_adapters
 from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant, trained_quant
-from .load import SHARD_BYTES, load_model, write_checkpoint
+from .load import SHARD_BYTES, carried, load_model, write_checkpoint
 from .open_model import folder_notes
 from .quantized import QUANTS, described, quant_of
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
@@ -72,7 +72,7 @@ def merge_folder(
     shapes, widened = model.tensors.shapes, {}
     if bits != "off":
         widened = base_parameters(decoder)
-        shapes = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
+        shapes = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()} | carried(model)
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
@@ -82,7 +82,7 @@ def merge_folder(
         )
 
     def tensor(name: str) -> Tensor:
-        if widened:
+        if name in widened:
             plain = weight_as(widened[name], shapes[name][0]).detach()
             return wrapped[name].merged_weight(plain) if name in wrapped else plain
         with model.tensors.reading(name) as value:

@@ -2,7 +2,8 @@
 
 With frozen weights a token costs 2N forward and 2N backward (dX; there is no dW), so 4N and not the 6N of full training.
 Adapters cost 6 per parameter. The head is paid for by the tokens that have a target. Attention costs 4 H E n^2 / 2 forward
-for a causal document of n tokens and twice that backward. Recomputation under activation checkpointing is not counted.
+for a causal document of n tokens and twice that backward. A gated delta rule reads, corrects and reads its state: 6 E U forward for
+a head and token, and its convolution 2 for a tap and channel. Recomputation under activation checkpointing is not counted.
 """
 
 import time
@@ -13,6 +14,7 @@ import torch
 
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch, Documents
 
 from ..lora import adapters, linears
@@ -39,7 +41,11 @@ def attention_flops(c: Config, documents: Documents) -> float:
 def _document_flops(c: Config, n: int, prefix: int) -> float:
     """The same for one document of n tokens."""
     total, ahead = 0.0, prefix * (prefix - 1) / 2
-    for window, layers in Counter(map(c.window, range(c.layers))).items():
+    linear = c.linear if isinstance(c, HybridConfig) else (False,) * c.layers
+    if isinstance(c, HybridConfig):
+        channels = 2 * c.key_heads * c.key_size + c.value_heads * c.value_size
+        total += sum(linear) * 3 * n * (6 * c.value_heads * c.key_size * c.value_size + 2 * c.taps * channels)
+    for window, layers in Counter(c.window(i) for i in range(c.layers) if not linear[i]).items():
         w = n if window is None else min(window, n)
         total += layers * 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
     return total

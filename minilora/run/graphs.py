@@ -24,6 +24,7 @@ from minilora.kernels.dropout import shared_keys
 from minilora.kernels.lora_linear import runs_on_triton
 from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
+from minilora.models.qwen3_5 import GatedDeltaNet
 
 from ..config import TrainConfig
 from ..data import IGNORE, Batch
@@ -65,6 +66,8 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "no GPU"
     if not in_one_call(probe.new_empty(1, 1, model.config.head_size)):
         return "attention is called a document at a time"
+    if any(isinstance(m, GatedDeltaNet) for m in model.modules()):
+        return "the chunks of gated DeltaNet follow from the documents"
     if model.offload:
         return "--offload on"
     if config.objective == "dpo":

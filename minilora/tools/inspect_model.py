@@ -11,7 +11,16 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.load import COMPANIONS, check_shapes, classes_of, empty_model, keys_not_read, own_code, read_config
+from ..checkpoint.load import (
+    CARRIED,
+    COMPANIONS,
+    check_shapes,
+    classes_of,
+    empty_model,
+    keys_not_read,
+    own_code,
+    read_config,
+)
 from ..checkpoint.quantized import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
@@ -109,7 +118,15 @@ def _weights(folder: ModelFolder, model: Decoder | None) -> dict[str, Any]:
     size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     if model is not None:
         check_shapes(model, Stored.of(folder))
-    return {"weights": {"tensors": len(tensors.shapes), "bytes": size, "ignored": sorted(tensors.ignored)}}
+    beside = sorted({match[1] for name in tensors.shapes if (match := CARRIED.fullmatch(name))})
+    return {
+        "weights": {
+            "tensors": len(tensors.shapes),
+            "bytes": size,
+            "ignored": sorted(tensors.ignored),
+            "carried": beside,
+        }
+    }
 
 
 def _has_tokenizer(folder: ModelFolder) -> bool:
@@ -167,6 +184,8 @@ def text_of(found: dict[str, Any]) -> str:
     if "weights" in found:
         w = found["weights"]
         lines.append(f"weights     {w['tensors']:,} tensors, {w['bytes'] / 1e9:,.3g} GB")
+        if w["carried"]:
+            lines.append(f"            {', '.join(w['carried'])}: not trained, in a merged folder as here")
     elif not found["problems"]:
         lines.append("weights     none here")
     if "template" in found:

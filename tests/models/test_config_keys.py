@@ -17,12 +17,13 @@ from minilora.models.config_keys import DROPOUTS, HARMLESS, NEUTRAL, SPELLINGS, 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {
-    "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
+    "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "qwen3_5": "qwen3_5_text", "qwen3_5_text": "qwen3_5_text", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
 }  # fmt: skip
 
 
 def config_of(family: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / FOLDERS[family] / "config.json").read_text())
+    j = json.loads((GOLDEN / FOLDERS[family] / "config.json").read_text())
+    return j | {"model_type": family} if family == "qwen3_5" else j
 
 
 def with_all_settings(family: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from published import PUBLISHED
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
-from minilora.checkpoint.load import FAMILIES, empty_model, read_config
+from minilora.checkpoint.load import FAMILIES, empty_model, keys_not_read, read_config
+from minilora.checkpoint.refused import REFUSED as REFUSED_TYPES
+from minilora.checkpoint.refused import SMALL_GLM, SMALL_QWEN
 from minilora.checkpoint.verify import wide_logits_of
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError
@@ -342,7 +344,7 @@ def test_parameter_counts_are_the_published_ones(tmp_path: Path, name: str):
     count, j = PUBLISHED[name]
     model = empty_model(read(tmp_path, j))
     assert sum(p.numel() for p in model.parameters()) == count
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters()) and keys_not_read(tmp_path) is None
 
 
 REFUSED = {
@@ -368,6 +370,15 @@ REFUSED = {
     "llama3": ("glm", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type"),
     "nearest": ("qwen2", {"model_type": "qwen2_moe"}, "(the nearest is qwen2)"),
     "nearest glm": ("qwen2", {"model_type": "glm4_moe"}, "(the nearest is glm4)"),
+    "qwen4": ("qwen3", {"model_type": "qwen4_exp"}, "tables of n-grams"),
+    "qwen4's text": ("qwen3", {"model_type": "qwen4_exp_text"}, "tables of n-grams"),
+    "glm5": ("glm", {"model_type": "glm5_next"}, "(KDA)"),
+    "dsa": ("glm", {"model_type": "glm_moe_dsa"}, "(DSA)"),
+    "vision": ("qwen3", {"model_type": "qwen3_vl_moe", "text_config": {}}, "a part that reads pictures"),
+    "vision of an unknown one": ("qwen3", {"model_type": "new", "vision_config": {"depth": 1}}, "a part that reads pictures"),
+    "sound": ("qwen2", {"model_type": "qwen2_audio"}, "a part that reads sound"),
+    "omni": ("qwen2", {"model_type": "qwen3_omni_moe"}, "sound and pictures"),
+    "vision of glm": ("glm", {"model_type": "glm4v_moe"}, "a part that reads pictures"),
     "our own name": ("chatglm2", {"model_type": "chatglm2"}, "(the nearest is chatglm)"),
 }  # fmt: skip
 
@@ -377,6 +388,11 @@ def test_what_is_not_supported_is_named(tmp_path: Path, family: str, changes: di
     with pytest.raises(ModelError) as error:
         read(tmp_path, config_json(family, **changes))
     assert error.value.code == 4 and part in error.value.what and "\n" not in str(error.value.what)
+
+
+def test_what_is_to_be_taken_instead_is_supported():
+    instead = [refused.instead for refused in REFUSED_TYPES.values()] + [SMALL_QWEN, SMALL_GLM]
+    assert {kind for _, kind in instead} <= FAMILIES.keys() and not REFUSED_TYPES.keys() & FAMILIES.keys()
 
 
 @pytest.mark.parametrize("weights", OWN)

@@ -17,7 +17,7 @@ from minilora.lora import adapters
 from minilora.models.decoder import Decoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ADAPTED = ["qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4", "qwen3_nf4", "qwen3_fp8"]
+ADAPTED = ["qwen3_5_text", "qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4", "qwen3_nf4", "qwen3_fp8"]
 ORIGINAL = ["chatglm", "chatglm2", "qwen"]
 
 
