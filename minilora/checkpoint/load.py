@@ -21,7 +21,7 @@ from torch import Tensor
 from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
-from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
+from minilora.models import chatglm, chatglm2, glm, glm_moe, qwen, qwen1, qwen_moe
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
@@ -31,20 +31,27 @@ from minilora.models.layers import pack_weights
 from minilora.models.quantized import pack_codes, quantize_linears
 
 from ..errors import ModelError, UsageError, quote
+from ..experts import expert_linears
 from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, Folder, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, fold
 from ..lora import adapters, base_parameters, linears
 from ..machine.compute import choose
+from .experts import by_weight, in_files, places
 from .quantized import FORMS, QUANTS, Stored, format_of, plain_config
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
-    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
+    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm,
+    "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "glm4_moe": glm_moe, "glm4_moe_lite": glm_moe,
 }  # fmt: skip
-# the first of these tensors that a folder has tells its family: the order matters
+# the first of these tensors that a folder has, in any layer, tells its family: the order matters
 SIGNATURES = {
+    "glm4_moe_lite": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+    "glm4_moe": "model.layers.0.mlp.gate.e_score_correction_bias",
+    "qwen2_moe": "model.layers.0.mlp.shared_expert_gate.weight",
+    "qwen3_moe": "model.layers.0.mlp.gate.weight",
     "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
     "chatglm": "transformer.layers.0.attention.query_key_value.weight",
     "qwen": "transformer.h.0.attn.c_attn.weight",
@@ -136,7 +143,11 @@ def empty_model(c: Config, dtype: torch.dtype | None = None, quant: str = "off")
     with torch.device("meta"):
         model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
     if quant in FORMS:
-        shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
+        shapes = {
+            f"{path}.weight": linear.weight.shape
+            for path, linear in linears(model).items()
+            if not path.endswith(".gate")
+        }
         quantize_linears(model, {name: FORMS[quant].empty(shape, "meta") for name, shape in shapes.items()})
     pack_weights(model)
     pack_codes(model)
@@ -207,7 +218,9 @@ def _empty_weights(model: Decoder, stored: Stored, quant: str) -> dict[str, Quan
     """By name, the linears' weights that are quantised in memory, without what they hold."""
     if quant not in QUANT:
         raise UsageError(f"quant {quant[:40]!r} is not known", f"It can be {', '.join(QUANT)}.")
-    shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
+    shapes = {
+        f"{path}.weight": linear.weight.shape for path, linear in linears(model).items() if not path.endswith(".gate")
+    }
     kept = {name: shape for name, shape in shapes.items() if name in stored.parts and quant in ("keep", stored.form)}
     made = {name: shape for name, shape in shapes.items() if name not in kept and quant in FORMS}
     return {name: stored.empty(name, shape, "meta") for name, shape in kept.items()} | {
@@ -256,8 +269,11 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 def check_shapes(model: Decoder, stored: Stored) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
-    tensors, wanted = stored.tensors, {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = stored.logical(wanted)
+    tensors, wanted = stored.tensors, {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()}
+    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in tensors.shapes.items()})
+    stored.experts = by_weight(of_experts)
+    wanted = {name: shape for name, (_, shape) in in_files(stored.experts, wanted).items()}
+    found = {n: about for n, about in stored.logical(wanted).items() if not _after_the_last(n, model.config)}
     _check_kind(model.config.family, tensors.folder, found, stored)
     problems = []
     head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
@@ -285,6 +301,12 @@ def check_shapes(model: Decoder, stored: Stored) -> None:
         )
 
 
+def _after_the_last(name: str, c: Config) -> bool:
+    """Whether a tensor is of GLM's layer for predicting several tokens at once, which follows the layers of the model."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and c.family.startswith("glm4_moe") and int(layer[1]) >= c.layers
+
+
 def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored) -> None:
     """ModelError for weights of another family or format than config.json says, and for P-tuning prefixes."""
     names = set(names)
@@ -304,7 +326,8 @@ def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored)
             f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
             "Use the model without the prefix.",
         )
-    told = next((family for family, name in SIGNATURES.items() if name in names), family)
+    first = {re.sub(r"\blayers\.\d+\.", "layers.0.", name) for name in names}
+    told = next((family for family, name in SIGNATURES.items() if name in first), family)
     if told != family:
         raise ModelError(
             f"{folder}: config.json says {family}, the weights are of {told}",
@@ -382,8 +405,19 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     if any(True for _ in adapters(model)):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
     dtype = model.config.dtype
+    beside = ModelFolder(companions).tensors.shapes if has_weights(companions) else {}
+    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in beside.items()})
     shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+
+    def tensor(name: str) -> Tensor:
+        if name not in of_experts:
+            return weight_as(parameters[name], dtype).detach()
+        place = of_experts[name]
+        return place.tensor(weight_as(parameters[place.name], dtype, place.rows).detach())
+
     with atomic_folder(Path(folder)) as stage:
-        write_checkpoint(
-            stage, shapes, lambda name: weight_as(parameters[name], dtype).detach(), Path(companions), shard_bytes
-        )
+        write_checkpoint(stage, in_files(by_weight(of_experts), shapes), tensor, Path(companions), shard_bytes)
+
+
+def has_weights(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in (INDEX, "model.safetensors"))

@@ -27,6 +27,7 @@ from minilora.models.quantized import quantized_weights
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..files.tensors import Tensors
+from .experts import Place
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
@@ -112,6 +113,7 @@ class Stored:
     def __init__(self, tensors: Tensors, form: str | None):
         self.tensors, self.form = tensors, form
         self.parts = {name: self._parts(name) for name in tensors.shapes if name.endswith(".weight") and self._is(name)}
+        self.experts: dict[str, list[tuple[str, Place]]] = {}  # by weight, where those of experts lie
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Self:
@@ -151,9 +153,22 @@ class Stored:
         """A context with the tensor of that name, mapped, or the quantised weight [N, K] that it is the codes of."""
         if name in self.parts:
             yield self._read(name, shape)
+        elif name in self.experts:
+            yield self._stack(name, shape)
         else:
             with self.tensors.reading(name) as value:
                 yield value
+
+    def _stack(self, name: str, shape: torch.Size) -> Tensor:
+        """The weight [E N, K] of all experts, from the tensors that it is made of; quantised ones are widened."""
+        whole: Tensor | None = None
+        for file, place in self.experts[name]:
+            with self.reading(file, torch.Size(place.shape)) as value:
+                plain = value.weight_as(torch.float32) if isinstance(value, QuantizedWeight) else value
+                whole = plain.new_empty(shape) if whole is None else whole
+                whole[place.rows] = place.matrix(plain)
+        assert whole is not None, name
+        return whole
 
     def _read(self, name: str, shape: torch.Size) -> QuantizedWeight:
         found: dict[str, Tensor] = {}
