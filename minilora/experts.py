@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minilora.models.moe import ExpertLinear, Experts
+from minilora.models.decoder import Decoder
+from minilora.models.moe import ExpertLinear, Experts, MoEConfig
 
 
 def factors(a: Tensor, b: Tensor, rows: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -32,6 +33,24 @@ def expert_linears(model: nn.Module) -> dict[str, ExpertLinear]:
     return {n.removesuffix(".base"): m for n, m in found.items()}
 
 
+def experts_note(model: Decoder) -> str | None:
+    """A line on the experts of a model, how many have an adapter, and its routers; None for a model without."""
+    c, linears = model.config, expert_linears(model)
+    if not isinstance(c, MoEConfig):
+        return None
+    inside = {
+        n.rpartition(".")[0] for n, m in model.named_modules() if n.endswith(".base") and isinstance(m, ExpertLinear)
+    }
+    matrices = sum(m.experts * len(m.parts) for path, m in linears.items() if path in inside)
+    layers = {path.rpartition(".")[0] for path in linears}
+    adapted = {path.rpartition(".")[0] for path in inside}
+    frozen = not any(p.requires_grad for n, p in model.named_parameters() if ".gate." in n)
+    return (
+        f"{c.experts} in each of {len(layers)} layers, {c.chosen} for a token; adapters on {c.experts * len(adapted):,} of "
+        f"{c.experts * len(layers):,} ({matrices:,} matrices); routers {'frozen' if frozen else 'trained'}, no auxiliary loss"
+    )
+
+
 def seen_note(model: nn.Module) -> str | None:
     """A line on the experts that had tokens in training, of a model that has experts."""
     layers = [m.seen for m in model.modules() if isinstance(m, Experts)]
@@ -40,5 +59,5 @@ def seen_note(model: nn.Module) -> str | None:
     seen = torch.stack(layers).sum(1).tolist()
     return (
         f"{sum(seen):,} of {layers[0].numel() * len(layers):,} experts saw tokens (of {layers[0].numel()} in a layer "
-        f"{min(seen)} to {max(seen)}); adapters of the others are as they began"
+        f"{min(seen)} to {max(seen)}) in this process; the adapters of others are as they were"
     )

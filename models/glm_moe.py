@@ -68,6 +68,7 @@ def _latent(j: dict[str, Any], shared: dict[str, Any]) -> LatentConfig:
     rope, nope, v = (
         whole(j, key, size) for key, size in (("qk_rope_head_dim", 64), ("qk_nope_head_dim", 192), ("v_head_dim", 256))
     )
+    only(j, "glm4_moe_lite", head_dim=rope, qk_head_dim=nope + rope)
     if rope % 2 or v > nope + rope:
         raise ValueError(
             f"heads rotate {rope} elements and hold {nope + rope}, values {v}: an even number, and no more than keys"

@@ -40,13 +40,23 @@ class MoEConfig(Config):
     dense: tuple[int, ...] = ()  # layers that have one MLP
 
 
+class ChoiceBias(nn.Parameter):
+    """Decides which experts are chosen, and has no gradient: it stays as it is where every weight is trained."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False):
+        return super().__new__(cls, data, False)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        return self
+
+
 class Gate(Linear):
     """The linear of a router: x [T, D] -> logits [T, E]. Only its own name, not all-linear, puts an adapter on it."""
 
     def __init__(self, c: MoEConfig):
         super().__init__(c.width, c.experts, bias=False)
         if c.sigmoid:
-            self.e_score_correction_bias = nn.Parameter(torch.empty(c.experts))
+            self.e_score_correction_bias = ChoiceBias(torch.empty(c.experts))
 
     def _apply(self, fn: Any, recurse: bool = True):
         """Move with the model, but keep the bias in fp32: the best experts differ by less than bf16 resolves."""
@@ -55,7 +65,7 @@ class Gate(Linear):
         if bias is not None:
             moved = fn(bias.detach())
             wide = moved if moved.dtype.itemsize >= bias.dtype.itemsize else bias.detach().to(moved.device)
-            self.e_score_correction_bias = nn.Parameter(wide, requires_grad=bias.requires_grad)
+            self.e_score_correction_bias = ChoiceBias(wide)
         return self
 
 
@@ -66,7 +76,7 @@ def choose(c: MoEConfig, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         weights, index = logits.softmax(-1, dtype=wide).topk(c.chosen)
     else:
         scores = logits.to(wide).sigmoid()
-        index = _in_best_groups(c, scores.detach() + bias.detach()).topk(c.chosen).indices
+        index = _in_best_groups(c, scores.detach() + bias).topk(c.chosen).indices
         weights = scores.gather(1, index)
     if c.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + (0.0 if bias is None else 1e-20))

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import qwen
 from .config import Config
-from .config_json import flag, only, whole
+from .config_json import flag, whole
 from .decoder import Decoder
 from .layers import Block
 from .moe import MoEConfig, mlp_of
@@ -25,11 +25,22 @@ def config(j: dict[str, Any]) -> MoEConfig:
     Raises ValueError that names the key whose value is not supported.
     """
     family = j["model_type"]
-    only(j, family, use_sliding_window=False)
-    c = qwen.config(j | {"model_type": family.removesuffix("_moe")})
+    c = qwen.config(j | {"model_type": family.removesuffix("_moe"), "layer_types": _kinds(j, family)})
     return MoEConfig(
         **{f.name: getattr(c, f.name) for f in fields(Config)} | {"family": family}, **experts(j, c.layers)
     )
+
+
+def _kinds(j: dict[str, Any], family: str) -> list[str]:
+    """layer_types: where windows are on, every layer has one in Qwen3, the even ones below max_window_layers in Qwen2."""
+    layers = whole(j, "num_hidden_layers", most=1000)
+    below = layers if family == "qwen3_moe" else whole(j, "max_window_layers", 28)
+    slides = flag(j, "use_sliding_window", False) and j.get("sliding_window", 4096) is not None
+    own = [
+        "sliding_attention" if slides and i < below and (family == "qwen3_moe" or i % 2 == 0) else "full_attention"
+        for i in range(layers)
+    ]
+    return j.get("layer_types") or own
 
 
 def experts(j: dict[str, Any], layers: int) -> dict[str, Any]:

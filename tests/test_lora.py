@@ -434,7 +434,7 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_wanted(tmp_path:
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
         {"trainable_token_indices": [3]},
-        {"target_parameters": ["experts"]},
+        {"target_parameters": "experts"},
         {"r": 0},
         {"r": "3"},
         {"lora_alpha": True},
