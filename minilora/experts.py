@@ -57,6 +57,8 @@ def seen_note(model: nn.Module) -> str | None:
     if not layers:
         return None
     seen = torch.stack(layers).sum(1).tolist()
+    if sum(seen) == layers[0].numel() * len(layers):
+        return f"all {sum(seen):,} experts saw tokens"
     return (
         f"{sum(seen):,} of {layers[0].numel() * len(layers):,} experts saw tokens (of {layers[0].numel()} in a layer "
         f"{min(seen)} to {max(seen)}) in this process; the adapters of others are as they were"

@@ -1,7 +1,7 @@
 """Where the weights of experts lie in files: stacked, or each matrix of each expert by itself.
 
     in memory                          [E N, K], one expert above the other (models/moe.py)
-    ...experts.gate_up_proj            [E, 2 F, D] (transformers 5, Qwen3.5), or [E, D, 2 F]: the shape tells
+    ...experts.gate_up_proj            [E, 2 F, D] (transformers 5, Qwen3.5), or [E, D, 2 F]: the shapes tell
     ...experts.down_proj               [E, D, F], or [E, F, D]
     ...experts.7.gate_proj.weight      [F, D], up_proj [F, D], down_proj [D, F] (Qwen2 and Qwen3, GLM; transformers 4)
 
@@ -41,10 +41,12 @@ class Place(NamedTuple):
 def places(linears: Mapping[str, ExpertLinear], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """file name -> Place of all weights of experts, in the spelling of a folder that has tensors of these shapes."""
     found: dict[str, Place] = {}
+    # a square matrix lies as the other one of its layer does
+    turned = {path.rpartition(".")[0] for path, linear in linears.items() if _is_turned(linear, shapes.get(path))}
     for path, linear in linears.items():
         name, e, n, k = f"{path}.weight", linear.experts, linear.out_features, linear.in_features
         if path in shapes:
-            transposed = shapes[path] == (e, k, n) != (e, n, k)
+            transposed = path.rpartition(".")[0] in turned
             found[path] = Place(name, slice(0, e * n), (e, k, n) if transposed else (e, n, k), transposed)
             continue
         layer, height = path.rpartition(".")[0], n // len(linear.parts)
@@ -53,6 +55,11 @@ def places(linears: Mapping[str, ExpertLinear], shapes: Mapping[str, tuple[int, 
             rows = slice(number * height, (number + 1) * height)
             found[f"{layer}.{i}.{part}.weight"] = Place(name, rows, (height, k))
     return found
+
+
+def _is_turned(linear: ExpertLinear, shape: tuple[int, ...] | None) -> bool:
+    e, n, k = linear.experts, linear.out_features, linear.in_features
+    return shape == (e, k, n) != (e, n, k)
 
 
 def by_weight(places: Mapping[str, Place]) -> dict[str, list[tuple[str, Place]]]:

@@ -21,7 +21,7 @@ from minilora.kernels.fp8_blocks import E4M3, FP8Weight, grid
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.int8_rows import Int8Weight
 from minilora.kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, NF4Weight, dynamic_levels
-from minilora.kernels.quantized import QuantizedWeight, Weight
+from minilora.kernels.quantized import QuantizedWeight, Weight, weight_as
 from minilora.models.quantized import quantized_weights
 
 from ..errors import ModelError
@@ -158,6 +158,27 @@ class Stored:
         else:
             with self.tensors.reading(name) as value:
                 yield value
+
+    @contextmanager
+    def reading_linear(self, path: str, shape: torch.Size) -> Iterator[Weight]:
+        """The weight [N, K] of a linear, or of one expert (...experts.7.gate_up_proj); ModelError if there is none."""
+        layer, e, leaf = path.rsplit(".", 2)
+        apart = [f"{layer}.{e}.{part}.weight" for part in ("gate_proj", "up_proj")]
+        if f"{path}.weight" in self.tensors.shapes:
+            with self.reading(f"{path}.weight", shape) as value:
+                yield value
+        elif layer.endswith(".experts") and f"{layer}.{leaf}" in self.tensors.shapes:
+            with self.tensors.reading(f"{layer}.{leaf}") as stack:
+                one = stack[int(e)]
+                yield one if one.shape == shape else one.T
+        elif leaf == "gate_up_proj" and set(apart) <= self.tensors.shapes.keys():
+            half = torch.Size((shape[0] // 2, shape[1]))
+            with self.reading(apart[0], half) as gate, self.reading(apart[1], half) as up:
+                yield torch.cat([weight_as(part, torch.float32) for part in (gate, up)])
+        else:
+            raise ModelError(
+                f"{self.tensors.folder} has no {path}.weight", "Give the base that the adapter was trained on."
+            )
 
     def _stack(self, name: str, shape: torch.Size) -> Tensor:
         """The weight [E N, K] of all experts, from the tensors that it is made of; quantised ones are widened."""

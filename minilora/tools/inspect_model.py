@@ -87,7 +87,7 @@ def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
     for path in target_paths(model, targets):
         linear = all_of_them[path]
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        groups[name, linear.out_features, linear.in_features, linear.bias is not None] += 1
+        groups[name, linear.out_features, linear.in_features, linear.bias is not None] += getattr(linear, "experts", 1)
     return [
         {"name": name, "shape": [out, into], "bias": bias, "count": n} for (name, out, into, bias), n in groups.items()
     ]
