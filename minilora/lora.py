@@ -5,7 +5,6 @@ A wrapped linear computes y = W x + b + scale * B A dropout(x), with W and b fro
 """
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,10 +21,10 @@ from minilora.models.quantized import quantized_weights
 
 from .errors import UsageError
 from .experts import factors
+from .targets import chosen
 
-HEADS, ROUTER = ("lm_head", "output_layer"), "gate"
+HEADS = ("lm_head", "output_layer")
 Base = nn.Linear | ExpertLinear
-GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",), "experts": ("experts",)}
 
 
 class LoRALinear(Adapted):
@@ -119,7 +118,7 @@ def add_lora(
         raise UsageError(f"lora_r is {r}", "It is at least 1.")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for path in target_paths(model, targets):
+    for path in chosen(list(linears(model)), targets):
         wrapper = wrap(model, path, r, alpha, dropout, rslora, shared_outer)
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
@@ -142,33 +141,6 @@ def wrap(
     wrapper = LoRALinear(base, r, alpha, dropout, rslora, shared).train(model.training)
     replace_module(model, path, wrapper)
     return wrapper
-
-
-def target_paths(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The paths of the linears that `targets` selects, in the order of the model."""
-    paths = list(linears(model))
-    if isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
-        try:
-            found = {targets: {p for p in paths if re.fullmatch(targets, p)}}
-        except re.error as error:
-            what = f"lora_targets {targets!r} is not a regular expression: {error}"
-            raise UsageError(what, "Correct it, or give names.") from None
-    else:
-        names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
-        found = {name: {p for p in paths if _selects(name, p)} for name in names}
-    missing = [name for name, selected in found.items() if not selected]
-    if missing or not found:
-        leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
-        what = f"no linear is called {', '.join(missing)}" if missing else "no targets are given"
-        raise UsageError(what, f"The model has {leaves}; or give all-linear, attention, mlp, experts.")
-    return [p for p in paths if any(p in selected for selected in found.values())]
-
-
-def _selects(name: str, path: str) -> bool:
-    *above, leaf = path.split(".")
-    if name in GROUPS:
-        return leaf != ROUTER and bool(set(above) & set(GROUPS[name]))
-    return (name in ("all-linear", "all") and leaf != ROUTER) or path == name or path.endswith("." + name)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

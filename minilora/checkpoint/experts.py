@@ -42,11 +42,13 @@ def places(linears: Mapping[str, ExpertLinear], shapes: Mapping[str, tuple[int, 
     """file name -> Place of all weights of experts, in the spelling of a folder that has tensors of these shapes."""
     found: dict[str, Place] = {}
     # a square matrix lies as the other one of its layer does
-    turned = {path.rpartition(".")[0] for path, linear in linears.items() if _is_turned(linear, shapes.get(path))}
+    transposed_layers = {
+        path.rpartition(".")[0] for path, linear in linears.items() if _is_turned(linear, shapes.get(path))
+    }
     for path, linear in linears.items():
         name, e, n, k = f"{path}.weight", linear.experts, linear.out_features, linear.in_features
         if path in shapes:
-            transposed = path.rpartition(".")[0] in turned
+            transposed = path.rpartition(".")[0] in transposed_layers
             found[path] = Place(name, slice(0, e * n), (e, k, n) if transposed else (e, n, k), transposed)
             continue
         layer, height = path.rpartition(".")[0], n // len(linear.parts)
