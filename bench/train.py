@@ -60,23 +60,29 @@ class Limit:
         from minilora.checkpoint.load import find_device, read_config
         from minilora.machine.compute import choose
         from minilora.models.config import Config
+        from minilora.models.moe import MoEConfig
 
         c: Config = read_config(Path(args.model))
         device = find_device(args.device)
         self.dtype, self.steps, self.layers = choose(c, c.dtype, device).dtype, steps, c.layers
         queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
-        self.shapes = [(c.width, queries + 2 * keys), (queries, c.width), (c.width, 2 * c.ffn), (c.ffn, c.width)]
+        ffn, copies, self.share = (
+            (c.expert_ffn, c.experts, c.chosen / c.experts) if isinstance(c, MoEConfig) else (c.ffn, 1, 1)
+        )
+        attention, mlp = [(c.width, queries + 2 * keys), (queries, c.width)], [(c.width, 2 * ffn), (ffn, c.width)]
+        self.shapes = attention + mlp * copies  # every expert has its share of the tokens
         self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n in self.shapes]
         self.head = torch.randn(c.vocab, c.width).to(device, self.dtype)
 
     def ask(self, number: int) -> dict[str, Any]:
         import torch
 
-        rows = self.steps[number]
-        tokens, trained = sum(len(r["ids"]) for r in rows), sum(t >= 0 for r in rows for t in r["targets"])
+        of_step = self.steps[number]
+        tokens, trained = sum(len(r["ids"]) for r in of_step), sum(t >= 0 for r in of_step for t in r["targets"])
         with torch.no_grad():
-            inputs = [torch.randn(tokens, k, dtype=self.dtype) for k, _ in self.shapes]
-            grads = [torch.randn(tokens, n, dtype=self.dtype) for _, n in self.shapes]
+            rows = [tokens] * 2 + [round(tokens * self.share)] * (len(self.shapes) - 2)
+            inputs = [torch.randn(t, k, dtype=self.dtype) for t, (k, _) in zip(rows, self.shapes, strict=True)]
+            grads = [torch.randn(t, n, dtype=self.dtype) for t, (_, n) in zip(rows, self.shapes, strict=True)]
             hidden = torch.randn(trained, self.head.shape[1], dtype=self.dtype)
             start, cpu = time.perf_counter(), time.process_time()
             for _ in range(self.layers):
