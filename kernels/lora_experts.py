@@ -154,8 +154,9 @@ def _weighted(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _mask(p: Projection, rows: int, x: Tensor) -> Tensor | None:
-    dropped = p.adapter is not None and p.adapter.p > 0
-    return dropout_mask((rows, p.weight.shape[1]), p.adapter.p, p.adapter.key, x.device) if dropped else None
+    if p.adapter is None or not p.adapter.p:
+        return None
+    return dropout_mask((rows, p.weight.shape[1]), p.adapter.p, p.adapter.key, x.device)
 
 
 def _masked(x: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class _OnTorch(torch.autograd.Function):
         slots, experts, wide = len(routing.slots), len(routing.counts), torch.promote_types(x.dtype, torch.float32)
         given, given_down = (kept.given() if p.adapter else None for p in (gate_up, down))
         s, s_down = _shrunk(x, slots, gate_up, given), _shrunk(x, slots, down, given_down)
-        makes_s, makes_s_down = s is not None and given is None, s_down is not None and given_down is None
+        made, made_down = s if given is None else None, s_down if given_down is None else None
         mask, mask_down = _mask(gate_up, len(x), x), _mask(down, slots, x)
         gu, few = (
             x.new_empty(slots, gate_up.weight.shape[0] // experts) if recorded else None,
@@ -192,15 +193,15 @@ class _OnTorch(torch.autograd.Function):
             first, here, slots_e = _Expert(gate_up, e, experts, x.dtype), tokens[rows], routing.slots[rows]
             x_e = x.index_select(0, here)
             gu_e = first.product(x_e, few, None if gu is None else gu[rows])
-            if makes_s:
-                torch.mm(_masked(x_e, mask, here), first.a.T, out=s[rows])
+            if made is not None:
+                torch.mm(_masked(x_e, mask, here), first.a.T, out=made[rows])
             if s is not None:
                 gu_e.addmm_(s[rows], first.b.T)
-            if not output_needed and not makes_s_down:
+            if not output_needed and made_down is None:
                 continue
             last, h = _Expert(down, e, experts, x.dtype), swiglu_forward(gu_e, None, False)
-            if makes_s_down:
-                torch.mm(_masked(h, mask_down, slots_e), last.a.T, out=s_down[rows])
+            if made_down is not None:
+                torch.mm(_masked(h, mask_down, slots_e), last.a.T, out=made_down[rows])
             if output_needed:
                 y_e = last.product(h, few)
                 y_e = y_e if s_down is None else y_e.addmm_(s_down[rows], last.b.T)

@@ -311,7 +311,7 @@ def _plan(
         as_parameter = _as_parameter(path, linear)
         name = as_parameter if _meant(parameters, as_parameter, set()) else path
         name = found["A"].name or name if "A" in found else name
-        r, alpha = (by_pattern(folder, j, *about, name, j[key]) for *about, key in PATTERNS)
+        r, alpha = (by_pattern(folder, j, pattern, name, j[key]) for pattern, key in PATTERNS)
         if "A" in found and found["A"].name:
             # of an expert; where gate and up have an A each, it is one of twice the rank, at the same scale
             times = found["A"].shape[-2] // r

@@ -14,8 +14,10 @@ from minilora.checkpoint.experts import places
 from minilora.errors import ModelError
 from minilora.experts import expert_linears
 from minilora.files.safetensors import SafetensorsFile, write_tensors
+from minilora.kernels.quantized import QuantizedWeight
 from minilora.lora import adapters
 from minilora.models.decoder import Decoder
+from minilora.models.stream import Documents
 
 SPELLINGS = ["apart", "stacked", "transposed"]
 
@@ -96,20 +98,15 @@ def test_experts_are_quantised_like_other_linears(tmp_path: Path, quant: str):
     folder = folder_in("apart", tmp_path / "m")
     model, plain = load_model(folder, device="cpu", quant=quant), load_model(folder, device="cpu")
     for path, linear in expert_linears(model).items():
-        assert linear.weight.name == quant
-        whole, true = linear.weight.weight_as(torch.float32), plain.get_submodule(path).weight
+        weight, true = linear.weight, plain.get_parameter(f"{path}.weight")
+        assert isinstance(weight, QuantizedWeight) and weight.name == quant
+        whole = weight.weight_as(torch.float32)
         assert 0 < (whole - true).norm() / true.norm() < (0.15 if quant == "nf4" else 0.01)
     assert model.get_submodule("model.layers.0.mlp.gate").weight.dtype == torch.float32  # a router chooses as it did
     add_lora(model, r=3)
     randomise(model)
-    model(IDS, model_documents(model)).sum().backward()
+    model(IDS, Documents.of([len(IDS)])).sum().backward()
     assert all(w.lora_A.grad is not None for _, w in adapters(model))
-
-
-def model_documents(model: Decoder):
-    from minilora.models.stream import Documents
-
-    return Documents.of([len(IDS)])
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "glm4_moe"])

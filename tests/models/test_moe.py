@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from minilora.data import make_batch
 from minilora.experts import experts_note, seen_note
 from minilora.machine.dry_run import step_memory
 from minilora.machine.flops import flops_per_token
+from minilora.models.decoder import Decoder
 from minilora.models.moe import Experts, Gate, MoEConfig, choose
 
 
@@ -125,6 +127,7 @@ def test_a_token_pays_for_the_experts_that_it_has():
     model = tiny("qwen3_moe")
     add_lora(model, r=3)
     (each, _), c = flops_per_token(model, full=False), model.config
+    assert isinstance(c, MoEConfig)
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_size
     experts = 2 * 3 * c.width * c.expert_ffn  # of two, three matrices each
     narrow = 3 * (3 * c.width + (c.heads + 2 * c.kv_heads) * c.head_size + c.heads * c.head_size + c.width)
@@ -135,7 +138,7 @@ def test_a_token_pays_for_the_experts_that_it_has():
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"])
 def test_memory_is_counted_without_values(family: str):
     """On the meta device, where no token has an expert; layers of one kind are counted by the third of them."""
-    changes = {"num_hidden_layers": 7} | ({"mlp_only_layers": [0]} if family == "qwen2_moe" else {})
+    changes: dict[str, Any] = {"mlp_only_layers": [0]} if family == "qwen2_moe" else {}
     batch = make_batch(conversations(family))
     whole = step_memory(tiny_on_meta(family, 7, changes), batch)
     assert whole.activations > 0 and whole.weights > 0
@@ -144,7 +147,7 @@ def test_memory_is_counted_without_values(family: str):
     assert whole.activations - less.activations == less.activations - least.activations > 0
 
 
-def tiny_on_meta(family: str, layers: int, changes: dict):
+def tiny_on_meta(family: str, layers: int, changes: dict[str, Any]) -> Decoder:
     model = tiny(family, **(changes | {"num_hidden_layers": layers}))
     add_lora(model, r=3)
     return model.to("meta").train()
