@@ -148,6 +148,6 @@ def test_memory_is_counted_without_values(family: str):
 
 
 def tiny_on_meta(family: str, layers: int, changes: dict[str, Any]) -> Decoder:
-    model = tiny(family, **(changes | {"num_hidden_layers": layers}))
+    model = tiny(family, torch.float32, 0, **(changes | {"num_hidden_layers": layers}))
     add_lora(model, r=3)
     return model.to("meta").train()
