@@ -59,26 +59,36 @@ class Limit:
         import torch
 
         from minilora.checkpoint.load import empty_model, find_device, read_config
+        from minilora.experts import expert_linears
         from minilora.lora import linears
         from minilora.machine.compute import choose
         from minilora.models.config import Config
+        from minilora.models.moe import ExpertLinear, MoEConfig
 
         c: Config = read_config(Path(args.model))
         device = find_device(args.device)
         self.dtype, self.steps = choose(c, c.dtype, device).dtype, steps
-        found = Counter((linear.in_features, linear.out_features) for linear in linears(empty_model(c)).values())
+        model = empty_model(c)
+        share = c.chosen / c.experts if isinstance(c, MoEConfig) else 1.0
+        found: Counter[tuple[int, int, float]] = Counter(
+            (linear.in_features, linear.out_features, 1.0)
+            for linear in linears(model).values()
+            if not isinstance(linear, ExpertLinear)
+        )
+        for linear in expert_linears(model).values():  # every expert has its share of the tokens
+            found[linear.in_features, linear.out_features, share] += linear.experts
         self.shapes, self.counts = list(found), list(found.values())
-        self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n in self.shapes]
+        self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n, _ in self.shapes]
         self.head = torch.randn(c.vocab, c.width).to(device, self.dtype)
 
     def ask(self, number: int) -> dict[str, Any]:
         import torch
 
-        rows = self.steps[number]
-        tokens, trained = sum(len(r["ids"]) for r in rows), sum(t >= 0 for r in rows for t in r["targets"])
+        of_step = self.steps[number]
+        tokens, trained = sum(len(r["ids"]) for r in of_step), sum(t >= 0 for r in of_step for t in r["targets"])
         with torch.no_grad():
-            inputs = [torch.randn(tokens, k, dtype=self.dtype) for k, _ in self.shapes]
-            grads = [torch.randn(tokens, n, dtype=self.dtype) for _, n in self.shapes]
+            inputs = [torch.randn(round(tokens * share), k, dtype=self.dtype) for k, _, share in self.shapes]
+            grads = [torch.randn(round(tokens * share), n, dtype=self.dtype) for _, n, share in self.shapes]
             hidden = torch.randn(trained, self.head.shape[1], dtype=self.dtype)
             start, cpu = time.perf_counter(), time.process_time()
             for x, dy, w, count in zip(inputs, grads, self.weights, self.counts, strict=True):

@@ -77,4 +77,37 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }),
+    "Qwen1.5-MoE-A2.7B": (14_315_784_192, {
+        "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False,
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1, "torch_dtype": "bfloat16",
+    }),
+    "Qwen3-30B-A3B": (30_532_122_624, {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False, "tie_word_embeddings": False,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False, "torch_dtype": "bfloat16",
+    }),
+    # 110,468,824,832 with the layer for predicting several tokens, its embedding and its head, which are not read
+    "GLM-4.5-Air": (106_852_251_264, {
+        "model_type": "glm4_moe", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "head_dim": 128,
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "partial_rotary_factor": 0.5, "attention_bias": True,
+        "use_qk_norm": False, "tie_word_embeddings": False, "n_routed_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1408, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 1, "torch_dtype": "bfloat16",
+    }),
+    # 31,221,488,576 with that layer
+    "GLM-4.7-Flash": (29_943_393_920, {
+        "model_type": "glm4_moe_lite", "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240,
+        "num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20, "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "attention_bias": False, "tie_word_embeddings": False,
+        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256,
+        "n_routed_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.8,
+        "num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "dtype": "bfloat16",
+    }),
 }  # fmt: skip

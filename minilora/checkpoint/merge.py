@@ -8,6 +8,7 @@ then does it get its name.
 import gc
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.quantized import widen_linears
 
 from ..errors import DiskError, ModelError, OutputInUse
+from ..experts import expert_linears
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
@@ -26,6 +28,7 @@ from ..lora import adapters, base_parameters, without_adapters
 from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant, trained_quant
+from .experts import Place, by_weight, in_files, places
 from .load import SHARD_BYTES, carried, load_model, write_checkpoint
 from .open_model import folder_notes
 from .quantized import QUANTS, described, quant_of
@@ -70,9 +73,11 @@ def merge_folder(
     prompts = prompt_ids(tokenizer)
     wrapped = {f"{path}.weight": wrapper for path, wrapper in adapters(decoder)}
     shapes, widened = model.tensors.shapes, {}
+    of_experts = places(expert_linears(decoder), {name: shape for name, (_, shape) in shapes.items()})
     if bits != "off":
         widened = base_parameters(decoder)
-        shapes = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()} | carried(model)
+        own = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
+        shapes = in_files(by_weight(of_experts), own) | carried(model)
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
@@ -82,11 +87,14 @@ def merge_folder(
         )
 
     def tensor(name: str) -> Tensor:
-        if name in widened:
-            plain = weight_as(widened[name], shapes[name][0]).detach()
-            return wrapped[name].merged_weight(plain) if name in wrapped else plain
-        with model.tensors.reading(name) as value:
-            return wrapped[name].merged_weight(value) if name in wrapped else value.clone()
+        place = of_experts.get(name) or Place(name, slice(None), shapes[name][1])
+        with nullcontext() if place.name in widened else model.tensors.reading(name) as found:
+            plain = (
+                place.tensor(weight_as(widened[place.name], shapes[name][0], place.rows)) if found is None else found
+            )
+            if place.name not in wrapped:
+                return plain.detach().clone()
+            return place.tensor(wrapped[place.name].merged_weight(place.matrix(plain), place.rows))
 
     with atomic_folder(output) as stage:
         write_checkpoint(stage, shapes, tensor, model.path, shard_bytes)

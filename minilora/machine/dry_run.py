@@ -4,9 +4,10 @@ Tensors on the meta device have a shape, a dtype and a storage of known size tha
 makes is counted when it appears and when its last tensor goes, so the peak is the one that the step itself has, with
 whatever its kernels save and recompute: there are no formulas of our own that could fall behind the code.
 
-The layers of a model are alike, so that a deep one is run with its first three and the rest is counted as the third, unless
-layers keep so little that it is not they that make the peak. Where kinds of layers take turns, it is the first two turns, and
-the second one stands for the rest.
+The layers of a model are alike, but for dense ones before mixtures of experts, so that a deep one is run with its first
+three of the kind of its last, and the rest is counted as the third, unless layers keep so little that it is not they that
+make the peak. Where kinds of layers take turns, it is the first two turns, and the second one stands for the rest. The experts
+of a layer get the same number of tokens each.
 
 Counted are tensors. What the allocator loses between them, and what CUDA and Python take for themselves, comes on top. The
 operations are those of the CPU path.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -120,16 +121,17 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     base = sum(w.nbytes for w in base_parameters(model).values() if not w.requires_grad)
     base += sum(matrix.extra_bytes for matrix in matrices(model))
     blocks, count, turn = list(model.blocks), len(model.blocks), _turn(model.config)
-    some = ALIKE if turn == 1 else 2 * turn
-    del model.blocks[some:]
+    others = next(i for i, block in enumerate(blocks) if _kind(block) == _kind(blocks[-1]))
+    run = others + (ALIKE if turn == 1 else 2 * turn)
+    del model.blocks[run:]
     activations, host, peak, layer = _kept_and_peak(model, batch, turn)
-    model.blocks.extend(blocks[some:])
+    model.blocks.extend(blocks[run:])
     if layer < trained / count or model.offload:
         # going down the stack, gradients take more than activations free: the peak is where all layers have been. What
         # the host holds is of all layers, too
         activations, host, peak, _ = _kept_and_peak(model, batch, turn)
     else:
-        rest = int(max(0, count - some) * layer)
+        rest = int(max(0, count - run) * layer)
         activations, peak = activations + rest, peak + rest
     full = base == 0
     # the gradients of a stream may all be there at its peak, or none: they are counted once, as the part that stays
@@ -142,6 +144,10 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
         temporaries=max(0, peak - activations - trained),
         host=host,
     )
+
+
+def _kind(block: nn.Module) -> object:
+    return type(getattr(block, "mlp", None))
 
 
 def card_memory(model: Decoder, batch: Batch) -> StepMemory:

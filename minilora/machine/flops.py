@@ -11,9 +11,11 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.moe import ExpertLinear, MoEConfig
 from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch, Documents
 
@@ -24,9 +26,18 @@ PEAKS = {"H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H
 
 
 def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
-    """(of every token, of every token with a target beside that) in the linears of a step, forward and backward."""
-    wide = sum(m.weight.numel() for m in linears(model).values())
-    narrow = sum(w.lora_A.numel() + w.lora_B.numel() for _, w in adapters(model))
+    """(of every token, of every token with a target beside that) in the linears of a step, forward and backward.
+
+    Of a mixture, the experts that a token has.
+    """
+    c = model.config
+    active = c.chosen / c.experts if isinstance(c, MoEConfig) else 1.0
+
+    def share(linear: nn.Module) -> float:
+        return active if isinstance(linear, ExpertLinear) else 1.0
+
+    wide = sum(share(m) * m.weight.numel() for m in linears(model).values())
+    narrow = sum(share(w.base) * (w.lora_A.numel() + w.lora_B.numel()) for _, w in adapters(model))
     factor = 6 if full else 4
     return factor * wide + 6 * narrow, factor * model.head.numel()
 

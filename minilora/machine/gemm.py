@@ -58,10 +58,19 @@ class Linears(dict[str, nn.Module]):
         return [projection(linear) for linear in self.values()]
 
 
+def linear_children(module: nn.Module) -> dict[str, nn.Module]:
+    """The linears directly in a module, with adapters or without, by name; not those of experts."""
+    return {
+        name: m
+        for name, m in module.named_children()
+        if name != "base" and isinstance(m.base if isinstance(m, LoRALinear) else m, nn.Linear)
+    }
+
+
 def groups(model: nn.Module) -> Iterator[Linears]:
     """The linears of a model that have an adapter, each with those that it is fused with."""
     for path, module in model.named_modules():
-        children = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
+        children = linear_children(module)
         packed = getattr(module, "packed_modules", ())
         for names in [*([packed] if packed else []), *((n,) for n in children if n not in packed)]:
             if any(isinstance(children.get(n), LoRALinear) for n in names):

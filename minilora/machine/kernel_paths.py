@@ -15,9 +15,10 @@ from minilora.kernels.quantized import QuantizedWeight
 from minilora.kernels.rms_norm import MAX_WIDTH
 from minilora.models.decoder import Decoder
 from minilora.models.layers import RMSNorm, projection
+from minilora.models.moe import Experts
 from minilora.models.qwen3_5 import GatedDeltaNet
 
-from ..lora import LoRALinear
+from .gemm import linear_children
 
 QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP} rows in the loop of Triton's"
 
@@ -69,7 +70,7 @@ def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], t
     """The operations of a block on Triton, and those on PyTorch."""
     found: dict[str, bool] = {}
     for path, module in block.named_modules():
-        linears = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
+        linears = linear_children(module)
         packed = getattr(module, "packed_modules", ())
         groups = [packed] if packed else []
         for names in [*groups, *((n,) for n in linears if n not in packed)]:
@@ -77,6 +78,8 @@ def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], t
             found[short] = runs_on_triton(probe, [projection(linears[n]) for n in names])
         if isinstance(module, RMSNorm):
             found["rms_norm"] = module.weight.numel() <= MAX_WIDTH and found.get("rms_norm", True)
+        elif isinstance(module, Experts):
+            found[f"{path}, one after the other"] = False
         elif isinstance(module, nn.LayerNorm):
             found["layer_norm"] = False
     gelu = "layer_norm" in found  # ChatGLM-6B

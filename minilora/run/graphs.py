@@ -28,6 +28,7 @@ from minilora.models.qwen3_5 import GatedDeltaNet
 
 from ..config import TrainConfig
 from ..data import IGNORE, Batch
+from ..experts import expert_linears
 from ..lora import adapters, trained_parameters
 from ..machine.flops import flops_per_token, peak_flops
 from .fit import Streams
@@ -74,6 +75,8 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "--objective dpo"
     if isinstance(model.head, GatheredWeight):
         return "--shard on gathers every layer from the other ranks"
+    if expert_linears(model):
+        return "the host sorts tokens by experts"
     stream = probe.expand(streams.tokens, 1)
     if config.lora_dropout and not all(runs_on_triton(stream, [w.projection()]) for _, w in adapters(model)):
         return "PyTorch draws the masks of dropout from a seed of the host"

@@ -16,6 +16,7 @@ from ..checkpoint.open_model import folder_notes
 from ..checkpoint.quantized import quantized_note
 from ..config import TrainConfig
 from ..data import Examples, pack, step_examples, steps_per_epoch
+from ..experts import experts_note
 from ..files.model_folder import ModelFolder
 from ..lora import adapters, base_parameters, trained_parameters
 from ..machine.compute import name_of
@@ -170,7 +171,11 @@ def _header(
     ]
     inputs = c.layers * plan.micro_tokens * c.width * model.compute_dtype.itemsize
     waits = f"the inputs of layers wait in the host's memory, pinned: up to {inputs / 1e9:,.2f} GB"
-    notes = {"quant": quantized_note(model), "offload": waits if model.offload else None}
+    notes = {
+        "experts": experts_note(model),
+        "quant": quantized_note(model),
+        "offload": waits if model.offload else None,
+    }
     notes |= folder_notes(folder, data.tokenizer)
     lines += [f"{name:<8}{note}" for name, note in notes.items() if note]
     if plan.full:

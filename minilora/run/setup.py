@@ -82,7 +82,12 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
             )
         model.requires_grad_(True)
     else:
-        size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
+        size = {
+            "r": config.lora_r,
+            "alpha": config.lora_alpha,
+            "rslora": config.rslora,
+            "shared_outer": config.shared_outer,
+        }
         add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed)
         if config.lora_init == "loftq":
             mark_loftq(model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.adapter import PREFIX, fill_adapter_folder
+from ..checkpoint.adapter import factors_of, fill_adapter_folder
 from ..checkpoint.load import write_checkpoint
 from ..errors import CheckpointMismatch
 from ..files.atomic import atomic_folder, verify_manifest, write_link
@@ -54,16 +54,15 @@ def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) 
 def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> None:
     """Copy the tensors of a snapshot back, bit for bit; CheckpointMismatch if this model has other tensors."""
     parameters = trained_parameters(model)
-    trained = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS))
-    moments = SafetensorsFile(folder / OPTIMIZER)
-    keys = {name: name if full else f"{PREFIX}{name}.weight" for name in parameters}
-    _same_names(folder, set(keys.values()), set(trained.entries))
+    file, moments = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS)), SafetensorsFile(folder / OPTIMIZER)
+    trained = {name: file.tensor(name) for name in file.entries} if full else factors_of(model, folder)
+    _same_names(folder, set(parameters), set(trained))
     state_keys = ("step", "exp_avg", "exp_avg_sq")
     wanted = {f"{k}.{name}" for k in state_keys for name in parameters} if moments.entries else set()
     _same_names(folder, wanted, set(moments.entries))
     with torch.no_grad():
         for name, p in parameters.items():
-            value = trained.tensor(keys[name])
+            value = trained[name]
             if value.shape != p.shape:
                 raise CheckpointMismatch(
                     f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}",

@@ -25,9 +25,10 @@ from ..checkpoint.quantized import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX
-from ..lora import add_lora, linears, target_paths
+from ..lora import add_lora, linears
 from ..machine.kernel_paths import kernel_paths
 from ..sampling import read_generation
+from ..targets import chosen
 from ..text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
@@ -93,10 +94,10 @@ def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
     """The linears that would get adapters, those of all layers under one name: name, [out, in], bias, how many."""
     all_of_them = linears(model)
     groups = Counter()
-    for path in target_paths(model, targets):
+    for path in chosen(list(all_of_them), targets):
         linear = all_of_them[path]
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        groups[name, linear.out_features, linear.in_features, linear.bias is not None] += 1
+        groups[name, linear.out_features, linear.in_features, linear.bias is not None] += getattr(linear, "experts", 1)
     return [
         {"name": name, "shape": [out, into], "bias": bias, "count": n} for (name, out, into, bias), n in groups.items()
     ]

@@ -88,7 +88,9 @@ def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
     from minilora.lora import LoRALinear
 
     right = LoRALinear.merged_weight
-    monkeypatch.setattr(LoRALinear, "merged_weight", lambda self, stored: (right(self, stored) + stored) / 2)
+    monkeypatch.setattr(
+        LoRALinear, "merged_weight", lambda self, stored, rows: (right(self, stored, rows) + stored) / 2
+    )
     with pytest.raises(ModelError, match="would be rounding; nothing was written"):
         merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
 
