@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +58,41 @@ class Limit:
     def __init__(self, args: argparse.Namespace, steps: list[list[dict[str, list[int]]]]):
         import torch
 
-        from minilora.checkpoint.load import find_device, read_config
+        from minilora.checkpoint.load import empty_model, find_device, read_config
+        from minilora.experts import expert_linears
+        from minilora.lora import linears
         from minilora.machine.compute import choose
         from minilora.models.config import Config
+        from minilora.models.moe import ExpertLinear, MoEConfig
 
         c: Config = read_config(Path(args.model))
         device = find_device(args.device)
-        self.dtype, self.steps, self.layers = choose(c, c.dtype, device).dtype, steps, c.layers
-        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
-        self.shapes = [(c.width, queries + 2 * keys), (queries, c.width), (c.width, 2 * c.ffn), (c.ffn, c.width)]
-        self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n in self.shapes]
+        self.dtype, self.steps = choose(c, c.dtype, device).dtype, steps
+        model = empty_model(c)
+        share = c.chosen / c.experts if isinstance(c, MoEConfig) else 1.0
+        found: Counter[tuple[int, int, float]] = Counter(
+            (linear.in_features, linear.out_features, 1.0)
+            for linear in linears(model).values()
+            if not isinstance(linear, ExpertLinear)
+        )
+        for linear in expert_linears(model).values():  # every expert has its share of the tokens
+            found[linear.in_features, linear.out_features, share] += linear.experts
+        self.shapes, self.counts = list(found), list(found.values())
+        self.weights = [torch.randn(n, k).to(device, self.dtype) for k, n, _ in self.shapes]
         self.head = torch.randn(c.vocab, c.width).to(device, self.dtype)
 
     def ask(self, number: int) -> dict[str, Any]:
         import torch
 
-        rows = self.steps[number]
-        tokens, trained = sum(len(r["ids"]) for r in rows), sum(t >= 0 for r in rows for t in r["targets"])
+        of_step = self.steps[number]
+        tokens, trained = sum(len(r["ids"]) for r in of_step), sum(t >= 0 for r in of_step for t in r["targets"])
         with torch.no_grad():
-            inputs = [torch.randn(tokens, k, dtype=self.dtype) for k, _ in self.shapes]
-            grads = [torch.randn(tokens, n, dtype=self.dtype) for _, n in self.shapes]
+            inputs = [torch.randn(round(tokens * share), k, dtype=self.dtype) for k, _, share in self.shapes]
+            grads = [torch.randn(round(tokens * share), n, dtype=self.dtype) for _, n, share in self.shapes]
             hidden = torch.randn(trained, self.head.shape[1], dtype=self.dtype)
             start, cpu = time.perf_counter(), time.process_time()
-            for _ in range(self.layers):
-                for x, dy, w in zip(inputs, grads, self.weights, strict=True):
+            for x, dy, w, count in zip(inputs, grads, self.weights, self.counts, strict=True):
+                for _ in range(count):
                     _, _ = x @ w.T, dy @ w
             for part in hidden.split(256):
                 _ = (part @ self.head.T) @ self.head

@@ -64,8 +64,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"{broken!a} is not UTF-8", "Type it in a terminal that writes UTF-8.")
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
-    about = "A from-scratch LoRA engine for GLM and Qwen models."
-    parser = Parser(prog="minilora", description=about, allow_abbrev=False)
+    parser = Parser(prog="minilora", description="A from-scratch LoRA engine for GLM and Qwen.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     _add_commands(parser, argv)
     given = vars(parser.parse_args(argv))
@@ -96,6 +95,7 @@ def _add_commands(parser: Parser, words: list[str], group: str = "") -> None:
 
 COMMANDS = {
     "demo": "see it work: a tiny chat model learns a new name",
+    "doctor": "what this machine has, how fast it is, what is to be mended, and what binds",
     "plan": "tell what a training needs, from config.json alone or with the data, and do nothing",
     "train": "train an adapter on rows of conversations",
     "chat": "talk with a model and its adapter",
@@ -109,6 +109,7 @@ COMMANDS = {
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
+    "export": "write an adapter with the names that PEFT or vLLM reads",
 }
 # commands of two words: each has its own module, such as cli/inspect_data.py
 SUBCOMMANDS = {

@@ -87,9 +87,10 @@ class TrainConfig(DataConfig):
     lora_alpha: float = setting(32, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
     lora_targets: str = setting(
-        "all-linear", "all-linear, attention, mlp, names with commas, or a regex over whole paths"
+        "all-linear", "all-linear, attention, mlp, experts, names with commas, or a regex over whole paths"
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(r)")
+    shared_outer: bool = setting(False, "experts share the factor on the side of the hidden state")
     lora_init: Literal["kaiming", "loftq", "pissa"] = setting(
         "kaiming", "start of A and B; loftq: the error of --quant; pissa: the largest part of each weight"
     )

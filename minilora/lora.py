@@ -5,7 +5,6 @@ A wrapped linear computes y = W x + b + scale * B A dropout(x), with W and b fro
 """
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -17,32 +16,38 @@ from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
 from minilora.models.layers import Adapted
+from minilora.models.moe import ExpertLinear
 from minilora.models.quantized import quantized_weights
 
 from .errors import UsageError
+from .experts import factors
+from .targets import chosen
 
 HEADS = ("lm_head", "output_layer")
-GROUPS = {"attention": ("self_attn", "self_attention", "attention", "attn"), "mlp": ("mlp",)}
+Base = nn.Linear | ExpertLinear
 
 
 class LoRALinear(Adapted):
-    """A frozen linear layer and its adapter: x [T, in] -> [T, out]."""
+    """A frozen linear layer and its adapter, x [T, in] -> [T, out]; or one of each expert, A [E, R, in] and B [E, out, R]."""
 
     merges = ("weight",)
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(
+        self, base: Base, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, shared: bool = False
+    ):
         super().__init__()
         self.base = base.requires_grad_(False)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device, dtype=torch.float32))
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        of_a, of_b = base.stacks(shared) if isinstance(base, ExpertLinear) else ((), ())
+        self.lora_A = nn.Parameter(torch.empty(*of_a, r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(*of_b, base.out_features, r, **like))
         self.alpha, self.rslora, self.dropout = alpha, rslora, dropout
         self.keys, self.number = NO_KEYS, 0  # of the masks of a model's adapters, and which of them is this one's
         self.loftq = False  # whether A and B began as the base's error of quantisation
 
     @property
     def r(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-2]
 
     @property
     def scale(self) -> float:
@@ -56,19 +61,20 @@ class LoRALinear(Adapted):
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
         key = self.keys.of(self.number) if p else DEFAULT_KEY
-        return Projection(self.base.weight, self.base.bias, Adapter(*self.factors(), self.scale, p, key))
+        bias = getattr(self.base, "bias", None)
+        return Projection(self.base.weight, bias, Adapter(*self.factors(), self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_linear_group(x, [cast(Projection, self.projection())], self.output_needed)[0]
 
-    def merged(self, name: str, stored: Tensor) -> Tensor:
-        """W + scale * B A, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W."""
-        return self.wide_sum(stored).to(stored.dtype)
-
-    def wide_sum(self, w: Tensor) -> Tensor:
+    def merged(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+        """W + scale * B A, or rows of it, summed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W."""
+        w = stored.to(self.lora_A.device)
         wide = torch.promote_types(w.dtype, torch.float32)
-        a, b = (t.detach().to(wide) for t in self.factors())
-        return w.to(b.device, wide).add(b @ a, alpha=self.scale)
+        merged, (a_all, b_all) = torch.empty_like(w), self.factors()
+        for part, a, b in factors(a_all.detach(), b_all.detach(), rows):
+            merged[part] = w[part].to(wide).add(b.to(wide) @ a.to(wide), alpha=self.scale)
+        return merged
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -76,9 +82,9 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that an adapter can go on, by path: all but the output head."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] not in HEADS}
+def linears(model: nn.Module) -> dict[str, Base]:
+    """The linear layers that an adapter can go on, by path: all but the output head; that of all experts is one."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Base) and n.split(".")[-1] not in HEADS}
 
 
 def base_parameters(model: nn.Module) -> dict[str, Weight]:
@@ -102,12 +108,14 @@ def add_lora(
     dropout: float = 0.0,
     rslora: bool = False,
     seed: int = 0,
+    shared_outer: bool = False,
     kind: type[LoRALinear] = LoRALinear,
 ) -> None:
     """Freeze a model and wrap the targeted linears with new adapters, B zero: the model computes what it did.
 
-    targets: "all-linear", "attention", "mlp", names of linears (a list, or one string with commas), or a regular
+    targets: "all-linear", "attention", "mlp", "experts", names of linears (a list, or one string with commas), or a regular
     expression over whole paths. A starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), drawn from seed.
+    shared_outer: experts share the factor on the side of the hidden state (experts.py).
     Raises UsageError with the names that exist if a target is not there.
     """
     require_no_adapters(model)
@@ -115,8 +123,8 @@ def add_lora(
         raise UsageError(f"lora_r is {r}", "It is at least 1.")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for path in target_paths(model, targets):
-        wrapper = wrap(model, path, r, alpha, dropout, rslora, kind=kind)
+    for path in chosen(list(linears(model)), targets):
+        wrapper = wrap(model, path, r, alpha, dropout, rslora, shared_outer, kind=kind)
         bound = wrapper.base.in_features**-0.5
         with torch.no_grad():
             wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
@@ -132,36 +140,10 @@ def require_no_adapters(model: nn.Module) -> None:
 def wrap(model: nn.Module, path: str, *form: Any, kind: type[LoRALinear] = LoRALinear) -> LoRALinear:
     """Replace the linear at a path by a wrapper around it, of a form as LoRALinear takes it; A is not initialised."""
     base = model.get_submodule(path)
-    assert isinstance(base, nn.Linear), (path, type(base))
+    assert isinstance(base, Base), (path, type(base))
     wrapper = kind(base, *form).train(model.training)
     replace_module(model, path, wrapper)
     return wrapper
-
-
-def target_paths(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The paths of the linears that `targets` selects, in the order of the model."""
-    paths = list(linears(model))
-    if isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
-        try:
-            found = {targets: {p for p in paths if re.fullmatch(targets, p)}}
-        except re.error as error:
-            what = f"lora_targets {targets!r} is not a regular expression: {error}"
-            raise UsageError(what, "Correct it, or give names.") from None
-    else:
-        names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
-        found = {name: {p for p in paths if _selects(name, p)} for name in names}
-    missing = [name for name, selected in found.items() if not selected]
-    if missing or not found:
-        leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
-        what = f"no linear is called {', '.join(missing)}" if missing else "no targets are given"
-        raise UsageError(what, f"The model has {leaves}; or give all-linear, attention, mlp.")
-    return [p for p in paths if any(p in selected for selected in found.values())]
-
-
-def _selects(name: str, path: str) -> bool:
-    if name in GROUPS:
-        return bool(set(path.split(".")[:-1]) & set(GROUPS[name]))
-    return name in ("all-linear", "all") or path == name or path.endswith("." + name)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The key/value cache of decoding."""
+"""The cache of decoding: keys and values, and the states of layers that have one instead."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Cache:
         self.prompt_lens: list[int] = []
         self.prefix_lens: list[int] = []
         self._stored: list[Tensor | None] = [None] * layers
+        self._states: dict[int, tuple[Tensor, ...]] = {}
         self._lengths = self._targets = torch.empty(0)
 
     def start(self, lengths: list[int], prefix_lens: list[int] | None = None) -> Documents:
@@ -82,12 +83,25 @@ class Cache:
             return attention_cached(q, k[0], v[0], window)
         return attention_decode(q, k, v, self._lengths, window)
 
+    def states(self, layer: int) -> tuple[Tensor, ...]:
+        """What a layer kept, [documents, ...] each."""
+        return tuple(t[: len(self.lengths)] for t in self._states[layer])
+
+    def keep(self, layer: int, *states: Tensor) -> None:
+        """Keep states [n, ...] of the last n documents in a layer."""
+        if layer not in self._states:
+            self._states[layer] = tuple(t.new_zeros(self.slots, *t.shape[1:]) for t in states)
+        for kept, fresh in zip(self._states[layer], states, strict=True):
+            kept[len(self.lengths) - len(fresh) : len(self.lengths)] = fresh
+
     def remove(self, slot: int) -> None:
         """Take a document out; the last one moves into its slot."""
         last = len(self.lengths) - 1
         for stored in self._stored:
             if stored is not None and slot != last:
                 stored[:, slot] = stored[:, last]
+        for kept in (t for of_layer in self._states.values() for t in of_layer):
+            kept[slot] = kept[last]
         for of_documents in (self.lengths, self.prompt_lens, self.prefix_lens):
             of_documents[slot : slot + 1] = of_documents[last:]  # prefix_lens may be empty
             del of_documents[last:]

@@ -17,12 +17,32 @@ QWEN = LLAMA_LIKE | {
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "qkv_bias", "use_qk_norm",
 }  # fmt: skip
 GLM = LLAMA_LIKE | {"partial_rotary_factor"}
+HYBRID = GLM | {
+    "layer_types", "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_conv_kernel_dim", "attn_output_gate", "output_gate_type", "mamba_ssm_dtype",
+}  # fmt: skip
+QWEN_MOE = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+    "mlp_only_layers",
+}  # fmt: skip
+GLM_MOE = {
+    "n_routed_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "n_group", "topk_group",
+    "routed_scaling_factor", "n_shared_experts", "first_k_dense_replace", "mlp_layer_types", "topk_method", "scoring_func",
+}  # fmt: skip
 # what the family's config() reads; a test changes each of them
 USED: dict[str, set[str]] = {
     "qwen2": QWEN,
     "qwen3": QWEN,
     "glm": GLM,
     "glm4": GLM,
+    "qwen3_5": HYBRID,
+    "qwen3_5_text": HYBRID,
+    "glm4_moe": GLM | GLM_MOE | {"use_qk_norm"},
+    "glm4_moe_lite": LLAMA_LIKE | GLM_MOE | {
+        "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave", "qk_head_dim",
+    },
+    "qwen2_moe": QWEN | QWEN_MOE | {"shared_expert_intermediate_size"},
+    "qwen3_moe": (QWEN | QWEN_MOE) - {"max_window_layers"},
     "chatglm2": SHARED | {
         "_name_or_path", "rope_ratio", "multi_query_attention", "rmsnorm", "post_layer_norm", "add_bias_linear",
         "apply_residual_connection_post_layernorm", "original_rope", "num_layers", "multi_query_group_num", "kv_channels",
@@ -52,6 +72,9 @@ HARMLESS = {
     "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "attn_implementation", "use_flash_attn",
     "use_cache_kernel", "onnx_safe", "gradient_checkpointing", "pretraining_tp", "bias_dropout_fusion", "attention_softmax_in_fp32",
     "apply_query_key_layer_scaling", "softmax_in_fp32", "quantization_embeddings", "prefix_projection",
+    # of a loss that keeps experts evenly loaded, and of layers that predict several tokens at once: neither is here
+    "output_router_logits", "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
+    "max_window_layers",  # where there are no windows
     # of heads that are not a language model's
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "classifier_dropout",
     "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
@@ -60,6 +83,7 @@ HARMLESS = {
     "max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty", "early_stopping",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "remove_invalid_values", "prefix",
     # of an encoder, where there is none
+    "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings",  # layers that predict further tokens, which are not read
     "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder",
 }  # fmt: skip
 OWN_CODE = {"chatglm", "chatglm2", "qwen"}  # families published with their own code, which auto_map names
@@ -90,17 +114,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # what a query sees
     "sliding_window": (), "use_sliding_window": (False,), "use_swa": (False,), "sliding_window_pattern": (), "sliding_window_size": (),
     "window_size": (), "attention_window": (), "local_attention_window": (), "attention_chunk_size": (), "full_attention_interval": (),
-    "global_attn_every_n_layers": (), "linear_attention": (False,), "linear_num_value_heads": (), "linear_conv_kernel_dim": (),
+    "global_attn_every_n_layers": (), "linear_attention": (False,), "linear_num_value_heads": (), "linear_conv_kernel_dim": (), "mlp_only_layers": ([],),
     # experts and other branches
     "num_experts": (0,), "num_local_experts": (0,), "n_routed_experts": (0,), "n_shared_experts": (0,), "num_experts_per_tok": (0,),
     "moe_intermediate_size": (0,), "shared_expert_intermediate_size": (0,), "moe_num_experts": (0,), "kv_lora_rank": (),
-    "q_lora_rank": (), "num_nextn_predict_layers": (0,), "vision_config": (), "audio_config": (), "text_config": (),
+    "q_lora_rank": (), "vision_config": (), "audio_config": (), "text_config": (),
     "use_qk_norm": (False,), "qk_layernorm": (False,), "pre_seq_len": (), "quantization_config": (), "quantization_bit": (0,),
 }  # fmt: skip
 ROPE_KEYS = {
     "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "attention_factor", "truncate",
 }  # fmt: skip
+MROPE = {"mrope_section", "mrope_interleaved"}  # three rows of positions, which are equal for text
 
 # names of one setting in several families: where a config.json has two of them, they must agree
 SPELLINGS = (
@@ -118,6 +143,7 @@ SPELLINGS = (
     ("attention_bias", "add_qkv_bias"),
     ("dtype", "torch_dtype"),
     ("vocab_size", "padded_vocab_size"),
+    ("num_experts", "num_local_experts", "n_routed_experts"),
 )
 
 
@@ -168,6 +194,7 @@ def _not_read(j: dict[str, Any], family: str) -> Iterator[tuple[str, str, Any]]:
         if key not in USED[family]:
             yield key, key, value
     inside = ROPE_KEYS | (USED[family] & {"partial_rotary_factor"})
+    inside |= MROPE if "linear_num_value_heads" in USED[family] else set()
     for rope in ("rope_parameters", "rope_scaling"):
         if rope in USED[family] and isinstance(j.get(rope), dict):
             for key, value in j[rope].items():

@@ -23,7 +23,7 @@ Words:
     recompute     activation checkpointing: the forward of a block again, in the backward
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -60,8 +60,8 @@ class Adapted(nn.Module):
     def projection(self) -> Projection | None:
         raise NotImplementedError
 
-    def merged(self, name: str, stored: Tensor) -> Tensor:
-        """A parameter of base with what was trained in it; `stored` is base's own, as the model or a file has it."""
+    def merged(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+        """A parameter of base, or rows of it, with what was trained in it; `stored` is base's own, as the model or a file has it."""
         raise NotImplementedError
 
 
@@ -235,12 +235,12 @@ class Block(nn.Module):
     a = x + Attention(RMSNorm(x))        y = a + MLP(RMSNorm(a))
     """
 
-    last_linear = "mlp.down_proj"  # its output is added to the residual; recompute.py does not compute it again
-
-    def __init__(self, c: Config, layer: int, mlp: type[nn.Module]):
+    def __init__(self, c: Config, layer: int, mlp: type[nn.Module], attention: Callable[..., nn.Module] = Attention):
         super().__init__()
+        # its output is added to the residual; recompute.py does not compute it again
+        self.last_linear = f"mlp.{getattr(mlp, 'last_linear', 'down_proj')}"
         self.input_layernorm = RMSNorm(c.width, c.eps)
-        self.self_attn = Attention(c, layer)
+        self.self_attn = attention(c, layer)
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = mlp(c)
 

@@ -18,6 +18,7 @@ from minilora.kernels.dispatch import once_differentiable
 from minilora.kernels.kept import giving, keeping
 
 from .layers import Adapted, Linear
+from .moe import ExpertLinear
 from .offload import Offload
 from .stream import Context
 
@@ -38,7 +39,7 @@ def _without_last_product(block: nn.Module) -> Iterator[None]:
     """The block does not make the product of its last linear, where it is one that can leave it out."""
     name = getattr(block, "last_linear", None)
     last = block.get_submodule(name) if name else None
-    if not isinstance(last, (Linear, Adapted)):
+    if not isinstance(last, (Linear, Adapted, ExpertLinear)):
         yield
         return
     last.output_needed = False

@@ -92,12 +92,27 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0, "dtype": "float32",
 }  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 SOP = 60  # of the tiny chatglm: what stands before it in a document sees each other
 OWN = {
     "qwen2": SIZES,
     "qwen3": SIZES | {"head_dim": 8},
     "glm": SIZES | {"head_dim": 8},
     "glm4": SIZES | {"head_dim": 8},
+    "qwen3_5": SIZES | {
+        "head_dim": 8, "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+    },
+    "qwen2_moe": SIZES | EXPERTS | {"num_experts": 5, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
+    "qwen3_moe": SIZES | EXPERTS | {"head_dim": 8, "num_experts": 5, "norm_topk_prob": True},
+    "glm4_moe": SIZES | EXPERTS | {
+        "head_dim": 8, "n_routed_experts": 6, "n_group": 2, "topk_group": 1, "use_qk_norm": True, "attention_bias": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe_lite": SIZES | EXPERTS | {
+        "n_routed_experts": 6, "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 6, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6, "v_head_dim": 8,
+    },
     "qwen": {
         "vocab_size": 61, "hidden_size": 24, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "kv_channels": 6, "seq_length": 10, "dtype": "float32",
@@ -116,6 +131,14 @@ OWN = {
 _WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 WIDE = {  # changes that make widths which the kernels take
     "qwen2": _WIDE, "qwen3": _WIDE | {"head_dim": 16}, "glm": _WIDE | {"head_dim": 16}, "glm4": _WIDE | {"head_dim": 16},
+    "qwen3_5": _WIDE | {"head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "qwen2_moe": _WIDE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": _WIDE | {"head_dim": 16, "moe_intermediate_size": 32},
+    "glm4_moe": _WIDE | {"head_dim": 16, "moe_intermediate_size": 32},
+    "glm4_moe_lite": _WIDE | {
+        "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
     "qwen": _WIDE | {"kv_channels": 16, "intermediate_size": 192},
     "chatglm2": {"hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16}, "chatglm": {"hidden_size": 64, "inner_hidden_size": 96},
 }  # fmt: skip

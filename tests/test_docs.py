@@ -4,14 +4,21 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from published import PUBLISHED
+from torch.distributed.run import parse_args
 
 from minilora.__main__ import COMMANDS, SUBCOMMANDS, main
+from minilora.cli.arguments import add_arguments
+from minilora.cli.parser import Parser
+from minilora.ranks.cost import LINKS
+from minilora.ranks.scale import NF4_BITS, SHAPES, Costs
 from minilora.settings import resolve
 from minilora.tools.plan import forecast
 
@@ -82,3 +89,82 @@ def test_what_fits_is_what_plan_says(name: str, tmp_path: Path):
     sizes = [f"{found['memory'][part] / 1e9:.2f}" for part in ("weights", "total")]
     cells = [f"{card['checkpointing']:,} ({card['kept']:,})" for card in found["cards"]]
     assert f"| {' | '.join([name, *sizes, *cells])} |" in (ROOT / "docs" / "quantised.md").read_text()
+
+
+# docs/scale.md
+
+
+@pytest.mark.long
+def test_what_a_card_has_room_for_is_what_plan_says(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-32B"][1]))
+    found = forecast(resolve({"model": str(tmp_path), "lora_r": 16, "checkpointing": True}), 80, gpus=8)
+    assert f"streams of up to {found['most_tokens']:,} tokens" in (ROOT / "docs" / "scale.md").read_text()
+
+
+RATES = {link.name: link.rate for link in LINKS}
+BETWEEN = ("8 x 400 Gb/s", "400 Gb/s", "100 Gb/s")  # machines
+
+
+def costs(name: str, bits: float, shard: bool, cards: int) -> Costs:
+    targets = "attention" if SHAPES[name].experts > 1 else "all-linear"
+    return SHAPES[name].costs(cards, 8192, 16, targets, bits, shard, documents=4)
+
+
+def scale_rows() -> list[str]:
+    """The table of models and cards, by the cost model."""
+    bases = [
+        ("Qwen2.5-7B", "bf16, whole", 16, False), ("Qwen3-32B", "bf16, whole", 16, False), ("Qwen3-32B", "bf16, shared", 16, True),
+        ("Qwen3-235B-A22B", "bf16, shared", 16, True), ("Qwen3-235B-A22B", "NF4, shared", NF4_BITS, True),
+    ]  # fmt: skip
+    rows = []
+    for name, base, bits, shard in bases:
+        for cards in (8, 64, 512) if shard else (1, 8, 64, 512):
+            c = costs(name, bits, shard, cards)
+            parts = c.base, c.buffers, c.adapters, c.inputs
+            memory = f"{' + '.join(f'{part / 1e9:.1f}' for part in parts)} = {sum(parts) / 1e9:.1f}"
+            inside = [f"{100 * c.step.efficiency('H100', RATES['NVLink, H100']):.1f}" if cards == 8 else ""]
+            between = [f"{100 * c.step.efficiency('H100', RATES[link]):.1f}" if cards > 8 else "" for link in BETWEEN]
+            step = f"{c.step.computing('H100'):.2f}", f"{c.step.reduced / 1e6:,.0f}", f"{c.step.gathered / 1e9:,.1f}"
+            rows.append(f"| {' | '.join([name, base, str(cards), memory, *step, *inside, *between])} |")
+    return rows
+
+
+def hiding_rows() -> list[str]:
+    """The table of the tokens that a stream needs, so that computing it takes as long as gathering the base, on many cards."""
+    rows = []
+    for name in ("Qwen3-32B", "Qwen3-235B-A22B"):
+        for base, bits in (("bf16", 16), ("NF4", NF4_BITS)):
+            step = costs(name, bits, True, 512).step
+            rates = [RATES[link] for link in ("NVLink, H100", *BETWEEN)]
+            tokens = [8192 * step.gathered / rate / step.computing("H100") for rate in rates]
+            rows.append(f"| {' | '.join([name, base, *(f'{n:,.0f}' for n in tokens)])} |")
+    return rows
+
+
+def test_scale_is_what_the_cost_model_says():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert [row for row in scale_rows() + hiding_rows() if row not in page] == []
+
+
+def test_clusters_are_started_by_words_that_torchrun_takes():
+    """Every torchrun of the pages, with the command that it starts; and the yaml and shell around them."""
+    page = (ROOT / "docs" / "scale.md").read_text()
+    slurm, kubernetes = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("bash", "yaml"))
+    assert slurm and kubernetes
+    subprocess.run(["bash", "-n"], input=slurm[1], text=True, check=True)
+    service, job = yaml.safe_load_all(kubernetes[1])
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    lines = [container["args"][0], slurm[1], (ROOT / "README.md").read_text(), page]
+    found = [
+        line for text in lines for line in re.findall(r"torchrun [^`]*?-m minilora [^`#\n]*", text.replace("\\\n", " "))
+    ]
+    assert len(found) >= 4
+    for line in found:
+        words = shlex.split(re.sub(r"\$\(.*?\)|\$RESUME.*|\.\.\.", "", line))
+        given = parse_args(words[1:])
+        assert given.module and given.training_script == "minilora" and given.nproc_per_node == "8"
+        command, *flags = given.training_script_args
+        parser = Parser(prog="minilora", allow_abbrev=False)
+        add_arguments(parser, import_module(f"minilora.cli.{command}").run)
+        parser.parse_args(flags)

@@ -15,9 +15,10 @@ from minilora.adapted import without_adapters
 from minilora.checkpoint.adapter import HARMLESS, READ, REFUSED
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
-from minilora.lora import adapters, linears, set_dropout_keys, target_paths
+from minilora.lora import adapters, linears, set_dropout_keys
 from minilora.models.decoder import Decoder
 from minilora.models.layers import Linear
+from minilora.targets import chosen
 
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 PREFIX = "base_model.model."
@@ -435,7 +436,7 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_wanted(tmp_path:
         {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
         {"trainable_token_indices": [3]},
-        {"target_parameters": ["experts"]},
+        {"target_parameters": "experts"},
         {"r": 0},
         {"r": "3"},
         {"lora_alpha": True},
@@ -509,12 +510,14 @@ def test_shards_are_read_back(tmp_path: Path):
 
 def test_groups_and_names_may_be_given_together():
     model = tiny("qwen3")
-    both = target_paths(model, "attention,mlp")
-    assert both == target_paths(model, "all-linear") == target_paths(model, ["all-linear"])
-    assert set(target_paths(model, ["attention", "up_proj"])) == {p for p in both if "self_attn" in p or "up_proj" in p}
+    both = chosen(list(linears(model)), "attention,mlp")
+    assert both == chosen(list(linears(model)), "all-linear") == chosen(list(linears(model)), ["all-linear"])
+    assert set(chosen(list(linears(model)), ["attention", "up_proj"])) == {
+        p for p in both if "self_attn" in p or "up_proj" in p
+    }
     for wrong in ([], ["q_proj", "attention", "nothing"]):
         with pytest.raises(UsageError):
-            target_paths(model, wrong)
+            chosen(list(linears(model)), wrong)
     with pytest.raises(UsageError, match="lora_r is 0"):
         add_lora(model, r=0)
 

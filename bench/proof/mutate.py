@@ -230,6 +230,9 @@ NEAR = {
     "kept": r"mlp",
     "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far",
     "attention": r"attention|window|prefix|packed",
+    "short_conv": r"short_conv|convolution",
+    "gated_delta": r"gated_delta",
+    "fla": r"fla",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
@@ -260,7 +263,7 @@ FILES = {
     "1": ["tests/kernels/interpreter"],
     "0": [
         f"tests/kernels/test_{name}.py"
-        for name in ("attention", "augmented", "fp8_rows", "kernel_choice", "launch", "quantized")
+        for name in ("attention", "augmented", "fp8_rows", "gated_delta", "kernel_choice", "launch", "quantized")
     ],
 }
 

@@ -10,26 +10,30 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.models.decoder import Decoder
+from minilora.models.moe import ExpertLinear
 
 from ..errors import ModelError, quote
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
-from ..files.safetensors import Entry, SafetensorsFile, write_tensors
-from ..lora import HEADS, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
+from ..files.safetensors import SafetensorsFile, write_tensors
+from ..lora import HEADS, Base, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
 from ..methods.dora import DoRALinear
 from ..methods.pissa import PiSSALinear, set_starts
 from ..methods.table import PEFT_TYPES
-from .load import check_finite, fingerprint, fold
+from .consumers import as_in_file, make_alike, spelled
+from .expert_adapters import Half, Halves, files_of, gathered
+from .load import check_finite, empty_model, fingerprint, fold, read_config
 from .method_folder import PREFIX, check_base, fill_method_folder, load_method_folder, weights_of
 from .quantized import FORMS, described, quant_of
 
@@ -37,13 +41,13 @@ MAGNITUDE = "lora_magnitude_vector"
 KINDS = 3  # of mismatches that are shown
 # keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
 REFUSED = (
-    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "target_parameters",
+    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
     "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
     "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
-    "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path",
+    "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "target_parameters",
 )  # fmt: skip
 # how an adapter began or was run, and what the names of its tensors say as well
 HARMLESS = (
@@ -52,30 +56,73 @@ HARMLESS = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "") -> None:
-    """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path."""
+def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "", single: bool = False) -> None:
+    """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path.
+
+    single: adapters of experts under the keys of the single experts, as vLLM takes them (expert_adapters.py).
+    """
     with atomic_folder(Path(folder)) as stage:
-        fill_adapter_folder(model, stage, str(base))
+        fill_adapter_folder(model, stage, str(base), single)
 
 
-def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "") -> None:
+def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "", single: bool = False) -> None:
     """The two files of an adapter, into a folder that the caller makes durable."""
     wrapped = dict(adapters(model))
     if not wrapped:
         fill_method_folder(model, folder, base)
         return
+    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+    _write(folder, wrapped, _linears_without(model), base, about, single)
+
+
+def _write(
+    folder: Path, wrapped: dict[str, LoRALinear], without: list[str], base: str, about: dict[str, str], single: bool
+) -> None:
+    """The files of adapters by the paths that their keys have; without: paths of linears that have none."""
     tensors = {}
     for path, wrapper in wrapped.items():
-        a, b = wrapper.factors()
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.detach().float().cpu()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.detach().float().cpu()
+        (a, b), linear = (t.detach().float().cpu() for t in wrapper.factors()), wrapper.base
         if isinstance(wrapper, DoRALinear):
             tensors[f"{PREFIX}{path}.{MAGNITUDE}"] = wrapper.lora_magnitude_vector.detach().float().cpu()
-    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+        if isinstance(linear, ExpertLinear):
+            both = sum(p.rpartition(".")[0] == path.rpartition(".")[0] for p in wrapped) == 2
+            tensors |= {PREFIX + key: t for key, t in files_of(path, linear, a, b, single, both).items()}
+            about["minilora_dropout"] = str(wrapper.dropout)
+            if 1 in (len(a), len(b)):
+                about["minilora_shared_outer"] = "true"
+        else:
+            tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
     if any(wrapper.loftq for wrapper in wrapped.values()):
         about["minilora_init"] = "loftq"
     write_tensors(folder / WEIGHTS, tensors, about)
-    (folder / CONFIG).write_text(json.dumps(_config(model, wrapped, base), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(_config(wrapped, without, base, single), indent=2) + "\n")
+
+
+class Exported(NamedTuple):
+    """Linears that have an adapter, those that can have one, the rank, and whether ranks were made alike for it."""
+
+    adapted: int
+    linears: int
+    r: int
+    made_alike: bool
+
+
+def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
+    """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
+
+    Raises ModelError with every key that finds no linear of the model.
+    """
+    c, adapter = read_config(model), ModelFolder.of(adapter)
+    meta = empty_model(c)
+    load_adapter(meta, adapter, any_base=True)
+    wrapped = {spelled(path, c.family, consumer): wrapper for path, wrapper in adapters(meta)}
+    without = [spelled(path, c.family, consumer) for path in _linears_without(meta)]
+    alike = consumer == "vllm" and make_alike(wrapped)
+    base = str(adapter.adapter_config.get("base_model_name_or_path") or "")
+    with atomic_folder(Path(output)) as stage:
+        _write(stage, wrapped, without, base, _metadata(adapter.path), single=consumer == "vllm")
+    r = max(wrapper.r for wrapper in wrapped.values())
+    return Exported(len(wrapped), len(wrapped) + len(without), r, alike)
 
 
 def trained_quant(folder: str | Path) -> str | None:
@@ -94,27 +141,27 @@ def _metadata(folder: str | Path) -> dict[str, str]:
     return SafetensorsFile(path).metadata if path.is_file() else {}  # load_adapter says what is there instead
 
 
-def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict[str, Any]:
-    ranks = {path: w.factors()[0].shape[0] for path, w in wrapped.items()}
+def _config(wrapped: dict[str, LoRALinear], without: list[str], base: str, single: bool) -> dict[str, Any]:
+    ranks = {path: w.factors()[0].shape[-2] for path, w in wrapped.items()}
     # where the product has a higher rank than what is trained, the scale stays
     alphas = {path: w.scale * (math.sqrt(ranks[path]) if w.rslora else ranks[path]) for path, w in wrapped.items()}
     alphas |= {path: w.alpha for path, w in wrapped.items() if w.r == ranks[path]}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     first = next(iter(wrapped.values()))
-    # a leaf name stands for all its linears; where only some are wrapped, they are named in full
-    bare = {path.split(".")[-1] for path in _linears_without(model)}
-    targets = sorted({path if path.split(".")[-1] in bare else path.split(".")[-1] for path in wrapped})
+    modules, parameters = _targets(wrapped, without, single)
+    names = {p: f"{p}.weight" if _meant(parameters, f"{p}.weight", set()) else p for p in wrapped}
+    stacked = any(isinstance(w.base, ExpertLinear) for w in wrapped.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": r,
         "lora_alpha": _number(alpha),
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if stacked else first.dropout,  # PEFT has none on target_parameters
         "use_rslora": first.rslora,
-        "target_modules": targets,
-        "rank_pattern": {p: n for p, n in ranks.items() if n != r},
-        "alpha_pattern": {p: _number(x) for p, x in alphas.items() if x != alpha},
+        "target_modules": modules,
+        "rank_pattern": {names[p]: n for p, n in ranks.items() if n != r},
+        "alpha_pattern": {names[p]: _number(x) for p, x in alphas.items() if x != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -124,7 +171,37 @@ def _config(model: nn.Module, wrapped: dict[str, LoRALinear], base: str) -> dict
         "layers_to_transform": None,
         "layers_pattern": None,
         "revision": None,
-    }
+    } | ({"target_parameters": parameters} if parameters else {})
+
+
+def _targets(wrapped: dict[str, LoRALinear], without: list[str], single: bool) -> tuple[list[str], list[str]]:
+    """PEFT's target_modules and target_parameters for the wrapped linears.
+
+    The end of a path stands for all linears that have it; where only some are wrapped, they are named in full. In a model
+    with experts PEFT takes gate_proj, up_proj and down_proj for those of experts, wherever they are: others are named as
+    parameters too.
+    """
+    mixture = any(".experts." in path for path in (*wrapped, *without))
+
+    def end(path: str) -> str:
+        parts = path.split(".")
+        return ".".join(parts[-2:]) if mixture and parts[-1] in MLP_LINEARS else parts[-1]
+
+    bare, modules, parameters = {end(path) for path in without}, set(), set()
+    for path, wrapper in wrapped.items():
+        name, linear = path if end(path) in bare else end(path), wrapper.base
+        if isinstance(linear, ExpertLinear) and single:
+            modules |= {f"{name.rpartition('.')[0]}.{e}.{part}" for e in range(linear.experts) for part in linear.parts}
+        elif isinstance(linear, ExpertLinear):
+            parameters.add(name)
+        elif mixture and not single and path.split(".")[-1] in MLP_LINEARS:
+            parameters.add(f"{name}.weight")
+        else:
+            modules.add(name)
+    return sorted(modules), sorted(parameters)
+
+
+MLP_LINEARS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 def _linears_without(model: nn.Module) -> list[str]:
@@ -152,12 +229,14 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
     refuse_what_is_not_lora(folder, j)
     file = weights_of(folder)
     require_no_adapters(model)
+    own = as_in_file(linears(model), file.entries)  # by the spelling of the file
+    targets = {path: linears(model)[name] for path, name in own.items()}
     lengths = _magnitudes(folder, file) if j.get("use_dora") else {}
-    plan = _plan(model, folder, j, {k: e for k, e in file.entries.items() if k not in lengths.values()})
+    halves, plan = _plan(targets, folder, j, file)
     if lengths and lengths.keys() != plan.keys():
         odd = min(lengths.keys() ^ plan.keys())
         raise ModelError(f"{folder / WEIGHTS}: {odd} has not all of a DoRA adapter", "Make the adapter again.")
-    named = _named_by(folder, j, linears(model), plan)
+    named = _named_by(folder, j, targets, plan)
     lacking = [path for path in named if path not in plan]
     beyond = [path for path in plan if path not in named] if j.get("target_modules") is not None else []
     if beyond and not allow_partial:
@@ -172,10 +251,8 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''})",
             "The adapter is cut short: make it again, or take it as it is with --allow-partial.",
         )
-    tensors: dict[Any, Any] = {}
-    places = {key: path for path, key in lengths.items()}
     for key in file.entries:
-        t = tensors[places.get(key) or path_and_half(key)] = file.tensor(key)
+        t = file.tensor(key)
         if not t.is_floating_point():
             raise ModelError(f"{folder / WEIGHTS}: {key} is {t.dtype}", "Floating-point numbers belong there.")
         check_finite(t, f"{folder / WEIGHTS}: {key}")
@@ -187,18 +264,23 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"Give --quant {needed}, or --any-base to use it on this one.",
         )
     model.requires_grad_(False)
+    dropout = float(file.metadata.get("minilora_dropout") or j.get("lora_dropout") or 0.0)
+    shared = "minilora_shared_outer" in file.metadata
     kind = DoRALinear if lengths else PiSSALinear if j.get("init_lora_weights") == "pissa" else LoRALinear
+    dropout = 0.0 if kind is PiSSALinear else dropout
     for path, (r, alpha) in plan.items():
-        dropout, rslora = float(j.get("lora_dropout") or 0.0), bool(j.get("use_rslora", False))
-        wrapper = wrap(model, path, r, alpha, 0.0 if kind is PiSSALinear else dropout, rslora, kind=kind)
+        wrapper = wrap(model, own[path], r, alpha, dropout, bool(j.get("use_rslora", False)), shared, kind=kind)
+        if wrapper.lora_A.is_meta:  # an adapter without its model
+            wrapper.lora_A, wrapper.lora_B = (nn.Parameter(halves[path][half].read().float()) for half in "AB")
         with torch.no_grad():
             if isinstance(wrapper, DoRALinear):
-                if tensors[path].shape != wrapper.lora_magnitude_vector.shape:
-                    what = f"{folder / WEIGHTS}: the magnitudes of {path} are {list(tensors[path].shape)}"
+                lengths_here = file.tensor(lengths[path])
+                if lengths_here.shape != wrapper.lora_magnitude_vector.shape:
+                    what = f"{folder / WEIGHTS}: the magnitudes of {path} are {list(lengths_here.shape)}"
                     raise ModelError(what, f"[{wrapper.base.out_features}] fits.")
-                wrapper.lora_magnitude_vector.copy_(tensors[path])
-            wrapper.lora_A.copy_(tensors[path, "A"])
-            wrapper.lora_B.copy_(tensors[path, "B"])
+                wrapper.lora_magnitude_vector.copy_(lengths_here)
+            wrapper.lora_A.copy_(halves[path]["A"].read())
+            wrapper.lora_B.copy_(halves[path]["B"].read())
         wrapper.loftq = needed is not None
     set_starts(model)
 
@@ -246,6 +328,9 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
             f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
             "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.",
         )
+    names = j.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{folder / CONFIG}: target_parameters is {quote(str(names))}", "Names belong there.")
     used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
     if used:
         raise ModelError(
@@ -277,25 +362,14 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
 
 
 def _plan(
-    model: nn.Module, folder: Path, j: dict[str, Any], entries: Mapping[str, Entry]
-) -> dict[str, tuple[int, float]]:
-    """path -> (r, alpha) for every linear that the file has both matrices for; ModelError lists what does not fit."""
-    targets = linears(model)
+    targets: dict[str, Base], folder: Path, j: dict[str, Any], file: SafetensorsFile
+) -> tuple[Halves, dict[str, tuple[int, float]]]:
+    """The factors, and path -> (r, alpha), of every linear that the file has both for; ModelError lists what does not fit."""
     problems: defaultdict[str, list[str]] = defaultdict(list)  # what is wrong -> paths
-    halves: dict[str, dict[str, tuple[int, ...]]] = {}
-    beyond: list[str] = []
-    for key, entry in entries.items():
-        found = path_and_half(key)
-        if found is None or found[0].split(".")[-1] in HEADS:
-            beyond.append(key)
-        elif found[0] not in targets:
-            problems["the model has no such linear"].append(found[0])
-        elif found[1] in halves.get(found[0], {}):
-            raise ModelError(
-                f"{folder / WEIGHTS}: {key} stands there a second time", "Keep the tensors of one adapter."
-            )
-        else:
-            halves.setdefault(found[0], {})[found[1]] = entry.shape
+    halves, beyond = _halves(targets, folder, j, file)
+    for path in halves:
+        if path not in targets:
+            problems["the model has no such linear"].append(path)
     if beyond:
         raise ModelError(
             f"{folder} holds more than adapters on the linears of blocks: {', '.join(beyond[:3])}{' ...' if beyond[3:] else ''} "
@@ -303,16 +377,25 @@ def _plan(
             "Merge it into its base with PEFT, and use the result as --model.",
         )
     plan = {}
-    for path, shapes in halves.items():
-        linear = targets[path]
-        r = by_pattern(folder, j, "rank_pattern", path, j["r"])
-        wanted = {"A": (r, linear.in_features), "B": (linear.out_features, r)}
+    shared, parameters = "minilora_shared_outer" in file.metadata, j.get("target_parameters") or []
+    for path in halves.keys() & targets.keys():
+        linear, found = targets[path], halves[path]
+        stacks = linear.stacks(shared) if isinstance(linear, ExpertLinear) else ((), ())
+        as_parameter = _as_parameter(path, linear)
+        name = as_parameter if _meant(parameters, as_parameter, set()) else path
+        name = found["A"].name or name if "A" in found else name
+        r, alpha = (by_pattern(folder, j, pattern, name, j[key]) for pattern, key in PATTERNS)
+        if "A" in found and found["A"].name:
+            # of an expert; where gate and up have an A each, it is one of twice the rank, at the same scale
+            times = found["A"].shape[-2] // r
+            r, alpha = r * times, alpha * (times**0.5 if j.get("use_rslora") else times)
+        wanted = {"A": (*stacks[0], r, linear.in_features), "B": (*stacks[1], linear.out_features, r)}
         for h in "AB":
-            if h not in shapes:
+            if h not in found:
                 problems[f"lora_{h} is missing"].append(path)
-            elif shapes[h] != wanted[h]:
-                problems[f"lora_{h} is {list(shapes[h])}, {list(wanted[h])} fits"].append(path)
-        plan[path] = (r, by_pattern(folder, j, "alpha_pattern", path, j["lora_alpha"]))
+            elif found[h].shape != wanted[h]:
+                problems[f"lora_{h} is {list(found[h].shape)}, {list(wanted[h])} fits"].append(path)
+        plan[path] = (r, alpha)
     if problems or not plan:
         kinds = [f"{what}: {fold(dict.fromkeys(paths))}" for what, paths in problems.items()]
         shown = "\n  ".join(kinds[:KINDS] or ["it holds no adapter"])
@@ -320,7 +403,41 @@ def _plan(
         base = str(j.get("base_model_name_or_path") or "")[:120]
         hint = f"It was made for {quote(base)}." if base else "It belongs to another base model."
         raise ModelError(f"{folder} does not fit this model:\n  {shown}{more}", hint)
-    return plan
+    return halves, {path: plan[path] for path in targets if path in plan}
+
+
+PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+
+
+def factors_of(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The adapters of a folder that was written here, by the names of the model's parameters."""
+    file = SafetensorsFile(folder / WEIGHTS)
+    halves, _ = _halves(linears(model), folder, ModelFolder(folder).adapter_config, file)
+    return {f"{path}.lora_{half}": factor.read() for path, found in halves.items() for half, factor in found.items()}
+
+
+def _halves(
+    targets: dict[str, Base], folder: Path, j: dict[str, Any], file: SafetensorsFile
+) -> tuple[Halves, list[str]]:
+    """The factors of a file by the paths of linears, and the keys that are none of a linear in a block."""
+    found: Halves = {}
+    beyond: list[str] = []
+    for key, entry in file.entries.items():
+        if j.get("use_dora") and MAGNITUDE in key:
+            continue
+        named = path_and_half(key)
+        if named is None or named[0].split(".")[-1] in HEADS:
+            beyond.append(key)
+        elif named[1] in found.get(named[0], {}):
+            raise ModelError(
+                f"{folder / WEIGHTS}: {key} stands there a second time", "Keep the tensors of one adapter."
+            )
+        else:
+            read = partial(file.tensor, key)
+            found.setdefault(named[0], {})[named[1]] = Half(entry.shape, read)
+    shared, parameters = "minilora_shared_outer" in file.metadata, j.get("target_parameters") or []
+    experts = {path: linear for path, linear in targets.items() if isinstance(linear, ExpertLinear)}
+    return gathered(found, experts, parameters, shared), beyond
 
 
 def path_and_half(key: str) -> tuple[str, str] | None:
@@ -329,30 +446,43 @@ def path_and_half(key: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, nn.Linear], held: Iterable[str]) -> list[str]:
+def _named_by(folder: Path, j: dict[str, Any], targets: dict[str, Base], held: Iterable[str]) -> list[str]:
     """The paths of the linears that a config's target_modules and layers_to_transform mean, as PEFT reads them.
 
     A pattern that is not simple enough to be tried is taken to mean every layer's linears of the names that the file holds.
     """
     wanted, layers, left_out = j.get("target_modules"), j.get("layers_to_transform"), j.get("exclude_modules")
+    parameters = j.get("target_parameters") or []
     for key, value in (("target_modules", wanted), ("exclude_modules", left_out)):
         if value is not None and not isinstance(value, (str, list)):
             raise ModelError(
                 f"{folder / CONFIG}: {key} is {quote(str(value))}", "Names of modules or a pattern belong there."
             )
-    if wanted is None:
-        return []
-    leaves = {path.split(".")[-1] for path in held}
-    found = list(targets) if wanted == "all-linear" else [path for path in targets if _meant(wanted, path, leaves)]
     if layers is not None:
         layers = [layers] if isinstance(layers, int) else layers
         if not isinstance(layers, list) or not all(type(n) is int for n in layers):
             raise ModelError(
                 f"{folder / CONFIG}: layers_to_transform is {quote(str(layers))}", "Numbers of layers belong there."
             )
-        found = [path for path in found if {int(part) for part in path.split(".") if part.isdigit()} & set(layers)]
+    if wanted is None:
+        return []
+    leaves, found = {path.split(".")[-1] for path in held}, []
+    # gate_proj means those of experts too only where the file has any: PEFT leaves them out in some families
+    experts = any(isinstance(targets.get(path), ExpertLinear) for path in held)
+    for path, linear in targets.items():
+        stack = isinstance(linear, ExpertLinear)
+        names = [path, *(f"{path.rpartition('.')[0]}.0.{part}" for part in linear.parts)] if stack else [path]
+        module = (experts or not stack) and (wanted == "all-linear" or any(_meant(wanted, n, leaves) for n in names))
+        module &= layers is None or bool({int(part) for part in path.split(".") if part.isdigit()} & set(layers))
+        if module or _meant(parameters, _as_parameter(path, linear), leaves):
+            found.append(path)
     # a pattern that cannot be tried leaves out what the file does not hold
     return [path for path in found if left_out is None or not _meant(left_out, path, {path.split(".")[-1]} - leaves)]
+
+
+def _as_parameter(path: str, linear: Base) -> str:
+    """The name of a linear's weight in target_parameters and in patterns for it."""
+    return path if isinstance(linear, ExpertLinear) else f"{path}.weight"
 
 
 def _meant(wanted: str | list[str], path: str, leaves: set[str]) -> bool:

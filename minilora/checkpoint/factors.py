@@ -4,14 +4,16 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from .adapter import PREFIX, by_pattern, path_and_half, refuse_what_is_not_lora
+from .expert_adapters import STACKED, from_stacked
 from .load import check_finite
 
 
@@ -59,7 +61,12 @@ def read_factors(folder: Folder) -> dict[str, Factors]:
     if not halves:
         raise ModelError(f"{path} holds no adapter", "Give the folder of a trained adapter, such as RUN/adapter.")
     factors = {}
+    both = {name.removesuffix(".base_layer") for name in halves if name.endswith(".experts.base_layer")}
     for name, half in halves.items():
+        stacked = STACKED.fullmatch(name)
+        if stacked:
+            factors |= _of_experts(folder, j, stacked[1], half, bool(stacked[2]), stacked[1] in both)
+            continue
         r = by_pattern(folder.path, j, "rank_pattern", name, j["r"])
         alpha = by_pattern(folder.path, j, "alpha_pattern", name, j["lora_alpha"])
         shapes = {which: list(t.shape) for which, t in half.items()}
@@ -70,10 +77,35 @@ def read_factors(folder: Folder) -> dict[str, Factors]:
     return factors
 
 
+def _of_experts(
+    folder: ModelFolder, j: dict[str, Any], layer: str, half: dict[str, Tensor], inner: bool, both: bool
+) -> dict[str, Factors]:
+    """The Factors of each expert, of a stack in PEFT's layout."""
+    named = [str(name).rpartition(".")[2] for name in j.get("target_parameters") or []]
+    leaf = "gate_up_proj" if inner or (not both and "down_proj" not in named) else "down_proj"
+    path = f"{layer}.{leaf}"
+    r, alpha = (
+        by_pattern(folder.path, j, f"{key}_pattern", path, j[own])
+        for key, own in (("rank", "r"), ("alpha", "lora_alpha"))
+    )
+    a, b = half.get("A"), half.get("B")
+    if a is None or b is None or a.shape[0] != b.shape[1] or a.shape[0] % r:
+        told = ", ".join(f"lora_{which} {list(t.shape)}" for which, t in sorted(half.items()))
+        raise ModelError(
+            f"{folder / ADAPTER_WEIGHTS}: {path} has {told}",
+            f"A [experts x {r}, in] and B [out, {r} x experts] belong there.",
+        )
+    experts, scale = a.shape[0] // r, alpha / (math.sqrt(r) if j.get("use_rslora") else r)
+    stacks = zip(from_stacked("A", a, experts), from_stacked("B", b, experts), strict=True)
+    return {f"{layer}.{e}.{leaf}": Factors(one_a, one_b, scale) for e, (one_a, one_b) in enumerate(stacks)}
+
+
 def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> None:
     """Write adapters of scale 1 as the PEFT folder `target`; all but ranks and alphas is said as the folder `source` says it."""
     source = ModelFolder.of(source)
     assert all(f.scale == 1 for f in factors.values())
+    if any(".experts." in path for path in factors):
+        raise UsageError("the adapter is on experts, whose ranks are not cut", "Train it with a smaller --lora-r.")
     most = max(f.r for f in factors.values())
     others = {path: f.r for path, f in factors.items() if f.r != most}
     ranks = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": others, "alpha_pattern": others}

@@ -21,7 +21,7 @@ from torch import Tensor
 from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
-from minilora.models import chatglm, chatglm2, glm, qwen, qwen1
+from minilora.models import chatglm, chatglm2, glm, glm_moe, qwen, qwen1, qwen3_5, qwen_moe
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
@@ -31,29 +31,43 @@ from minilora.models.layers import Adapted, pack_weights
 from minilora.models.quantized import pack_codes, quantize_linears
 
 from ..errors import ModelError, UsageError, quote
+from ..experts import expert_linears
 from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, Folder, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX, fold
 from ..lora import base_parameters, linears
 from ..machine.compute import choose
+from .experts import by_weight, in_files, places
 from .quantized import FORMS, QUANTS, Stored, format_of, plain_config
+from .refused import refusal
 
 # by model_type; "chatglm2" is what a folder of ChatGLM2 and later is called here, its own model_type is "chatglm" too
 FAMILIES = {
-    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm
+    "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm,
+    "qwen3_5": qwen3_5, "qwen3_5_text": qwen3_5,
+    "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "glm4_moe": glm_moe, "glm4_moe_lite": glm_moe,
 }  # fmt: skip
-# the first of these tensors that a folder has tells its family: the order matters
+# the first of these tensors that a folder has, in any layer, tells its family: the order matters
 SIGNATURES = {
+    "glm4_moe_lite": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+    "glm4_moe": "model.layers.0.mlp.gate.e_score_correction_bias",
+    "qwen2_moe": "model.layers.0.mlp.shared_expert_gate.weight",
+    "qwen3_moe": "model.layers.0.mlp.gate.weight",
     "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
     "chatglm": "transformer.layers.0.attention.query_key_value.weight",
     "qwen": "transformer.h.0.attn.c_attn.weight",
     "glm4": "model.layers.0.post_self_attn_layernorm.weight",
     "glm": "model.layers.0.mlp.gate_up_proj.weight",
+    "qwen3_5": "model.language_model.layers.0.linear_attn.in_proj_qkv.weight",
+    "qwen3_5_text": "model.layers.0.linear_attn.in_proj_qkv.weight",
     "qwen3": "model.layers.0.self_attn.q_norm.weight",
     "qwen2": "model.layers.0.self_attn.q_proj.bias",
 }
 QUANTIZED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
+WIDE = re.compile(r".*\.(A_log|dt_bias)")  # in fp32 whatever the dtype of a model
+# what a folder holds beside its language model, which a merged folder has as well: vision, and the prediction of several tokens
+CARRIED = re.compile(r"(model\.visual|mtp)\..+")
 QUANT = ("keep", "off", *QUANTS, FP8RowsWeight.name)
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
 FIRST = 16  # values of a weight by which a base model is recognised
@@ -69,7 +83,7 @@ COMPANIONS = (
 def read_config(folder: Folder) -> Config:
     """The Config of a checkpoint folder; ModelError says which key, and what is supported."""
     folder = ModelFolder.of(folder)
-    path, j = folder / "config.json", folder.config
+    path, j = folder / "config.json", folder.language
     family = _family(path, j)
     try:
         format_of(j)
@@ -104,7 +118,7 @@ def classes_of(j: dict[str, Any]) -> list[str]:
 def keys_not_read(folder: Folder) -> str | None:
     """A line with the keys of a folder's config.json that are not known here, if there are any."""
     folder = ModelFolder.of(folder)
-    path, j = folder / "config.json", folder.config
+    path, j = folder / "config.json", folder.language
     names = unknown_keys(j, _family(path, j))
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
     lines = [f"keys that are not known, and not read: {told}"] if names else []
@@ -121,6 +135,10 @@ def _family(path: Path, j: dict[str, Any]) -> str:
         return "chatglm2"
     if isinstance(kind, str) and kind in FAMILIES and kind != "chatglm2":
         return kind
+    known = refusal(str(kind), j)
+    if known is not None:
+        missing, hint = known
+        raise ModelError(f"{path}: model_type {str(kind)[:40]!r} is not supported: {missing}", hint)
     nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
     raise ModelError(
         f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",
@@ -136,7 +154,11 @@ def empty_model(c: Config, dtype: torch.dtype | None = None, quant: str = "off")
     with torch.device("meta"):
         model = FAMILIES[c.family].decoder(c).to(dtype or c.dtype)
     if quant in FORMS:
-        shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
+        shapes = {
+            f"{path}.weight": linear.weight.shape
+            for path, linear in linears(model).items()
+            if not path.endswith(".gate")
+        }
         quantize_linears(model, {name: FORMS[quant].empty(shape, "meta") for name, shape in shapes.items()})
     pack_weights(model)
     pack_codes(model)
@@ -207,7 +229,9 @@ def _empty_weights(model: Decoder, stored: Stored, quant: str) -> dict[str, Quan
     """By name, the linears' weights that are quantised in memory, without what they hold."""
     if quant not in QUANT:
         raise UsageError(f"quant {quant[:40]!r} is not known", f"It can be {', '.join(QUANT)}.")
-    shapes = {f"{path}.weight": linear.weight.shape for path, linear in linears(model).items()}
+    shapes = {
+        f"{path}.weight": linear.weight.shape for path, linear in linears(model).items() if not path.endswith(".gate")
+    }
     kept = {name: shape for name, shape in shapes.items() if name in stored.parts and quant in ("keep", stored.form)}
     made = {name: shape for name, shape in shapes.items() if name not in kept and quant in FORMS}
     return {name: stored.empty(name, shape, "meta") for name, shape in kept.items()} | {
@@ -256,8 +280,11 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 def check_shapes(model: Decoder, stored: Stored) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
-    tensors, wanted = stored.tensors, {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = stored.logical(wanted)
+    tensors, wanted = stored.tensors, {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()}
+    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in tensors.shapes.items()})
+    stored.experts = by_weight(of_experts)
+    wanted = {name: shape for name, (_, shape) in in_files(stored.experts, wanted).items()}
+    found = {n: about for n, about in stored.logical(wanted).items() if not _after_the_last(n, model.config)}
     _check_kind(model.config.family, tensors.folder, found, stored)
     problems = []
     head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
@@ -267,6 +294,7 @@ def check_shapes(model: Decoder, stored: Stored) -> None:
                 problems.append(f"{head} differs from the embedding, though config.json ties them")
     if model.config.tied:
         found.pop(head, None)
+    found = {name: entry for name, entry in found.items() if not CARRIED.fullmatch(name)}
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     if missing:
@@ -283,6 +311,12 @@ def check_shapes(model: Decoder, stored: Stored) -> None:
             f"{tensors.folder} does not fit its config.json:\n  " + "\n  ".join(problems),
             "Check that config.json and the weights are of one model.",
         )
+
+
+def _after_the_last(name: str, c: Config) -> bool:
+    """Whether a tensor is of GLM's layer for predicting several tokens at once, which follows the layers of the model."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and c.family.startswith("glm4_moe") and int(layer[1]) >= c.layers
 
 
 def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored) -> None:
@@ -304,7 +338,8 @@ def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored)
             f"{folder}: the weights hold a P-tuning prefix (prefix_encoder), which is not supported",
             "Use the model without the prefix.",
         )
-    told = next((family for family, name in SIGNATURES.items() if name in names), family)
+    first = {re.sub(r"\blayers\.\d+\.", "layers.0.", name) for name in names}
+    told = next((family for family, name in SIGNATURES.items() if name in first), family)
     if told != family:
         raise ModelError(
             f"{folder}: config.json says {family}, the weights are of {told}",
@@ -376,14 +411,39 @@ def own_code(folder: Path) -> list[str]:
 def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
 
-    The config and tokenizer files are copied from the folder `companions`, the one the model was loaded from.
+    The config and tokenizer files, and tensors beside the language model, are copied from the folder `companions`, the one the
+    model was loaded from.
     """
     parameters = base_parameters(model)
     if any(isinstance(m, Adapted) for m in model.modules()):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
-    dtype = model.config.dtype
-    shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+    own, source = model.config.dtype, ModelFolder(companions)
+    wide = torch.promote_types(own, torch.float32)
+    shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
+    kept = carried(source)
+    beside = source.tensors.shapes if has_weights(source.path) else {}
+    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in beside.items()})
+
+    def tensor(name: str) -> Tensor:
+        if name in of_experts:
+            place = of_experts[name]
+            return place.tensor(weight_as(parameters[place.name], own, place.rows).detach())
+        if name in parameters:
+            return weight_as(parameters[name], shapes[name][0]).detach()
+        with source.tensors.reading(name) as value:
+            return value.clone()
+
     with atomic_folder(Path(folder)) as stage:
-        write_checkpoint(
-            stage, shapes, lambda name: weight_as(parameters[name], dtype).detach(), Path(companions), shard_bytes
-        )
+        written = in_files(by_weight(of_experts), shapes) | kept
+        write_checkpoint(stage, written, tensor, source.path, shard_bytes)
+
+
+def carried(folder: ModelFolder) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of what a folder holds beside its language model; of a folder without weights, none."""
+    if not has_weights(folder.path):
+        return {}
+    return {name: entry for name, entry in folder.tensors.shapes.items() if CARRIED.fullmatch(name)}
+
+
+def has_weights(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in (INDEX, "model.safetensors"))

@@ -8,6 +8,7 @@ then does it get its name.
 import gc
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minilora.models.quantized import widen_linears
 
 from ..adapted import adapted, require_mergeable, without_adapters
 from ..errors import DiskError, ModelError, OutputInUse
+from ..experts import expert_linears
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
@@ -27,7 +29,8 @@ from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant, trained_quant
-from .load import SHARD_BYTES, load_model, write_checkpoint
+from .experts import Place, by_weight, in_files, places
+from .load import SHARD_BYTES, carried, load_model, write_checkpoint
 from .open_model import folder_notes
 from .quantized import QUANTS, described, quant_of
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
@@ -72,9 +75,11 @@ def merge_folder(
     prompts = prompt_ids(tokenizer)
     changed = {f"{path}.{name}": (module, name) for path, module in adapted(decoder) for name in module.merges}
     shapes, widened = model.tensors.shapes, {}
+    of_experts = places(expert_linears(decoder), {name: shape for name, (_, shape) in shapes.items()})
     if bits != "off":
         widened = base_parameters(decoder)
-        shapes = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
+        own = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
+        shapes = in_files(by_weight(of_experts), own) | carried(model)
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
@@ -83,16 +88,16 @@ def merge_folder(
             "Free some space, or give another --output.",
         )
 
-    def merged(name: str, stored: Tensor) -> Tensor:
-        module, own = changed[name]
-        return module.merged(own, stored)
-
     def tensor(name: str) -> Tensor:
-        if widened:
-            plain = weight_as(widened[name], shapes[name][0]).detach()
-            return merged(name, plain) if name in changed else plain
-        with model.tensors.reading(name) as value:
-            return merged(name, value) if name in changed else value.clone()
+        place = of_experts.get(name) or Place(name, slice(None), shapes[name][1])
+        with nullcontext() if place.name in widened else model.tensors.reading(name) as found:
+            plain = (
+                place.tensor(weight_as(widened[place.name], shapes[name][0], place.rows)) if found is None else found
+            )
+            if place.name not in changed:
+                return plain.detach().clone()
+            module, own_name = changed[place.name]
+            return place.tensor(module.merged(own_name, place.matrix(plain), place.rows))
 
     with atomic_folder(output) as stage:
         write_checkpoint(stage, shapes, tensor, model.path, shard_bytes)

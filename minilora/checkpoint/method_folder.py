@@ -115,5 +115,6 @@ def state_beside(model: nn.Module) -> dict[str, Tensor]:
     keys = file_keys(model)
     found = {name: cast(Tensor, p) for name, p in trained_parameters(model).items() if name not in keys}
     for path, part in adapted(model):
-        found |= {f"{path}.{name}": b for name, b in part.named_buffers() if name in part.state_dict()}
+        own = {name: b for name, b in part.named_buffers() if not name.startswith("base.")}
+        found |= {f"{path}.{name}": b for name, b in own.items() if name in part.state_dict()}
     return found

@@ -21,12 +21,13 @@ from minilora.kernels.fp8_blocks import E4M3, FP8Weight, grid
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.int8_rows import Int8Weight
 from minilora.kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, NF4Weight, dynamic_levels
-from minilora.kernels.quantized import QuantizedWeight, Weight
+from minilora.kernels.quantized import QuantizedWeight, Weight, weight_as
 from minilora.models.quantized import quantized_weights
 
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..files.tensors import Tensors
+from .experts import Place
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
@@ -112,6 +113,7 @@ class Stored:
     def __init__(self, tensors: Tensors, form: str | None):
         self.tensors, self.form = tensors, form
         self.parts = {name: self._parts(name) for name in tensors.shapes if name.endswith(".weight") and self._is(name)}
+        self.experts: dict[str, list[tuple[str, Place]]] = {}  # by weight, where those of experts lie
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Self:
@@ -151,9 +153,43 @@ class Stored:
         """A context with the tensor of that name, mapped, or the quantised weight [N, K] that it is the codes of."""
         if name in self.parts:
             yield self._read(name, shape)
+        elif name in self.experts:
+            yield self._stack(name, shape)
         else:
             with self.tensors.reading(name) as value:
                 yield value
+
+    @contextmanager
+    def reading_linear(self, path: str, shape: torch.Size) -> Iterator[Weight]:
+        """The weight [N, K] of a linear, or of one expert (...experts.7.gate_up_proj); ModelError if there is none."""
+        layer, e, leaf = path.rsplit(".", 2)
+        apart = [f"{layer}.{e}.{part}.weight" for part in ("gate_proj", "up_proj")]
+        if f"{path}.weight" in self.tensors.shapes:
+            with self.reading(f"{path}.weight", shape) as value:
+                yield value
+        elif layer.endswith(".experts") and f"{layer}.{leaf}" in self.tensors.shapes:
+            with self.tensors.reading(f"{layer}.{leaf}") as stack:
+                one = stack[int(e)]
+                yield one if one.shape == shape else one.T
+        elif leaf == "gate_up_proj" and set(apart) <= self.tensors.shapes.keys():
+            half = torch.Size((shape[0] // 2, shape[1]))
+            with self.reading(apart[0], half) as gate, self.reading(apart[1], half) as up:
+                yield torch.cat([weight_as(part, torch.float32) for part in (gate, up)])
+        else:
+            raise ModelError(
+                f"{self.tensors.folder} has no {path}.weight", "Give the base that the adapter was trained on."
+            )
+
+    def _stack(self, name: str, shape: torch.Size) -> Tensor:
+        """The weight [E N, K] of all experts, from the tensors that it is made of; quantised ones are widened."""
+        whole: Tensor | None = None
+        for file, place in self.experts[name]:
+            with self.reading(file, torch.Size(place.shape)) as value:
+                plain = value.weight_as(torch.float32) if isinstance(value, QuantizedWeight) else value
+                whole = plain.new_empty(shape) if whole is None else whole
+                whole[place.rows] = place.matrix(plain)
+        assert whole is not None, name
+        return whole
 
     def _read(self, name: str, shape: torch.Size) -> QuantizedWeight:
         found: dict[str, Tensor] = {}

@@ -119,7 +119,7 @@ def _add(
     how["dest"] = name
     if many:
         how["action"] = "append"
-    names = [arg.short, "--" + name.replace("_", "-")]
+    names = [arg.short, "--" + name.rstrip("_").replace("_", "-")]  # for_ is --for
     group(parser, arg.group).add_argument(*filter(None, names), required=required, **how)
     if arg.aliases:
         how["help"] = argparse.SUPPRESS

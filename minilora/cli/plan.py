@@ -16,6 +16,9 @@ def run(
     device_memory: Annotated[
         float | None, Arg("plan for a card with so many 10^9 bytes [this machine]", "GB", within=(1e-6, 100_000))
     ] = None,
+    gpus: Annotated[
+        int, Arg("plan for so many ranks, each with a GPU or a share of this machine", within=(1, 65_536))
+    ] = 1,
     json: Json = False,
     **settings: Annotated[Any, Settings()],
 ) -> None:
@@ -27,5 +30,5 @@ def run(
     check_paths(planned.model, None, planned.data, planned.encoding)
     from ..tools.plan import forecast, text_of
 
-    found = forecast(planned, device_memory)
+    found = forecast(planned, device_memory, gpus)
     say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found))

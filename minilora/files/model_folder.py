@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 MAX_JSON = 64 << 20
 POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
+# vision-language models whose language model is trained, and what is of vision in their config.json
+VISION = ("qwen3_5", "qwen3_5_moe")
+OF_VISION = {
+    "text_config", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "language_model_only",
+}  # fmt: skip
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -86,6 +92,17 @@ class ModelFolder:
         return read_json(self / "config.json")
 
     @cached_property
+    def language(self) -> dict[str, Any]:
+        """config.json of the language model: that of a vision-language model has it in text_config."""
+        text = self.config.get("text_config")
+        if self.config.get("model_type") not in VISION or not isinstance(text, dict):
+            return self.config
+        beside = {key: value for key, value in self.config.items() if key not in OF_VISION}
+        tied = [j.get("tie_word_embeddings") for j in (self.config, text)]
+        told = {"tie_word_embeddings": any(tied)} if all(t in (None, True, False) for t in tied) else {}
+        return beside | text | told | {"model_type": self.config["model_type"]}
+
+    @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
         return self._optional("tokenizer_config.json")
 
@@ -116,7 +133,7 @@ Folder = str | Path | ModelFolder
 
 def positions_note(folder: Folder, longest: int) -> str | None:
     """A sentence where a row or a prompt is longer than the positions that the folder's model was made for."""
-    j = ModelFolder.of(folder).config
+    j = ModelFolder.of(folder).language
     most = next((j[k] for k in POSITIONS if isinstance(j.get(k), int)), None)
     return None if most is None or longest <= most else beyond(longest, most)
 

@@ -45,7 +45,11 @@ def choose(c: Config, stored: torch.dtype, device: torch.device, asked: str = "a
         return Compute(dtype, "as set for this run" + (other if best.dtype != dtype else ""))
     if device.type != "cpu" or stored.itemsize != 2:
         return Compute(stored, "as the weights are stored")
-    rates = measured_rates(min(c.width, LARGEST), min(c.ffn, LARGEST), stored)
+    return fastest(measured_rates(min(c.width, LARGEST), min(c.ffn, LARGEST), stored), stored)
+
+
+def fastest(rates: Rates, stored: torch.dtype) -> Compute:
+    """Which dtype to compute in with weights of 16 bits, by the rates of its products."""
     name, ratio = short_name(stored), rates.narrow / rates.widened
     if ratio >= WORTH:
         return Compute(stored, f"{name} products run at {ratio:.1f} times fp32's speed on this CPU")

@@ -16,6 +16,7 @@ import gc
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,13 +69,31 @@ def _quota(cgroup: Path) -> int | None:
     return None
 
 
-def memory_gb(device: "torch.device") -> float:
-    """10^9 bytes of a card, or of this machine's memory."""
+def memory_gb(device: "torch.device", cgroup: Path = CGROUP) -> float:
+    """10^9 bytes of a card, or of the memory that this process may use: the machine's or its control group's, shared with other ranks."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.get_device_properties(device).total_memory / 1e9
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int((cgroup / name).read_text()))
+    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 1e9
+
+
+def free_gb(device: "torch.device", cgroup: Path = CGROUP) -> float:
+    """10^9 bytes that are free on a card (the one with the least of several), or for this process."""
+    if device.type == "cuda":
+        import torch
+
+        return min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())) / 1e9
+    free = memory_gb(device, cgroup)
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.is_file() else []:
+        if line.startswith("MemAvailable:"):
+            free = min(free, int(line.split()[1]) * 1024 / 1e9)
+    return free
 
 
 def device_name(device: "torch.device") -> str:

@@ -4,8 +4,10 @@ Tensors on the meta device have a shape, a dtype and a storage of known size tha
 makes is counted when it appears and when its last tensor goes, so the peak is the one that the step itself has, with
 whatever its kernels save and recompute: there are no formulas of our own that could fall behind the code.
 
-The layers of a model are alike, so that a deep one is run with its first three and the rest is counted as the third, unless
-layers keep so little that it is not they that make the peak.
+The layers of a model are alike, but for dense ones before mixtures of experts, so that a deep one is run with its first
+three of the kind of its last, and the rest is counted as the third, unless layers keep so little that it is not they that
+make the peak. Where kinds of layers take turns, it is the first two turns, and the second one stands for the rest. The experts
+of a layer get the same number of tokens each.
 
 Counted are tensors. What the allocator loses between them, and what CUDA and Python take for themselves, comes on top. The
 operations are those of the CPU path.
@@ -16,14 +18,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.kernels.cross_entropy import BLOCK_ROWS
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
+from minilora.models.config import Config
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import quantized_weights
+from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch
 
 from ..lora import base_parameters, trained_parameters
@@ -38,7 +42,7 @@ class StepMemory:
     """Bytes by part. Their sum is the peak of the step.
 
     activations: what the forward pass keeps for the backward pass; temporaries: what comes and goes beside it, at the peak.
-    host: what it keeps in the host's memory (--offload), which is no part of the sum.
+    host: what it keeps in the host's memory (--offload), which is no part of the sum. buffers: where a base that ranks share is gathered.
     """
 
     weights: int
@@ -48,10 +52,11 @@ class StepMemory:
     activations: int
     temporaries: int
     host: int
+    buffers: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporaries
+        return sum(vars(self).values()) - self.host
 
     def most_tokens(self, tokens: int, there: float, copies: int = 1) -> int:
         """About how many tokens a stream can have in `there` bytes, with what it allocates in so many copies; this one has `tokens`."""
@@ -115,17 +120,18 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     trained = sum(p.nbytes for p in trained_parameters(model).values())
     base = sum(w.nbytes for w in base_parameters(model).values() if not w.requires_grad)
     base += sum(matrix.extra_bytes for matrix in matrices(model))
-    blocks, count = list(model.blocks), len(model.blocks)
-    some = ALIKE if len({type(block) for block in blocks}) == 1 else count  # --method freeze trains the last ones
-    del model.blocks[some:]
-    activations, host, peak, layer = _kept_and_peak(model, batch)
-    model.blocks.extend(blocks[some:])
+    blocks, count, turn = list(model.blocks), len(model.blocks), _turn(model.config)
+    others = next(i for i, block in enumerate(blocks) if _kind(block) == _kind(blocks[-1]))
+    run = others + (ALIKE if turn == 1 else 2 * turn)
+    del model.blocks[run:]
+    activations, host, peak, layer = _kept_and_peak(model, batch, turn)
+    model.blocks.extend(blocks[run:])
     if layer < trained / count or model.offload:
         # going down the stack, gradients take more than activations free: the peak is where all layers have been. What
         # the host holds is of all layers, too
-        activations, host, peak, _ = _kept_and_peak(model, batch)
+        activations, host, peak, _ = _kept_and_peak(model, batch, turn)
     else:
-        rest = max(0, count - some) * layer
+        rest = int(max(0, count - run) * layer)
         activations, peak = activations + rest, peak + rest
     full = base == 0
     # the gradients of a stream may all be there at its peak, or none: they are counted once, as the part that stays
@@ -140,6 +146,10 @@ def step_memory(model: Decoder, batch: Batch) -> StepMemory:
     )
 
 
+def _kind(block: nn.Module) -> object:
+    return type(getattr(block, "mlp", None))
+
+
 def card_memory(model: Decoder, batch: Batch) -> StepMemory:
     """The memory of a step on a GPU, whose loss has the logits of more rows at a time than that of a dry run."""
     few = slice(BLOCK_ROWS)  # what the loss of more rows takes is known, and running it takes seconds
@@ -150,9 +160,15 @@ def card_memory(model: Decoder, batch: Batch) -> StepMemory:
     return replace(memory, activations=memory.activations + hidden, temporaries=max(memory.temporaries, logits))
 
 
-def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int, int]:
-    """Bytes that the forward pass keeps, also those in the host's memory, the most at any time, and what the last layer
-    keeps."""
+def _turn(c: Config) -> int:
+    """After how many layers the kinds of layers come again; all of them, if they do not."""
+    kinds = c.linear if isinstance(c, HybridConfig) else (False,)
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+
+
+def _kept_and_peak(model: Decoder, batch: Batch, turn: int) -> tuple[int, int, int, float]:
+    """Bytes that the forward pass keeps, also those in the host's memory, the most at any time, and what a layer of the last
+    turn keeps."""
     marks: list[int] = []
     batch = batch.to(torch.device("meta"))
     for weight in quantized_weights(model).values():
@@ -169,4 +185,5 @@ def _kept_and_peak(model: Decoder, batch: Batch) -> tuple[int, int, int, int]:
         hook.remove()
     model.zero_grad(set_to_none=True)
     layers = len(model.blocks)
-    return activations, host, live.peak, marks[layers - 1] - marks[layers - 2] if layers > 1 else activations
+    layer = (marks[-1] - marks[-1 - turn]) / turn if layers > turn else activations / layers
+    return activations, host, live.peak, layer

@@ -2,7 +2,8 @@
 
 With frozen weights a token costs 2N forward and 2N backward (dX; there is no dW), so 4N and not the 6N of full training.
 Adapters cost 6 per parameter. The head is paid for by the tokens that have a target. Attention costs 4 H E n^2 / 2 forward
-for a causal document of n tokens and twice that backward. Recomputation under activation checkpointing is not counted.
+for a causal document of n tokens and twice that backward. A gated delta rule reads, corrects and reads its state: 6 E U forward for
+a head and token, and its convolution 2 for a tap and channel. Recomputation under activation checkpointing is not counted.
 """
 
 import time
@@ -10,9 +11,12 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.moe import ExpertLinear, MoEConfig
+from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch, Documents
 
 from ..lora import adapters, linears
@@ -23,12 +27,21 @@ PEAKS = {"H100 PCIe": 756e12, "A100": 312e12, "A800": 312e12, "H100": 989e12, "H
 
 
 def flops_per_token(model: Decoder, full: bool) -> tuple[float, float]:
-    """(of every token, of every token with a target beside that) in the linears of a step, forward and backward."""
+    """(of every token, of every token with a target beside that) in the linears of a step, forward and backward.
+
+    Of a mixture, the experts that a token has.
+    """
+    c = model.config
+    active = c.chosen / c.experts if isinstance(c, MoEConfig) else 1.0
+
+    def share(linear: nn.Module) -> float:
+        return active if isinstance(linear, ExpertLinear) else 1.0
+
     # below a block that is trained whole no gradient flows; what it was copied from, and what makes a prefix, no token passes
     frozen = 2 if any(isinstance(block, Trained) for block in model.blocks) else 4
     passed = {path: m for path, m in linears(model).items() if ".base." not in path and not path.startswith("virtual.")}
-    wide = sum((6 if m.weight.requires_grad else frozen) * m.weight.numel() for m in passed.values())
-    narrow = sum(w.lora_A.numel() + w.lora_B.numel() for _, w in adapters(model))
+    wide = sum((6 if m.weight.requires_grad else frozen) * share(m) * m.weight.numel() for m in passed.values())
+    narrow = sum(share(w.base) * (w.lora_A.numel() + w.lora_B.numel()) for _, w in adapters(model))
     return wide + 6 * narrow, (6 if full else 4) * model.head.numel()
 
 
@@ -42,7 +55,11 @@ def attention_flops(c: Config, documents: Documents) -> float:
 def _document_flops(c: Config, n: int, prefix: int) -> float:
     """The same for one document of n tokens."""
     total, ahead = 0.0, prefix * (prefix - 1) / 2
-    for window, layers in Counter(map(c.window, range(c.layers))).items():
+    linear = c.linear if isinstance(c, HybridConfig) else (False,) * c.layers
+    if isinstance(c, HybridConfig):
+        channels = 2 * c.key_heads * c.key_size + c.value_heads * c.value_size
+        total += sum(linear) * 3 * n * (6 * c.value_heads * c.key_size * c.value_size + 2 * c.taps * channels)
+    for window, layers in Counter(c.window(i) for i in range(c.layers) if not linear[i]).items():
         w = n if window is None else min(window, n)
         total += layers * 3 * 4 * c.heads * c.head_size * (w * n - w * (w - 1) / 2 + ahead)
     return total

@@ -28,7 +28,7 @@ from minilora.kernels.lora_linear import lora_linear_group, runs_on_triton
 from minilora.kernels.projection import Projection
 from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
-from minilora.models.layers import projection
+from minilora.models.layers import Adapted, projection
 
 from ..files.atomic import write_file
 from ..files.strict_json import parse_json
@@ -58,10 +58,19 @@ class Linears(dict[str, nn.Module]):
         return [p for p in map(projection, self.values()) if p is not None]
 
 
+def linear_children(module: nn.Module) -> dict[str, nn.Module]:
+    """The linears directly in a module, with adapters or without, by name; not those of experts."""
+    return {
+        name: m
+        for name, m in module.named_children()
+        if name != "base" and isinstance(getattr(m, "base", None) if isinstance(m, Adapted) else m, nn.Linear)
+    }
+
+
 def groups(model: nn.Module) -> Iterator[Linears]:
     """The linears of a model that have an adapter which the kernels take, each with those that it is fused with."""
     for path, module in model.named_modules():
-        children = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, LoRALinear)) and n != "base"}
+        children = linear_children(module)
         packed = getattr(module, "packed_modules", ())
         for names in [*([packed] if packed else []), *((n,) for n in children if n not in packed)]:
             adapted = any(isinstance(children.get(n), LoRALinear) for n in names)

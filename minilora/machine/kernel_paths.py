@@ -8,15 +8,19 @@ from torch import nn
 from minilora.kernels.attention import attention_path
 from minilora.kernels.dequantize import ROWS_IN_THE_LOOP
 from minilora.kernels.dispatch import OLDEST, architecture, use_triton
+from minilora.kernels.fla import fla_path
 from minilora.kernels.lang import HAVE_TRITON
 from minilora.kernels.lora_linear import runs_on_triton
 from minilora.kernels.quantized import QuantizedWeight
 from minilora.kernels.rms_norm import MAX_WIDTH
 from minilora.models.decoder import Decoder
-from minilora.models.layers import Adapted, RMSNorm, projection
+from minilora.models.layers import RMSNorm, projection
+from minilora.models.moe import Experts
+from minilora.models.qwen3_5 import GatedDeltaNet
 
 from ..methods.dora import DoRALinear
 from ..methods.freeze import Trained
+from .gemm import linear_children
 
 QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP} rows in the loop of Triton's"
 
@@ -26,18 +30,30 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     probe = torch.empty(1, 1, dtype=model.compute_dtype, device=device)
     heads = probe.new_empty(1, 1, model.config.head_size)
     attends = [f"attention: {attention_path(heads)}"] if heads.is_cuda else []
+    delta = next((m for m in model.modules() if isinstance(m, GatedDeltaNet)), None)
+    if delta is not None and heads.is_cuda:
+        attends.append(f"gated delta rule: {fla_path(probe.new_empty(1, 1, max(delta.key_size, delta.value_size)))}")
     if not use_triton(probe):
         return [f"PyTorch for every layer ({_why_not(probe)})", *attends]
-    blocks, lines = [_of_block(block, probe) for block in model.blocks], []
-    for (triton, library), numbered in groupby(enumerate(blocks), key=lambda pair: pair[1]):
-        numbers = [n for n, _ in numbered]
-        layers = f"layers {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"
-        lines.append(f"{layers}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}")
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for number, block in enumerate(model.blocks):
+        alike.setdefault(_of_block(block, probe), []).append(number)
+    lines = [
+        f"{_layers(numbers)}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}"
+        for (triton, library), numbers in alike.items()
+    ]
     lines += [*attends, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
     weights = [getattr(m, "weight", None) for m in model.modules()]
     if formats := sorted({w.name for w in weights if isinstance(w, QuantizedWeight)}):
         lines.append(f"{', '.join(formats)}: {QUANTIZED}")
     return lines
+
+
+def _layers(numbers: list[int]) -> str:
+    """layer 3; layers 0 to 7; layers 0 to 2, 4 to 6, ..."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    told = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(told[:3])}{', ...' if told[3:] else ''}"
 
 
 def _why_not(probe: torch.Tensor) -> str:
@@ -57,7 +73,7 @@ def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], t
     found: dict[str, bool] = {}
     block = block.copy if isinstance(block, Trained) else block
     for path, module in block.named_modules():
-        linears = {n: m for n, m in module.named_children() if isinstance(m, (nn.Linear, Adapted)) and n != "base"}
+        linears = linear_children(module)
         packed = getattr(module, "packed_modules", ())
         if not all(projection(linears[n]) for n in packed):
             packed = ()
@@ -69,8 +85,12 @@ def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], t
             found[short] = None not in parts and runs_on_triton(probe, [p for p in parts if p])
         if isinstance(module, RMSNorm):
             found["rms_norm"] = module.weight.numel() <= MAX_WIDTH and found.get("rms_norm", True)
+        elif isinstance(module, Experts):
+            found[f"{path}, one after the other"] = False
         elif isinstance(module, nn.LayerNorm):
             found["layer_norm"] = False
     gelu = "layer_norm" in found  # ChatGLM-6B
-    found |= {"rope": True, "gelu" if gelu else "swiglu": not gelu, "attention": False}
+    linear = any(isinstance(m, GatedDeltaNet) for m in block.modules())
+    found |= {"gated delta rule": False} if linear else {"rope": True, "attention": False}
+    found["gelu" if gelu else "swiglu"] = not gelu
     return tuple(n for n, on in found.items() if on), tuple(n for n, on in found.items() if not on)

@@ -45,8 +45,8 @@ class Biased(Adapted):
             return F.layer_norm(x, self.base.normalized_shape, self.base.weight.to(x.dtype), bias, self.base.eps)
         return lora_linear_group(x, [Projection(self.base.weight)])[0] + bias
 
-    def merged(self, name: str, stored: Tensor) -> Tensor:
-        return self.bias.detach().to(stored.dtype)
+    def merged(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self.bias.detach()[rows].to(stored.dtype)
 
 
 Part = Biased

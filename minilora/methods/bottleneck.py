@@ -50,7 +50,7 @@ Part = Bottleneck
 
 def install(model: Decoder, config: TrainConfig) -> None:
     generator = torch.Generator().manual_seed(config.seed)
-    for path in [path for path in linears(model) if path.split(".")[-1] in LAST]:
+    for path in [p for p, m in linears(model).items() if p.split(".")[-1] in LAST and isinstance(m, nn.Linear)]:
         part = _put(model, path, config.bottleneck_size)
         if model.head.is_meta:
             continue

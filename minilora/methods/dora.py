@@ -22,7 +22,8 @@ from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight, weight_as
 
-from ..lora import LoRALinear
+from ..errors import UsageError
+from ..lora import Base, LoRALinear
 
 ROWS = 4096  # of W that are widened to fp64 at once
 
@@ -30,8 +31,11 @@ ROWS = 4096  # of W that are widened to fp64 at once
 class DoRALinear(LoRALinear):
     """A frozen linear whose rows have a trained length, and a direction that an adapter trains: x [T, in] -> [T, out]."""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
-        super().__init__(base, r, alpha, dropout, rslora)
+    def __init__(
+        self, base: Base, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, shared: bool = False
+    ):
+        super().__init__(base, r, alpha, dropout, rslora, shared)
+        require_linear(base)
         self.register_buffer("squares", _squares(base.weight), persistent=False)
         self.squares: Tensor
         self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt().to(self.lora_A.dtype))
@@ -68,10 +72,13 @@ class DoRALinear(LoRALinear):
         (rest,) = lora_linear_group(x - kept, [Projection(self.base.weight, bias)])
         return torch.addcmul(rest, lora_linear_group(kept, [self.product()])[0], length)
 
-    def merged(self, name: str, stored: Tensor) -> Tensor:
+    def merged(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
         """m / ||V|| * V, computed in fp32 (fp64 for W in fp64) and rounded once to the dtype of W."""
-        v = self.wide_sum(stored)
-        lengths = self.lora_magnitude_vector.detach().to(v.dtype) / torch.linalg.vector_norm(v, dim=1)
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        v = stored.to(self.lora_A.device, wide) + self.scale * self.lora_B.detach()[rows].to(
+            wide
+        ) @ self.lora_A.detach().to(wide)
+        lengths = self.lora_magnitude_vector.detach()[rows].to(wide) / torch.linalg.vector_norm(v, dim=1)
         return (v * lengths[:, None]).to(stored.dtype)
 
 
@@ -79,3 +86,9 @@ def _squares(weight: Weight) -> Tensor:
     """||W||^2 of each row [N], fp64."""
     parts = [slice(start, start + ROWS) for start in range(0, weight.shape[0], ROWS)]
     return torch.cat([weight_as(weight, torch.float64, rows).detach().square().sum(1) for rows in parts])
+
+
+def require_linear(base: Base) -> None:
+    """UsageError for the experts of a mixture, which LoRA alone goes on."""
+    if not isinstance(base, nn.Linear):
+        raise UsageError("DoRA and PiSSA do not go on experts", "Leave experts out of --lora-targets.")

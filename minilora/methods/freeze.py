@@ -39,8 +39,8 @@ class Trained(Adapted):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.copy(x, context)
 
-    def merged(self, name: str, stored: Tensor) -> Tensor:
-        return self.copy.get_parameter(name).detach().to(stored.dtype)
+    def merged(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self.copy.get_parameter(name).detach()[rows].to(stored.dtype)
 
 
 Part = Trained

@@ -16,7 +16,8 @@ from minilora.models.decoder import Decoder
 from minilora.models.layers import Adapted
 
 from ..config import TrainConfig
-from ..lora import linears, replace_module, target_paths
+from ..lora import linears, replace_module
+from ..targets import chosen
 
 PEFT_TYPE = "IA3"
 PREFIX = "base_model.model."
@@ -42,9 +43,10 @@ class IA3Linear(Adapted):
         factors = self.ia3_l.flatten()
         return self.base((x * factors).to(x.dtype)) if self.feedforward else (self.base(x) * factors).to(x.dtype)
 
-    def merged(self, name: str, stored: Tensor) -> Tensor:
+    def merged(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
         wide = torch.promote_types(stored.dtype, torch.float32)
         factors = self.ia3_l.detach().to(wide)
+        factors = factors if self.feedforward else factors[rows]
         return (stored.to(factors.device, wide) * (factors if name == "weight" else factors.flatten())).to(stored.dtype)
 
 
@@ -53,7 +55,8 @@ Part = IA3Linear
 
 def install(model: Decoder, config: TrainConfig) -> None:
     everywhere = config.lora_targets == "all-linear"
-    paths = list(linears(model)) if everywhere else target_paths(model, config.lora_targets)
+    paths = list(linears(model)) if everywhere else chosen(list(linears(model)), config.lora_targets)
+    paths = [path for path in paths if isinstance(linears(model)[path], nn.Linear)]  # not the experts of a mixture
     ends = (*SCALED, *FEEDFORWARD)
     _put(model, {p: _ends(p, FEEDFORWARD) for p in paths if not everywhere or _ends(p, ends)})
 
@@ -70,9 +73,10 @@ def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
 
 
 def _put(model: Decoder, paths: dict[str, bool]) -> None:
-    every = linears(model)
     for path, feedforward in paths.items():
-        replace_module(model, path, IA3Linear(every[path], feedforward).train(model.training))
+        base = model.get_submodule(path)
+        assert isinstance(base, nn.Linear), path
+        replace_module(model, path, IA3Linear(base, feedforward).train(model.training))
 
 
 def _ends(path: str, names: tuple[str, ...]) -> bool:

@@ -17,20 +17,24 @@ from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import weight_as
 
 from ..errors import UsageError
-from ..lora import LoRALinear, adapters
+from ..lora import Base, LoRALinear, adapters
+from .dora import require_linear
 from .low_rank import low_rank
 
 
 class PiSSALinear(LoRALinear):
     """A frozen linear and an adapter that moves its principal part: x [T, in] -> [T, out]."""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(
+        self, base: Base, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, shared: bool = False
+    ):
         if dropout:
             what = (
                 "--lora-init pissa with --lora-dropout: the part of W that the adapter stands for would be dropped too"
             )
             raise UsageError(what, "Leave the dropout out.")
-        super().__init__(base, r, alpha, dropout, rslora)
+        super().__init__(base, r, alpha, dropout, rslora, shared)
+        require_linear(base)
         self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
         self.register_buffer("start_B", torch.zeros_like(self.lora_B, requires_grad=False))
         self.start_A: Tensor

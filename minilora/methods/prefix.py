@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.qwen3_5 import GatedDeltaNet
 from minilora.models.stream import Documents
 from minilora.models.virtual import Front, Past, Virtual
 
 from ..config import TrainConfig
+from ..errors import UsageError
 
 PEFT_TYPE = "PREFIX_TUNING"
 STD = 0.02
@@ -65,6 +67,11 @@ Part = Prefix
 
 
 def install(model: Decoder, config: TrainConfig) -> None:
+    if not _attends(model):
+        raise UsageError(
+            "--method prefix puts keys and values in attention, which not every layer of this model has",
+            "Take --method prompt or lora.",
+        )
     c = model.config
     inner = (c.kv_heads * c.head_size, c.width) if config.prefix_projection else None
     part = Prefix(c, config.pre_seq_len, inner, model.head.device)
@@ -77,6 +84,8 @@ def install(model: Decoder, config: TrainConfig) -> None:
 
 
 def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    if not _attends(model):
+        raise ValueError("a prefix is of attention, which not every layer of this model has")
     weight = f"{ENCODER}trans.0.weight"
     inner = (shapes[weight][1], shapes[weight][0]) if weight in shapes else None
     part = Prefix(model.config, _count(j), inner, model.head.device)
@@ -84,6 +93,10 @@ def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]
     if f"{ENCODER}embedding.weight" in shapes:
         return {ENCODER + name: p for name, p in part.named_parameters()}
     return tensors(model)
+
+
+def _attends(model: Decoder) -> bool:
+    return not any(isinstance(module, GatedDeltaNet) for module in model.modules())
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

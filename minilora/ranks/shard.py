@@ -147,11 +147,6 @@ class ShardBytes(NamedTuple):
     training: int
     evaluation: int
 
-    @property
-    def spared(self) -> int:
-        """What a rank would have beyond that with all of the base."""
-        return self.base - self.kept - self.buffers
-
 
 def shard_bytes(model: Decoder, ranks: int, ahead: bool = True) -> ShardBytes:
     """What a model shared out among so many ranks takes of each; it may lie on the meta device, with adapters or without.

@@ -10,6 +10,7 @@ from ..checkpoint.adapter import save_adapter
 from ..checkpoint.load import save_model
 from ..console import Console
 from ..errors import Diverged, OutOfMemory, RankLost, Stopped
+from ..experts import seen_note
 from ..files.atomic import locked
 from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
@@ -98,6 +99,7 @@ def finish(run: Run, console: Console) -> Path:
         f"done    {run.progress.step} steps in {run.progress.seconds:,.0f} s",
         f"{result.name:<7} {result}",
         f"        is {kept}",
+        *(f"experts {note}" for note in [seen_note(run.model)] if note),
         f"loss    {plot_loss(run.folder)}",
         f"report  {report_quietly(run.folder)}",
     ]

@@ -24,9 +24,11 @@ from minilora.kernels.dropout import shared_keys
 from minilora.kernels.lora_linear import runs_on_triton
 from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
+from minilora.models.qwen3_5 import GatedDeltaNet
 
 from ..config import TrainConfig
 from ..data import IGNORE, Batch
+from ..experts import expert_linears
 from ..lora import adapters, trained_parameters
 from ..machine.flops import flops_per_token, peak_flops
 from .fit import Streams
@@ -65,6 +67,8 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "no GPU"
     if not in_one_call(probe.new_empty(1, 1, model.config.head_size)):
         return "attention is called a document at a time"
+    if any(isinstance(m, GatedDeltaNet) for m in model.modules()):
+        return "the chunks of gated DeltaNet follow from the documents"
     if model.offload:
         return "--offload on"
     if config.objective == "dpo":
@@ -73,6 +77,8 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
         return "--shard on gathers every layer from the other ranks"
     if config.method not in ("lora", "full"):
         return f"the steps of --method {config.method} are not recorded"
+    if expert_linears(model):
+        return "the host sorts tokens by experts"
     stream = probe.expand(streams.tokens, 1)
     if config.lora_dropout and not all(
         (p := w.projection()) and runs_on_triton(stream, [p]) for _, w in adapters(model)

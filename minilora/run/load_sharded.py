@@ -14,6 +14,7 @@ from minilora.models.gathered import GatheredWeight
 
 from ..checkpoint.load import FIRST, check_finite, described_model, fill, ready
 from ..checkpoint.quantized import Stored
+from ..errors import UsageError
 from ..files.model_folder import ModelFolder
 from ..lora import LoRALinear, adapters, base_parameters
 from ..ranks.gather import Shards
@@ -37,6 +38,8 @@ def load_sharded(
     ahead: gather a unit while the one before computes, in a second buffer; None: on a GPU, which computes meanwhile. Raises ModelError, RankLost.
     """
     model, stored = described_model(folder, dtype, quant)
+    if stored.experts:
+        raise UsageError("--shard on does not split experts", "Leave it out, or take a dense model.")
     ahead = device.type == "cuda" if ahead is None else ahead
     ranks.shards = Shards(model, ranks, device, passes, ahead)
     for path, module in model.named_modules():

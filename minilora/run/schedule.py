@@ -16,6 +16,7 @@ from ..checkpoint.open_model import folder_notes
 from ..checkpoint.quantized import quantized_note
 from ..config import TrainConfig
 from ..data import Examples, pack, step_examples, steps_per_epoch
+from ..experts import experts_note
 from ..files.model_folder import ModelFolder
 from ..lora import base_parameters, trained_parameters
 from ..machine.compute import name_of
@@ -26,7 +27,7 @@ from ..ranks.ranks import ALONE, Ranks
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
 from .advice import advice
-from .fit import stream_tokens
+from .fit import check_longest, stream_tokens
 from .graphs import Choice, choose
 from .method_lines import method_lines
 
@@ -58,14 +59,15 @@ def make_plan(
 ) -> Plan:
     """Steps and streams of a run, and its header, which has `computing` as the line on dtype and threads.
 
-    ModelError if the tokenizer has more ids than the model.
+    ModelError if the tokenizer has more ids than the model; OutOfMemory for a row that no stream has room for.
     """
     check_fits(data.tokenizer, model.config.vocab, folder)
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     rows_per_step = config.batch_size * config.accumulation
     longest = max(data.train.longest, data.val.longest)
-    spared = ranks.shards.bytes.spared if ranks.shards else 0
-    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count), spared)
+    sharing = ranks.count if ranks.shards else 1
+    streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count), sharing)
+    check_longest(config, data.train, streams.room, model.head.device)
     plan = Plan(
         train=data.train,
         val=data.val,
@@ -170,7 +172,11 @@ def _header(
     ]
     inputs = c.layers * plan.micro_tokens * c.width * model.compute_dtype.itemsize
     waits = f"the inputs of layers wait in the host's memory, pinned: up to {inputs / 1e9:,.2f} GB"
-    notes = {"quant": quantized_note(model), "offload": waits if model.offload else None}
+    notes = {
+        "experts": experts_note(model),
+        "quant": quantized_note(model),
+        "offload": waits if model.offload else None,
+    }
     notes |= folder_notes(folder, data.tokenizer)
     lines += [f"{name:<8}{note}" for name, note in notes.items() if note]
     if plan.full:

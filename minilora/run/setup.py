@@ -94,7 +94,12 @@ def prepare(model: Decoder, config: TrainConfig) -> Decoder:
         METHODS[config.method].install(model, config)
     else:
         check_method(config)
-        size = {"r": config.lora_r, "alpha": config.lora_alpha, "rslora": config.rslora}
+        size = {
+            "r": config.lora_r,
+            "alpha": config.lora_alpha,
+            "rslora": config.rslora,
+            "shared_outer": config.shared_outer,
+        }
         kind = DoRALinear if config.method == "dora" else PiSSALinear if config.lora_init == "pissa" else LoRALinear
         add_lora(model, config.lora_targets, **size, dropout=config.lora_dropout, seed=config.seed, kind=kind)
         if config.lora_init == "loftq":

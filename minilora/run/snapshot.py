@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.adapter import fill_adapter_folder
+from ..adapted import adapted
+from ..checkpoint.adapter import factors_of, fill_adapter_folder
 from ..checkpoint.load import write_checkpoint
 from ..checkpoint.method_folder import file_keys, state_beside
 from ..errors import CheckpointMismatch
@@ -23,7 +24,7 @@ from ..files.atomic import atomic_folder, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..files.strict_json import parse_json
-from ..lora import trained_parameters
+from ..lora import LoRALinear, trained_parameters
 
 OPTIMIZER, BESIDE, STATE = "optimizer.safetensors", "trained.safetensors", "state.json"
 MODEL = "model.safetensors"
@@ -58,33 +59,31 @@ def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) 
 def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> None:
     """Copy the tensors of a snapshot back, bit for bit; CheckpointMismatch if this model has other tensors."""
     parameters = trained_parameters(model)
-    trained = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS))
-    moments = SafetensorsFile(folder / OPTIMIZER)
-    keys = {name: name for name in parameters} if full else file_keys(model)
-    beside = {} if full else state_beside(model)
-    if not beside:
-        _same_names(folder, set(keys.values()), set(trained.entries))
+    file, moments = SafetensorsFile(folder / (MODEL if full else ADAPTER_WEIGHTS)), SafetensorsFile(folder / OPTIMIZER)
+    places = parameters if full else parameters | state_beside(model)
+    if full:
+        trained = {name: file.tensor(name) for name in file.entries}
+    elif all(type(part) is LoRALinear for _, part in adapted(model)):
+        trained = factors_of(model, folder)
+    else:
+        trained = {name: file.tensor(key) for name, key in file_keys(model).items() if key in file.entries}
+        if state_beside(model):
+            beside = SafetensorsFile(folder / BESIDE)
+            trained |= {name: beside.tensor(name) for name in beside.entries}
+    _same_names(folder, set(places), set(trained))
     state_keys = ("step", "exp_avg", "exp_avg_sq")
     wanted = {f"{k}.{name}" for k in state_keys for name in parameters} if moments.entries else set()
     _same_names(folder, wanted, set(moments.entries))
     with torch.no_grad():
-        for name, key in keys.items():
-            _restore(folder, name, parameters[name], trained.tensor(key))
-        if beside:
-            kept = SafetensorsFile(folder / BESIDE)
-            _same_names(folder, set(beside), set(kept.entries))
-            for name, p in beside.items():
-                _restore(folder, name, p, kept.tensor(name))
+        for name, p in places.items():
+            value = trained[name]
+            if value.shape != p.shape:
+                what = f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}"
+                raise CheckpointMismatch(what, "Resume with the settings of that run.")
+            p.copy_(value)
         for name, p in parameters.items():
             if moments.entries:
                 optimizer.state[p] = {k: _moment(moments.tensor(f"{k}.{name}"), k, p) for k in state_keys}
-
-
-def _restore(folder: Path, name: str, p: Tensor, value: Tensor) -> None:
-    if value.shape != p.shape:
-        what = f"{folder}: {name} is {list(value.shape)}, this run has {list(p.shape)}"
-        raise CheckpointMismatch(what, "Resume with the settings of that run.")
-    p.copy_(value)
 
 
 def _moment(value: Tensor, key: str, p: nn.Parameter) -> Tensor:

@@ -28,13 +28,18 @@ SPLIT = (
 )
 # how text is cut before BPE: Qwen takes one digit at a time, GLM-4 up to three
 QWEN_SPLIT, GLM_SPLIT = SPLIT.replace("DIGITS", r"\p{N}"), SPLIT.replace("DIGITS", r"\p{N}{1,3}")
+# Qwen3.5 counts combining marks among the letters of a word
+QWEN35_SPLIT = QWEN_SPLIT.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN1_SPECIALS = (*QWEN_SPECIALS, *(f"<|extra_{i}|>" for i in range(205)))
 GLM4_SPECIALS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
-QWEN_FIRST = 151643  # the id of <|endoftext|>, after the vocabulary of Qwen1.5 to Qwen3
+QWEN_FIRST, QWEN35_FIRST = (
+    151643,
+    248044,
+)  # the id of <|endoftext|>, after the vocabulary of Qwen1.5 to Qwen3, and of Qwen3.5
 
 
 class Added(NamedTuple):
@@ -133,8 +138,10 @@ def load_merges(folder: ModelFolder) -> BytePairs:
     if not merges.is_file():
         raise ModelError(f"{folder} has a vocab.json and no merges.txt", "Copy it from the model's folder.")
     with no_panic(str(vocab)):
-        added = _added(folder, dict(zip(QWEN_SPECIALS, range(QWEN_FIRST, 1 << 30), strict=False)))
-        return BytePairs.of_merges(*models.BPE.read_file(str(vocab), str(merges)), QWEN_SPLIT, True, added)
+        newer = str(folder.config.get("model_type")).startswith("qwen3_5")
+        split, first = (QWEN35_SPLIT, QWEN35_FIRST) if newer else (QWEN_SPLIT, QWEN_FIRST)
+        added = _added(folder, dict(zip(QWEN_SPECIALS, range(first, 1 << 30), strict=False)))
+        return BytePairs.of_merges(*models.BPE.read_file(str(vocab), str(merges)), split, True, added)
 
 
 def load_qwen1(folder: ModelFolder) -> BytePairs:

@@ -19,11 +19,12 @@ from .template import Message, Segment, Template
 class ChatML(Template):
     """`<|im_start|>role`, a newline, the content, `<|im_end|>` and a newline.
 
-    thinking: "never" (Qwen1.5 to 2.5, 2507-Instruct), "optional" (Qwen3: an empty think block turns it off), or "always"
-    (QwQ, 2507-Thinking, R1-Distill: the prompt opens the think block).
+    thinking: "never" (Qwen1.5 to 2.5, 2507-Instruct), "optional" (Qwen3: an empty think block turns it off), "always" (QwQ,
+    2507-Thinking, R1-Distill: the prompt opens the think block), or "either" (Qwen3.5 and later: the prompt opens the block or
+    has it whole and empty, every answer after the last question has one, and texts are stripped).
     """
 
-    thinking: Literal["never", "optional", "always"] = "never"
+    thinking: Literal["never", "optional", "always", "either"] = "never"
     deepseek: bool = False
     stop: str = "<|im_end|>"
 
@@ -54,6 +55,7 @@ class ChatML(Template):
         result = [Segment("<｜begin▁of▁sentence｜>", special=True)] if self.deepseek else []
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
+            content = content.strip() if self.thinking == "either" else content
             if role == "assistant":
                 result += self._open("assistant")
                 result += self._answer(content, i - shift, i > last_user, i == len(messages) - 1)
@@ -65,9 +67,9 @@ class ChatML(Template):
                 raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
         if prompt:
             result += self._open("assistant")
-            if self.thinking == "always":
+            if self.thinking == "always" or (self.thinking == "either" and thinking):
                 result += [Segment("<think>", special=True), Segment("\n")]
-            elif self.thinking == "optional" and not thinking:
+            elif self.thinking in ("optional", "either") and not thinking:
                 result += _empty_thought()
         return result
 
@@ -83,7 +85,7 @@ class ChatML(Template):
         Thoughts of turns before the last question are dropped, as the templates do.
         """
         thought, mark, said = content.rpartition("</think>")
-        thought = thought.split("<think>")[-1].strip("\n")
+        thought = thought.split("<think>")[-1].strip(None if self.thinking == "either" else "\n")
         said = said.lstrip("\n") if mark else content
         if self.thinking == "never" and not self.deepseek:
             said = content  # these templates know no thoughts
@@ -92,14 +94,16 @@ class ChatML(Template):
             if mark and (thought or self.thinking == "always"):
                 trained = [Segment(f"{thought}\n", answer=number), *_close_thought(said, number)]
                 opening = [Segment("<think>", special=True), Segment("\n")]
-                if self.thinking == "always":
+                if self.thinking in ("always", "either"):
                     masked = opening
                 else:
                     trained = [s._replace(answer=number) for s in opening] + trained
             elif self.thinking == "always":
                 masked = [Segment("<think>", special=True), Segment("\n")]
                 trained = [Segment("\n", answer=number), *_close_thought(said, number)]
-            elif final:  # of several messages in a row the last one alone gets the empty block
+            elif (
+                final or self.thinking == "either"
+            ):  # of Qwen3's several messages in a row the last one alone gets the empty block
                 masked, trained = _empty_thought(), [Segment(said.lstrip("\n"), answer=number)]
         end = [Segment(self.stop, special=True, answer=number)]
         return masked + trained + end + ([] if self.deepseek else [Segment("\n")])
@@ -116,6 +120,7 @@ def _close_thought(said: str, number: int) -> list[Segment]:
 HELPFUL = "You are a helpful assistant."
 QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QWEN1 = ChatML("qwen", HELPFUL)
+QWEN35 = ChatML("qwen3.5", None, "either")
 DEEPSEEK_R1 = ChatML("deepseek-r1", None, "always", True, "<｜end▁of▁sentence｜>")
 
 
@@ -136,9 +141,10 @@ def qwen_formats(
     if model_type == "qwen":
         return [QWEN1]
     if jinja is None:
-        return [ChatML("qwen3", None, "optional") if model_type == "qwen3" else ChatML("qwen2", HELPFUL)]
+        known = {"qwen3": ChatML("qwen3", None, "optional"), "qwen3_5": QWEN35, "qwen3_5_text": QWEN35}
+        return [known.get(str(model_type), ChatML("qwen2", HELPFUL))]
     plain = ChatML("qwen2.5" if system and "Qwen" in system else "chatml", system)
     if "<think>" not in specials:
         return [plain]
-    thinking = [ChatML("qwen3", system, "optional"), ChatML("qwen-thinking", system, "always")]
+    thinking = [ChatML("qwen3", system, "optional"), QWEN35, ChatML("qwen-thinking", system, "always")]
     return [*thinking, plain] if "enable_thinking" in jinja else [plain, *thinking]

@@ -262,14 +262,11 @@ def _beside_base(
     changes, stored = list(changes), Stored.of(model)
     done = []
     for i, change in enumerate(changes):
-        name = f"{change.path}.weight"
-        if name not in stored.tensors.shapes:
-            raise ModelError(f"{model} has no {name}", "Give the base that the adapter was trained on.")
-        with stored.reading(name, torch.Size(change.shape)) as value:
+        with stored.reading_linear(change.path, torch.Size(change.shape)) as value:
             w = weight_as(value, torch.float32) if isinstance(value, QuantizedWeight) else value.float()
             if tuple(w.shape) != change.shape:
                 raise ModelError(
-                    f"{model}: {name} is {list(w.shape)}, the adapter is for {list(change.shape)}",
+                    f"{model}: {change.path}.weight is {list(w.shape)}, the adapter is for {list(change.shape)}",
                     "Give the base that the adapter was trained on.",
                 )
             done.append(replace(change, base=beside(w, factors[change.path], spectra[change.path])))

@@ -11,14 +11,24 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.load import COMPANIONS, check_shapes, classes_of, empty_model, keys_not_read, own_code, read_config
+from ..checkpoint.load import (
+    CARRIED,
+    COMPANIONS,
+    check_shapes,
+    classes_of,
+    empty_model,
+    keys_not_read,
+    own_code,
+    read_config,
+)
 from ..checkpoint.quantized import Stored
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX
-from ..lora import add_lora, linears, target_paths
+from ..lora import add_lora, linears
 from ..machine.kernel_paths import kernel_paths
 from ..sampling import read_generation
+from ..targets import chosen
 from ..text.tokenizer import TOKENIZER_FILES, check_fits, load_tokenizer
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
@@ -84,10 +94,10 @@ def _linears(model: Decoder, targets: str) -> list[dict[str, Any]]:
     """The linears that would get adapters, those of all layers under one name: name, [out, in], bias, how many."""
     all_of_them = linears(model)
     groups = Counter()
-    for path in target_paths(model, targets):
+    for path in chosen(list(all_of_them), targets):
         linear = all_of_them[path]
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        groups[name, linear.out_features, linear.in_features, linear.bias is not None] += 1
+        groups[name, linear.out_features, linear.in_features, linear.bias is not None] += getattr(linear, "experts", 1)
     return [
         {"name": name, "shape": [out, into], "bias": bias, "count": n} for (name, out, into, bias), n in groups.items()
     ]
@@ -109,7 +119,15 @@ def _weights(folder: ModelFolder, model: Decoder | None) -> dict[str, Any]:
     size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     if model is not None:
         check_shapes(model, Stored.of(folder))
-    return {"weights": {"tensors": len(tensors.shapes), "bytes": size, "ignored": sorted(tensors.ignored)}}
+    beside = sorted({match[1] for name in tensors.shapes if (match := CARRIED.fullmatch(name))})
+    return {
+        "weights": {
+            "tensors": len(tensors.shapes),
+            "bytes": size,
+            "ignored": sorted(tensors.ignored),
+            "carried": beside,
+        }
+    }
 
 
 def _has_tokenizer(folder: ModelFolder) -> bool:
@@ -167,6 +185,8 @@ def text_of(found: dict[str, Any]) -> str:
     if "weights" in found:
         w = found["weights"]
         lines.append(f"weights     {w['tensors']:,} tensors, {w['bytes'] / 1e9:,.3g} GB")
+        if w["carried"]:
+            lines.append(f"            {', '.join(w['carried'])}: not trained, in a merged folder as here")
     elif not found["problems"]:
         lines.append("weights     none here")
     if "template" in found:

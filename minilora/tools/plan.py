@@ -1,10 +1,12 @@
 """`minilora plan`: the parameters, tokens, steps and memory of a training, from config.json and from the data if given.
 
 Only the tokenizer and the rows are loaded. The memory is that of the run's largest stream, by a dry run (dry_run.py). Without
-data every row is assumed to be as long as the limits allow.
+data every row is assumed to be as long as the limits allow. With several ranks the memory is that of one of them, and what travels
+between them is told as well (network.py).
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,19 +27,21 @@ from ..machine.cpu import device_name, memory_gb
 from ..machine.dry_run import StepMemory, card_memory, step_memory
 from ..machine.flops import flops_per_token, step_flops
 from ..machine.gemm import settle
+from ..objective import objective_of
 from ..rows.dataset import load_data
 from ..run.advice import advice
-from ..run.fit import streams_on_card
+from ..run.fit import long_row, longest_row, rank_memory, round_down, streams_on_card
 from ..run.schedule import count_steps
-from ..run.setup import check_offload, dtypes, prepare, quant_asked
+from ..run.setup import check_offload, check_shard, dtypes, prepare, quant_asked
 from ..terminal import clock
 from ..text.tokenizer import check_fits
+from .network import network_forecast, network_lines
 
 CARDS = (8, 16, 24, 48, 80)  # GB of the GPUs there are
 
 
-def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
-    """What a training would need, as plain values for JSON: on a GPU with card_gb * 10^9 bytes, or on this machine."""
+def forecast(config: TrainConfig, card_gb: float | None, gpus: int = 1) -> dict[str, Any]:
+    """What a training would need, as plain values for JSON: on GPUs with card_gb * 10^9 bytes each, or on this machine."""
     if not config.model:
         raise UsageError("--model is missing", "minilora plan --model DIR [--data FILE] [settings of train]")
     folder = ModelFolder(config.model)
@@ -46,6 +50,7 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
     on_card = card_gb is not None or device.type == "cuda"
     place = torch.device("cuda") if on_card else device
     check_offload(config, place)
+    check_shard(config)
     stored, compute = dtypes(config, c, place)
     quant = quant_asked(config, place, planned=card_gb is not None)
     model = prepare(empty_model(c, stored, in_memory(quant, folder.config)), config)
@@ -64,56 +69,67 @@ def forecast(config: TrainConfig, card_gb: float | None) -> dict[str, Any]:
         "trained": trained,
     }
     prefix, rows = hasattr(c, "sop"), config.batch_size * config.accumulation
-    gb = memory_gb(device) if card_gb is None else card_gb
+    sharing = gpus if config.shard == "on" else 1
+    gb = memory_gb(device) / (1 if on_card else gpus) if card_gb is None else card_gb
 
-    def streams_of(examples: Sequence[Example], longest: int, steps: int) -> list[Batch]:
-        """The streams of the steps of one epoch, as training packs them."""
+    def streams_of(examples: Sequence[Example], longest: int, steps: int) -> list[list[Batch]]:
+        """The streams of each step of one epoch, as training packs them."""
         room = max(config.micro_tokens or config.max_length, longest)
         if on_card:
-            room = streams_on_card(config, model, 1e9 * gb, longest, rows).tokens
-        return [b for step in range(steps) for b in pack(step_examples(examples, rows, config.seed, step), room)]
+            room = streams_on_card(config, model, 1e9 * gb, longest, -(-rows // gpus), sharing).tokens
+        return [pack(step_examples(examples, rows, config.seed, step), room) for step in range(steps)]
 
     if config.data:
         data = load_data(config, folder)
         check_fits(data.tokenizer, c.vocab, folder)
         steps, per_epoch, epochs = count_steps(config, len(data.train))
-        streams = streams_of(data.train, data.train.longest, per_epoch)
+        of_steps = streams_of(data.train, data.train.longest, per_epoch)
         found |= {
             "rows": len(data.train),
             "report": "\n".join([str(data.report), *data.notes.values()]),
             "steps": steps,
             "epochs": epochs,
             "tokens": data.report.tokens,
+            "longest": {"row": longest_row(data.train), "tokens": data.train.longest},
         }
         targets = data.report.trained
     else:
         row = _assumed_row(config, prefix)
-        streams, targets = streams_of([row] * rows, len(row.ids), 1), None
+        of_steps, targets = streams_of([row] * rows, len(row.ids), 1), None
         found |= {"row_tokens": len(row.ids), "row_trained": row.trained}
         found["note"] = positions_note(folder, len(row.ids))
     found["advice"] = advice(config, trained, targets)
-    largest = max(streams, key=lambda batch: len(batch.ids))
-    flops = step_flops(c, [largest], flops_per_token(model, config.method == "full"))
-    form = "augmented" if on_card else "library"  # of those that may be chosen, what needs the most memory
+    largest = max(chain(*of_steps), key=lambda batch: len(batch.ids))
+    per_token = flops_per_token(model, config.method == "full")
+    flops = step_flops(c, [largest], per_token)
+    # of the forms that may be chosen, the one that needs the most memory; matrices for it are no part of a shared base
+    form = "augmented" if on_card and sharing == 1 else "library"
     with use_gemm(form if config.gemm == "auto" else config.gemm):
         settle(model, len(largest.ids))
-        memory = (card_memory if on_card else step_memory)(model, largest)
+        memory = rank_memory((card_memory if on_card else step_memory)(model, largest), model, sharing, on_card)
     found["step"] = {
         "rows": rows,
-        "tokens": None if config.data else sum(len(batch.ids) for batch in streams),
-        "streams": None if config.data else len(streams),
+        "tokens": None if config.data else sum(len(batch.ids) for batch in of_steps[0]),
+        "streams": None if config.data else len(of_steps[0]),
         "stream_tokens": len(largest.ids),
         "stream_trained": len(largest.targets),
         "flops": flops,
         "seconds": flops / products_rate(c, stored, compute) if card_gb is None and device.type == "cpu" else None,
     }
-    found["memory"] = {k: v for k, v in vars(memory).items() if k != "host"} | {"total": memory.total}
+    parts = {k: v for k, v in vars(memory).items() if k != "host" and (v or k != "buffers")}
+    found["memory"] = parts | {"total": memory.total}
     found["host"] = memory.host
     found["device"] = device_name(device) if card_gb is None else "a card"
     found["device_gb"] = gb
     found["most_tokens"] = _most_tokens(memory, largest, gb)
+    if config.data and found["longest"]["tokens"] > found["most_tokens"]:
+        place = f"the {gb:,.4g} GB of {found['device']}"
+        row = found["longest"]["row"], found["longest"]["tokens"]
+        found["too_long"] = "\n".join(long_row(config, *row, found["most_tokens"], place, on_card))
     if on_card:
-        found["cards"] = _cards(model, largest, memory)
+        found["cards"] = _cards(model, largest, memory, sharing)
+    if gpus > 1:
+        found["ranks"] = network_forecast(model, of_steps[0], per_token, gpus, sharing > 1, objective_of(config).passes)
     return found
 
 
@@ -129,16 +145,14 @@ def _assumed_row(config: TrainConfig, prefix: bool) -> Example:
 
 def _most_tokens(memory: StepMemory, stream: Batch, gb: float) -> int:
     """About how many tokens a stream can have in `gb` GB; three digits."""
-    most = memory.most_tokens(len(stream.ids), gb * 1e9)
-    unit = 10 ** max(0, len(str(most)) - 3)
-    return most // unit * unit
+    return round_down(memory.most_tokens(len(stream.ids), gb * 1e9))
 
 
-def _cards(model: Decoder, stream: Batch, memory: StepMemory) -> list[dict[str, int]]:
+def _cards(model: Decoder, stream: Batch, memory: StepMemory, sharing: int) -> list[dict[str, int]]:
     """About how many tokens a stream can have on GPUs of each size, activations kept and with --checkpointing."""
     found, asked = {model.checkpointing: memory}, model.checkpointing
     model.checkpointing = not asked
-    found[not asked] = card_memory(model, stream)
+    found[not asked] = rank_memory(card_memory(model, stream), model, sharing, ahead=True)
     ways = {"kept": found[False], "checkpointing": found[True]}
     return [{"gb": gb} | {way: _most_tokens(needed, stream, gb) for way, needed in ways.items()} for gb in CARDS]
 
@@ -165,25 +179,32 @@ def text_of(found: dict[str, Any]) -> str:
     lines += [f"advice  {line}" for line in found["advice"]]
     lines += [
         f"stream  {step['stream_tokens']:,} tokens in one pass, {step['stream_trained']:,} trained: {step['flops'] / 1e12:,.3g} TFLOP",
-        "memory  GB",
+        "memory  GB" + (", of each rank" if "ranks" in found else ""),
     ]
     notes = {
         "activations": "kept for the backward pass",
         "temporaries": "at the peak: gradients on the way, logits of a chunk of rows",
+        "buffers": "where the layers of the base are gathered",
     }
     for name, size in memory.items():
         lines.append(f"        {name:<12} {size / 1e9:>8.3f}   {notes.get(name, '')}".rstrip())
     left = found["device_gb"] - memory["total"] / 1e9
     room = f"the {found['device_gb']:,.4g} GB of {found['device']}"
     verdict = f"fits in {room}, {left:,.1f} free" if left > 0 else f"needs {-left:,.1f} GB more than {room}"
+    if left <= 0 and "ranks" in found and not found["ranks"]["shard"]:
+        verdict += " (--shard on gives each rank a part of the base)"
     lines.append(f"        {verdict}; what the system and the allocator take comes on top")
     if found["host"]:
         lines.append(f"offload {found['host'] / 1e9:,.3f} GB more in the host's memory: the inputs of layers")
     lines.append(f"room    for streams of about {found['most_tokens']:,} tokens (--micro-tokens)")
+    if "too_long" in found:
+        lines.append("long    " + found["too_long"].replace("\n", "\n        "))
     if "cards" in found:
         rows = {"gb": "GB of a card", "kept": "tokens of a stream", "checkpointing": "the same with --checkpointing"}
         cells = {key: "".join(f"{gpu[key]:>9,}" for gpu in found["cards"]) for key in rows}
         lines += [f"{'cards' if key == 'gb' else '':<5}{cells[key]}   {what}" for key, what in rows.items()]
+    if "ranks" in found:
+        lines += network_lines(found["ranks"])
     if step["seconds"] is not None:
         lines.append(f"time    {_duration(step['seconds'])} a stream at least, at the speed of this machine's products")
     if found["device"] != "a card":

@@ -88,7 +88,9 @@ def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
     from minilora.lora import LoRALinear
 
     right = LoRALinear.merged
-    monkeypatch.setattr(LoRALinear, "merged", lambda self, name, stored: (right(self, name, stored) + stored) / 2)
+    monkeypatch.setattr(
+        LoRALinear, "merged", lambda self, name, stored, rows: (right(self, name, stored, rows) + stored) / 2
+    )
     with pytest.raises(ModelError, match="would be rounding; nothing was written"):
         merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
 

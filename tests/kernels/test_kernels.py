@@ -19,10 +19,12 @@ from minilora.kernels import (
     attention,
     cross_entropy,
     dropout,
+    gated_delta,
     linear_cross_entropy,
     lora_linear,
     rms_norm,
     rope,
+    short_conv,
     swiglu,
 )
 from minilora.kernels.dispatch import kernels_enabled
@@ -127,6 +129,14 @@ def case(name: str, dtype: torch.dtype, small: bool = False) -> Case:
         args = example(attention, *(([2, 3], 2, 1, 4) if small else ([13, 1, 31, 7], 6, 2, 26)), dtype)
         args = (*args, window, prefix_lens)
         return Case(attention.attention, attention.attention_ref, args, (0, 1, 2), plain_attention)
+    if name == "gated_delta":
+        args = example(gated_delta, *(([2, 3], 1, 2, 3) if small else ([13, 1, 70, 2, 3], 2, 4, 10)), dtype)
+        return Case(
+            gated_delta.gated_delta_rule, lambda *a: gated_delta.gated_delta_rule_ref(*a)[0], args, (0, 1, 2, 3, 4)
+        )
+    if name == "short_conv":
+        args = example(short_conv, *(([2, 5], 3, 4) if small else ([13, 1, 31, 2, 3], 26, 4)), dtype)
+        return Case(short_conv.short_conv, short_conv.short_conv_ref, args, (0, 1))
     if name.startswith("lora_linear"):
         args = lora_arguments(*((3, 7, 5, 2) if small else (37, 61, 53, 3)), dtype)
         p = 0.2 if name == "lora_linear_dropout" else 0.0
@@ -165,7 +175,7 @@ def lora_arguments(tokens: int, k: int, n: int, r: int, dtype: torch.dtype, bias
 NAMES = [
     "rms_norm", "rms_norm_once", "add_rms_norm", "add_rms_norm_once", "swiglu", "swiglu_fused",
     "rope", "rope_partial", "rope_interleaved", "rope_sections", "attention", "attention_window", "attention_prefix",
-    "lora_linear", "lora_linear_dropout", "cross_entropy", "linear_cross_entropy",
+    "gated_delta", "short_conv", "lora_linear", "lora_linear_dropout", "cross_entropy", "linear_cross_entropy",
 ]  # fmt: skip
 every_op = pytest.mark.parametrize("name", NAMES)
 

@@ -17,19 +17,22 @@ from minilora.models.config_keys import DROPOUTS, HARMLESS, NEUTRAL, SPELLINGS, 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {
-    "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
+    "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "qwen3_5": "qwen3_5_text", "qwen3_5_text": "qwen3_5_text", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
+    "qwen2_moe": "qwen2_moe", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe", "glm4_moe_lite": "glm4_moe_lite",
 }  # fmt: skip
 
 
 def config_of(family: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / FOLDERS[family] / "config.json").read_text())
+    j = json.loads((GOLDEN / FOLDERS[family] / "config.json").read_text())
+    return j | {"model_type": family} if family == "qwen3_5" else j
 
 
 def with_all_settings(family: str) -> dict[str, Any]:
     """A config in which no key is without effect because another one is off."""
     j = config_of(family)
     j.pop("layer_types", None)
-    if family in ("qwen2", "qwen3"):
+    j.pop("mlp_layer_types", None)
+    if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
         j |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     if family == "chatglm2":
         j |= {"rope_ratio": 2.0, "_name_or_path": "chatglm2-6b-32k"}

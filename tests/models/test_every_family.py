@@ -1,6 +1,7 @@
 """Every family on tiny random models: packing, caching, folders, adapters, training; and what is refused."""
 
 import json
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from published import PUBLISHED
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
-from minilora.checkpoint.load import FAMILIES, empty_model, read_config
+from minilora.checkpoint.load import FAMILIES, empty_model, keys_not_read, read_config
+from minilora.checkpoint.refused import REFUSED as REFUSED_TYPES
+from minilora.checkpoint.refused import SMALL_GLM, SMALL_QWEN
 from minilora.checkpoint.verify import wide_logits_of
 from minilora.data import Example, make_batch
 from minilora.errors import ModelError
@@ -153,10 +156,13 @@ def test_an_adapter_goes_on_every_linear_and_comes_back(tmp_path: Path, family: 
     weights = {n for n, p in tiny(family).named_parameters() if p.dim() == 2}
     c = model.config
     outside = {f"{model.names.embedding}.weight"} | (set() if c.tied else {f"{model.names.head}.weight"})
+    outside |= {n for n in weights if n.endswith(".gate.weight")}  # of routers
     assert {f"{path}.weight" for path in wrapped} == weights - outside
     save_adapter(model, tmp_path / "a")
     keys = SafetensorsFile(tmp_path / "a" / "adapter_model.safetensors").entries.keys()
-    assert keys == {f"base_model.model.{path}.lora_{half}.weight" for path in wrapped for half in "AB"}
+    in_files = {".experts.gate_up_proj": ".experts.base_layer", ".experts.down_proj": ".experts"}
+    paths = {re.sub(r"\.experts\.\w+$", lambda m: in_files[m[0]], path) for path in wrapped}
+    assert keys == {f"base_model.model.{path}.lora_{half}.weight" for path in paths for half in "AB"}
     other = tiny(family)
     load_adapter(other, tmp_path / "a")
     ids = torch.from_numpy(conversation(family, 5, 5, 0).ids)
@@ -342,7 +348,7 @@ def test_parameter_counts_are_the_published_ones(tmp_path: Path, name: str):
     count, j = PUBLISHED[name]
     model = empty_model(read(tmp_path, j))
     assert sum(p.numel() for p in model.parameters()) == count
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters()) and keys_not_read(tmp_path) is None
 
 
 REFUSED = {
@@ -366,8 +372,17 @@ REFUSED = {
     "partial": ("glm4", {"head_dim": 6}, "partial_rotary_factor"),
     "groups of glm": ("glm", {"num_key_value_heads": 3}, "not a multiple"),
     "llama3": ("glm", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type"),
-    "nearest": ("qwen2", {"model_type": "qwen2_moe"}, "(the nearest is qwen2)"),
-    "nearest glm": ("qwen2", {"model_type": "glm4_moe"}, "(the nearest is glm4)"),
+    "nearest": ("qwen2", {"model_type": "qwen2_vl"}, "a part that reads pictures"),
+    "nearest glm": ("qwen2", {"model_type": "glm4_mo"}, "(the nearest is glm4_moe)"),
+    "qwen4": ("qwen3", {"model_type": "qwen4_exp"}, "tables of n-grams"),
+    "qwen4's text": ("qwen3", {"model_type": "qwen4_exp_text"}, "tables of n-grams"),
+    "glm5": ("glm", {"model_type": "glm5_next"}, "(KDA)"),
+    "dsa": ("glm", {"model_type": "glm_moe_dsa"}, "(DSA)"),
+    "vision": ("qwen3", {"model_type": "qwen3_vl_moe", "text_config": {}}, "a part that reads pictures"),
+    "vision of an unknown one": ("qwen3", {"model_type": "new", "vision_config": {"depth": 1}}, "a part that reads pictures"),
+    "sound": ("qwen2", {"model_type": "qwen2_audio"}, "a part that reads sound"),
+    "omni": ("qwen2", {"model_type": "qwen3_omni_moe"}, "sound and pictures"),
+    "vision of glm": ("glm", {"model_type": "glm4v_moe"}, "a part that reads pictures"),
     "our own name": ("chatglm2", {"model_type": "chatglm2"}, "(the nearest is chatglm)"),
 }  # fmt: skip
 
@@ -377,6 +392,11 @@ def test_what_is_not_supported_is_named(tmp_path: Path, family: str, changes: di
     with pytest.raises(ModelError) as error:
         read(tmp_path, config_json(family, **changes))
     assert error.value.code == 4 and part in error.value.what and "\n" not in str(error.value.what)
+
+
+def test_what_is_to_be_taken_instead_is_supported():
+    instead = [refused.instead for refused in REFUSED_TYPES.values()] + [SMALL_QWEN, SMALL_GLM]
+    assert {kind for _, kind in instead} <= FAMILIES.keys() and not REFUSED_TYPES.keys() & FAMILIES.keys()
 
 
 @pytest.mark.parametrize("weights", OWN)

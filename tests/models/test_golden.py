@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minilora
+from minilora.checkpoint.expert_adapters import files_of
 from minilora.data import IGNORE, Example, make_batch
 from minilora.lora import adapters
 from minilora.models.decoder import Decoder
+from minilora.models.moe import ExpertLinear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ADAPTED = ["qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4", "qwen3_nf4", "qwen3_fp8"]
+ADAPTED = ["qwen3_5_text", "qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4", "qwen3_nf4", "qwen3_fp8"]
+MIXTURES = ["qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"]
 ORIGINAL = ["chatglm", "chatglm2", "qwen"]
 
 
@@ -55,7 +58,7 @@ def assert_gradients(found: dict[str, Tensor | None], expected: dict[str, Tensor
         assert grad is not None and (grad - expected[key]).norm() < 1e-4 * expected[key].norm(), key
 
 
-@pytest.mark.parametrize("name", ADAPTED + ORIGINAL)
+@pytest.mark.parametrize("name", ADAPTED + MIXTURES + ORIGINAL)
 def test_base(name):
     model, expected = load(name)
     examples = documents(model, expected)
@@ -83,7 +86,7 @@ def test_qwen1_beyond_its_trained_length():
     assert (expected["eval_logits"] - expected["logits"]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", ADAPTED + MIXTURES)
 def test_adapter(name):
     model, expected = load(name)
     minilora.load_adapter(model, GOLDEN / name / "adapter")
@@ -94,7 +97,10 @@ def test_adapter(name):
     loss.backward()
     found = {}
     for path, wrapper in adapters(model):
-        for half in ("lora_A", "lora_B"):
-            found[f"grad.base_model.model.{path}.{half}.weight"] = getattr(wrapper, half).grad
+        a, b = wrapper.lora_A.grad, wrapper.lora_B.grad
+        named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        if isinstance(wrapper.base, ExpertLinear) and a is not None and b is not None:  # as peft stacks them
+            named = files_of(path, wrapper.base, a, b, single=False, both=True)
+        found |= {f"grad.base_model.model.{name}": grad for name, grad in named.items()}
     assert found.keys() == {k for k in expected if k.startswith("grad.")}
     assert_gradients(found, expected)

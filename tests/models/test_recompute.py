@@ -15,6 +15,7 @@ from minilora.data import make_batch
 from minilora.lora import adapters
 from minilora.models import stream
 from minilora.models.decoder import Decoder
+from minilora.models.moe import ExpertLinear
 
 families = pytest.mark.parametrize("family", OWN)
 
@@ -58,7 +59,7 @@ def test_adapters_on_some_linears(family: str, targets: str):
     """Blocks of which parts, or the input, need no gradient."""
     model = tiny(family)
     name = getattr(model.blocks[0], "last_linear", "mlp.down_proj")
-    paths = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(name)]
+    paths = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, ExpertLinear)) and n.endswith(name)]
     chosen = {"last": paths[-1:], "first": paths[:1]}.get(targets, targets)
     model = adapted(family, chosen)
     kept = loss_and_gradients(model)

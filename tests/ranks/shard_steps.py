@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ranks.steps import examples
+from ranks.traffic import bytes_sent
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.checkpoint.load import fingerprint, load_model
@@ -133,9 +134,9 @@ def compared(folder: Path, ranks: Ranks, name: str, settings: dict[str, Any]) ->
 
 
 def received(ranks: Ranks) -> list[int]:
-    """Bytes that a rank is sent in a pass of an evaluation and in one of a step."""
+    """Bytes that a rank is sent in a pass of an evaluation and in one of a step; and that it sends in both, by the kernel's count."""
     assert ranks.shards
-    broadcast, sizes = dist.broadcast, []
+    broadcast, sizes, before = dist.broadcast, [], bytes_sent()
 
     def counted(tensor: torch.Tensor, source: int, **how: Any) -> Any:
         sizes[-1] += tensor.nbytes if source != ranks.rank else 0
@@ -147,7 +148,7 @@ def received(ranks: Ranks) -> list[int]:
         with torch.set_grad_enabled(gradients):
             ranks.shards.serve()
     dist.broadcast = broadcast
-    return sizes
+    return [*sizes, bytes_sent() - before]
 
 
 def resumed(folder: Path, ranks: Ranks, out: Path) -> list[str]:

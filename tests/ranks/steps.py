@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ranks.traffic import bytes_sent
 
 from minilora.checkpoint.load import load_model
 from minilora.config import TrainConfig
@@ -53,14 +54,17 @@ def results(folder: Path, ranks: Ranks) -> dict[str, Any]:
         model = prepare(load_model(folder, torch.float64, torch.device("cpu")), config).double()
         optimizer = optimizer_of(model, config)
         assert config.micro_tokens
+        before = bytes_sent()
         steps = [
             train_step(model, optimizer, pack(rows[s:], config.micro_tokens), config, s, ranks=ranks).read()
             for s in range(3)
         ]
+        sent = bytes_sent() - before
         score = evaluate(model, rows, config.micro_tokens, ranks)
         flat = torch.cat([p.detach().flatten() for p in trained_parameters(model).values()])
         found[name] = {
             "steps": steps, "val": score.total, "tokens": score.tokens, "some": some_of(model),
+            "sent": sent, "trained": sum(p.nbytes for p in trained_parameters(model).values()),
             "bits": hashlib.sha256(flat.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
     return found

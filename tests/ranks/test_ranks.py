@@ -28,6 +28,7 @@ from rank_runs import (
 from tiny import make_model
 
 from minilora.__main__ import main
+from minilora.ranks.cost import all_reduce_bytes
 from minilora.ranks.deal import deal, imbalance
 
 # which rank has which stream
@@ -76,6 +77,15 @@ def test_a_run_goes_on_from_four_ranks_to_two_to_one(found: Path):
     """A step each, from the snapshot of the one before, is what one process computes in three; in fp64, moments too."""
     one = read(found / "1-0.json")
     assert one["gone on"] == pytest.approx(one["without a stop"], rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "case"), [(2, "lora"), (2, "full"), (4, "full")])
+def test_ranks_send_what_the_cost_model_says(found: Path, count: int, case: str):
+    """All of them in three steps, by the kernel's count on their sockets; gloo's headers are 600 to 2,000 bytes of each rank and step."""
+    ranks = [read(found / f"{count}-{r}.json")[case] for r in range(count)]
+    buffer = ranks[0]["trained"] + 2 * 8  # and the loss and the signals, in fp64
+    assert sum(rank["sent"] for rank in ranks) == pytest.approx(3 * count * all_reduce_bytes(buffer, count), rel=0.02)
+    assert read(found / "1-0.json")[case]["sent"] == 0 == all_reduce_bytes(buffer, 1)
 
 
 # a run of several ranks that is killed, stopped, or diverges

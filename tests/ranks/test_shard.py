@@ -82,12 +82,15 @@ def test_a_rank_has_its_part_and_one_block(found: Path, count: int, case: str):
 
 
 def test_what_travels_is_what_shard_bytes_says(found: Path):
+    """To the byte in what is asked of gloo, and within 2 % in what all ranks put on the wire: its headers."""
     for count, names in ((2, ALL), (4, SOME)):
-        for one in of_ranks(found, count):
-            for case in names:
-                forward, both = (one[case]["bytes"][name] for name in ("evaluation", "training"))
-                passes = one[case]["passes"]  # whether each has a backward
-                assert one[case]["received"] == [forward * len(passes), sum(both if p else forward for p in passes)]
+        ranks = of_ranks(found, count)
+        for case in names:
+            forward, both = (ranks[0][case]["bytes"][name] for name in ("evaluation", "training"))
+            passes = ranks[0][case]["passes"]  # whether each has a backward
+            asked = [forward * len(passes), sum(both if p else forward for p in passes)]
+            assert [one[case]["received"][:2] for one in ranks] == count * [asked]
+            assert sum(one[case]["received"][2] for one in ranks) == pytest.approx(count * sum(asked), rel=0.02)
 
 
 def test_a_snapshot_goes_on_with_shards_and_without(found: Path):
@@ -155,7 +158,6 @@ def test_bytes_of_a_model_without_memory(tmp_path: Path):
     size = shard_bytes(empty_model(read_config(folder)), 4)
     whole = sum(p.nbytes for p in load_model(folder, device="cpu").parameters())
     assert whole <= size.base < whole + 100 * ALIGN and size.kept < size.base / 4 + 10 * ALIGN
-    assert size.spared == size.base - size.kept - size.buffers
     alone = shard_bytes(empty_model(read_config(folder)), 1)
     assert alone.training == alone.evaluation == 0 and alone.kept == alone.base
 

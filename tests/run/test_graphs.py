@@ -39,7 +39,8 @@ from minilora.run.setup import optimizer_of
 from minilora.settings import resolve
 from minilora.train import micro_batch, train_step
 
-families = pytest.mark.parametrize("family", OWN)
+# of mixtures the host sorts the tokens by experts; the chunks of a hybrid follow from its documents
+families = pytest.mark.parametrize("family", [family for family in OWN if "moe" not in family and family != "qwen3_5"])
 
 
 def adapted(family: str, dropout: float = 0.0) -> Decoder:
@@ -253,7 +254,8 @@ def test_graphs_are_on_where_launching_takes_longer_than_computing():
 @pytest.mark.skipif(INTERPRETED, reason="there is no GPU for it")
 @pytest.mark.parametrize("case, why", [
     ({"streams": Streams(8192, False)}, "does not fit"), ({"dropout": 0.1, "kernels": False}, "masks of dropout"), ({"offload": True}, "--offload"),
-    ({"family": "qwen3"}, "a document at a time"), ({"dropout": 0.1, "quant": "nf4"}, "masks of dropout"),
+    ({"family": "qwen3_moe"}, "sorts tokens by experts"), ({"family": "qwen3"}, "a document at a time"), ({"family": "qwen3_5"}, "gated DeltaNet"),
+    ({"dropout": 0.1, "quant": "nf4"}, "masks of dropout"),
 ])  # fmt: skip
 def test_why_there_are_no_graphs(case: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(WIDE, "qwen3", WIDE["qwen3"] | {"head_dim": 12})  # no head for flash attention
@@ -287,9 +289,10 @@ def on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_streams_are_as_long_as_the_memory_takes(on_a_card: Callable[..., Streams]):
-    assert on_a_card(2) == Streams(2000, False)  # the longest row, whatever fits
+    assert on_a_card(2)[:2] == (2000, False)  # the longest row, whatever fits
     assert 8192 <= on_a_card(6).tokens < fit.LARGEST and not on_a_card(6).fit_twice
-    assert on_a_card(80) == Streams(fit.LARGEST, True)
-    assert on_a_card(80, longest=500, rows=8) == Streams(4000, True)  # no step has more
-    assert on_a_card(80, micro_tokens=3000) == Streams(3000, True)
+    assert on_a_card(80)[:2] == (fit.LARGEST, True)
+    assert on_a_card(80, longest=500, rows=8)[:2] == (4000, True)  # no step has more
+    assert on_a_card(80, micro_tokens=3000)[:2] == (3000, True)
     assert on_a_card(6, checkpointing=True).tokens == fit.LARGEST
+    assert on_a_card(6).room > on_a_card(6).tokens  # which leave some for the allocator

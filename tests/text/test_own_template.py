@@ -251,3 +251,30 @@ def test_a_run_tells_of_the_folders_template_and_keys(tmp_path: Path, capsys):
     assert main(["inspect", "model", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "'my_key'" in said and "blanks and line ends" in said
+
+
+QWEN35 = (
+    "{% for m in messages %}{% set text = m.content|trim %}{% set thought = '' %}"
+    "{% if m.role == 'assistant' and '</think>' in text %}{% set thought = text.split('</think>')[0].split('<think>')[-1]|trim %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% if not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_qwen35_opens_a_thought_or_has_it_whole_and_empty(folder: Path):
+    j = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    j["added_tokens"] += [{"id": 259 + i, "content": t, **flags} for i, t in enumerate(("<think>", "</think>"))]
+    (folder / "tokenizer.json").write_text(json.dumps(j))
+    tokenizer = opened(folder, QWEN35)
+    assert tokenizer.template.name == "qwen3.5" and not tokenizer.notes
+
+    def told(answer: str) -> tuple[str, str]:
+        ids, mask = tokenizer.render([{"role": "user", "content": " q\n"}, {"role": "assistant", "content": answer}])
+        parts = [[i for i, m in zip(ids, mask, strict=True) if bool(m) is trained] for trained in (False, True)]
+        return tuple(tokenizer.decode(part, specials=True) for part in parts)  # pyright: ignore[reportReturnType]
+
+    start = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert told(" a ") == (start + "\n</think>\n\n\n", "a<|im_end|>")
+    assert told("<think>\n hm\n</think>\n\na") == (start + "\n", "hm\n</think>\n\na<|im_end|>")

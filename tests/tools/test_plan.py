@@ -19,6 +19,7 @@ from minilora.lora import adapters, base_parameters
 from minilora.machine.compute import name_of
 from minilora.machine.dry_run import _Live, card_memory, step_memory
 from minilora.machine.gemm import settle
+from minilora.ranks.scale import NF4_BITS, Shape
 from minilora.run.fit import LARGEST
 from minilora.run.setup import prepare
 from minilora.settings import resolve
@@ -214,6 +215,58 @@ def test_a_7b_model_trains_in_less_than_7_gb(seven):
     cards = {card["gb"]: card for card in found["cards"]}
     assert [*cards] == [8, 16, 24, 48, 80] and cards[8]["checkpointing"] == found["most_tokens"] > cards[8]["kept"]
     assert f"{cards[80]['checkpointing']:,}   the same with --checkpointing" in text_of(found)
+
+
+@pytest.mark.parametrize("name", ["ChatGLM-6B", "GLM-4-9B", "Qwen2.5-72B"])
+def test_eight_ranks(name, tmp_path):
+    """What they send is of the adapters alone, whatever the base. The largest does not fit, and has streams of one row."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][1]))
+    config = resolve({"model": str(tmp_path), "lora_r": 8, "checkpointing": True, "batch_size": 16})
+    found = forecast(config, 80, gpus=8)
+    assert found["parameters"] == PUBLISHED[name][0]
+    ranks, step = found["ranks"], found["step"]
+    fits = name != "Qwen2.5-72B"
+    assert step["stream_tokens"] == (2 * 2048 if fits else 2048) and ranks["imbalance"] == 1
+    assert (ranks["streams"], ranks["most_streams"]) == ((8, 1) if fits else (16, 2))
+    assert ranks["reduced"] == 2 * 7 / 8 * (4 * found["trained"] + 8)
+    seconds = ranks["most_streams"] * step["flops"] / (0.4 * 312e12)
+    wire = {link["name"]: link for link in ranks["links"]}
+    assert wire["100 Gb/s"]["A100"] == pytest.approx(seconds / (seconds + ranks["reduced"] / 12.5e9))
+    assert "H100" not in wire["NVLink, A800"] and wire["NVLink, H100"]["H100"] > wire["PCIe 4 x16"]["H100"]
+    assert ("fits in the 80 GB" in text_of(found)) == fits == ("--shard on" not in text_of(found))
+
+
+@pytest.mark.parametrize(("quant", "bits"), [("keep", 16), ("nf4", NF4_BITS)])
+def test_eight_ranks_that_share_a_base(quant, bits, tmp_path):
+    """Each has an eighth, and a stream gathers every layer twice, embedding and head once; the bytes are the cost model's."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2.5-72B"][1]))
+    settings = {
+        "lora_r": 8,
+        "checkpointing": True,
+        "batch_size": 64,
+        "quant": quant,
+        "micro_tokens": 8192,
+        "shard": "on",
+    }
+    found = forecast(resolve({"model": str(tmp_path)} | settings), 80, gpus=8)
+    shape = Shape(80, 8192, 64, 8, 128, 29568, 152064)
+    blocks, ends = 80 * shape.block * bits / 8, 4 * 152064 * 8192
+    assert found["memory"]["weights"] == pytest.approx((blocks + ends) / 8, rel=2e-3)
+    assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k != "total") < 80e9
+    assert found["ranks"]["most_streams"] == 2
+    assert found["ranks"]["gathered"] == pytest.approx(2 * 7 / 8 * (2 * blocks + ends), rel=2e-3)
+    assert "a part of the base each" in text_of(found) and found["cards"][-1]["checkpointing"] == found["most_tokens"]
+
+
+def test_ranks_share_the_rows_of_a_step(plan, folder):
+    """And on a CPU its memory."""
+    arguments = ["--model", folder, "--max-length", 100, "--json", "--gpus", 4]
+    on_card = json.loads(plan(*arguments, "--device-memory", 80, "--accumulation", 3)[1])
+    assert on_card["step"]["stream_tokens"] == 600 and on_card["ranks"]["streams"] == 4  # 24 rows, six for each
+    uneven = json.loads(plan(*arguments, "--batch-size", 5)[1])
+    assert (uneven["ranks"]["most_streams"], uneven["ranks"]["imbalance"]) == (2, 1.6)
+    alone = json.loads(plan(*arguments[:-2])[1])
+    assert "ranks" not in alone and uneven["device_gb"] == alone["device_gb"] / 4
 
 
 @pytest.mark.long

@@ -1,0 +1,38 @@
+"""Which linears adapters go on: what add_lora's targets mean."""
+
+import re
+
+from .errors import UsageError
+
+ROUTER = "gate"
+GROUPS = {
+    "attention": ("self_attn", "linear_attn", "self_attention", "attention", "attn"),
+    "mlp": ("mlp",),
+    "experts": ("experts",),
+}
+
+
+def chosen(paths: list[str], targets: str | list[str]) -> list[str]:
+    """The paths of linears that `targets` selects, in their order; UsageError with the names that exist if one is not there."""
+    if isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
+        try:
+            found = {targets: {p for p in paths if re.fullmatch(targets, p)}}
+        except re.error as error:
+            what = f"lora_targets {targets!r} is not a regular expression: {error}"
+            raise UsageError(what, "Correct it, or give names.") from None
+    else:
+        names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
+        found = {name: {p for p in paths if _selects(name, p)} for name in names}
+    missing = [name for name, selected in found.items() if not selected]
+    if missing or not found:
+        leaves = ", ".join(dict.fromkeys(p.split(".")[-1] for p in paths))
+        what = f"no linear is called {', '.join(missing)}" if missing else "no targets are given"
+        raise UsageError(what, f"The model has {leaves}; or give all-linear, attention, mlp, experts.")
+    return [p for p in paths if any(p in selected for selected in found.values())]
+
+
+def _selects(name: str, path: str) -> bool:
+    *above, leaf = path.split(".")
+    if name in GROUPS:
+        return leaf != ROUTER and bool(set(above) & set(GROUPS[name]))
+    return (name in ("all-linear", "all") and leaf != ROUTER) or path == name or path.endswith("." + name)
