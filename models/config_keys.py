@@ -37,6 +37,9 @@ USED: dict[str, set[str]] = {
     "glm4": GLM,
     "qwen3_5": HYBRID,
     "qwen3_5_text": HYBRID,
+    "qwen3_next": HYBRID | QWEN_MOE | {"shared_expert_intermediate_size"},
+    "qwen3_5_moe": (HYBRID | QWEN_MOE | {"shared_expert_intermediate_size"}) - {"norm_topk_prob"},
+    "qwen3_5_moe_text": (HYBRID | QWEN_MOE | {"shared_expert_intermediate_size"}) - {"norm_topk_prob"},
     "glm4_moe": GLM | GLM_MOE | {"use_qk_norm"},
     "glm4_moe_lite": LLAMA_LIKE | GLM_MOE | {
         "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_interleave", "qk_head_dim",

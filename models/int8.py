@@ -93,7 +93,7 @@ def to_int8(model: Decoder) -> None:
     for block in model.blocks:
         for module in list(block.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear) and name != "gate":  # a router's choice is not to be rounded
+                if isinstance(child, nn.Linear):
                     setattr(module, name, Int8Linear([child]))
     for p in [p for module in (*model.blocks, model.norm) for p in module.parameters()]:
         p.data = p.data.float()  # of the norms: widened once, not for each token

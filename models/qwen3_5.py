@@ -92,16 +92,20 @@ class GatedDeltaNet(nn.Module):
         return self
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        linears = [getattr(self, name) for name in self.packed_modules]
-        if fused := projections(*linears):
-            qkv, z, b, a = *lora_linear_group(x, fused[:2]), *lora_linear_group(x, fused[2:])
-        else:
-            qkv, z, b, a = each(x, *linears)
+        qkv, z, b, a = self.read(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
         o = self.attend(qkv, g, b.to(wide).sigmoid(), context)
         o = swiglu(z.unflatten(-1, (-1, self.value_size)), self.norm(o))
         return self.out_proj(o.flatten(-2))
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[q | k | v] of all heads, z, b and a, of x [T, D]."""
+        linears = [getattr(self, name) for name in self.packed_modules]
+        if fused := projections(*linears):
+            return *lora_linear_group(x, fused[:2]), *lora_linear_group(x, fused[2:])
+        qkv, z, b, a = each(x, *linears)
+        return qkv, z, b, a
 
     def attend(self, qkv: Tensor, g: Tensor, beta: Tensor, context: Context) -> Tensor:
         """What the heads read from their states: qkv [T, channels] before the convolution -> [T, heads, value size]."""
@@ -164,10 +168,9 @@ class GatedAttention(nn.Module):
 class HybridBlock(nn.Module):
     """A pre-norm block with gated DeltaNet or gated attention, and the MLP that it is given: x [T, D] -> [T, D]."""
 
-    last_linear = "mlp.down_proj"
-
     def __init__(self, c: HybridConfig, layer: int, mlp: type[nn.Module], delta: type[nn.Module] = GatedDeltaNet):
         super().__init__()
+        self.last_linear = f"mlp.{getattr(mlp, 'last_linear', 'down_proj')}"
         self.input_layernorm = OffsetRMSNorm(c.width, c.eps)
         self.mixer = "linear_attn" if c.linear[layer] else "self_attn"
         self.add_module(self.mixer, (delta if c.linear[layer] else GatedAttention)(c, layer))

@@ -103,6 +103,14 @@ OWN = {
         "head_dim": 8, "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
         "linear_value_head_dim": 5,
     },
+    "qwen3_next": SIZES | EXPERTS | {
+        "head_dim": 8, "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5, "num_experts": 5, "shared_expert_intermediate_size": 20, "norm_topk_prob": True,
+    },
+    "qwen3_5_moe": SIZES | EXPERTS | {
+        "head_dim": 8, "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5, "num_experts": 5, "shared_expert_intermediate_size": 20,
+    },
     "qwen2_moe": SIZES | EXPERTS | {"num_experts": 5, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
     "qwen3_moe": SIZES | EXPERTS | {"head_dim": 8, "num_experts": 5, "norm_topk_prob": True},
     "glm4_moe": SIZES | EXPERTS | {
@@ -132,6 +140,10 @@ _WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 WIDE = {  # changes that make widths which the kernels take
     "qwen2": _WIDE, "qwen3": _WIDE | {"head_dim": 16}, "glm": _WIDE | {"head_dim": 16}, "glm4": _WIDE | {"head_dim": 16},
     "qwen3_5": _WIDE | {"head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe"), _WIDE | {
+        "head_dim": 16, "linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+    }),
     "qwen2_moe": _WIDE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     "qwen3_moe": _WIDE | {"head_dim": 16, "moe_intermediate_size": 32},
     "glm4_moe": _WIDE | {"head_dim": 16, "moe_intermediate_size": 32},

@@ -23,7 +23,7 @@ from minilora.settings import resolve
 from minilora.tools.plan import forecast
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COURSE = sorted((ROOT / "docs" / "course").glob("*.md"))
 
 
@@ -69,6 +69,11 @@ def test_every_flag_of_a_command_is_there(page: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "run", wraps(module.run)(lambda **given: parsed.append(given)))
         assert main(shlex.split(command)[1:]) == 0 and parsed, command
         parsed.clear()
+
+
+def test_the_chinese_readme_shows_commands_of_the_english_one():
+    assert len(commands(ROOT / "README.zh.md")) > 6
+    assert set(commands(ROOT / "README.zh.md")) <= set(commands(ROOT / "README.md"))
 
 
 def test_a_link_leads_somewhere():

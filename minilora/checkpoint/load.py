@@ -21,7 +21,7 @@ from torch import Tensor
 from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
-from minilora.models import chatglm, chatglm2, glm, glm_moe, qwen, qwen1, qwen3_5, qwen_moe
+from minilora.models import chatglm, chatglm2, glm, glm_moe, qwen, qwen1, qwen3_5, qwen3_next, qwen_moe
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
@@ -46,12 +46,16 @@ from .refused import refusal
 FAMILIES = {
     "qwen2": qwen, "qwen3": qwen, "qwen": qwen1, "glm": glm, "glm4": glm, "chatglm2": chatglm2, "chatglm": chatglm,
     "qwen3_5": qwen3_5, "qwen3_5_text": qwen3_5,
+    "qwen3_next": qwen3_next, "qwen3_5_moe": qwen3_next, "qwen3_5_moe_text": qwen3_next,
     "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "glm4_moe": glm_moe, "glm4_moe_lite": glm_moe,
 }  # fmt: skip
-# the first of these tensors that a folder has, in any layer, tells its family: the order matters
+# the first of these that a folder has, in any layer, one tensor or two, tells its family: the order matters
 SIGNATURES = {
     "glm4_moe_lite": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "glm4_moe": "model.layers.0.mlp.gate.e_score_correction_bias",
+    "qwen3_next": "model.layers.0.linear_attn.in_proj_qkvz.weight",
+    "qwen3_5_moe": "model.language_model.layers.0.mlp.gate.weight",
+    "qwen3_5_moe_text": "model.layers.0.linear_attn.in_proj_qkv.weight model.layers.0.mlp.gate.weight",
     "qwen2_moe": "model.layers.0.mlp.shared_expert_gate.weight",
     "qwen3_moe": "model.layers.0.mlp.gate.weight",
     "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
@@ -339,7 +343,7 @@ def _check_kind(family: str, folder: Path, names: Iterable[str], stored: Stored)
             "Use the model without the prefix.",
         )
     first = {re.sub(r"\blayers\.\d+\.", "layers.0.", name) for name in names}
-    told = next((family for family, name in SIGNATURES.items() if name in first), family)
+    told = next((family for family, needed in SIGNATURES.items() if first.issuperset(needed.split())), family)
     if told != family:
         raise ModelError(
             f"{folder}: config.json says {family}, the weights are of {told}",

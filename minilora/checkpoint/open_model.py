@@ -7,6 +7,7 @@ import torch
 
 from minilora.models.decoder import Decoder
 from minilora.models.int8 import to_int8
+from minilora.models.moe import MoEConfig
 
 from ..adapted import merge
 from ..errors import UsageError
@@ -83,9 +84,11 @@ def folder_notes(folder: Folder, tokenizer: Tokenizer, adapter: Folder | None = 
 
 
 def round_to_int8(model: Decoder) -> None:
-    """Merge a model's adapters and round its linears to int8, in place; UsageError on a GPU."""
+    """Merge a model's adapters and round its linears to int8, in place; UsageError on a GPU, and for a mixture of experts."""
     if model.head.device.type != "cpu":
         raise UsageError("--int8 is for answering on a CPU", "Leave it out, or give --device cpu.")
+    if isinstance(model.config, MoEConfig):
+        raise UsageError("--int8 takes no mixture of experts", "Leave it out; --quant int8 keeps them in 8 bits.")
     merge(model)
     to_int8(model)
 

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from ..files.model_folder import VISION
+
 
 class Refused(NamedTuple):
     """missing: what these models have and minilora does not; instead: a model, and its model_type, which is supported."""
@@ -35,5 +37,5 @@ def refusal(kind: str, j: dict[str, Any]) -> tuple[str, str] | None:
         glm = kind.startswith("glm")
         found = Refused(f"a part that reads {senses[0]}", SMALL_GLM if glm else SMALL_QWEN)
     name, its_type = found.instead
-    kept = ", whose language model is trained and whose vision is kept as it is" if its_type == "qwen3_5" else ""
+    kept = ", whose language model is trained and whose vision is kept as it is" if its_type in VISION else ""
     return f"it has {found.missing}", f"Take {name} (model_type {its_type}){kept}."

@@ -141,7 +141,8 @@ def qwen_formats(
     if model_type == "qwen":
         return [QWEN1]
     if jinja is None:
-        known = {"qwen3": ChatML("qwen3", None, "optional"), "qwen3_5": QWEN35, "qwen3_5_text": QWEN35}
+        known = {"qwen3": ChatML("qwen3", None, "optional"), "qwen3_next": ChatML("chatml", None)}
+        known |= dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), QWEN35)
         return [known.get(str(model_type), ChatML("qwen2", HELPFUL))]
     plain = ChatML("qwen2.5" if system and "Qwen" in system else "chatml", system)
     if "<think>" not in specials:

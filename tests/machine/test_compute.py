@@ -9,7 +9,9 @@ from tiny import make_model, make_rows
 from torch import Tensor
 
 from minilora import add_lora
+from minilora.checkpoint.open_model import round_to_int8
 from minilora.data import make_batch
+from minilora.errors import UsageError
 from minilora.evaluate import evaluate
 from minilora.generate import generate
 from minilora.kernels import frozen_linear as module
@@ -19,6 +21,7 @@ from minilora.machine.compute import Rates, choose
 from minilora.machine.cpu import usable_cpus
 from minilora.models.decoder import Decoder
 from minilora.models.int8 import int8_product, levels, packed, to_int8
+from minilora.models.moe import MoEConfig
 from minilora.settings import read_yaml, resolve
 from minilora.train import train
 
@@ -195,7 +198,11 @@ class TestInt8:
         alone = torch.cat([int8_product(row, packed(weight)) for row in x.split(1)])
         assert ((alone - truth).abs().amax(1) <= 2 * step).all()
 
-    @families
+    def test_a_mixture_is_refused(self):
+        with pytest.raises(UsageError, match="takes no mixture"):
+            round_to_int8(tiny("qwen3_moe"))
+
+    @pytest.mark.parametrize("family", [f for f in OWN if not isinstance(tiny(f).config, MoEConfig)])
     def test_a_model(self, family: str):
         """Its hidden states are as wrong as where each product is rounded term by term, in plain torch."""
         model, int8, plain = tiny(family), tiny(family), tiny(family)

@@ -19,6 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {
     "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "qwen3_5": "qwen3_5_text", "qwen3_5_text": "qwen3_5_text", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
     "qwen2_moe": "qwen2_moe", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe", "glm4_moe_lite": "glm4_moe_lite",
+    "qwen3_next": "qwen3_next", "qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5_moe_text": "qwen3_5_moe_text",
 }  # fmt: skip
 
 

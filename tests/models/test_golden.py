@@ -20,7 +20,7 @@ from minilora.models.moe import ExpertLinear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTED = ["qwen3_5_text", "qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4", "qwen3_nf4", "qwen3_fp8"]
-MIXTURES = ["qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite"]
+MIXTURES = ["qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe_text"]
 ORIGINAL = ["chatglm", "chatglm2", "qwen"]
 
 

@@ -12,6 +12,8 @@ from ranks.answers import answer
 
 from minilora.__main__ import main
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker starts the processes that all its tests look at
+
 ROWS, PART = "generated_predictions.jsonl", "part.jsonl"
 
 

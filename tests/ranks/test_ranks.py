@@ -31,6 +31,8 @@ from minilora.__main__ import main
 from minilora.ranks.cost import all_reduce_bytes
 from minilora.ranks.deal import deal, imbalance
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker starts the processes that all its tests look at
+
 # which rank has which stream
 
 

@@ -25,6 +25,8 @@ from minilora.ranks.shard import ALIGN, Unit, Units, shard_bytes
 from minilora.run.load_sharded import load_sharded
 from minilora.run.setup import check_shard
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one worker starts the processes that all its tests look at
+
 CPU = torch.device("cpu")
 ALL = [
     "checkpointing, gathered ahead",
