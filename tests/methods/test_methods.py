@@ -43,7 +43,7 @@ METHODS = {**MERGE, **BOTTLENECK, **VIRTUAL}
 EVEN: dict[str, Any] = WIDE["qwen2"]  # widths that NF4 takes
 methods = pytest.mark.parametrize("method", METHODS)
 # no biases to train; DoRA goes on no experts; a prefix is of attention
-WITHOUT = {"bitfit": ("qwen3", "moe_lite"), "dora": ("moe",), "prefix": ("qwen3_5",)}
+WITHOUT = {"bitfit": ("qwen3", "moe_lite"), "dora": ("moe", "next"), "prefix": ("qwen3_5", "next")}
 pairs = pytest.mark.parametrize(
     ("method", "family"),
     [(m, f) for m in METHODS for f in OWN if not any(part in f for part in WITHOUT.get(m.split()[0], ()))],
