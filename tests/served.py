@@ -1,0 +1,59 @@
+"""A tiny model and its adapters behind a real server on a free port, in a thread."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tiny import make_model
+
+from minilora import add_lora, load_model, save_adapter
+from minilora.files.model_folder import ModelFolder
+from minilora.lora import adapters
+from minilora.sampling import GREEDY
+from minilora.serve.app import Endpoint, Guards, application
+from minilora.serve.bodies import Limits
+from minilora.serve.engine import Engine
+from minilora.serve.models import Models
+from minilora.serve.page import page_routes
+from minilora.serve.runs import run_routes
+from minilora.serve.server import listen, open_models, server_of
+
+OPEN = Guards()
+
+
+def make_models(folder: Path) -> Models:
+    """A base called tiny and two adapters, one on all linears, one on the MLPs alone, in fp32."""
+    make_model(folder / "tiny")
+    made = {}
+    for seed, (name, targets) in enumerate({"red": "all-linear", "blue": "mlp"}.items()):
+        model = load_model(folder / "tiny", torch.float32, "cpu")
+        add_lora(model, targets=targets, r=4, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for _, wrapper in adapters(model):
+            wrapper.lora_B.data.normal_(0, 0.3, generator=generator)
+        save_adapter(model, folder / name)
+        made[name] = str(folder / name)
+    return open_models(ModelFolder(folder / "tiny"), made, compute="float32", device="cpu")
+
+
+@contextmanager
+def running(
+    models: Models | None, runs: Path | None = None, guards: Guards = OPEN, slots: int = 4, queue: int = 16, context: int = 200
+) -> Iterator[tuple[str, Engine | None]]:  # fmt: skip
+    """The address of a server, and its engine."""
+    routes, engine = page_routes(guards) + run_routes(runs), None
+    if models is not None:
+        engine = Engine(models, slots, queue)
+        limits = Limits(context, 64, GREEDY, frozenset())
+        routes += Endpoint(models, engine, limits, guards).routes()
+    listening = listen("127.0.0.1", 0)
+    server = server_of(application(routes, guards, engine))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", engine
+    finally:
+        server.should_exit = True
+        thread.join()
