@@ -15,10 +15,11 @@ from minilora.sampling import GREEDY
 from minilora.serve.app import Endpoint, Guards, application
 from minilora.serve.bodies import Limits
 from minilora.serve.engine import Engine
+from minilora.serve.listening import listen, server_of
 from minilora.serve.models import Models
 from minilora.serve.page import page_routes
 from minilora.serve.runs import run_routes
-from minilora.serve.server import listen, open_models, server_of
+from minilora.serve.server import open_models
 
 OPEN = Guards()
 
@@ -43,11 +44,12 @@ def running(
     models: Models | None, runs: Path | None = None, guards: Guards = OPEN, slots: int = 4, queue: int = 16, context: int = 200
 ) -> Iterator[tuple[str, Engine | None]]:  # fmt: skip
     """The address of a server, and its engine."""
-    routes, engine = page_routes(guards) + run_routes(runs), None
+    routes, engine = [], None
     if models is not None:
         engine = Engine(models, slots, queue)
         limits = Limits(context, 64, GREEDY, frozenset())
-        routes += Endpoint(models, engine, limits, guards).routes()
+        routes = Endpoint(models, engine, limits, guards).routes()
+    routes += page_routes(guards) + run_routes(runs)
     listening = listen("127.0.0.1", 0)
     server = server_of(application(routes, guards, engine))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

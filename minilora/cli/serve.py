@@ -71,6 +71,16 @@ def require_serve() -> None:
         raise UsageError(f"{' and '.join(missing)} is not installed", "pip install 'minilora[serve]'")
 
 
+def start_watch(run: str, port: int) -> None:
+    """Show a run on a port of this machine as long as this process lives; UsageError for a port that is taken. The first rank does it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    require_serve()
+    from ..serve.watch import watch
+
+    watch(Path(run), port)
+
+
 def _named(given: list[str]) -> dict[str, str]:
     """Adapters by name; a folder without one is called as it is, or as the run that it is of."""
     found: dict[str, str] = {}

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..report.page import asset
 from .app import COOKIE, Guards, read_body, same
 from .bodies import Body, Refused
 
@@ -23,10 +24,15 @@ def page_routes(guards: Guards) -> list[Route]:
 
     async def part(http: Request) -> Response:
         name = http.url.path[1:] or "page.html"
-        return Response((HERE / name).read_bytes(), media_type=KINDS[name], headers=HEADERS)
+        text = (HERE / name).read_text(encoding="utf-8")
+        text = asset("page.css") + text if name == "page.css" else text  # it looks as the reports do
+        return Response(text, media_type=KINDS[name], headers=HEADERS)
 
     async def health(http: Request) -> Response:
         return JSONResponse({"status": "ok"})
+
+    async def no_models(http: Request) -> Response:
+        return JSONResponse({"object": "list", "data": []})
 
     async def key(http: Request) -> Response:
         given = Body(await read_body(http, guards)).get("key", str, "")
@@ -40,4 +46,5 @@ def page_routes(guards: Guards) -> list[Route]:
         *(Route(path, part) for path in ("/", "/page.js", "/page.css")),
         Route("/health", health),
         Route("/key", key, methods=["POST"]),
+        Route("/v1/models", no_models),  # unless an endpoint stands before
     ]

@@ -1,10 +1,7 @@
 """`minilora serve`: open the models, and answer until a signal comes."""
 
-import socket
 from pathlib import Path
 from typing import Unpack
-
-import uvicorn
 
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..errors import OutOfMemory, UsageError
@@ -14,14 +11,14 @@ from ..run.signals import StopSignal
 from ..sampling import read_generation
 from ..terminal import say
 from ..text.tokenizer import load_tokenizer
-from .app import Endpoint, Guard, Guards, application
+from .app import Endpoint, Guards, application
 from .bodies import Limits
 from .engine import Engine
+from .listening import listen, server_of
 from .models import Models
 from .page import page_routes
 from .runs import run_routes
 
-GRACE = 30  # seconds for answers that are being written when a signal comes
 MOST_CONTEXT = 4096  # unless the user says otherwise: keys and values of every slot may become so long
 
 
@@ -43,40 +40,20 @@ def serve(
     Raises UsageError for a port that is taken, ModelError for what cannot be opened, OutOfMemory if the slots need too much.
     """
     listening = listen(host, port)  # before the model is loaded, which takes longer
-    engine = None
-    routes = page_routes(guards) + run_routes(None if runs is None else Path(runs))
+    engine, routes = None, []
     if model is not None:
         models = open_models(ModelFolder(model), adapters, **opening)
         limits = _limits(models, ModelFolder(model), slots, context, max_tokens)
         engine = Engine(models, slots, queue)
-        routes += Endpoint(models, engine, limits, guards).routes()
+        routes = Endpoint(models, engine, limits, guards).routes()
         say(f"models  {', '.join(models.all)}")
+    routes += page_routes(guards) + run_routes(None if runs is None else Path(runs))
     url = f"http://{'[::1]' if ':' in host else host}:{listening.getsockname()[1]}"
     say(f"ready   {url}   Ctrl-C ends it")
     with StopSignal() as signal:  # uvicorn handles the signal, ends in good order, and passes it on to this
         server_of(application(routes, guards, engine)).run(sockets=[listening])
     answered = "" if engine is None else f" after {engine.answered:,} answers"
     say(f"ended   by {signal.name or 'itself'}{answered}")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one. UsageError if it cannot be had."""
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
-        )
-    except OSError as error:
-        raise UsageError(f"{host} port {port}: {error.strerror}", "Give another --port or --host.") from None
-
-
-def server_of(app: Guard) -> uvicorn.Server:
-    """The server of an application; its run(sockets=[...]) ends after a signal, and in a thread when should_exit is set."""
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False, ws="none", lifespan="on"
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    app.closing = lambda: server.should_exit
-    return server
 
 
 def open_models(folder: ModelFolder, adapters: dict[str, str], **opening: Unpack[Opening]) -> Models:

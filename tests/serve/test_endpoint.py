@@ -296,16 +296,19 @@ def test_a_client_that_goes_gives_its_slot_back(models, slow, stream):
 
 def test_a_reader_that_does_not_read_is_left(models):
     """Its answer is larger than sockets and buffers are: after a while its requests end, and nobody else waits."""
-    with running(models, guards=Guards(write_timeout=0.3), slots=1, context=256) as (url, engine):
-        with stream_of(url, n=16, max_tokens=180, logprobs=True, top_logprobs=20) as stuck:
-            wait_until(lambda: len(engine._unfinished) == 16)
-            wait_until(lambda: not engine._unfinished)
-            assert post(url, json.dumps(GOOD)).status_code == 200
-            stuck.settimeout(10)
-            read = b""
-            while piece := stuck.recv(1 << 20):
-                read += piece
-            assert b"[DONE]" not in read
+    guards = Guards(write_timeout=0.3)
+    with (
+        running(models, guards=guards, slots=16, context=256) as (url, engine),
+        stream_of(url, n=16, max_tokens=180, logprobs=True, top_logprobs=20) as stuck,
+    ):
+        wait_until(lambda: len(engine._unfinished) == 16)
+        wait_until(lambda: not engine._unfinished)
+        assert post(url, json.dumps(GOOD)).status_code == 200
+        stuck.settimeout(10)
+        read = b""
+        while piece := stuck.recv(1 << 20):
+            read += piece
+        assert b"[DONE]" not in read
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,0 +1,30 @@
+"""A socket, and uvicorn on it."""
+
+import socket
+
+import uvicorn
+
+from ..errors import UsageError
+from .app import Guard
+
+GRACE = 30  # seconds for answers that are being written when a signal comes
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. UsageError if it cannot be had."""
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
+        )
+    except OSError as error:
+        raise UsageError(f"{host} port {port}: {error.strerror}", "Give another --port or --host.") from None
+
+
+def server_of(app: Guard) -> uvicorn.Server:
+    """The server of an application; its run(sockets=[...]) ends after a signal, and in a thread when should_exit is set."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False, ws="none", lifespan="on"
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    app.closing = lambda: server.should_exit
+    return server
