@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Unpack
 
+import torch
+
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..errors import OutOfMemory, UsageError
 from ..files.model_folder import ModelFolder
@@ -66,6 +68,12 @@ def open_models(folder: ModelFolder, adapters: dict[str, str], **opening: Unpack
         what = "--int8 rounds the merged weights, and cannot hold several models"
         raise UsageError(what, "Give --quant int8, or serve a folder that minilora merge wrote.")
     notes(folder_notes(folder, tokenizer))
+    if opening.get("compute", "auto") == "auto" and not opening.get("int8") and _on_cpu(opening.get("device")):
+        # oneDNN keeps machine code for every number of rows of a 16-bit product (machine/cpu.py): prompts have all lengths
+        opening["compute"] = "float32"
+        say(
+            "memory  computes in float32, in which it stays flat; --compute bfloat16 may be faster, and grows with every new length"
+        )
     decoder = open_model(folder, tokenizer, say=lambda how: say(f"compute {how}"), **opening)
     models = Models(decoder, name, tokenizer)
     for its, place in adapters.items():
@@ -74,6 +82,10 @@ def open_models(folder: ModelFolder, adapters: dict[str, str], **opening: Unpack
         notes({k: v for k, v in folder_notes(folder, own, adapter).items() if k in ("base", "tokens", "chat")}, its)
         models.add(its, adapter, own, bool(opening.get("any_base")), bool(opening.get("allow_partial")))
     return models
+
+
+def _on_cpu(device: str | None) -> bool:
+    return device.startswith("cpu") if device else not torch.cuda.is_available()
 
 
 def notes(lines: dict[str, str], about: str = "") -> None:
