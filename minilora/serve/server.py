@@ -41,19 +41,19 @@ def serve(
 
     Raises UsageError for a port that is taken, ModelError for what cannot be opened, OutOfMemory if the slots need too much.
     """
-    listening = listen(host, port)  # before the model is loaded, which takes longer
-    engine, routes = None, []
-    if model is not None:
-        models = open_models(ModelFolder(model), adapters, **opening)
-        limits = _limits(models, ModelFolder(model), slots, context, max_tokens)
-        engine = Engine(models, slots, queue)
-        routes = Endpoint(models, engine, limits, guards).routes()
-        say(f"models  {', '.join(models.all)}")
-    routes += page_routes(guards) + run_routes(None if runs is None else Path(runs))
-    url = f"http://{'[::1]' if ':' in host else host}:{listening.getsockname()[1]}"
-    say(f"ready   {url}   Ctrl-C ends it")
-    with StopSignal() as signal:  # uvicorn handles the signal, ends in good order, and passes it on to this
-        server_of(application(routes, guards, engine)).run(sockets=[listening])
+    with listen(host, port) as listening:  # before the model is loaded, which takes longer
+        engine, routes = None, []
+        if model is not None:
+            models = open_models(ModelFolder(model), adapters, **opening)
+            limits = _limits(models, ModelFolder(model), slots, context, max_tokens)
+            engine = Engine(models, slots, queue)
+            routes = Endpoint(models, engine, limits, guards).routes()
+            say(f"models  {', '.join(models.all)}")
+        routes += page_routes(guards) + run_routes(None if runs is None else Path(runs))
+        url = f"http://{'[::1]' if ':' in host else host}:{listening.getsockname()[1]}"
+        say(f"ready   {url}   Ctrl-C ends it")
+        with StopSignal() as signal:  # uvicorn handles the signal, ends in good order, and passes it on to this
+            server_of(application(routes, guards, engine)).run(sockets=[listening])
     answered = "" if engine is None else f" after {engine.answered:,} answers"
     say(f"ended   by {signal.name or 'itself'}{answered}")
 
