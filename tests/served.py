@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import make_model
@@ -42,7 +43,7 @@ def make_models(folder: Path) -> Models:
 @contextmanager
 def running(
     models: Models | None, runs: Path | None = None, guards: Guards = OPEN, slots: int = 4, queue: int = 16, context: int = 200
-) -> Iterator[tuple[str, Engine | None]]:  # fmt: skip
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """The address of a server, and its engine."""
     routes, engine = [], None
     if models is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Unpack
 
 from ..errors import UsageError
-from ..terminal import say
+from ..terminal import prints, say
 from .arguments import Arg
 from .shared_flags import Int8, Opening, Quant, adapter_folder, check_paths
 
@@ -72,8 +72,8 @@ def require_serve() -> None:
 
 
 def start_watch(run: str, port: int) -> None:
-    """Show a run on a port of this machine as long as this process lives; UsageError for a port that is taken. The first rank does it."""
-    if os.environ.get("RANK", "0") != "0":
+    """Show a run on a port of this machine as long as this process lives; UsageError for a port that is taken. Of several ranks, the first does it."""
+    if not prints():
         return
     require_serve()
     from ..serve.watch import watch

@@ -96,24 +96,6 @@ def free_gb(device: "torch.device", cgroup: Path = CGROUP) -> float:
     return free
 
 
-def free_gb(device: "torch.device", cgroup: Path = CGROUP) -> float:
-    """10^9 bytes that are free on a card, or that this process may still take of the machine's memory."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    info, free = Path("/proc/meminfo"), memory_gb(device)
-    if info.is_file():
-        free = next(
-            int(line.split()[1]) * 1024 / 1e9 for line in info.read_text().splitlines() if "MemAvailable" in line
-        )
-    try:  # the limit of the control group (version 2), where there is one
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(free, (limit - used) / 1e9)
-    except (OSError, ValueError):
-        return free
-
-
 def device_name(device: "torch.device") -> str:
     """What the system calls a card, or its processor."""
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .bodies import Asking, Limits, Refused, read_chat, read_completion
-from .engine import CANCELLED, FAILED, Busy, Engine
+from .engine import FAILED, Busy, Engine
 from .models import Models
 from .replies import Answer, Reply
 
@@ -108,11 +108,8 @@ class Endpoint:
             changed.clear()
             for index in indices:
                 for chunk in reply.chunks(index):
-                    reason = reply.answers[index].finish_reason
-                    if reason == FAILED:
+                    if reply.answers[index].finish_reason == FAILED:
                         raise Refused(500, "this request could not be computed; the server's log says why")
-                    if reason == CANCELLED:
-                        raise Refused(503, "the server is closing")
                     yield chunk
         if reply.asking.include_usage:
             yield reply.usage_chunk()
@@ -191,7 +188,7 @@ class Guard:
 
     def __init__(self, app: Any, guards: Guards):
         self.app, self.guards = app, guards
-        self.closing = lambda: False  # whether the server waits for its last answers
+        self.closing: Callable[[], bool] = lambda: False  # whether the server waits for its last answers
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":

@@ -210,10 +210,14 @@ def _messages(given: Any) -> list[dict]:
 
 def _content(content: Any, where: str) -> str:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [
+        part["text"]
+        for part in parts
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    ]
+    if len(texts) < len(parts):
         raise Refused(400, f"{where}: its content is neither a text nor a list of parts of type text", where)
-    return _sound("".join(texts), where)  # pyright: ignore[reportArgumentType]
+    return _sound("".join(texts), where)
 
 
 def _prompts(given: Any, model: Served) -> list[list[int]]:

@@ -29,7 +29,7 @@ class Engine:
         self.models, self.slots, self.queue = models, slots, queue
         self.waiting: deque[Asked] = deque()
         self.answered = 0
-        self._unfinished: set[Asked] = set()  # of the event loop alone
+        self.unfinished: set[Asked] = set()  # of the event loop alone
         self._arrived, self._closing = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -40,23 +40,23 @@ class Engine:
 
     async def __aexit__(self, *_) -> None:
         self._closing = True
-        for request in self._unfinished:
+        for request in self.unfinished:
             request.finish_reason = CANCELLED
         self._arrived.set()
         await asyncio.to_thread(self._thread.join)
 
     def submit(self, requests: Sequence[Asked]) -> None:
         """Let requests wait for a slot; raises Busy, and takes none, if that is more than the queue holds."""
-        if len(self._unfinished) + len(requests) > self.slots + self.queue:
+        if len(self.unfinished) + len(requests) > self.slots + self.queue:
             raise Busy
-        self._unfinished.update(requests)
+        self.unfinished.update(requests)
         self.waiting.extend(requests)
         self._arrived.set()
 
     def release(self, requests: Sequence[Asked]) -> None:
         """End requests that their owner needs no longer, finished or not."""
         for request in requests:
-            self._unfinished.discard(request)
+            self.unfinished.discard(request)
             request.finish_reason = request.finish_reason or CANCELLED
 
     def _run(self) -> None:

@@ -66,7 +66,7 @@ class Models:
         load_adapter(self.decoder, folder, any_base, allow_partial)
         self.decoder.eval()
         served = self.all[name] = Served(name, tokenizer, dict(adapters(self.decoder)))
-        self._bases |= {path: wrapper.base for path, wrapper in served.linears.items()}
+        self._bases |= {path: wrapper.get_submodule("base") for path, wrapper in served.linears.items()}
         self._mixed = {path: Mixed(base, path, self._rows) for path, base in self._bases.items()}
         self._install(self.base.linears)
 

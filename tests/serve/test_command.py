@@ -80,7 +80,7 @@ def test_it_ends_in_good_order(tmp_path):
             "length",
             "stop",
         )
-        assert process.wait() == 0 and "after 1 answers" in process.stdout.read()
+        assert "after 1 answers" in process.communicate()[0] and process.returncode == 0
     assert lines["models"] == "tiny" and "up to 200 tokens each" in lines["slots"]
 
 

@@ -18,7 +18,7 @@ from served import make_models, running
 import minilora
 import minilora.generate as loop
 from minilora.generate import generate
-from minilora.sampling import Sampling, random_of
+from minilora.sampling import GREEDY, Sampling, random_of
 from minilora.serve.app import Guards
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -46,15 +46,14 @@ def answer(models, tmp_path_factory):
     """answer(name, ids, max_tokens, ...): the ids that generate gives, each model loaded by itself."""
     loaded = {}
 
-    def ids(name: str, prompt: list[int], max_tokens: int, stop=frozenset({258}), sampling=None, generator=None):
+    def ids(name: str, prompt: list[int], max_tokens: int, stop=frozenset({258}), sampling=GREEDY, generator=None):
         folder = next(p for p in tmp_path_factory.getbasetemp().glob("served*"))
         if name not in loaded:
             loaded[name] = minilora.load_model(folder / "tiny", device="cpu")
             if name != "tiny":
                 minilora.load_adapter(loaded[name], folder / name)
             loaded[name].eval()
-        more = () if sampling is None else (sampling, generator)
-        return list(generate(loaded[name], prompt, set(stop), max_tokens, *more))
+        return list(generate(loaded[name], prompt, set(stop), max_tokens, sampling, generator))
 
     return ids
 
@@ -261,7 +260,7 @@ def test_a_full_queue_says_so(models):
         refused = next(f for f in found if f.status_code == 429)
         assert refused.headers["Retry-After"] == "1" and refused.json()["error"]["type"] == "rate_limit_error"
         assert post(url, json.dumps(GOOD | {"n": 3})).status_code == 429
-        assert post(url, ask).status_code == 200 and not engine._unfinished
+        assert post(url, ask).status_code == 200 and not engine.unfinished
 
 
 def stream_of(url: str, **more) -> socket.socket:
@@ -287,10 +286,10 @@ def slow(models, monkeypatch):
 def test_a_client_that_goes_gives_its_slot_back(models, slow, stream):
     with running(models, slots=1, queue=3) as (url, engine):
         cut = [stream_of(url, stream=stream) for _ in range(3)]
-        wait_until(lambda: len(engine._unfinished) == 3)
+        wait_until(lambda: len(engine.unfinished) == 3)
         for connection in cut:
             connection.close()
-        wait_until(lambda: not engine._unfinished)
+        wait_until(lambda: not engine.unfinished)
         assert post(url, json.dumps(GOOD)).status_code == 200 and engine.answered == 1
 
 
@@ -301,8 +300,8 @@ def test_a_reader_that_does_not_read_is_left(models):
         running(models, guards=guards, slots=16, context=256) as (url, engine),
         stream_of(url, n=16, max_tokens=180, logprobs=True, top_logprobs=20) as stuck,
     ):
-        wait_until(lambda: len(engine._unfinished) == 16)
-        wait_until(lambda: not engine._unfinished)
+        wait_until(lambda: len(engine.unfinished) == 16)
+        wait_until(lambda: not engine.unfinished)
         assert post(url, json.dumps(GOOD)).status_code == 200
         stuck.settimeout(10)
         read = b""
@@ -317,7 +316,7 @@ def test_an_answer_has_a_deadline(models, slow, stream):
         found = post(url, json.dumps(GOOD | {"max_tokens": 150, "stream": stream}))
         error = json.loads(found.text.split("data: ")[-1])["error"]
         assert error["code"] == "timeout" and found.status_code == (200 if stream else 504)
-        wait_until(lambda: not engine._unfinished)
+        wait_until(lambda: not engine.unfinished)
         assert post(url, json.dumps(GOOD)).status_code == 200
 
 
@@ -337,7 +336,7 @@ def test_a_pass_that_fails_takes_its_own_requests_with_it_alone(models, monkeypa
         assert (
             found.status_code == 500 and "no room" not in found.text and found.json()["error"]["type"] == "server_error"
         )
-        assert post(url, json.dumps(GOOD)).status_code == 200 and not engine._unfinished
+        assert post(url, json.dumps(GOOD)).status_code == 200 and not engine.unfinished
     assert "MemoryError: no room" in capsys.readouterr().err
 
 
@@ -345,5 +344,5 @@ def test_closing_ends_what_runs(models, slow):
     """A server that ends tells a client that still waits, once its grace is over."""
     with running(models, slots=1) as (url, engine), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, url, json.dumps(GOOD | {"max_tokens": 30}))
-        wait_until(lambda: len(engine._unfinished) == 1)
+        wait_until(lambda: len(engine.unfinished) == 1)
     assert answer.result().status_code == 200 and not engine._thread.is_alive()

@@ -20,7 +20,7 @@ def test_many_clients_share_full_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "choose", lambda requests: sizes.append(len(requests)) or choose(requests))
     with running(models, slots=8, queue=16) as (url, engine):
         load = asyncio.run(measure(url, os.getpid(), 40, 1.5, 24))
-        assert not engine._unfinished
+        assert not engine.unfinished
     assert set(load.answers) <= {"200", "429", "cut", "broken JSON: 400"} and {"200", "429"} <= set(load.answers), (
         load.answers
     )
