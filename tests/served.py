@@ -1,5 +1,6 @@
-"""A tiny model and its adapters behind a real server on a free port, in a thread."""
+"""A tiny model and its adapters behind a real server on a free port, in a thread; and the folder of a run."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,3 +61,17 @@ def running(
     finally:
         server.should_exit = True
         thread.join()
+
+
+def step(number: int, **more) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps({"step": number, "loss": 1 / number, "lr": 0.1} | more) + "\n"
+
+
+def make_run(folder: Path, steps: int = 3, of: int = 5) -> Path:
+    """The folder of a run that took some of its steps."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("lr: 0.1\n")
+    (folder / "data.json").write_text(json.dumps({"steps": of}))
+    (folder / "metrics.jsonl").write_text("".join(map(step, range(1, steps + 1))))
+    return folder

@@ -9,8 +9,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 browser = pytest.importorskip("playwright.sync_api")
 
-from served import make_models, running
-from test_runs import make_run, step
+from served import make_models, make_run, running, step
 
 from minilora.serve.app import Guards
 

@@ -10,21 +10,9 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from served import running
+from served import make_run, running, step
 
 from minilora.serve.runs import MOST_POINTS, Tail, thinned
-
-
-def step(number: int, **more) -> str:
-    return json.dumps({"step": number, "loss": 1 / number, "lr": 0.1} | more) + "\n"
-
-
-def make_run(folder: Path, steps: int = 3, of: int = 5) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("lr: 0.1\n")
-    (folder / "data.json").write_text(json.dumps({"steps": of}))
-    (folder / "metrics.jsonl").write_text("".join(map(step, range(1, steps + 1))))
-    return folder
 
 
 @pytest.fixture
