@@ -8,6 +8,7 @@ from ..errors import UsageError
 from .app import Guard
 
 GRACE = 30  # seconds for answers that are being written when a signal comes
+IDLE = 75  # seconds until an idle connection is closed: later than clients do, who could be sending at that moment
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -23,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
 def server_of(app: Guard) -> uvicorn.Server:
     """The server of an application; its run(sockets=[...]) ends after a signal, and in a thread when should_exit is set."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False, ws="none", lifespan="on"
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, timeout_keep_alive=IDLE, server_header=False, ws="none", lifespan="on"
     )  # fmt: skip
     server = uvicorn.Server(config)
     app.closing = lambda: server.should_exit
