@@ -24,7 +24,8 @@ def listen(host: str, port: int) -> socket.socket:
 def server_of(app: Guard) -> uvicorn.Server:
     """The server of an application; its run(sockets=[...]) ends after a signal, and in a thread when should_exit is set."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, timeout_keep_alive=IDLE, server_header=False, ws="none", lifespan="on"
+        app, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=IDLE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     app.closing = lambda: server.should_exit
