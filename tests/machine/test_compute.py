@@ -147,6 +147,14 @@ def test_few_rows_without_a_gradient(rows: int, dtype: torch.dtype):
     as_wrong_as(y.bfloat16(), plain, truth)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_with_a_bias_that_is_wide_already(rows: int):
+    """As an adapter's operation gives it: the same numbers as with the bias as it is stored."""
+    x, weight, bias = torch.randn(rows, 8), torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(frozen_linear(x, weight, bias.float()), frozen_linear(x, weight, bias))
+
+
 def answers(model: Decoder) -> list[int]:
     return list(generate(model, [5, 9, 2, 7], set(), 12))
 
