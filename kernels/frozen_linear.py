@@ -25,7 +25,7 @@ BLOCK_ROWS = 2048  # rows of a piece of a larger weight, such as the head
 def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + b [T, N] in the dtype of x, without a gradient; W, b in any floating dtype, or W quantised."""
     if x.shape[0] <= FEW_ROWS and weight.dtype == torch.bfloat16 and torch.is_inference_mode_enabled():
-        bias = None if bias is None else bias.to(weight.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)  # a caller may have widened it
         return _few_rows(x.to(weight.dtype), cast(Tensor, weight), bias).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if isinstance(weight, QuantizedWeight) and (y := weight.product(x, bias)) is not None:

@@ -5,8 +5,9 @@ request that is running: no prompt is padded, and nothing is computed twice.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class Request:
     ids: list[int] = field(default_factory=list)  # without the stop token
     finish_reason: str | None = None  # "stop", "length", or the caller's own
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, logits: Tensor) -> None:
+        """Take the next token, which was chosen from logits [V]."""
         if token in self.stop:
             self.finish_reason = "stop"
             return
@@ -42,15 +44,21 @@ class Request:
             self.finish_reason = "length"
 
 
+R = TypeVar("R", bound=Request)
+
+
 @torch.inference_mode()
-def decode(model: Decoder, waiting: deque[Request], slots: int = 1) -> Iterator[list[Request]]:
+def decode(
+    model: Decoder, waiting: deque[R], slots: int = 1, before: Callable[[list[R]], object] = lambda requests: None
+) -> Iterator[list[R]]:
     """Answer requests, at most `slots` at a time; yields the requests that each pass advanced.
 
-    A request leaves `waiting` when a slot is free. Between passes the caller may append to `waiting`, and may end a request
-    by giving it a finish_reason. Answers do not depend on what runs beside them, up to the rounding of the model's dtype.
+    A request leaves `waiting` when a slot is free. At any time the caller may append to `waiting`, and may end a request, waiting
+    or running, by giving it a finish_reason. `before` is called with the requests of each pass, whose rows are in that order: all
+    tokens of a prompt, or one. Answers do not depend on what runs beside them, up to the rounding of the model's dtype.
     """
     cache = Cache(model.config.layers, slots, model.head.device, model.virtual)
-    running: list[Request] = []
+    running: list[R] = []
     while True:
         for slot in reversed(range(len(running))):
             if running[slot].finish_reason:
@@ -60,24 +68,28 @@ def decode(model: Decoder, waiting: deque[Request], slots: int = 1) -> Iterator[
         new = _admit(waiting, slots - len(running))
         if not new and not running:
             return
+        passed = new or list(running)
+        before(passed)
         logits = _prefill(model, cache, new) if new else _advance(model, cache, running)
         running += new
-        passed = new or list(running)
         for r, row, likeliest in zip(passed, logits, logits.argmax(-1).tolist(), strict=True):
-            r.add(likeliest if r.sampling == GREEDY else choose(row, r.prompt + r.ids, r.sampling, r.generator))
+            r.add(likeliest if r.sampling == GREEDY else choose(row, r.prompt + r.ids, r.sampling, r.generator), row)
         yield passed
 
 
-def _admit(waiting: deque[Request], room: int) -> list[Request]:
+def _admit(waiting: deque[R], room: int) -> list[R]:
     """Take from the queue what the next prefill can hold."""
-    new, tokens = [], 0
+    new: list[R] = []
+    tokens = 0
     while waiting and len(new) < room and (not new or tokens + len(waiting[0].prompt) <= PREFILL_TOKENS):
-        new.append(waiting.popleft())
-        tokens += len(new[-1].prompt)
+        request = waiting.popleft()
+        if not request.finish_reason:
+            new.append(request)
+            tokens += len(request.prompt)
     return new
 
 
-def _prefill(model: Decoder, cache: Cache, requests: list[Request]) -> Tensor:
+def _prefill(model: Decoder, cache: Cache, requests: Sequence[Request]) -> Tensor:
     """Logits [requests, V] after prompts that the cache does not hold yet."""
     prefix_lens = [n for r in requests for n in model.prefix_lens(torch.tensor(r.prompt)) or ()] or None
     documents = cache.start([len(r.prompt) for r in requests], prefix_lens)
@@ -86,7 +98,7 @@ def _prefill(model: Decoder, cache: Cache, requests: list[Request]) -> Tensor:
     return model.to_logits(model(ids, documents, last))
 
 
-def _advance(model: Decoder, cache: Cache, requests: list[Request]) -> Tensor:
+def _advance(model: Decoder, cache: Cache, requests: Sequence[Request]) -> Tensor:
     """Logits [requests, V] after the newest token of each answer."""
     ids = torch.tensor([r.ids[-1] for r in requests], device=cache.device)
     return model.to_logits(model(ids, cache.extend()))

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 from functools import wraps
 from importlib import import_module
@@ -173,3 +174,50 @@ def test_clusters_are_started_by_words_that_torchrun_takes():
         parser = Parser(prog="minilora", allow_abbrev=False)
         add_arguments(parser, import_module(f"minilora.cli.{command}").run)
         parser.parse_args(flags)
+
+
+SERVE = (ROOT / "docs" / "serve.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The server of docs/serve.md, with another adapter on the demo's model, on a free port."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    from served import running
+
+    import minilora
+    from minilora.files.model_folder import ModelFolder
+    from minilora.serve.server import open_models
+
+    folder = tmp_path_factory.mktemp("serve") / "adapter"
+    model = minilora.load_model(ROOT / "minilora/demo/mini", device="cpu")
+    minilora.add_lora(model, r=2)
+    minilora.save_adapter(model, folder)
+    with running(open_models(ModelFolder(ROOT / "minilora/demo/mini"), {"archer": str(folder)}, device="cpu")) as (
+        url,
+        _,
+    ):
+        yield url
+
+
+@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", SERVE, re.DOTALL))
+def test_curl_runs_as_written(block: str, served: str):
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    command = ["bash", "-ec", block.replace("http://127.0.0.1:8000", served)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "temprature" in block:
+        assert f"    {told}\n" in SERVE
+        return
+    lines = [line.removeprefix("data: ") for line in told.splitlines() if line and line != "data: [DONE]"]
+    assert lines and not any("error" in json.loads(line) for line in lines)
+
+
+def test_the_openai_client_runs_as_written(served: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("openai")
+    (block,) = re.findall(r"```python\n(.*?)```", SERVE, re.DOTALL)
+    (tmp_path / "block.py").write_text(block.replace("http://127.0.0.1:8000", served))
+    runpy.run_path(str(tmp_path / "block.py"))
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["mini", "archer"] and "Mini" in told[0]

@@ -68,6 +68,15 @@ def test_requests_come_and_go_between_passes(model):
         assert request.ids == list(generate(model, request.prompt, stop, n, drawn, random_of(1, n)))
 
 
+def test_a_request_that_ends_before_its_turn_is_never_computed(model):
+    """And the caller hears of each pass before it runs: which requests are in it, in the order of its rows."""
+    first, never, last = (Request(p, {7}, 4) for p in PROMPTS[:3])
+    never.finish_reason, told = "cancelled", []
+    passed = list(decode(model, deque([first, never, last]), 2, lambda requests: told.append(list(requests))))
+    assert told == passed and not never.ids and all(never not in requests for requests in passed)
+    assert last.ids == list(generate(model, last.prompt, {7}, 4))
+
+
 def test_no_token_is_computed_twice_and_none_is_padding(model, monkeypatch):
     """Every pass is as long as its new tokens: the prompts once, then a token for each answer token but its last."""
     passes = []

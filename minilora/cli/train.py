@@ -7,6 +7,7 @@ from ..ranks.start import run_on, several
 from ..terminal import say
 from .arguments import Arg, Settings
 from .next_commands import next_commands
+from .serve import start_watch
 from .shared_flags import ConfigFile, GPUs, Recipe, check_paths, settings_of_file
 
 USAGE = "minilora train [RUN.yaml] [--SETTING VALUE ...]\n       minilora train --output RUN --resume"
@@ -25,6 +26,7 @@ def run(
     resume: Annotated[bool, Arg("go on from the newest checkpoint in --output")] = False,
     overwrite: Annotated[bool, Arg("delete what is in --output")] = False,
     gpus: GPUs = 1,
+    watch: Annotated[int | None, Arg("show the curves on this port of 127.0.0.1", "PORT", within=(0, 65535))] = None,
     **settings: Annotated[Any, Settings()],
 ) -> int:
     from pathlib import Path
@@ -45,6 +47,8 @@ def run(
     check_paths(resolved.model, None, resolved.data, resolved.encoding)
     if several(gpus):
         return run_on(gpus)
+    if watch is not None:
+        start_watch(resolved.output, watch)
     say(f"train   {resolved.model} on {resolved.data}" if resolved.model and resolved.data else "train")
     from ..train import train
 

@@ -1,0 +1,1 @@
+"""A model and its adapters behind an HTTP endpoint, and a page to talk with them and to watch runs."""
