@@ -57,9 +57,8 @@ def pairs_of(batch: Batch) -> int:
 class Objective(NamedTuple):
     """What a step makes small: a mean over units, and numbers that are logged beside it."""
 
-    numbers: Callable[
-        [Decoder, Batch], Tensor
-    ]  # sums over a stream: the loss, which gradients flow from; with it what is logged
+    # sums over a stream: the loss, which gradients flow from; with it what is logged
+    numbers: Callable[[Decoder, Batch], Tensor]
     units: Callable[[Batch], int]
     logged: tuple[str, ...] = ()
     passes: tuple[bool, ...] = (True,)  # over a stream, in turn: whether gradients flow

@@ -131,6 +131,7 @@ class Experts(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.seen |= routing.counts > 0
         first, last = projection(self.gate_up_proj), projection(self.down_proj)
+        assert first is not None and last is not None, "adapters on experts are LoRA's alone"
         return lora_experts(x, weights, routing, first, last, self.down_proj.output_needed)
 
 

@@ -103,8 +103,9 @@ class GatedDeltaNet(nn.Module):
         """[q | k | v] of all heads, z, b and a, of x [T, D]."""
         linears = [getattr(self, name) for name in self.packed_modules]
         if fused := projections(*linears):
-            return *lora_linear_group(x, fused[:2]), *lora_linear_group(x, fused[2:])
-        qkv, z, b, a = each(x, *linears)
+            (qkv, z), (b, a) = lora_linear_group(x, fused[:2]), lora_linear_group(x, fused[2:])
+        else:
+            qkv, z, b, a = each(x, *linears)
         return qkv, z, b, a
 
     def attend(self, qkv: Tensor, g: Tensor, beta: Tensor, context: Context) -> Tensor:

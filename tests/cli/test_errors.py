@@ -22,9 +22,9 @@ from minilora.config import TrainConfig, to_yaml
 from minilora.errors import MiniloraError, UsageError
 from minilora.files.atomic import verify_manifest
 from minilora.files.safetensors import SafetensorsFile, write_tensors
-from minilora.models.decoder import Decoder
 from minilora.run.snapshot import rotate, snapshots, step_of
 from minilora.settings import read_yaml, resolve
+from minilora.train import micro_batch
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -647,8 +647,7 @@ def test_a_prompt_that_is_no_utf8(cli, model):
 
 def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, model, rows, monkeypatch):
     """The fourth backward pass fails; the three steps before it are saved."""
-    step = Decoder.loss
-    calls = []
+    step, calls = micro_batch, []
 
     def failing(*args):
         calls.append(1)
@@ -656,7 +655,7 @@ def test_memory_that_runs_out_in_a_step_leaves_the_step_before(tmp_path, cli, mo
             raise torch.OutOfMemoryError("no more")
         return step(*args)
 
-    monkeypatch.setattr(Decoder, "loss", failing)
+    monkeypatch.setattr("minilora.train.micro_batch", failing)
     more = ("--save-every", "100", "--batch-size", "1", "--max-steps", "6")
     check(train(cli, tmp_path / "out", model, rows, *more), 7, "out of memory")
     assert intact(tmp_path / "out") == [3]
