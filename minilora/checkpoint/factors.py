@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Factors:
 
 
 def read_factors(folder: Folder) -> dict[str, Factors]:
-    """path of a linear -> its Factors; ModelError for a folder that is not plain LoRA, or has matrices that do not fit."""
+    """path of a linear -> its Factors, layer by layer; ModelError for a folder that is not plain LoRA, or has matrices that do not fit."""
     folder = ModelFolder.of(folder)
     j, path = folder.adapter_config, folder / ADAPTER_WEIGHTS
     refuse_what_is_not_lora(folder.path, j)
@@ -74,7 +75,12 @@ def read_factors(folder: Folder) -> dict[str, Factors]:
             told = ", ".join(f"lora_{which} {shape}" for which, shape in sorted(shapes.items()))
             raise ModelError(f"{path}: {name} has {told}", f"A [{r}, in] and B [out, {r}] belong there.")
         factors[name] = Factors(half["A"], half["B"], alpha / (math.sqrt(r) if j.get("use_rslora") else r))
-    return factors
+    return dict(sorted(factors.items(), key=lambda item: _by_layer(item[0])))
+
+
+def _by_layer(path: str) -> list[str | int]:
+    """A key that sorts layer 2 before layer 10, which a file has the other way round."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def _of_experts(

@@ -103,6 +103,19 @@ def test_ranks_of_known_spectra():
     assert [rank_for(s, share) for share in (0.5, 0.9, 0.91, 1.0)] == [1, 1, 2, 2]
 
 
+def test_layers_come_in_their_order(tmp_path, capsys):
+    base = make_model(tmp_path / "m", num_hidden_layers=11)
+    model = load_model(base)
+    add_lora(model, "q_proj", r=2)
+    for number, (_, linear) in enumerate(adapters(model)):
+        linear.lora_B.data.fill_(number + 1)
+    save_adapter(model, tmp_path / "adapter", base)
+    changes = inspect_adapter(tmp_path / "adapter").changes
+    assert [c.layer for c in changes] == [str(n) for n in range(11)]
+    assert main(["inspect", "adapter", str(tmp_path / "adapter")]) == 0
+    assert "layers 0 to 10" in capsys.readouterr().out
+
+
 def test_an_adapter_beside_itself_and_beside_another(planted, tmp_path):
     base, adapter = planted
     factors = read_factors(adapter)
