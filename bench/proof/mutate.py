@@ -159,6 +159,9 @@ EQUIVALENT = {
         "offsets are signed in some versions of Triton, on a GPU alone"
     ),
     ("dequantize", "dequantize", "cast forgotten", "b_codes.to(tl.int32)"): "the same; codes of 4 bits have no sign",
+    ("attention", "_cpu_backward", "cast forgotten", "part.squeeze(0).transpose(0, 1).to(q.dtype)"): (
+        "autograd casts a gradient to the dtype of its input"
+    ),
     ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
 }
 
