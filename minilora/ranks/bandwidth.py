@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..terminal import say
+
 SIZE = {"cpu": 1 << 24, "cuda": 1 << 28}  # bytes of the buffer
 ROUNDS = 5
 TIMEOUT = 60.0  # seconds for the processes to start, meet and be done
@@ -78,7 +80,7 @@ def _rank(folder: str, kind: str, count: int, rank: int) -> None:
     )
     found = measure(device)
     if rank == 0:
-        print(json.dumps(found.seconds))
+        say(json.dumps(found.seconds))
     dist.destroy_process_group()
 
 

@@ -7,7 +7,6 @@ while the others wait for it hangs.
 
 import json
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from ..terminal import printable
+from ..terminal import say
 from .start import SAVING
 
 PERIOD = 0.5  # seconds between two signs
@@ -103,7 +102,7 @@ class Watch(threading.Thread):
             self._judge(time.monotonic())
         if self.failed.is_set() and not self._done.wait(SAVING if self._noticed.wait(GRACE) else 0):
             if not self._noticed.is_set() and self.failure and self.speaks():
-                print(f"error: {printable(self.failure)}", file=sys.stderr, flush=True)
+                say(f"error: {self.failure}", quiet=True)
             os._exit(self.code)  # the main thread is in a call that does not come back
 
     def _exchange(self) -> None:

@@ -165,6 +165,7 @@ def test_what_is_given_is_not_made_again():
 
 
 def test_weights_in_four_bits():
+    torch.manual_seed(0)
     x, projections = made("all", torch.float32)
     x, projections = torch.randn(T, 64), [
         p._replace(weight=NF4Weight.of(torch.randn(*shape) * 0.1), bias=None,
@@ -173,7 +174,8 @@ def test_weights_in_four_bits():
     ]  # fmt: skip
     (op, matrices), (ref, _) = of(lora_mlp, projections), of(lora_mlp_ref, projections)
     found, expected = (run(f, (x, *matrices), range(7), torch.ones(T, 64)) for f in (op, ref))
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True):  # sums of some hundred terms in fp32, in another order
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("change", [{}, {"tokens": 0}])

@@ -239,7 +239,7 @@ def test_another_folder_is_left_alone(tmp_path):
 @pytest.mark.parametrize("name", [p.stem for p in RECIPES.glob("*.yaml")])
 def test_recipes_are_whole(tmp_path, name):
     full, small = (read_sweep(name, tmp_path, {}, smoke) for smoke in (False, True))
-    assert len(full.points) == len(small.points)
+    assert 1 <= len(small.points) <= len(full.points)
     for plan in (full, small):
         assert plan.test or all(point.config.val for point in plan.points)
     for point in small.points:

@@ -14,6 +14,8 @@ from minilora.kernels.dispatch import kernels_enabled, use_gemm
 from minilora.lora import LoRALinear
 from minilora.machine.kernel_paths import kernel_paths
 from minilora.models.layers import Linear
+from minilora.models.moe import SparseMLP
+from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Documents
 
 CPU = torch.device("cpu")
@@ -38,15 +40,21 @@ def graph(family: str, targets: str) -> tuple[set[str], list[str]]:
 @pytest.mark.parametrize("family", OWN)
 def test_the_lines_name_what_runs(family: str):
     found, lines = graph(family, "all-linear")
-    if family == "qwen3_5":  # its first layer is of another kind than its second
-        first = lines.pop(0)
-        assert first.startswith("layer 0: ") and first.endswith("; PyTorch gated delta rule") and "rope" not in first
-    assert len(lines) == 2 and lines[1].startswith("loss: Triton")
-    assert lines[0].startswith("layer 1: Triton " if family == "qwen3_5" else "layers 0 to 1: Triton ")
-    triton = lines[0].partition(";")[0]
+    *layers, loss = lines
+    model = tiny(family)
+    mixed = [isinstance(block.mlp, SparseMLP) for block in model.blocks if hasattr(block, "mlp")]
+    delta = isinstance(model.config, HybridConfig)  # its first layer is of another kind than its second
+    assert len(layers) == 1 + (delta or len(set(mixed)) > 1) and loss.startswith("loss: Triton")
+    assert layers[0].startswith("layers 0 to 1: Triton " if len(layers) == 1 else "layer 0: Triton ")
+    if delta:
+        assert "gated delta rule" in layers[0].partition(";")[2] and "rope" not in layers[0]
+    for number, line in enumerate(layers):
+        assert ("mlp.experts, one after the other" in line) == mixed[number]
+    triton, _, library = layers[-1].partition(";")
     assert any("_OnTriton" in name for name in found) and ("rms_norm" in triton) == (family != "chatglm")
-    assert "rope" in triton and "attention" in lines[0].partition(";")[2]
-    own = {"qwen": "attn.c_attn", "chatglm": "attention.query_key_value", "chatglm2": "self_attention.query_key_value"}
+    assert "rope" in triton and "attention" in library
+    own = {"qwen": "attn.c_attn", "chatglm": "attention.query_key_value", "chatglm2": "self_attention.query_key_value",
+           "glm4_moe_lite": "self_attn.q_a/kv_a_proj_with_mqa"}  # fmt: skip
     assert own.get(family, "self_attn.q/k/v") in triton
 
 
