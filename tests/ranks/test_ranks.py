@@ -136,7 +136,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_a_resumed_one_has_the_same_bits(
     assert losses(alone) == pytest.approx(losses(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("whom", ["torchrun", "rank 1", "all"])
+@pytest.mark.parametrize(
+    "whom", ["torchrun", pytest.param("rank 1", marks=pytest.mark.long), pytest.param("all", marks=pytest.mark.long)]
+)
 def test_a_signal_saves_once_and_ends_all(tmp_path: Path, whom: str):
     """Ctrl-C reaches torchrun alone, which passes it on; Slurm's SIGTERM reaches all, so that ranks get it twice."""
     out = tmp_path / "run"

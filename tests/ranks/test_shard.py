@@ -182,6 +182,7 @@ def test_a_base_that_is_trained_is_not_shared():
         check_shard(TrainConfig(shard="on", method="full"))
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_a_sharded_run(tmp_path: Path):
     out = tmp_path / "run"
     command = training(tmp_path, str(out), "--shard", "on")
