@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load_model": "checkpoint.load",
-    "save_model": "checkpoint.load",
+    "save_model": "checkpoint.save",
     "add_lora": "lora",
     "merge": "adapted",
     "set_dropout_keys": "lora",
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .checkpoint.adapter import load_adapter as load_adapter
     from .checkpoint.adapter import save_adapter as save_adapter
     from .checkpoint.load import load_model as load_model
-    from .checkpoint.load import save_model as save_model
     from .checkpoint.loftq import loftq_init as loftq_init
+    from .checkpoint.save import save_model as save_model
     from .finetuning import finetune as finetune
     from .generate import reply as reply
     from .lora import add_lora as add_lora

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.adapted import without_adapters
-from minilora.checkpoint.adapter import HARMLESS, READ, REFUSED
+from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, linears, set_dropout_keys

@@ -19,7 +19,8 @@ from ..files.atomic import atomic_folder
 from ..files.model_folder import check_folder, is_prefix_folder, read_json
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
-from .load import copy_companions, read_config
+from .load import read_config
+from .save import copy_companions
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

@@ -13,7 +13,8 @@ from ..errors import ModelError, UsageError
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
-from .adapter import PREFIX, by_pattern, path_and_half, refuse_what_is_not_lora
+from .adapter import PREFIX, path_and_half
+from .adapter_config import by_pattern, refuse_what_is_not_lora
 from .expert_adapters import STACKED, from_stacked
 from .load import check_finite
 

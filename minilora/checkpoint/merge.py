@@ -30,9 +30,10 @@ from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant, trained_quant
 from .experts import Place, by_weight, in_files, places
-from .load import SHARD_BYTES, carried, load_model, write_checkpoint
+from .load import load_model
 from .open_model import folder_notes
 from .quantized import QUANTS, described, quant_of
+from .save import SHARD_BYTES, carried, write_checkpoint
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.adapter import save_adapter
-from ..checkpoint.load import save_model
+from ..checkpoint.save import save_model
 from ..console import Console
 from ..errors import Diverged, OutOfMemory, RankLost, Stopped
 from ..experts import seen_note

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..adapted import adapted
 from ..checkpoint.adapter import factors_of, fill_adapter_folder
-from ..checkpoint.load import write_checkpoint
 from ..checkpoint.method_folder import file_keys, state_beside
+from ..checkpoint.save import write_checkpoint
 from ..errors import CheckpointMismatch
 from ..files.atomic import atomic_folder, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS

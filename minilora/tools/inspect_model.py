@@ -11,17 +11,9 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.load import (
-    CARRIED,
-    COMPANIONS,
-    check_shapes,
-    classes_of,
-    empty_model,
-    keys_not_read,
-    own_code,
-    read_config,
-)
+from ..checkpoint.load import check_shapes, classes_of, empty_model, keys_not_read, read_config
 from ..checkpoint.quantized import Stored
+from ..checkpoint.save import CARRIED, COMPANIONS, own_code
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import INDEX

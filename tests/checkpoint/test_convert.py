@@ -16,8 +16,8 @@ from tiny import make_model
 import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.convert import BIN, BIN_INDEX
-from minilora.checkpoint.load import INDEX
 from minilora.checkpoint.unpickle import rewrite
+from minilora.files.tensors import INDEX
 
 
 @pytest.fixture

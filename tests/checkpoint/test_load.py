@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.checkpoint.load import load_model, read_config, save_model, write_checkpoint
+from minilora.checkpoint.load import load_model, read_config
+from minilora.checkpoint.save import save_model, write_checkpoint
 from minilora.errors import ModelError, UsageError
 from minilora.files.atomic import atomic_folder
 from minilora.files.safetensors import SafetensorsFile, write_tensors

@@ -5,7 +5,7 @@ from pathlib import Path
 from tiny import make_model
 
 import minilora
-from minilora.checkpoint.load import copy_companions, own_code
+from minilora.checkpoint.save import copy_companions, own_code
 
 CODE = "raise SystemExit('this was run')\n"
 

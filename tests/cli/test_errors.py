@@ -17,11 +17,11 @@ from tiny import ROWS, make_model, make_rows
 
 import minilora.train
 from minilora.__main__ import COMMANDS, main
-from minilora.checkpoint.load import INDEX
 from minilora.config import TrainConfig, to_yaml
 from minilora.errors import MiniloraError, UsageError
 from minilora.files.atomic import verify_manifest
 from minilora.files.safetensors import SafetensorsFile, write_tensors
+from minilora.files.tensors import INDEX
 from minilora.run.snapshot import rotate, snapshots, step_of
 from minilora.settings import read_yaml, resolve
 from minilora.train import micro_batch

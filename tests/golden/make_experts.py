@@ -75,6 +75,7 @@ def make(folder: Path, modules: list[str], parameters: list[str]) -> None:
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
     out = adapted(ids, labels=labels)
     out.loss.backward()
+    adapted.peft_config["default"].base_model_name_or_path = folder.name  # no path of the machine
     adapted.save_pretrained(folder / "adapter")
     grads = {
         f"grad.{name.replace('.default.', '.')}": p.grad.contiguous()

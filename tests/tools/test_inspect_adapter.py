@@ -25,6 +25,10 @@ from minilora.tools.inspect_adapter import (
 )
 
 
+def inspecting(*words: object) -> list[str]:
+    return ["inspect", "adapter", *map(str, words)]
+
+
 def delta(f: Factors) -> Tensor:
     return f.scale * f.b @ f.a
 
@@ -155,17 +159,7 @@ def test_a_run_has_a_start_and_checkpoints(tmp_path, capsys):
 def test_a_smaller_adapter_is_written_and_its_loss_told(planted, tmp_path, capsys):
     base, adapter = planted
     rows = make_rows(tmp_path / "rows.json")
-    command = [
-        "inspect",
-        "adapter",
-        str(adapter),
-        "--model",
-        str(base),
-        "--to-rank",
-        "16",
-        "--output",
-        str(tmp_path / "same"),
-    ]
+    command = inspecting(adapter, "--model", base, "--to-rank", "16", "--output", tmp_path / "same")
     assert main([*command, "--data", str(rows)]) == 0
     losses = [line.split()[2] for line in capsys.readouterr().out.splitlines() if " loss " in line]
     assert len(losses) == 3 and losses[1] == losses[2] != losses[0]
@@ -180,18 +174,7 @@ def test_a_smaller_adapter_is_written_and_its_loss_told(planted, tmp_path, capsy
 def test_json_and_page(planted, tmp_path, capsys):
     base, adapter = planted
     page = tmp_path / "<b>.html"
-    command = [
-        "inspect",
-        "adapter",
-        str(adapter),
-        "--model",
-        str(base),
-        "--against",
-        str(adapter),
-        "--html",
-        str(page),
-        "--json",
-    ]
+    command = inspecting(adapter, "--model", base, "--against", adapter, "--html", page, "--json")
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["changes"]) == 8 and found["changes"][0]["base"]["relative"] > 0

@@ -1,0 +1,142 @@
+"""PEFT's adapter_config.json: what of it is read, what is refused, and which linears its names and patterns mean."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minilora.models.moe import ExpertLinear
+
+from ..errors import ModelError, quote
+from ..files.model_folder import ADAPTER_CONFIG as CONFIG
+from ..lora import Base
+
+# keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
+REFUSED = (
+    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
+    "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+READ = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
+    "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "target_parameters",
+)  # fmt: skip
+# how an adapter began or was run, and what the names of its tensors say as well
+HARMLESS = (
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
+
+
+def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
+    kind = j.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{folder / CONFIG}: peft_type is {kind!r}", "Only LORA adapters can be read.")
+    start = j.get("init_lora_weights")
+    exact = start == "pissa" and not j.get("use_dora")  # what was taken out of the base can be found again
+    if (
+        isinstance(start, str)
+        and not exact
+        and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    ):
+        raise ModelError(
+            f"{folder / CONFIG}: init_lora_weights {start[:40]!r} changes the base weights",
+            "Convert the adapter with PEFT (path_initial_model_for_weight_conversion) to plain LoRA.",
+        )
+    names = j.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{folder / CONFIG}: target_parameters is {quote(str(names))}", "Names belong there.")
+    used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
+    if used:
+        raise ModelError(
+            f"{folder / CONFIG} uses {', '.join(used)}", "Only plain LoRA can be read: merge it with PEFT first."
+        )
+    unknown = [
+        quote(key) for key in j if key not in {*READ, *HARMLESS, *REFUSED} and j[key] not in (None, False, "", [], {})
+    ]
+    if unknown:
+        raise ModelError(
+            f"{folder / CONFIG} has keys that are not known here: {', '.join(unknown[:6])}",
+            "Take them out if they mean nothing; else merge the adapter with what it was made by.",
+        )
+    if j.get("use_rslora") not in (None, True, False):
+        raise ModelError(f"{folder / CONFIG}: use_rslora is {j['use_rslora']!r}", "true or false belongs there.")
+    dropout = j.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ModelError(f"{folder / CONFIG}: lora_dropout is {dropout!r}", "A number from 0 to below 1 belongs there.")
+    for key, pattern, kinds in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
+        patterns = j.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ModelError(
+                f"{folder / CONFIG}: {pattern} is {patterns!r}", "An object of patterns and numbers belongs there."
+            )
+        values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
+        for name, value in values.items():
+            if type(value) not in kinds or not 0 < value < 1e30:
+                raise ModelError(f"{folder / CONFIG}: {name} is {value!r}", "A positive number belongs there.")
+
+
+def named_by(folder: Path, j: dict[str, Any], targets: dict[str, Base], held: Iterable[str]) -> list[str]:
+    """The paths of the linears that a config's target_modules and layers_to_transform mean, as PEFT reads them.
+
+    A pattern that is not simple enough to be tried is taken to mean every layer's linears of the names that the file holds.
+    """
+    wanted, layers, left_out = j.get("target_modules"), j.get("layers_to_transform"), j.get("exclude_modules")
+    parameters = j.get("target_parameters") or []
+    for key, value in (("target_modules", wanted), ("exclude_modules", left_out)):
+        if value is not None and not isinstance(value, (str, list)):
+            raise ModelError(
+                f"{folder / CONFIG}: {key} is {quote(str(value))}", "Names of modules or a pattern belong there."
+            )
+    if layers is not None:
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(layers, list) or not all(type(n) is int for n in layers):
+            raise ModelError(
+                f"{folder / CONFIG}: layers_to_transform is {quote(str(layers))}", "Numbers of layers belong there."
+            )
+    if wanted is None:
+        return []
+    leaves, found = {path.split(".")[-1] for path in held}, []
+    # gate_proj means those of experts too only where the file has any: PEFT leaves them out in some families
+    experts = any(isinstance(targets.get(path), ExpertLinear) for path in held)
+    for path, linear in targets.items():
+        stack = isinstance(linear, ExpertLinear)
+        names = [path, *(f"{path.rpartition('.')[0]}.0.{part}" for part in linear.parts)] if stack else [path]
+        module = (experts or not stack) and (wanted == "all-linear" or any(meant(wanted, n, leaves) for n in names))
+        module &= layers is None or bool({int(part) for part in path.split(".") if part.isdigit()} & set(layers))
+        if module or meant(parameters, as_parameter(path, linear), leaves):
+            found.append(path)
+    # a pattern that cannot be tried leaves out what the file does not hold
+    return [path for path in found if left_out is None or not meant(left_out, path, {path.split(".")[-1]} - leaves)]
+
+
+def as_parameter(path: str, linear: Base) -> str:
+    """The name of a linear's weight in target_parameters and in patterns for it."""
+    return path if isinstance(linear, ExpertLinear) else f"{path}.weight"
+
+
+def meant(wanted: str | list[str], path: str, leaves: set[str]) -> bool:
+    """Whether a linear is among those that names or a pattern stand for; leaves: last names that a pattern too complex to try means."""
+    if isinstance(wanted, list):
+        return any(path == name or path.endswith(f".{name}") for name in wanted)
+    return re.fullmatch(wanted, path) is not None if _is_plain(wanted) else path.split(".")[-1] in leaves
+
+
+def _is_plain(pattern: str) -> bool:
+    """Whether a stranger's pattern is short and simple enough that matching cannot take for ever: no repeated group, few repetitions."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return len(pattern) <= 200 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+?{]", pattern)) <= 2
+
+
+def by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
+    for pattern, value in (j.get(key) or {}).items():
+        if not _is_plain(pattern):
+            what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
+            raise ModelError(what, "Use the modules' names.")
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default

@@ -1,0 +1,124 @@
+"""Writing a checkpoint as a Hugging Face folder: tensors in shards, and the small files that belong to the model."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.kernels.quantized import weight_as
+from minilora.models.decoder import Decoder
+from minilora.models.layers import Adapted
+
+from ..errors import UsageError
+from ..experts import expert_linears
+from ..files.atomic import atomic_folder
+from ..files.model_folder import MAX_JSON, ModelFolder
+from ..files.safetensors import write_safetensors
+from ..files.tensors import INDEX
+from ..lora import base_parameters
+from .experts import by_weight, in_files, places
+from .quantized import plain_config
+
+WIDE = re.compile(r".*\.(A_log|dt_bias)")  # in fp32 whatever the dtype of a model
+# what a folder holds beside its language model, which a merged folder has as well: vision, and the prediction of several tokens
+CARRIED = re.compile(r"(model\.visual|mtp)\..+")
+SHARD_BYTES = 5_000_000_000
+# what a folder holds beside weights and belongs to the model
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
+    "ice_text.model", "qwen.tiktoken",
+)  # fmt: skip
+
+
+def write_checkpoint(
+    folder: Path,
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    companions: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Fill an empty folder with a checkpoint: the tensors in shards of at most shard_bytes, and the companion files.
+
+    `tensor(name)` is asked for one tensor at a time. The small files (config, tokenizer) are copied from `companions`.
+    """
+    shards: list[list[str]] = [[]]
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in shapes.items()}
+    for name in shapes:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shapes, tensor)
+    else:
+        places = {}
+        for i, names in enumerate(shards, 1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(folder / file, {n: shapes[n] for n in names}, tensor)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    copy_companions(companions, folder)
+    j = ModelFolder(companions).config
+    if j.keys() != plain_config(j).keys():
+        (folder / "config.json").write_text(json.dumps(plain_config(j), indent=2) + "\n")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the small files of a model's folder, and its own Python code as data: it is never run or imported here."""
+    for name in [*COMPANIONS, *own_code(source)]:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def own_code(folder: Path) -> list[str]:
+    """The names of the Python files directly in a folder; links only within it, or within its Hugging Face cache."""
+    here = folder.resolve()
+    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+    files = [p for p in sorted(folder.glob("*.py")) if p.is_file() and p.resolve().parent in homes]
+    return [p.name for p in files if p.stat().st_size <= MAX_JSON]
+
+
+def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
+
+    The config and tokenizer files, and tensors beside the language model, are copied from the folder `companions`, the one the
+    model was loaded from.
+    """
+    parameters = base_parameters(model)
+    if any(isinstance(m, Adapted) for m in model.modules()):
+        raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
+    own, source = model.config.dtype, ModelFolder(companions)
+    wide = torch.promote_types(own, torch.float32)
+    shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
+    kept = carried(source)
+    beside = source.tensors.shapes if has_weights(source.path) else {}
+    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in beside.items()})
+
+    def tensor(name: str) -> Tensor:
+        if name in of_experts:
+            place = of_experts[name]
+            return place.tensor(weight_as(parameters[place.name], own, place.rows).detach())
+        if name in parameters:
+            return weight_as(parameters[name], shapes[name][0]).detach()
+        with source.tensors.reading(name) as value:
+            return value.clone()
+
+    with atomic_folder(Path(folder)) as stage:
+        written = in_files(by_weight(of_experts), shapes) | kept
+        write_checkpoint(stage, written, tensor, source.path, shard_bytes)
+
+
+def carried(folder: ModelFolder) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of what a folder holds beside its language model; of a folder without weights, none."""
+    if not has_weights(folder.path):
+        return {}
+    return {name: entry for name, entry in folder.tensors.shapes.items() if CARRIED.fullmatch(name)}
+
+
+def has_weights(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in (INDEX, "model.safetensors"))
