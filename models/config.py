@@ -42,6 +42,7 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    learned_positions: bool = False  # a document has at most max_positions tokens, for there is nothing beyond
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -46,6 +46,10 @@ USED: dict[str, set[str]] = {
     },
     "qwen2_moe": QWEN | QWEN_MOE | {"shared_expert_intermediate_size"},
     "qwen3_moe": (QWEN | QWEN_MOE) - {"max_window_layers"},
+    "gpt2": {
+        "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size",
+        "layer_norm_epsilon", "activation_function",
+    },
     "chatglm2": SHARED | {
         "_name_or_path", "rope_ratio", "multi_query_attention", "rmsnorm", "post_layer_norm", "add_bias_linear",
         "apply_residual_connection_post_layernorm", "original_rope", "num_layers", "multi_query_group_num", "kv_channels",
@@ -74,7 +78,7 @@ HARMLESS = {
     "output_hidden_states", "output_scores", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward",
     "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "attn_implementation", "use_flash_attn",
     "use_cache_kernel", "onnx_safe", "gradient_checkpointing", "pretraining_tp", "bias_dropout_fusion", "attention_softmax_in_fp32",
-    "apply_query_key_layer_scaling", "softmax_in_fp32", "quantization_embeddings", "prefix_projection",
+    "apply_query_key_layer_scaling", "softmax_in_fp32", "reorder_and_upcast_attn", "quantization_embeddings", "prefix_projection",
     # of a loss that keeps experts evenly loaded, and of layers that predict several tokens at once: neither is here
     "output_router_logits", "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
     "max_window_layers",  # where there are no windows

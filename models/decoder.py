@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         x = self.embedding(ids).to(self.compute_dtype)
         if self.virtual is not None:
             x, documents, index = self.virtual(x, documents, index)
-        context = self.context(documents, x.dtype)
+        x, context = self.positioned(x, documents), self.context(documents, x.dtype)
         offload = Offload(x.device) if self.offload else None
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -97,6 +97,10 @@ class Decoder(nn.Module):
             else:
                 x = block(x, context)
         return self.norm(x if index is None else x.index_select(0, index))
+
+    def positioned(self, x: Tensor, documents: Documents) -> Tensor:
+        """x [T, D] with what a family adds for positions: nothing where queries and keys rotate."""
+        return x
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed cross-entropy of a batch in nats, a scalar that gradients flow from."""

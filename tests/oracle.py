@@ -125,6 +125,9 @@ OWN = {
         "vocab_size": 61, "hidden_size": 24, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "kv_channels": 6, "seq_length": 10, "dtype": "float32",
     },
+    "gpt2": {
+        "vocab_size": 61, "n_embd": 24, "n_inner": 40, "n_layer": 2, "n_head": 4, "n_positions": 64, "dtype": "float32",
+    },
     "chatglm2": {
         "padded_vocab_size": 61, "hidden_size": 24, "ffn_hidden_size": 40, "num_layers": 2, "num_attention_heads": 4,
         "kv_channels": 8, "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True,
@@ -151,7 +154,7 @@ WIDE = {  # changes that make widths which the kernels take
         "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
         "v_head_dim": 16,
     },
-    "qwen": _WIDE | {"kv_channels": 16, "intermediate_size": 192},
+    "qwen": _WIDE | {"kv_channels": 16, "intermediate_size": 192}, "gpt2": {"n_embd": 64, "n_inner": 96},
     "chatglm2": {"hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16}, "chatglm": {"hidden_size": 64, "inner_hidden_size": 96},
 }  # fmt: skip
 

@@ -433,7 +433,6 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_wanted(tmp_path:
         {"modules_to_save": ["lm_head"]},
         {"peft_type": "LOHA"},
         {"peft_type": None},
-        {"fan_in_fan_out": True},
         {"layer_replication": [[0, 2]]},
         {"trainable_token_indices": [3]},
         {"target_parameters": "experts"},

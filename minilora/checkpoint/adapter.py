@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.models.decoder import Decoder
+from minilora.models.gpt2 import Conv1D
 from minilora.models.moe import ExpertLinear
 
 from ..errors import ModelError, quote
@@ -148,7 +149,7 @@ def _config(wrapped: dict[str, LoRALinear], without: list[str], base: str, singl
         "rank_pattern": {names[p]: n for p, n in ranks.items() if n != r},
         "alpha_pattern": {names[p]: _number(x) for p, x in alphas.items() if x != alpha},
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(w.base, Conv1D) for w in wrapped.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,

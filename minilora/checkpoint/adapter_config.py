@@ -13,7 +13,7 @@ from ..lora import Base
 
 # keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
 REFUSED = (
-    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
+    "lora_bias", "modules_to_save", "layer_replication",
     "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
     "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
@@ -21,8 +21,9 @@ READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
     "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "target_parameters",
 )  # fmt: skip
-# how an adapter began or was run, and what the names of its tensors say as well
+# how an adapter began or was run, and what the names of its tensors, or the base, say as well
 HARMLESS = (
+    "fan_in_fan_out",  # the base's weights lie transposed in files
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip

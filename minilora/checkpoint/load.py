@@ -19,7 +19,7 @@ from torch import Tensor
 from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
-from minilora.models import chatglm, chatglm2, glm, glm_moe, qwen, qwen1, qwen3_5, qwen3_next, qwen_moe
+from minilora.models import chatglm, chatglm2, glm, glm_moe, gpt2, qwen, qwen1, qwen3_5, qwen3_next, qwen_moe
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
 from minilora.models.config_keys import check_keys, unknown_keys
@@ -29,12 +29,11 @@ from minilora.models.layers import pack_weights
 from minilora.models.quantized import pack_codes, quantize_linears
 
 from ..errors import ModelError, UsageError, quote
-from ..experts import expert_linears
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import fold
 from ..lora import base_parameters, linears
 from ..machine.compute import choose
-from .experts import by_weight, in_files, places
+from .places import by_weight, in_files, places
 from .quantized import FORMS, QUANTS, Stored, format_of
 from .refused import refusal
 from .save import CARRIED
@@ -45,6 +44,7 @@ FAMILIES = {
     "qwen3_5": qwen3_5, "qwen3_5_text": qwen3_5,
     "qwen3_next": qwen3_next, "qwen3_5_moe": qwen3_next, "qwen3_5_moe_text": qwen3_next,
     "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "glm4_moe": glm_moe, "glm4_moe_lite": glm_moe,
+    "gpt2": gpt2,
 }  # fmt: skip
 # the first of these that a folder has, in any layer, one tensor or two, tells its family: the order matters
 SIGNATURES = {
@@ -57,6 +57,7 @@ SIGNATURES = {
     "qwen3_moe": "model.layers.0.mlp.gate.weight",
     "chatglm2": "transformer.encoder.layers.0.self_attention.query_key_value.weight",
     "chatglm": "transformer.layers.0.attention.query_key_value.weight",
+    "gpt2": "transformer.wpe.weight",
     "qwen": "transformer.h.0.attn.c_attn.weight",
     "glm4": "model.layers.0.post_self_attn_layernorm.weight",
     "glm": "model.layers.0.mlp.gate_up_proj.weight",
@@ -272,9 +273,8 @@ def find_device(name: str | torch.device | None) -> torch.device:
 def check_shapes(model: Decoder, stored: Stored) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
     tensors, wanted = stored.tensors, {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()}
-    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in tensors.shapes.items()})
-    stored.experts = by_weight(of_experts)
-    wanted = {name: shape for name, (_, shape) in in_files(stored.experts, wanted).items()}
+    stored.places = by_weight(places(model, {name: shape for name, (_, shape) in tensors.shapes.items()}))
+    wanted = {name: shape for name, (_, shape) in in_files(stored.places, wanted).items()}
     found = {n: about for n, about in stored.logical(wanted).items() if not _after_the_last(n, model.config)}
     _check_kind(model.config.family, tensors.folder, found, stored)
     problems = []

@@ -21,7 +21,6 @@ from minilora.models.quantized import widen_linears
 
 from ..adapted import adapted, require_mergeable, without_adapters
 from ..errors import DiskError, ModelError, OutputInUse
-from ..experts import expert_linears
 from ..files.atomic import atomic_folder
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
@@ -29,9 +28,9 @@ from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant, trained_quant
-from .experts import Place, by_weight, in_files, places
 from .load import load_model
 from .open_model import folder_notes
+from .places import Place, by_weight, in_files, places
 from .quantized import QUANTS, described, quant_of
 from .save import SHARD_BYTES, carried, write_checkpoint
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
@@ -76,11 +75,11 @@ def merge_folder(
     prompts = prompt_ids(tokenizer)
     changed = {f"{path}.{name}": (module, name) for path, module in adapted(decoder) for name in module.merges}
     shapes, widened = model.tensors.shapes, {}
-    of_experts = places(expert_linears(decoder), {name: shape for name, (_, shape) in shapes.items()})
+    elsewhere = places(decoder, {name: shape for name, (_, shape) in shapes.items()})
     if bits != "off":
         widened = base_parameters(decoder)
         own = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
-        shapes = in_files(by_weight(of_experts), own) | carried(model)
+        shapes = in_files(by_weight(elsewhere), own) | carried(model)
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
@@ -90,7 +89,7 @@ def merge_folder(
         )
 
     def tensor(name: str) -> Tensor:
-        place = of_experts.get(name) or Place(name, slice(None), shapes[name][1])
+        place = elsewhere.get(name) or Place(name, slice(None), shapes[name][1])
         with nullcontext() if place.name in widened else model.tensors.reading(name) as found:
             plain = (
                 place.tensor(weight_as(widened[place.name], shapes[name][0], place.rows)) if found is None else found

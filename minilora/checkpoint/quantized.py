@@ -27,7 +27,7 @@ from minilora.models.quantized import quantized_weights
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..files.tensors import Tensors
-from .experts import Place
+from .places import Place
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
@@ -113,7 +113,7 @@ class Stored:
     def __init__(self, tensors: Tensors, form: str | None):
         self.tensors, self.form = tensors, form
         self.parts = {name: self._parts(name) for name in tensors.shapes if name.endswith(".weight") and self._is(name)}
-        self.experts: dict[str, list[tuple[str, Place]]] = {}  # by weight, where those of experts lie
+        self.places: dict[str, list[tuple[str, Place]]] = {}  # by weight, of those that lie otherwise (places.py)
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Self:
@@ -151,12 +151,19 @@ class Stored:
     @contextmanager
     def reading(self, name: str, shape: torch.Size) -> Iterator[Weight]:
         """A context with the tensor of that name, mapped, or the quantised weight [N, K] that it is the codes of."""
-        if name in self.parts:
-            yield self._read(name, shape)
-        elif name in self.experts:
+        if name in self.places and name not in self.parts:
             yield self._stack(name, shape)
         else:
-            with self.tensors.reading(name) as value:
+            with self._reading(name, shape) as value:
+                yield value
+
+    @contextmanager
+    def _reading(self, file: str, shape: torch.Size) -> Iterator[Weight]:
+        """The same by the name that it has in the folder."""
+        if file in self.parts:
+            yield self._read(file, shape)
+        else:
+            with self.tensors.reading(file) as value:
                 yield value
 
     @contextmanager
@@ -181,10 +188,10 @@ class Stored:
             )
 
     def _stack(self, name: str, shape: torch.Size) -> Tensor:
-        """The weight [E N, K] of all experts, from the tensors that it is made of; quantised ones are widened."""
+        """A weight from the tensors of the folder that it is made of; quantised ones are widened."""
         whole: Tensor | None = None
-        for file, place in self.experts[name]:
-            with self.reading(file, torch.Size(place.shape)) as value:
+        for file, place in self.places[name]:
+            with self._reading(file, torch.Size(place.shape)) as value:
                 plain = value.weight_as(torch.float32) if isinstance(value, QuantizedWeight) else value
                 whole = plain.new_empty(shape) if whole is None else whole
                 whole[place.rows] = place.matrix(plain)

@@ -14,13 +14,12 @@ from minilora.models.decoder import Decoder
 from minilora.models.layers import Adapted
 
 from ..errors import UsageError
-from ..experts import expert_linears
 from ..files.atomic import atomic_folder
 from ..files.model_folder import MAX_JSON, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX
 from ..lora import base_parameters
-from .experts import by_weight, in_files, places
+from .places import by_weight, in_files, places
 from .quantized import plain_config
 
 WIDE = re.compile(r".*\.(A_log|dt_bias)")  # in fp32 whatever the dtype of a model
@@ -97,19 +96,19 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
     kept = carried(source)
     beside = source.tensors.shapes if has_weights(source.path) else {}
-    of_experts = places(expert_linears(model), {name: shape for name, (_, shape) in beside.items()})
+    found = places(model, {name: shape for name, (_, shape) in beside.items()})
 
     def tensor(name: str) -> Tensor:
-        if name in of_experts:
-            place = of_experts[name]
-            return place.tensor(weight_as(parameters[place.name], own, place.rows).detach())
+        if name in found:
+            place = found[name]
+            return place.tensor(weight_as(parameters[place.name], shapes[place.name][0], place.rows).detach())
         if name in parameters:
             return weight_as(parameters[name], shapes[name][0]).detach()
         with source.tensors.reading(name) as value:
             return value.clone()
 
     with atomic_folder(Path(folder)) as stage:
-        written = in_files(by_weight(of_experts), shapes) | kept
+        written = in_files(by_weight(found), shapes) | kept
         write_checkpoint(stage, written, tensor, source.path, shard_bytes)
 
 

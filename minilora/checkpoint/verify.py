@@ -64,8 +64,9 @@ def wide_logits_of(model: Decoder, prompts: list[Tensor]) -> list[Tensor]:
     wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
     streams, contexts = [], []
     for ids in prompts:
-        streams.append(model.embedding(ids.to(device)).to(wide))
-        contexts.append(model.context(Documents.of([len(ids)], model.prefix_lens(ids)).to(device), wide))
+        documents = Documents.of([len(ids)], model.prefix_lens(ids)).to(device)
+        streams.append(model.positioned(model.embedding(ids.to(device)).to(wide), documents))
+        contexts.append(model.context(documents, wide))
     for block in model.blocks:
         widened = copy.deepcopy(block).to(wide)
         streams = [widened(x, context) for x, context in zip(streams, contexts, strict=True)]

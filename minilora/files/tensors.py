@@ -12,7 +12,7 @@ from .safetensors import SafetensorsFile
 
 INDEX = "model.safetensors.index.json"
 # buffers that old checkpoints carry and that follow from config.json
-IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
+IGNORED = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 
 
 class Tensors:

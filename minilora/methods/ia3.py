@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.models.decoder import Decoder
+from minilora.models.gpt2 import Conv1D
 from minilora.models.layers import Adapted
 
 from ..config import TrainConfig
@@ -62,8 +63,8 @@ def install(model: Decoder, config: TrainConfig) -> None:
 
 
 def read(model: Decoder, j: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    if j.get("fan_in_fan_out") or j.get("modules_to_save"):
-        raise ValueError("fan_in_fan_out and modules_to_save are not read")
+    if j.get("modules_to_save"):
+        raise ValueError("modules_to_save is not read")
     found = {key.removeprefix(PREFIX).removesuffix(".ia3_l"): shape for key, shape in shapes.items()}
     absent = [path for path in found if path not in linears(model)]
     if absent:
@@ -95,7 +96,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
     return {
         "target_modules": [path for path, _ in _parts(model)],
         "feedforward_modules": [path for path, part in _parts(model) if part.feedforward],
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(part.base, Conv1D) for _, part in _parts(model)),
         "modules_to_save": None,
         "init_ia3_weights": True,
     }

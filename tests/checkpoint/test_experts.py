@@ -10,7 +10,7 @@ from oracle import IDS, randomise, tiny, tiny_folder
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
-from minilora.checkpoint.experts import places
+from minilora.checkpoint.places import places
 from minilora.errors import ModelError
 from minilora.experts import expert_linears
 from minilora.files.safetensors import SafetensorsFile, write_tensors
@@ -61,7 +61,7 @@ def test_a_folder_is_read_and_written_in_its_spelling(tmp_path: Path, spelling: 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_places_hold_every_row_once(spelling: str, tmp_path: Path):
     model, file = tiny("qwen3_moe"), SafetensorsFile(folder_in(spelling, tmp_path / "m") / "model.safetensors")
-    found = places(expert_linears(model), {name: entry.shape for name, entry in file.entries.items()})
+    found = places(model, {name: entry.shape for name, entry in file.entries.items()})
     for path, linear in expert_linears(model).items():
         rows = sorted((p.rows.start, p.rows.stop) for p in found.values() if p.name == f"{path}.weight")
         assert [r for span in rows for r in range(*span)] == list(range(len(linear.weight)))

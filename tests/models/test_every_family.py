@@ -156,7 +156,7 @@ def test_an_adapter_goes_on_every_linear_and_comes_back(tmp_path: Path, family: 
     weights = {n for n, p in tiny(family).named_parameters() if p.dim() == 2}
     c = model.config
     outside = {f"{model.names.embedding}.weight"} | (set() if c.tied else {f"{model.names.head}.weight"})
-    outside |= {n for n in weights if n.endswith(".gate.weight")}  # of routers
+    outside |= {n for n in weights if n.endswith((".gate.weight", ".wpe.weight"))}  # of routers; positions
     assert {f"{path}.weight" for path in wrapped} == weights - outside
     save_adapter(model, tmp_path / "a")
     keys = SafetensorsFile(tmp_path / "a" / "adapter_model.safetensors").entries.keys()

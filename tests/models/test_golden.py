@@ -19,7 +19,18 @@ from minilora.models.decoder import Decoder
 from minilora.models.moe import ExpertLinear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ADAPTED = ["qwen3_5_text", "qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "glm", "glm4", "qwen3_nf4", "qwen3_fp8"]
+ADAPTED = [
+    "qwen3_5_text",
+    "gpt2",
+    "qwen2",
+    "qwen2_sliding",
+    "qwen2_yarn",
+    "qwen3",
+    "glm",
+    "glm4",
+    "qwen3_nf4",
+    "qwen3_fp8",
+]
 MIXTURES = ["qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe_text"]
 ORIGINAL = ["chatglm", "chatglm2", "qwen"]
 

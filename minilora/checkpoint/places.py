@@ -1,9 +1,11 @@
-"""Where the weights of experts lie in files: stacked, or each matrix of each expert by itself.
+"""Where weights lie in files that lie otherwise in memory: those of experts, and GPT-2's.
 
-    in memory                          [E N, K], one expert above the other (models/moe.py)
+    experts, in memory                 [E N, K], one expert above the other (models/moe.py)
     ...experts.gate_up_proj            [E, 2 F, D] (transformers 5, Qwen3.5), or [E, D, 2 F]: the shapes tell
     ...experts.down_proj               [E, D, F], or [E, F, D]
     ...experts.7.gate_proj.weight      [F, D], up_proj [F, D], down_proj [D, F] (Qwen2 and Qwen3, GLM; transformers 4)
+    GPT-2's Conv1D, in memory          [N, K]
+    ...attn.c_attn.weight              [K, N]; OpenAI's own folder leaves the prefix of all its names out
 
 A folder is read and written in the spelling that it has.
 """
@@ -12,9 +14,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minilora.models.gpt2 import GPT2, PREFIX, Conv1D
 from minilora.models.moe import ExpertLinear
+
+from ..experts import expert_linears
+from ..lora import base_parameters
 
 
 class Place(NamedTuple):
@@ -23,23 +29,41 @@ class Place(NamedTuple):
     name: str
     rows: slice
     shape: tuple[int, ...]
-    transposed: bool = False  # the file has [E, K, N]
+    transposed: bool = False  # the file has [E, K, N], or [K, N]
 
     def matrix(self, value: Tensor) -> Tensor:
         """Rows [n, K] of the weight, from the tensor of the file."""
-        value = value.transpose(1, 2) if self.transposed else value
-        return value.reshape(-1, value.shape[-1])
+        value = value.mT if self.transposed else value
+        return value.flatten(0, 1) if value.dim() == 3 else value
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """The tensor of the file, from rows [n, K] of the weight."""
         if self.transposed:
-            experts, k, n = self.shape
-            return matrix.view(experts, n, k).transpose(1, 2).contiguous()
+            *experts, k, n = self.shape
+            return matrix.view(*experts, n, k).mT.contiguous()
         return matrix.view(self.shape)
 
 
-def places(linears: Mapping[str, ExpertLinear], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """file name -> Place of all weights of experts, in the spelling of a folder that has tensors of these shapes."""
+def places(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """file name -> Place of such weights of a model, in the spelling of a folder that has tensors of these shapes."""
+    return of_gpt2(model, shapes) if isinstance(model, GPT2) else of_experts(expert_linears(model), shapes)
+
+
+def of_gpt2(model: GPT2, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """The places of all weights of GPT-2."""
+    bare = f"{PREFIX}wte.weight" not in shapes and "wte.weight" in shapes
+    turned = {f"{path.removesuffix('.base')}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
+    found = {}
+    for name, weight in base_parameters(model).items():
+        shape, transposed = tuple(weight.shape), name in turned
+        found[name.removeprefix(PREFIX) if bare else name] = Place(
+            name, slice(None), shape[::-1] if transposed else shape, transposed
+        )
+    return found
+
+
+def of_experts(linears: Mapping[str, ExpertLinear], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """The places of all weights of experts."""
     found: dict[str, Place] = {}
     # a square matrix lies as the other one of its layer does
     transposed_layers = {
@@ -75,10 +99,10 @@ def by_weight(places: Mapping[str, Place]) -> dict[str, list[tuple[str, Place]]]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def in_files(experts: Mapping[str, list[tuple[str, Place]]], weights: Shapes) -> Shapes:
-    """Dtypes and shapes of a model's weights as a folder has them: of experts, those that each is made of."""
+def in_files(places: Mapping[str, list[tuple[str, Place]]], weights: Shapes) -> Shapes:
+    """Dtypes and shapes of a model's weights as a folder has them, where these lie otherwise those that each is made of."""
     return {
         file: (dtype, shape if place is None else place.shape)
         for name, (dtype, shape) in weights.items()
-        for file, place in experts.get(name, [(name, None)])
+        for file, place in places.get(name, [(name, None)])
     }
