@@ -33,7 +33,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import fold
 from ..lora import base_parameters, linears
 from ..machine.compute import choose
-from .places import by_weight, in_files, places
+from .places import in_files
 from .quantized import FORMS, QUANTS, Stored, format_of
 from .refused import refusal
 from .save import CARRIED
@@ -190,7 +190,7 @@ def described_model(folder: ModelFolder, dtype: torch.dtype | None, quant: str) 
         raise ModelError(
             f"{folder / 'config.json'}: the sizes are larger than any memory", "The file is damaged."
         ) from None
-    stored = Stored.of(folder)
+    stored = Stored.of(folder, model)
     check_shapes(model, stored)
     quantize_linears(model, _empty_weights(model, stored, quant))
     pack_weights(model)
@@ -273,7 +273,6 @@ def find_device(name: str | torch.device | None) -> torch.device:
 def check_shapes(model: Decoder, stored: Stored) -> None:
     """Raise ModelError with every tensor that is missing, too much, of another shape, or not of numbers."""
     tensors, wanted = stored.tensors, {name: (p.dtype, tuple(p.shape)) for name, p in model.named_parameters()}
-    stored.places = by_weight(places(model, {name: shape for name, (_, shape) in tensors.shapes.items()}))
     wanted = {name: shape for name, (_, shape) in in_files(stored.places, wanted).items()}
     found = {n: about for n, about in stored.logical(wanted).items() if not _after_the_last(n, model.config)}
     _check_kind(model.config.family, tensors.folder, found, stored)

@@ -34,10 +34,10 @@ def loftq_init(model: nn.Module, folder: Folder, wrapped: Iterable[tuple[str, Lo
     """
     mark_loftq(model)
     folder = ModelFolder.of(folder)
-    stored = Stored.of(folder)
+    stored = Stored.of(folder, model)
     for path, wrapper in adapters(model) if wrapped is None else wrapped:
         name, weight = f"{path}.weight", cast(QuantizedWeight, wrapper.base.weight)
-        if name in stored.parts or stored.tensors.shapes.get(name, ((), ()))[1] != tuple(weight.shape):
+        if not stored.has_plain(name, weight.shape):
             what = f"LoftQ starts from the weights before they were quantised, and {folder.path} does not hold {name}"
             raise UsageError(what, "Give the bf16 release with --quant nf4 or int8.")
         with stored.reading(name, weight.shape) as value, torch.no_grad():

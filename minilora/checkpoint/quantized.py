@@ -27,7 +27,7 @@ from minilora.models.quantized import quantized_weights
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..files.tensors import Tensors
-from .places import Place
+from .places import Place, by_weight, places
 
 STATE = "quant_state.bitsandbytes__"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4")
@@ -108,16 +108,17 @@ def quantized_note(model: nn.Module) -> str | None:
 
 
 class Stored:
-    """The quantised weights of a folder: their names and formats, and how each is read."""
+    """The weights of a folder, for a model that has them: which are quantised and how, where each lies, and how it is read."""
 
-    def __init__(self, tensors: Tensors, form: str | None):
+    def __init__(self, tensors: Tensors, form: str | None, model: nn.Module):
         self.tensors, self.form = tensors, form
         self.parts = {name: self._parts(name) for name in tensors.shapes if name.endswith(".weight") and self._is(name)}
-        self.places: dict[str, list[tuple[str, Place]]] = {}  # by weight, of those that lie otherwise (places.py)
+        shapes = {name: shape for name, (_, shape) in tensors.shapes.items()}
+        self.places = by_weight(places(model, shapes))  # of weights that lie otherwise in memory
 
     @classmethod
-    def of(cls, folder: ModelFolder) -> Self:
-        return cls(folder.tensors, format_of(folder.config))
+    def of(cls, folder: ModelFolder, model: nn.Module) -> Self:
+        return cls(folder.tensors, format_of(folder.config), model)
 
     def _is(self, name: str) -> bool:
         dtype = self.tensors.shapes[name][0]
@@ -140,6 +141,12 @@ class Stored:
             for name, (dtype, shape) in self.tensors.shapes.items()
             if name not in hidden
         }
+
+    def has_plain(self, name: str, shape: torch.Size) -> bool:
+        """Whether a weight [N, K] is in the folder as one matrix, and not quantised."""
+        place = self.places.get(name, [(name, Place(name, slice(None), tuple(shape)))])[0]
+        found = self.tensors.shapes.get(place[0], ((), ()))[1]
+        return len(found) == 2 and found == place[1].shape and name not in self.parts
 
     def empty(self, name: str, shape: torch.Size, device: str) -> QuantizedWeight:
         """What `reading` gives for a quantised weight, without what it holds."""

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Qwen, GLM-4): from a tokenizer.json, from vocab.json and merges.txt, or from a list of ranks.
+"""Byte-level BPE (Qwen, GLM-4, GPT-2): from a tokenizer.json, from vocab.json and merges.txt, or from a list of ranks.
 
 The work is done by the `tokenizers` library. Two encoders are kept: one that knows the special tokens, for the template's
 own, and one that has none of them, for everybody's text.
@@ -30,6 +30,8 @@ SPLIT = (
 QWEN_SPLIT, GLM_SPLIT = SPLIT.replace("DIGITS", r"\p{N}"), SPLIT.replace("DIGITS", r"\p{N}{1,3}")
 # Qwen3.5 counts combining marks among the letters of a word
 QWEN35_SPLIT = QWEN_SPLIT.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+# GPT-2's own, where each rule may take the blank in front, digits are a run, and a line end is no more than a blank
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN1_SPECIALS = (*QWEN_SPECIALS, *(f"<|extra_{i}|>" for i in range(205)))
 GLM4_SPECIALS = (
@@ -133,15 +135,19 @@ def load_json(folder: ModelFolder) -> BytePairs:
 
 
 def load_merges(folder: ModelFolder) -> BytePairs:
-    """The vocab.json and merges.txt of a Qwen folder."""
+    """The vocab.json and merges.txt of a Qwen or GPT-2 folder."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not merges.is_file():
         raise ModelError(f"{folder} has a vocab.json and no merges.txt", "Copy it from the model's folder.")
     with no_panic(str(vocab)):
+        tokens, pairs = models.BPE.read_file(str(vocab), str(merges))
+        if folder.config.get("model_type") == "gpt2":  # whose vocabulary has <|endoftext|> in it, as its last token
+            added = _added(folder, {t: i for t, i in tokens.items() if t == QWEN_SPECIALS[0]})
+            return BytePairs.of_merges(tokens, pairs, GPT2_SPLIT, False, added)
         newer = str(folder.config.get("model_type")).startswith("qwen3_5")
         split, first = (QWEN35_SPLIT, QWEN35_FIRST) if newer else (QWEN_SPLIT, QWEN_FIRST)
         added = _added(folder, dict(zip(QWEN_SPECIALS, range(first, 1 << 30), strict=False)))
-        return BytePairs.of_merges(*models.BPE.read_file(str(vocab), str(merges)), split, True, added)
+        return BytePairs.of_merges(tokens, pairs, split, True, added)
 
 
 def load_qwen1(folder: ModelFolder) -> BytePairs:

@@ -17,6 +17,7 @@ from . import bpe, pieces
 from .own_template import choose
 from .template import Message, Template, jinja_note, jinja_text
 from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_formats
+from .template_plain import PLAIN
 from .template_qwen import QWEN1, qwen_formats
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "ice_text.model", "qwen.tiktoken")
@@ -211,6 +212,8 @@ def _formats(coder: Coder, folder: ModelFolder, jinja: str | None, system: str |
     roles = {"<|user|>", "<|assistant|>"} <= coder.specials.keys() and "<|im_start|>" not in coder.specials
     if roles:
         return glm_formats()
+    if folder.config.get("model_type") == "gpt2" and "<|im_start|>" not in coder.specials:
+        return [PLAIN]
     return qwen_formats(folder, jinja, set(coder.specials), folder.config.get("model_type"), system)
 
 

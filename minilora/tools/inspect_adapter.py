@@ -259,7 +259,7 @@ def _beside_base(
     model: ModelFolder,
     progress: Callable[[int, int], None],
 ) -> list[Change]:
-    changes, stored = list(changes), Stored.of(model)
+    changes, stored = list(changes), Stored.of(model, empty_model(read_config(model)))
     done = []
     for i, change in enumerate(changes):
         with stored.reading_linear(change.path, torch.Size(change.shape)) as value:

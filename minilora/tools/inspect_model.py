@@ -110,7 +110,7 @@ def _weights(folder: ModelFolder, model: Decoder | None) -> dict[str, Any]:
     tensors = folder.tensors
     size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in tensors.shapes.values())
     if model is not None:
-        check_shapes(model, Stored.of(folder))
+        check_shapes(model, Stored.of(folder, model))
     beside = sorted({match[1] for name in tensors.shapes if (match := CARRIED.fullmatch(name))})
     return {
         "weights": {

@@ -23,10 +23,11 @@ texts += [c["text"] for c in g["chats"]] + [
     "You are a helpful assistant.",
 ]
 tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description | {"added_tokens": []}))
+normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
 words = set()
 for text in texts:
     for piece in [text, *text.replace("<|", "\0<|").replace("|>", "|>\0").split("\0")]:
-        words |= {w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(piece))}
+        words |= {w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalize(piece))}
 parts = {w[i:j] for w in words for i in range(len(w)) for j in range(i + 1, len(w) + 1)}
 model = description["model"]
 pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]

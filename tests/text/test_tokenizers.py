@@ -22,7 +22,7 @@ from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 EXPECTED = {
-    name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8")) for name in ("chatglm3", "qwen1")
+    name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8")) for name in ("chatglm3", "qwen1", "gpt2")
 }
 PROPERTY = settings(deadline=None, max_examples=150)
 CHATGLM_CONFIG = {"model_type": "chatglm", "vocab_size": 30000}
@@ -79,6 +79,23 @@ def test_golden_chats(tokenizers):
     assert len(EXPECTED["chatglm3"]["chats"]) == 4
 
 
+def test_gpt2_from_a_vocabulary_and_merges(tokenizers, tmp_path):
+    """OpenAI's own folder has vocab.json and merges.txt; both ways give transformers' ids, and its chats."""
+    model = json.loads((GOLDEN / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
+    files = {"vocab.json": json.dumps(model["vocab"]), "merges.txt": merges}
+    apart = load_tokenizer(folder_with(tmp_path / "m", {"model_type": "gpt2"}, files))
+    assert not [t["text"] for t in EXPECTED["gpt2"]["texts"] if apart.encode(t["text"]) != t["ids"]]
+    (chat,) = EXPECTED["gpt2"]["chats"]
+    for tokenizer in (apart, tokenizers["gpt2"]):
+        assert tokenizer.specials == {"<|endoftext|>": 50256} and tokenizer.stop_ids == {50256}
+        assert tokenizer.encode("<|endoftext|>") != [50256]
+        ids, trained = tokenizer.render(chat["messages"])
+        assert ids == chat["ids"] and trained == [False] * 8 + [True] * 4
+        assert tokenizer.render(chat["messages"][:2], prompt=True)[0] == ids[:8]
+        assert render_text(tokenizer.template.segments(chat["messages"])) == chat["text"]
+
+
 def test_ranks_are_cut_as_tiktoken_cuts_them(tokenizers):
     tiktoken = pytest.importorskip("tiktoken")
     ranks = read_ranks(GOLDEN / "qwen1" / "qwen.tiktoken")
@@ -97,7 +114,7 @@ def test_ranks_are_cut_as_tiktoken_cuts_them(tokenizers):
 
 # text comes back
 
-ALL = pytest.mark.parametrize("name", ["chatglm", "chatglm-first", "chatglm2", "chatglm3", "glm4", "qwen1"])
+ALL = pytest.mark.parametrize("name", ["chatglm", "chatglm-first", "chatglm2", "chatglm3", "glm4", "qwen1", "gpt2"])
 CHATGLMS = pytest.mark.parametrize("name", ["chatglm", "chatglm-first"])
 SAMPLES = ["你好，世界！", "👩‍👩‍👧 🇨🇳 🤖", "\ttab\t\ttabs", "a  b   c" + " " * 79 + "d" + " " * 81 + "e" + " " * 200, "\n\n", " lead", "end  ",
            "\r\n", "def f(x):\n    return\tx  # 码\n", "", " ", "\u200b\ufeff", "é ê"]  # fmt: skip

@@ -1,0 +1,35 @@
+"""Chats of a model that has no chat format (GPT-2): <|endoftext|> ends each text, and nothing tells who said it.
+
+    question <|endoftext|> answer <|endoftext|>
+
+So GPT2Tokenizer of transformers wrote chats until release 4.43, and DialoGPT was trained on them.
+"""
+
+from dataclasses import dataclass
+
+from ..errors import DataError
+from .template import Message, Segment, Template
+
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Plain(Template):
+    """Texts one after the other, each with <|endoftext|> behind it."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (END,)
+
+    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+        result = []
+        for i, message in enumerate(messages):
+            if message["role"] not in ("system", "user", "assistant"):
+                what = f"a message has the role {str(message['role'])[:40]!r}"
+                raise DataError(what, "Roles are system, user and assistant.")
+            answer = i if message["role"] == "assistant" else None
+            result += [Segment(message["content"], answer=answer), Segment(END, special=True, answer=answer)]
+        return result or [Segment(END, special=True)]
+
+
+PLAIN = Plain("plain")
