@@ -18,21 +18,16 @@ class DataConfig:
     columns: dict = field(
         default_factory=dict, metadata={"help": "prompt=NAME,response=NAME: columns of other names", "same": True}
     )
-    encoding: str = setting(
-        "",
-        "of the text of the rows, such as big5; default utf-8, and gb18030 for a csv that is plausibly Chinese",
-        same=False,
-    )
+    encoding: str = setting("", "of the rows, such as big5; default utf-8, gb18030 for a csv that looks Chinese", False)
     ignore_keys: str = setting("", "keys of the rows, with commas, that are knowingly left out")
     define: dict = field(default_factory=dict, metadata={"help": "fill {{name}} in the rows", "same": False})
     skip_bad: bool = setting(False, "leave rows out that cannot be used, and count them, instead of stopping")
     loss_on: Literal["all", "last"] = setting("all", "train every answer of a conversation, or its last alone")
-    train_end: bool = setting(
-        True, "train the token that ends an answer, too; not where a label of one token is all of it"
-    )
+    train_end: bool = setting(True, "train the token that ends an answer, too; off where one token is the whole answer")
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
+    source_tail: int | None = setting(None, "of a row's last question, the most tokens that are read, from its end")
     truncate: Literal["drop", "cut", "error"] = setting("drop", "leave rows over a limit out, shorten them, or stop")
 
     @property
@@ -50,7 +45,8 @@ class DataConfig:
         """The flags with which eval and predict read rows as this run did."""
         words = [word for name, text in self.define.items() for word in ("--define", f"{name}={text}")]
         columns = ",".join(f"{ours}={theirs}" for ours, theirs in self.columns.items())
-        given = {"--columns": columns, "--encoding": self.encoding, "--ignore-keys": self.ignore_keys}
+        given = {"--columns": columns, "--encoding": self.encoding, "--ignore-keys": self.ignore_keys,
+                 "--source-tail": str(self.source_tail or "")}  # fmt: skip
         return words + [word for flag, text in given.items() if text for word in (flag, text)]
 
     def data_settings(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .config import TrainConfig
 from .data import pack, step_examples
 from .errors import UsageError
 from .lora import LoRALinear, adapters
+from .positions import check_room
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate, set_learning_rate
 from .run.setup import check_offload, kernels, optimizer_of, prepare, set_recomputing
@@ -58,6 +59,8 @@ def finetune(
         prepare(model, config)
     optimizer, (steps, _, _) = optimizer_of(model, config), count_steps(config, len(examples))
     rows_per_step = config.batch_size * config.accumulation
+    for example in examples:
+        check_room(model, example.where, len(example.ids))
     micro_tokens = max(config.micro_tokens or config.max_length, *(len(e.ids) for e in examples))
     losses = []
     with kernels(config):

@@ -15,6 +15,7 @@ from torch import Tensor
 from minilora.models.cache import Cache
 from minilora.models.decoder import Decoder
 
+from .positions import check_room, room
 from .sampling import GREEDY, Sampling, choose
 from .text.tokenizer import Tokenizer
 
@@ -66,6 +67,9 @@ def decode(
                 running[slot] = running[-1]
                 running.pop()
         new = _admit(waiting, slots - len(running))
+        for r in new:
+            check_room(model, "a prompt", len(r.prompt), "Ask for less, or take a model that reads more.")
+            r.max_tokens = int(min(r.max_tokens, room(model) - len(r.prompt) + 1))  # the last answer token is not read
         if not new and not running:
             return
         passed = new or list(running)

@@ -56,7 +56,7 @@ REFUSED = {
     ),
 }  # fmt: skip
 POSITIVE = {
-    "max_length", "max_source_length", "max_target_length", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
+    "max_length", "max_source_length", "max_target_length", "source_tail", "lora_r", "lora_alpha", "epochs", "max_steps", "batch_size",
     "accumulation", "micro_tokens", "eval_every", "save_every", "keep_checkpoints", "threads",
     "rank_timeout", "beta", "loraplus_lr_ratio", "pre_seq_len", "freeze_trainable_layers", "bottleneck_size",
 }  # fmt: skip

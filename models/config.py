@@ -30,7 +30,7 @@ class Config:
     ffn: int
     vocab: int
     eps: float
-    rotary: int  # how many elements of a head rotate, from the first on
+    rotary: int  # how many elements of a head rotate, from the first on; 0: positions are learned
     max_positions: int
     dtype: torch.dtype
 
@@ -42,7 +42,6 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
-    learned_positions: bool = False  # a document has at most max_positions tokens, for there is nothing beyond
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

@@ -70,10 +70,12 @@ class GPT2(Decoder):
         cast(nn.Module, self.transformer).wpe = nn.Embedding(c.max_positions, c.width, _weight=weight)
 
     def positioned(self, x: Tensor, documents: Documents) -> Tensor:
-        most = max(documents.lengths if documents.cache is None else documents.cache.lengths, default=0)
-        if most > self.config.max_positions:
-            raise ValueError(f"a document has {most:,} tokens, GPT-2 {self.config.max_positions:,} learned positions")
         return x + self.get_submodule(f"{PREFIX}wpe")(documents.positions).to(x.dtype)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        if len(ids) > self.config.max_positions:
+            raise ValueError(f"{len(ids):,} tokens are more than the {self.config.max_positions:,} learned positions")
+        return super().logits(ids)
 
 
 def decoder(c: Config) -> Decoder:
@@ -103,6 +105,5 @@ def config(j: dict[str, Any]) -> Config:
         qkv_bias=True,
         tied=flag(j, "tie_word_embeddings", True),
         max_positions=whole(j, "n_positions", 1024),
-        learned_positions=True,
         dtype=dtype_of(j),
     )

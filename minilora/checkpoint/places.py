@@ -52,13 +52,11 @@ def places(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 def of_gpt2(model: GPT2, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The places of all weights of GPT-2."""
     bare = f"{PREFIX}wte.weight" not in shapes and "wte.weight" in shapes
-    turned = {f"{path.removesuffix('.base')}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
+    conv1d = {f"{path.removesuffix('.base')}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
     found = {}
     for name, weight in base_parameters(model).items():
-        shape, transposed = tuple(weight.shape), name in turned
-        found[name.removeprefix(PREFIX) if bare else name] = Place(
-            name, slice(None), shape[::-1] if transposed else shape, transposed
-        )
+        shape = tuple(weight.shape)[:: -1 if name in conv1d else 1]
+        found[name.removeprefix(PREFIX) if bare else name] = Place(name, slice(None), shape, name in conv1d)
     return found
 
 

@@ -31,6 +31,7 @@ def run(
     from ..data import load_examples
     from ..evaluate import evaluate
     from ..files.model_folder import ModelFolder
+    from ..positions import check_room
     from ..ranks.ranks import join
     from ..text.tokenizer import load_tokenizer
 
@@ -50,6 +51,7 @@ def run(
             ranks=ranks,
             **opening,
         )
+        check_room(decoder, f"the longest row of {data}", examples.longest)
         score, rounded = evaluate(decoder, examples, settings.max_length, ranks), None
         if int8:
             round_to_int8(decoder)

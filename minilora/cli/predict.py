@@ -23,7 +23,7 @@ def run(
     batch: Annotated[int, Arg("answers at a time", within=(1, 4096))] = 16,
     sample: Annotated[bool, Arg("draw as generation_config.json says, instead of the likeliest token")] = False,
     seed: SamplingSeed = 0,
-    reading: Annotated[DataConfig, Settings(("columns", "encoding", "ignore_keys", "define"))],
+    reading: Annotated[DataConfig, Settings(("columns", "encoding", "ignore_keys", "define", "source_tail"))],
     overwrite: Annotated[bool, Arg("delete an older prediction in --output")] = False,
     json: Annotated[bool, Arg("print predict_results.json instead of the table")] = False,
     gpus: GPUs = 1,

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .tensors import Tensors
 
 MAX_JSON = 64 << 20
-POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length")
+POSITIONS = ("max_position_embeddings", "seq_length", "max_sequence_length", "n_positions")
+LEARNED = ("gpt2",)  # model types whose positions are learned: nothing is beyond them (positions.py)
 # vision-language models whose language model is trained, and what is of vision in their config.json
 VISION = ("qwen3_5", "qwen3_5_moe")
 OF_VISION = {
@@ -135,11 +136,18 @@ def positions_note(folder: Folder, longest: int) -> str | None:
     """A sentence where a row or a prompt is longer than the positions that the folder's model was made for."""
     j = ModelFolder.of(folder).language
     most = next((j[k] for k in POSITIONS if isinstance(j.get(k), int)), None)
-    return None if most is None or longest <= most else beyond(longest, most)
+    if most is None or longest <= most:
+        return None
+    return beyond(longest, most, j.get("model_type") in LEARNED)
 
 
-def beyond(tokens: int, positions: int) -> str:
-    return f"{tokens:,} tokens are more than the {positions:,} positions of the model: what it reads beyond them is noise to it"
+def beyond(tokens: int, positions: int, learned: bool = False) -> str:
+    then = (
+        "they are learned, and it can read nothing beyond them"
+        if learned
+        else "what it reads beyond them is noise to it"
+    )
+    return f"{tokens:,} tokens are more than the {positions:,} positions of the model: {then}"
 
 
 def is_prefix_folder(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from ..errors import DataError, RowError, UsageError
 from ..text.tokenizer import Tokenizer
 from .files import RowFile, open_rows, read_row
 from .preferences import to_pair
-from .render import MARK, hashes, render_row, render_sides, render_within
+from .render import MARK, hashes, keep_tail, render_row, render_sides, render_within
 from .report import Report, counted
 from .shapes import TEXT, Row, check_columns, fill, to_messages, trainable
 from .sources import draw, parse_sources
@@ -81,6 +81,7 @@ def render_rows(rows: Sequence[Any], tokenizer: Tokenizer, settings: DataConfig 
     for number, value in enumerate(rows, 1):
         row = trainable(to_messages(value, f"row {number}", settings))
         fill(row, settings.define)
+        keep_tail(row, tokenizer, settings.source_tail)
         pieces, over = render_within(row, tokenizer, settings)
         if not pieces:
             raise DataError(f"{row.where} is over {over}", 'Raise the limit, or say truncate="cut".')
@@ -126,6 +127,7 @@ def _tokenize(
                 sides = [trainable(side) for side in _sides(file, number, settings, pairs)]
                 row, filled = sides[0], [fill(side, settings.define) for side in sides]
                 question, content = hashes(*sides)
+                tails = [keep_tail(side, tokenizer, settings.source_tail) for side in sides]
                 pieces, over = render_sides(sides, tokenizer, settings)
             except RowError as error:
                 if not settings.skip_bad:
@@ -137,6 +139,7 @@ def _tokenize(
                 report.defined.update(used)
                 report.undefined.update(undefined)
             report.ignored.update(row.ignored)
+            report.cut.update([f"source_tail {settings.source_tail}"] * any(tails))
             report.shapes["preferences" if pairs else row.shape] += 1
             report.unanswered += row.messages[-1]["role"] not in ("assistant", TEXT)
             report.marked += any(MARK.search(m["content"]) for m in row.messages)

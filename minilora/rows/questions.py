@@ -10,7 +10,7 @@ from ..errors import DataError
 from ..text.tokenizer import Tokenizer
 from .files import read_rows
 from .keys import ignored_notes
-from .render import check_thoughts, hashes
+from .render import check_thoughts, hashes, keep_tail
 from .shapes import TEXT, fill
 
 
@@ -32,13 +32,15 @@ def read_questions(
 
     `say` is called with notes on the file and on the keys that are ignored on request.
     """
-    questions, ignored = [], Counter(dict.fromkeys(settings.ignored, 0))
+    questions, ignored, cut = [], Counter(dict.fromkeys(settings.ignored, 0)), 0
     for row in read_rows(path, settings, say):
         ignored.update(row.ignored)
         fill(row, settings.define)
         check_thoughts(row, tokenizer)
         if row.messages[-1]["role"] == "user":
             row.messages.append({"role": "assistant", "content": ""})
+        row_hashes = hashes(row)
+        cut += keep_tail(row, tokenizer, settings.source_tail)
         *before, last = row.messages
         if last["role"] != "assistant":
             hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
@@ -48,7 +50,9 @@ def read_questions(
             _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
         ids, _ = tokenizer.render(before, prompt=True)
-        questions.append(Question(ids, text, label, sum(trained), row.where, hashes(row)))
+        questions.append(Question(ids, text, label, sum(trained), row.where, row_hashes))
     for note in ignored_notes(ignored):
         say(note)
+    if cut:
+        say(f"{cut:,} of {len(questions):,} questions are read from their last {settings.source_tail:,} tokens on")
     return questions

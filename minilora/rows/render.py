@@ -55,6 +55,19 @@ def render_sides(
     return [(ids, trained, len(pieces[0][0]))], over
 
 
+def keep_tail(row: Row, tokenizer: Tokenizer, most: int | None) -> bool:
+    """Cut the last question of a row, at its beginning, to at most so many tokens; whether there was anything to cut."""
+    asked = next((m for m in reversed(row.messages) if m["role"] == "user"), None)
+    ids = tokenizer.encode(asked["content"]) if asked and most else []
+    if asked is None or most is None or len(ids) <= most:
+        return False
+    for n in range(most, 0, -1):  # a piece of a word may take more tokens than it did in the word
+        asked["content"] = tokenizer.decode(ids[-n:]).lstrip("\ufffd")
+        if len(tokenizer.encode(asked["content"])) <= most:
+            break
+    return True
+
+
 def check_thoughts(row: Row, tokenizer: Tokenizer) -> None:
     """RowError if a message has a thought and the chat format has no place for one."""
     if any(m.get("thought") for m in row.messages) and not tokenizer.template.thinks:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import inf
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from minilora.kernels.cross_entropy import BLOCK_ROWS
@@ -93,6 +94,13 @@ def long_row(config: TrainConfig, row: str, tokens: int, room: int, place: str, 
 def longest_row(rows: Examples) -> str:
     """Where the longest row is."""
     return rows[int(rows.column("length").argmax())].where
+
+
+def longest_document(rows: Examples) -> tuple[str, int]:
+    """Where the longest document is, and its tokens; a pair is two."""
+    second = rows.column("second")
+    tokens = np.maximum(second, rows.column("length") - second)
+    return rows[int(tokens.argmax())].where, int(tokens.max())
 
 
 def round_down(tokens: float) -> int:

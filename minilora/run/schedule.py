@@ -23,11 +23,12 @@ from ..machine.compute import name_of
 from ..machine.cpu import device_name
 from ..machine.gemm import gemm_lines
 from ..machine.kernel_paths import kernel_paths
+from ..positions import check_room
 from ..ranks.ranks import ALONE, Ranks
 from ..rows.dataset import Data
 from ..text.tokenizer import check_fits
 from .advice import advice
-from .fit import check_longest, stream_tokens
+from .fit import check_longest, longest_document, stream_tokens
 from .graphs import Choice, choose
 from .method_lines import method_lines
 
@@ -59,12 +60,15 @@ def make_plan(
 ) -> Plan:
     """Steps and streams of a run, and its header, which has `computing` as the line on dtype and threads.
 
-    ModelError if the tokenizer has more ids than the model; OutOfMemory for a row that no stream has room for.
+    ModelError if the tokenizer has more ids than the model; OutOfMemory for a row that no stream has room for, DataError for one that
+    has more tokens than the model learned positions.
     """
     check_fits(data.tokenizer, model.config.vocab, folder)
     steps, per_epoch, epochs = count_steps(config, len(data.train))
     rows_per_step = config.batch_size * config.accumulation
     longest = max(data.train.longest, data.val.longest)
+    for rows in filter(len, (data.train, data.val)):
+        check_room(model, *longest_document(rows))
     sharing = ranks.count if ranks.shards else 1
     streams = stream_tokens(config, folder, model, longest, -(-rows_per_step // ranks.count), sharing)
     check_longest(config, data.train, streams.room, model.head.device)

@@ -16,6 +16,7 @@ from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..files.model_folder import ModelFolder, beyond
 from ..generate import generate, stream_text
 from ..lora import adapters
+from ..positions import room
 from ..sampling import Sampling, read_generation
 from ..terminal import printable, say
 from ..text.template import Message
@@ -66,9 +67,11 @@ class Session:
         with without_adapters(self.model) if self.base else nullcontext():
             tokens = self._counted(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator))
             pieces = []
-            most = self.model.config.max_positions
-            if len(ids) > most:
-                yield f"[{beyond(len(ids), most)}]\n"
+            most, learned = self.model.config.max_positions, not self.model.config.rotary
+            if len(ids) > min(most, room(self.model)):
+                yield f"[{beyond(len(ids), most, learned)}{'; /new begins a new conversation' if learned else ''}]\n"
+                if learned:
+                    return
             try:
                 for piece in stream_text(self.tokenizer, tokens):
                     pieces.append(piece)
@@ -80,7 +83,9 @@ class Session:
         """Why the last answer may be incomplete or poor."""
         most, total = self.model.config.max_positions, self.asked + self.answered
         cut = f"the answer was cut at {self.max_tokens:,} tokens: --max-tokens"
-        return [cut] * (self.answered == self.max_tokens) + [beyond(total, most)] * (self.asked <= most < total)
+        return [cut] * (self.answered == self.max_tokens) + [beyond(total, most, not self.model.config.rotary)] * (
+            self.asked <= most < total
+        )
 
 
 def chat(

@@ -14,7 +14,7 @@ from ..rows import Row, fill, open_rows, trainable
 from ..rows.duplicates import NearDuplicates
 from ..rows.files import read_row
 from ..rows.keys import ignored_notes
-from ..rows.render import MARK, hashes, render_row, render_within
+from ..rows.render import MARK, hashes, keep_tail, render_row, render_within
 from ..rows.report import ending_note
 from ..rows.shapes import PLACEHOLDER, TEXT
 from ..rows.sources import draw, parse_sources
@@ -146,6 +146,7 @@ class _Scan:
     def row(self, row: Row, result: Inspection) -> None:
         """Look at a row; RowError if nothing of it can be trained."""
         fill(row, self.settings.define)
+        keep_tail(row, self.tokenizer, self.settings.source_tail)
         pieces, over = render_within(row, self.tokenizer, self.settings)
         self.last, self.problems = row, []
         self.ids, self.trained = pieces[0] if pieces else render_row(row, self.tokenizer, self.settings)

@@ -2,9 +2,9 @@
 
 The last answer of each row is the reference, and all before it is the prompt. A row that ends with a question, or whose last
 answer is empty, has no reference: it is answered and not scored. No prompt and no reference is cut, whatever the limits of
-training were; answers that end at max_tokens are counted. Each answer is saved at once, in part.jsonl, so that a stopped
-prediction can go on. The files are those of LLaMA-Factory, with more in them. Ranks share the questions and send their answers to
-the first, which writes them.
+training were, but by --source-tail; answers that end at max_tokens are counted. Each answer is saved at once, in part.jsonl,
+so that a stopped prediction can go on. The files are those of LLaMA-Factory, with more in them. Ranks share the questions and
+send their answers to the first, which writes them.
 """
 
 import hashlib

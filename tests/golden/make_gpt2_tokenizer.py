@@ -14,7 +14,13 @@ from pathlib import Path
 import transformers
 
 HERE = Path(__file__).parent
-OWN = ["it's IT'S they'll THEY'LL", "a1b22c333 12345 1,234", "one\ntwo\n\nthree \n four", "wait...  what?! \t end  ", "ﬁne café ｈａｌｆ"]
+OWN = [
+    "it's IT'S they'll THEY'LL",
+    "a1b22c333 12345 1,234",
+    "one\ntwo\n\nthree \n four",
+    "wait...  what?! \t end  ",
+    "ﬁne café ｈａｌｆ",
+]
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello  there"}, {"role": "assistant", "content": " Hi!\n"}]  # fmt: skip
 TEMPLATE = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"  # of transformers 4.43
 
@@ -35,5 +41,11 @@ out.mkdir(exist_ok=True)
 (out / "config.json").write_text('{"model_type": "gpt2"}\n')
 with tempfile.TemporaryDirectory() as full:
     tokenizer.save_pretrained(full)
-    command = [sys.executable, str(HERE / "shrink_tokenizer.py"), f"{full}/tokenizer.json", str(out / "golden.json"), str(out)]
+    command = [
+        sys.executable,
+        str(HERE / "shrink_tokenizer.py"),
+        f"{full}/tokenizer.json",
+        str(out / "golden.json"),
+        str(out),
+    ]
     subprocess.run(command, check=True)

@@ -22,7 +22,8 @@ from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 EXPECTED = {
-    name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8")) for name in ("chatglm3", "qwen1", "gpt2")
+    name: json.loads((GOLDEN / name / "golden.json").read_text(encoding="utf-8"))
+    for name in ("chatglm3", "qwen1", "gpt2")
 }
 PROPERTY = settings(deadline=None, max_examples=150)
 CHATGLM_CONFIG = {"model_type": "chatglm", "vocab_size": 30000}
