@@ -32,6 +32,17 @@ def qwen3_5(
     }  # fmt: skip
 
 
+def gpt2(layers: int, width: int, heads: int) -> dict[str, Any]:
+    """A GPT-2 folder's config.json, without the dropouts of its training, which the header of a run tells."""
+    return {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256, "eos_token_id": 50256,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": width, "n_head": heads,
+        "n_layer": layers, "n_positions": 1024, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+        "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True}},
+        "vocab_size": 50257,
+    }  # fmt: skip
+
+
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "ChatGLM-6B": (6_173_286_400, {
         "model_type": "chatglm", "vocab_size": 130528, "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
@@ -71,6 +82,10 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Qwen3.5-4B": (4_205_751_296, qwen3_5(32, 2560, 16, 4, 9216, 32, True)),
     "Qwen3.5-9B": (8_953_803_264, qwen3_5(32, 4096, 16, 4, 12288, 32, False)),
     "Qwen3.5-27B": (26_895_998_464, qwen3_5(64, 5120, 24, 4, 17408, 48, False)),
+    **{name: (count, gpt2(*sizes)) for name, count, sizes in (
+        ("distilgpt2", 81_912_576, (6, 768, 12)), ("gpt2", 124_439_808, (12, 768, 12)), ("gpt2-medium", 354_823_168, (24, 1024, 16)),
+        ("gpt2-large", 774_030_080, (36, 1280, 20)), ("gpt2-xl", 1_557_611_200, (48, 1600, 25)),
+    )},
     "Qwen3-32B": (32_762_123_264, {
         "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "head_dim": 128,
         "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 40960,

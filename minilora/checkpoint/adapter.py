@@ -21,7 +21,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.gpt2 import Conv1D
 from minilora.models.moe import ExpertLinear
 
-from ..errors import ModelError, quote
+from ..errors import ModelError, UsageError, quote
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
@@ -32,7 +32,7 @@ from ..methods.dora import DoRALinear
 from ..methods.pissa import PiSSALinear, set_starts
 from ..methods.table import PEFT_TYPES
 from .adapter_config import as_parameter, by_pattern, meant, named_by, refuse_what_is_not_lora
-from .consumers import as_in_file, make_alike, spelled
+from .consumers import WITHOUT_LORA, as_in_file, make_alike, spelled
 from .expert_adapters import Half, Halves, files_of, gathered
 from .load import check_finite, empty_model, fingerprint, fold, read_config
 from .method_folder import PREFIX, check_base, fill_method_folder, load_method_folder, weights_of
@@ -96,9 +96,11 @@ class Exported(NamedTuple):
 def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
     """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
 
-    Raises ModelError with every key that finds no linear of the model.
+    Raises ModelError with every key that finds no linear of the model, UsageError for a family that the consumer takes no adapters on.
     """
     c, adapter = read_config(model), ModelFolder.of(adapter)
+    if c.family in WITHOUT_LORA.get(consumer, ()):
+        raise UsageError(f"{consumer} takes no adapters on {c.family}", "Merge it: minilora merge.")
     meta = empty_model(c)
     load_adapter(meta, adapter, any_base=True)
     wrapped = {spelled(path, c.family, consumer): wrapper for path, wrapper in adapters(meta)}

@@ -22,6 +22,8 @@ TEXT, VISION = (
 # families that a consumer spells in another way than the checkpoint
 PREFIXES = {"qwen3_5": {"peft": TEXT}, "qwen3_5_moe": {"peft": TEXT}}
 
+WITHOUT_LORA = {"vllm": ("gpt2",)}  # families whose class there takes no adapters (vLLM: no SupportsLoRA)
+
 
 def spelled(path: str, family: str, consumer: str | None) -> str:
     """A path as a consumer spells it; None: as the checkpoint does."""

@@ -37,7 +37,7 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
         return [f"PyTorch for every layer ({_why_not(probe)})", *attends]
     alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
     for number, block in enumerate(model.blocks):
-        alike.setdefault(_of_block(block, probe), []).append(number)
+        alike.setdefault(_of_block(block, probe, bool(model.config.rotary)), []).append(number)
     lines = [
         f"{_layers(numbers)}: Triton {', '.join(triton)}; PyTorch {', '.join(library)}"
         for (triton, library), numbers in alike.items()
@@ -68,7 +68,7 @@ def _why_not(probe: torch.Tensor) -> str:
     )
 
 
-def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _of_block(block: nn.Module, probe: torch.Tensor, rope: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The operations of a block on Triton, and those on PyTorch."""
     found: dict[str, bool] = {}
     block = block.copy if isinstance(block, Trained) else block
@@ -89,8 +89,9 @@ def _of_block(block: nn.Module, probe: torch.Tensor) -> tuple[tuple[str, ...], t
             found[f"{path}, one after the other"] = False
         elif isinstance(module, nn.LayerNorm):
             found["layer_norm"] = False
-    gelu = "layer_norm" in found  # ChatGLM-6B
+    gelu = "layer_norm" in found  # ChatGLM-6B, GPT-2
     linear = any(isinstance(m, GatedDeltaNet) for m in block.modules())
-    found |= {"gated delta rule": False} if linear else {"rope": True, "attention": False}
+    found |= {"rope": True} if rope and not linear else {}
+    found["gated delta rule" if linear else "attention"] = False
     found["gelu" if gelu else "swiglu"] = not gelu
     return tuple(n for n, on in found.items() if on), tuple(n for n, on in found.items() if not on)

@@ -383,6 +383,10 @@ REFUSED = {
     "sound": ("qwen2", {"model_type": "qwen2_audio"}, "a part that reads sound"),
     "omni": ("qwen2", {"model_type": "qwen3_omni_moe"}, "sound and pictures"),
     "vision of glm": ("glm", {"model_type": "glm4v_moe"}, "a part that reads pictures"),
+    "gelu of gpt2": ("gpt2", {"activation_function": "gelu"}, "activation_function is gelu"),
+    "heads of gpt2": ("gpt2", {"n_head": 5}, "not a multiple"),
+    "scores of gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    "cross-attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     "our own name": ("chatglm2", {"model_type": "chatglm2"}, "(the nearest is chatglm)"),
 }  # fmt: skip
 
