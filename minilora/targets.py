@@ -12,6 +12,12 @@ GROUPS = {
 }
 
 
+def short(path: str) -> str:
+    """The last name of a linear's path without _proj; c_proj stays as it is."""
+    leaf = path.rpartition(".")[2]
+    return leaf if leaf == "c_proj" else leaf.removesuffix("_proj")
+
+
 def chosen(paths: list[str], targets: str | list[str]) -> list[str]:
     """The paths of linears that `targets` selects, in their order; UsageError with the names that exist if one is not there."""
     if isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):

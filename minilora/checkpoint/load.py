@@ -22,7 +22,7 @@ from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, 
 from minilora.models import chatglm, chatglm2, glm, glm_moe, gpt2, qwen, qwen1, qwen3_5, qwen3_next, qwen_moe
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES
-from minilora.models.config_keys import check_keys, unknown_keys
+from minilora.models.config_keys import DROPOUTS, check_keys, unknown_keys
 from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
 from minilora.models.layers import pack_weights
@@ -111,9 +111,11 @@ def keys_not_read(folder: Folder) -> str | None:
     """A line with the keys of a folder's config.json that are not known here, if there are any."""
     folder = ModelFolder.of(folder)
     path, j = folder / "config.json", folder.language
-    names = unknown_keys(j, _family(path, j))
+    every = unknown_keys(j, _family(path, j))
+    names, dropouts = ([n for n in every if (n in DROPOUTS) == wanted] for wanted in (False, True))
     told = ", ".join(quote(name, 40) for name in names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
     lines = [f"keys that are not known, and not read: {told}"] if names else []
+    lines += [f"dropouts of the base, which are not applied: {', '.join(dropouts)}"] if dropouts else []
     heads = [name for name in classes_of(j) if not name.endswith(LANGUAGE_MODELS)]
     if heads:
         lines.append(f"architectures names {quote(heads[0], 60)}; it is taken as a language model")

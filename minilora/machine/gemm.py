@@ -33,6 +33,7 @@ from minilora.models.layers import Adapted, projection
 from ..files.atomic import write_file
 from ..files.strict_json import parse_json
 from ..lora import LoRALinear
+from ..targets import short
 
 GEMM = "gemm.json"  # in the folder of a run
 WORTH = 0.97  # of the library's time: another form has to take less
@@ -51,7 +52,7 @@ class Linears(dict[str, nn.Module]):
     @property
     def name(self) -> str:
         """q/k/v for the three of a block."""
-        return "/".join(path.rpartition(".")[2].removesuffix("_proj") for path in self)
+        return "/".join(map(short, self))
 
     @property
     def projections(self) -> list[Projection]:

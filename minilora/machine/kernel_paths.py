@@ -20,6 +20,7 @@ from minilora.models.qwen3_5 import GatedDeltaNet
 
 from ..methods.dora import DoRALinear
 from ..methods.freeze import Trained
+from ..targets import short
 from .gemm import linear_children
 
 QUANTIZED = f"widened by a kernel for PyTorch's product; up to {ROWS_IN_THE_LOOP} rows in the loop of Triton's"
@@ -79,10 +80,10 @@ def _of_block(block: nn.Module, probe: torch.Tensor, rope: bool) -> tuple[tuple[
             packed = ()
         groups = [packed] if packed else []
         for names in [*groups, *((n,) for n in linears if n not in packed)]:
-            short = path + "." + "/".join(n.removesuffix("_proj") for n in names)
+            label = path + "." + "/".join(map(short, names))
             alone = linears[names[0]]
             parts = [alone.product()] if isinstance(alone, DoRALinear) else [projection(linears[n]) for n in names]
-            found[short] = None not in parts and runs_on_triton(probe, [p for p in parts if p])
+            found[label] = None not in parts and runs_on_triton(probe, [p for p in parts if p])
         if isinstance(module, RMSNorm):
             found["rms_norm"] = module.weight.numel() <= MAX_WIDTH and found.get("rms_norm", True)
         elif isinstance(module, Experts):

@@ -7,6 +7,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..lora import adapters
 from ..methods.table import method_of
+from ..targets import short
 
 
 def method_lines(config: TrainConfig, model: nn.Module, share: str) -> Iterator[tuple[str, str]]:
@@ -16,7 +17,7 @@ def method_lines(config: TrainConfig, model: nn.Module, share: str) -> Iterator[
         yield config.method, f"{method.describe(model)}  {share}"
         return
     wrapped = dict(adapters(model))
-    names = " ".join(dict.fromkeys(path.split(".")[-1].removesuffix("_proj") for path in wrapped))
+    names = " ".join(dict.fromkeys(short(path) for path in wrapped))
     scale = next(iter(wrapped.values())).scale
     size = f"r={config.lora_r} alpha={config.lora_alpha:g} (scale {scale:g})"
     yield config.method, f"{size}  {names}  {len(wrapped)} linears  {share}"

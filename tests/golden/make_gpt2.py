@@ -24,7 +24,7 @@ def perturbed(model: torch.nn.Module, part: str, size: float, seed: int) -> None
 
 config = transformers.GPT2Config(
     vocab_size=128, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=32, dtype="float32", bos_token_id=0, eos_token_id=0,
-    attn_implementation="eager",
+    attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, attn_implementation="eager",
 )  # fmt: skip
 torch.manual_seed(0)
 model = transformers.GPT2LMHeadModel(config).eval()

@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {
     "qwen2": "qwen2", "qwen3": "qwen3", "glm": "glm", "glm4": "glm4", "qwen3_5": "qwen3_5_text", "qwen3_5_text": "qwen3_5_text", "chatglm": "chatglm", "chatglm2": "chatglm2", "qwen": "qwen",
     "qwen2_moe": "qwen2_moe", "qwen3_moe": "qwen3_moe", "glm4_moe": "glm4_moe", "glm4_moe_lite": "glm4_moe_lite",
-    "qwen3_next": "qwen3_next", "qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5_moe_text": "qwen3_5_moe_text",
+    "gpt2": "gpt2", "qwen3_next": "qwen3_next", "qwen3_5_moe": "qwen3_5_moe_text", "qwen3_5_moe_text": "qwen3_5_moe_text",
 }  # fmt: skip
 
 
@@ -184,4 +184,5 @@ def test_two_spellings_that_agree_are_read(tmp_path: Path):
 def test_unknown_keys_and_dropouts_are_named_by_the_commands(tmp_path: Path, capsys):
     folder = make_model(tmp_path / "m", attention_dropout=0.1, my_key={"a": 1})
     assert main(["inspect", "model", str(folder)]) == 0
-    assert "'attention_dropout', 'my_key'" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "not read: 'my_key'" in told and "not applied: attention_dropout" in told
