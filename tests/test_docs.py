@@ -16,6 +16,7 @@ from published import PUBLISHED
 from torch.distributed.run import parse_args
 
 from minilora.__main__ import COMMANDS, SUBCOMMANDS, main
+from minilora.checkpoint.load import FAMILIES
 from minilora.cli.arguments import add_arguments
 from minilora.cli.parser import Parser
 from minilora.ranks.cost import LINKS
@@ -221,3 +222,18 @@ def test_the_openai_client_runs_as_written(served: str, tmp_path: Path, capsys: 
     runpy.run_path(str(tmp_path / "block.py"))
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == ["mini", "archer"] and "Mini" in told[0]
+
+
+def files_of(family: str) -> set[str]:
+    """The source files that know a family: its module, those that import from it, and those that name its model_type."""
+    module = FAMILIES[family].__name__.rpartition(".")[2]
+    known = re.compile(rf'"{family}"|models\.{module} import|from \.{module} import')
+    sources = [p for folder in ("minilora", "models") for p in (ROOT / folder).rglob("*.py")]
+    found = {str(p.relative_to(ROOT)) for p in sources if known.search(p.read_text(encoding="utf-8"))}
+    return found | {f"models/{module}.py"}
+
+
+def test_the_files_of_each_family_are_counted():
+    page = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+    told = {family: int(n) for names, n in re.findall(r"^\| (`.+?`) \| (\d+) \|", page, re.MULTILINE) for family in re.findall(r"`(\w+)`", names)}  # fmt: skip
+    assert told == {family: len(files_of(family)) for family in FAMILIES}
