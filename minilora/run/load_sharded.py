@@ -15,6 +15,7 @@ from minilora.models.gathered import GatheredWeight
 from ..checkpoint.load import FIRST, check_finite, described_model, fill, ready
 from ..checkpoint.quantized import Stored
 from ..errors import UsageError
+from ..experts import expert_linears
 from ..files.model_folder import ModelFolder
 from ..lora import LoRALinear, adapters, base_parameters
 from ..ranks.gather import Shards
@@ -38,7 +39,7 @@ def load_sharded(
     ahead: gather a unit while the one before computes, in a second buffer; None: on a GPU, which computes meanwhile. Raises ModelError, RankLost.
     """
     model, stored = described_model(folder, dtype, quant)
-    if stored.experts:
+    if expert_linears(model):
         raise UsageError("--shard on does not split experts", "Leave it out, or take a dense model.")
     ahead = device.type == "cuda" if ahead is None else ahead
     ranks.shards = Shards(model, ranks, device, passes, ahead)
@@ -76,7 +77,8 @@ def _read(unit: Unit, weight: GatheredWeight, stored: Stored, name: str) -> None
     """Read what is this rank's of a weight."""
     start, end = span(weight)
     low, high = unit.owned(start, end)
-    with stored.tensors.reading(name) as value:
+    with stored.reading(name, weight.shape) as value:
+        assert isinstance(value, Tensor), name
         flat = value.reshape(-1)
         weight.first = flat[:FIRST].to(weight.dtype, copy=True)
         if low < high:

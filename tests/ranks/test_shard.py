@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import tiny_folder
 from rank_runs import ENVIRONMENT, ROOT, interrupted, killing, steps, torchrun, training
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,8 +111,14 @@ def sharded(folder: Path, rank: int, count: int, dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_parts_of_all_ranks_are_the_whole_base(tmp_path: Path, dtype: torch.dtype):
-    folder = make_model(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_the_parts_of_all_ranks_are_the_whole_base(tmp_path: Path, family: str, dtype: torch.dtype):
+    """Those of GPT-2 lie transposed in the files."""
+    folder = tmp_path / "model"
+    if family == "gpt2":
+        tiny_folder(folder, "gpt2", tie_word_embeddings=False)
+    else:
+        make_model(folder, num_hidden_layers=3, tie_word_embeddings=False)
     parts = [sharded(folder, rank, 3, dtype) for rank in range(3)]
     _, units = parts[0]
     whole = base_parameters(load_model(folder, dtype, CPU, "float32"))
@@ -174,6 +181,11 @@ def test_blocks_alternate_so_that_each_can_be_gathered_ahead(tmp_path: Path):
         order = [unit.buffer.data_ptr() for unit in Units.order(ranks.shards.units, backward=False)]
         waits = [i for i in range(1, len(order)) if order[i] == order[i - 1]]
         assert waits == ([1] if layers == 4 else [])
+
+
+def test_experts_are_not_shared(tmp_path: Path):
+    with pytest.raises(UsageError, match="does not split experts"):
+        sharded(tiny_folder(tmp_path / "m", "qwen3_moe"), 0, 2)
 
 
 def test_a_base_that_is_trained_is_not_shared():
