@@ -3,6 +3,7 @@
 Runs where they are installed (the extra "peers").
 """
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_peers import assert_peft_holds_exactly, assert_same, their_logits, the
 from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
+from minilora.checkpoint.merge import merge_folder
 from minilora.lora import adapters
 from minilora.run.setup import prepare
 from minilora.settings import resolve
@@ -27,6 +29,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning"
 )
+TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "gpt2" / "tokenizer.json"
 LINEARS = ["c_attn", "c_proj", "c_fc"]
 spellings = pytest.mark.parametrize("prefix", [True, False], ids=["transformers", "OpenAI"])
 
@@ -39,9 +42,9 @@ def perturbed(model: Any, part: str = "") -> Any:
     return model.eval()
 
 
-def base_of(folder: Path, prefix: bool = True, tied: bool = True) -> Path:
+def base_of(folder: Path, prefix: bool = True, tied: bool = True, vocab_size: int = 61) -> Path:
     """A folder that transformers saved, of the whole model or, as OpenAI's is, of its stack alone."""
-    sizes = {"vocab_size": 61, "n_embd": 24, "n_inner": 40, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes = {"vocab_size": vocab_size, "n_embd": 24, "n_inner": 40, "n_layer": 2, "n_head": 4, "n_positions": 64}
     config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied)
     model = perturbed(transformers.GPT2LMHeadModel(config))
     (model if prefix else model.transformer).save_pretrained(folder)
@@ -62,6 +65,19 @@ def test_folders_open_on_both_sides(tmp_path: Path, prefix: bool, tied: bool):
     logits = their_logits(their_model_of(tmp_path / "merged"))
     assert_same(wrapped, logits)
     assert (before - logits).abs().max() > 0.1 * logits.abs().max()
+
+
+@spellings
+def test_merge_folder_opens_in_transformers(tmp_path: Path, prefix: bool):
+    base = base_of(tmp_path / "base", prefix, vocab_size=50257)
+    shutil.copy(TOKENIZER, base / "tokenizer.json")
+    model = load_model(base)
+    add_lora(model, r=3, alpha=7)
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    proof = merge_folder(base, tmp_path / "a", tmp_path / "merged")
+    assert proof.holds and proof.adapter > 100 * proof.allowed
+    assert_same(model.logits(IDS), their_logits(their_model_of(tmp_path / "merged")))
 
 
 @spellings

@@ -4,6 +4,7 @@ import json
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracle import conversation, randomise, tiny, tiny_folder
@@ -13,21 +14,23 @@ from minilora import add_lora, load_model, loftq_init, merge, save_adapter, save
 from minilora.__main__ import main
 from minilora.checkpoint.adapter import export_adapter
 from minilora.checkpoint.load import described_model
-from minilora.data import load_examples, make_batch
+from minilora.data import IGNORE, Example, load_examples, make_batch
 from minilora.errors import DataError, UsageError
 from minilora.files.model_folder import ModelFolder
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.finetuning import finetune
 from minilora.generate import Request, decode, generate
 from minilora.kernels.quantized import QuantizedWeight
-from minilora.lora import adapters
+from minilora.lora import adapters, trained_parameters
 from minilora.models.gpt2 import Conv1D
 from minilora.models.stream import Documents
 from minilora.positions import check_room
 from minilora.run.fit import longest_document
 from minilora.run.setup import prepare
+from minilora.sampling import GREEDY
 from minilora.settings import resolve
 from minilora.text.tokenizer import load_tokenizer
+from minilora.tools.chat import Session
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizers" / "gpt2" / "tokenizer.json"
 LENGTHS = [5, 1, 2, 3, 11, 1, 64]  # the last one has all positions that there are
@@ -48,10 +51,21 @@ def logits(model: torch.nn.Module, ids: Tensor | None = None) -> Tensor:
 
 
 def test_documents_of_a_few_tokens_are_as_alone():
+    """Logits, the loss and the gradients of all adapters."""
     model = tiny("gpt2", torch.float64)
     add_lora(model, r=3)
     randomise(model.double())
     ids = torch.randint(0, 61, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    parts = [part.numpy() for part in ids.split(LENGTHS)]
+    examples = [Example(part, np.append(part[1:], IGNORE), "", None) for part in parts]
+    sums = []
+    for streams in ([examples], [[e] for e in examples if len(e.ids) > 1]):  # one token has nothing to predict
+        losses = [model.loss(make_batch(stream)) for stream in streams]
+        torch.stack(losses).sum().backward()
+        gradients = [p.grad for p in trained_parameters(model).values() if p.grad is not None]
+        sums.append(torch.cat([torch.stack(losses).sum().detach()[None], *(g.flatten() for g in gradients)]))
+        model.zero_grad()
+    assert (sums[0] - sums[1]).abs().max() <= 1e-12 * sums[1].abs().max() and len(sums[0]) > 1000
     with torch.no_grad():
         packed = model.to_logits(model(ids, Documents.of(LENGTHS)))
         alone = torch.cat([model.logits(part) for part in ids.split(LENGTHS)])
@@ -164,6 +178,21 @@ def test_rows_that_are_longer_are_refused_before_training(folder: Path, tmp_path
     assert main(["eval", *where, "--device", "cpu", "--max-length", "64"]) == 0
     with pytest.raises(DataError, match="row 1 has"):
         finetune(load_model(folder, device="cpu"), load_tokenizer(folder), [{"prompt": texts[1], "response": "1"}])
+
+
+def test_a_conversation_that_is_too_long_is_not_answered(folder: Path):
+    generator = torch.Generator().manual_seed(0)
+    session = Session(
+        load_model(folder, device="cpu"),
+        load_tokenizer(folder),
+        GREEDY,
+        set(),
+        3,
+        generator,
+        [{"role": "user", "content": "1" + " 1" * 70}],
+    )
+    (told,) = session.reply("hello")
+    assert "more than the 64 positions" in told and "/new begins" in told and len(session.messages) == 1
 
 
 def test_a_pair_is_two_documents(folder: Path, tmp_path: Path):

@@ -53,10 +53,10 @@ def test_a_config_alone(inspect, tmp_path):
 def test_what_is_not_supported_is_said(inspect, tmp_path):
     folder = make_model(tmp_path / "m")
     config = folder / "config.json"
-    config.write_text(config.read_text().replace("qwen3", "gpt2"))
+    config.write_text(config.read_text().replace("qwen3", "gpt_neox"))
     code, out = inspect(folder)
-    assert code == 4 and "'gpt2' is not supported" in out
-    config.write_text(config.read_text().replace("gpt2", "qwen3").replace("260", "200"))
+    assert code == 4 and "'gpt_neox' is not supported" in out
+    config.write_text(config.read_text().replace("gpt_neox", "qwen3").replace("260", "200"))
     code, out = inspect(folder)
     assert code == 4 and "ids up to 258, the model 200 rows" in out and "config.json makes it [200, 32]" in out
 
