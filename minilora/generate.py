@@ -68,7 +68,9 @@ def decode(
                 running.pop()
         new = _admit(waiting, slots - len(running))
         for r in new:
-            check_room(model, "a prompt", len(r.prompt), "Ask for less, or take a model that reads more.")
+            check_room(
+                model, "a prompt", len(r.prompt), "Ask for less; of rows, --source-tail reads the end of a question."
+            )
             r.max_tokens = int(min(r.max_tokens, room(model) - len(r.prompt) + 1))  # the last answer token is not read
         if not new and not running:
             return

@@ -20,5 +20,5 @@ def check_room(model: Decoder, what: str, tokens: int, hint: str = "") -> None:
         raise DataError(
             f"{what} has {tokens:,} tokens, and the model has {model.config.max_positions:,} learned positions{virtual}",
             hint
-            or f"Give --max-length {most}: longer rows are left out and counted, or shortened with --truncate cut.",
+            or f"--max-length {most} leaves longer rows out and counts them; with --truncate cut it shortens them.",
         )

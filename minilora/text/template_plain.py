@@ -2,7 +2,7 @@
 
     question <|endoftext|> answer <|endoftext|>
 
-So GPT2Tokenizer of transformers wrote chats until release 4.43, and DialoGPT was trained on them.
+So GPT2Tokenizer of transformers 4.40 writes a chat where a folder has no template, and DialoGPT was trained so.
 """
 
 from dataclasses import dataclass

@@ -67,8 +67,8 @@ class Session:
         with without_adapters(self.model) if self.base else nullcontext():
             tokens = self._counted(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator))
             pieces = []
-            most, learned = self.model.config.max_positions, not self.model.config.rotary
-            if len(ids) > min(most, room(self.model)):
+            most, learned = int(min(self.model.config.max_positions, room(self.model))), not self.model.config.rotary
+            if len(ids) > most:
                 yield f"[{beyond(len(ids), most, learned)}{'; /new begins a new conversation' if learned else ''}]\n"
                 if learned:
                     return
@@ -81,11 +81,10 @@ class Session:
 
     def notes(self) -> list[str]:
         """Why the last answer may be incomplete or poor."""
-        most, total = self.model.config.max_positions, self.asked + self.answered
+        most, total = int(min(self.model.config.max_positions, room(self.model))), self.asked + self.answered
         cut = f"the answer was cut at {self.max_tokens:,} tokens: --max-tokens"
-        return [cut] * (self.answered == self.max_tokens) + [beyond(total, most, not self.model.config.rotary)] * (
-            self.asked <= most < total
-        )
+        over = [beyond(total, most, not self.model.config.rotary)] * (self.asked <= most < total)
+        return [cut] * (self.answered == self.max_tokens) + over
 
 
 def chat(

@@ -22,7 +22,7 @@ OWN = [
     "ﬁne café ｈａｌｆ",
 ]
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello  there"}, {"role": "assistant", "content": " Hi!\n"}]  # fmt: skip
-TEMPLATE = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"  # of transformers 4.43
+TEMPLATE = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"  # the default one of transformers 4.40
 
 folder = Path(sys.argv[1])
 tokenizer = transformers.GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))

@@ -22,6 +22,7 @@ from minilora.finetuning import finetune
 from minilora.generate import Request, decode, generate
 from minilora.kernels.quantized import QuantizedWeight
 from minilora.lora import adapters, trained_parameters
+from minilora.models.decoder import Decoder
 from minilora.models.gpt2 import Conv1D
 from minilora.models.stream import Documents
 from minilora.positions import check_room
@@ -46,7 +47,7 @@ def bare(folder: Path) -> Path:
     return folder
 
 
-def logits(model: torch.nn.Module, ids: Tensor | None = None) -> Tensor:
+def logits(model: Decoder, ids: Tensor | None = None) -> Tensor:
     return model.logits(torch.arange(1, 21) if ids is None else ids).detach()
 
 
@@ -100,7 +101,7 @@ def test_the_weight_of_a_linear_is_not_the_transposed_one(tmp_path: Path):
         if isinstance(linear, Conv1D):
             weight = tiny("gpt2").get_parameter(f"{path}.weight")
             with stored.reading_linear(path, weight.shape) as value:
-                assert torch.equal(value, weight)
+                assert isinstance(value, Tensor) and torch.equal(value, weight)
             assert torch.equal(stored.tensors._files[f"{path}.weight"].tensor(f"{path}.weight"), weight.T)
 
 
@@ -151,7 +152,7 @@ def test_an_answer_ends_where_positions_do():
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_virtual_tokens_take_positions(method: str):
     model = prepare(tiny("gpt2"), resolve({"method": method, "pre_seq_len": 4}))
-    with pytest.raises(DataError, match=r"64 learned positions, 4 of them .*\nGive --max-length 60"):
+    with pytest.raises(DataError, match=r"64 learned positions, 4 of them .*\n--max-length 60"):
         check_room(model, "row 1", 61)
     model.loss(make_batch([conversation("gpt2", 40, 20, 0)]))  # the last token has position 63
 
