@@ -77,6 +77,16 @@ def test_a_kept_output_with_one_input_that_requires_grad(alone: int):
     assert torch.equal(one[1], whole[1 + alone])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_backward_of_short_documents_in_16_bits_computes_in_fp32(dtype: torch.dtype):
+    q, k, v, cu_seqlens = packed(dtype)
+    out, lse = attention_forward(q, k, v, cu_seqlens)
+    dout, spec = upstream(q), module.MaskSpec(tuple(cu_seqlens), None, None)
+    found = module._cpu_backward(dout, q, k, v, out, lse, spec)
+    wide = module._cpu_backward(*(x.float() for x in (dout, q, k, v, out)), lse, spec)
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found, wide, strict=True))
+
+
 def test_a_kept_output_that_was_written_to_is_refused():
     q, k, v, cu_seqlens = packed(torch.float32)
     kept = attention_forward(q, k, v, cu_seqlens)

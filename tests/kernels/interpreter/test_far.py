@@ -14,7 +14,7 @@ from oracle import upstream
 from torch import Tensor
 from triton.runtime import interpreter
 
-from minilora.kernels import linear_cross_entropy, lora_gemm, lora_linear, lora_shrink, swiglu_shrink
+from minilora.kernels import fp8_rows, linear_cross_entropy, lora_gemm, lora_linear, lora_shrink, swiglu_shrink
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.group import Group
 from minilora.kernels.lang import accum_dtype
@@ -150,6 +150,13 @@ def test_the_last_partial_sums_of_many(adapter: Adapter, monkeypatch: pytest.Mon
     half = WIDTH // ds.shape[0]
     expected = 0.5 * dy[-1, -half:].double() @ adapter.b[-half:].half().double()
     torch.testing.assert_close(ds[-1, -1, :3].double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_that_are_rounded_to_fp8_far_apart():
+    torch.manual_seed(0)
+    x = torch.randn(3, 40, dtype=torch.float16)
+    (codes, scales), (near, of_rows) = fp8_rows.by_rows(far(x)), fp8_rows.by_rows(x)
+    assert torch.equal(codes.view(torch.uint8), near.view(torch.uint8)) and torch.equal(scales, of_rows)
 
 
 def test_rows_of_a_linear_cross_entropy_far_apart():
