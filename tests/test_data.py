@@ -167,8 +167,10 @@ def test_targets_are_the_trained_tokens_one_place_earlier(tmp_path, name):
 
 
 def test_other_roles_have_no_template():
-    with pytest.raises(DataError, match="tool"):
-        TOKENIZERS["qwen3"].render([{"role": "tool", "content": "x"}])
+    with pytest.raises(DataError, match="ipython"):
+        TOKENIZERS["qwen3"].render([{"role": "ipython", "content": "x"}])
+    with pytest.raises(DataError, match="chatglm3 has no place for tools"):
+        load_tokenizer(GOLDEN / "chatglm3").render([{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}])
 
 
 def test_a_template_of_another_generation():

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..rows import Row
 from ..rows.shapes import TEXT
-from ..text.template import render_text
+from ..text.template import has_thought, render_text, split_tools
 from ..text.tokenizer import Tokenizer
 
 FORMAT = "format"  # the role of what the chat format adds
@@ -74,12 +74,16 @@ def _roles(row: Row, texts: list[str], tokenizer: Tokenizer) -> list[str]:
         return ["assistant"] * len(texts)
     whole, spans, at = "".join(texts), [], 0
     around = _around(row, tokenizer)
-    for message, before, behind in zip(row.messages, around, around[1:], strict=False):
+    for message, before, behind in zip(split_tools(row.messages)[1], around, around[1:], strict=False):
         opened = whole.find(before, at)
+        if opened < 0 and message.get("calls"):  # a format may have no line between a role and a call
+            before = before.rstrip()
+            opened = whole.find(before, at)
         if opened < 0:
             break
         at = opened + len(before)
-        form = next((form for form in _forms(message["content"]) if form and whole.startswith(form, at)), "")
+        forms = [] if message.get("calls") else _forms(message["content"])
+        form = next((form for form in forms if form and whole.startswith(form, at)), "")
         end = at + len(form) if form else whole.find(behind, at)
         spans.append((at, max(end, at), message["role"]))
         at = max(end, at)
@@ -95,8 +99,10 @@ def _roles(row: Row, texts: list[str], tokenizer: Tokenizer) -> list[str]:
 
 def _around(row: Row, tokenizer: Tokenizer) -> list[str]:
     """What the chat format writes before the first message's text, between each two, and after the last."""
-    marked = [m | {"content": f"{MARK}{i}{MARK}"} for i, m in enumerate(row.messages)]
-    text = render_text(tokenizer.template.segments(marked))
+    turns = split_tools(row.messages)[1]
+    marked = [{"role": m["role"], "content": f"{MARK}{i}{MARK}"} for i, m in enumerate(turns)]
+    told = row.messages[: len(row.messages) - len(turns)]
+    text = render_text(tokenizer.template.segments([*told, *marked], thinking=has_thought(row.messages)))
     parts, at = [], 0
     for i in range(len(marked)):
         mark = f"{MARK}{i}{MARK}"

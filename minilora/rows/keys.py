@@ -53,7 +53,7 @@ def _hint(key: str) -> str:
     shown = shlex.quote(name) if name.isprintable() else quote(name)
     leave = f"--ignore-keys {shown} leaves it out."
     if name in ("tools", "tool_calls", "function_call", "functions", "tool_call_id"):
-        return f"Tool calls cannot be trained yet; {leave}"
+        return f"Tools stand in a key of the row, and calls in a message of the assistant; {leave}"
     if name in ("chosen", "rejected"):
         return f"train --objective dpo learns from chosen and rejected answers; {leave}"
     if name in ("label", "score", "reward", "preference"):

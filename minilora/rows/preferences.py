@@ -27,7 +27,7 @@ def to_pair(value: Any, where: str, settings: DataConfig = PLAIN) -> tuple[Row, 
     if chosen.messages[:-1] != rejected.messages[:-1]:
         hint = "Both belong to one question: let them differ in the last answer alone."
         raise RowError("two questions", f"{where}: chosen and rejected do not answer the same", hint)
-    if chosen.messages[-1]["content"] == rejected.messages[-1]["content"]:
+    if all(chosen.messages[-1].get(k) == rejected.messages[-1].get(k) for k in ("content", "calls")):
         raise RowError("equal answers", f"{where}: chosen and rejected are the same", "Take the row out.")
     return chosen, rejected
 

@@ -37,7 +37,7 @@ def read_questions(
         ignored.update(row.ignored)
         fill(row, settings.define)
         check_thoughts(row, tokenizer)
-        if row.messages[-1]["role"] == "user":
+        if row.messages[-1]["role"] in ("user", "tool"):
             row.messages.append({"role": "assistant", "content": ""})
         row_hashes = hashes(row)
         cut += keep_tail(row, tokenizer, settings.source_tail)
@@ -45,7 +45,8 @@ def read_questions(
         if last["role"] != "assistant":
             hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
             raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
-        trained, label = [], last["content"] if last["content"].strip() else ""
+        trained, label = [], tokenizer.template.written(last)
+        label = label if label.strip() else ""
         if label:
             _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")

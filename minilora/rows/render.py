@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError, RowError
+from ..text.template import Message
 from ..text.template_glm import CHATGLM
 from ..text.tokenizer import Tokenizer
 from .shapes import TEXT, Row
@@ -122,7 +123,7 @@ def _shorten(row: Row, tokenizer: Tokenizer, settings: DataConfig, ids: np.ndarr
         place, much = question, source_over
     else:
         place, much = (answer if targets > masked or question is None else question), len(ids) - settings.max_length
-    if place is None:
+    if place is None or row.messages[place].get("calls"):
         return None
     content = tokenizer.encode(row.messages[place]["content"])
     text = tokenizer.decode(content[: max(len(content) - much, 0)]).rstrip("\ufffd")
@@ -134,10 +135,15 @@ def _shorten(row: Row, tokenizer: Tokenizer, settings: DataConfig, ids: np.ndarr
 
 def hashes(row: Row, *others: Row) -> tuple[int, int]:
     """64-bit hashes of a row's question (all that stands before its last answer) and of the whole row, with other answers to it."""
-    texts = [(m["role"], m["content"]) for m in row.messages]
-    last = max((i for i, (role, _) in enumerate(texts) if role == "assistant"), default=len(texts))
-    whole = texts + [(m["role"], m["content"]) for other in others for m in other.messages[last:]]
+    texts = [_told(m) for m in row.messages]
+    last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=len(texts))
+    whole = texts + [_told(m) for other in others for m in other.messages[last:]]
     return _hash64(texts[:last]), _hash64(whole)
+
+
+def _told(message: Message) -> list[Any]:
+    """All that a message says."""
+    return [message["role"], message["content"], *([message["calls"]] if message.get("calls") else [])]
 
 
 def _hash64(value: Any) -> int:

@@ -2,7 +2,8 @@
 
 alpaca (instruction, input, output, system, history), sharegpt (conversations of from and value), OpenAI and ChatGLM3 (messages
 or conversations of role and content), pairs under many names (prompt and completion, question and answer, ADGEN's content and
-summary, text and label, 问题 and 答案 ...), Qianfan's lists of turns, and raw text.
+summary, text and label, 问题 and 答案 ...), Qianfan's lists of turns, and raw text. Functions stand in a key of the row, and calls in
+a key of OpenAI's messages or in a turn of their own (LLaMA-Factory, ms-swift).
 """
 
 import json
@@ -15,6 +16,7 @@ from ..config import PLAIN, DataConfig
 from ..errors import RowError, UsageError, quote
 from ..files.strict_json import parse_json
 from ..text.template import Message
+from ..text.tools import as_json, read_calls, read_tools
 from .keys import LOSSES, NOTES_OF_MESSAGES, NOTES_OF_TEXT, OF_MESSAGE, THOUGHTS, is_trained, refuse_unread, unread
 
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
@@ -28,8 +30,11 @@ PAIRS = (("content", "summary"), ("text", "label"))
 COLUMNS = ("prompt", "response", "system", "history", "instruction", "input", "output", "messages", "text")
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
+    "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
-TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+CALL_ROLES = ("function_call", "tool_call")  # of turns whose text is calls
+CALLS, FUNCTIONS = ("tool_calls", "function_call"), ("tools", "functions")
 TEXT = "text"  # the shape, and the role of its one message: raw text, all of it trained
 
 
@@ -46,12 +51,18 @@ class Row(NamedTuple):
 def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
     """Replace `{{key}}` in the texts of a row by define[key]; returns how often each key stood there, and keys left over."""
     used, open_keys = Counter(), set()
-    for message in row.messages:
-        text = message["content"]
+
+    def filled(text: str, define: dict[str, str]) -> str:
         keys = PLACEHOLDER.findall(text)
         used.update(k for k in keys if k in define)
-        open_keys |= set(keys) - define.keys()
-        message["content"] = PLACEHOLDER.sub(lambda m: define.get(m[1], m[0]), text)
+        open_keys.update(set(keys) - define.keys())
+        return PLACEHOLDER.sub(lambda m: define.get(m[1], m[0]), text)
+
+    in_json = {key: as_json(text)[1:-1] for key, text in define.items()}
+    for message in row.messages:
+        message["content"] = filled(message["content"], in_json if message["role"] == "tools" else define)
+        if "calls" in message:
+            message["calls"] = json.loads(filled(as_json(message["calls"]), in_json))
     return used, open_keys
 
 
@@ -86,7 +97,9 @@ def to_messages(value: Any, where: str, settings: DataConfig = PLAIN) -> Row:
         shape = "turns"
     elif isinstance(value, dict):
         value = {k: v for k, v in value.items() if k not in ignored}
-        messages, shape, lost = _messages(_rename(value, where, columns) if columns else value, where, ignored)
+        value = _rename(value, where, columns) if columns else value
+        messages, shape, lost = _messages(value, where, ignored)
+        messages = (_functions(value, where) if shape != TEXT else []) + messages
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
@@ -118,7 +131,7 @@ def check_answers(row: Row) -> None:
         name = "" if answers else " --columns response=NAME names its column."
         name = " train --objective dpo learns from chosen and rejected." if "chosen" in row.unread else name
         raise RowError("no answer", what, f"Add the answer, or take the row out.{name}")
-    if any(BLANK.fullmatch(m["content"]) for m in trained):
+    if any(BLANK.fullmatch(m["content"]) and not m.get("calls") for m in trained):
         what = f"{row.where}: there is nothing to learn, the answer is empty"
         raise RowError("empty answer", what, "Write the answer, or take the row out.")
 
@@ -156,7 +169,7 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
     chat = next((k for k in CHATS if k in held), None)
     if chat is not None:
         messages, shape, lost = _chat(row, chat, where, ignored)
-        return messages, shape, lost + unread(row, {chat, "system"}, ignored)
+        return messages, shape, lost + unread(row, {chat, "system", *FUNCTIONS}, ignored)
     # a text whose label is null is a row without its answer, and no raw text
     pair = _pair(held) or (None if TEXT in held and "label" not in row else _pair(row))
     if pair is not None and pair[1] is None:
@@ -168,7 +181,7 @@ def _messages(row: dict, where: str, ignored: frozenset[str]) -> tuple[list[Mess
         if thought is not None and pair[1] is not None:
             turn[-1] |= _with_thought(turn[-1], _text(row, thought, where), where)
             read.add(thought)
-        lost = unread(row, {*read, "system", "history"}, ignored)
+        lost = unread(row, {*read, "system", "history", *FUNCTIONS}, ignored)
         return _system(row, where) + _history(row, where) + turn, shape, lost
     if TEXT in row:
         return [{"role": TEXT, "content": _text(row, TEXT, where)}], TEXT, unread(row, {TEXT}, ignored, NOTES_OF_TEXT)
@@ -204,22 +217,74 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
             raise RowError("unknown role", what, "A message is a role and a content, or from and value.")
         if not isinstance(role, str) or role not in ROLES:
             what = f"{where}: a message has {role_key} {quote(str(role))}"
-            tool = "Tool calls cannot be trained yet. " if role in TOOL_ROLES else ""
-            raise RowError("unknown role", what, f"{tool}Known are {', '.join(ROLES)}.")
+            raise RowError("unknown role", what, f"Known are {', '.join(ROLES)}.")
         thought = next((k for k in THOUGHTS if k not in ignored and turn.get(k)), None)
-        calls = next((k for k in ("tool_calls", "function_call") if turn.get(k) and k not in ignored), None)
-        if calls is not None and turn.get(text_key) is None:  # OpenAI's messages that only call a tool
-            refuse_unread((f"{OF_MESSAGE}{calls}",), where)
-        message: Message = {"role": ROLES[role], "content": _text(turn, text_key, where)}
+        message: Message = {"role": ROLES[role]}
+        if role in CALL_ROLES:
+            call = None
+            message |= _calls_of_text(turn, text_key, where)
+        else:
+            call = (
+                next((k for k in CALLS if turn.get(k) and k not in ignored), None)
+                if ROLES[role] == "assistant"
+                else None
+            )
+            message["content"] = _text(turn, text_key, where, None if call is None else "")
+            message |= _calls(turn[call], call, where) if call is not None else {}
         if thought is not None:
             message |= _with_thought(message, _text(turn, thought, where), where)
         trained = is_trained(turn, ROLES[role] == "assistant", where, ignored)
         if trained is not None:
             message["loss"] = trained
-        read = {role_key, text_key, *LOSSES, *({thought} if thought else ())}
+        read = {role_key, text_key, *LOSSES, *filter(None, (thought, call))}
+        read |= {"name", "tool_call_id"} if ROLES[role] == "tool" else set()
         lost += [f"{OF_MESSAGE}{k}" for k in unread(turn, read, ignored, NOTES_OF_MESSAGES)]
-        messages.append(message)
+        _add(messages, message, role in CALL_ROLES)
     return messages, "sharegpt" if sharegpt else "messages", lost
+
+
+def _add(messages: list[Message], message: Message, calls_alone: bool) -> None:
+    """Take in a message; calls that are turns of their own belong to the assistant's turn before them."""
+    before = messages[-1] if messages else {}
+    one = calls_alone and before.get("role") == "assistant" and before.get("loss") == message.get("loss")
+    if one and not message["content"]:
+        before["calls"] = before.get("calls", []) + message["calls"]
+    else:
+        messages.append(message)
+
+
+def _functions(row: dict, where: str) -> list[Message]:
+    """The functions of a row as a first message."""
+    key = next((k for k in FUNCTIONS if row.get(k)), None)
+    if key is None:
+        return []
+    try:
+        tools = read_tools(row[key])
+    except ValueError as error:
+        hint = f"Write them as OpenAI does; --ignore-keys {key} leaves them out."
+        raise RowError("broken tools", f"{where}: {key}: {error}", hint) from None
+    return [{"role": "tools", "content": as_json(tools)}] if tools else []
+
+
+def _calls(value: Any, key: str, where: str) -> Message:
+    try:
+        return {"calls": read_calls(value)}
+    except ValueError as error:
+        hint = 'A call is a name and arguments: {"name": "f", "arguments": {"x": 1}}.'
+        raise RowError("broken call", f"{where}: {key}: {error}", hint) from None
+
+
+def _calls_of_text(turn: dict, key: str, where: str) -> Message:
+    """A turn whose text is the JSON of calls, perhaps behind a thought."""
+    value, thought, mark = turn.get(key), "", ""
+    if isinstance(value, str):
+        thought, mark, rest = _text(turn, key, where).rpartition("</think>")
+        value = rest
+    message: Message = {"content": "", **_calls(value, key, where)}
+    if not mark:
+        return message
+    thought = thought.removeprefix("<think>").strip("\n")
+    return message | {"content": f"<think>\n{thought}\n</think>\n\n", "thought": True}
 
 
 def _with_thought(message: Message, thought: str, where: str) -> Message:
@@ -229,7 +294,7 @@ def _with_thought(message: Message, thought: str, where: str) -> Message:
     if "</think>" in message["content"]:
         what = f"{where}: a thought stands in its own key and in the content"
         raise RowError("two thoughts", what, "Keep one of them.")
-    if not message["content"].strip():
+    if not message["content"].strip() and not message.get("calls"):
         what = f"{where}: a message has a thought, and its answer is empty"
         raise RowError("empty answer", what, "Write the answer, or take the row out.")
     thought = thought.strip("\n")
@@ -307,6 +372,15 @@ def _text(row: dict, key: str, where: str, default: str | None = None) -> str:
     if isinstance(value, list) and all(_is_text_part(p) for p in value):
         texts = [p.get("text") for p in value]
         value = "".join(texts) if all(isinstance(t, str) for t in texts) else value
+    other = (
+        next((p for p in value if isinstance(p, dict) and p.get("type", "text") != "text"), None)
+        if isinstance(value, list)
+        else None
+    )
+    if other is not None:
+        kind = quote(str(other["type"]))
+        what = f"{where}: {key} is {quote(json.dumps(value))}, with a part of type {kind}"
+        raise RowError(f"a part of type {kind}", what, "Only text can be trained: take the row out, or the part.")
     if not isinstance(value, str):
         raise RowError("no text", f"{where}: {key} is {quote(json.dumps(value))}", "A text belongs there.")
     return _sound(value, key, where)

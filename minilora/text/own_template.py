@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +23,11 @@ from ..errors import ModelError, quote
 from ..files.atomic import write_file
 from ..files.model_folder import ModelFolder
 from ..files.strict_json import parse_json
-from .template import Message, Template, render_text
+from .template import Call, Message, Template, ToolFormat, has_thought, render_text
 from .template_glm import CHATGLM3
-from .template_qwen import DEEPSEEK_R1, QWEN25, ChatML
+from .template_qwen import DEEPSEEK_R1, QWEN3, QWEN25, ChatML
+from .tools_glm import CallTurns
+from .tools_qwen import Hermes
 
 CHILD = Path(__file__).parent / "jinja_child.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minilora" / "templates"
@@ -36,6 +40,10 @@ def _chat(*contents: str, system: str | None = None) -> list[Message]:
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
+def _calling(text: str, calls: list[Call]) -> Message:
+    return {"role": "assistant", "content": text, "calls": calls}
+
+
 # what each conversation tries, and the conversation
 PROBES: dict[str, list[Message]] = {
     "a chat without a system prompt": _chat("q", "a"),
@@ -45,14 +53,37 @@ PROBES: dict[str, list[Message]] = {
     "thoughts": _chat("q", f"{THOUGHT}a", "r", f"{THOUGHT}b"),
     "blanks and line ends around a text": _chat(" q\n", "\n\na \n"),
 }
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"k": {"type": "string"}}}}
+TOOLS = {
+    "role": "tools",
+    "content": json.dumps([{"type": "function", "function": FUNCTION | {"name": n}} for n in "fg"]),
+}
+CALLS = [
+    {"name": "f", "arguments": {"k": "v\nw", "é": 1, "t": True, "n": None, "o": {"x": [1.5]}}},
+    {"name": "g", "arguments": {}},
+]
+RESULTS = [{"role": "tool", "content": text} for text in ("r", "{}")]
+FORMS = (ToolFormat(), CallTurns())  # that is, messages of OpenAI and of GLM-4
+TOOL_PROBES: list[list[Message]] = [
+    [TOOLS, *_chat("q", "a")],
+    [TOOLS, *_chat("q", system="s"), _calling("t", CALLS), *RESULTS, *_chat("r", "a")[1:]],
+    [TOOLS, *_chat("q"), _calling("", CALLS[:1]), *RESULTS[:1], *_chat("r", "a")[1:]],
+]
 
 
 class Order(NamedTuple):
-    """One rendering: a conversation, whether the assistant's next turn is opened, and whether thinking is asked for."""
+    """One rendering: a conversation, whether the assistant's next turn is opened, whether thinking is asked for, and how tools are given."""
 
     messages: list[Message]
     prompt: bool = False
     thinking: bool = False
+    form: ToolFormat = FORMS[0]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What a template is given."""
+        more = {"add_generation_prompt": self.prompt, "enable_thinking": self.thinking}
+        return {**self.form.variables(self.messages), **more}
 
 
 Rendered = tuple[str | None, str | None]  # the text, or why there is none
@@ -75,25 +106,42 @@ def choose(
         told = f"{likeliest.name} is used; the folder's own template was not compared: jinja2 is not installed"
         return likeliest, told
     try:
-        texts = _texts_of_probes(folder, text)
+        texts, with_tools = _texts_of_probes(folder, text)
     except ModelError as error:
         return likeliest, f"{likeliest.name} is used: {error.what}"
     unlike = {template: _unlike(template, texts) for template in formats(_default_system(texts))}
     # what the model is asked with matters most
     best = min(unlike, key=lambda t: (sum(u.prompt for u in unlike[t]), len(unlike[t]) / _compared(t)))
-    return best, _words(best, unlike[best])
+    return replace(best, tools=_tools_of(best, with_tools)), _words(best, unlike[best])
 
 
-def _orders(messages: list[Message]) -> list[Order]:
+def _orders(messages: list[Message], form: ToolFormat = FORMS[0]) -> list[Order]:
     asked = messages[:-1]
-    return [Order(messages), Order(asked, prompt=True), Order(asked, prompt=True, thinking=True)]
+    whole = Order(messages, False, has_thought(messages), form)
+    return [whole, Order(asked, True, False, form), Order(asked, True, True, form)]
 
 
-def _texts_of_probes(folder: ModelFolder, text: str) -> dict[str, list[Rendered]]:
-    """What a template makes of each probe."""
+def _texts_of_probes(folder: ModelFolder, text: str) -> tuple[dict[str, list[Rendered]], list[list[Rendered]]]:
+    """What a template makes of each probe, and of all probes with tools in each of the forms."""
     orders = [order for messages in PROBES.values() for order in _orders(messages)]
-    flat = iter(_cached(folder, text, orders))
-    return {name: [next(flat) for _ in _orders(messages)] for name, messages in PROBES.items()}
+    with_tools = [_tool_orders(form) for form in FORMS]
+    flat = iter(_cached(folder, text, [*orders, *chain(*with_tools)]))
+    texts = {name: [next(flat) for _ in _orders(messages)] for name, messages in PROBES.items()}
+    return texts, [[next(flat) for _ in orders] for orders in with_tools]
+
+
+def _tool_orders(form: ToolFormat) -> list[Order]:
+    return [order for messages in TOOL_PROBES for order in _orders(messages, form)]
+
+
+def _tools_of(template: Template, texts: list[list[Rendered]]) -> ToolFormat:
+    """The way in which a folder's template writes all probes with tools; none if it is not one that is known."""
+    for form, told in zip(FORMS, texts, strict=True):
+        for tools in template.tool_formats(told[0][0] or ""):
+            format = replace(template, tools=tools)
+            if all(_alike(format, order, theirs) for order, (theirs, _) in zip(_tool_orders(form), told, strict=True)):
+                return tools
+    return ToolFormat()
 
 
 def _default_system(texts: dict[str, list[Rendered]]) -> str | None:
@@ -118,14 +166,22 @@ def _unlike(template: Template, texts: dict[str, list[Rendered]]) -> list[Unlike
     found = []
     for name, messages in PROBES.items():
         for order, (theirs, refused) in zip(_orders(messages), texts[name], strict=True):
-            if template.opens_thoughts and not order.prompt:
-                continue  # a last answer has its thought here, which such templates leave out
-            ours = render_text(template.segments(*order))
-            # the token that closes the last turn is ours to learn; some templates leave it to the next turn
-            closed = not order.prompt and theirs == ours.removesuffix(template.stops[0])
-            if theirs != ours and not closed:
-                found.append(Unlike(name, order.prompt, ours, theirs, refused))
+            if not _alike(template, order, theirs):
+                found.append(Unlike(name, order.prompt, _ours(template, order), theirs, refused))
     return found
+
+
+def _ours(template: Template, order: Order) -> str:
+    return render_text(template.segments(order.messages, order.prompt, order.thinking))
+
+
+def _alike(template: Template, order: Order, theirs: str | None) -> bool:
+    """Whether a format writes what a folder's template wrote, as far as the two can be compared."""
+    if template.opens_thoughts and not order.prompt:
+        return True  # a last answer has its thought here, which such templates leave out
+    ours = _ours(template, order)
+    # the token that closes the last turn is ours to learn; some templates leave it to the next turn
+    return theirs == ours or (not order.prompt and theirs == ours.removesuffix(template.stops[0]))
 
 
 def _compared(template: Template) -> int:
@@ -158,8 +214,8 @@ def _words(template: Template, unlike: list[Unlike]) -> str | None:
 
 def _cached(folder: ModelFolder, text: str, orders: list[Order]) -> list[Rendered]:
     """The texts of orders from the user's cache, or rendered and put there; a cache that cannot be used is no error."""
-    variables = _variables(folder)
-    key = _hash(json.dumps([text, variables, orders, _hash(CHILD.read_text(encoding="utf-8"))]))
+    told = [_variables(folder), [order.variables for order in orders]]
+    key = _hash(json.dumps([text, told, _hash(CHILD.read_text(encoding="utf-8"))]))
     place = CACHE / f"{key}.json"
     with suppress(OSError, ValueError, TypeError, RuntimeError):
         found = [(text, error) for text, error in parse_json(place.expanduser().read_bytes())]
@@ -176,22 +232,11 @@ def _cached(folder: ModelFolder, text: str, orders: list[Order]) -> list[Rendere
 
 def render(folder: ModelFolder, text: str, orders: Sequence[Order]) -> list[Rendered]:
     """What a chat template makes of conversations; ModelError if it does not end in time and in bounds."""
-    order = {
-        "template": text,
-        "variables": _variables(folder),
-        "chats": [
-            {
-                "messages": [{"role": m["role"], "content": m["content"]} for m in o.messages],
-                "add_generation_prompt": o.prompt,
-                "enable_thinking": o.thinking,
-            }
-            for o in orders
-        ],
-    }
+    task = {"template": text, "variables": _variables(folder), "chats": [order.variables for order in orders]}
     command = [sys.executable, "-I", str(CHILD)]
     try:
         child = subprocess.run(
-            command, input=json.dumps(order).encode(), capture_output=True, timeout=60, env={}, check=True
+            command, input=json.dumps(task).encode(), capture_output=True, timeout=60, env={}, check=True
         )
         return [(text, error) for text, error in parse_json(child.stdout)]
     except (subprocess.SubprocessError, ValueError) as error:
@@ -203,7 +248,7 @@ def render(folder: ModelFolder, text: str, orders: Sequence[Order]) -> list[Rend
 
 def _variables(folder: ModelFolder) -> dict[str, Any]:
     """What a template may name beside the messages: the special tokens of tokenizer_config.json."""
-    variables: dict[str, Any] = {"tools": None}
+    variables: dict[str, Any] = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = folder.tokenizer_config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
@@ -218,11 +263,11 @@ def _hash(text: str) -> str:
 
 # sha256 of a published chat template -> the built-in format that stands for it
 PUBLISHED: dict[str, Template] = {
-    "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f": ChatML("qwen2.5", QWEN25),
+    "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f": ChatML("qwen2.5", QWEN25, tools=Hermes()),
     # Qwen3 in two revisions, its 2507-Instruct, and the demo
-    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": ChatML("qwen3", None, "optional"),
-    "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": ChatML("qwen3", None, "optional"),
-    "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": ChatML("chatml"),
+    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": QWEN3,
+    "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": QWEN3,
+    "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": ChatML("chatml", tools=Hermes()),
     "94d754f89b5c462771bdd267b01a769ab6c028d5e077e0ade4e9f837c248e31d": ChatML("chatml"),
     "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f": DEEPSEEK_R1,
     # ChatGLM3 in two revisions: they put a blank before a text, which the model's own code does not

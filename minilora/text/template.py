@@ -4,23 +4,74 @@ A segment is a piece of text with two facts: whether it is one of the template's
 is the answer of, if any. Text that a user or a file supplies is never a special segment, so it can never become a special
 token. The same segments serve training, evaluation and chat. A folder's own Jinja template tells which of the built-in
 formats is used (own_template.py); what it writes is never trained itself.
+
+A message is {"role": "system" | "user" | "assistant" | "tool", "content": str}, and perhaps "loss": bool, "thought": True where
+it begins with one, and of an assistant "calls": [{"name": str, "arguments": dict}]. The functions that it may call stand in a
+first message of the role "tools", as the JSON text of a list.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
+from ..errors import DataError
 from ..files.model_folder import Folder, ModelFolder
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered chat; `answer` is the number of the message whose trained answer it is, or None."""
+    """A piece of a rendered chat; `answer` is the number of the message whose trained answer it is, or None.
+
+    own: the template's words, in which the names of tokens (<tool_call>) are these tokens where the tokenizer has them.
+    """
 
     text: str
     special: bool = False
     answer: int | None = None
+    own: bool = False
 
 
-Message = dict  # {"role": "system" | "user" | "assistant", "content": str, and perhaps "loss": bool, "thought": True where it begins with one}
+Message = dict
+Call = dict  # {"name": str, "arguments": dict}
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How one generation writes the functions that may be called, calls, and their results; this class itself writes none."""
+
+    marks: ClassVar[tuple[str, ...]] = ()  # the tokens that stand in calls
+
+    def preface(self, tools: list[dict], system: str | None) -> list[Segment]:
+        """The text of the system's turn, which tells of the functions."""
+        raise NotImplementedError
+
+    def calls(self, calls: list[Call], said: str) -> list[Segment]:
+        """The calls of a turn, behind what else is said in it."""
+        raise NotImplementedError
+
+    def result(self, text: str) -> list[Segment]:
+        """What a function returned."""
+        return [Segment("<tool_response>\n", own=True), Segment(text), Segment("\n</tool_response>", own=True)]
+
+    def start(self, text: str) -> int:
+        """Where calls begin in a text that an assistant generates, or may begin as it goes on; its length if nowhere."""
+        mark = self.marks[0]
+        found = text.find(mark)
+        half = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+        return found if found >= 0 else len(text) - half
+
+    def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
+        """What was said beside the calls, and the calls, of a text that an assistant generated; no call if one of them is broken."""
+        raise NotImplementedError
+
+    def variables(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """What a Jinja template is given of a conversation: its tools and messages as OpenAI writes them."""
+        tools, turns = split_tools(messages)
+        told = [{key: m[key] for key in ("role", "content")} for m in turns]
+        for message, shown in zip(turns, told, strict=True):
+            if message.get("calls"):
+                shown["tool_calls"] = [{"type": "function", "function": dict(call)} for call in message["calls"]]
+        return {"tools": tools or None, "messages": told}
 
 
 @dataclass(frozen=True)
@@ -29,6 +80,7 @@ class Template:
 
     name: str
     default_system: str | None = None
+    tools: ToolFormat = field(default=ToolFormat(), kw_only=True)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -54,16 +106,46 @@ class Template:
         """Whether only the last answer of a conversation can be trained: the others are part of its prompt."""
         return False
 
+    def tool_formats(self, written: str) -> Sequence[ToolFormat]:
+        """The ways in which a folder of this format may write tools, of which its template has `written` some."""
+        return ()
+
     def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
         """The segments of a chat; `prompt` opens the assistant's next turn, `thinking` lets an optional thinker think.
 
         Raises DataError for what the format cannot say.
         """
+        if not self.tools.marks and any(m["role"] in ("tools", "tool") or m.get("calls") for m in messages):
+            hint = "Take a model whose own chat template writes tools, or leave these rows out: --skip-bad."
+            raise DataError(f"the chat format {self.name} has no place for tools", hint)
+        return self._segments(messages, prompt, thinking)
+
+    def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
         raise NotImplementedError
+
+    def written(self, message: Message) -> str:
+        """The text of an assistant's message, with its calls."""
+        calls = message.get("calls")
+        found = self.tools.calls(calls, message["content"]) if calls else []
+        return message["content"] + "".join(s.text for s in found if not s.special)
 
     def answer_of(self, text: str) -> str:
         """What the assistant said, from the text that it generated after a prompt."""
         return text
+
+
+def split_tools(messages: Sequence[Message]) -> tuple[list[dict], list[Message]]:
+    """The functions of a conversation, and its other messages."""
+    if messages and messages[0]["role"] == "tools":
+        return json.loads(messages[0]["content"]), list(messages[1:])
+    return [], list(messages)
+
+
+def has_thought(messages: Sequence[Message]) -> bool:
+    """Whether an answer to the last question has a thought, so that the assistant was let think."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    answers = (m["content"].partition("</think>") for m in messages[last + 1 :] if m["role"] == "assistant")
+    return any(mark and thought.split("<think>")[-1].strip() for thought, mark, _ in answers)
 
 
 def render_text(segments: list[Segment]) -> str:

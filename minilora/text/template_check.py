@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..errors import ModelError
 from ..files.model_folder import Folder, ModelFolder
 from .own_template import Order, render
-from .template import Message, jinja_text
+from .template import Message, has_thought, jinja_text
 from .tokenizer import Tokenizer
 
 AROUND = 6  # tokens shown on each side of a difference
@@ -44,7 +44,9 @@ def check_template(folder: Folder, tokenizer: Tokenizer, chats: Sequence[list[Me
         raise ModelError(f"{folder} has no chat template of its own", "There is nothing to compare with.")
     wanted = [(number, messages, False) for number, messages in enumerate(chats)]
     wanted += [(number, messages[:-1], True) for number, messages in enumerate(chats) if len(messages) > 1]
-    rendered = render(folder, text, [Order(messages, prompt) for _, messages, prompt in wanted])
+    form = tokenizer.template.tools
+    orders = [Order(messages, prompt, not prompt and has_thought(messages), form) for _, messages, prompt in wanted]
+    rendered = render(folder, text, orders)
     good, first, error = set(range(len(chats))), None, None
     for (number, messages, prompt), (theirs, refused) in zip(wanted, rendered, strict=True):
         if theirs is None:

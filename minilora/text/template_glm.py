@@ -10,13 +10,16 @@ turn with. Closing the last turn, ChatGLM3 takes </s> and GLM-4 <|user|>. The ne
 assistant's to write, and is learnt.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from ..errors import DataError
-from .template import Message, Segment, Template
+from .template import Message, Segment, Template, ToolFormat, has_thought, split_tools
+from .tools_glm import AVAILABLE, ArgumentTags, CallTurns
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Rounds(Template):
     def last_only(self) -> bool:
         return True
 
-    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+    def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
         system = [m["content"] for m in messages if m["role"] == "system"]
         turns = [m for m in messages if m["role"] != "system"]
         for i, message in enumerate(turns):
@@ -104,25 +107,34 @@ class RoleTokens(Template):
     def apart(self) -> bool:
         return self.own_code
 
-    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+    def tool_formats(self, written: str) -> Sequence[ToolFormat]:
+        told = re.search(rf"<\|system\|>\n(.*?){AVAILABLE}(\n+)## ", written, re.DOTALL)
+        return [CallTurns(*told.groups(), gap) for gap in ("", " ")] if told and not self.opens_thought else ()
+
+    def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
         result = [Segment(t, special=True) for t in self.start]
         last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-        before = None  # the number of the answer that is not closed yet
-        for i, message in enumerate(messages):
-            role, content = message["role"], message["content"]
+        tools, turns = split_tools(messages)
+        if tools:
+            result += [Segment("<|system|>", special=True), Segment("\n"), *self.tools.preface(tools, None)]
+        before, end = None, self.end  # the number of the answer that is not closed yet, and what closes it at the end
+        for i, message in enumerate(turns, len(messages) - len(turns)):
+            role, content, calls = message["role"], message["content"], message.get("calls", [])
             if role not in ROLES:
-                raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
-            if self.skips_empty and not content:
+                raise DataError(f"a message has the role {str(role)[:40]!r}", f"Roles are {', '.join(ROLES)}.")
+            if self.skips_empty and not content and not calls:
                 continue
             # the token that makes an answer stop is learnt with it
-            result.append(Segment(f"<|{role}|>", special=True, answer=before if role == "user" else None))
-            before = i if role == "assistant" else None
-            result += self._content(content, before, i > last_user)
+            mark = "<|observation|>" if role == "tool" else f"<|{role}|>"
+            result.append(Segment(mark, special=True, answer=before if role in ("user", "tool") else None))
+            before, end = (i, "<|observation|>" if calls else self.end) if role == "assistant" else (None, self.end)
+            result += self._content(content, before, i > last_user) if content or not calls else []
+            result += [s._replace(answer=i) for s in self.tools.calls(calls, content)] if calls else []
         if prompt:
             result.append(Segment("<|assistant|>", special=True))
             result += [Segment(f"{self.header}<think>")] if self.opens_thought else []
         elif before is not None:
-            result.append(Segment(self.end, special=True, answer=before))
+            result.append(Segment(end, special=True, answer=before))
         return result
 
     def _content(self, content: str, answer: int | None, current: bool) -> list[Segment]:
@@ -140,16 +152,83 @@ class RoleTokens(Template):
         return text.lstrip(" \n") if self.header else text
 
 
+@dataclass(frozen=True)
+class Thinkers(Template):
+    """GLM-4.5 and 4.6: an answer begins with its thought, which is empty where /nothink stands behind the question.
+
+    A conversation is one with thoughts if an answer to its last question has one; earlier thoughts are left out.
+    """
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return ("<|user|>", "<|endoftext|>", "<|observation|>")
+
+    @property
+    def thinks(self) -> bool:
+        return True
+
+    def tool_formats(self, written: str) -> Sequence[ToolFormat]:
+        return (ArgumentTags(),)
+
+    def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
+        result = [Segment("[gMASK]", special=True), Segment("<sop>", special=True)]
+        last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        thinking = thinking or (not prompt and has_thought(messages))
+        tools, turns = split_tools(messages)
+        if tools:
+            result += [Segment("<|system|>", special=True), Segment("\n"), *self.tools.preface(tools, None)]
+        before, role = None, ""
+        for i, message in enumerate(turns, len(messages) - len(turns)):
+            last, role, content, calls = role, message["role"], message["content"], message.get("calls", [])
+            if role not in ROLES:
+                raise DataError(f"a message has the role {str(role)[:40]!r}", f"Roles are {', '.join(ROLES)}.")
+            mark = "<|observation|>" if role == "tool" else f"<|{role}|>"
+            opens = [Segment(mark, special=True, answer=before if role in ("user", "tool") else None)]
+            before = i if role == "assistant" else None
+            if role == "assistant":
+                result += opens + self._answer(content, i, i > last_user, thinking)
+                result += [s._replace(answer=i) for s in self.tools.calls(calls, content)] if calls else []
+            elif role == "tool":
+                result += [*(opens if last != "tool" else []), Segment("\n"), *self.tools.result(content)]
+            else:
+                quiet = role == "user" and not thinking and not content.endswith("/nothink")
+                result += [*opens, Segment("\n"), Segment(content), *([Segment("/nothink", own=True)] * quiet)]
+        if prompt:
+            result.append(Segment("<|assistant|>", special=True))
+            result += [] if thinking else _thought("")
+        elif before is not None:
+            end = "<|observation|>" if turns[-1].get("calls") else "<|user|>"
+            result.append(Segment(end, special=True, answer=before))
+        return result
+
+    def _answer(self, content: str, number: int, current: bool, thinking: bool) -> list[Segment]:
+        """An answer; its thought is trained where the prompt does not have it."""
+        thought, mark, _ = content.partition("</think>")
+        said = content.split("</think>")[-1].strip()
+        thought = thought.split("<think>")[-1].strip() if mark and current else ""
+        trained = number if current and thinking else None
+        return [s._replace(answer=trained) for s in _thought(thought)] + [
+            Segment(f"\n{said}" * bool(said), answer=number)
+        ]
+
+    def answer_of(self, text: str) -> str:
+        return text.lstrip(" \n")
+
+
+def _thought(text: str) -> list[Segment]:
+    return [Segment("\n<think>", own=True), Segment(text), Segment("</think>", own=True)]
+
+
 CHATGLM = Rounds("chatglm")
 CHATGLM2 = Rounds("chatglm2", first=1, gap="\n\n", end="</s>")
 CHATGLM3 = RoleTokens("chatglm3", start=("[gMASK]", "sop"), end="</s>", own_code=True)
 GLM4_OWN = RoleTokens("glm4", own_code=True)
 
 
-def glm_formats() -> list[RoleTokens]:
+def glm_formats(model_type: str | None = None) -> list[RoleTokens | Thinkers]:
     """The formats that a folder with role tokens and a tokenizer.json can have, the likeliest first."""
     choices = product((("[gMASK]", "<sop>"), ()), ("\n", ""), (False, True), (False, True))
-    return [
+    roles = [
         RoleTokens(
             "glm-z1" if opens else "glm4" if start else "glm-edge",
             None,
@@ -161,3 +240,5 @@ def glm_formats() -> list[RoleTokens]:
         )
         for start, header, opens, skips in choices
     ]
+    thinkers = Thinkers("glm-4.5", tools=ArgumentTags())
+    return [thinkers, *roles] if model_type == "glm4_moe" else [*roles, thinkers]

@@ -7,12 +7,16 @@ Which generation a folder is of, and its default system prompt, is told by its J
 known to write (own_template.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import DataError, ModelError
 from ..files.model_folder import ModelFolder
-from .template import Message, Segment, Template
+from .template import Message, Segment, Template, ToolFormat, split_tools
+from .tools_qwen import Hermes, Tags
+
+ROLES = "system, user, assistant and tool"
 
 
 @dataclass(frozen=True)
@@ -45,26 +49,36 @@ class ChatML(Template):
     def apart(self) -> bool:
         return self.name == "qwen"  # Qwen-1's own code cuts role and content by themselves
 
-    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
-        if self.default_system is not None and (not messages or messages[0]["role"] != "system"):
-            messages = [{"role": "system", "content": self.default_system}, *messages]
-            shift = 1
-        else:
-            shift = 0
-        last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    def tool_formats(self, written: str) -> Sequence[ToolFormat]:
+        return () if self.deepseek or self.apart else (Hermes(), Tags(), Tags(python=False))
+
+    def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
+        tools, turns = split_tools(messages)
+        if self.default_system is not None and _role(turns, 0) != "system":
+            turns = [{"role": "system", "content": self.default_system}, *turns]
+        if self.thinking == "either":
+            turns = [m | {"content": m["content"].strip()} for m in turns]
+        shift = len(turns) - len(messages)
+        last_user = max((i for i, m in enumerate(turns) if m["role"] == "user" and not _is_result(m)), default=-1)
         result = [Segment("<｜begin▁of▁sentence｜>", special=True)] if self.deepseek else []
-        for i, message in enumerate(messages):
-            role, content = message["role"], message["content"]
-            content = content.strip() if self.thinking == "either" else content
+        system = turns[0]["content"] if tools and _role(turns, 0) == "system" else None
+        if tools:
+            result += [*self._open("system"), *self.tools.preface(tools, system), *self._close()]
+        for i, message in enumerate(turns):
+            role = message["role"]
+            if i == 0 and system is not None:
+                continue
             if role == "assistant":
                 result += self._open("assistant")
-                result += self._answer(content, i - shift, i > last_user, i == len(messages) - 1)
+                result += self._answer(message, i - shift, i > last_user, i == len(turns) - 1)
             elif role in ("system", "user"):
-                result += self._open(role)
-                result.append(Segment(content))
-                result += [] if self.deepseek else [Segment("<|im_end|>", special=True), Segment("\n")]
+                result += [*self._open(role), Segment(message["content"]), *self._close()]
+            elif role == "tool":
+                result += self._open("user") if _role(turns, i - 1) != "tool" else [Segment("\n")]
+                result += self.tools.result(message["content"])
+                result += self._close() if _role(turns, i + 1) != "tool" else []
             else:
-                raise DataError(f"a message has the role {str(role)[:40]!r}", "Roles are system, user and assistant.")
+                raise DataError(f"a message has the role {str(role)[:40]!r}", f"Roles are {ROLES}.")
         if prompt:
             result += self._open("assistant")
             if self.thinking == "always" or (self.thinking == "either" and thinking):
@@ -79,14 +93,18 @@ class ChatML(Template):
         mark = {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
         return [Segment(mark[role], special=True)] if role in mark else []
 
-    def _answer(self, content: str, number: int, current: bool, final: bool) -> list[Segment]:
+    def _close(self) -> list[Segment]:
+        return [] if self.deepseek else [Segment("<|im_end|>", special=True), Segment("\n")]
+
+    def _answer(self, message: Message, number: int, current: bool, final: bool) -> list[Segment]:
         """An assistant's message: what the prompt would already hold is masked, the rest and the stop token are trained.
 
         Thoughts of turns before the last question are dropped, as the templates do.
         """
-        thought, mark, said = content.rpartition("</think>")
+        content, calls = message["content"], message.get("calls")
+        thought, mark, _ = content.partition("</think>")
         thought = thought.split("<think>")[-1].strip(None if self.thinking == "either" else "\n")
-        said = said.lstrip("\n") if mark else content
+        said = content.split("</think>")[-1].lstrip("\n") if mark else content
         if self.thinking == "never" and not self.deepseek:
             said = content  # these templates know no thoughts
         masked, trained = [], [Segment(said, answer=number)]
@@ -105,8 +123,19 @@ class ChatML(Template):
                 final or self.thinking == "either"
             ):  # of Qwen3's several messages in a row the last one alone gets the empty block
                 masked, trained = _empty_thought(), [Segment(said.lstrip("\n"), answer=number)]
+        if calls:
+            trained += [s._replace(answer=number) for s in self.tools.calls(calls, said)]
         end = [Segment(self.stop, special=True, answer=number)]
         return masked + trained + end + ([] if self.deepseek else [Segment("\n")])
+
+
+def _role(turns: list[Message], i: int) -> str | None:
+    return turns[i]["role"] if 0 <= i < len(turns) else None
+
+
+def _is_result(message: Message) -> bool:
+    """Whether a user's text is the result of a call, as the templates of thinkers tell."""
+    return message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>")
 
 
 def _empty_thought() -> list[Segment]:
@@ -120,7 +149,8 @@ def _close_thought(said: str, number: int) -> list[Segment]:
 HELPFUL = "You are a helpful assistant."
 QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QWEN1 = ChatML("qwen", HELPFUL)
-QWEN35 = ChatML("qwen3.5", None, "either")
+QWEN3 = ChatML("qwen3", None, "optional", tools=Hermes())
+QWEN35 = ChatML("qwen3.5", None, "either", tools=Tags())
 DEEPSEEK_R1 = ChatML("deepseek-r1", None, "always", True, "<｜end▁of▁sentence｜>")
 
 
@@ -141,11 +171,15 @@ def qwen_formats(
     if model_type == "qwen":
         return [QWEN1]
     if jinja is None:
-        known = {"qwen3": ChatML("qwen3", None, "optional"), "qwen3_next": ChatML("chatml", None)}
+        known = {"qwen3": QWEN3, "qwen3_next": ChatML("chatml", tools=Hermes())}
         known |= dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), QWEN35)
         return [known.get(str(model_type), ChatML("qwen2", HELPFUL))]
     plain = ChatML("qwen2.5" if system and "Qwen" in system else "chatml", system)
     if "<think>" not in specials:
         return [plain]
-    thinking = [ChatML("qwen3", system, "optional"), QWEN35, ChatML("qwen-thinking", system, "always")]
+    thinking = [
+        ChatML("qwen3", system, "optional"),
+        replace(QWEN35, tools=ToolFormat()),
+        ChatML("qwen-thinking", system, "always"),
+    ]
     return [*thinking, plain] if "enable_thinking" in jinja else [plain, *thinking]

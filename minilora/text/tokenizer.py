@@ -15,7 +15,7 @@ from ..errors import ModelError, quote
 from ..files.model_folder import Folder, ModelFolder, read_json
 from . import bpe, pieces
 from .own_template import choose
-from .template import Message, Template, jinja_note, jinja_text
+from .template import Call, Message, Segment, Template, jinja_note, jinja_text
 from .template_glm import CHATGLM, CHATGLM2, CHATGLM3, GLM4_OWN, glm_formats
 from .template_plain import PLAIN
 from .template_qwen import QWEN1, qwen_formats
@@ -52,6 +52,7 @@ class Tokenizer:
         self.replaced: dict[str, bytes] = {}
         self.specials, self.size = coder.specials, coder.size
         self._words: dict[str, int] = getattr(coder, "words", {})
+        self._names = re.compile(f"({'|'.join(map(re.escape, sorted(self.specials, key=len, reverse=True)))})")
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""
@@ -76,6 +77,16 @@ class Tokenizer:
         """What the assistant said with the ids that it generated after a prompt."""
         return self.template.answer_of(self.decode(ids))
 
+    def reply(self, ids: list[int], tools: list[dict]) -> tuple[str, list[Call]]:
+        """What the assistant said, and the functions that it called, with the ids that it generated after a prompt."""
+        marks = {self.specials[m]: m for m in self.template.tools.marks if m in self.specials}
+        pieces = [
+            "".join(marks[i] for i in run) if marked else self.decode(list(run))
+            for marked, run in groupby(ids, key=lambda i: i in marks)
+        ]
+        said, calls = self.template.tools.read("".join(pieces), tools)
+        return self.template.answer_of(said), calls
+
     def render(
         self,
         messages: list[Message],
@@ -89,7 +100,7 @@ class Tokenizer:
         prompt opens the assistant's next turn. loss_on is "all" (every answer that the template can train) or "last"; a
         message's own "loss" key wins.
         """
-        segments = self.template.segments(messages, prompt, thinking)
+        segments = self._split(self.template.segments(messages, prompt, thinking))
         last = max((s.answer for s in segments if s.answer is not None), default=None)
         ids, trained = [], []
         # plain neighbours of one kind are cut into tokens together, as one text, unless the template keeps them apart
@@ -104,6 +115,16 @@ class Tokenizer:
             ends = [text in self.template.stops for text in texts] if special else [False] * len(new)
             trained += [wanted and (train_end or not end) for end in ends]
         return ids, trained
+
+    def _split(self, segments: list[Segment]) -> list[Segment]:
+        """The segments, those in the template's own words cut into the tokens that these name and the text between."""
+        found = []
+        for segment in segments:
+            pieces = self._names.split(segment.text) if segment.own and self.specials else [segment.text]
+            found += [
+                segment._replace(text=piece, special=segment.special or n % 2 == 1) for n, piece in enumerate(pieces)
+            ]
+        return found
 
     def _encode_group(self, special: bool, texts: list[str], answer: bool) -> list[int]:
         if not special:
@@ -211,7 +232,7 @@ def _formats(coder: Coder, folder: ModelFolder, jinja: str | None, system: str |
     """The formats that the special tokens of a folder allow, the likeliest first."""
     roles = {"<|user|>", "<|assistant|>"} <= coder.specials.keys() and "<|im_start|>" not in coder.specials
     if roles:
-        return glm_formats()
+        return glm_formats(folder.config.get("model_type"))
     if folder.config.get("model_type") == "gpt2" and "<|im_start|>" not in coder.specials:
         return [PLAIN]
     return qwen_formats(folder, jinja, set(coder.specials), folder.config.get("model_type"), system)

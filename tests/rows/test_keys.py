@@ -16,7 +16,7 @@ from minilora.data import load_examples
 from minilora.errors import DataError, quote
 from minilora.rows import RowError, to_messages, trainable
 from minilora.rows.keys import CONTENT_OF_MESSAGES, LOSSES, NOTES, NOTES_OF_MESSAGES, NOTES_OF_TEXT, THOUGHTS
-from minilora.rows.shapes import ANSWERS, CHATS, PAIRS, QUESTIONS, TOOL_ROLES
+from minilora.rows.shapes import ANSWERS, CALL_ROLES, CHATS, FUNCTIONS, PAIRS, QUESTIONS
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TALKS: list[dict[str, Any]] = [
@@ -32,7 +32,7 @@ SHAPES: list[dict[str, Any]] = [
 CONTENT = st.one_of(
     st.text(min_size=1), st.booleans(), st.integers(), st.floats(allow_nan=False), st.lists(st.integers(), min_size=1)
 )
-READ = {*CHATS, *QUESTIONS, *ANSWERS, *sum(PAIRS, ()), "system", "history", "text"}
+READ = {*CHATS, *QUESTIONS, *ANSWERS, *sum(PAIRS, ()), *FUNCTIONS, "system", "history", "text"}
 KEYS = st.text(min_size=1, max_size=12).filter(lambda k: k.lower() not in NOTES_OF_MESSAGES and k not in READ)
 
 
@@ -150,12 +150,12 @@ def test_every_key_that_is_read_changes_the_tokens(shape: dict, tokenizer):
         *(({"prompt": "q", "response": "a", key: 0}, f"--ignore-keys {key}") for key in LOSSES),
         *(({"messages": [USER, ASSISTANT], key: False}, f"--ignore-keys {key}") for key in LOSSES),
         ({"messages": [USER, ASSISTANT], "label": False}, "Preferences"), ({"messages": [USER, ASSISTANT], "images": ["x"]}, "Only text"),
-        ({"messages": [USER | {"images": ["x"]}, ASSISTANT]}, "Only text"), ({"messages": [USER, ASSISTANT], "tools": "[{}]"}, "Tool calls"),
-        ({"messages": [USER, ASSISTANT | {"tool_call_id": "1"}]}, "Tool calls"), ({"messages": [USER | {"name": "Bo"}, ASSISTANT]}, "--ignore-keys name"),
+        ({"messages": [USER | {"images": ["x"]}, ASSISTANT]}, "Only text"), ({"messages": [USER, ASSISTANT], "tools": "[{}]"}, "as OpenAI does"),
+        ({"messages": [USER, ASSISTANT | {"tool_call_id": "1"}]}, "Tools stand"), ({"messages": [USER | {"tool_calls": [1]}, ASSISTANT]}, "Tools stand"), ({"messages": [USER | {"name": "Bo"}, ASSISTANT]}, "--ignore-keys name"),
         *(({"messages": [USER, ASSISTANT | {key: "get_weather"}]}, f"--ignore-keys {key}") for key in sorted(CONTENT_OF_MESSAGES)),
-        ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, "Tool calls"),
-        *(({"messages": [USER, {"role": role, "content": "x"}, ASSISTANT]}, "Tool calls") for role in TOOL_ROLES),
-        *(({"conversations": [{"from": "human", "value": "q"}, {"from": role, "value": "x"}]}, "Tool calls") for role in TOOL_ROLES),
+        ({"messages": [USER, ASSISTANT | {"function_call": {"name": 1}}]}, "A call is"), ({"text": "a", "tools": [{"name": "f"}]}, "Tools stand"),
+        *(({"messages": [USER, {"role": role, "content": "x"}, ASSISTANT]}, "Known are") for role in ("ipython", "developer")),
+        *(({"conversations": [{"from": "human", "value": "q"}, {"from": role, "value": "x"}]}, "A call is") for role in CALL_ROLES),
     ],
     ids=lambda v: json.dumps(v)[:90],
 )  # fmt: skip
@@ -220,9 +220,7 @@ def test_a_thought_that_the_format_cannot_say_is_refused(tmp_path: Path, tokeniz
     ("row", "told"),
     [
         ({"prompt": "q", "response": "a", "label": False}, "'label' holds something"),
-        ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}, "Tool calls cannot be trained yet"),
-        ({"messages": [USER, ASSISTANT | {"tool_calls": [1]}]}, "'message tool_calls'"),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}, "'message tool_calls'"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"title": "f"}]}, 'tools: \'{"title": "f"}\' is not a function'),
         ({"prompt": "q", "response": "a", "images": ["x.png"]}, "Only text can be trained"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "response": "a"}, "'chosen' holds something"),
         ({"question": "q", "context": "c", "answer": "a"}, "--columns input=context"),

@@ -193,7 +193,7 @@ BROKEN = {
     "ranked answers": ('{"prompt":"a","response":[["b"],["worse"]]}', "response is a list of 2 answers"),
     "a question to train": ('{"messages":[{"role":"user","content":"a","train":true},{"role":"assistant","content":"b"}]}', "not the assistant's has train True"),
     "a part with more": ('{"messages":[{"role":"user","content":[{"type":"text","text":"a","image_url":"b"}]},{"role":"assistant","content":"b"}]}', "content is"),
-    "a tool's turn": ('{"messages":[{"role":"user","content":"a"},{"role":"tool","content":"b"}]}', "Tool calls cannot be trained yet"),
+    "a tool's turn": ('{"messages":[{"role":"user","content":"a"},{"role":"tool","content":"b"}]}', "nothing to learn"),
     "answer is null": ('{"prompt":"a","completion":null}', "the answer is empty"),
     "answer is a number": ('{"prompt":"a","completion":4}', "completion is '4'"),
     "question is a list": ('{"prompt":["a"],"completion":"b"}', "prompt is"),

@@ -126,9 +126,9 @@ def test_clean_rows_have_no_problems(tmp_path, model):
 
 
 def test_a_row_of_which_a_key_is_not_read_cannot_be_used(tmp_path, model):
-    path = str(write(tmp_path / "x.jsonl", ROWS[0] | {"tools": "[1]", "id": 1}, ROWS[9] | {"id": 2}))
+    path = str(write(tmp_path / "x.jsonl", ROWS[0] | {"images": "[1]", "id": 1}, ROWS[9] | {"id": 2}))
     result = inspect_data(path, model, load_tokenizer(model), PLAIN)
-    assert {kind: p.rows for kind, p in result.problems.items()} == {"cannot be used: key 'tools' is not read": 1}
+    assert {kind: p.rows for kind, p in result.problems.items()} == {"cannot be used: key 'images' is not read": 1}
     ignoring = inspect_data(path, model, load_tokenizer(model), DataConfig(ignore_keys="tools"))
     assert not ignoring.problems and ignoring.notes == ["keys that are ignored on request: 'tools' (1)"]
 

@@ -1,0 +1,121 @@
+"""Tools in GLM's chats: a call is a turn of its own (GLM-4), or stands in tags (GLM-4.5 and 4.6)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .template import Call, Message, Segment, ToolFormat, split_tools
+from .tools import as_json, read_calls, typed
+
+LISTED = (
+    (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    ),
+    (
+        "</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n"
+        "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
+        "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>"
+    ),
+)
+AVAILABLE, IN_JSON = "# 可用工具", "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+TURN = "<|assistant|>"
+
+
+@dataclass(frozen=True)
+class ArgumentTags(ToolFormat):
+    """GLM-4.5: the function's name, and a tag for each key and value; a text stands as it is, anything else as JSON."""
+
+    marks = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
+    def preface(self, tools: list[dict], system: str | None) -> list[Segment]:
+        lines = [Segment(f"{as_json(tool)}\n") for tool in tools]
+        return [Segment(LISTED[0], own=True), *lines, Segment(LISTED[1], own=True)]
+
+    def calls(self, calls: list[Call], said: str) -> list[Segment]:
+        found = []
+        for call in calls:
+            found += [Segment("\n<tool_call>", own=True), Segment(f"{call['name']}\n")]
+            for key, value in call["arguments"].items():
+                written = value if isinstance(value, str) else as_json(value)
+                found += [Segment("<arg_key>", own=True), Segment(key), Segment("</arg_key>\n<arg_value>", own=True)]
+                found += [Segment(written), Segment("</arg_value>\n", own=True)]
+            found += [Segment("</tool_call>", own=True)]
+        return found
+
+    def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
+        try:
+            calls = [self._one(found, tools) for found in CALL.findall(text)]
+        except ValueError:
+            return text, []
+        return CALL.sub("", text) if calls else text, calls
+
+    def _one(self, written: str, tools: list[dict]) -> Call:
+        """The call between two marks; ValueError if it is broken."""
+        at = written.find("<arg_key>")
+        name, given = (written, "") if at < 0 else (written[:at].strip(), written[at:])
+        if ARGUMENT.sub("", given):
+            raise ValueError("more than keys and values in a call")
+        arguments = {key: typed(value, name, key, tools) for key, value in ARGUMENT.findall(given)}
+        return read_calls({"name": name, "arguments": arguments})[0]
+
+
+@dataclass(frozen=True)
+class CallTurns(ToolFormat):
+    """GLM-4: each call is a turn of the assistant with the function's name behind the role and the arguments as its text.
+
+    intro: what stands before the list of functions; lead: before each of them; gap: behind a name in a call.
+    """
+
+    intro: str = ""
+    lead: str = "\n\n"
+    gap: str = ""
+    marks = (TURN,)
+
+    def preface(self, tools: list[dict], system: str | None) -> list[Segment]:
+        functions = [tool["function"] for tool in tools]
+        listed = [f"{self.lead}## {f['name']}\n\n{as_json(f, 4)}\n{IN_JSON}" for f in functions]
+        return [Segment(f"{self.intro}{AVAILABLE}{''.join(listed)}")]
+
+    def calls(self, calls: list[Call], said: str) -> list[Segment]:
+        found = []
+        for call in calls:
+            found += [Segment(TURN, special=True), Segment(f"{call['name']}{self.gap}\n")]
+            found += [Segment(as_json(call["arguments"]))]
+        return found if said else found[1:]  # the first turn is open
+
+    def result(self, text: str) -> list[Segment]:
+        return [Segment(text)]
+
+    def start(self, text: str) -> int:
+        turn = text.find(TURN)
+        return 0 if text[:1].strip() or not text else turn if turn >= 0 else len(text)
+
+    def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
+        names, said, calls = {tool["function"]["name"] for tool in tools}, [], []
+        for turn in text.split(TURN):
+            name, _, arguments = turn.partition("\n")
+            if name.strip() not in names:
+                said.append(turn.lstrip("\n"))
+                continue
+            try:
+                calls += read_calls({"name": name.strip(), "arguments": arguments})
+            except ValueError:
+                return text.replace(TURN, "\n"), []
+        return "\n".join(said), calls
+
+    def variables(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """Of GLM-4's own making: `metadata` names a function, and the first message has the tools."""
+        tools, turns = split_tools(messages)
+        told: list[dict] = []
+        for message in turns:
+            role, calls = message["role"], message.get("calls", [])
+            if message["content"] or not calls:
+                told.append({"role": "observation" if role == "tool" else role, "content": message["content"]})
+            told += [{"role": role, "metadata": call["name"], "content": as_json(call["arguments"])} for call in calls]
+        if tools and told:
+            told[0]["tools"] = tools
+        return {"tools": tools or None, "messages": told}
