@@ -82,7 +82,7 @@ class Endpoint:
             self.engine.submit(requests)
         except Busy:
             raise Refused(429, "all slots are taken and the queue is full: ask again soon", code="queue_full") from None
-        reply = Reply(asking, [Answer(r, asking.stops, asking.chat) for r in requests])
+        reply = Reply(asking, [Answer(r, asking) for r in requests])
         steps = self._steps(reply, changed)
         if asking.stream:
             return _Stream(steps, lambda: self.engine.release(requests))

@@ -9,16 +9,18 @@ from ..errors import MiniloraError, quote
 from ..files.strict_json import parse_json
 from ..sampling import GREEDY, Sampling, random_of
 from ..spelling import nearest
+from ..text.tools import as_json, read_calls, read_tools
 from .models import Asked, Models, Served
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 MOST_ANSWERS, MOST_STOPS, MOST_TOP = 64, 4, 20
+KEYS = {"role", "content", "name", "refusal"}  # of every message
 # keys that change no answer
 NOT_NEEDED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # keys that are understood where they say what is done anyway
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},), "tools": ([],),
-    "tool_choice": ("none", "auto"), "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
+    "tool_choice": ("none", "auto"), "parallel_tool_calls": (True,), "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
 }  # fmt: skip
 
 
@@ -61,6 +63,7 @@ class Asking:
     top: int | None  # how many likeliest tokens are told beside each; None: no log-probabilities at all
     stream: bool
     include_usage: bool
+    tools: list[dict]  # functions that the model may call; none: calls are not told apart
 
     def requests(self, changed: Callable[[], object]) -> list[Asked]:
         """The requests to the engine, prompt by prompt."""
@@ -79,7 +82,9 @@ def read_chat(raw: bytes, models: Models, limits: Limits) -> Asking:
     """The body of a chat completion; raises Refused."""
     body = Body(raw)
     model = body.model(models)
-    messages = _messages(body.needed("messages"))
+    messages, tools = _messages(body.needed("messages")), _tools(body)
+    if tools:
+        messages = [{"role": "tools", "content": as_json(tools)}, *messages]
     kwargs = body.get("chat_template_kwargs", dict, {})
     thinking = kwargs.get("enable_thinking", False)
     if kwargs.keys() - {"enable_thinking"} or not isinstance(thinking, bool):
@@ -90,7 +95,7 @@ def read_chat(raw: bytes, models: Models, limits: Limits) -> Asking:
         raise Refused(400, str(error), "messages") from None
     top = body.number("top_logprobs", int, 0, 0, MOST_TOP) if body.get("logprobs", bool, False) else None
     most = body.number("max_completion_tokens", int, None, 1)
-    return _asking(body, limits, model, [ids], top, most, chat=True)
+    return replace(_asking(body, limits, model, [ids], top, most, chat=True), tools=tools)
 
 
 def read_completion(raw: bytes, models: Models, limits: Limits) -> Asking:
@@ -132,7 +137,7 @@ def _asking(
     asking = Asking(
         model, prompts, chat, n, most or min(limits.max_tokens, room), sampling, None if seed is None else seed % 2**63,
         limits.stop | model.tokenizer.stop_ids, _stops(body.get("stop", (str, list), [])), top, body.get("stream", bool, False),
-        bool(options.get("include_usage")),
+        bool(options.get("include_usage")), [],
     )  # fmt: skip
     body.check_all_read()
     return asking
@@ -201,11 +206,31 @@ def _messages(given: Any) -> list[dict]:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
             raise Refused(400, f"{where} is no object with a role of {', '.join(ROLES)}", where)
-        other = {key for key, value in message.items() if value is not None} - {"role", "content", "name", "refusal"}
+        calls = message.get("tool_calls") if role == "assistant" else None
+        more = {"tool": {"tool_call_id"}, "assistant": {"tool_calls"}}.get(role, set())
+        other = {key for key, value in message.items() if value is not None} - KEYS - more
         if other:
             raise Refused(400, f"{where} has {quote(min(other))}, which is not supported here", where)
-        messages.append({"role": ROLES[role], "content": _content(message.get("content"), where)})
+        content = message.get("content")
+        found = {"role": ROLES[role], "content": "" if calls and content is None else _content(content, where)}
+        messages.append(found | ({"calls": _read(read_calls, calls, f"{where}.tool_calls")} if calls else {}))
     return messages
+
+
+def _tools(body: "Body") -> list[dict]:
+    """The functions that may be called; none if the request says that none shall be."""
+    choice = body.get("tool_choice", (str, dict), "auto")
+    if choice not in NEUTRAL["tool_choice"]:
+        raise Refused(400, "tool_choice can be auto or none here", "tool_choice")
+    tools = _read(read_tools, body.get("tools", list, []), "tools")
+    return [] if choice == "none" else tools
+
+
+def _read(read: Callable[[Any], list[dict]], value: Any, where: str) -> list[dict]:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise Refused(400, f"{where}: {error}", where) from None
 
 
 def _content(content: Any, where: str) -> str:

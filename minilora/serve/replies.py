@@ -4,6 +4,7 @@ import time
 import uuid
 from typing import Any
 
+from ..text.tools import as_json
 from .bodies import Asking
 from .models import Asked
 
@@ -13,13 +14,13 @@ CONTEXT = 8  # tokens of a prompt before its continuation: a piece may be writte
 class Answer:
     """The text of a request as it grows; a character of several tokens comes whole, and a stop text does not come at all."""
 
-    def __init__(self, request: Asked, stops: tuple[str, ...], chat: bool):
-        self.request, self.stops = request, stops
+    def __init__(self, request: Asked, asking: Asking):
+        self.request, self.stops, self._chat, self._tools = request, asking.stops, asking.chat, asking.tools
         self.text, self.tokens = "", 0  # what was read so far
         self.finish_reason: str | None = None
-        self._before = [] if chat else request.prompt[-CONTEXT:]
+        self.calls: list[dict[str, Any]] = []  # there when the answer is whole
+        self._before = [] if asking.chat else request.prompt[-CONTEXT:]
         self._skipped = len(request.model.tokenizer.decode(self._before))
-        self._chat = chat
 
     def read(self) -> str:
         """The text that came since the last call."""
@@ -35,13 +36,19 @@ class Answer:
                 whole, self.finish_reason = whole[:at], "stop"
                 self.request.finish_reason = "stop"
         if end and not self.finish_reason:
-            whole, self.finish_reason = self._decoded(count), end
+            whole, self.finish_reason = self._decoded(count, whole=True), end
+            if self.calls and end == "stop":
+                self.finish_reason = "tool_calls"
         done = whole if self.finish_reason else whole[: self._certain(whole)]
         new, self.text = done[len(self.text) :], max(done, self.text, key=len)
         return new
 
-    def _decoded(self, count: int) -> str:
+    def _decoded(self, count: int, whole: bool = False) -> str:
         ids, tokenizer = self.request.ids[:count], self.request.model.tokenizer
+        if self._tools:
+            text, calls = tokenizer.reply(ids, self._tools, whole)
+            self.calls = [_called(call) for call in calls]
+            return text
         return tokenizer.answer(ids) if self._chat else tokenizer.decode(self._before + ids)[self._skipped :]
 
     def _certain(self, text: str) -> int:
@@ -49,6 +56,11 @@ class Answer:
         text = text.rstrip("\ufffd")
         held = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return len(text) - max(held, default=0)
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": as_json(call["arguments"])}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 class Reply:
@@ -63,7 +75,9 @@ class Reply:
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, answer in enumerate(self.answers):
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+            if answer.calls:
+                message |= {"content": answer.text or None, "tool_calls": answer.calls}
             text = {"message": message} if self.asking.chat else {"text": answer.text}
             choices.append(
                 {"index": index, **text, "logprobs": self._logprobs(answer, 0), "finish_reason": answer.finish_reason}
@@ -86,6 +100,9 @@ class Reply:
             text = {"delta": {"content": new}} if self.asking.chat else {"text": new}
             logprobs = self._logprobs(answer, first, length)
             found.append({"index": index, **text, "logprobs": logprobs, "finish_reason": None})
+        if answer.calls:
+            told = [{"index": number, **call} for number, call in enumerate(answer.calls)]
+            found.append({"index": index, "delta": {"tool_calls": told}, "logprobs": None, "finish_reason": None})
         if answer.finish_reason:
             text = {"delta": {}} if self.asking.chat else {"text": ""}
             found.append({"index": index, **text, "logprobs": None, "finish_reason": answer.finish_reason})

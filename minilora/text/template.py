@@ -54,11 +54,11 @@ class ToolFormat:
         return [Segment("<tool_response>\n", own=True), Segment(text), Segment("\n</tool_response>", own=True)]
 
     def start(self, text: str) -> int:
-        """Where calls begin in a text that an assistant generates, or may begin as it goes on; its length if nowhere."""
+        """How much of a text that is being generated stands before its calls for certain."""
         mark = self.marks[0]
+        halves = (len(text) - n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n]))
         found = text.find(mark)
-        half = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-        return found if found >= 0 else len(text) - half
+        return len(text[: found if found >= 0 else next(halves, len(text))].rstrip("\n"))
 
     def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
         """What was said beside the calls, and the calls, of a text that an assistant generated; no call if one of them is broken."""

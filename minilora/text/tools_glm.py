@@ -91,21 +91,20 @@ class CallTurns(ToolFormat):
         return [Segment(text)]
 
     def start(self, text: str) -> int:
-        turn = text.find(TURN)
-        return 0 if text[:1].strip() or not text else turn if turn >= 0 else len(text)
+        return super().start(text) if text.startswith("\n") else 0  # a name stands where a line would end
 
     def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
         names, said, calls = {tool["function"]["name"] for tool in tools}, [], []
         for turn in text.split(TURN):
             name, _, arguments = turn.partition("\n")
             if name.strip() not in names:
-                said.append(turn.lstrip("\n"))
+                said.append(turn)
                 continue
             try:
                 calls += read_calls({"name": name.strip(), "arguments": arguments})
             except ValueError:
                 return text.replace(TURN, "\n"), []
-        return "\n".join(said), calls
+        return "".join(said), calls
 
     def variables(self, messages: Sequence[Message]) -> dict[str, Any]:
         """Of GLM-4's own making: `metadata` names a function, and the first message has the tools."""
