@@ -14,6 +14,9 @@ def run(
     quant: Quant = "keep",
     int8: Int8 = False,
     system: Annotated[str | None, Arg("system prompt [the template's]")] = None,
+    tools: Annotated[
+        str | None, Arg("functions that the model may call, in OpenAI's form; you say what they return", "FILE.json")
+    ] = None,
     prompt: Annotated[list[str] | None, Arg("say this and leave; may be given several times")] = None,
     greedy: Annotated[bool, Arg("take the likeliest token instead of sampling")] = False,
     temperature: Annotated[float | None, Arg("[generation_config.json]", within=(0, 100))] = None,
@@ -38,6 +41,7 @@ def run(
         think=think,
         int8=int8,
         quant=quant,
+        tools=tools,
         **sampling,
         **opening,
     )

@@ -21,7 +21,7 @@ class Plain(Template):
     def stops(self) -> tuple[str, ...]:
         return (END,)
 
-    def segments(self, messages: list[Message], prompt: bool = False, thinking: bool = False) -> list[Segment]:
+    def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
         result = []
         for i, message in enumerate(messages):
             if message["role"] not in ("system", "user", "assistant"):

@@ -4,7 +4,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -13,14 +14,16 @@ from minilora.models.decoder import Decoder
 
 from ..adapted import without_adapters
 from ..checkpoint.open_model import Opening, folder_notes, open_model
+from ..errors import UsageError
 from ..files.model_folder import ModelFolder, beyond
 from ..generate import generate, stream_text
 from ..lora import adapters
 from ..positions import room
 from ..sampling import Sampling, read_generation
 from ..terminal import printable, say
-from ..text.template import Message
+from ..text.template import Call, Message
 from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..text.tools import as_json, read_tools
 from .typed import typed
 
 HELP = """\
@@ -47,25 +50,40 @@ class Session:
     max_tokens: int
     generator: torch.Generator
     messages: list[Message]
+    tools: list[dict] = field(default_factory=list)  # functions that the model may call
+    called: list[Call] = field(default_factory=list)  # calls whose results are awaited
     base: bool = False
     thinking: bool = False
     greedy: bool = False
     asked: int = 0  # tokens of the last prompt
     answered: int = 0  # tokens of the last answer
 
-    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
+    def _kept(self, tokens: Iterator[int], ids: list[int]) -> Iterator[int]:
         for token in tokens:
             self.answered += 1
+            ids.append(token)
             yield token
 
+    def forget(self, messages: list[Message]) -> None:
+        """Begin a new conversation with some messages, and with the functions that there are."""
+        functions = [{"role": "tools", "content": as_json(self.tools)}] if self.tools else []
+        self.messages, self.called = functions + messages, []
+
     def reply(self, text: str) -> Iterator[str]:
-        """Say something; the answer comes piece by piece and joins the conversation, also when it is stopped."""
-        said = [*self.messages, {"role": "user", "content": text}]
+        """Say something; the answer comes piece by piece and joins the conversation, also when it is stopped.
+
+        What is said after calls are their results, one after the other; the last of them is answered.
+        """
+        said = [*self.messages, {"role": "tool" if self.called else "user", "content": text}]
+        if len(self.called) > 1:
+            self.messages, self.called, self.asked, self.answered = said, self.called[1:], 0, 0
+            return
         ids, _ = self.tokenizer.render(said, prompt=True, thinking=self.thinking)
         self.asked, self.answered = len(ids), 0
         sampling = replace(self.sampling, temperature=0.0) if self.greedy else self.sampling
         with without_adapters(self.model) if self.base else nullcontext():
-            tokens = self._counted(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator))
+            new: list[int] = []
+            tokens = self._kept(generate(self.model, ids, self.stop, self.max_tokens, sampling, self.generator), new)
             pieces = []
             most, learned = int(min(self.model.config.max_positions, room(self.model))), not self.model.config.rotary
             if len(ids) > most:
@@ -77,14 +95,19 @@ class Session:
                     pieces.append(piece)
                     yield piece
             finally:
-                self.messages = [*said, {"role": "assistant", "content": "".join(pieces)}]
+                content, calls = self.tokenizer.reply(new, self.tools) if self.tools else ("".join(pieces), [])
+                answer = {"role": "assistant", "content": content, **({"calls": calls} if calls else {})}
+                self.messages, self.called = [*said, answer], calls
 
     def notes(self) -> list[str]:
-        """Why the last answer may be incomplete or poor."""
+        """Why the last answer may be incomplete or poor, and what it waits for."""
         most, total = int(min(self.model.config.max_positions, room(self.model))), self.asked + self.answered
         cut = f"the answer was cut at {self.max_tokens:,} tokens: --max-tokens"
         over = [beyond(total, most, not self.model.config.rotary)] * (self.asked <= most < total)
-        return [cut] * (self.answered == self.max_tokens) + over
+        notes = [cut] * (self.answered == self.max_tokens) + over
+        for call in self.called[:1]:
+            notes.append(f"what you say next is what {call['name']}({as_json(call['arguments'])}) returned")
+        return notes
 
 
 def chat(
@@ -99,11 +122,13 @@ def chat(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    tools: str | None = None,
     **opening: Unpack[Opening],
 ) -> None:
     """Talk on the terminal; if there are `prompts`, they are said one after the other, and nothing is read."""
     folder = ModelFolder(model)
     tokenizer = load_tokenizer(folder, adapter)
+    functions = _functions(tools, tokenizer) if tools else []
     for name, note in folder_notes(folder, tokenizer, adapter).items():
         say(f"{name:<8}{note}")
     int8 = opening.get("int8", False)
@@ -114,9 +139,9 @@ def chat(
     sampling, stop = read_generation(folder)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(sampling, **{k: v for k, v in given.items() if v is not None})
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     generator = torch.Generator().manual_seed(seed)
-    session = Session(decoder, tokenizer, sampling, stop | tokenizer.stop_ids, max_tokens, generator, messages)
+    session = Session(decoder, tokenizer, sampling, stop | tokenizer.stop_ids, max_tokens, generator, [], functions)
+    session.forget([{"role": "system", "content": system}] if system else [])
     session.thinking, session.greedy = think, greedy or sampling.temperature == 0
     if think and not tokenizer.template.thinks:
         say(NO_THOUGHTS)
@@ -136,6 +161,19 @@ def chat(
                 return
         elif text:
             _show(session, text)
+
+
+def _functions(path: str, tokenizer: Tokenizer) -> list[dict]:
+    """The functions of a JSON file; UsageError if it is none, or the chat format has no place for them."""
+    try:
+        tools = read_tools(Path(path).read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        what = f"--tools {path}: {error.strerror if isinstance(error, OSError) else error}"
+        raise UsageError(what, "Give a JSON file with a list of functions, as OpenAI writes them.") from None
+    if not tokenizer.template.tools.marks:
+        what = f"the model's chat format {tokenizer.template.name} has no place for tools"
+        raise UsageError(what, "Take a model whose own chat template writes them, or leave --tools out.")
+    return tools
 
 
 def _piped() -> Iterator[str]:
@@ -180,10 +218,10 @@ def _command(session: Session, text: str, fixed: str) -> bool:
         session.base = not session.base and not fixed
         say(fixed or ("The base model answers now." if session.base else "The adapter is on again."))
     elif name == "/new":
-        session.messages = [m for m in session.messages if m["role"] == "system"]
+        session.forget([m for m in session.messages if m["role"] == "system"])
         say("A new conversation begins.")
     elif name == "/system":
-        session.messages = [{"role": "system", "content": rest}] if rest else []
+        session.forget([{"role": "system", "content": rest}] if rest else [])
         say(f"A new conversation begins, {'with this system prompt' if rest else 'without a system prompt of yours'}.")
     elif name == "/greedy":
         session.greedy = not session.greedy

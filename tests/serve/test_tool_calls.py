@@ -16,7 +16,12 @@ from minilora.text.template import ToolFormat
 from minilora.text.tools_glm import CallTurns
 from minilora.text.tools_qwen import Hermes
 
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"k": {"type": "string"}}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"k": {"type": "string"}}}},
+    }
+]
 ASKED = [{"role": "user", "content": "hi"}]
 CALL = '<tool_call>\n{"name": "f", "arguments": {"k": "é", "n": 2}}\n</tool_call>'
 HISTORY = [
@@ -75,7 +80,11 @@ def test_calls_are_told_apart_whole_and_in_a_stream(client, says, said: str, tex
     says(said)
     choice = ask(client).choices[0]
     found = choice.message.tool_calls or []
-    assert (choice.message.content, len(found), choice.finish_reason) == (text, calls, "tool_calls" if calls else "stop")
+    assert (choice.message.content, len(found), choice.finish_reason) == (
+        text,
+        calls,
+        "tool_calls" if calls else "stop",
+    )
     assert all(call.function.name == "f" and call.function.arguments == '{"k": "é", "n": 2}' for call in found)
     assert len({call.id for call in found}) == calls
     told = [(number, "f", '{"k": "é", "n": 2}') for number in range(calls)]
