@@ -25,9 +25,10 @@ from ..files.model_folder import ModelFolder
 from ..files.strict_json import parse_json
 from .template import Call, Message, Template, ToolFormat, has_thought, render_text
 from .template_glm import CHATGLM3
-from .template_qwen import DEEPSEEK_R1, QWEN3, QWEN25, ChatML
+from .template_glm45 import GLM45
+from .template_qwen import DEEPSEEK_R1, QWEN3, QWEN25, QWEN35, ChatML
 from .tools_glm import CallTurns
-from .tools_qwen import Hermes
+from .tools_qwen import Hermes, Tags
 
 CHILD = Path(__file__).parent / "jinja_child.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minilora" / "templates"
@@ -270,6 +271,11 @@ PUBLISHED: dict[str, Template] = {
     "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": ChatML("chatml", tools=Hermes()),
     "94d754f89b5c462771bdd267b01a769ab6c028d5e077e0ade4e9f837c248e31d": ChatML("chatml"),
     "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f": DEEPSEEK_R1,
+    # Qwen3.5 that thinks unless told not to, Qwen3.5 that does not, Qwen3.6, and GLM-4.5
+    "a4aee8afcf2e0711942cf848899be66016f8d14a889ff9ede07bca099c28f715": QWEN35,
+    "273d8e0e683b885071fb17e08d71e5f2a5ddfb5309756181681de4f5a1822d80": QWEN35,
+    "e84f32a23fdda27689f868aa4a1a5621f41133e51a48d7f3efcbea2839574259": replace(QWEN35, tools=Tags(python=False)),
+    "44f815868bf02fa458dd2f741a338046f4bf45f398eb6d067766726b9d96cce3": GLM45,
     # ChatGLM3 in two revisions: they put a blank before a text, which the model's own code does not
     "d0a00b0c9200e3aa26d889cd5b9c89e6a3dbf4135a9dfc581c822364b57a45ee": CHATGLM3,
     "e4496f930bf7b7bc7e7cf8232e90fd43ab4a9d8eb9c77f6ec98f5beb5c5cbeaa": CHATGLM3,

@@ -31,6 +31,7 @@ class Segment(NamedTuple):
     own: bool = False
 
 
+ROLES = ("system", "user", "assistant", "tool")
 Message = dict
 Call = dict  # {"name": str, "arguments": dict}
 

@@ -13,10 +13,8 @@ from typing import Literal
 
 from ..errors import DataError, ModelError
 from ..files.model_folder import ModelFolder
-from .template import Message, Segment, Template, ToolFormat, split_tools
+from .template import ROLES, Message, Segment, Template, ToolFormat, split_tools
 from .tools_qwen import Hermes, Tags
-
-ROLES = "system, user, assistant and tool"
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class ChatML(Template):
                 result += self.tools.result(message["content"])
                 result += self._close() if _role(turns, i + 1) != "tool" else []
             else:
-                raise DataError(f"a message has the role {str(role)[:40]!r}", f"Roles are {ROLES}.")
+                raise DataError(f"a message has the role {str(role)[:40]!r}", f"Roles are {', '.join(ROLES)}.")
         if prompt:
             result += self._open("assistant")
             if self.thinking == "always" or (self.thinking == "either" and thinking):

@@ -1,6 +1,7 @@
 """Conversations with tools: the ids of the folder's own template, what is trained, and calls that are read back."""
 
 import json
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -14,8 +15,9 @@ from minilora.rows.render import hashes
 from minilora.text import tools_glm, tools_qwen
 from minilora.text.template import has_thought, render_text
 from minilora.text.template_check import check_template
-from minilora.text.template_glm import RoleTokens, Thinkers
-from minilora.text.template_qwen import QWEN35, ChatML
+from minilora.text.template_glm import RoleTokens
+from minilora.text.template_glm45 import GLM45
+from minilora.text.template_qwen import QWEN35
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 from minilora.text.tools_glm import CallTurns
 from minilora.text.tools_qwen import Tags
@@ -46,7 +48,7 @@ QWEN35_JINJA = r"""
 PYTHON = "v|tojson if v is mapping or (v is sequence and v is not string) else v|string"
 JSON = "v if v is string else v|tojson"
 # GLM-4.5's
-GLM45 = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\n' + PREFACE[0] }}{% for t in tools %}{{ t|tojson + '\n' }}{% endfor %}{{ PREFACE[1] }}{% endif -%}
+GLM45_JINJA = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\n' + PREFACE[0] }}{% for t in tools %}{{ t|tojson + '\n' }}{% endfor %}{{ PREFACE[1] }}{% endif -%}
 {%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor -%}
 {%- for m in messages %}{% set text = m.content %}
 {%- if m.role == 'system' %}{{ '<|system|>\n' + text }}
@@ -58,7 +60,7 @@ GLM45 = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\n' + PREFACE[0] }}{% for t 
 {{ '<arg_key>' + k + '</arg_key>\n<arg_value>' }}{{ v if v is string else v|tojson }}{{ '</arg_value>\n' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{{ '' if enable_thinking else '\n<think></think>' }}{% endif %}"""
 # GLM-4's, with the function of a call as its metadata
-GLM4 = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\nINTRO# 可用工具' }}{% for t in tools %}{{ '\n\n## ' + t.function.name + '\n\n' }}
+GLM4_JINJA = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\nINTRO# 可用工具' }}{% for t in tools %}{{ '\n\n## ' + t.function.name + '\n\n' }}
 {{- t.function|tojson(indent=4) }}{{ '\n在调用上述函数时，请使用 Json 格式表示调用的参数。' }}{% endfor %}{% endif -%}
 {%- for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.metadata + 'GAP' if m.metadata }}{{ '\n' + m.content }}{% endfor -%}
 {{- '<|assistant|>' if add_generation_prompt }}"""
@@ -72,9 +74,9 @@ def with_words(words: tuple[str, str], jinja: str) -> str:
 OWN = {
     "qwen3.5": with_words(tools_qwen.TAGS, QWEN35_JINJA.replace("WRITTEN", PYTHON)),
     "qwen3.6": with_words(tools_qwen.TAGS, QWEN35_JINJA.replace("WRITTEN", JSON)),
-    "glm-4.5": with_words(tools_glm.LISTED, GLM45),
-    "glm4": GLM4.replace("INTRO", "").replace("GAP", " "),
-    "glm4-9b": GLM4.replace("INTRO", "你是 GLM。\\n\\n").replace("GAP", ""),
+    "glm-4.5": with_words(tools_glm.LISTED, GLM45_JINJA),
+    "glm4": GLM4_JINJA.replace("INTRO", "").replace("GAP", " "),
+    "glm4-9b": GLM4_JINJA.replace("INTRO", "你是 GLM。\\n\\n").replace("GAP", ""),
 }
 
 
@@ -177,8 +179,8 @@ def test_a_broken_call_stays_text(name: str, text: str, tokenizers):
 GOLDEN_TEXTS = json.loads((GOLDEN.parent / "tool_texts.json").read_text(encoding="utf-8"))
 PUBLISHED: dict[str, Any] = {
     "qwen3.5": QWEN35,
-    "qwen3.6": ChatML("qwen3.5", None, "either", tools=Tags(python=False)),
-    "glm-4.5": Thinkers("glm-4.5", tools=tools_glm.ArgumentTags()),
+    "qwen3.6": replace(QWEN35, tools=Tags(python=False)),
+    "glm-4.5": GLM45,
     "glm4-9b": RoleTokens("glm4", tools=CallTurns(GOLDEN_TEXTS["intro"], "\n")),
 }
 
