@@ -71,7 +71,7 @@ def row(seed: int, thinks: bool) -> dict:
         messages.append({"role": "assistant", "content": text(draw)})
         if thinking:
             messages[-1]["reasoning_content"] = text(draw)
-    if messages[-2]["role"] == "tool" and draw.random() < 0.2:  # it ends with calls
+    if messages[-2]["role"] == "tool" and draw.random() < 0.5:  # it ends with calls
         while messages[-1]["role"] != "assistant" or not messages[-1].get("tool_calls"):
             messages.pop()
     return {"messages": messages, "tools": json.dumps(tools, ensure_ascii=False) if draw.random() < 0.5 else tools}

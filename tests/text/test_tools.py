@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import tool_chats
 
+from minilora.files.model_folder import ModelFolder
 from minilora.rows import to_messages
 from minilora.rows.render import hashes
 from minilora.text import tools_glm, tools_qwen
-from minilora.text.template import has_thought, render_text
+from minilora.text.own_template import Order, render
+from minilora.text.template import has_thought, jinja_text, render_text
 from minilora.text.template_check import check_template
 from minilora.text.template_glm import RoleTokens
 from minilora.text.template_glm45 import GLM45
@@ -102,12 +104,13 @@ FAMILIES = pytest.mark.parametrize("name", ["qwen2_5", "qwen3", *OWN])
 
 
 @FAMILIES
-def test_200_conversations_have_the_ids_of_the_folders_own_template(name: str, tokenizers):
+@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(200), marks=pytest.mark.long)], ids=len)
+def test_conversations_have_the_ids_of_the_folders_own_template(name: str, seeds: range, tokenizers):
     folder, tokenizer = tokenizers[name]
     assert tokenizer.template.tools.marks and not tokenizer.notes
-    rows = [tool_chats.row(seed, tokenizer.template.thinks) for seed in range(200)]
+    rows = [tool_chats.row(seed, tokenizer.template.thinks) for seed in seeds]
     result = check_template(folder, tokenizer, [to_messages(row, "here").messages for row in rows])
-    assert (result.chats, result.same, result.first, result.error) == (200, 200, None, None)
+    assert (result.chats, result.same, result.first, result.error) == (len(seeds), len(seeds), None, None)
 
 
 @FAMILIES
@@ -210,3 +213,37 @@ def test_the_two_ways_to_write_a_row_are_one_row(tokenizers):
         same += 1
         assert ours.messages == theirs.messages and hashes(ours) == hashes(theirs) and not theirs.unread
     assert same > 10
+
+
+# what few conversations have
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3.6", "glm-4.5"])
+def test_a_text_that_looks_like_something_else_is_read_back_as_its_function_says(name: str, tokenizers):
+    form = tokenizers[name][1].template.tools
+    looks = ["12", "true", "None", "{}", "null", '"q"', " 1"]
+    kinds = {f"k{i}": {"type": "string"} for i in range(len(looks))} | {"n": {"type": "integer"}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": kinds}}}]
+    call = {"name": "f", "arguments": {f"k{i}": text for i, text in enumerate(looks)} | {"n": 12, "other": [True]}}
+    assert form.read(render_text(form.calls([call], "")), tools) == ("", [call])
+
+
+def test_glm_45_is_told_not_to_think_once():
+    asked = render_text(GLM45.segments([{"role": "user", "content": "q/nothink"}], prompt=True))
+    assert asked == "[gMASK]<sop><|user|>\nq/nothink<|assistant|>\n<think></think>"
+
+
+def test_a_result_in_a_users_text_is_no_question(tokenizers):
+    """So the thought before it stays, in Qwen3's own template too."""
+    folder, tokenizer = tokenizers["qwen3"]
+    thinking = {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}
+    chat = [
+        {"role": "user", "content": "q"},
+        thinking,
+        {"role": "user", "content": "<tool_response>\nr\n</tool_response>"},
+        thinking,
+    ]
+    ours = render_text(tokenizer.template.segments(chat))
+    text = jinja_text(folder)
+    assert text is not None and render(ModelFolder(folder), text, [Order(chat)]) == [(ours, None)]
+    assert ours.count("hm") == 2
