@@ -117,7 +117,7 @@ class Template:
         Raises DataError for what the format cannot say.
         """
         if not self.tools.marks and any(m["role"] in ("tools", "tool") or m.get("calls") for m in messages):
-            hint = "Take a model whose own chat template writes tools, or leave these rows out: --skip-bad."
+            hint = "Take a model whose own chat template writes them, as Qwen2.5 to Qwen3.6, GLM-4 and GLM-4.5 do."
             raise DataError(f"the chat format {self.name} has no place for tools", hint)
         return self._segments(messages, prompt, thinking)
 
