@@ -224,11 +224,8 @@ def _chat(row: dict, key: str, where: str, ignored: frozenset[str]) -> tuple[lis
             call = None
             message |= _calls_of_text(turn, text_key, where)
         else:
-            call = (
-                next((k for k in CALLS if turn.get(k) and k not in ignored), None)
-                if ROLES[role] == "assistant"
-                else None
-            )
+            keys = CALLS if ROLES[role] == "assistant" else ()
+            call = next((k for k in keys if turn.get(k) and k not in ignored), None)
             message["content"] = _text(turn, text_key, where, None if call is None else "")
             message |= _calls(turn[call], call, where) if call is not None else {}
         if thought is not None:
@@ -255,9 +252,12 @@ def _add(messages: list[Message], message: Message, calls_alone: bool) -> None:
 
 def _functions(row: dict, where: str) -> list[Message]:
     """The functions of a row as a first message."""
-    key = next((k for k in FUNCTIONS if row.get(k)), None)
-    if key is None:
+    held = [k for k in FUNCTIONS if row.get(k)]
+    if not held:
         return []
+    if held[1:]:
+        raise RowError("two of a name", f"{where}: the row has {' and '.join(held)}", "Keep one of them.")
+    key = held[0]
     try:
         tools = read_tools(row[key])
     except ValueError as error:
@@ -283,7 +283,7 @@ def _calls_of_text(turn: dict, key: str, where: str) -> Message:
     message: Message = {"content": "", **_calls(value, key, where)}
     if not mark:
         return message
-    thought = thought.removeprefix("<think>").strip("\n")
+    thought = thought.lstrip().removeprefix("<think>").strip("\n")
     return message | {"content": f"<think>\n{thought}\n</think>\n\n", "thought": True}
 
 
@@ -372,13 +372,10 @@ def _text(row: dict, key: str, where: str, default: str | None = None) -> str:
     if isinstance(value, list) and all(_is_text_part(p) for p in value):
         texts = [p.get("text") for p in value]
         value = "".join(texts) if all(isinstance(t, str) for t in texts) else value
-    other = (
-        next((p for p in value if isinstance(p, dict) and p.get("type", "text") != "text"), None)
-        if isinstance(value, list)
-        else None
-    )
+    parts = [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
+    other = next((part["type"] for part in parts if part.get("type", "text") != "text"), None)
     if other is not None:
-        kind = quote(str(other["type"]))
+        kind = quote(str(other))
         what = f"{where}: {key} is {quote(json.dumps(value))}, with a part of type {kind}"
         raise RowError(f"a part of type {kind}", what, "Only text can be trained: take the row out, or the part.")
     if not isinstance(value, str):

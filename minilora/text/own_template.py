@@ -65,6 +65,7 @@ CALLS = [
 ]
 RESULTS = [{"role": "tool", "content": text} for text in ("r", "{}")]
 FORMS = (ToolFormat(), CallTurns())  # that is, messages of OpenAI and of GLM-4
+# conversations with tools: each has to be written alike, or the way in which the template writes them is not known
 TOOL_PROBES: list[list[Message]] = [
     [TOOLS, *_chat("q", "a")],
     [TOOLS, *_chat("q", system="s"), _calling("t", CALLS), *RESULTS, *_chat("r", "a")[1:]],

@@ -108,7 +108,7 @@ class RoleTokens(Template):
 
     def tool_formats(self, written: str) -> Sequence[ToolFormat]:
         told = re.search(rf"<\|system\|>\n(.*?){AVAILABLE}(\n+)## ", written, re.DOTALL)
-        return [CallTurns(*told.groups(), gap) for gap in ("", " ")] if told and not self.opens_thought else ()
+        return [CallTurns(told[1], told[2], gap) for gap in ("", " ")] if told and not self.opens_thought else ()
 
     def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
         result = [Segment(t, special=True) for t in self.start]

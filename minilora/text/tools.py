@@ -9,6 +9,7 @@ from ..files.strict_json import parse_json
 from .template import Call
 
 NAME = re.compile(r'[^\s"\\<>](?:[^"\\<>\x00-\x1f]*[^\s"\\<>])?')  # fits into every format's marks
+AROUND = 100  # levels of lists and objects, and calls, in which functions and calls may be written
 PYTHON = {"True": True, "False": False, "None": None}
 # keys of a call that no chat format writes
 NOT_WRITTEN = {"id", "index", "type"}
@@ -78,10 +79,12 @@ def _check(name: Any, held: Any) -> None:
     """Unreadable unless a name can stand in any chat, and what it belongs to can be written as JSON."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise Unreadable(f"a function's name is {quote(as_json(name))}")
+    for _ in range(AROUND):
+        held = [held]
     try:
         json.dumps([name, held], ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
-        raise Unreadable("it holds a number that is not finite, or half a surrogate pair") from None
+    except (ValueError, RecursionError):
+        raise Unreadable("it holds a number that is not finite, or half a surrogate pair, or too deep lists") from None
 
 
 def typed(text: str, function: str, key: str, tools: list[dict]) -> Any:

@@ -20,8 +20,8 @@ LISTED = (
     ),
 )
 AVAILABLE, IN_JSON = "# 可用工具", "在调用上述函数时，请使用 Json 格式表示调用的参数。"
-CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+CALL = re.compile(r"\n?<tool_call>(.*?)</tool_call>", re.DOTALL)
+ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 TURN = "<|assistant|>"
 
 
@@ -56,8 +56,9 @@ class ArgumentTags(ToolFormat):
     def _one(self, written: str, tools: list[dict]) -> Call:
         """The call between two marks; ValueError if it is broken."""
         at = written.find("<arg_key>")
-        name, given = (written, "") if at < 0 else (written[:at].strip(), written[at:])
-        if ARGUMENT.sub("", given):
+        name, given = (written, "") if at < 0 else (written[:at], written[at:])
+        name = name.strip()
+        if ARGUMENT.sub("", given).strip():
             raise ValueError("more than keys and values in a call")
         arguments = {key: typed(value, name, key, tools) for key, value in ARGUMENT.findall(given)}
         return read_calls({"name": name, "arguments": arguments})[0]

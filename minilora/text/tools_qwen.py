@@ -31,9 +31,9 @@ TAGS = (
         "the user about function calls\n</IMPORTANT>"
     ),
 )
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>\n?", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>\n?", re.DOTALL)
 FUNCTION = re.compile(r"<function=([^>\n]+)>\n?(.*?)</function>", re.DOTALL)
-PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Hermes(ToolFormat):
 
     def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
         try:
-            calls = [call for found in CALL.findall(text) for call in self._one(found, tools)]
+            calls = [call for found in CALL.findall(text) for call in self._one(found.strip(), tools)]
         except ValueError:
             return text, []
         return (CALL.sub("", text).rstrip("\n") if calls else text), calls

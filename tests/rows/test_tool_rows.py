@@ -96,6 +96,7 @@ REFUSED = {
     "arguments that are a list": (calling(arguments=[1]), "the arguments of a call are '[1]'"),
     "no name": (calling(name=None), "a function's name is 'null'"), "a name that closes a mark": (calling(name="f>"), "'\"f>\"'"),
     "not finite": (calling(arguments='{"k": NaN}'), "not finite"), "half a character": (calling(arguments='{"k": "\\ud800"}'), "half a surrogate"),
+    "too deep": (calling(arguments={"k": json.loads("[" * 950 + "]" * 950)}), "too deep lists"),
     "an unknown key": (calling(thought="x"), "a call has 'thought', which is not read"),
     "another kind of call": ({"role": "assistant", "tool_calls": [{"type": "custom", "function": CALL}]}, "a call has 'type'"),
     "a call that is a number": ({"role": "assistant", "tool_calls": [1]}, "'1' is not a call"),
@@ -112,6 +113,11 @@ def test_what_cannot_be_read_is_refused_by_name(case: str):
     with pytest.raises(RowError) as error:
         trainable(to_messages({"messages": [USER, message, DONE]}, "rows.jsonl, line 3"))
     assert error.value.what.startswith("rows.jsonl, line 3: ") and told in error.value.what and error.value.hint
+
+
+def test_functions_in_two_keys_are_refused():
+    with pytest.raises(RowError, match="tools and functions"):
+        to_messages(ROW | {"functions": [F]}, "here")
 
 
 def test_rows_that_are_left_out_are_counted_by_reason(tmp_path: Path, qwen3):
