@@ -16,7 +16,7 @@ NOTES = frozenset((
     "dataset", "dataset_name", "subset", "split", "file", "filename", "path", "line", "category", "categories", "subcategory", "class_name", "topic",
     "topics", "domain", "subject", "field", "tag", "tags", "task", "task_id", "task_type", "task_name", "type", "kind", "level",
     "difficulty", "url", "link", "lang", "language", "locale", "timestamp", "time", "date", "datetime", "created", "created_at", "updated_at",
-    "author", "annotator", "license", "version", "meta", "metadata", "model", "model_name", "generator", "length", "num_turns", "n_turns", "num_tokens",
+    "parallel_tool_calls", "author", "annotator", "license", "version", "meta", "metadata", "model", "model_name", "generator", "length", "num_turns", "n_turns", "num_tokens",
     "token_count", "tokens", "hash", "md5", "sha1", "sha256", "编号", "序号", "来源", "出处", "类别", "分类", "领域", "主题", "语言", "日期", "时间", "作者",
 ))  # fmt: skip
 # in a message these are what it is about: an attachment, or the tool that ChatGLM3 calls

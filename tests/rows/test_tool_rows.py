@@ -49,7 +49,7 @@ MESSAGES = [
 TURNS = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "r"},
          {"from": "gpt", "value": "a"}]  # fmt: skip
 SHAPES: dict[str, Any] = {
-    "OpenAI": ROW,
+    "OpenAI": ROW | {"parallel_tool_calls": False},
     "arguments as text": ROW | {"messages": [USER, calling(arguments='{"k": "v"}'), RESULT, DONE]},
     "as JSON texts, as a sheet has them": {key: json.dumps(value) for key, value in ROW.items()},
     "OpenAI before tools": {"functions": [F], "messages": [USER, {"role": "assistant", "content": "", "function_call": CALL}, RESULT | {"role": "function", "name": "f"}, DONE]},
@@ -73,7 +73,8 @@ def test_every_shape_is_the_same_conversation(shape: str):
 def test_functions_stand_beside_any_question():
     for row in ({"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"}, {"messages": [USER, DONE]}):
         assert to_messages(row | {"tools": TOOLS}, "here").messages == [MESSAGES[0], USER, DONE]
-        assert to_messages(row | {"tools": []}, "here").messages == [USER, DONE]
+        for none in ([], "[]", "", None):
+            assert trainable(to_messages(row | {"tools": none}, "here")).messages == [USER, DONE]
         assert to_messages(row | {"tools": TOOLS}, "here", DataConfig(ignore_keys="tools")).messages == [USER, DONE]
 
 
