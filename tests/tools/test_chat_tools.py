@@ -31,7 +31,7 @@ def test_results_follow_calls(tmp_path: Path, monkeypatch):
         return iter(tokenizer.encode(next(answers)))
 
     monkeypatch.setattr(chat, "generate", generate)
-    model: Any = SimpleNamespace(config=SimpleNamespace(max_positions=4096))
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_positions=4096, rotary=8))
     session = chat.Session(model, tokenizer, GREEDY, set(), 4000, torch.Generator(), [], TOOLS)
     session.forget([{"role": "system", "content": "s"}])
     assert "".join(session.reply("q")) == SAID
