@@ -113,6 +113,13 @@ def test_without_flash_attention(no_flash: None, dtype: torch.dtype, window: int
         check_op(attention, attention_ref, (q, k, v, cu_seqlens, window, prefix_lens), (0, 1, 2))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1)], ids=str)
+def test_flash_attention_is_given_rows_that_lie_side_by_side(order: tuple[int, int, int]):
+    x = torch.randn(2, 3, 4).permute(order)
+    (found,) = module._side_by_side(x)
+    assert torch.equal(found, x) and found.stride(-1) == 1 and (found is x) == (order == (0, 1, 2))
+
+
 def test_documents_without_tokens():
     q, k, v, cu_seqlens = packed(torch.float64)
     gaps = [0, *cu_seqlens, cu_seqlens[-1]]

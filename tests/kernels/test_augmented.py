@@ -37,6 +37,7 @@ def test_the_matrix_is_what_its_picture_says():
     expected[24:27, :19], expected[27:31, :19] = one.a, three.a
     expected[:11, 19:22], expected[16:24, 22:26] = one.b * one.factor, three.b * three.factor
     assert torch.equal(whole.matrix, expected)
+    assert whole.extra_bytes == (expected.numel() - 24 * 19) * 4
     weights = joined(whole.weights())
     assert (
         weights is not None
