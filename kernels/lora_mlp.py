@@ -84,7 +84,7 @@ def _down_backward(
     needs_a, needs_b, shape = needs[::2], needs[1::2], halves(g, u)[0]
     ds, dbs = down.expand_backward([dy], s, needs_gu or any(needs_a), needs_b)
     if not needs_gu and not any(needs_a):
-        return [], ([None] * len(needs_a), dbs)
+        return [], ([None], dbs)  # B alone
     masks = down.masks(shape)
     if needs_gu:
         dh = down.input_gradient([dy], ds, masks)

@@ -8,6 +8,7 @@ import torch
 from oracle import check_op
 from torch import Tensor
 
+from minilora.kernels import library_gemm
 from minilora.kernels.augmented import Augmented
 from minilora.kernels.dispatch import use_gemm
 from minilora.kernels.dropout import DropoutKey
@@ -100,6 +101,24 @@ def test_gradients_of_a_layer_without_adapter():
     dy, (y,) = torch.ones(21, 11), lora_linear_group(x.requires_grad_(), projections, output_needed=False)
     (dx,) = torch.autograd.grad(y, [x], dy)
     assert torch.equal(dx, dy @ projections[0].tensor)
+
+
+@pytest.mark.parametrize("width, gemms", [(9, 1), (10, 2), (15, 2), (30, 2)])
+def test_dx_of_packed_weights_takes_the_way_that_moves_fewer_bytes(
+    width: int, gemms: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The copy of two dY moves 2 (width + width) numbers a row, adding up in dX 2 k, which is 38 here."""
+    made, product = [], library_gemm.add_input_gradient
+    monkeypatch.setattr(library_gemm, "add_input_gradient", lambda *args: (made.append(args), product(*args))[1])
+    _, projections = group((0, 0), (width, width), 0.0, torch.float64)
+    packed = join([p.tensor for p in projections])
+    dys = [torch.randn(21, width, dtype=torch.float64) for _ in packed]
+    dx = library_gemm.input_gradient(
+        dys, None, [p._replace(weight=w) for p, w in zip(projections, packed, strict=True)]
+    )
+    expected = sum(dy @ w for dy, w in zip(dys, packed, strict=True))
+    torch.testing.assert_close(dx, expected, rtol=1e-12, atol=1e-12)
+    assert len(made) == gemms
 
 
 def test_weights_that_do_not_lie_one_behind_the_other_are_not_joined():
