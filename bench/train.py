@@ -112,10 +112,9 @@ def start_adapter(args: argparse.Namespace, folder: Path) -> None:
     minilora.save_adapter(model, folder)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, steps: list[list[dict[str, list[int]]]]) -> dict[str, Any]:
     """Rounds of steps, the sides in turn; the first round warms up and is not counted."""
     named = {"minilora": sys.executable} | interpreters(args.side)
-    steps = steps_of(args)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         start_adapter(args, work / "adapter")
@@ -184,8 +183,24 @@ def _ratios(one: dict[str, Any], other: dict[str, Any]) -> str:
     return f"{' | '.join(cells)} | {one['memory_gb'] / other['memory_gb']:.2f} | at most {apart:.4f} apart"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    return {
+        "cpu": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def save(result: dict[str, Any], file: str | None) -> None:
+    if file:
+        Path(file).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parser_of(about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument(
@@ -201,18 +216,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", help="write the figures to this json file")
-    args = parser.parse_args()
-    import torch
+    return parser
 
-    result = measure(args)
-    result["machine"] = {
-        "cpu": device_name(torch.device(args.device)),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+
+def main() -> None:
+    args = parser_of(__doc__ or "").parse_args()
+    result = measure(args, steps_of(args)) | {"machine": machine(args.device)}
     print(report(result))
-    if args.save:
-        Path(args.save).write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.save)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,17 @@ def gpt2(layers: int, width: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def qwen3_5_moe(layers: int, width: int, heads: int, experts: int, ffn: int) -> dict[str, Any]:
+    """A config.json of Qwen3.5's mixtures: the hybrid's keys, with experts in the place of one MLP."""
+    j = qwen3_5(layers, width, heads, 2, ffn, 2 * heads, False)
+    text = {key: value for key, value in j["text_config"].items() if key != "intermediate_size"} | {
+        "model_type": "qwen3_5_moe_text", "num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": ffn,
+        "shared_expert_intermediate_size": ffn, "router_aux_loss_coef": 0.001, "output_router_logits": False,
+    }  # fmt: skip
+    kind = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "text_config": text}
+    return j | kind | {"vision_config": j["vision_config"] | {"model_type": "qwen3_5_moe"}}
+
+
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "ChatGLM-6B": (6_173_286_400, {
         "model_type": "chatglm", "vocab_size": 130528, "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
@@ -86,6 +97,7 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         ("distilgpt2", 81_912_576, (6, 768, 12)), ("gpt2", 124_439_808, (12, 768, 12)), ("gpt2-medium", 354_823_168, (24, 1024, 16)),
         ("gpt2-large", 774_030_080, (36, 1280, 20)), ("gpt2-xl", 1_557_611_200, (48, 1600, 25)),
     )},
+    "Qwen3.5-35B-A3B": (34_660_610_688, qwen3_5_moe(40, 2048, 16, 256, 512)),
     "Qwen3-32B": (32_762_123_264, {
         "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "head_dim": 128,
         "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 40960,

@@ -1,10 +1,11 @@
-"""Plant faults in the kernels, one at a time in a copy of the repository, and see which of them the tests notice.
+"""Plant faults in the kernels and in two models, one at a time in a copy of the repository, and see which of them the tests notice.
 
     python -m bench.proof.mutate [--each 2] [--only rms_norm] [--list]
 
 A fault is a change of the syntax tree (a mask dropped, a stride swapped, a sign turned, a rounding forgotten ...), so the faults follow the
 code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples and the choice of tiles
-are left alone: the first two are what the tests compare with, the last changes speed only. A fault is killed when the file's tests
+are left alone: the first two are what the tests compare with, the last changes speed only. In the routers and the gated DeltaNet of
+models/ the faults are written out (BY_HAND): mistakes that others made there. A fault is killed when the file's tests
 fail or run for too long. Exit code 1 when fewer than 95 % are killed.
 """
 
@@ -166,6 +167,44 @@ EQUIVALENT = {
 }
 
 
+# of models/: (what is wrong, what is there, what is planted)
+BY_HAND = {
+    "models/moe.py": [
+        ("no normalisation", "if c.normalise:", "if False:"),
+        ("normalised over all experts", "weights.sum(-1, keepdim=True)", "logits.to(wide).sigmoid().sum(-1, keepdim=True)"),
+        ("bias in the weight", "scores.gather(1, index)", "(scores + bias).gather(1, index)"),
+        ("no bias in the choice", "scores.detach() + bias)", "scores.detach())"),
+        ("the worst experts", "logits.softmax(-1, dtype=wide).topk(c.chosen)", "logits.softmax(-1, dtype=wide).topk(c.chosen, largest=False)"),
+        ("weights in another order", "weights * c.scale, index", "weights.flip(1) * c.scale, index"),
+        ("no scale", "weights * c.scale, index", "weights, index"),
+        ("groups by their best expert", "grouped.topk(2)", "grouped.topk(1)"),
+        ("no gate of the shared expert", "self.shared_expert_gate(x).sigmoid() * shared", "shared"),
+    ],
+    "models/qwen3_5.py": [
+        ("state not reset", "short_conv(qkv, w, bounds)), g, beta, bounds)", "short_conv(qkv, w, bounds)), g, beta, [0, bounds[-1]])"),
+        ("convolution not reset", "self.heads(short_conv(qkv, w, bounds))", "self.heads(short_conv(qkv, w, [0, bounds[-1]]))"),
+        ("state of a prompt forgotten", "g, beta, bounds, before[1])", "g, beta, bounds)"),
+        ("no gate of attention", " * gate.sigmoid()).flatten(-2)", ").flatten(-2)"),
+        ("gate before its query", "q, gate = qg", "gate, q = qg"),
+        ("no gate of the state", "o = swiglu(z.unflatten(-1, (-1, self.value_size)), self.norm(o))", "o = self.norm(o)"),
+        ("beta without its sigmoid", "b.to(wide).sigmoid()", "b.to(wide)"),
+        ("no bias of the decay", "a.to(wide) + self.dt_bias.to(wide)", "a.to(wide)"),
+        ("norm without its offset", "self.eps, 1.0, True)\n\n    def of_sum", "self.eps, 0.0, True)\n\n    def of_sum"),
+    ],
+}  # fmt: skip
+
+
+def by_hand(file: str, source: str) -> list[Fault]:
+    """The faults that are written out for a file, in the order of its lines."""
+    found = []
+    for kind, old, new in BY_HAND[file]:
+        assert source.count(old) == 1, (file, kind, source.count(old))
+        start = len(source[: source.index(old)].encode())
+        line = source[: source.index(old)].count("\n") + 1
+        found.append(Fault(file, kind, "", line, start, start + len(old.encode()), new))
+    return sorted(found, key=lambda fault: fault.start)
+
+
 def faults(file: str, source: str) -> list[Fault]:
     """Every fault that can be planted in a file, in the order of its lines."""
     whole, lines = source.encode(), [0]
@@ -235,6 +274,9 @@ NEAR = {
     "attention": r"attention|window|prefix|packed",
     "short_conv": r"short_conv|convolution",
     "gated_delta": r"gated_delta",
+    "expert_rows": r"lora_experts",
+    "moe": r"test_moe|test_golden.*moe",
+    "qwen3_5": r"test_qwen3_5|test_golden.*qwen3_5|test_every_family.*cached_decoding.*qwen3_5",
     "fla": r"fla",
     "dropout": r"dropout|mask|key|draws|kept|dropped",
     "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
@@ -266,8 +308,18 @@ FILES = {
     "1": ["tests/kernels/interpreter"],
     "0": [
         f"tests/kernels/test_{name}.py"
-        for name in ("attention", "augmented", "fp8_rows", "gated_delta", "kernel_choice", "launch", "quantized")
-    ],
+        for name in (
+            "attention",
+            "augmented",
+            "fp8_rows",
+            "gated_delta",
+            "kernel_choice",
+            "launch",
+            "lora_experts",
+            "quantized",
+        )
+    ]
+    + [f"tests/models/test_{name}.py" for name in ("every_family", "golden", "moe", "qwen3_5")],
 }
 
 
@@ -348,9 +400,7 @@ def in_turn(faults: list[Fault], most: int) -> list[Fault]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.proof.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
-    parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="NAME", help="files of kernels/, or parts of their names"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="files, or parts of their names")
     parser.add_argument("--per-file", type=int, default=1000, help="faults in every file (all of --each)")
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
@@ -362,6 +412,9 @@ def main(argv: list[str] | None = None) -> int:
         if any(part in file for part in args.only)
         for f in chosen([f for f in faults(file, source) if not equivalent(f, source)], args.each)
     ]
+    for file in BY_HAND:
+        sources[file] = (ROOT / file).read_text()
+        planted += by_hand(file, sources[file]) if any(part in file for part in args.only) else []
     planted = in_turn(planted, args.per_file)
     if args.list:
         print(*[fault.told(sources[fault.file]) for fault in planted], sep="\n")

@@ -12,12 +12,18 @@ class Refused(NamedTuple):
     instead: tuple[str, str]
 
 
-SMALL_QWEN, SMALL_GLM = ("Qwen3.5-9B", "qwen3_5"), ("GLM-4-9B-0414", "glm4")
+SMALL_QWEN, SMALL_GLM, LATENT_GLM = (
+    ("Qwen3.5-9B", "qwen3_5"),
+    ("GLM-4-9B-0414", "glm4"),
+    ("GLM-4.7-Flash", "glm4_moe_lite"),
+)
 _MHC = "several residual streams, mixed by learned gates"
 REFUSED = {
     "qwen4_exp": Refused(f"{_MHC}, attention to indexed blocks, and tables of n-grams", ("Qwen3.8-27B", "qwen3_5")),
-    "glm5_next": Refused(f"{_MHC}, decay for each channel (KDA), and attention to indexed blocks", SMALL_GLM),
-    "glm_moe_dsa": Refused("attention to the tokens that an index picks (DSA), over latent keys and values", SMALL_GLM),
+    "glm5_next": Refused(f"{_MHC}, decay for each channel (KDA), and attention to indexed blocks", LATENT_GLM),
+    "glm_moe_dsa": Refused(
+        "attention to the tokens that an index picks (DSA), over latent keys and values", LATENT_GLM
+    ),
 }
 PARTS = {"vision_config": "pictures", "audio_config": "sound", "thinker_config": "sound and pictures"}
 # by the words of model_type, where config.json has none of those parts

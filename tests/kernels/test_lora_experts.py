@@ -8,6 +8,7 @@ import torch
 from oracle import check_op
 from torch import Tensor
 
+from minilora.kernels import expert_rows
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.lora_experts import Routing, lora_experts, lora_experts_ref
 from minilora.kernels.nf4 import NF4Weight
@@ -51,6 +52,26 @@ def op(function: Callable, p: float = 0.0, adapted: tuple[bool, bool] = (True, T
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_the_rule(shares: tuple[int, ...], p: float):
     check_op(op(lora_experts, p), op(lora_experts_ref, p), tensors(shares), (0, 1, 3, 4, 6, 7))
+
+
+@pytest.mark.parametrize("shares", [(E, E, E, E), (1, E, E, 1)], ids=["each its own", "shared outer"])
+def test_uneven_experts_in_several_parts(shares: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    """Blocks of several rows, experts of one block and of many, rows behind the experts of a part."""
+    monkeypatch.setattr(expert_rows, "AT_ONCE", 128 * D)
+    index = torch.tensor([[0, 1 + t % 2 + (t % 37 == 0)] for t in range(75)])
+    rows = Routing.of(index, E).rows(D)
+    assert rows.block == 32 and [part.numbers for part in rows.parts] == [[0], [1, 2], [3]]
+    assert rows.parts[0].batch * rows.block > rows.parts[0].sizes[0] > 75
+    few, *rest = tensors(shares)
+    x, w = few[torch.arange(75) % T] * torch.linspace(-1, 1, 75)[:, None], rest[0][torch.arange(75) % T]
+
+    def call(function: Callable) -> Callable:
+        return lambda x, w, w1, a1, b1, w2, a2, b2: function(
+            x, w, Routing.of(index, E), Projection(w1, None, Adapter(a1, b1, 1.5, 0.25, DropoutKey(0, 1, 2, 0))),
+            Projection(w2, None, Adapter(a2, b2, 1.5, 0.25, DropoutKey(0, 1, 2, 1))),
+        )  # fmt: skip
+
+    check_op(call(lora_experts), call(lora_experts_ref), [x, w, *rest[1:]], (0, 1, 3, 4, 6, 7))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,13 @@ def test_what_is_said_to_change_nothing_is_still_there():
     assert mutate.EQUIVALENT.keys() <= there
 
 
+@pytest.mark.parametrize("file", mutate.BY_HAND)
+def test_faults_written_out_are_python_that_differs(file: str):
+    source = (mutate.ROOT / file).read_text()
+    planted = [fault.planted(source) for fault in mutate.by_hand(file, source)]
+    assert all(ast.parse(text) and text != source for text in planted) and len({*planted}) == len(mutate.BY_HAND[file])
+
+
 def test_references_examples_and_tiles_are_left_alone():
     source = (
         "def f_ref(x):\n    return x + 1.0\n\ndef _tile(n):\n    return n + 1\n\ndef f(x):\n    return x + 'ä' - y\n"
