@@ -7,7 +7,7 @@ from .arguments import Arg
 
 
 def run(
-    runs: Annotated[list[str], Arg("run folders, or folders of minilora predict", "RUN")],
+    runs: Annotated[list[str], Arg("run folders, folders of minilora predict, or the folder of one sweep", "RUN")],
     *,
     output: Annotated[str, Arg("page to write; a .md stands beside it", "FILE")] = "compare.html",
 ) -> None:
@@ -21,7 +21,12 @@ def run(
 
     if Path(output).suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output is {output!r}", "Name a file that ends in .html.")
-    say("\n".join([*compare(runs, output), ""]))
-    show_scores([read_record(run) for run in runs], Console())
+    if len(runs) == 1 and (Path(runs[0]) / "sweep.json").is_file():
+        from ..tools.experiment import write_experiment  # has torch, for spectra
+
+        say("\n\n".join(write_experiment(Path(runs[0]), Path(output))))
+    else:
+        say("\n".join([*compare(runs, output), ""]))
+        show_scores([read_record(run) for run in runs], Console())
     say(f"\npage      {output}")
     say(f"markdown  {Path(output).with_suffix('.md')}")

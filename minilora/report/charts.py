@@ -159,16 +159,22 @@ class Plane:
 
 
 def line_chart(
-    series: Iterable[Series], x: str, y: str, log: bool = False, levels: Iterable[Level] = (), best: Point | None = None
+    series: Iterable[Series],
+    x: str,
+    y: str,
+    log: bool = False,
+    levels: Iterable[Level] = (),
+    best: Point | None = None,
+    log_x: bool = False,
 ) -> str:
-    """A chart of lines with named axes; `best` is ringed. Points that are not finite are left out."""
+    """A chart of lines with named axes; `best` is ringed. Points that are not finite are left out. log: of y."""
     finite = [(s, [p for p in s.points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)]) for s in series]
     drawn = [(s, _thin(points)) for s, points in finite if points]
     levels = list(levels)
     if not drawn:
         return f'<p class="dim">no {escape(y)} to draw</p>'
     every_x, every_y = zip(*(p for _, points in drawn for p in points), strict=True)
-    plane = Plane(axis_around(every_x), axis_around([*every_y, *(level.value for level in levels)], log))
+    plane = Plane(axis_around(every_x, log_x), axis_around([*every_y, *(level.value for level in levels)], log))
     parts = [plane.grid(), *map(plane.level, levels), _stretched(plane.line(s, points) for s, points in drawn)]
     parts += [plane.dots(s, points) for s, points in drawn if s.dots and len(points) <= MOST_DOTS]
     parts += [plane.ring(best, f"best {best[1]:.4g}")] if best is not None else []

@@ -108,7 +108,8 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
     check_disk(run.folder, run.model, run.config.keep_checkpoints)
     write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_choice(run.folder / GEMM, run.model.head.device)
-    write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan)) + "\n")
+    trained = {"trained_parameters": sum(p.numel() for p in trained_parameters(run.model).values())}
+    write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan) | trained) + "\n")
     write_file(run.folder / TRAINED_ROWS, trained_rows(run.plan.train).astype("<u8").tobytes())
     write_split(run.folder / "data", data)
 

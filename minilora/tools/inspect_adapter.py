@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.kernels.quantized import QuantizedWeight, weight_as
+from minilora.kernels.quantized import QuantizedWeight, Weight, weight_as
 
 from ..checkpoint.factors import Factors, read_factors
 from ..checkpoint.load import empty_model, read_config
@@ -263,7 +263,7 @@ def _beside_base(
     done = []
     for i, change in enumerate(changes):
         with stored.reading_linear(change.path, torch.Size(change.shape)) as value:
-            w = weight_as(value, torch.float32) if isinstance(value, QuantizedWeight) else value.float()
+            w = in_fp32(value)
             if tuple(w.shape) != change.shape:
                 raise ModelError(
                     f"{model}: {change.path}.weight is {list(w.shape)}, the adapter is for {list(change.shape)}",
@@ -272,6 +272,11 @@ def _beside_base(
             done.append(replace(change, base=beside(w, factors[change.path], spectra[change.path])))
         progress(i + 1, len(changes))
     return done
+
+
+def in_fp32(value: Weight) -> Tensor:
+    """A weight of a folder, quantised or not."""
+    return weight_as(value, torch.float32) if isinstance(value, QuantizedWeight) else value.float()
 
 
 def beside(w: Tensor, f: Factors, spectrum: Spectrum) -> BesideBase:

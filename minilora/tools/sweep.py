@@ -4,6 +4,7 @@
     zip: {max_source_length: [512, 1024], max_target_length: [128, 256]}      # values in step: two runs
     product: {lora_r: [8, 16]}                         # every combination: times two
     test: {rows: 100, max_tokens: 256}                 # rows set aside before any limit, or data: FILE; before: true asks the base model
+    question: {ask: ..., compare: [lora_r], ...}       # what the page says of the runs, seed by seed (report/experiment.py)
     smoke: {base: {max_steps: 4}, ...}                 # with --smoke these take the place of the above
 
 Runs go one after the other, each in its own process, so that peak memory is measured for each. A finished run is not run again,
@@ -28,6 +29,7 @@ from ..console import Console
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..files.atomic import atomic_folder, locked, write_file
 from ..report.compare import compare
+from ..report.experiment import Question
 from ..report.record import LETTERS, read_record
 from ..report.score_table import shortened, show_scores
 from ..rows.files import open_rows, read_row
@@ -39,7 +41,7 @@ from ..settings import canonical, read_yaml, resolve
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
-SECTIONS = ("base", "zip", "product", "test", "smoke")
+SECTIONS = ("base", "zip", "product", "test", "question", "smoke")
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
 GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result as well
 
@@ -54,10 +56,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs and the test of a sweep file."""
+    """The runs, the test and the question of a sweep file."""
 
     points: list[Point]
     test: dict[str, Any]
+    question: dict[str, Any]  # checked; empty if it asks nothing
 
 
 def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = False) -> Sweep:
@@ -93,7 +96,10 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         settings = {k: v for k, v in base.items() if canonical(k) not in {canonical(x) for x in value}}
         config = resolve(_placed(settings | value), {"output": output / name})
         points.append(Point(name, config))
-    return Sweep(points, _placed(test))
+    question = _section(spec, "question", path)
+    if question:
+        Question.of(question, str(path))
+    return Sweep(points, _placed(test), question)
 
 
 def _section(spec: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs."""
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
-    if len(plan.points) >= len(LETTERS):
+    if len(plan.points) >= len(LETTERS) and not plan.question:
         raise UsageError(
             f"{given} means {len(plan.points)} runs, and a page compares fewer than {len(LETTERS)}",
             "Make several sweeps of it.",
@@ -155,7 +161,10 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     with locked(folder):
         write_file(
             folder / "sweep.json",
-            json.dumps({"file": given, "smoke": smoke, "runs": [p.name for p in plan.points]}) + "\n",
+            json.dumps(
+                {"file": given, "smoke": smoke, "runs": [p.name for p in plan.points], "question": plan.question}
+            )
+            + "\n",
         )
         points, test = _with_test(plan, folder, console)
         failed, names = [], shortened([p.name for p in points], max(console.width - 24, 8))
@@ -174,12 +183,18 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         compared = [*before, *runs] if len(runs) == 1 else [*runs, *before]
         page = folder / "compare.html"
         told = [f"{name} failed with exit code {code}" for name, code in failed]
+        if plan.question:
+            from .experiment import write_experiment  # has torch, for spectra; a wrong file is told without
+
+            for line in write_experiment(folder, page, told):
+                console.say(f"\n{line}")
+            compared = []
         for line in compare([str(run) for run in compared], page, told) if len(compared) > 1 else []:
             console.say(line)
         if compared:
             console.print()
             show_scores([read_record(run) for run in compared], console)
-            console.print()
+        console.print()
         for line in told:
             console.say(f"{line}; the same command tries it again")
     return page

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import tiny_folder
-from rank_runs import ENVIRONMENT, ROOT, interrupted, killing, steps, torchrun, training
+from rank_runs import ENVIRONMENT, ROOT, interrupted, killing, metrics, run, steps, torchrun, training
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,3 +201,14 @@ def test_a_rank_that_dies_ends_a_sharded_run(tmp_path: Path):
     code, said, _ = interrupted(command, lambda: steps(out) >= 5, killing(1, out))
     assert code == 10 and said.count("error:") == 1 and "Traceback" not in said, said
     assert re.search(r"shard   base sharded over 2 ranks: \S+ MB of \S+ MB each", said), said
+
+
+@pytest.mark.long
+def test_a_study_of_a_sharded_base_has_the_numbers_of_a_whole_one(tmp_path: Path):
+    looks = []
+    for shard in ("on", "off"):
+        out = tmp_path / shard
+        done = run(training(tmp_path, str(out), "--shard", shard, "--study", "on", "--max-steps", "2"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        looks.append([line["study"] for line in metrics(out) if "study" in line])
+    assert looks[0] and looks[0] == looks[1]
