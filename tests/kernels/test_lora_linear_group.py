@@ -8,10 +8,11 @@ import torch
 from oracle import check_op
 from torch import Tensor
 
-from minilora.kernels import library_gemm
+from minilora.kernels import library_gemm, lora_linear
 from minilora.kernels.augmented import Augmented
 from minilora.kernels.dispatch import use_gemm
 from minilora.kernels.dropout import DropoutKey
+from minilora.kernels.frozen_linear import FEW_ROWS
 from minilora.kernels.lora_linear import lora_linear_group, lora_linear_group_ref
 from minilora.kernels.lora_swiglu import lora_swiglu, lora_swiglu_ref
 from minilora.kernels.packed import join, joined
@@ -101,6 +102,18 @@ def test_gradients_of_a_layer_without_adapter():
     dy, (y,) = torch.ones(21, 11), lora_linear_group(x.requires_grad_(), projections, output_needed=False)
     (dx,) = torch.autograd.grad(y, [x], dy)
     assert torch.equal(dx, dy @ projections[0].tensor)
+
+
+@pytest.mark.parametrize("rows, inference, checked", [(FEW_ROWS, True, 0), (FEW_ROWS + 1, True, 1), (1, False, 1)])
+def test_all_but_single_tokens_in_decoding_are_checked(
+    rows: int, inference: bool, checked: int, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Any] = []
+    monkeypatch.setattr(lora_linear, "check", lambda *args: seen.append(args))
+    x, projections = group((3,), (7,), 0.0, torch.float32)
+    with torch.inference_mode(inference):
+        lora_linear.lora_linear_group(x[:rows], projections)
+    assert len(seen) == checked
 
 
 @pytest.mark.parametrize("width, gemms", [(9, 1), (10, 2), (15, 2), (30, 2)])
