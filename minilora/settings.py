@@ -11,6 +11,7 @@ import yaml
 
 from .config import FIELDS, DataConfig, TrainConfig
 from .errors import UsageError
+from .files.regular import read_file
 from .spelling import SWITCH, nearest
 
 # names known from Hugging Face, PEFT, LLaMA-Factory and others
@@ -197,9 +198,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a yaml file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > 1 << 20:
-            raise UsageError(f"{path} is larger than 1 MiB", "It is not a config file.")
+        text = read_file(path, UsageError, 1 << 20).decode("utf-8")
         value = yaml.load(text, _Loader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "Give a yaml file with -c.") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowError, quote
+from ..files.regular import read_file
 from .shapes import QUESTIONS, is_header
 from .sheets import Record, Sheet, header_of
 
@@ -48,7 +49,7 @@ class Page(NamedTuple):
 
 def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
     """The rows of a workbook's visible sheets. Lines above a header (a title over merged cells) are skipped and reported."""
-    raw = path.read_bytes()
+    raw = read_file(path, DataError, MAX_BOOK)
     pages, pictures = _pages(path, raw)
     pages = [page for page in pages if any(any(cells) for cells in page.lines)]
     shown = [page for page in pages if not page.hidden]

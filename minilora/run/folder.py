@@ -13,7 +13,7 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import verify_manifest, write_file
+from ..files.atomic import remove, verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
@@ -78,11 +78,7 @@ def check_unlocked(folder: Path, overwrite: bool) -> None:
 def clear(folder: Path) -> None:
     """Delete an old run and nothing else. Call it once everything that the new run needs has been read."""
     for name in OWN:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def check_disk(folder: Path, model: Decoder, keep: int) -> None:
