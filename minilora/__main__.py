@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
             what = f"out of memory: {str(error).splitlines()[0]}"
             return fail(7, what, "Close other programs, or use a smaller model.")
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         return fail(70, "this is a bug of minilora", "Please report it with the lines above.")
 
 

@@ -31,7 +31,7 @@ def open_file(path: Path, error: type[MiniloraError], most: int | None = None) -
                 f"{path} is {'a folder' if stat.S_ISDIR(about.st_mode) else 'not a regular file'}", "Check the path."
             )
         if most is not None and about.st_size > most:
-            raise error(f"{path} is larger than {most >> 20} MiB", "It is not the file it should be.")
+            raise error(f"{path} is larger than {most:,} bytes", "It is not the file it should be.")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)

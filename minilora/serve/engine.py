@@ -1,7 +1,6 @@
 """The one thread that runs the model: requests come from the event loop, and it is told of every token."""
 
 import asyncio
-import sys
 import threading
 import traceback
 from collections import deque
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from ..generate import decode
+from ..terminal import say
 from .models import Asked, Models
 
 CANCELLED, FAILED = "cancelled", "error"  # finish reasons beside those of generate.py
@@ -79,7 +79,7 @@ class Engine:
             for passed in decode(self.models.decoder, self.waiting, self.slots, before):
                 self._tell(passed)
         except Exception:  # noqa: BLE001 whatever it was, it is told, and the server goes on
-            traceback.print_exc(file=sys.stderr)
+            say(traceback.format_exc(), quiet=True)
             for request in running:
                 request.finish_reason = request.finish_reason or FAILED
             self._tell([*running])
