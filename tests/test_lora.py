@@ -445,7 +445,13 @@ def test_patterns_that_try_for_ever_are_not_tried(tmp_path: Path, pattern: str):
 
 @pytest.mark.parametrize(
     "pattern",
-    [r".*\.(self_attn|mlp)\.(q_proj|k_proj)", r"model\.layers\.[0-9]+\.self_attn.*", "(?:q_proj|up_proj)", ".*attn.*", r"layers\.\d\d?\.self"],
+    [
+        r".*\.(self_attn|mlp)\.(q_proj|k_proj)",
+        r"model\.layers\.[0-9]+\.self_attn.*",
+        "(?:q_proj|up_proj)",
+        ".*attn.*",
+        r"layers\.\d\d?\.self",
+    ],
 )
 def test_plain_patterns_are_tried_as_regular_expressions(pattern: str):
     for path in ("model.layers.10.self_attn.q_proj", "model.layers.1.mlp.up_proj", "q_proj"):

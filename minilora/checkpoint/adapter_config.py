@@ -141,7 +141,12 @@ def _plain(pattern: str) -> re.Pattern[str] | None:
     groups = [group.split("|") for group in re.findall(r"\(([^()]*)\)", plain)]
     tried = math.prod(2 if _are_words(group) else len(group) for group in groups)
     tried *= 100 ** len(re.findall(r"[*+?{]", plain))
-    if len(pattern) > 200 or plain.count("(") != len(groups) or re.search(r"\)[*+?{]|\(\?|\\\d", plain) or tried > 10**5:
+    if (
+        len(pattern) > 200
+        or plain.count("(") != len(groups)
+        or re.search(r"\)[*+?{]|\(\?|\\\d", plain)
+        or tried > 10**5
+    ):
         return None
     try:
         return re.compile(pattern)

@@ -72,6 +72,13 @@ def check_regular(folder: Path) -> None:
             raise ModelError(f"{path} is {what}", "Download or copy the file again.")
 
 
+def lies_in(folder: Path, path: Path) -> bool:
+    """Whether a file lies in a folder itself, or a link leads to the blobs of the folder's own Hugging Face cache."""
+    here = folder.resolve()
+    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+    return path.resolve().parent in homes
+
+
 class ModelFolder:
     """A folder whose files are read when they are first asked for, and not again: it is opened once and passed on.
 
