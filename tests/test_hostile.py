@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from tiny import make_model, make_rows
 
+from minilora import add_lora, load_model, save_adapter
 from minilora.__main__ import main
 from minilora.errors import UsageError
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.settings import read_yaml
 from minilora.terminal import LONGEST
 from minilora.tools.sweep import read_sweep
@@ -91,6 +93,30 @@ def test_no_name_in_an_index_or_a_row_does(here, told, name):
 def test_what_is_asked_is_echoed_without_control_codes(here, told):
     code, text = told(["chat", "--model", "model", "--prompt", f"a{ESC}b", "--max-tokens", "1"])
     assert code == 0 and "> a\\u001b[31mb" in text
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("place", ["model/model.safetensors", "adapter/adapter_model.safetensors"])
+def test_weights_that_overflow_never_end_with_0(here, told, place):
+    """They are finite, and what is computed from them is not."""
+    model = load_model(here / "model", device="cpu")
+    add_lora(model, r=2)
+    save_adapter(model, here / "adapter")
+    file = SafetensorsFile(here / place)
+    tensors = {name: file.tensor(name).clone() for name in file.entries}
+    name = next(name for name in tensors if "q_proj" in name and "lora_A" not in name)
+    tensors[name].fill_(1e38)
+    (here / place).unlink()
+    write_tensors(here / place, tensors, {k: v for k, v in file.metadata.items() if k != "format"})
+    adapter = " --adapter adapter" if "adapter" in place else ""
+    for words in (
+        "chat --model model --prompt x --greedy", "chat --model model --prompt x --temperature 1", "eval --model model --data rows.json",
+        "data score --model model --data rows.json", "predict --model model --data rows.json --output out --max-tokens 2",
+    ):  # fmt: skip
+        code, text = told(words + adapter)
+        assert code == 5 and "is not finite" in text, (words, text)
 
 
 # ---- yaml

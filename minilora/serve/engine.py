@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Self
 
+from ..errors import MiniloraError
 from ..generate import decode
 from ..terminal import say
 from .models import Asked, Models
@@ -78,8 +79,8 @@ class Engine:
         try:
             for passed in decode(self.models.decoder, self.waiting, self.slots, before):
                 self._tell(passed)
-        except Exception:  # noqa: BLE001 whatever it was, it is told, and the server goes on
-            say(traceback.format_exc(), quiet=True)
+        except Exception as error:  # noqa: BLE001 whatever it was, it is told, and the server goes on
+            say(str(error) if isinstance(error, MiniloraError) else traceback.format_exc(), quiet=True)
             for request in running:
                 request.finish_reason = request.finish_reason or FAILED
             self._tell([*running])
