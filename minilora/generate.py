@@ -81,10 +81,10 @@ def decode(
         before(passed)
         logits = _prefill(model, cache, new) if new else _advance(model, cache, running)
         running += new
-        largest, likeliest = torch.stack([t.double() for t in logits.max(-1)]).tolist()
+        largest, chosen = torch.stack([t.double() for t in logits.max(-1)]).tolist()
         if not all(map(math.isfinite, largest)):  # the largest of any numbers and NaN is NaN
             raise not_finite("what the model computed")
-        for r, row, likeliest in zip(passed, logits, map(int, likeliest), strict=True):
+        for r, row, likeliest in zip(passed, logits, map(int, chosen), strict=True):
             r.add(likeliest if r.sampling == GREEDY else choose(row, r.prompt + r.ids, r.sampling, r.generator), row)
         yield passed
 

@@ -14,6 +14,7 @@ from minilora.errors import UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.settings import read_yaml
 from minilora.terminal import LONGEST
+from minilora.text.growth import check_growth, check_replacements
 from minilora.tools.sweep import read_sweep
 
 ESC = "\x1b[31m"
@@ -93,6 +94,74 @@ def test_no_name_in_an_index_or_a_row_does(here, told, name):
 def test_what_is_asked_is_echoed_without_control_codes(here, told):
     code, text = told(["chat", "--model", "model", "--prompt", f"a{ESC}b", "--max-tokens", "1"])
     assert code == 0 and "> a\\u001b[31mb" in text
+
+
+# ---- tokenizers
+
+
+def replace(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def many(step: dict, key: str = "normalizers", times: int = 8) -> dict:
+    return {"type": "Sequence", key: [step] * times}
+
+
+GROWING = {
+    "a long replacement": {"normalizer": replace({"String": "e"}, "x" * 1_000_000)},
+    "replacements of replacements": {"normalizer": many(replace({"String": "e"}, "e" * 10))},
+    "between all letters": {"normalizer": replace({"Regex": "x*"}, "y" * 1000)},
+    "nothing replaced": {"normalizer": replace({"String": ""}, "y" * 1000)},
+    "a long beginning": {"normalizer": {"type": "Prepend", "prepend": "x" * 5_000_000}},
+    "bytes of bytes": {"normalizer": many({"type": "ByteLevel"}, times=24)},
+    "bytes of bytes, later": {"pre_tokenizer": many({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}, "pretokenizers")},
+    "both": {"normalizer": many({"type": "ByteLevel"}, times=4), "pre_tokenizer": many({"type": "Metaspace", "replacement": "_"}, "pretokenizers", 3)},
+    "a table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * 10_000}},
+    "on the way back": {"decoder": many(replace({"String": "e"}, "e" * 10), "decoders")},
+    "a long token": {"model": {"type": "BPE", "vocab": {"q" * 100_000: 0}, "merges": []}},
+    "a million tokens after a text": {"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 50_000}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_tokenizer_that_makes_a_text_grow_is_refused(here, told, name):
+    change(here / "model" / "tokenizer.json", **GROWING[name])
+    code, text = told("chat --model model --prompt x")
+    assert code == 4 and "is not a usable tokenizer: " in text
+
+
+def test_what_tokenizers_do_by_habit_is_no_growth():
+    for more in (
+        {"normalizer": {"type": "NFC"}},
+        {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")],
+            }
+        },
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}},
+        {
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}],
+            }
+        },
+    ):
+        check_growth({"model": {"vocab": {"a": 0}}} | more)
+
+
+def test_a_sentencepiece_model_that_makes_a_text_grow_is_refused():
+    def field(number: int, content: bytes) -> bytes:
+        size = len(content)
+        return bytes([number << 3 | 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + content
+
+    for size in (18, 257, 100_000):
+        model = field(1, b"a piece") + field(3, field(1, b"nmt") + field(2, b"\4\0\0\0trie" + b"x" * size + b"\0y\0"))
+        if size == 18:
+            check_replacements(model)
+            continue
+        with pytest.raises(ValueError, match=f"{size:,} bytes"):
+            check_replacements(model)
 
 
 # ---- numbers

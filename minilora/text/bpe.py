@@ -22,6 +22,7 @@ from ..errors import ModelError
 from ..files.model_folder import MAX_JSON, ModelFolder, check_is_itself
 from ..files.regular import open_file, read_file
 from ..files.strict_json import parse_json
+from .growth import check_growth
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -70,6 +71,7 @@ class BytePairs:
     def of_json(cls, description: str, more: Iterable[Added] = ()) -> Self:
         """description: the text of a tokenizer.json; more: tokens beside the vocabulary that it may lack."""
         j = parse_json(description)
+        check_growth(j)
         there = {t["content"] for t in j.get("added_tokens", [])}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         lacking = [

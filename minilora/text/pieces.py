@@ -17,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from .bpe import no_panic, read_small
+from .growth import check_replacements
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_SPECIALS = (*CHATGLM2_SPECIALS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -112,6 +113,7 @@ def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
             raise ValueError("it holds no pieces")
         for i in range(model.vocab_size()):
             model.id_to_piece(i)  # a piece that is not UTF-8 would come up in the middle of an answer
+        check_replacements(raw)
         return model
 
 
