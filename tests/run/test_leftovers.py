@@ -1,5 +1,6 @@
 """What a kill or a failing disk leaves behind: a folder that the next command accepts, and nothing hidden in it for good."""
 
+import json
 import os
 import shutil
 import signal
@@ -202,3 +203,17 @@ def test_no_signal_shows_a_traceback(how, code):
     )  # fmt: skip
     assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_strangers_checkpoint_writes_no_control_codes(run, capsys):
+    """What its state says of the machine is told when it is resumed; so are the names of its settings."""
+    state = run / "checkpoints" / "step-2" / "state.json"
+    j = json.loads(state.read_text())
+    state.write_text(json.dumps(j | {"machine": {key: "\x1b[31m" + "x" * 100_000 for key in j["machine"]}}))
+    manifest = state.with_name("MANIFEST.json")
+    manifest.unlink()
+    atomic._write_manifest(state.parent)
+    capsys.readouterr()
+    assert main(["train", "--output", str(run), "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "\\u001b[31m" in out and max(map(len, out.split("\n"))) < 100_000
