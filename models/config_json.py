@@ -13,10 +13,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # the largest sizes by key, far above any model's: a larger one is a damaged file, which would show when all memory is gone
 MOST = 1 << 20
 MOST_OF = {
-    "num_hidden_layers": 512, "num_layers": 512, "num_experts": 512, "num_local_experts": 512, "n_routed_experts": 512, "vocab_size": 1 << 24, "padded_vocab_size": 1 << 24, "bos_token_id": 1 << 24,
-} | dict.fromkeys(
-    ("max_position_embeddings", "original_max_position_embeddings", "seq_length", "max_sequence_length", "sliding_window"), 2**31 - 1
-)  # fmt: skip
+    "num_hidden_layers": 512, "num_layers": 512, "n_layer": 512, "num_experts": 512, "num_local_experts": 512, "n_routed_experts": 512,
+    "vocab_size": 1 << 24, "padded_vocab_size": 1 << 24, "bos_token_id": 1 << 24,
+    "max_position_embeddings": 2**31 - 1, "original_max_position_embeddings": 2**31 - 1, "seq_length": 2**31 - 1, "n_positions": 2**31 - 1,
+    "max_sequence_length": 2**31 - 1, "sliding_window": 2**31 - 1,
+}  # fmt: skip
 
 
 def whole(j: dict[str, Any], key: str, default: int | None = None, most: int | None = None) -> int:

@@ -143,7 +143,10 @@ def load_merges(folder: ModelFolder) -> BytePairs:
     if not merges.is_file():
         raise ModelError(f"{folder} has a vocab.json and no merges.txt", "Copy it from the model's folder.")
     with no_panic(str(vocab)):
-        tokens, lines = parse_json(read_small(vocab)), read_small(merges).decode("utf-8").replace("\r\n", "\n").split("\n")
+        tokens, lines = (
+            parse_json(read_small(vocab)),
+            read_small(merges).decode("utf-8").replace("\r\n", "\n").split("\n"),
+        )
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if folder.config.get("model_type") == "gpt2":  # whose vocabulary has <|endoftext|> in it, as its last token
             added = _added(folder, {t: i for t, i in tokens.items() if t == QWEN_SPECIALS[0]})
