@@ -27,6 +27,7 @@ def one_command(alone: bool) -> Iterator[None]:
     global _one_command
     if alone:
         _one_command, sys.unraisablehook = True, _again
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -36,9 +37,7 @@ def one_command(alone: bool) -> Iterator[None]:
 
 def _again(lost: Any) -> None:
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        threading.Timer(
-            0.01, os.kill, (os.getpid(), signal.SIGINT)
-        ).start()  # from without: here it would be lost again
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # after this has returned: here it would be lost again
     else:
         sys.__unraisablehook__(lost)
 
