@@ -7,13 +7,13 @@ that is known, and no more than a caller's limit is.
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import MiniloraError
 
 
-def open_file(path: Path, error: type[MiniloraError], most: int | None = None) -> BinaryIO:
+def open_file(path: Path, error: type[MiniloraError], most: int | None = None) -> BufferedReader:
     """A regular file of at most `most` bytes, open to read. Raises `error` for anything else, and OSError where nothing is there or a disk fails."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe without a writer would block

@@ -147,7 +147,8 @@ def load_merges(folder: ModelFolder) -> BytePairs:
             parse_json(read_small(vocab)),
             read_small(merges).decode("utf-8").replace("\r\n", "\n").split("\n"),
         )
-        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        halves = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        pairs = [(first, second) for first, second in halves]
         if folder.config.get("model_type") == "gpt2":  # whose vocabulary has <|endoftext|> in it, as its last token
             added = _added(folder, {t: i for t, i in tokens.items() if t == QWEN_SPECIALS[0]})
             return BytePairs.of_merges(tokens, pairs, GPT2_SPLIT, False, added)

@@ -126,7 +126,7 @@ def test_a_test_set_without_answers(tmp_path: Path):
 
 def spoiled(path: Path, edit: Callable[[str], str], **parts: bytes) -> Path:
     """A workbook of two rows whose sheet is edited as text."""
-    book = openpyxl.Workbook()
+    book: Any = openpyxl.Workbook()
     for row in (["instruction", "output"], ["q", "a"], ["r", "b"]):
         book.active.append(row)
     book.save(path)
