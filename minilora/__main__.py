@@ -12,6 +12,7 @@ from .cli.parser import Parser
 from .errors import MiniloraError, UsageError
 from .machine.cpu import before_torch, tune_memory
 from .ranks.early import said_once
+from .run.signals import one_command
 from .terminal import printable
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -20,7 +21,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
-        with said_once():
+        with said_once(), one_command(alone=argv is None):
             return run(sys.argv[1:] if argv is None else argv)
     except MiniloraError as error:
         return fail(error.code, error.what, error.hint)
@@ -31,9 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        if error.errno in DISK:
-            return fail(6, what, "Free some space, or give another --output. What was there before is untouched.")
-        return fail(6, what, "Check the path and its permissions.")
+        full = "Free some space, or give another --output. What was there before is untouched."
+        return fail(6, what, full if error.errno in DISK else "Check the path and its permissions.")
     except MemoryError:
         return fail(7, "out of memory", "Close other programs, or use a smaller model.")
     except Exception as error:  # noqa: BLE001 the last net: everything else is our own bug
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
             what = f"out of memory: {str(error).splitlines()[0]}"
             return fail(7, what, "Close other programs, or use a smaller model.")
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         return fail(70, "this is a bug of minilora", "Please report it with the lines above.")
 
 

@@ -46,6 +46,12 @@ class Diverged(MiniloraError):
     code = 5
 
 
+def not_finite(what: str) -> Diverged:
+    """The error for what a model computed from weights that are finite."""
+    hint = "Weights of the model or of the adapter are damaged, or too large for the dtype that it computes in (--compute float32)."
+    return Diverged(f"{what} is not finite (NaN or infinity)", hint)
+
+
 class DiskError(MiniloraError):
     """The disk is full, read-only or broken."""
 

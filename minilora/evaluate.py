@@ -9,6 +9,7 @@ import torch
 from minilora.models.decoder import Decoder
 
 from .data import Example, pack
+from .errors import not_finite
 from .objective import SFT, Objective
 from .ranks.ranks import ALONE, Ranks
 
@@ -35,7 +36,7 @@ def evaluate(
 ) -> Score:
     """The Score of a model on examples, dropout off, packed into streams of at most micro_tokens.
 
-    Ranks share the streams, and the sum is that of one rank to the bit.
+    Ranks share the streams, and the sum is that of one rank to the bit. Raises Diverged for a loss that is not finite.
     """
     was_training = model.training
     model.eval()
@@ -46,5 +47,7 @@ def evaluate(
         numbers[i] = objective.numbers(model, batches[i].to(device))
     ranks.sum([numbers])
     model.train(was_training)
+    if not numbers.isfinite().all():
+        raise not_finite("the loss of the model")
     (loss, *logged), units = map(sum, zip(*numbers.tolist(), strict=True)), sum(map(objective.units, batches))
     return Score(loss, units, {name: value / units for name, value in zip(objective.logged, logged, strict=True)})

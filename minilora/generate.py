@@ -4,6 +4,7 @@ There is one loop, `decode`. A pass is either the prompts of new requests, packe
 request that is running: no prompt is padded, and nothing is computed twice.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 from minilora.models.cache import Cache
 from minilora.models.decoder import Decoder
 
+from .errors import not_finite
 from .positions import check_room, room
 from .sampling import GREEDY, Sampling, choose
 from .text.tokenizer import Tokenizer
@@ -56,7 +58,8 @@ def decode(
 
     A request leaves `waiting` when a slot is free. At any time the caller may append to `waiting`, and may end a request, waiting
     or running, by giving it a finish_reason. `before` is called with the requests of each pass, whose rows are in that order: all
-    tokens of a prompt, or one. Answers do not depend on what runs beside them, up to the rounding of the model's dtype.
+    tokens of a prompt, or one. Answers do not depend on what runs beside them, up to the rounding of the model's dtype. Raises
+    Diverged for logits that are not finite.
     """
     cache = Cache(model.config.layers, slots, model.head.device, model.virtual)
     running: list[R] = []
@@ -78,7 +81,10 @@ def decode(
         before(passed)
         logits = _prefill(model, cache, new) if new else _advance(model, cache, running)
         running += new
-        for r, row, likeliest in zip(passed, logits, logits.argmax(-1).tolist(), strict=True):
+        largest, chosen = torch.stack([t.double() for t in logits.max(-1)]).tolist()
+        if not all(map(math.isfinite, largest)):  # the largest of any numbers and NaN is NaN
+            raise not_finite("what the model computed")
+        for r, row, likeliest in zip(passed, logits, map(int, chosen), strict=True):
             r.add(likeliest if r.sampling == GREEDY else choose(row, r.prompt + r.ids, r.sampling, r.generator), row)
         yield passed
 

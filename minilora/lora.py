@@ -126,8 +126,8 @@ def add_lora(
     for path in chosen(list(linears(model)), targets):
         wrapper = wrap(model, path, r, alpha, dropout, rslora, shared_outer, kind=kind)
         bound = wrapper.base.in_features**-0.5
-        with torch.no_grad():
-            wrapper.lora_A.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        if not wrapper.lora_A.is_meta:  # as in a plan
+            wrapper.lora_A.data.copy_(torch.empty(wrapper.lora_A.shape).uniform_(-bound, bound, generator=generator))
     set_dropout_keys(model, seed, 0, 0)  # no two linears drop alike; a loop sets new keys before each pass
 
 

@@ -1,6 +1,7 @@
 """How settings are given: yaml files and flags, the names that other tools use, and what is wrong with a value."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from .config import FIELDS, DataConfig, TrainConfig
 from .errors import UsageError
+from .files.regular import read_file
 from .spelling import SWITCH, nearest
 
 # names known from Hugging Face, PEFT, LLaMA-Factory and others
@@ -65,6 +67,8 @@ NOT_NEGATIVE = {"lr", "warmup", "clip", "weight_decay", "seed"}
 GROUPS = {
     "data": "data", "model": "model", "lora_r": "LoRA", "lr": "optimisation", "device": "machine", "output": "what is kept",
 }  # fmt: skip
+MAX_YAML, MAX_DIGITS = 1 << 17, 100
+NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
 
 
@@ -80,7 +84,8 @@ def resolve(*sources: dict[str, Any]) -> TrainConfig:
     for source in sources:
         unknown = [given for given in source if _field_of(given) is None]
         if len(unknown) > 1:
-            raise UsageError(f"unknown settings {', '.join(unknown)}", "See minilora train --help.")
+            more = f" and {len(unknown) - 20:,} more" if unknown[20:] else ""
+            raise UsageError(f"unknown settings {', '.join(unknown[:20])}{more}", "See minilora train --help.")
         names: dict[str, str] = {}  # as they are given
         for given, value in source.items():
             name = canonical(given)
@@ -184,22 +189,48 @@ def _allowed(name: str, kind: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe yaml that refuses duplicate keys."""
+    """Safe yaml that refuses duplicate keys, and what grows out of proportion: aliases of aliases, numbers of thousands of digits."""
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MAX_YAML:
+            raise yaml.YAMLError(f"with its aliases written out it is larger than {MAX_YAML:,} characters")
+        return node
+
+    def construct_object(self, node, deep=False):
+        if node.tag in NUMBERS and len(node.value) > MAX_DIGITS:
+            raise _wrong(node, f"a number of {len(node.value):,} characters")
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, OverflowError):  # such as the 45th of a month
+            raise _wrong(node, f"{node.value[:40]!r} is not of the type that it looks like: quote it") from None
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = next((k for k in keys if keys.count(k) > 1), None)
+        keys = Counter(repr(self.construct_object(k, deep=True)) for k, _ in node.value)
+        twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice!r}", node.start_mark)
+            raise _wrong(node, f"duplicate key {twice}")
         return super().construct_mapping(node, deep)
+
+
+def _wrong(node: yaml.Node, what: str) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """How many characters a node has with its aliases written out; more than any number if it is an alias within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inside = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in inside for part in (entry if isinstance(entry, tuple) else [entry])]
+        known[id(node)] = 1 + (sum(_size(part, known) for part in parts) if parts else len(node.value))
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a yaml file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > 1 << 20:
-            raise UsageError(f"{path} is larger than 1 MiB", "It is not a config file.")
+        text = read_file(path, UsageError, MAX_YAML).decode("utf-8")
         value = yaml.load(text, _Loader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "Give a yaml file with -c.") from None

@@ -10,8 +10,19 @@ STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone s
 JOINER = "\u200d"  # joins several emoji into one
 
 
-def printable(text: str) -> str:
-    r"""The text with control codes escaped, as in \u001b; line ends and tabs stay, and JSON keeps its meaning."""
+LONGEST = 10_000  # characters of a line
+
+
+def printable(text: str, whole: bool = False) -> str:
+    r"""The text with control codes escaped, as in \u001b; line ends and tabs stay, and JSON keeps its meaning.
+
+    Lines beyond all reason are cut, unless another program wants them whole.
+    """
+    if not whole and len(text) > LONGEST:
+        text = "\n".join(
+            line if len(line) <= LONGEST else f"{line[:LONGEST]}… and {len(line) - LONGEST:,} characters more"
+            for line in text.split("\n")
+        )
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -24,10 +35,10 @@ def prints() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(line: str, quiet: bool = False) -> None:
-    """Print a line at once; quiet: on standard error, where standard output is for another program."""
+def say(line: str, quiet: bool = False, whole: bool = False) -> None:
+    """Print a line at once; quiet: on standard error, where standard output is for another program; whole: however long it is."""
     if prints():
-        print(printable(line), file=sys.stderr if quiet else sys.stdout, flush=True)
+        print(printable(line, whole), file=sys.stderr if quiet else sys.stdout, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -108,7 +108,7 @@ def config(j: dict[str, Any]) -> ChatGLMConfig:
     Raises ValueError that names the key whose value is not supported.
     """
     only(j, "ChatGLM-6B", position_encoding_2d=True)
-    layers, width = whole(j, "num_layers", 28, 1000), whole(j, "hidden_size", 4096)
+    layers, width = whole(j, "num_layers", 28), whole(j, "hidden_size", 4096)
     heads = whole(j, "num_attention_heads", 32)
     if width % heads or width // heads % 4:
         raise ValueError(f"hidden_size {width} of {heads} heads: both halves of a head rotate, in pairs")

@@ -86,7 +86,7 @@ def config(j: dict[str, Any]) -> Config:
         apply_residual_connection_post_layernorm=False,
         original_rope=True,
     )
-    layers, width = whole(j, "num_layers", most=1000), whole(j, "hidden_size")
+    layers, width = whole(j, "num_layers"), whole(j, "hidden_size")
     heads, kv_heads = whole(j, "num_attention_heads"), whole(j, "multi_query_group_num")
     head_size = whole(j, "kv_channels", 128)
     if heads % kv_heads:

@@ -10,9 +10,19 @@ from .config import Yarn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def whole(j: dict[str, Any], key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-    """A positive whole number up to `most`; ValueError that names the key otherwise. null counts as missing."""
-    value = j.get(key)
+# the largest sizes by key, far above any model's: a larger one is a damaged file, which would show when all memory is gone
+MOST = 1 << 20
+MOST_OF = {
+    "num_hidden_layers": 512, "num_layers": 512, "n_layer": 512, "num_experts": 512, "num_local_experts": 512, "n_routed_experts": 512,
+    "vocab_size": 1 << 24, "padded_vocab_size": 1 << 24, "bos_token_id": 1 << 24,
+    "max_position_embeddings": 2**31 - 1, "original_max_position_embeddings": 2**31 - 1, "seq_length": 2**31 - 1, "n_positions": 2**31 - 1,
+    "max_sequence_length": 2**31 - 1, "sliding_window": 2**31 - 1,
+}  # fmt: skip
+
+
+def whole(j: dict[str, Any], key: str, default: int | None = None, most: int | None = None) -> int:
+    """A positive whole number up to `most`, or the key's usual limit; ValueError that names the key otherwise. null counts as missing."""
+    value, most = j.get(key), most or MOST_OF.get(key, MOST)
     if value is None:
         value = default
     if value is None:

@@ -46,7 +46,7 @@ def config(j: dict[str, Any]) -> Config:
     """
     family = j["model_type"]
     only(j, family, hidden_act="silu")
-    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
+    layers, width = whole(j, "num_hidden_layers"), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
     head_size = whole(j, "head_dim", width // heads if "head_dim" in j else 128)  # transformers reads null so
     kv_heads = whole(j, "num_key_value_heads", 2)

@@ -26,7 +26,7 @@ def config(j: dict[str, Any]) -> MoEConfig:
     """
     family = j["model_type"]
     only(j, family, hidden_act="silu", topk_method="noaux_tc", scoring_func="sigmoid")
-    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
+    layers, width = whole(j, "num_hidden_layers"), whole(j, "hidden_size")
     max_positions = whole(j, "max_position_embeddings", 131072 if family == "glm4_moe" else 202752)
     theta, yarn = rope_of(j, max_positions)
     shared = {

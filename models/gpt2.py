@@ -93,7 +93,7 @@ def config(j: dict[str, Any]) -> Config:
         raise ValueError(f"n_embd {width} is not a multiple of n_head {heads}")
     return Config(
         family="gpt2",
-        layers=whole(j, "n_layer", 12, 1000),
+        layers=whole(j, "n_layer", 12),
         width=width,
         heads=heads,
         kv_heads=heads,

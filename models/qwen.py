@@ -23,7 +23,7 @@ def config(j: dict[str, Any]) -> Config:
     """
     family = j["model_type"]
     only(j, family, hidden_act="silu", attention_bias=False, qkv_bias=family == "qwen2", use_qk_norm=family == "qwen3")
-    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
+    layers, width = whole(j, "num_hidden_layers"), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
     head_size = whole(j, "head_dim", width // heads)
     max_positions = whole(j, "max_position_embeddings", 32768)

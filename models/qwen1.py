@@ -113,7 +113,7 @@ def config(j: dict[str, Any]) -> Qwen1Config:
     """
     j = {ALIASES[k]: v for k, v in j.items() if k in ALIASES} | j
     only(j, "Qwen-1", no_bias=True)
-    layers, width = whole(j, "num_hidden_layers", most=1000), whole(j, "hidden_size")
+    layers, width = whole(j, "num_hidden_layers"), whole(j, "hidden_size")
     heads = whole(j, "num_attention_heads")
     head_size = whole(j, "kv_channels", width // heads)
     ffn = whole(j, "intermediate_size")

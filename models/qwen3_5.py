@@ -203,7 +203,7 @@ def hybrid_sizes(j: dict[str, Any]) -> dict[str, Any]:
     only(j, family, hidden_act="silu", attention_bias=False, attn_output_gate=True, mamba_ssm_dtype="float32")
     if j.get("output_gate_type") not in (None, "silu", "swish"):  # two names of one function
         raise ValueError(f"output_gate_type is {str(j['output_gate_type'])[:40]}; {family} is supported with swish")
-    layers, head_size = whole(j, "num_hidden_layers", most=1000), whole(j, "head_dim", 256)
+    layers, head_size = whole(j, "num_hidden_layers"), whole(j, "head_dim", 256)
     heads, kv_heads = whole(j, "num_attention_heads"), whole(j, "num_key_value_heads")
     key_heads, value_heads = whole(j, "linear_num_key_heads", 16), whole(j, "linear_num_value_heads", 32)
     max_positions = whole(j, "max_position_embeddings", 32768)

@@ -33,7 +33,7 @@ def config(j: dict[str, Any]) -> MoEConfig:
 
 def _kinds(j: dict[str, Any], family: str) -> list[str]:
     """layer_types: where windows are on, every layer has one in Qwen3, the even ones below max_window_layers in Qwen2."""
-    layers = whole(j, "num_hidden_layers", most=1000)
+    layers = whole(j, "num_hidden_layers")
     below = layers if family == "qwen3_moe" else whole(j, "max_window_layers", 28)
     slides = flag(j, "use_sliding_window", False) and j.get("sliding_window", 4096) is not None
     own = [

@@ -105,6 +105,28 @@ def test_no_old_word_is_left(path: Path):
     assert {old: OLD_WORDS[old] for old in OLD_WORDS.keys() & names} == {}
 
 
+# files that belong to the program, the system or the user's own cache, and what is made here
+READ_DIRECTLY = {
+    "minilora/report/page.py", "minilora/serve/page.py", "minilora/tools/explain.py", "minilora/machine/cpu.py", "minilora/tools/doctor.py",
+    "minilora/rows/token_store.py", "minilora/text/own_template.py", "minilora/ranks/start.py",
+}  # fmt: skip
+
+
+@every_source
+def test_files_are_read_through_one_door(path: Path):
+    """A file that a stranger made may be a pipe or a device: files/regular.py opens what is a regular file, and nothing else."""
+    direct = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called, words = ast.unparse(node.func), [a.value for a in node.args if isinstance(a, ast.Constant)]
+        writes = any(str(word)[:1] in ("a", "w", "x") for word in words)
+        if called.endswith((".read_bytes", ".read_text")) or (called == "open" and not writes):
+            direct.append(f"{called} in line {node.lineno}")
+    name = str(path.relative_to(ROOT))
+    assert not direct or name in READ_DIRECTLY or name == "minilora/files/regular.py", direct
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_know_torch_and_triton(path: Path):
     third = {name for name in imports(path) if not within(name, {"minilora", *sys.stdlib_module_names})}

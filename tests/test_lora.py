@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.adapted import without_adapters
-from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED
+from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED, meant
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, linears, set_dropout_keys
@@ -424,6 +425,39 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_wanted(tmp_path:
     assert len(paths(other)) == 14
 
 
+# each tries for ever on a path that does not fit at its end
+ENDLESS = (
+    "(|.)" * 40 + "X", "(.|.)" * 40 + "X", "(.|.|.|.)" * 10 + "X", "(a|a)*X", "((.|.)|(.|.))X", ".*.*.*X", "(.?)(.?)(.?)X", "(?:.|..)+X",
+    "(?=(.*)*).X", r"(.)\1{9}X", "(m|m|m)" * 25,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_patterns_that_try_for_ever_are_not_tried(tmp_path: Path, pattern: str):
+    """Nor are those of targets: the names that the file holds stand for them."""
+    save_adapter(adapted(), tmp_path / "a")
+    model = tiny()
+    load_adapter(model, edited(tmp_path / "a", target_modules=pattern))
+    assert paths(model) == paths(adapted())
+    path = "model.layers.10.self_attn.q_proj"
+    assert not meant(pattern, path, {"up_proj"}) and meant(pattern, path, {"q_proj"})
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(self_attn|mlp)\.(q_proj|k_proj)",
+        r"model\.layers\.[0-9]+\.self_attn.*",
+        "(?:q_proj|up_proj)",
+        ".*attn.*",
+        r"layers\.\d\d?\.self",
+    ],
+)
+def test_plain_patterns_are_tried_as_regular_expressions(pattern: str):
+    for path in ("model.layers.10.self_attn.q_proj", "model.layers.1.mlp.up_proj", "q_proj"):
+        assert meant(pattern, path, set()) == (re.fullmatch(pattern, path) is not None)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -445,6 +479,7 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_wanted(tmp_path:
         {"rank_pattern": {"q_proj": "3"}},
         {"rank_pattern": {"(": 3}},
         {"rank_pattern": {"(a+)+b": 3}},
+        *({key: {pattern: 3}} for key in ("rank_pattern", "alpha_pattern") for pattern in ENDLESS),
         {"alpha_pattern": {"q_proj": "7"}},
         {"alpha_pattern": {"q_proj": -1}},
     ],

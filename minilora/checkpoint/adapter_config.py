@@ -1,7 +1,9 @@
 """PEFT's adapter_config.json: what of it is read, what is refused, and which linears its names and patterns mean."""
 
+import math
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
     "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "target_parameters",
 )  # fmt: skip
+MOST_PATTERNS = 10_000
 # how an adapter began or was run, and what the names of its tensors, or the base, say as well
 HARMLESS = (
     "fan_in_fan_out",  # the base's weights lie transposed in files
@@ -71,6 +74,9 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
             raise ModelError(
                 f"{folder / CONFIG}: {pattern} is {patterns!r}", "An object of patterns and numbers belongs there."
             )
+        if len(patterns) > MOST_PATTERNS:
+            what = f"{folder / CONFIG}: {pattern} has {len(patterns):,} patterns"
+            raise ModelError(what, f"Up to {MOST_PATTERNS:,} are read.")
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
         for name, value in values.items():
             if type(value) not in kinds or not 0 < value < 1e30:
@@ -120,24 +126,52 @@ def meant(wanted: str | list[str], path: str, leaves: set[str]) -> bool:
     """Whether a linear is among those that names or a pattern stand for; leaves: last names that a pattern too complex to try means."""
     if isinstance(wanted, list):
         return any(path == name or path.endswith(f".{name}") for name in wanted)
-    return re.fullmatch(wanted, path) is not None if _is_plain(wanted) else path.split(".")[-1] in leaves
+    pattern = _plain(wanted)
+    return path.split(".")[-1] in leaves if pattern is None else pattern.fullmatch(path) is not None
 
 
-def _is_plain(pattern: str) -> bool:
-    """Whether a stranger's pattern is short and simple enough that matching cannot take for ever: no repeated group, few repetitions."""
+@lru_cache(None)
+def _plain(pattern: str) -> re.Pattern[str] | None:
+    """A stranger's pattern, compiled; None for one that is broken, or that could try for ever before it gives a path up.
+
+    Each repetition may end at any of about 100 letters of a path, and each group may begin with any of its alternatives; of plain words
+    few fit in one place. Groups that are repeated or lie in one another, and what looks ahead or back, are not taken.
+    """
+    plain = pattern.replace("(?:", "(")
+    groups = [group.split("|") for group in re.findall(r"\(([^()]*)\)", plain)]
+    tried = math.prod(2 if _are_words(group) else len(group) for group in groups)
+    tried *= 100 ** len(re.findall(r"[*+?{]", plain))
+    if (
+        len(pattern) > 200
+        or plain.count("(") != len(groups)
+        or re.search(r"\)[*+?{]|\(\?|\\\d", plain)
+        or tried > 10**5
+    ):
+        return None
     try:
-        re.compile(pattern)
+        return re.compile(pattern)
     except re.error:
-        return False
-    return len(pattern) <= 200 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+?{]", pattern)) <= 2
+        return None
+
+
+def _are_words(alternatives: list[str]) -> bool:
+    return len(set(alternatives)) == len(alternatives) and all(re.fullmatch(r"(\w|-|\\\.)+", a) for a in alternatives)
+
+
+@lru_cache
+def _parts(path: str) -> list[int]:
+    """Where the parts of a path begin."""
+    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
 
 
 def by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
-        if not _is_plain(pattern):
+        plain = _plain(pattern)
+        if plain is None:
             what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
             raise ModelError(what, "Use the modules' names.")
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        # at the start, or after any dot
+        if any(plain.fullmatch(path, at) for at in _parts(path)):
             return value
     return default

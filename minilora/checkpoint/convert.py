@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, OutputInUse, UsageError
 from ..files.atomic import atomic_folder
-from ..files.model_folder import check_folder, is_prefix_folder, read_json
+from ..files.model_folder import check_folder, is_prefix_folder, lies_in, read_json
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
 from .load import read_config
@@ -61,8 +61,9 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
                 places[tensor] = name
                 size += entry.end - entry.start
             say(f"shard {number} of {len(shards)}: {shard} -> {name}")
-        if len(shards) > 1:
+        if (folder / BIN_INDEX).exists():
             _check_index(folder, places)
+        if len(shards) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
             (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_companions(folder, stage)
@@ -83,6 +84,9 @@ def _shards(folder: Path) -> list[str]:
             raise ModelError(
                 f"{folder / BIN_INDEX}: {shard[:80]!r} is not a file name here", "Do not trust this folder."
             )
+    away = next((shard for shard in shards if (folder / shard).is_file() and not lies_in(folder, folder / shard)), None)
+    if away is not None:
+        raise ModelError(f"{folder / away} is a link out of the folder", "Copy the file here, if you trust it.")
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ModelError(

@@ -21,7 +21,7 @@ from minilora.kernels.fp8_rows import FP8RowsWeight
 from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
 from minilora.models import chatglm, chatglm2, glm, glm_moe, gpt2, qwen, qwen1, qwen3_5, qwen3_next, qwen_moe
 from minilora.models.config import Config
-from minilora.models.config_json import DTYPES
+from minilora.models.config_json import DTYPES, MOST
 from minilora.models.config_keys import DROPOUTS, check_keys, unknown_keys
 from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
@@ -69,6 +69,7 @@ SIGNATURES = {
 QUANTIZED = re.compile(r".*\.(weight_scale|weight_scale_inv|qweight|qzeros|scales|g_idx|absmax|quant_map|SCB)")
 QUANT = ("keep", "off", *QUANTS, FP8RowsWeight.name)
 MODEL_TYPES = [family for family in FAMILIES if family != "chatglm2"]
+MOST_EXPERTS = 1 << 16  # of all layers
 FIRST = 16  # values of a weight by which a base model is recognised
 
 
@@ -88,13 +89,24 @@ def read_config(folder: Folder) -> Config:
         )
     try:
         check_keys(j | {"quantization_config": None}, family)
-        return FAMILIES[family].config(j)
+        return _of_some_size(FAMILIES[family].config(j))
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(
             f"{path}: {reason}",
             f"The file is damaged, or not of a {family} model, or the model uses a feature that minilora does not support.",
         ) from None
+
+
+def _of_some_size(c: Config) -> Config:
+    """ValueError for numbers that are out of all proportion together, though each of them may stand."""
+    widest = max(c.heads * c.head_size, getattr(c, "value_heads", 0) * getattr(c, "value_size", 0))
+    if widest > MOST:
+        raise ValueError(f"all heads have {widest:,} values together; up to {MOST:,} are supported")
+    experts = c.layers * getattr(c, "experts", 0)
+    if experts > MOST_EXPERTS:
+        raise ValueError(f"all layers have {experts:,} experts together; up to {MOST_EXPERTS:,} are supported")
+    return c
 
 
 # how classes of language models are called; ChatGLM's own code has ChatGLMModel

@@ -15,7 +15,7 @@ from minilora.models.layers import Adapted
 
 from ..errors import UsageError
 from ..files.atomic import atomic_folder
-from ..files.model_folder import MAX_JSON, ModelFolder
+from ..files.model_folder import MAX_JSON, ModelFolder, lies_in
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX
 from ..lora import base_parameters
@@ -70,15 +70,14 @@ def write_checkpoint(
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the small files of a model's folder, and its own Python code as data: it is never run or imported here."""
     for name in [*COMPANIONS, *own_code(source)]:
-        if (source / name).is_file():
+        # what nothing here reads could be anybody's file that a link makes public
+        if (source / name).is_file() and (Path(name).suffix or lies_in(source, source / name)):
             shutil.copyfile(source / name, target / name)
 
 
 def own_code(folder: Path) -> list[str]:
     """The names of the Python files directly in a folder; links only within it, or within its Hugging Face cache."""
-    here = folder.resolve()
-    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
-    files = [p for p in sorted(folder.glob("*.py")) if p.is_file() and p.resolve().parent in homes]
+    files = [p for p in sorted(folder.glob("*.py")) if p.is_file() and lies_in(folder, p)]
     return [p.name for p in files if p.stat().st_size <= MAX_JSON]
 
 

@@ -19,13 +19,18 @@ def limit(size: int) -> None:
     bounds = (
         (resource.RLIMIT_AS, BASE_BYTES + 3 * size),
         (resource.RLIMIT_CPU, SECONDS + SECONDS_A_GB * size // 10**9),
-        (resource.RLIMIT_FSIZE, size + (64 << 20)),
+        (resource.RLIMIT_FSIZE, most_written(size)),
         (resource.RLIMIT_CORE, 0),
     )
     for kind, most in bounds:
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
+
+
+def most_written(size: int) -> int:
+    """Bytes that the tensors of a file of `size` bytes may have together: two names may show one storage, as of a tied head."""
+    return 2 * size + (64 << 20)
 
 
 def rewrite(source: Path, target: Path) -> str | None:
@@ -53,6 +58,10 @@ def rewrite(source: Path, target: Path) -> str | None:
             return f"{str(name)[:80]!r} is not a tensor"
         if tensor.layout != torch.strided or tensor.dtype not in NAMES or tensor.is_meta:
             return f"tensor {name[:80]!r} is {tensor.dtype}, {tensor.layout}"
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            return f"tensor {name[:80]!r} would be {tensor.nbytes:,} bytes, {tensor.untyped_storage().nbytes():,} are there"
+    if sum(tensor.nbytes for tensor in found.values()) > most_written(source.stat().st_size):
+        return "its tensors are larger than the file itself"
     try:
         write_tensors(target, found)
         SafetensorsFile(target)  # a name or a shape that the strict reader would not take

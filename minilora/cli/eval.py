@@ -58,7 +58,7 @@ def run(
             rounded = evaluate(decoder, examples, settings.max_length, ranks)
     if json:
         found = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "rows": len(examples)}
-        say(dumps(found | ({} if rounded is None else {"int8_loss": rounded.loss})))
+        say(dumps(found | ({} if rounded is None else {"int8_loss": rounded.loss})), whole=True)
         return 0
     say(f"data        {report}")
     say(f"loss        {score.loss:.4f} nats a token over {score.tokens:,} answer tokens")

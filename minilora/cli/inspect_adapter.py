@@ -47,7 +47,7 @@ def run(
         found = inspect_adapter(
             Path(folder), model, Path(against) if against else None, lambda i, n: bar.update(task, completed=i, total=n)
         )
-    say(dumps(found.as_json())) if json else show(found, console)
+    say(dumps(found.as_json()), whole=True) if json else show(found, console)
     if html:
         write_file(Path(html), to_html(found, model))
         say(f"\npage      {html}", quiet=json)

@@ -21,5 +21,5 @@ def run(
     from ..tools.inspect_model import describe, text_of
 
     found = describe(Path(folder), lora_targets)
-    say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found))
+    say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found), whole=json)
     return ModelError.code if found["problems"] else 0

@@ -31,4 +31,4 @@ def run(
     from ..tools.plan import forecast, text_of
 
     found = forecast(planned, device_memory, gpus)
-    say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found))
+    say(dumps(found, indent=1, ensure_ascii=False) if json else text_of(found), whole=json)

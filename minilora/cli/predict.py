@@ -51,7 +51,7 @@ def run(
     }
     results = predict(model, data, output, adapter, **how, **sampling, **opening)
     if json:
-        say(dumps(results, ensure_ascii=False, indent=1))
+        say(dumps(results, ensure_ascii=False, indent=1), whole=True)
     else:
         show_results(results, console)
     return 0

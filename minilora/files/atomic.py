@@ -11,10 +11,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
-from ..errors import OutputInUse
+from ..errors import ModelError, OutputInUse
+from .regular import open_file, read_file
 from .strict_json import parse_json
 
 MANIFEST = "MANIFEST.json"
@@ -33,12 +35,15 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
             _write_manifest(stage)
         for path in [*stage.rglob("*"), stage]:
             _sync(path)
-        if target.exists():
+        if os.path.lexists(target):
             os.rename(target, target.parent / f".trash-{target.name}")
         os.rename(stage, target)
         _sync(target.parent)
-    except OSError as error:
-        error.filename = error.filename or str(target)
+    except BaseException as error:
+        if target.exists() and not stage.exists():  # it had its name already: what failed leaves nothing behind
+            os.rename(target, stage)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(target)
         raise
     finally:
         _sweep(target)
@@ -47,17 +52,27 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
 def _sweep(target: Path) -> None:
     """Take leftovers away; an old folder that was moved aside for one that never came is put back."""
     trash = target.parent / f".trash-{target.name}"
-    if trash.exists() and not target.exists():
+    if os.path.lexists(trash) and not target.exists():
         os.rename(trash, target)
     for path in (target.parent / f".tmp-{target.name}", trash):
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Take a folder with all that is in it, or whatever else has this name, away; no link is followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a small file in one piece: the old content or the new one is there, never a part."""
     stage = path.parent / f".tmp-{path.name}"
+    stage.unlink(missing_ok=True)
     try:
-        with open(stage, "wb") as file:
+        with open(stage, "xb") as file:  # through no link that lies there
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -90,14 +105,14 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path, ModelError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a folder that was written with a manifest; None if every byte is as it was written."""
     try:
-        sums = parse_json((folder / MANIFEST).read_bytes())
+        sums = parse_json(read_file(folder / MANIFEST, ModelError))
         if not sums:
             return f"{MANIFEST} is empty"
         for name, entry in sums.items():
@@ -110,7 +125,7 @@ def verify_manifest(folder: Path) -> str | None:
                 return f"{name} was changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, ModelError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -125,7 +140,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not new and not folder.is_dir():
         raise OutputInUse(f"{folder} is a file", "Give another --output.")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with _lock_file(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -145,13 +160,21 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def _lock_file(folder: Path) -> TextIO:
+    """The lock of a folder, made if it is not there; nothing is written through a link or into a pipe."""
+    path = folder / ".lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputInUse(f"{path} is not a regular file", "Delete it, or give another --output.")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+")
+
+
 def in_use(folder: Path) -> bool:
     """Whether a process owns a folder (locked), this one included."""
     try:
-        with open(folder / ".lock", "rb") as file:
+        with open_file(folder / ".lock", OutputInUse) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no lock was ever there, or the file system knows none
+    except (OSError, OutputInUse):  # no lock was ever there, or the file system knows none
         pass
     return False

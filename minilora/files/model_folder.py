@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError
+from .regular import read_file
 from .strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ OF_VISION = {
     "text_config", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
     "language_model_only",
 }  # fmt: skip
+MODEL_FILES = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".safetensors", ".bin", ".py"}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -33,15 +35,9 @@ def check_is_itself(path: Path, start: bytes) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a small file of a model folder; ModelError if it is none."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
-        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for ever
-            raise ModelError(f"{path} is not a regular file", "Check the path.")
-        raw = path.read_bytes()
+        raw = read_file(path, ModelError, MAX_JSON)
         check_is_itself(path, raw[:64])
         value = parse_json(raw)
-    except IsADirectoryError:
-        raise ModelError(f"{path} is a folder", "Give the folder of a Hugging Face checkpoint.") from None
     except FileNotFoundError:
         raise ModelError(f"{path} is missing", "Give the folder of a Hugging Face checkpoint.") from None
     except ValueError as error:
@@ -57,6 +53,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
         )
+    check_regular(folder)
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
         found = sorted(str(p) for p in (folder / "snapshots").iterdir() if p.is_dir())
         raise ModelError(
@@ -65,6 +62,21 @@ def check_folder(folder: Path) -> None:
         )
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
         raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
+
+
+def check_regular(folder: Path) -> None:
+    """ModelError for what has the name of a model's file and is none: a pipe, a device, a socket, a link to nothing."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in MODEL_FILES and not path.is_file() and not path.is_dir():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file"
+            raise ModelError(f"{path} is {what}", "Download or copy the file again.")
+
+
+def lies_in(folder: Path, path: Path) -> bool:
+    """Whether a file lies in a folder itself, or a link leads to the blobs of the folder's own Hugging Face cache."""
+    here = folder.resolve()
+    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+    return path.resolve().parent in homes
 
 
 class ModelFolder:
@@ -160,6 +172,7 @@ def check_adapter(folder: Path) -> None:
     """ModelError if this is no folder of an adapter."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", "Give the folder of an adapter, such as RUN/adapter.")
+    check_regular(folder)
     if not (folder / ADAPTER_CONFIG).exists() and not is_prefix_folder(folder):
         hint = "Give the folder of an adapter, such as RUN/adapter."
         if (folder / "checkpoints" / "last" / ADAPTER_CONFIG).exists():  # a run that did not come to its end

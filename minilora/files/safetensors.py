@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .model_folder import check_is_itself
+from .regular import open_file
 from .strict_json import parse_json
 
 DTYPES = {
@@ -47,10 +48,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise ModelError(f"{path} is not a regular file", "Check the path.")
         try:
-            with open(path, "rb") as file:
+            with open_file(path, ModelError) as file:
                 size = os.fstat(file.fileno()).st_size
                 check_is_itself(path, file.read(64))
                 file.seek(0)

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import quote
+from ..errors import DataError, quote
+from .regular import read_file
 
 
 class DuplicateKey(json.JSONDecodeError):
@@ -24,10 +25,10 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a jsonl file up to the first broken line, which a crash may have cut; none if there is no file."""
+    """The values of a jsonl file up to the first broken line, which a crash may have cut; none if there is no file, DataError if it is no regular one."""
     values = []
     with suppress(FileNotFoundError, ValueError):
-        for line in path.read_bytes().splitlines():
+        for line in read_file(path, DataError).splitlines():
             values.append(parse_json(line))
     return values
 

@@ -30,7 +30,9 @@ from minilora.models.decoder import Decoder
 from minilora.models.gathered import GatheredWeight
 from minilora.models.layers import Adapted, projection
 
+from ..errors import CheckpointMismatch
 from ..files.atomic import write_file
+from ..files.regular import read_file
 from ..files.strict_json import parse_json
 from ..lora import LoRALinear
 from ..targets import short
@@ -253,10 +255,14 @@ def read_choice(path: Path, device: torch.device) -> dict[Key, Timed] | None:
     """What a run measured on this machine; None if it was another one, or measured nothing."""
     if not path.is_file():
         return None
-    found = parse_json(path.read_bytes())
-    if found["machine"] != _machine(device) or not found["forms"]:
-        return None
-    return {tuple(tuple(p) if isinstance(p, list) else p for p in key): Timed(*timed) for key, *timed in found["forms"]}
+    try:
+        found = parse_json(read_file(path, CheckpointMismatch))
+        if found["machine"] != _machine(device) or not found["forms"]:
+            return None
+        forms = [(tuple(tuple(p) if isinstance(p, list) else p for p in key), timed) for key, *timed in found["forms"]]
+        return {key: Timed(*timed) for key, timed in forms}
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointMismatch(f"{path} is damaged", "Delete it: the forms are measured again.") from None
 
 
 def _machine(device: torch.device) -> dict[str, str | None]:

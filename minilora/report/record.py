@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import DataError, UsageError
 from ..files.atomic import in_use
+from ..files.regular import read_file
 from ..files.strict_json import parse_json, read_json_lines
 from ..settings import read_yaml
 from .metrics import Measured, measured_rows
@@ -190,7 +191,7 @@ def read_record(folder: str | Path) -> Record:
 
 
 def _hashes(path: Path) -> np.ndarray:
-    raw = path.read_bytes()
+    raw = read_file(path, DataError)
     if len(raw) % 16:
         raise DataError(f"{path} is damaged", "Delete it, or train again.")
     return np.frombuffer(raw, "<u8").reshape(-1, 2)
@@ -198,7 +199,7 @@ def _hashes(path: Path) -> np.ndarray:
 
 def _answers(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [parse_json(line) for line in path.read_bytes().splitlines()]
+        rows = [parse_json(line) for line in read_file(path, DataError).splitlines()]
         if all(isinstance(row[key], str) for row in rows for key in ("predict", "label")):
             return rows
     except (OSError, ValueError, TypeError, KeyError):
@@ -209,7 +210,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 def read_json_file(path: Path) -> dict[str, Any]:
     """The object in one of our JSON files; DataError if there is none."""
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_file(path, DataError))
         if isinstance(value, dict):
             return value
     except ValueError:

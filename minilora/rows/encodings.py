@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import DataError, RowError, UsageError, quote
+from ..files.regular import open_file, read_file
 
 BOM = b"\xef\xbb\xbf"
 # some of the most frequent characters of Chinese texts; of 1,000 rows of instructions none had fewer than a fifth of these
@@ -45,8 +46,8 @@ def open_text(path: Path, encoding: str) -> BinaryIO:
     """The bytes of a text file in UTF-8: the file itself, or a copy in memory if it has another encoding."""
     check_encoding(encoding)
     if not encoding:
-        return open(path, "rb")
-    return io.BytesIO(_recoded(path.read_bytes(), encoding, path))
+        return open_file(path, DataError)
+    return io.BytesIO(_recoded(read_file(path, DataError), encoding, path))
 
 
 def read_text(path: Path, encoding: str) -> bytes:

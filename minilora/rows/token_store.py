@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, Self, overload
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..files.atomic import atomic_folder, verify_manifest
+from ..files.regular import open_file, read_file
 from ..files.strict_json import parse_json
 from .files import Places
 
@@ -203,9 +204,9 @@ class TokenCache:
         folder = self.folder / key
         if not folder.is_dir() or verify_manifest(folder) is not None:
             return None
-        notes = parse_json((folder / "notes.json").read_bytes())
+        notes = parse_json(read_file(folder / "notes.json", DataError))
         records = np.fromfile(folder / "records", RECORD)
-        return TokenStore(open(folder / "tokens", "rb"), records, notes["digest"], source), notes["report"]
+        return TokenStore(open_file(folder / "tokens", DataError), records, notes["digest"], source), notes["report"]
 
     def write(self, key: str) -> Any:
         """A new folder to fill, as a context; it appears whole or not at all."""
@@ -225,7 +226,7 @@ def _tokenizer_hash(model: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted({p for pattern in TOKENIZER_FILES for p in model.glob(pattern)}):
         if not path.name.endswith(".index.json"):
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(read_file(path, ModelError)).digest())
     return digest.hexdigest()
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowError, quote
+from ..files.regular import read_file
 from .shapes import QUESTIONS, is_header
 from .sheets import Record, Sheet, header_of
 
 HEADER_WITHIN = 10  # lines of a sheet that may stand above its header
-MAX_BOOK = 2 << 30  # bytes of an unpacked workbook
 ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 CELL_ERRORS = {"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"}
@@ -48,7 +48,7 @@ class Page(NamedTuple):
 
 def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
     """The rows of a workbook's visible sheets. Lines above a header (a title over merged cells) are skipped and reported."""
-    raw = path.read_bytes()
+    raw = read_file(path, DataError)
     pages, pictures = _pages(path, raw)
     pages = [page for page in pages if any(any(cells) for cells in page.lines)]
     shown = [page for page in pages if not page.hidden]
@@ -85,12 +85,17 @@ def _records(page: Page, at: int, path: Path, sheet: str) -> list[Record]:
     header = header_of(page.lines[at], f"{path}, {sheet}row {at + 1}")
     used = [column for column, name in enumerate(page.lines[at], 1) if name.strip()]
     records: list[Record] = []
+    merged: dict[int, list[Any]] = {}
+    for area in page.merged:
+        for row in range(area.min_row, area.max_row + 1):
+            merged.setdefault(row, []).append(area)
     for number, cells in enumerate(page.lines[at + 1 :], at + 2):
         if not any(cells) and number not in page.uncomputed:
             continue
         place = f"{sheet}row {number}"
-        over = (area for area in page.merged if area.min_row <= number <= area.max_row)
-        part = next((a.coord for a in over if any(a.min_col <= column <= a.max_col for column in used)), None)
+        part = next(
+            (a.coord for a in merged.get(number, []) if any(a.min_col <= column <= a.max_col for column in used)), None
+        )
         bad = next((text for text in cells if text in CELL_ERRORS), None)
         record = dict(zip(header, cells, strict=False))
         if part is not None:
@@ -110,14 +115,14 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
     """The sheets of a workbook, and how many pictures it holds."""
     try:
         import openpyxl
+
+        from .sheet_size import check_size
     except ImportError:
         hint = "pip install 'minilora[report]', or save it as csv."
         raise DataError(f"{path}: openpyxl is not installed", hint) from None
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as book:
-            size = sum(part.file_size for part in book.infolist())
-            if size > MAX_BOOK:
-                raise ValueError(f"it unpacks to {size >> 20:,} MiB")
+            check_size(book)
             pictures = sum(name.startswith("xl/media/") for name in book.namelist())
             parts = [book.read(name) for name in book.namelist() if name.startswith("xl/worksheets/")]
         values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
@@ -127,7 +132,7 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 a broken workbook makes the libraries raise almost anything
-        what = f"{path} is not a workbook: {' '.join(str(error).split())[:80]}"
+        what = f"{path} is not a workbook that can be read: {' '.join(str(error).split())[:160]}"
         raise DataError(what, "Save it as xlsx again, or as csv.") from None
 
 

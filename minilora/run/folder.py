@@ -13,7 +13,7 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import verify_manifest, write_file
+from ..files.atomic import remove, verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
@@ -23,10 +23,9 @@ from ..rows.dataset import Data, trained_rows, write_split
 from .schedule import Plan, data_record
 from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
-# what a run writes; config.yaml is deleted last, because it marks the folder as a run's
+# what a run writes, beside config.yaml and metrics.jsonl, which mark the folder as a run's
 OWN = (
-    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html", "metrics.jsonl",
-    "config.yaml",
+    "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html",
 )  # fmt: skip
 
 
@@ -60,13 +59,18 @@ class Run:
 
 def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or is resumed, or holds a run that the user lets us delete."""
-    held = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
     is_run = (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("metrics.jsonl", "checkpoints"))
     if overwrite and held and not is_run:
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
     if held and not resume and not overwrite:
         hint = "Go on with --resume, start again with --overwrite, or give another --output."
         raise OutputInUse(f"{folder} is not empty", hint)
+
+
+def _is_empty_metrics(path: Path) -> bool:
+    """Whether this is what a run writes first: one that was killed before it wrote more has nothing that could be lost."""
+    return path.name == "metrics.jsonl" and path.is_file() and path.stat().st_size == 0
 
 
 def check_unlocked(folder: Path, overwrite: bool) -> None:
@@ -76,13 +80,15 @@ def check_unlocked(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete an old run and nothing else. Call it once everything that the new run needs has been read."""
+    """Delete an old run and nothing else. Call it once everything that the new run needs has been read.
+
+    Its config.yaml and an empty metrics.jsonl stay until the new run's take their place: whenever this is cut short, the folder is
+    still a run's, which --overwrite may delete.
+    """
+    write_file(folder / "metrics.jsonl", "")
     for name in OWN:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        for path in (folder / f".tmp-{name}", folder / f".trash-{name}", folder / name):
+            remove(path)
 
 
 def check_disk(folder: Path, model: Decoder, keep: int) -> None:
@@ -106,6 +112,8 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
     if overwrite:
         clear(run.folder)
     check_disk(run.folder, run.model, run.config.keep_checkpoints)
+    if not (run.folder / "metrics.jsonl").exists():
+        write_file(run.folder / "metrics.jsonl", "")
     write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_choice(run.folder / GEMM, run.model.head.device)
     trained = {"trained_parameters": sum(p.numel() for p in trained_parameters(run.model).values())}
@@ -152,6 +160,8 @@ def restore(run: Run, console: Console) -> None:
         what = f"{folder} is of a run with other settings ({'; '.join(changed)})"
         raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")
     load_snapshot(folder, run.model, run.optimizer, run.plan.full)
+    if run.ranks.first:  # what a crash left between the snapshot and its links
+        rotate(run.checkpoints, run.config.keep_checkpoints, step_of(folder), state["best_step"])
     was, is_ = state["machine"], _machine(run)
     differs = [f"{k} was {was[k]}, is {v}" for k, v in is_.items() if k in was and was[k] != v]
     note = f" (not bit for bit: {', '.join(differs)})" if differs else ""

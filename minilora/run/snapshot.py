@@ -8,7 +8,6 @@ where the adapter's file does not hold what is trained as it is (PiSSA, a projec
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from ..checkpoint.adapter import factors_of, fill_adapter_folder
 from ..checkpoint.method_folder import file_keys, state_beside
 from ..checkpoint.save import write_checkpoint
 from ..errors import CheckpointMismatch
-from ..files.atomic import atomic_folder, verify_manifest, write_link
+from ..files.atomic import atomic_folder, remove, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
+from ..files.regular import read_file
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..files.strict_json import parse_json
 from ..lora import LoRALinear, trained_parameters
@@ -101,7 +101,7 @@ def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a verified snapshot."""
-    return parse_json((folder / STATE).read_bytes())
+    return parse_json(read_file(folder / STATE, CheckpointMismatch))
 
 
 def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -129,7 +129,7 @@ def _state_problem(folder: Path) -> str | None:
             "machine": dict,
         }
         wrong = [key for key, kind in kinds.items() if not isinstance(state[key], kind)]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, CheckpointMismatch):
         return f"{STATE} is damaged"
     if wrong:
         return f"{STATE} has another {wrong[0]} than a run writes"
@@ -157,4 +157,4 @@ def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
         if step_of(folder) != best:
             os.rename(folder, checkpoints / f".tmp-{folder.name}")
     for leftover in checkpoints.glob(".tmp-*"):
-        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+        remove(leftover)

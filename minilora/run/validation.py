@@ -1,7 +1,5 @@
 """Validation of a run, and which step is its best."""
 
-import math
-
 from ..evaluate import evaluate
 from ..objective import objective_of
 from .folder import Run
@@ -13,7 +11,7 @@ def validate(run: Run, monitor: Monitor) -> tuple[float, str]:
     at = run.progress
     monitor.validating()
     score = evaluate(run.model, run.plan.val, run.plan.micro_tokens, run.ranks, objective_of(run.config))
-    better = math.isfinite(score.loss) and (at.best_loss is None or score.loss < at.best_loss)
+    better = at.best_loss is None or score.loss < at.best_loss
     note = (
         "(best)" if better else f"(best {at.best_loss:.4f} at step {at.best_step})" if at.best_loss is not None else ""
     )

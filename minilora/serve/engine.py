@@ -1,14 +1,15 @@
 """The one thread that runs the model: requests come from the event loop, and it is told of every token."""
 
 import asyncio
-import sys
 import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
 from typing import Self
 
+from ..errors import MiniloraError
 from ..generate import decode
+from ..terminal import say
 from .models import Asked, Models
 
 CANCELLED, FAILED = "cancelled", "error"  # finish reasons beside those of generate.py
@@ -78,8 +79,8 @@ class Engine:
         try:
             for passed in decode(self.models.decoder, self.waiting, self.slots, before):
                 self._tell(passed)
-        except Exception:  # noqa: BLE001 whatever it was, it is told, and the server goes on
-            traceback.print_exc(file=sys.stderr)
+        except Exception as error:  # noqa: BLE001 whatever it was, it is told, and the server goes on
+            say(str(error) if isinstance(error, MiniloraError) else traceback.format_exc(), quiet=True)
             for request in running:
                 request.finish_reason = request.finish_reason or FAILED
             self._tell([*running])

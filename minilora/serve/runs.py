@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ..errors import DataError
 from ..files.atomic import in_use
+from ..files.regular import open_file, read_file
 from ..files.strict_json import parse_json
 from .app import SSE, event
 from .bodies import Refused
@@ -89,7 +91,7 @@ def _overview(root: Path | None) -> dict[str, Any]:
 def _state(folder: Path) -> dict[str, Any]:
     """How far a run is, by the end of its metrics."""
     path = folder / "metrics.jsonl"
-    with open(path, "rb") as file:
+    with open_file(path, DataError) as file:
         file.seek(max(path.stat().st_size - TAIL, 0))
         last: dict[str, Any] = {}
         for line in file.read().split(b"\n"):
@@ -101,8 +103,8 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> int | None:
     try:
-        steps = parse_json((folder / "data.json").read_bytes())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        steps = parse_json(read_file(folder / "data.json", DataError))["steps"]
+    except (OSError, DataError, ValueError, KeyError, TypeError):
         return None
     return steps if isinstance(steps, int) else None
 
@@ -130,7 +132,7 @@ class Tail:
     def read(self) -> tuple[bool, list[bytes]]:
         """Whether the file is another one than at the last call, and its new complete lines."""
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path, DataError) as file:
                 about = self.path.stat()
                 anew = about.st_ino != self._inode or about.st_size < self._position
                 if anew:

@@ -20,7 +20,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import ModelError
 from ..files.model_folder import MAX_JSON, ModelFolder, check_is_itself
+from ..files.regular import open_file, read_file
 from ..files.strict_json import parse_json
+from .growth import check_growth
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -69,6 +71,7 @@ class BytePairs:
     def of_json(cls, description: str, more: Iterable[Added] = ()) -> Self:
         """description: the text of a tokenizer.json; more: tokens beside the vocabulary that it may lack."""
         j = parse_json(description)
+        check_growth(j)
         there = {t["content"] for t in j.get("added_tokens", [])}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         lacking = [
@@ -129,7 +132,7 @@ def load_json(folder: ModelFolder) -> BytePairs:
     """The tokenizer.json of a folder, with the tokens that its tokenizer_config.json adds."""
     path = folder / "tokenizer.json"
     with no_panic(str(path)):
-        text = read_text(path)
+        text = read_small(path)
         check_is_itself(path, text[:64])
         return BytePairs.of_json(text.decode("utf-8"), _added(folder, {}))
 
@@ -140,7 +143,12 @@ def load_merges(folder: ModelFolder) -> BytePairs:
     if not merges.is_file():
         raise ModelError(f"{folder} has a vocab.json and no merges.txt", "Copy it from the model's folder.")
     with no_panic(str(vocab)):
-        tokens, pairs = models.BPE.read_file(str(vocab), str(merges))
+        tokens, lines = (
+            parse_json(read_small(vocab)),
+            read_small(merges).decode("utf-8").replace("\r\n", "\n").split("\n"),
+        )
+        halves = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        pairs = [(first, second) for first, second in halves]
         if folder.config.get("model_type") == "gpt2":  # whose vocabulary has <|endoftext|> in it, as its last token
             added = _added(folder, {t: i for t, i in tokens.items() if t == QWEN_SPECIALS[0]})
             return BytePairs.of_merges(tokens, pairs, GPT2_SPLIT, False, added)
@@ -180,7 +188,7 @@ def _load_ranks(folder: ModelFolder, path: Path, split: str, nfc: bool, specials
 def read_ranks(path: Path) -> dict[bytes, int]:
     """The tokens of a file of `base64 rank` lines, in the order of their ranks 0, 1, 2 ...; ModelError names a bad line."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_small(path).splitlines(), 1):
         token, _, rank = line.partition(b" ")
         try:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -198,16 +206,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def is_ranks(path: Path) -> bool:
     """Whether a tokenizer.model is a text file of ranks (GLM-4) and not a SentencePiece model (ChatGLM2, ChatGLM3)."""
-    with open(path, "rb") as file:
+    with open_file(path, ModelError) as file:
         token, _, rank = file.readline(200).strip().partition(b" ")
     return rank.isdigit() and token.isascii() and token[:1].isalnum()
 
 
-def read_text(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
     """A tokenizer's file; ModelError if it is too large to be one."""
-    if path.stat().st_size > MAX_JSON:
-        raise ModelError(f"{path} is larger than {MAX_JSON >> 20} MiB", "It is not the file it should be.")
-    return path.read_bytes()
+    return read_file(path, ModelError, MAX_JSON)
 
 
 def _letters() -> list[str]:

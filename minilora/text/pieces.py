@@ -16,7 +16,8 @@ from sentencepiece import SentencePieceProcessor
 
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
-from .bpe import no_panic, read_text
+from .bpe import no_panic, read_small
+from .growth import check_replacements
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_SPECIALS = (*CHATGLM2_SPECIALS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -80,7 +81,7 @@ class BlankPieces(Pieces):
 def load_chatglm(folder: ModelFolder) -> BlankPieces:
     """The ice_text.model of a ChatGLM-6B folder, of either layout; ModelError if it is not the layout of config.json."""
     path = folder / "ice_text.model"
-    raw = read_text(path)
+    raw = read_small(path)
     model = _model(raw, path)
     if model.piece_to_id("[gMASK]") == model.unk_id():
         model = _model(raw + _missing_pieces(), path)
@@ -102,7 +103,7 @@ def load_chatglm(folder: ModelFolder) -> BlankPieces:
 def load_chatglm2(folder: ModelFolder, roles: bool) -> Pieces:
     """The tokenizer.model of a ChatGLM2 folder, or with `roles` of a ChatGLM3 folder."""
     path = folder / "tokenizer.model"
-    return Pieces(_model(read_text(path), path), CHATGLM3_SPECIALS if roles else CHATGLM2_SPECIALS)
+    return Pieces(_model(read_small(path), path), CHATGLM3_SPECIALS if roles else CHATGLM2_SPECIALS)
 
 
 def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
@@ -112,6 +113,7 @@ def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
             raise ValueError("it holds no pieces")
         for i in range(model.vocab_size()):
             model.id_to_piece(i)  # a piece that is not UTF-8 would come up in the middle of an answer
+        check_replacements(raw)
         return model
 
 

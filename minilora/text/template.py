@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..files.model_folder import Folder, ModelFolder
+from ..files.regular import read_file
+
+MAX_TEMPLATE = 4 << 20  # bytes
 
 
 class Segment(NamedTuple):
@@ -158,7 +161,7 @@ def jinja_text(folder: Folder) -> str | None:
     """The folder's own chat template, unread, if it has one: chat_template.jinja goes before tokenizer_config.json."""
     folder = ModelFolder.of(folder)
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+        return read_file(folder / "chat_template.jinja", ModelError, MAX_TEMPLATE).decode("utf-8", "replace")
     text = folder.tokenizer_config.get("chat_template")
     if isinstance(text, list):  # several named templates
         text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)

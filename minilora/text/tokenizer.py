@@ -252,11 +252,11 @@ def _adapters_coder(
             return coder, None, {}
         new = [quote(token, 20) for token in its.vocabulary if token not in coder.vocabulary]
         told = f"the adapter's own tokenizer.json, with {len(new):,} tokens that the base has not: {', '.join(new[:4])}"
-        files = {name: (adapter / name).read_bytes() for name in REPLACED if (adapter / name).is_file()}
+        files = {name: bpe.read_small(adapter / name) for name in REPLACED if (adapter / name).is_file()}
         return its, told + (" ..." if new[4:] else ""), files
     for name in TOKENIZER_FILES[1:]:
         its, base = adapter / name, folder / name
-        if its.is_file() and not (base.is_file() and its.read_bytes() == base.read_bytes()):
+        if its.is_file() and not (base.is_file() and bpe.read_small(its) == bpe.read_small(base)):
             return coder, f"the base's; {name} in {adapter} is another one, and is not used", {}
     return coder, None, {}
 
@@ -289,7 +289,7 @@ def _chatglm2_or_3(folder: ModelFolder) -> Template:
 def _own_code(folder: ModelFolder) -> str:
     """The text of the folder's own tokenizer code, which is read and never run."""
     path = folder / "tokenization_chatglm.py"
-    return bpe.read_text(path).decode("utf-8", "replace") if path.is_file() else ""
+    return bpe.read_small(path).decode("utf-8", "replace") if path.is_file() else ""
 
 
 def check_fits(tokenizer: Tokenizer, vocab: int, folder: Folder) -> None:

@@ -25,9 +25,10 @@ from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..checkpoint.quantized import in_memory
 from ..config import PLAIN, RANK_TIMEOUT, DataConfig
 from ..console import Console
-from ..errors import OutputInUse, Stopped
+from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
 from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
+from ..files.regular import open_file
 from ..files.strict_json import read_json_lines
 from ..generate import Request, decode
 from ..lora import base_parameters
@@ -155,7 +156,7 @@ def _hash(texts) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path, DataError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from minilora.kernels.linear_cross_entropy import linear_cross_entropy
 from minilora.models.decoder import Decoder
 
 from ..data import make_batch
+from ..errors import not_finite
 from ..files.atomic import write_file
 from ..rows.token_store import Examples
 
@@ -68,6 +69,8 @@ def _score(model: Decoder, examples: Examples, start: int, end: int) -> Iterator
     bounds = np.searchsorted(batch.target_index.cpu().numpy(), batch.documents.cu_seqlens).tolist()
     for number, (first, last) in enumerate(pairwise(bounds)):
         total = float(linear_cross_entropy(hidden[first:last], model.head, batch.targets[first:last]))
+        if not math.isfinite(total):
+            raise not_finite(f"{batch.where[number]}: the loss of the row")
         yield RowScore(start + number, batch.where[number], total, last - first)
 
 

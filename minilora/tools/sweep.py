@@ -12,6 +12,7 @@ a stopped one is resumed. `minilora:demo/mini` is a path inside the package.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -42,6 +43,7 @@ from ..settings import canonical, read_yaml, resolve
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
 SECTIONS = ("base", "zip", "product", "test", "question", "smoke")
+MOST_COMPARED, MOST_OF_A_QUESTION = len(LETTERS) - 1, 1000  # runs
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
 GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result as well
 
@@ -86,7 +88,11 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
             f"{path}: test is {test}",
             f"It holds data or rows, and perhaps {', '.join(sorted(TEST_KEYS - {'data', 'rows'}))}.",
         )
-    values = list(combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path)))
+    if not all(type(test[key]) is int and test[key] > 0 for key in ("max_tokens", "batch") if key in test):
+        raise UsageError(f"{path}: test is {test}", "max_tokens and batch are whole numbers from 1 on.")
+    question = _section(spec, "question", path)
+    most = MOST_OF_A_QUESTION if question else MOST_COMPARED
+    values = combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path), most)
     names = [name_of(v) for v in values]
     points = []
     for i, (value, name) in enumerate(zip(values, names, strict=True)):
@@ -96,7 +102,6 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         settings = {k: v for k, v in base.items() if canonical(k) not in {canonical(x) for x in value}}
         config = resolve(_placed(settings | value), {"output": output / name})
         points.append(Point(name, config))
-    question = _section(spec, "question", path)
     if question:
         Question.of(question, str(path))
     return Sweep(points, _placed(test), question)
@@ -104,14 +109,14 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
 
 def _section(spec: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     section = spec.get(name) or {}
-    if not isinstance(section, dict):
+    if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
         raise UsageError(f"{path}: {name} is {section!r}", "Write lines of `name: value` under it.")
     return section
 
 
 def _lists(spec: dict[str, Any], name: str, path: Path) -> dict[str, list[Any]]:
     section = _section(spec, name, path)
-    wrong = next((key for key, values in section.items() if not isinstance(values, list) or not values), None)
+    wrong = next((key for key, values in section.items() if not values or not isinstance(values, list)), None)
     if wrong is not None:
         raise UsageError(f"{path}: {name} has {wrong}: {section[wrong]!r}", "A list of values belongs there: [1, 2].")
     return section
@@ -125,13 +130,21 @@ def _placed(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | inside
 
 
-def combinations(zipped: dict[str, list[Any]], crossed: dict[str, list[Any]], path: str) -> list[dict[str, Any]]:
-    """The values of `zipped` in step, times every combination of `crossed`; one empty point if nothing varies."""
+def combinations(
+    zipped: dict[str, list[Any]], crossed: dict[str, list[Any]], path: str, most: int
+) -> list[dict[str, Any]]:
+    """The values of `zipped` in step, times every combination of `crossed`; one empty point if nothing varies.
+
+    UsageError for more than `most`, before any is made.
+    """
     lengths = {key: len(values) for key, values in zipped.items()}
     if len(set(lengths.values())) > 1:
         raise UsageError(f"{path}: zip has lists of {lengths}", "Lists that go in step are of one length.")
     if zipped.keys() & crossed.keys():
         raise UsageError(f"{path}: {min(zipped.keys() & crossed.keys())} stands in zip and in product", "Give it once.")
+    runs = next(iter(lengths.values()), 1) * math.prod(map(len, crossed.values()))
+    if runs > most:
+        raise UsageError(f"{path} means {runs:,} runs, and its page shows at most {most:,}", "Make several sweeps of it.")
     steps = [dict(zip(zipped, values, strict=True)) for values in zip(*zipped.values(), strict=True)] or [{}]
     crosses = [dict(zip(crossed, values, strict=True)) for values in product(*crossed.values())]
     return [step | cross for step in steps for cross in crosses]
@@ -147,11 +160,6 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs."""
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
-    if len(plan.points) >= len(LETTERS) and not plan.question:
-        raise UsageError(
-            f"{given} means {len(plan.points)} runs, and a page compares fewer than {len(LETTERS)}",
-            "Make several sweeps of it.",
-        )
     if (
         folder.is_dir()
         and not (folder / "sweep.json").is_file()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import DataError
+from ..files.regular import read_file
 from ..files.strict_json import parse_json
 
 MOST, LONGEST = 1000, 10_000  # messages in the history, characters of one of them
@@ -44,8 +46,8 @@ def history_file() -> Path | None:
 def recall(path: Path) -> list[str]:
     """The last texts of a history, the oldest first, each a line of JSON; older ones leave the file."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_file(path, DataError).decode("utf-8", "replace").splitlines()
+    except (OSError, DataError):
         return []
     if len(lines) > MOST:
         lines = lines[-MOST:]

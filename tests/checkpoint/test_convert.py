@@ -15,6 +15,7 @@ from tiny import make_model
 
 import minilora
 from minilora.__main__ import main
+from minilora.checkpoint import convert, unpickle
 from minilora.checkpoint.convert import BIN, BIN_INDEX
 from minilora.checkpoint.unpickle import rewrite
 from minilora.files.tensors import INDEX
@@ -155,8 +156,13 @@ def lying_storage(path: Path) -> None:
     zipped(path, content.replace(struct.pack("<H", 1000), struct.pack("<H", 60000)), storage=b"\0" * 4000)
 
 
+def many_names_of_one_storage(path: Path) -> None:
+    whole = torch.zeros(1 << 20)
+    torch.save({f"t{i}": whole for i in range(60)}, path)
+
+
 HOSTILE = [
-    runs_a_command, bare_pickle, deletes_a_file, whole_module, no_tensor, no_names, sparse, huge_view, cut_short,
+    larger_view, many_names_of_one_storage, runs_a_command, bare_pickle, deletes_a_file, whole_module, no_tensor, no_names, sparse, huge_view, cut_short,
     a_name_with_a_newline, not_a_pickle, lying_storage,
 ]  # fmt: skip
 
@@ -168,6 +174,45 @@ def test_hostile_pickles(tmp_path, monkeypatch, spoil):
     wrong = rewrite(tmp_path / "x.bin", tmp_path / "x.safetensors")
     assert wrong and "\n" not in wrong
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_view_that_is_larger_than_its_storage_is_never_written_out(tmp_path, monkeypatch):
+    """Nor read: what it would need is known before."""
+    monkeypatch.setattr(unpickle, "most_written", lambda size: 1 << 62)
+    for spoil in (larger_view, huge_view):
+        spoil(tmp_path / "x.bin")
+        assert "bytes, 4 are there" in str(rewrite(tmp_path / "x.bin", tmp_path / "x.safetensors"))
+        assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A child would import torch again."""
+    monkeypatch.setattr(convert, "_unpickle", rewrite)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("index", [False, True])
+def test_an_index_that_lists_more_and_a_shard_that_lies_elsewhere(folder, tmp_path, capsys, index):
+    tensors = torch.load(folder / BIN)
+    places = dict.fromkeys(tensors, BIN) | ({"model.other": BIN} if index else {})
+    (folder / BIN_INDEX).write_text(json.dumps({"weight_map": places}))
+    if not index:
+        (folder / BIN).rename(tmp_path / "secret.bin")
+        (folder / BIN).symlink_to(tmp_path / "secret.bin")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 4
+    assert ("'model.other'" if index else "out of the folder") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_link_does_not_make_a_strangers_file_public(folder, tmp_path):
+    """A license that links to another file is not copied with the model."""
+    (tmp_path / "key").write_text("secret")
+    (folder / "LICENSE").symlink_to(tmp_path / "key")
+    (folder / "MODEL_LICENSE").write_text("free")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "LICENSE").exists() and (tmp_path / "out" / "MODEL_LICENSE").read_text() == "free"
 
 
 @pytest.mark.parametrize("spoil", [runs_a_command, larger_view], ids=lambda f: f.__name__)

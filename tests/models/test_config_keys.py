@@ -67,6 +67,28 @@ def test_each_key_that_is_read_changes_something_or_is_checked(family: str, tmp_
     assert not idle
 
 
+# numbers that decide no shape: positions, windows, ids
+NO_SIZES = {
+    "max_position_embeddings", "seq_length", "max_sequence_length", "n_positions", "sliding_window", "rope_theta", "rope_ratio",
+    "max_window_layers", "num_experts_per_tok", "rotary_emb_base", "full_attention_interval", "rms_norm_eps", "layernorm_epsilon",
+    "layer_norm_epsilon", "routed_scaling_factor", "initializer_range", "first_k_dense_replace", "decoder_sparse_step",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_size_is_larger_than_any_models(family: str, tmp_path: Path):
+    """Each number near 2^31 is refused, by itself and where heads or experts only make too much together."""
+    j = with_all_settings(family)
+    numbers = [key for key in sorted(USED[family]) if type(j.get(key)) is int and key not in NO_SIZES]
+    assert numbers
+    for key in numbers:
+        for huge in (2**31 - 1, 2**31 - 2, 2**31 - 128, 2**25):
+            assert isinstance(outcome(j | {key: huge}, tmp_path / "m"), str), (key, huge)
+    for size in {"head_dim", "kv_channels"} & j.keys():
+        many = dict.fromkeys(("num_key_value_heads", "multi_query_group_num"), 1 << 16)
+        assert isinstance(outcome(j | {"num_attention_heads": 1 << 16, size: 1 << 16} | many, tmp_path / "m"), str)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_that_are_known_as_harmless_are_silent(family: str, tmp_path: Path):
     j = config_of(family)

@@ -1,6 +1,7 @@
 """Workbooks as people keep them: several sheets, hidden ones, formulas, dates: each is read, told, or refused."""
 
 import zipfile
+from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from openpyxl.comments import Comment
 
 from minilora.errors import DataError
-from minilora.rows import open_rows, read_rows, trainable
+from minilora.rows import open_rows, read_rows, sheet_size, trainable
+from minilora.rows.workbook import read_xlsx
 
 HEAD = ("question", "answer")
 
@@ -117,3 +119,63 @@ def test_a_test_set_without_answers(tmp_path: Path):
     assert [m["content"] for m in row.messages] == ["a"]
     with pytest.raises(DataError, match="no message is the assistant's"):
         texts(path)
+
+
+# ---- sheets out of proportion
+
+
+def spoiled(path: Path, edit: Callable[[str], str], **parts: bytes) -> Path:
+    """A workbook of two rows whose sheet is edited as text."""
+    book: Any = openpyxl.Workbook()
+    for row in (["instruction", "output"], ["q", "a"], ["r", "b"]):
+        book.active.append(row)
+    book.save(path)
+    with zipfile.ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    content[sheet] = edit(content[sheet].decode()).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, raw in (content | parts).items():
+            new.writestr(name, raw)
+    return path
+
+
+def after(end: str, more: str) -> Callable[[str], str]:
+    """An edit that puts text before the end of the rows, or with end "" behind it."""
+    rows = "</sheetData>"
+    return lambda sheet: sheet.replace(rows, more + rows if end else rows + more)
+
+
+TEXT = "<is><t>x</t></is></c></row>"
+SPANS = {
+    "a cell in the last corner": after("</sheetData>", f'<row r="1048576"><c r="XFD1048576" t="inlineStr">{TEXT}'),
+    "a cell in the last row": after("</sheetData>", f'<row r="1048576"><c r="A1048576" t="inlineStr">{TEXT}'),
+    "a cell without a place in a far row": after("</sheetData>", f'<row r="1048576"><c/><c t="inlineStr">{TEXT}'),
+    "a merge over the whole sheet": after("", '<mergeCells><mergeCell ref="A5:XFD1048576"/></mergeCells>'),
+    "a merge of whole columns": after("", '<mergeCells><mergeCell ref="A:XFD"/></mergeCells>'),
+    "many merges": after("", '<mergeCells>' + '<mergeCell ref="A9:J900"/>' * 90 + '</mergeCells>'),
+    "a link over the whole sheet": after("", '<hyperlinks><hyperlink ref="A1:XFD1048576" location="x"/></hyperlinks>'),
+    "empty rows": after("</sheetData>", '<row ht="5"/>' * 200_000),
+    "empty cells": after("</sheetData>", f"<row>{'<c/>' * 200_000}</row>"),
+    "entities": lambda sheet: '<!DOCTYPE x [<!ENTITY a "b">]>' + sheet[sheet.find("<worksheet") :],
+    "no XML": lambda sheet: sheet[:-20],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_a_sheet_that_spans_more_than_it_holds_is_refused(tmp_path, name):
+    """Before openpyxl makes a cell of it."""
+    with pytest.raises(DataError, match="cells, |entities|not XML"):
+        read_xlsx(spoiled(tmp_path / "x.xlsx", SPANS[name]), {})
+
+
+def test_a_comment_far_away_and_a_book_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    comment = b'<comments><commentList><comment ref="XFD1048576"/></commentList></comments>'
+    with pytest.raises(DataError, match="17,179,869,[0-9]+ cells"):
+        read_xlsx(spoiled(tmp_path / "x.xlsx", str, **{"xl/comments1.xml": comment}), {})
+    monkeypatch.setattr(sheet_size, "MAX_BOOK", 1 << 20)
+    with pytest.raises(DataError, match="unpacks to"):
+        read_xlsx(spoiled(tmp_path / "x.xlsx", str, **{"xl/sharedStrings.xml": b" " * (2 << 20)}), {})
+    assert (
+        len(read_xlsx(spoiled(tmp_path / "x.xlsx", str, **{"xl/media/a.png": b" " * (2 << 20)}), {})) == 2
+    )  # a picture

@@ -1,0 +1,44 @@
+"""The door through which files are opened to be read: regular files, and nothing else.
+
+A pipe would wait for ever, /dev/zero never ends, a socket or a link that leads to itself is no file. Nothing is read before
+that is known, and no more than a caller's limit is.
+"""
+
+import errno
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+from ..errors import MiniloraError
+
+
+def open_file(path: Path, error: type[MiniloraError], most: int | None = None) -> BufferedReader:
+    """A regular file of at most `most` bytes, open to read. Raises `error` for anything else, and OSError where nothing is there or a disk fails."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe without a writer would block
+    except OSError as why:
+        if why.errno in (errno.ENOENT, errno.EIO):
+            raise
+        known = {errno.ELOOP: "is a link that leads to itself", errno.ENXIO: "is not a regular file"}
+        raise error(
+            f"{path} {known.get(why.errno or 0, f'cannot be opened: {why.strerror}')}", "Check the path."
+        ) from None
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise error(
+                f"{path} is {'a folder' if stat.S_ISDIR(about.st_mode) else 'not a regular file'}", "Check the path."
+            )
+        if most is not None and about.st_size > most:
+            raise error(f"{path} is larger than {most:,} bytes", "It is not the file it should be.")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_file(path: Path, error: type[MiniloraError], most: int | None = None) -> bytes:
+    """All bytes of a regular file; raises as open_file does."""
+    with open_file(path, error, most) as file:
+        return file.read()

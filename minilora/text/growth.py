@@ -1,0 +1,80 @@
+"""How far a tokenizer may make a text longer before it cuts it: a few letters must not become gigabytes.
+
+The library runs what a tokenizer.json asks for, and a SentencePiece model holds a table of replacements. Both are looked at before
+they are used. Regular expressions need no look here: the library gives up after a number of tries.
+"""
+
+import json
+import math
+from typing import Any
+
+MOST, LONGEST_TOKEN, LONGEST_REPLACEMENT = 64, 10_000, 256  # times, characters, bytes
+TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # of a step that has no text of its own
+
+
+def check_growth(j: dict[str, Any]) -> None:
+    """ValueError for a tokenizer.json (parsed) whose steps could make a text more than MOST times as long."""
+    for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        times = math.prod(_times(j.get(name)) for name in names)
+        if times > MOST:
+            raise ValueError(f"its {' and '.join(names)} could make a text {times:,.0f} times as long")
+    if len(json.dumps(j.get("post_processor"))) > 1 << 20:
+        raise ValueError("its post_processor is larger than any")
+    longest = max((len(token) for token in j["model"]["vocab"]), default=0)
+    if longest > LONGEST_TOKEN:
+        raise ValueError(f"one of its tokens has {longest:,} characters")
+
+
+def _times(step: Any) -> float:
+    """How many times as long a step makes a text of a few letters, at most."""
+    if not isinstance(step, dict):
+        return 1
+    kind = step.get("type")
+    if kind == "Sequence":
+        return math.prod(map(_times, next((v for v in step.values() if isinstance(v, list)), [])))
+    if kind == "Replace":
+        old, new = step["pattern"].get("String"), len(step["content"])
+        return max(1, new / len(old)) if old else 1 + new  # a regular expression may fit between any two letters
+    if kind == "Prepend":
+        return 1 + len(step["prepend"])
+    if kind == "Precompiled":
+        return 1 + len(step["precompiled_charsmap"])
+    return TIMES.get(str(kind), 1)
+
+
+def check_replacements(model: bytes) -> None:
+    """ValueError for a SentencePiece model whose table replaces a letter by a long text.
+
+    normalizer_spec (3) holds precompiled_charsmap (2): the size of a trie, the trie, and texts that end with a zero byte.
+    """
+    table = _field(_field(model, 3), 2)
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    longest = max(map(len, texts.split(b"\0")))
+    if longest > LONGEST_REPLACEMENT:
+        raise ValueError(f"it replaces a letter by {longest:,} bytes")
+
+
+def _field(message: bytes, wanted: int) -> bytes:
+    """The last field of that number and of a length, in a protocol buffer; empty if there is none."""
+    at, found = 0, b""
+    while at < len(message):
+        tag, at = _number(message, at)
+        kind = tag & 7
+        if kind == 2:
+            size, at = _number(message, at)
+            found = message[at : at + size] if tag >> 3 == wanted else found
+            at += size
+        elif kind == 0:
+            _, at = _number(message, at)
+        else:
+            at += {1: 8, 5: 4}[kind]
+    return found
+
+
+def _number(message: bytes, at: int) -> tuple[int, int]:
+    """A number of 7 bits a byte, and where the next thing begins."""
+    value = shift = 0
+    while message[at] & 128:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1
