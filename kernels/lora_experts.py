@@ -28,6 +28,7 @@ from minilora.kernels import kept
 from minilora.kernels.dispatch import once_differentiable, recording
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask
 from minilora.kernels.expert_rows import ExpertRows, Part
+from minilora.kernels.experts_on_triton import OnTriton, runs_on_triton
 from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
 from minilora.kernels.library_gemm import scaled
 from minilora.kernels.projection import Adapter, Projection
@@ -47,7 +48,10 @@ class Routing(NamedTuple):
         flat = index.flatten()
         if index.is_meta:  # a dry run counts bytes: every expert the same number of tokens
             return Routing(index, flat, flat.new_empty(experts))
-        return Routing(index, flat.argsort(stable=True), torch.bincount(flat, minlength=experts))
+        # where each expert's slots end, in place of torch.bincount, for whose result the host waits
+        chosen, slots = flat.sort(stable=True)
+        ends = torch.searchsorted(chosen, torch.arange(experts, device=flat.device), right=True)
+        return Routing(index, slots, ends.diff(prepend=ends.new_zeros(1)))
 
     def rows(self, width: int) -> ExpertRows:
         """The slots as rows of buffers, for x of that width."""
@@ -354,7 +358,8 @@ def lora_experts(
     if gate_up.weight.requires_grad or down.weight.requires_grad:
         return lora_experts_ref(x, w, routing, gate_up, down)
     trained = [t for p in (gate_up, down) if p.adapter for t in (p.adapter.a, p.adapter.b)]
-    return recording(_OnTorch)(routing, gate_up, down, output_needed, torch.is_grad_enabled(), x, w, *trained)
+    on = OnTriton if runs_on_triton(x, (gate_up, down)) else _OnTorch
+    return recording(on)(routing, gate_up, down, output_needed, torch.is_grad_enabled(), x, w, *trained)
 
 
 def example(
