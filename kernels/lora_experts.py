@@ -45,18 +45,16 @@ class Routing(NamedTuple):
 
     @staticmethod
     def of(index: Tensor, experts: int) -> "Routing":
-        flat = index.flatten()
-        if index.is_meta:  # a dry run counts bytes: every expert the same number of tokens
-            return Routing(index, flat, flat.new_empty(experts))
-        # where each expert's slots end, in place of torch.bincount, for whose result the host waits
-        chosen, slots = flat.sort(stable=True)
-        ends = torch.searchsorted(chosen, torch.arange(experts, device=flat.device), right=True)
+        chosen, slots = index.flatten().sort(stable=True)
+        # where each expert's slots end: torch.bincount would make the host wait for a GPU
+        ends = torch.searchsorted(chosen, torch.arange(experts, device=index.device), right=True)
         return Routing(index, slots, ends.diff(prepend=ends.new_zeros(1)))
 
     def rows(self, width: int) -> ExpertRows:
         """The slots as rows of buffers, for x of that width."""
         experts, slots = len(self.counts), len(self.slots)
         even = [slots // experts + (e < slots % experts) for e in range(experts)]
+        # a dry run counts bytes: every expert the same number of tokens
         return ExpertRows.of(self.index, self.slots, even if self.counts.is_meta else self.counts.tolist(), width)
 
 
