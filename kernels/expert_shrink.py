@@ -146,7 +146,9 @@ def _over_columns_launch(
     blocks = options["PADDED_R"] // options["R"]
     names = {"FROM": sizes.rows.dy if of_b else sizes.rows.x, "MASK": sizes.rows.mask, "ROWS": rows}
     # the places of B [N, R] where an F [R, N] would have them, and the numbers beside it
-    factor = (sizes.factor, sizes.rank, 1, sizes.rank, sizes.b_step) if of_b else (1.0, sizes.rank, sizes.k, 1, sizes.a_step)
+    factor = (
+        (sizes.factor, sizes.rank, 1, sizes.rank, sizes.b_step) if of_b else (1.0, sizes.rank, sizes.k, 1, sizes.a_step)
+    )
     numbers = threshold(sizes.p), *factor, x_stride, chosen, sizes.n if of_b else sizes.k, blocks
     programs = tiles * (rows // options["BM"]) * blocks
     return Launch(place.device, programs, numbers, **names, **options), options["PADDED_R"]

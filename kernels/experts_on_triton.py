@@ -71,19 +71,24 @@ class OnTriton(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (x, weights, gu, s, s_down, *_), tiles = ctx.saved_tensors, ctx.tiles
         (first, last), (needs_x, needs_w, *needs) = ctx.linears, ctx.needs_input_grad[5:]
-        dy, own = rows_of(grads[0]), 2 if first.a is not None else 0
+        own = 2 if first.a is not None else 0
         with torch.cuda.device_of(x):
-            # down, of dY before the weight is multiplied in
-            ds_down = None if last.a is None else expert_shrink.expand_backward(dy, last, tiles)
-            wh = expert_gemm.input_gradient(dy, ds_down, last, tiles)  # dh as yet
-            dgu, dw = expert_swiglu.backward(wh, gu, weights, tiles)
-            of_down = _gradients(wh, dy, s_down, ds_down, weights, last, tiles, needs[own:])
-            # gate_up
+            dgu, dw, of_down = _down_backward(rows_of(grads[0]), gu, s_down, weights, last, tiles, needs[own:])
             ds = None if first.a is None else expert_shrink.expand_backward(dgu, first, tiles)
             of_gate_up = _gradients(x, dgu, s, ds, None, first, tiles, needs[:own])
-            if needs_x:
-                dx = expert_gemm.input_gradient(dgu, ds, first, tiles).view(*ctx.shape, -1).sum(1)
-        return *[None] * 5, dx if needs_x else None, dw.view(ctx.shape) if needs_w else None, *of_gate_up, *of_down
+            dx = expert_gemm.input_gradient(dgu, ds, first, tiles).view(*ctx.shape, -1).sum(1) if needs_x else None
+        return *[None] * 5, dx, dw.view(ctx.shape) if needs_w else None, *of_gate_up, *of_down
+
+
+def _down_backward(
+    dy: Tensor, gu: Tensor, s: Tensor | None, weights: Tensor, down: Stack, tiles: Tiles, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The gradients of g and u [T k, 2 F] and of the weights [T k], and dA and dB of down."""
+    # of dY before the weight is multiplied in
+    ds = None if down.a is None else expert_shrink.expand_backward(dy, down, tiles)
+    dh = expert_gemm.input_gradient(dy, ds, down, tiles)
+    dgu, dw = expert_swiglu.backward(dh, gu, weights, tiles)
+    return dgu, dw, _gradients(dh, dy, s, ds, weights, down, tiles, needs)  # dh is w h now
 
 
 def _gradients(
