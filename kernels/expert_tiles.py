@@ -9,7 +9,7 @@ three numbers:
     token   t, a row of x and of dY
 """
 
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
 
 from typing import TYPE_CHECKING, NamedTuple
 

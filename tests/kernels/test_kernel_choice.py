@@ -96,10 +96,10 @@ def experts(
 ) -> list[list[Launch]]:
     """The launches of a mixture's forward and backward, 8 experts a token."""
     x, w, routing, *linears = example(4099, d, f, experts, 8, 16, torch.bfloat16, "meta", **form)[0]
-    linears = [p if adapted else p._replace(adapter=None) for p in linears]
-    trained = [t.requires_grad_() for p in linears if p.adapter for t in (p.adapter.a, p.adapter.b)]
+    gate_up, down = (p if adapted else p._replace(adapter=None) for p in linears)
+    trained = [t.requires_grad_() for p in (gate_up, down) if p.adapter for t in (p.adapter.a, p.adapter.b)]
     with recorded(card) as launches:
-        y = lora_experts(x.requires_grad_(), w.requires_grad_(), routing, *linears)
+        y = lora_experts(x.requires_grad_(), w.requires_grad_(), routing, gate_up, down)
         there = len(launches)
         y.backward(torch.empty_like(y))
     assert all(t.grad is not None for t in trained)

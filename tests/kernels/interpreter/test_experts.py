@@ -142,7 +142,7 @@ def test_views_inside_nan():
 @pytest.mark.parametrize("form", [nf4, int8_rows, fp8_blocks], ids=lambda form: form.__name__.rpartition(".")[2])
 def test_quantised_experts_have_the_bits_of_the_wide_ones(form: Any):
     args = tensors(d=64, f=64, tokens=3)
-    quantised = [form.quantize(a) if i in (2, 5) else a for i, a in enumerate(args)]
+    quantised: list[Any] = [form.quantize(a) if i in (2, 5) else a for i, a in enumerate(args)]
     wide = [a.weight_as(torch.float32) if i in (2, 5) else a for i, a in enumerate(quantised)]
     found, expected = (leaves_and_grads(some, trained=(0,)) for some in (quantised, wide))
     assert equal(found, expected)

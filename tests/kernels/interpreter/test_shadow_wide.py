@@ -87,8 +87,8 @@ def experts(tokens: int, d: int, f: int, r: int, p: float = 0.0, shared: bool = 
         if shared:
             first, last = first._replace(a=first.a[:1]), last._replace(b=last.b[:1])
         trained = [t.requires_grad_() for t in (x, w, first.a, first.b, last.a, last.b)]
-        both = [q._replace(adapter=a) for q, a in zip(linears, (first, last), strict=True)]
-        y = lora_experts.lora_experts(x, w, routing, *both)
+        gate_up, down = (q._replace(adapter=a) for q, a in zip(linears, (first, last), strict=True))
+        y = lora_experts.lora_experts(x, w, routing, gate_up, down)
         y.backward(upstream(y))
         return [y, *gradients(*trained)]
 
