@@ -8,7 +8,7 @@ of the second has all slots of an expert, so that nothing is added up by two pro
 span of the slots, and lora_shrink adds the spans up in their order. S and dS are [T k, padded rank], sorted.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportPossiblyUnbound=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
 import torch
 from torch import Tensor
