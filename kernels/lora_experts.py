@@ -13,6 +13,9 @@ one order, so that the same input gives the same bits.
 Saved for the backward: x, w, g and u [rows, 2 F], and S of the adapters. h is made again. With dH = dY W_down before the
 weight is multiplied in, dY[t] w = dH . h needs no y: the output of down is neither kept nor made again.
 
+On a GPU of sm_80 or newer all experts are computed together, by grouped Triton kernels (experts_on_triton.py). The torch
+path below takes one expert after the other.
+
 Dropout names the rows of its masks so that no token's mask depends on other tokens' experts: by token in front of gate_up
 (one mask for its k experts), by slot in front of down.
 """
@@ -28,6 +31,7 @@ from minilora.kernels import kept
 from minilora.kernels.dispatch import once_differentiable, recording
 from minilora.kernels.dropout import DropoutKey, dropout, dropout_mask
 from minilora.kernels.expert_rows import ExpertRows, Part
+from minilora.kernels.experts_on_triton import OnTriton, runs_on_triton
 from minilora.kernels.frozen_linear import FEW_ROWS, frozen_linear
 from minilora.kernels.library_gemm import scaled
 from minilora.kernels.projection import Adapter, Projection
@@ -44,15 +48,16 @@ class Routing(NamedTuple):
 
     @staticmethod
     def of(index: Tensor, experts: int) -> "Routing":
-        flat = index.flatten()
-        if index.is_meta:  # a dry run counts bytes: every expert the same number of tokens
-            return Routing(index, flat, flat.new_empty(experts))
-        return Routing(index, flat.argsort(stable=True), torch.bincount(flat, minlength=experts))
+        chosen, slots = index.flatten().sort(stable=True)
+        # where each expert's slots end: torch.bincount would make the host wait for a GPU
+        ends = torch.searchsorted(chosen, torch.arange(experts, device=index.device), right=True)
+        return Routing(index, slots, ends.diff(prepend=ends.new_zeros(1)))
 
     def rows(self, width: int) -> ExpertRows:
         """The slots as rows of buffers, for x of that width."""
         experts, slots = len(self.counts), len(self.slots)
         even = [slots // experts + (e < slots % experts) for e in range(experts)]
+        # a dry run counts bytes: every expert the same number of tokens
         return ExpertRows.of(self.index, self.slots, even if self.counts.is_meta else self.counts.tolist(), width)
 
 
@@ -354,7 +359,8 @@ def lora_experts(
     if gate_up.weight.requires_grad or down.weight.requires_grad:
         return lora_experts_ref(x, w, routing, gate_up, down)
     trained = [t for p in (gate_up, down) if p.adapter for t in (p.adapter.a, p.adapter.b)]
-    return recording(_OnTorch)(routing, gate_up, down, output_needed, torch.is_grad_enabled(), x, w, *trained)
+    on = OnTriton if runs_on_triton(x, (gate_up, down)) else _OnTorch
+    return recording(on)(routing, gate_up, down, output_needed, torch.is_grad_enabled(), x, w, *trained)
 
 
 def example(

@@ -184,7 +184,7 @@ def _forward_kernel(
 
 
 @jit
-def _add_ds_a(
+def add_ds_a(
     b_dx, ds_ptr, a_ptr, rank, j, o_m, o_n, rows, K, dx_ptr, PADDED_R: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
 ):
     """b_dx + dS_j A_j at its rows o_m and columns o_n."""
@@ -238,7 +238,7 @@ def _input_gradient_kernel(
     b_dx = tl.zeros((BM, BN), ACC)
     if not DROPOUT:
         for j in tl.static_range(ADAPTED):
-            b_dx = _add_ds_a(b_dx, ds_ptr, a_ptrs[j], ranks[j], j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
+            b_dx = add_ds_a(b_dx, ds_ptr, a_ptrs[j], ranks[j], j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
     # base GEMM: dX += dY_j W_j, one projection after the other                           [BM, BK] x [BK, BN]
     packed: tl.constexpr = 2 if FORMAT == "nf4" else 1
     o_k, o_c = tl.arange(0, BK), i_n * (BN // packed) + tl.arange(0, BN // packed)[None, :]
@@ -268,7 +268,7 @@ def _input_gradient_kernel(
             for j in tl.range(0, ADAPTED, num_stages=1, loop_unroll_factor=1):
                 b_ds_a = tl.zeros((BM, width), ACC)
                 a_ptr, rank = select(a_ptrs, j, ADAPTED), select(ranks, j, ADAPTED)
-                b_ds_a = _add_ds_a(b_ds_a, ds_ptr, a_ptr, rank, j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
+                b_ds_a = add_ds_a(b_ds_a, ds_ptr, a_ptr, rank, j, o_m, o_n, rows, K, dx_ptr, PADDED_R, R, ACC)
                 seed, threshold = tl.load(select(seed_ptrs, j, ADAPTED)), select(thresholds, j, ADAPTED)
                 b_part += tl.where(keep_mask(seed, threshold, o_m, first, width), b_ds_a, 0.0)
             store(dx_ptr + o_row * K + o_n, b_part, (o_row < rows - top) & (o_n < K))

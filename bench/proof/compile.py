@@ -28,6 +28,7 @@ from minilora.kernels import (
     cross_entropy,
     fp8_rows,
     linear_cross_entropy,
+    lora_experts,
     lora_linear,
     lora_mlp,
     lora_swiglu,
@@ -35,6 +36,7 @@ from minilora.kernels import (
     rope,
     swiglu,
 )
+from minilora.kernels.dequantize import FEW_ROWS
 from minilora.kernels.dispatch import use_gemm
 from minilora.kernels.dropout import DropoutKey
 from minilora.kernels.fp8_blocks import FP8Weight
@@ -47,6 +49,7 @@ ARCHITECTURES = (80, 86, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS: dict[str, type[QuantizedWeight]] = {form.name: form for form in (NF4Weight, Int8Weight, FP8Weight)}
 STREAMS = (
+    "expert_shrink.",
     "lora_shrink.",
     "swiglu_shrink.",
     "wide_products.",
@@ -138,6 +141,27 @@ def _quantized(
         projections = quantized_group(x, ns, r, FORMATS[name], p)
         ys = lora_linear.lora_linear_group(x, projections)
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+    return once
+
+
+def _experts(
+    r: int, p: float = 0.0, tokens: int = TOKENS, form: str = "wide", shared: bool = False
+) -> Callable[[torch.dtype], None]:
+    """Of Qwen3-30B-A3B; few tokens are decoded and have no backward. shared: the A of gate_up and the B of down."""
+
+    def once(dtype: torch.dtype) -> None:
+        x, w, routing, first, last = lora_experts.example(tokens, 2048, 768, 128, 8, r, dtype, "meta", p)[0]
+        if shared and first.adapter and last.adapter:
+            first = first._replace(adapter=first.adapter._replace(a=first.adapter.a[:1]))
+            last = last._replace(adapter=last.adapter._replace(b=last.adapter.b[:1]))
+        if form != "wide":
+            first, last = (q._replace(weight=FORMATS[form].empty(q.weight.shape, "meta")) for q in (first, last))
+        with torch.set_grad_enabled(tokens > FEW_ROWS):
+            _train(x, first, last)
+            y = lora_experts.lora_experts(x, w.requires_grad_(), routing, first, last)
+        if tokens > FEW_ROWS:
+            y.backward(torch.empty_like(y))
 
     return once
 
@@ -237,6 +261,12 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     },
     **{f"{name} qkv of 259 r=16 dropout": _quantized(name, 259, 3584, (3584, 512, 512), 16, 0.05) for name in FORMATS},
     **{f"{name} down of 259 r=16": _quantized(name, 259, 18944, (3584,), 16) for name in FORMATS},
+    "lora_experts r=16": _experts(16),
+    "lora_experts r=64 dropout": _experts(64, 0.05),
+    "lora_experts r=16 shared": _experts(16, shared=True),
+    "lora_experts of 1 r=16": _experts(16, tokens=1),
+    "lora_experts nf4 r=16": _experts(16, form="nf4"),
+    "lora_experts nf4 of 1 r=16": _experts(16, tokens=1, form="nf4"),
     "cross_entropy 152064": _on_logits(152064, True),
     "cross_entropy 152064 scaled": _on_logits(152064, True, scaled=True),
     "cross_entropy 152064 without gradient": _on_logits(152064, False),

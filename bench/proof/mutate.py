@@ -272,6 +272,10 @@ NEAR = {
     "kept": r"mlp",
     "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far",
     "attention": r"attention|window|prefix|packed",
+    **dict.fromkeys(
+        ["lora_experts", "experts_on_triton", "expert_tiles", "expert_gemm", "expert_shrink", "expert_swiglu"],
+        r"experts",
+    ),
     "short_conv": r"short_conv|convolution",
     "gated_delta": r"gated_delta",
     "expert_rows": r"lora_experts",

@@ -26,6 +26,7 @@ from minilora.kernels.cross_entropy import BLOCK_ROWS
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
+from minilora.models.moe import MoEConfig
 from minilora.models.quantized import quantized_weights
 from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch
@@ -157,7 +158,12 @@ def card_memory(model: Decoder, batch: Batch) -> StepMemory:
     size, c = model.compute_dtype.itemsize, model.config
     logits = min(CHUNK_ROWS_CUDA, len(batch.targets)) * c.vocab * size
     hidden = 2 * len(batch.targets[BLOCK_ROWS:]) * c.width * size  # of the others, and their gradient
-    return replace(memory, activations=memory.activations + hidden, temporaries=max(memory.temporaries, logits))
+    # a dry run computes expert by expert; a GPU all at once: dg, du, and dh or the rows of dx that are still to be added up
+    rows = 0
+    if isinstance(c, MoEConfig):
+        rows = len(batch.ids) * c.chosen * (2 * c.expert_ffn + max(c.expert_ffn, c.width)) * size
+    temporaries = max(memory.temporaries + rows, logits)
+    return replace(memory, activations=memory.activations + hidden, temporaries=temporaries)
 
 
 def _turn(c: Config) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from minilora.kernels.attention import attention_path
 from minilora.kernels.dequantize import ROWS_IN_THE_LOOP
 from minilora.kernels.dispatch import OLDEST, architecture, use_triton
+from minilora.kernels.experts_on_triton import runs_on_triton as experts_on_triton
 from minilora.kernels.fla import fla_path
 from minilora.kernels.lang import HAVE_TRITON
 from minilora.kernels.lora_linear import runs_on_triton
@@ -46,7 +47,8 @@ def kernel_paths(model: Decoder, device: torch.device) -> list[str]:
     lines += [*attends, "loss: Triton" + ("" if probe.element_size() == 2 else ", its products PyTorch")]
     weights = [getattr(m, "weight", None) for m in model.modules()]
     if formats := sorted({w.name for w in weights if isinstance(w, QuantizedWeight)}):
-        lines.append(f"{', '.join(formats)}: {QUANTIZED}")
+        experts = any(name.endswith("experts") for triton, _ in alike for name in triton)
+        lines.append(f"{', '.join(formats)}: {QUANTIZED}" + ", those of experts always" * experts)
     return lines
 
 
@@ -87,7 +89,9 @@ def _of_block(block: nn.Module, probe: torch.Tensor, rope: bool) -> tuple[tuple[
         if isinstance(module, RMSNorm):
             found["rms_norm"] = module.weight.numel() <= MAX_WIDTH and found.get("rms_norm", True)
         elif isinstance(module, Experts):
-            found[f"{path}, one after the other"] = False
+            both = projection(module.gate_up_proj), projection(module.down_proj)
+            on = None not in both and experts_on_triton(probe, [p for p in both if p])
+            found[path if on else f"{path}, one after the other"] = on
         elif isinstance(module, nn.LayerNorm):
             found["layer_norm"] = False
     gelu = "layer_norm" in found  # ChatGLM-6B, GPT-2

@@ -78,7 +78,7 @@ def _obstacle(config: TrainConfig, model: Decoder, streams: Streams) -> str | No
     if config.method not in ("lora", "full"):
         return f"the steps of --method {config.method} are not recorded"
     if expert_linears(model):
-        return "the host sorts tokens by experts"
+        return "padding would count among the tokens that experts saw"
     stream = probe.expand(streams.tokens, 1)
     if config.lora_dropout and not all(
         (p := w.projection()) and runs_on_triton(stream, [p]) for _, w in adapters(model)

@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.proof.launches import recorded
+from bench.proof.launches import Launch, recorded
 from minilora.kernels import dispatch, linear_cross_entropy
 from minilora.kernels.dispatch import architecture, compile_for, use_gemm
+from minilora.kernels.lora_experts import example, lora_experts
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.machine.kernel_paths import _why_not
@@ -88,6 +89,40 @@ def test_so_do_32_bits_and_what_is_asked_to(card: int):
     assert plan(card, 3584, 3584, dtype=torch.float32) == []
     with use_gemm("library"):
         assert plan(card, 3584, 3584) == ["_shrink_kernel"]
+
+
+def experts(
+    card: int, experts: int, d: int = 2048, f: int = 768, adapted: bool = True, **form: Any
+) -> list[list[Launch]]:
+    """The launches of a mixture's forward and backward, 8 experts a token."""
+    x, w, routing, *linears = example(4099, d, f, experts, 8, 16, torch.bfloat16, "meta", **form)[0]
+    gate_up, down = (p if adapted else p._replace(adapter=None) for p in linears)
+    trained = [t.requires_grad_() for p in (gate_up, down) if p.adapter for t in (p.adapter.a, p.adapter.b)]
+    with recorded(card) as launches:
+        y = lora_experts(x.requires_grad_(), w.requires_grad_(), routing, gate_up, down)
+        there = len(launches)
+        y.backward(torch.empty_like(y))
+    assert all(t.grad is not None for t in trained)
+    return [launches[:there], launches[there:]]
+
+
+@cards
+@pytest.mark.parametrize("count", [8, 128])
+def test_a_mixture_launches_as_many_kernels_for_any_number_of_experts(card: int, count: int):
+    both = [[launch.name for launch in some] for some in experts(card, count)]
+    columns, slots = "expert_shrink._over_columns_kernel", "expert_shrink._over_slots_kernel"
+    y, dx = "expert_gemm._forward_kernel", "expert_gemm._input_gradient_kernel"
+    assert both == [
+        ["expert_tiles._tiles_kernel", columns, y, "swiglu._fwd_kernel", columns, y],
+        [columns, dx, "expert_swiglu._backward_kernel", slots, slots, columns, slots, slots, dx],
+    ]
+    assert [len(some) for some in experts(card, count, p=0.1)] == [6, 9]
+    assert [len(some) for some in experts(card, count, adapted=False)] == [4, 3]
+
+
+@cards
+def test_a_mixture_whose_widths_are_not_in_sixteens_goes_to_the_library(card: int):
+    assert experts(card, 8, f=760) == [[], []] != experts(card, 8, f=768)
 
 
 @cards

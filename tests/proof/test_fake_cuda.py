@@ -24,6 +24,7 @@ from minilora.train import train_step
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
 families = pytest.mark.parametrize("family", OWN)
+MIXTURES = {family for family in OWN if "num_experts_per_tok" in OWN[family]}
 
 
 def step_of(family: str, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> FakeCuda:
@@ -52,6 +53,7 @@ def test_a_step_of_every_family(family: str, kernels: bool, settings: dict[str, 
     if kernels:
         assert {"lora_gemm._input_gradient_kernel", "lora_shrink._shrink_backward_kernel"} <= launched
         assert ("rope._rotate_kernel" in launched) == (family != "gpt2")
+        assert ("expert_gemm._input_gradient_kernel" in launched) == (family in MIXTURES)
     else:
         assert not launched
 

@@ -39,7 +39,7 @@ from minilora.run.setup import optimizer_of
 from minilora.settings import resolve
 from minilora.train import micro_batch, train_step
 
-# of mixtures the host sorts the tokens by experts; the chunks of a hybrid follow from its documents
+# padding would count among the tokens of experts; the chunks of a hybrid follow from its documents
 families = pytest.mark.parametrize(
     "family", [family for family in OWN if "moe" not in family and family not in ("qwen3_5", "qwen3_next")]
 )
@@ -256,7 +256,7 @@ def test_graphs_are_on_where_launching_takes_longer_than_computing():
 @pytest.mark.skipif(INTERPRETED, reason="there is no GPU for it")
 @pytest.mark.parametrize("case, why", [
     ({"streams": Streams(8192, False)}, "does not fit"), ({"dropout": 0.1, "kernels": False}, "masks of dropout"), ({"offload": True}, "--offload"),
-    ({"family": "qwen3_moe"}, "sorts tokens by experts"), ({"family": "qwen3"}, "a document at a time"), ({"family": "qwen3_5"}, "gated DeltaNet"),
+    ({"family": "qwen3_moe"}, "tokens that experts saw"), ({"family": "qwen3"}, "a document at a time"), ({"family": "qwen3_5"}, "gated DeltaNet"),
     ({"dropout": 0.1, "quant": "nf4"}, "masks of dropout"),
 ])  # fmt: skip
 def test_why_there_are_no_graphs(case: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 import torch
+from oracle import tiny_folder
 from published import PUBLISHED
 from tiny import make_model, make_rows
 
@@ -13,7 +14,9 @@ import minilora
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import load_examples, make_batch, pack
-from minilora.kernels.dispatch import use_gemm
+from minilora.kernels import experts_on_triton
+from minilora.kernels.dispatch import compile_for, use_gemm
+from minilora.kernels.launch import Launch
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from minilora.lora import adapters, base_parameters
 from minilora.machine.compute import name_of
@@ -279,3 +282,26 @@ def test_what_is_said_to_fit_a_card_does_and_fills_it(seven, gb, way):
     tokens = next(card[way] for card in found["cards"] if card["gb"] == gb)
     stream = make_batch([_assumed_row(resolve({"max_length": tokens}), False)])
     assert 0.95 < card_memory(model, stream).total / gb / 1e9 <= 1
+
+
+def test_a_card_has_room_for_the_rows_of_all_experts_at_once(tmp_path, monkeypatch):
+    """What the steps of experts_on_triton.py allocate, launched or not."""
+    sizes = {
+        "hidden_size": 256,
+        "moe_intermediate_size": 192,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "head_dim": 64,
+    }
+    folder = tiny_folder(tmp_path / "m", "qwen3_moe", **sizes)
+    config = resolve({"model": str(folder), "checkpointing": "on"} | FLAGS)
+    stream, found = make_batch([_assumed_row(resolve({"max_length": 2048}), False)]), []
+    for memory in (card_memory, step_memory):
+        model = prepare(empty_model(read_config(folder), torch.bfloat16), config)
+        model.compute = torch.bfloat16
+        with compile_for(90):
+            found.append(memory(model, stream))
+        monkeypatch.setattr(experts_on_triton, "use_triton", lambda *_: True)
+        monkeypatch.setattr(Launch, "__call__", lambda *_: None)
+    planned, real = found
+    assert real.temporaries <= planned.temporaries and planned.total <= 1.15 * real.total

@@ -17,6 +17,7 @@ from minilora.kernels import (
     fp8_rows,
     int8_rows,
     linear_cross_entropy,
+    lora_experts,
     lora_linear,
     lora_mlp,
     lora_swiglu,
@@ -78,6 +79,22 @@ def mlp(tokens: int, d: int, f: int, r: int, p: float = 0.0, joined: bool = Fals
     return call
 
 
+def experts(tokens: int, d: int, f: int, r: int, p: float = 0.0, shared: bool = False) -> Call:
+    def call() -> list[Tensor]:
+        (x, w, routing, *linears), _ = lora_experts.example(tokens, d, f, 5, 2, r, torch.bfloat16, "cpu", p)
+        first, last = (q.adapter for q in linears)
+        assert first and last
+        if shared:
+            first, last = first._replace(a=first.a[:1]), last._replace(b=last.b[:1])
+        trained = [t.requires_grad_() for t in (x, w, first.a, first.b, last.a, last.b)]
+        gate_up, down = (q._replace(adapter=a) for q, a in zip(linears, (first, last), strict=True))
+        y = lora_experts.lora_experts(x, w, routing, gate_up, down)
+        y.backward(upstream(y))
+        return [y, *gradients(*trained)]
+
+    return call
+
+
 def on_logits(rows: int, vocab: int, scale: float | None = None) -> Call:
     def call() -> list[Tensor]:
         logits, targets = cross_entropy.example(rows, vocab, torch.bfloat16)[0]
@@ -121,7 +138,8 @@ KERNELS = {
     "swiglu._fwd_kernel", "swiglu._bwd_kernel", "swiglu_shrink._fwd_kernel", "swiglu_shrink._bwd_kernel",
     "cross_entropy._fwd_kernel", "cross_entropy._bwd_kernel", "cross_entropy._rescale_kernel",
     "linear_cross_entropy._logits_kernel", "linear_cross_entropy._softmax_kernel", "linear_cross_entropy._dhead_kernel",
-    "fp8_rows._rows_kernel",
+    "fp8_rows._rows_kernel", "expert_tiles._tiles_kernel", "expert_gemm._forward_kernel", "expert_gemm._input_gradient_kernel",
+    "expert_shrink._over_columns_kernel", "expert_shrink._over_slots_kernel", "expert_swiglu._backward_kernel",
 }  # fmt: skip
 CALLS = {  # two tiles of every size, the second ragged
     "lora_swiglu": dual,
@@ -139,6 +157,8 @@ CALLS = {  # two tiles of every size, the second ragged
     "lora_mlp": mlp(37, 20, 41, 5, 0.3),
     "lora_mlp without an adapter of down": mlp(5, 20, 2051, 5, down_adapted=False),
     "lora_mlp of two parts of a rank, joined": mlp(19, 20, 41, 20, joined=True),
+    "lora_experts": experts(23, 20, 20, 5, 0.3),
+    "lora_experts of two parts of a rank, shared": experts(5, 36, 20, 20, shared=True),
     "cross_entropy": on_logits(7, 9001),
     "cross_entropy scaled": on_logits(7, 9001, 0.5),
     "linear_cross_entropy": of_a_head(37, 70, 555),
