@@ -144,7 +144,9 @@ def combinations(
         raise UsageError(f"{path}: {min(zipped.keys() & crossed.keys())} stands in zip and in product", "Give it once.")
     runs = next(iter(lengths.values()), 1) * math.prod(map(len, crossed.values()))
     if runs > most:
-        raise UsageError(f"{path} means {runs:,} runs, and its page shows at most {most:,}", "Make several sweeps of it.")
+        raise UsageError(
+            f"{path} means {runs:,} runs, and its page shows at most {most:,}", "Make several sweeps of it."
+        )
     steps = [dict(zip(zipped, values, strict=True)) for values in zip(*zipped.values(), strict=True)] or [{}]
     crosses = [dict(zip(crossed, values, strict=True)) for values in product(*crossed.values())]
     return [step | cross for step in steps for cross in crosses]

@@ -28,14 +28,14 @@ QUIET = Console(quiet=True)
 
 def test_zip_goes_in_step_and_product_crosses():
     zipped, crossed = {"a": [1, 2], "b": [10, 20]}, {"c": [5, 6, 7], "d": [0]}
-    found = combinations(zipped, crossed, "")
+    found = combinations(zipped, crossed, "", 24)
     assert len(found) == 6 and {(p["a"], p["b"]) for p in found} == {(1, 10), (2, 20)}
     assert [p["c"] for p in found] == [5, 6, 7, 5, 6, 7]
-    assert combinations({}, {}, "") == [{}] and combinations({}, {"c": [1, 2]}, "") == [{"c": 1}, {"c": 2}]
+    assert combinations({}, {}, "", 24) == [{}] and combinations({}, {"c": [1, 2]}, "", 24) == [{"c": 1}, {"c": 2}]
     with pytest.raises(UsageError, match="lists of"):
-        combinations({"a": [1, 2], "b": [1]}, {}, "")
+        combinations({"a": [1, 2], "b": [1]}, {}, "", 24)
     with pytest.raises(UsageError, match="a stands in zip and in product"):
-        combinations({"a": [1]}, {"a": [2]}, "")
+        combinations({"a": [1]}, {"a": [2]}, "", 24)
 
 
 @pytest.mark.parametrize(
