@@ -13,8 +13,7 @@ one order, so that the same input gives the same bits.
 Saved for the backward: x, w, g and u [rows, 2 F], and S of the adapters. h is made again. With dH = dY W_down before the
 weight is multiplied in, dY[t] w = dH . h needs no y: the output of down is neither kept nor made again.
 
-On a GPU of sm_80 or newer all experts are computed together, by grouped Triton kernels (experts_on_triton.py). The torch
-path below takes one expert after the other.
+That is the torch path. On a GPU of sm_80 or newer grouped Triton kernels compute all experts together (experts_on_triton.py).
 
 Dropout names the rows of its masks so that no token's mask depends on other tokens' experts: by token in front of gate_up
 (one mask for its k experts), by slot in front of down.
