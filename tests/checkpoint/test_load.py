@@ -219,7 +219,7 @@ BROKEN = {
     "huge": ({"vocab_size": 2**31}, "vocab_size is 2147483648"),
     "layers without end": ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers"),
     "sizes that overflow": ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1, "num_attention_heads": 2**31 - 1,
-                             "num_key_value_heads": 2**31 - 1, "head_dim": 2**31 - 2}, "larger than any memory"),
+                             "num_key_value_heads": 2**31 - 1, "head_dim": 2**31 - 2}, "hidden_size is 2147483647"),
     "groups": ({"num_key_value_heads": 3}, "not a multiple"),
     "odd head": ({"head_dim": 33}, "head_dim is 33"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is gelu"),
