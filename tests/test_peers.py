@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, loftq_init, merge, save_adapter, save_model
 from minilora.checkpoint.merge import merge_folder
+from minilora.errors import ModelError
 from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters
 
@@ -33,6 +34,11 @@ pytestmark = [
 ]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 MLP = ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+# how Unsloth names attention alone, for a model that may have a vision part
+OF_UNSLOTH = (
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mixer).*?\.(?:q_proj|k_proj|v_proj|o_proj))"
+    r"|(?:\bmodel\.layers\.[\d]{1,}(?!.*\.experts\.\d)\..*?(?:self_attn|attention|attn|mixer).*?\.(?:(?:q_proj|k_proj|v_proj|o_proj)))"
+)
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 FAMILIES = ["qwen2", "qwen3", "qwen3_5_text", "glm", "glm4", "qwen2_moe", "qwen3_moe"]
 kinds = pytest.mark.parametrize("family", FAMILIES)
@@ -214,6 +220,16 @@ def save_their_adapter(base: Path, folder: Path, **config: Any) -> Tensor:
         {"target_modules": "all-linear"},
         {"target_modules": r".*layers\.1\..*_proj"},
         {"layers_to_transform": [1]},
+        {
+            "layers_to_transform": 1,
+            "layers_pattern": "layers",
+            "exclude_modules": ["down_proj", "layers.1.self_attn.q_proj"],
+        },
+        {"exclude_modules": r".*layers\.0\..*"},
+        {
+            "target_modules": OF_UNSLOTH,
+            "auto_mapping": {"base_model_class": "X", "parent_library": "x", "unsloth_fixed": True},
+        },
         {"rank_pattern": {"q_proj": 5, "up": 9, "layers.1.mlp.down_proj": 2}, "use_rslora": True},
         {
             "rank_pattern": {r".*\.0\..*": 2},
@@ -231,6 +247,25 @@ def test_pefts_adapter_opens_here(base: Path, tmp_path: Path, config: dict[str, 
     assert (before - logits).abs().max() > 0.05 * logits.abs().max()
     file = SafetensorsFile(tmp_path / "adapter" / "adapter_model.safetensors")
     assert 2 * len(dict(adapters(model))) == len(file.entries)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+        {"trainable_token_indices": [1, 2]},
+        {"lora_bias": True, "target_modules": ["q_proj"]},
+    ],
+    ids=json.dumps,
+)
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft takes its own bias for a tensor that was cut
+def test_what_peft_trained_beside_plain_lora_is_refused_by_name(tmp_path: Path, config: dict[str, Any]):
+    their_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    save_their_adapter(tmp_path / "base", tmp_path / "adapter", **config)
+    with pytest.raises(ModelError, match=next(iter(config))) as told:
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+    assert told.value.hint
 
 
 @pytest.mark.parametrize("family", ["chatglm", "chatglm2", "qwen"])

@@ -13,15 +13,19 @@ from ..errors import ModelError, quote
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..lora import Base
 
-# keys of a PEFT config that change what an adapter computes, beyond LoRA as it is here
-REFUSED = (
-    "lora_bias", "modules_to_save", "layer_replication",
-    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "megatron_config",
-    "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+# keys of a PEFT config that change what an adapter computes beyond LoRA as it is here, and how
+REFUSED = {
+    "bias": "trains biases of the base", "lora_bias": "adds a bias to B", "modules_to_save": "holds whole modules that were trained",
+    "layer_replication": "repeats layers of the base",
+    "trainable_token_indices": "trains rows of the embedding", "alora_invocation_tokens": "works from a word of the prompt on",
+    "use_qalora": "pools the input", "use_bdlora": "has block-diagonal factors", "arrow_config": "mixes several adapters",
+    "megatron_config": "is split over cards", "kasa_config": "is another method", "velora_config": "is another method",
+    "monteclora_config": "is another method",
+}  # fmt: skip
 READ = (
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
     "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "target_parameters",
+    "lora_B_layout",
 )  # fmt: skip
 MOST_PATTERNS = 10_000
 # how an adapter began or was run, and what the names of its tensors, or the base, say as well
@@ -29,6 +33,7 @@ HARMLESS = (
     "fan_in_fan_out",  # the base's weights lie transposed in files
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "layers_pattern", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "unsloth_fused_expert_lora",
 )  # fmt: skip
 
 
@@ -50,11 +55,17 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
     names = j.get("target_parameters") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{folder / CONFIG}: target_parameters is {quote(str(names))}", "Names belong there.")
-    used = [key for key in REFUSED if j.get(key)] + (["bias"] if j.get("bias", "none") != "none" else [])
-    if used:
+    mapping = j.get("auto_mapping")
+    older = bool(names) and isinstance(mapping, dict) and "unsloth_fixed" in mapping
+    if j.get("lora_B_layout", "" if older else "rank_major") != "rank_major":  # Unsloth 2026.9.5 and older wrote none
         raise ModelError(
-            f"{folder / CONFIG} uses {', '.join(used)}", "Only plain LoRA can be read: merge it with PEFT first."
+            f"{folder / CONFIG}: lora_B_layout is not rank_major: B of experts lies as Unsloth 2026.9.5 and older laid it",
+            "Open it with a newer Unsloth, which lays it as PEFT does, and save it again.",
         )
+    used = [f"{key}, which {how}" for key, how in REFUSED.items() if j.get(key) and (key, j[key]) != ("bias", "none")]
+    if used:
+        hint = "Only plain LoRA can be read: merge it with PEFT (merge_and_unload), and give the result with --model."
+        raise ModelError(f"{folder / CONFIG} uses {'; '.join(used)}", hint)
     unknown = [
         quote(key) for key in j if key not in {*READ, *HARMLESS, *REFUSED} and j[key] not in (None, False, "", [], {})
     ]
@@ -111,10 +122,11 @@ def named_by(folder: Path, j: dict[str, Any], targets: dict[str, Base], held: It
         names = [path, *(f"{path.rpartition('.')[0]}.0.{part}" for part in linear.parts)] if stack else [path]
         module = (experts or not stack) and (wanted == "all-linear" or any(meant(wanted, n, leaves) for n in names))
         module &= layers is None or bool({int(part) for part in path.split(".") if part.isdigit()} & set(layers))
-        if module or meant(parameters, as_parameter(path, linear), leaves):
+        # a pattern that cannot be tried leaves out what the file does not hold
+        module &= left_out is None or not meant(left_out, path, {path.split(".")[-1]} - leaves)
+        if module or meant(parameters, as_parameter(path, linear), leaves):  # which PEFT never leaves out
             found.append(path)
-    # a pattern that cannot be tried leaves out what the file does not hold
-    return [path for path in found if left_out is None or not meant(left_out, path, {path.split(".")[-1]} - leaves)]
+    return found
 
 
 def as_parameter(path: str, linear: Base) -> str:

@@ -1,8 +1,9 @@
-"""`minilora convert`: a folder of pickle weights in, the same folder with safetensors out.
+"""`minilora convert`: a folder of pickle weights in, of a model or of an adapter, the same folder with safetensors out.
 
-ChatGLM-6B and ChatGLM2-6B are published as pickle alone. A pickle can run code when it is read, so nothing here reads one: each
-shard is read in a process of its own (unpickle.py), which takes tensors and nothing else and has bounded memory, time and
-output. What it wrote is then read back by the strict reader. The new folder appears whole or not at all.
+ChatGLM-6B and ChatGLM2-6B are published as pickle alone, and so are adapters of PEFT's first year. A pickle can run code when
+it is read, so nothing here reads one: each shard is read in a process of its own (unpickle.py), which takes tensors and nothing
+else and has bounded memory, time and output. What it wrote is then read back by the strict reader. The new folder appears whole
+or not at all.
 """
 
 import json
@@ -16,7 +17,10 @@ from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, OutputInUse, UsageError
 from ..files.atomic import atomic_folder
-from ..files.model_folder import check_folder, is_prefix_folder, lies_in, read_json
+from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
+from ..files.model_folder import (
+    ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, check_folder, is_adapter, is_prefix_folder, lies_in, read_json,
+)  # fmt: skip
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
 from .load import read_config
@@ -36,8 +40,10 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
     Raises ModelError for a pickle that holds more than tensors, and for a model that is not supported anyhow.
     """
     folder, output = Path(folder), Path(output)
-    check_folder(folder)
-    if not is_prefix_folder(folder):
+    adapter = is_adapter(folder)
+    if not adapter:
+        check_folder(folder)
+    if not adapter and not is_prefix_folder(folder):
         read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputInUse(f"{output} is not empty", "Give another folder.")
@@ -46,11 +52,12 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
     free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.exists())).free
     if free < need:
         raise DiskError(f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Free some space.")
+    whole = ADAPTER_WEIGHTS if adapter else "model.safetensors"
     with atomic_folder(output) as stage:
         places: dict[str, str] = {}
         size = 0
         for number, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else whole
             _unpickle(folder / shard, stage / name)
             for tensor, entry in SafetensorsFile(stage / name).entries.items():
                 if tensor in places:
@@ -67,13 +74,21 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
             (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         copy_companions(folder, stage)
+        if adapter:
+            shutil.copyfile(folder / ADAPTER_CONFIG, stage / ADAPTER_CONFIG)
     return Converted(len(places), size)
 
 
 def _shards(folder: Path) -> list[str]:
     """The names of a folder's pickle files, in order."""
-    if (folder / "model.safetensors").exists() or (folder / INDEX).exists():
+    if any((folder / name).exists() for name in ("model.safetensors", INDEX, ADAPTER_WEIGHTS, MLX_WEIGHTS)):
         raise UsageError(f"{folder} holds safetensors already", "Use it as it is.")
+    if is_adapter(folder):
+        if not (folder / ADAPTER_PICKLE).is_file():
+            raise ModelError(
+                f"{folder} has no {ADAPTER_PICKLE}", f"Give a folder with {ADAPTER_CONFIG} and its weights."
+            )
+        return [ADAPTER_PICKLE]
     if not (folder / BIN_INDEX).exists():
         if not (folder / BIN).is_file():
             raise ModelError(f"{folder} has neither {BIN} nor {BIN_INDEX}", "Give a folder with pickle weights.")

@@ -12,11 +12,12 @@ from torch import Tensor
 from ..errors import ModelError, UsageError
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
-from ..files.safetensors import SafetensorsFile, write_tensors
+from ..files.safetensors import write_tensors
 from .adapter import PREFIX, path_and_half
 from .adapter_config import by_pattern, refuse_what_is_not_lora
 from .expert_adapters import STACKED, from_stacked
 from .load import check_finite
+from .method_folder import weights_of
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,13 @@ class Factors:
 def read_factors(folder: Folder) -> dict[str, Factors]:
     """path of a linear -> its Factors, layer by layer; ModelError for a folder that is not plain LoRA, or has matrices that do not fit."""
     folder = ModelFolder.of(folder)
-    j, path = folder.adapter_config, folder / ADAPTER_WEIGHTS
+    j = folder.adapter_config
     refuse_what_is_not_lora(folder.path, j)
     if j.get("use_dora") or j.get("init_lora_weights") == "pissa":
         kind = "DoRA" if j.get("use_dora") else "PiSSA as PEFT trains it"
         raise ModelError(f"{folder} is {kind}, whose change of W is not B A alone", "Only plain LoRA can be read.")
-    if not path.is_file():
-        raise ModelError(f"{path} is missing", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
-    file = SafetensorsFile(path)
+    file = weights_of(folder.path)
+    path = file.path
     halves: dict[str, dict[str, Tensor]] = {}
     for key in file.entries:
         found = path_and_half(key)
@@ -122,5 +122,5 @@ def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> 
         for which, t in (("A", f.a), ("B", f.b))
     }
     with atomic_folder(target) as stage:
-        write_tensors(stage / ADAPTER_WEIGHTS, tensors, SafetensorsFile(source / ADAPTER_WEIGHTS).metadata)
+        write_tensors(stage / ADAPTER_WEIGHTS, tensors, weights_of(source.path).metadata)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(source.adapter_config | ranks, indent=2) + "\n")

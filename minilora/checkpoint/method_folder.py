@@ -14,7 +14,9 @@ from minilora.models.decoder import Decoder
 
 from ..adapted import adapted
 from ..errors import ModelError, quote
-from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_prefix_folder
+from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
+from ..files.mlx_adapter import MLXAdapter
+from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, is_prefix_folder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import adapters, base_parameters, require_no_adapters, trained_parameters
 from ..methods.dora import DoRALinear
@@ -72,17 +74,16 @@ def weights_of(folder: Path) -> SafetensorsFile:
     """The tensors of an adapter's folder; ModelError if it has none that can be read."""
     if (folder / ADAPTER_WEIGHTS).exists():
         return SafetensorsFile(folder / ADAPTER_WEIGHTS)
+    if (folder / MLX_WEIGHTS).exists():
+        return MLXAdapter(folder / MLX_WEIGHTS)
     if is_prefix_folder(folder):
         if (folder / "model.safetensors").exists():
             return SafetensorsFile(folder / "model.safetensors")
         raise ModelError(f"{folder}: the prefix is pickle", f"minilora convert {folder} OUT, and give OUT.")
-    pickle = (folder / "adapter_model.bin").exists()
-    what = (
-        "the weights are pickle (adapter_model.bin), which can run code when it is read"
-        if pickle
-        else f"no {ADAPTER_WEIGHTS}"
-    )
-    raise ModelError(f"{folder}: {what}", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
+    if (folder / ADAPTER_PICKLE).exists():
+        what = f"the weights are pickle ({ADAPTER_PICKLE}), which can run code when it is read"
+        raise ModelError(f"{folder}: {what}", f"minilora convert {folder} OUT, and give OUT.")
+    raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
 
 
 def check_base(folder: Path, file: SafetensorsFile, model: nn.Module, any_base: bool) -> None:

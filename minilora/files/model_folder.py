@@ -22,6 +22,7 @@ OF_VISION = {
 }  # fmt: skip
 MODEL_FILES = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".safetensors", ".bin", ".py"}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 
 
 def check_is_itself(path: Path, start: bytes) -> None:
@@ -60,7 +61,7 @@ def check_folder(folder: Path) -> None:
             f"{folder} is the root of a Hugging Face cache, not a model's folder",
             f"Give {found[0] if found else 'one of the folders in its snapshots/'}.",
         )
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
+    if is_adapter(folder):
         raise ModelError(f"{folder} is an adapter", "Give it with --adapter, and its base with --model.")
 
 
@@ -125,10 +126,16 @@ class ModelFolder:
 
     @cached_property
     def adapter_config(self) -> dict[str, Any]:
+        """adapter_config.json as PEFT writes it, whoever wrote it."""
         check_adapter(self.path)
         if not (self / ADAPTER_CONFIG).exists():
             return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.config["pre_seq_len"]}
-        return read_json(self / ADAPTER_CONFIG)
+        j = read_json(self / ADAPTER_CONFIG)
+        if "peft_type" not in j:
+            from .mlx_adapter import as_peft  # which reads tensors, with torch
+
+            return as_peft(self / ADAPTER_CONFIG, j)
+        return j
 
     @cached_property
     def tensors(self) -> "Tensors":
@@ -166,6 +173,11 @@ def is_prefix_folder(folder: Path) -> bool:
     """Whether this is a P-tuning checkpoint as ChatGLM-6B's own code writes it: the model's config, which asks for a prefix."""
     config = folder / "config.json"
     return not (folder / ADAPTER_CONFIG).exists() and config.is_file() and bool(read_json(config).get("pre_seq_len"))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this is the folder of an adapter, and no model's that has one beside its weights."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def check_adapter(folder: Path) -> None:

@@ -21,13 +21,14 @@ from typing import Any, Unpack
 from rich.table import Table
 
 from ..checkpoint.load import fingerprint
+from ..checkpoint.method_folder import weights_of
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..checkpoint.quantized import in_memory
 from ..config import PLAIN, RANK_TIMEOUT, DataConfig
 from ..console import Console
 from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, write_file
-from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
+from ..files.model_folder import ModelFolder
 from ..files.regular import open_file
 from ..files.strict_json import read_json_lines
 from ..generate import Request, decode
@@ -91,7 +92,7 @@ def predict(
             "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
             "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
             "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
-            "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(Path(adapter) / ADAPTER_WEIGHTS) if adapter else ""),
+            "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(weights_of(Path(adapter)).path) if adapter else ""),
             "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
             "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
         }  # fmt: skip
