@@ -68,7 +68,7 @@ class TrainConfig(DataConfig):
     mix_general: str = setting("", "file of general rows to mix in", same=False)
     mix_ratio: str = setting("1:1", "own rows : general rows")
     cache: str = setting("", "folder that keeps the tokens of the rows for the next run", same=False)
-    model: str = setting("", "folder of a Hugging Face checkpoint", same=False)
+    model: str = setting("", "folder of a Hugging Face checkpoint, or its name on the hub", same=False)
     method: Literal["lora", "dora", "prefix", "prompt", "ia3", "freeze", "bitfit", "bottleneck", "full"] = setting(
         "lora", "what is trained (docs/methods.md); full: every weight in fp32, for small models"
     )

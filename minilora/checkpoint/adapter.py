@@ -291,9 +291,7 @@ def base_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:
     """A line where an adapter names another base than the folder, and its file cannot tell whether it is the same model."""
     named = str(adapter.adapter_config.get("base_model_name_or_path") or "").replace("\\", "/").rstrip("/")
     own = str(folder.config.get("_name_or_path") or "")
-    names = {
-        name.replace("\\", "/").rstrip("/").split("/")[-1].lower() for name in (str(folder.path.resolve()), own) if name
-    }
+    names = {name.replace("\\", "/").rstrip("/").split("/")[-1].lower() for name in (folder.name, own) if name}
     if not named or named.split("/")[-1].lower() in names:
         return None
     if not (adapter / WEIGHTS).is_file() or "minilora_base" in SafetensorsFile(adapter / WEIGHTS).metadata:

@@ -17,9 +17,16 @@ from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, OutputInUse, UsageError
 from ..files.atomic import atomic_folder
+from ..files.hub_cache import lies_in
 from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from ..files.model_folder import (
-    ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, check_folder, is_adapter, is_prefix_folder, lies_in, read_json,
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    ADAPTER_WEIGHTS,
+    check_folder,
+    is_adapter,
+    is_prefix_folder,
+    read_json,
 )  # fmt: skip
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX

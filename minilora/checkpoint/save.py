@@ -15,7 +15,8 @@ from minilora.models.layers import Adapted
 
 from ..errors import UsageError
 from ..files.atomic import atomic_folder
-from ..files.model_folder import MAX_JSON, ModelFolder, lies_in
+from ..files.hub_cache import lies_in
+from ..files.model_folder import MAX_JSON, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX
 from ..lora import base_parameters

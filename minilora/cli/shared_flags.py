@@ -4,18 +4,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 from ..errors import UsageError
-from ..files.model_folder import ADAPTER_CONFIG, ModelFolder, check_adapter
+from ..files.model_folder import ModelFolder, check_adapter
 from ..terminal import say
 from .arguments import Arg
 
 
 def adapter_folder(given: str) -> str:
     """An argparse type: the folder of an adapter; of a run it is RUN/adapter."""
-    inside = Path(given) / "adapter"
-    return str(inside) if inside.is_dir() and not (Path(given) / ADAPTER_CONFIG).exists() else given
+    return str(ModelFolder(given).path)
 
 
-Model = Annotated[str, Arg("folder of a Hugging Face checkpoint", "DIR", group="model")]
+Model = Annotated[str, Arg("folder of a Hugging Face checkpoint, or its name on the hub", "DIR", group="model")]
 Adapter = Annotated[str, Arg("PEFT adapter folder, or a run's", "DIR", group="model", parse=adapter_folder)]
 Data = Annotated[str, Arg("file of rows, or path#500@0.2, several with commas", "FILE", group="data")]
 Int8 = Annotated[bool, Arg("weights in 8 bits, for speed on a CPU; eval --int8 tells what it costs", group="machine")]

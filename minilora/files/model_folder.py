@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError
+from .hub_cache import cached, not_cached
 from .regular import read_file
 from .strict_json import parse_json
 
@@ -51,9 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_folder(folder: Path) -> None:
     """ModelError if this is no folder of a checkpoint, with what it is instead."""
     if not folder.is_dir():
-        raise ModelError(
-            f"{folder} is not a folder", "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
-        )
+        hint = "Give the folder of a Hugging Face checkpoint; nothing is downloaded."
+        raise not_cached(folder) or ModelError(f"{folder} is not a folder", hint)
     check_regular(folder)
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
         found = sorted(str(p) for p in (folder / "snapshots").iterdir() if p.is_dir())
@@ -73,21 +73,24 @@ def check_regular(folder: Path) -> None:
             raise ModelError(f"{path} is {what}", "Download or copy the file again.")
 
 
-def lies_in(folder: Path, path: Path) -> bool:
-    """Whether a file lies in a folder itself, or a link leads to the blobs of the folder's own Hugging Face cache."""
-    here = folder.resolve()
-    homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
-    return path.resolve().parent in homes
+def trained_in(folder: Path) -> Path:
+    """What a run trained, by the run's folder: its adapter, or with method full its model; any other folder is itself."""
+    if any((folder / name).exists() for name in (ADAPTER_CONFIG, "config.json")):
+        return folder
+    return next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), folder)
 
 
 class ModelFolder:
     """A folder whose files are read when they are first asked for, and not again: it is opened once and passed on.
 
-    `folder / name` is the path of a file in it. Raises ModelError for a file that is broken.
+    It is given by its path, by the name of a model on a hub (hub_cache.py), or by the folder of a run, which means what the run
+    trained. `folder / file` is the path of a file in it, `folder.name` what it is called. Raises ModelError for a file that is broken.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, given: str | Path):
+        folder = cached(given)
+        self.path = trained_in(folder)
+        self.name = (folder.resolve() if folder == Path(given) else Path(given)).name
 
     @classmethod
     def of(cls, folder: "Folder") -> Self:

@@ -101,7 +101,8 @@ def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[d
         header = parse_json(raw, parse_constant=_no_constant, parse_int=_not_negative)
     except ValueError as error:
         raise refuse(f"the header is not valid JSON ({error})") from None
-    metadata = header.pop("__metadata__", None) or {}  # null is what MLX writes
+    metadata = header.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata  # null is what MLX writes
     if type(metadata) is not dict or not all(_is_text(k) and _is_text(v) for k, v in metadata.items()):
         raise refuse("__metadata__ must map strings to strings")
     if len(header) > MAX_TENSORS:

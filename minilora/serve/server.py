@@ -61,7 +61,7 @@ def serve(
 def open_models(folder: ModelFolder, adapters: dict[str, str], **opening: Unpack[Opening]) -> Models:
     """The base of a folder under the folder's name, and its adapters under theirs; says how they compute."""
     tokenizer = load_tokenizer(folder)
-    name = folder.path.resolve().name
+    name = folder.name
     if name in adapters:
         raise UsageError(f"an adapter has the name of the model, {name}", "Give it another: --adapter NAME=DIR.")
     if opening.get("int8") and adapters:
