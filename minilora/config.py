@@ -127,9 +127,7 @@ class TrainConfig(DataConfig):
     keep_attention: bool = setting(
         False, "with checkpointing, keep what attention gave: more memory, less time", same=False
     )
-    offload: Literal["off", "on"] = setting(
-        "off", "on: with checkpointing, layers' inputs wait on the host", same=False
-    )
+    offload: Literal["off", "on"] = setting("off", "on: checkpointing's inputs wait on the host", same=False)
     kernels: Literal["auto", "off"] = setting(
         "auto", "auto: this project's Triton kernels on a GPU; off: PyTorch's operations", same=False
     )
@@ -145,6 +143,7 @@ class TrainConfig(DataConfig):
     )
     shard: Literal["off", "on"] = setting("off", "on: ranks share the frozen base, each keeps 1/N of it", same=False)
     output: str = setting("", "run folder to write", same=False)
+    log_to: str = setting("", "also to tensorboard, wandb, swanlab, mlflow; several with commas", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
     study: bool = setting(False, "every few steps, log how each adapter learns; the report draws it", same=False)

@@ -27,7 +27,7 @@ ALIASES = {
     "dropout": "lora_dropout", "gradient_checkpointing": "checkpointing", "eval_steps": "eval_every",
     "save_steps": "save_every", "save_total_limit": "keep_checkpoints", "adam_beta1": "beta1", "adam_beta2": "beta2",
     "tokenized_path": "cache", "num_virtual_tokens": "pre_seq_len", "virtual_tokens": "pre_seq_len", "test_size": "test",
-    "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps",
+    "finetuning_type": "method", "val_size": "val", "eval_dataset": "val", "torch_dtype": "dtype", "iters": "max_steps", "report_to": "log_to",
 }  # fmt: skip
 # settings of LLaMA-Factory, Hugging Face and axolotl that have no meaning here, and why none is needed
 NOT_NEEDED = {
@@ -39,7 +39,7 @@ NOT_NEEDED = {
     "sample_packing": "rows are always packed, and never see each other", "pad_to_sequence_len": "nothing is padded",
     "group_by_length": "nothing is padded", "remove_unused_columns": "keys that are not read stop the run", "optim": "AdamW is the optimizer",
     "optimizer": "AdamW is the optimizer", "logging_steps": "every step is logged", "plot_loss": "loss.png is always drawn",
-    "report_to": "metrics.jsonl and report.html are always written", "overwrite_cache": "a cache follows what it was made of",
+    "overwrite_cache": "a cache follows what it was made of",
     "overwrite_output_dir": "nothing is overwritten unless the command says so",
     "preprocessing_num_workers": "rows are read as a stream", "dataloader_num_workers": "rows are read as a stream",
     "trust_remote_code": "no code of a folder is ever run", "use_fast_tokenizer": "there is one tokenizer",

@@ -48,13 +48,20 @@ class Opening(TypedDict, total=False):
 
 
 def check_paths(
-    model: str | None = None, adapter: str | None = None, data: str | None = None, encoding: str = ""
+    model: str | None = None, adapter: str | None = None, data: str | None = None, encoding: str = "", log_to: str = ""
 ) -> None:
-    """ModelError or DataError for a path that is not what it should be, UsageError for an encoding; before torch is imported, which takes seconds."""
+    """ModelError or DataError for a path that is not what it should be, UsageError for an encoding or a logger.
+
+    Before torch is imported, which takes seconds.
+    """
     if model:
         ModelFolder(model).config  # noqa: B018 read, or refused
     if adapter:
         check_adapter(Path(adapter))
+    if log_to:
+        from ..run.loggers import asked_for
+
+        asked_for(log_to)
     if data:
         from ..rows import find_data
         from ..rows.encodings import check_encoding

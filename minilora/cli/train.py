@@ -44,7 +44,7 @@ def run(
             raise UsageError(f"{saved} is not there", "Give the --output of the run to go on with.")
         sources.insert(0, read_yaml(saved))
     resolved = resolve(*sources)
-    check_paths(resolved.model, None, resolved.data, resolved.encoding)
+    check_paths(resolved.model, None, resolved.data, resolved.encoding, resolved.log_to)
     if several(gpus):
         return run_on(gpus)
     if watch is not None:

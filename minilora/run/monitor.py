@@ -18,6 +18,7 @@ from ..console import Console
 from ..files.atomic import write_file
 from ..files.strict_json import read_json_lines
 from ..terminal import clock
+from .loggers import Loggers
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,7 @@ class Monitor:
         if path and path.exists():
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path or os.devnull, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 closed by __exit__
+        self.loggers = Loggers(self.say)
         self._every = max(-(-(total - start) // LINES), 1)
         self._live = None
         if console.is_terminal:
@@ -86,6 +88,7 @@ class Monitor:
         if self._live:
             self._live.stop()
         self._file.close()
+        self.loggers.close()
 
     def _average(self, loss: float) -> None:
         self.losses = [*self.losses[-9:], loss]
@@ -122,6 +125,7 @@ class Monitor:
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step is done."""
         self._file.write(json.dumps(metrics) + "\n")
+        self.loggers.log(metrics)
         if "loss" not in metrics:
             return
         self._average(metrics["loss"])

@@ -100,6 +100,8 @@ class StepLog:
         self._read_at = -math.inf
         self.stopping = self._stops = False
         self._began = time.perf_counter() - run.progress.seconds
+        if run.ranks.first:
+            monitor.loggers.open(run.config, run.progress.step)
 
     def add(self, result: StepResult, lr: float, start: float, **more: Any) -> None:
         """A step was launched that began at `start`: the one before is written, and this one, with more, when it is there."""
