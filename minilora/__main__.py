@@ -111,6 +111,7 @@ COMMANDS = {
     "merge": "write base and adapter as one checkpoint, and prove it",
     "export": "write an adapter with the names that PEFT or vLLM reads",
     "serve": "a model and its adapters behind an endpoint like OpenAI's, and a page to chat and to watch runs",
+    "completion": "a script with which bash, zsh or fish completes commands and flags",
 }
 # commands of two words: each has its own module, such as cli/inspect_data.py
 SUBCOMMANDS = {
