@@ -263,11 +263,11 @@ def test_a_run_folder_of_any_name_draws_its_picture(tmp_path: Path, name: str):
 def test_settings_of_other_tools_that_mean_nothing_here_are_one_line(tmp_path: Path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "stage: sft\ndo_train: true\ntemplate: qwen\nbf16: true\noptim: adamw\nreport_to: none\nlearning_rate: 1.0e-4\n"
+        "do_train: true\ntemplate: qwen\nbf16: true\noptim: adamw\nreport_to: none\nlearning_rate: 1.0e-4\n"
     )
     assert main(["plan", "-c", str(config), "--model", str(make_model(tmp_path / "m"))]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "not needed" in line)
-    assert all(key in line for key in ("stage", "do_train", "template", "bf16", "optim")) and "learning" not in line
+    assert all(key in line for key in ("do_train", "template", "bf16", "optim")) and "learning" not in line
 
 
 @pytest.mark.parametrize(

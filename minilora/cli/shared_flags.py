@@ -74,7 +74,11 @@ def check_paths(
 
 
 def settings_of_file(recipe: str | None, config: str | None) -> dict[str, Any]:
-    """The settings of a yaml file, given by itself or with -c; prints and leaves out those that have no meaning here."""
+    """The settings of a yaml file, given by itself or with -c; prints and leaves out those that have no meaning here.
+
+    A config of another tool (neighbours/) is translated, with a line for each of its keys.
+    """
+    from ..neighbours import translated, writer_of
     from ..settings import read_yaml, without_not_needed
 
     if recipe and config:
@@ -83,7 +87,11 @@ def settings_of_file(recipe: str | None, config: str | None) -> dict[str, Any]:
         hint = "What stands alone is a yaml file of settings, or on or off after a switch."
         raise UsageError(f"unknown argument {recipe!r}", hint)
     path = recipe or config
-    settings, note = without_not_needed(read_yaml(Path(path)) if path else {})
+    given = read_yaml(Path(path)) if path else {}
+    writer = writer_of(given)
+    if path and writer:
+        return translated(Path(path), given, writer, lambda line: say(line, quiet=True))
+    settings, note = without_not_needed(given)
     if note:
         say(note)
     return settings
