@@ -70,9 +70,9 @@ def translated(path: Path, config: Config, of: Neighbour, say: Callable[[str], A
             settings |= found
         say(f"{of.name:<15}{f'{key}: {_shown(value)}':<40} {_told(found)}")
     if refused:
-        key, first = next(iter(refused.items()))
-        names = ", ".join(quote(name, 40) for name in refused)
-        raise UsageError(f"{path}: {of.name}'s {names} cannot be had here; {key}: {first.why}", first.hint)
+        (first, *more), names = refused.values(), ", ".join(quote(name, 40) for name in refused)
+        why = "; the lines above say why" if more else f": {first.why}"
+        raise UsageError(f"{path}: {names} cannot be had here{why}", first.hint)
     defaults = {k: v for k, v in of.defaults(config).items() if k not in settings}
     if defaults:
         say(f"{of.name:<15}{'its defaults':<40} {_told(defaults)}")
