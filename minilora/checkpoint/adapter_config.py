@@ -57,7 +57,8 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         raise ModelError(f"{folder / CONFIG}: target_parameters is {quote(str(names))}", "Names belong there.")
     mapping = j.get("auto_mapping")
     older = bool(names) and isinstance(mapping, dict) and "unsloth_fixed" in mapping
-    if j.get("lora_B_layout", "" if older else "rank_major") != "rank_major":  # Unsloth 2026.9.5 and older wrote none
+    layout = j.get("lora_B_layout") or ("" if older else "rank_major")
+    if layout != "rank_major":  # Unsloth 2026.9.5 and older wrote none
         raise ModelError(
             f"{folder / CONFIG}: lora_B_layout is not rank_major: B of experts lies as Unsloth 2026.9.5 and older laid it",
             "Open it with a newer Unsloth, which lays it as PEFT does, and save it again.",

@@ -12,7 +12,7 @@ Layout: mlx_lm/tuner/lora.py and dora.py of mlx-lm 0.32.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -38,10 +38,7 @@ def as_peft(path: Path, j: dict[str, Any]) -> dict[str, Any]:
         raise ModelError(
             f"{path}: lora_parameters is {quote(str(parameters))}", "rank, scale and dropout belong there."
         )
-    rank, scale = parameters.get("rank"), parameters.get("scale")
-    for name, value in (("rank", rank), ("scale", scale)):
-        if type(value) not in (int, float):
-            raise ModelError(f"{path}: {name} of lora_parameters is {quote(str(value))}", "A number belongs there.")
+    rank, scale = (_number(path, parameters, name) for name in ("rank", "scale"))
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -50,6 +47,13 @@ def as_peft(path: Path, j: dict[str, Any]) -> dict[str, Any]:
         "use_dora": kind == "dora",
         "base_model_name_or_path": str(j.get("model") or ""),
     }
+
+
+def _number(path: Path, parameters: dict[str, Any], name: str) -> int | float:
+    value = parameters.get(name)
+    if type(value) not in (int, float):
+        raise ModelError(f"{path}: {name} of lora_parameters is {quote(str(value))}", "A number belongs there.")
+    return cast(float, value)
 
 
 class MLXAdapter(SafetensorsFile):

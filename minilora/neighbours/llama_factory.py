@@ -135,7 +135,7 @@ def number_or_none(name: str) -> Rule:
     return lambda value, config: {name: value} if float(value) > 0 else Ignored("off")
 
 
-SCHEDULES = {
+SCHEDULES: dict[Any, Config | Ignored | Refused] = {
     "cosine": {"schedule": "cosine"}, "linear": {"schedule": "linear"}, "constant": {"schedule": "constant"},
     "constant_with_warmup": {"schedule": "constant"},
 }  # fmt: skip
