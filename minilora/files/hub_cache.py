@@ -26,8 +26,8 @@ def cached(given: str | Path) -> Path:
 
 
 def not_cached(given: Path) -> ModelError | None:
-    """What to say of a name that is no folder, if it is a name on a hub."""
-    if not HUB_ID.fullmatch(str(given)):
+    """What to say of a name that is no folder, if it is a name on a hub, and no path that was mistyped."""
+    if not HUB_ID.fullmatch(str(given)) or given.parent.is_dir():
         return None
     what = f"{given} is not a folder, and not in the caches {hugging_face_cache()} and {modelscope_cache()}"
     hint = f"Nothing is downloaded here: hf download {given}, or modelscope download --model {given}, fetches it."

@@ -98,7 +98,9 @@ def test_what_no_cache_has_is_told_with_the_commands_that_fetch_it(tmp_path: Pat
         and f"modelscope download --model {NAME}" in told
         and str(tmp_path / "hub") in told
     )
-    assert main(["chat", "--model", "no-name-of-a-hub"]) == 4 and "hf download" not in capsys.readouterr().err
+    (tmp_path / "models").mkdir()
+    for path in ("no-name-of-a-hub", "models/mistyped"):
+        assert main(["chat", "--model", path]) == 4 and "hf download" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "../../../outside.json", "../../../../up"])
