@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ModelError
+from .regular import read_file
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -47,11 +48,9 @@ def modelscope_cache() -> Path:
 def _hugging_face(name: str) -> Iterator[Path]:
     folder = hugging_face_cache() / f"models--{name.replace('/', '--')}"
     reference = folder / "refs" / "main"
-    if reference.is_file():
-        with open(reference, encoding="ascii", errors="replace") as file:
-            commit = file.read(64).strip()
-        if re.fullmatch("[0-9a-f]{40}", commit):
-            yield folder / "snapshots" / commit
+    commit = read_file(reference, ModelError, 64).decode("ascii", "replace").strip() if reference.is_file() else ""
+    if re.fullmatch("[0-9a-f]{40}", commit):
+        yield folder / "snapshots" / commit
 
 
 def _modelscope(name: str) -> Iterator[Path]:
