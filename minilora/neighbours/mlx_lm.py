@@ -25,8 +25,6 @@ def adapters_of(value: Any, config: Config) -> Config | Refused:
     """The settings of lora_parameters, and of num_layers, which counts from the last one."""
     if not isinstance(value, dict) or not {"rank", "scale"} <= value.keys():
         return Refused("rank and scale belong there", "Give both.")
-    if not config.get("model"):
-        return Refused("num_layers counts the layers of the model", "Write the model into the file.")
     keys = [str(key) for key in value.get("keys") or []]
     odd = [key for key in keys if not re.fullmatch(r"[\w.]+", key)]
     if odd:
@@ -50,7 +48,9 @@ def _targets(keys: list[str], config: Config) -> str:
 
 
 def _layers(config: Config) -> int:
-    return int(ModelFolder(str(config.get("model"))).language.get("num_hidden_layers") or 0)
+    if not isinstance(config.get("model"), str):
+        raise ValueError("num_layers counts the layers of the model")
+    return int(ModelFolder(config["model"]).language.get("num_hidden_layers") or 0)
 
 
 def schedule_of(value: Any, config: Config) -> Config | Refused:

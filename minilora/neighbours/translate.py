@@ -73,7 +73,11 @@ def translated(path: Path, config: Config, of: Neighbour, say: Callable[[str], A
         (first, *more), names = refused.values(), ", ".join(quote(name, 40) for name in refused)
         why = "; the lines above say why" if more else f": {first.why}"
         raise UsageError(f"{path}: {names} cannot be had here{why}", first.hint)
-    defaults = {k: v for k, v in of.defaults(config).items() if k not in settings}
+    try:
+        defaults = {k: v for k, v in of.defaults(config).items() if k not in settings}
+    except (TypeError, ValueError):
+        what = f"{path}: what {of.name} takes for keys that are not there cannot be told from those that are"
+        raise UsageError(what, "Write the model and the ranks, layers and steps into the file, as numbers.") from None
     if defaults:
         say(f"{of.name:<15}{'its defaults':<40} {_told(defaults)}")
     return defaults | settings

@@ -252,6 +252,15 @@ def test_an_mlx_lm_config(place: Path):
             settings(MLX_LM, **changes)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"num_layers": "x"}, {"model": None}, {"iters": None, "grad_accumulation_steps": "x"}], ids=str
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_an_mlx_lm_config_of_no_sense_is_an_error_of_usage(place: Path, changes: dict[str, Any], own: bool):
+    with pytest.raises(UsageError):
+        resolve(settings(MLX_LM if own else MLX_LM.partition("lora_parameters")[0], **changes))
+
+
 def test_the_linears_of_an_mlx_lm_config_are_those_that_mlx_lm_adapts(place: Path):
     """By the keys of an adapter that mlx-lm wrote, whose config says the last layer and no names."""
     base, written = GOLDEN / "qwen2", load_file(GOLDEN / "mlx" / "qwen2" / "adapters.safetensors")
