@@ -49,7 +49,7 @@ def _targets(keys: list[str], config: Config) -> str:
 
 def _layers(config: Config) -> int:
     if not isinstance(config.get("model"), str):
-        raise ValueError("num_layers counts the layers of the model")
+        raise TypeError("num_layers counts the layers of the model")
     return int(ModelFolder(config["model"]).language.get("num_hidden_layers") or 0)
 
 
