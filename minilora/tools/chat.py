@@ -16,6 +16,7 @@ from ..adapted import without_adapters
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..errors import UsageError
 from ..files.model_folder import ModelFolder, beyond
+from ..files.regular import read_file
 from ..generate import generate, stream_text
 from ..lora import adapters
 from ..positions import room
@@ -166,7 +167,7 @@ def chat(
 def _functions(path: str, tokenizer: Tokenizer) -> list[dict]:
     """The functions of a JSON file; UsageError if it is none, or the chat format has no place for them."""
     try:
-        tools = read_tools(Path(path).read_bytes().decode("utf-8-sig"))
+        tools = read_tools(read_file(Path(path), UsageError, MAX_TOOLS).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         what = f"--tools {path}: {error.strerror if isinstance(error, OSError) else error}"
         raise UsageError(what, "Give a JSON file with a list of functions, as OpenAI writes them.") from None
