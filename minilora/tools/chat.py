@@ -27,6 +27,7 @@ from ..text.tokenizer import Tokenizer, load_tokenizer
 from ..text.tools import as_json, read_tools
 from .typed import typed
 
+MAX_TOOLS = 4 << 20  # bytes
 HELP = """\
 /base          switch the adapter off, or on again
 /greedy        switch sampling off, or on again

@@ -81,9 +81,15 @@ def test_a_kept_output_with_one_input_that_requires_grad(alone: int):
 def test_the_backward_of_short_documents_in_16_bits_computes_in_fp32(dtype: torch.dtype):
     q, k, v, cu_seqlens = packed(dtype)
     out, lse = attention_forward(q, k, v, cu_seqlens)
-    dout, spec = upstream(q), module.MaskSpec(tuple(cu_seqlens), None, None)
-    found = module._cpu_backward(dout, q, k, v, out, lse, spec)
-    wide = module._cpu_backward(*(x.float() for x in (dout, q, k, v, out)), lse, spec)
+    spec = module.MaskSpec(tuple(cu_seqlens), None, None)
+
+    def backward(*given: Tensor) -> tuple[Tensor, ...]:
+        dout, q, k, v, out = given
+        assert lse is not None
+        return module._cpu_backward(dout, q, k, v, out, lse, spec)
+
+    given = upstream(q), q, k, v, out
+    found, wide = backward(*given), backward(*(x.float() for x in given))
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found, wide, strict=True))
 
 

@@ -84,7 +84,7 @@ def test_gpt2_from_a_vocabulary_and_merges(tokenizers, tmp_path):
     """OpenAI's own folder has vocab.json and merges.txt; both ways give transformers' ids, and its chats."""
     model = json.loads((GOLDEN / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
-    files = {"vocab.json": json.dumps(model["vocab"]), "merges.txt": merges}
+    files: dict[str, str | bytes] = {"vocab.json": json.dumps(model["vocab"]), "merges.txt": merges}
     apart = load_tokenizer(folder_with(tmp_path / "m", {"model_type": "gpt2"}, files))
     assert not [t["text"] for t in EXPECTED["gpt2"]["texts"] if apart.encode(t["text"]) != t["ids"]]
     (chat,) = EXPECTED["gpt2"]["chats"]
