@@ -22,7 +22,7 @@ from minilora.models.gpt2 import Conv1D
 from minilora.models.moe import ExpertLinear
 
 from ..errors import ModelError, UsageError, quote
-from ..files.atomic import atomic_folder
+from ..files.atomic import atomic_folder, require_empty
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
@@ -101,6 +101,9 @@ def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer:
     c, adapter = read_config(model), ModelFolder.of(adapter)
     if c.family in WITHOUT_LORA.get(consumer, ()):
         raise UsageError(f"{consumer} takes no adapters on {c.family}", "Merge it: minilora merge.")
+    require_empty(Path(output))
+    if adapter.adapter_config.get("peft_type") in PEFT_TYPES:
+        raise ModelError(f"{adapter} is no LoRA: its keys are the same for every reader", "Give the folder itself.")
     meta = empty_model(c)
     load_adapter(meta, adapter, any_base=True)
     wrapped = {spelled(path, c.family, consumer): wrapper for path, wrapper in adapters(meta)}

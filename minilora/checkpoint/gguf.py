@@ -16,14 +16,15 @@ from torch import Tensor
 
 from minilora.kernels.quantized import QuantizedWeight, weight_as
 from minilora.models.config import Config, Yarn
+from minilora.models.decoder import Decoder
 
 from ..errors import ModelError
-from ..files.atomic import atomic_folder
+from ..files.atomic import atomic_folder, require_empty
 from ..files.gguf import KINDS, Value, write_gguf
 from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import NAMES as DTYPE_NAMES
 from ..lora import LoRALinear, adapters
-from ..methods.dora import DoRALinear
+from ..methods.table import PEFT_TYPES
 from ..text.tokenizer import check_fits, load_tokenizer
 from .adapter import load_adapter, needed_quant
 from .gguf_tokenizer import tokenizer_metadata
@@ -57,6 +58,7 @@ def export_model(folder: Folder, output: str | Path, kind: str | None = None) ->
     are not whole blocks are fp16; beside q4_0, the head is q8_0. Raises ModelError for what llama.cpp does not compute.
     """
     folder = ModelFolder.of(folder)
+    require_empty(Path(output))
     architecture = _architecture(folder)
     model, stored = described_model(folder, None, "off")
     c, tokenizer = model.config, load_tokenizer(folder)
@@ -75,7 +77,9 @@ def export_model(folder: Folder, output: str | Path, kind: str | None = None) ->
             raise ModelError(f"{folder}: {names[name]} has values that fp16 cannot hold", "Give --type bf16.")
         return value
 
-    metadata = _metadata(architecture, folder.path.resolve().name, c, kind) | tokenizer_metadata(folder, tokenizer, c.vocab)
+    metadata = _metadata(architecture, folder.path.resolve().name, c, kind) | tokenizer_metadata(
+        folder, tokenizer, c.vocab
+    )
     with atomic_folder(Path(output)) as stage:
         write_gguf(stage / GGUF_MODEL, metadata, tensors, tensor)
         (stage / MODELFILE).write_text(modelfile(f"./{GGUF_MODEL}", tokenizer, folder))
@@ -90,11 +94,9 @@ def export_lora(folder: Folder, adapter: Folder, output: str | Path, base: str |
     ModelError for what is no LoRA.
     """
     folder, adapter = ModelFolder.of(folder), ModelFolder.of(adapter)
+    require_empty(Path(output))
     architecture, tokenizer = _architecture(folder), load_tokenizer(folder, adapter)
-    meta = empty_model(read_config(folder))
-    load_adapter(meta, adapter, any_base=True)
-    wrapped = dict(adapters(meta))
-    _refuse_what_is_not_lora(adapter, wrapped)
+    wrapped = _linears_of(adapter, empty_model(read_config(folder)))
     first = next(iter(wrapped.values()))
     alpha = first.scale * len(first.factors()[0])
     tensors: dict[str, Tensor] = {}
@@ -186,13 +188,18 @@ def _kind(wanted: str, shape: tuple[int, ...], head: bool) -> str:
     return "q8_0" if head and wanted == "q4_0" else wanted
 
 
-def _refuse_what_is_not_lora(adapter: ModelFolder, wrapped: dict[str, LoRALinear]) -> None:
-    other = None
-    if not wrapped or any(isinstance(w, DoRALinear) for w in wrapped.values()):
-        other = "is no plain LoRA, and llama.cpp has no other adapters"
-    elif needed_quant(adapter.path):
-        other = f"began as the error of a base in {needed_quant(adapter.path)} (LoftQ), which llama.cpp does not have"
-    elif not all(w.scale for w in wrapped.values()):
-        other = "has linears whose lora_alpha is 0, which llama.cpp takes for 1"
-    if other:
-        raise ModelError(f"{adapter} {other}", "Merge it, and export the merged folder: minilora merge.")
+def _linears_of(adapter: ModelFolder, meta: Decoder) -> dict[str, LoRALinear]:
+    """The adapters of a folder, by their linears' paths; ModelError for what is more than B A on a plain linear."""
+    hint = "Merge it, and export the merged folder: minilora merge."
+    if adapter.adapter_config.get("peft_type") in PEFT_TYPES or adapter.adapter_config.get("use_dora"):
+        raise ModelError(f"{adapter} is no plain LoRA, and llama.cpp has no other adapters", hint)
+    quant = needed_quant(adapter.path)
+    if quant:
+        raise ModelError(
+            f"{adapter} began as the error of a base in {quant} (LoftQ), which llama.cpp does not have", hint
+        )
+    load_adapter(meta, adapter, any_base=True)
+    found = dict(adapters(meta))
+    if not all(w.scale for w in found.values()):
+        raise ModelError(f"{adapter} has linears whose lora_alpha is 0, which llama.cpp takes for 1", hint)
+    return found

@@ -33,16 +33,13 @@ def tokenizer_metadata(folder: ModelFolder, tokenizer: Tokenizer, vocab: int) ->
         "tokenizer.ggml.pre": _cut(folder, j),
         "tokenizer.ggml.tokens": [texts.get(i, f"[PAD{i}]") for i in range(vocab)],
         "tokenizer.ggml.token_type": [kinds.get(i, NORMAL) if i in texts else UNUSED for i in range(vocab)],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in j["model"]["merges"]],
         "tokenizer.ggml.add_bos_token": False,
     }
-    merges = [" ".join(pair) for pair in j["model"]["merges"]]
-    if merges:
-        metadata["tokenizer.ggml.merges"] = merges
-    ids = dict(zip(ENDS, (tokenizer.specials[t] for t in tokenizer.template.stops if t in tokenizer.specials), strict=False))
-    ids |= {"bos": tokenizer.specials[t] for t in ["<|endoftext|>"] if t in tokenizer.specials}
     pad = folder.tokenizer_config.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    ids |= {"padding": tokenizer.specials[pad]} if pad in tokenizer.specials else {}
+    roles = [*zip(ENDS, tokenizer.template.stops, strict=False), ("bos", "<|endoftext|>"), ("padding", pad)]
+    ids = {role: tokenizer.specials[token] for role, token in roles if token in tokenizer.specials}
     metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
     template = jinja_text(folder)
     return metadata if template is None else metadata | {"tokenizer.chat_template": template}

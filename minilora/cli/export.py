@@ -32,7 +32,8 @@ def run(
         return
     if not adapter or type_ or from_:
         raise UsageError(
-            f"--for {for_} takes an adapter, and neither --type nor --from", "A model is read by PEFT and vLLM as it is."
+            f"--for {for_} takes an adapter, and neither --type nor --from",
+            "A model is read by PEFT and vLLM as it is.",
         )
     from ..checkpoint.adapter import export_adapter
 
@@ -59,5 +60,7 @@ def _gguf(model: str, adapter: str | None, output: str, kind: str | None, base: 
         say(f"\n  llama-cli -m {output}/{name}\n  ollama create NAME -f {output}/Modelfile")
         return
     if not base:
-        say(f"        the Modelfile asks for the model as {GGUF_MODEL} beside it: minilora export --for gguf without --adapter")
+        say(
+            f"        the Modelfile asks for the model as {GGUF_MODEL} beside it: minilora export --for gguf without --adapter"
+        )
     say(f"\n  llama-cli -m {base or GGUF_MODEL} --lora {output}/{name}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 BLOCK = 32
-ROWS_AT_ONCE = 1 << 22  # numbers of a tensor that are encoded at a time
+NUMBERS_AT_ONCE = 1 << 22  # numbers of a tensor that are encoded at a time
 
 
 class Kind(NamedTuple):
@@ -98,7 +98,7 @@ def _reciprocal(d: Tensor) -> Tensor:
 
 
 def _encoded(x: Tensor, kind: str) -> Iterator[Tensor]:
-    for piece in x.detach().cpu().contiguous().flatten().split(ROWS_AT_ONCE):
+    for piece in x.detach().cpu().contiguous().flatten().split(NUMBERS_AT_ONCE):
         yield encode(piece, kind)
 
 
@@ -131,7 +131,7 @@ def _typed(value: Value) -> bytes:
             return struct.pack("<If", FLOAT32, value)
         case str():
             return struct.pack("<I", STRING) + _text(value)
-        case [str(), *_]:
-            return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))  # pyright: ignore[reportArgumentType]
-        case _:
+        case [int(), *_]:
             return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
+        case _:
+            return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))  # pyright: ignore[reportArgumentType]
