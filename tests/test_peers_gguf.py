@@ -40,7 +40,16 @@ def with_adapter(folder: Path, to: Path, size: float) -> Path:
 
 def llama(model: Path, lora: Path | None = None, **options: Any) -> Any:
     return closing(
-        llama_cpp.Llama(str(model), n_ctx=256, n_threads=1, verbose=False, type_k=0, type_v=0, lora_path=lora and str(lora), **options)
+        llama_cpp.Llama(
+            str(model),
+            n_ctx=256,
+            n_threads=1,
+            verbose=False,
+            type_k=0,
+            type_v=0,
+            lora_path=lora and str(lora),
+            **options,
+        )
     )
 
 

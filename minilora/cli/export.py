@@ -35,7 +35,8 @@ def run(
             f"--for {for_} takes an adapter, and neither --type nor --from",
             "A model is read by PEFT and vLLM as it is.",
         )
-    from ..checkpoint.adapter import export_adapter
+    from ..checkpoint.consumers import vllm_rank
+    from ..checkpoint.export import export_adapter
 
     found = export_adapter(model, adapter, output, for_)
     say(
@@ -44,7 +45,7 @@ def run(
     if found.made_alike:
         say(f"        all of rank {found.r} and of one scale now: {for_} reads no rank_pattern or alpha_pattern")
     if for_ == "vllm" and found.r > 16:
-        say(f"        vLLM takes ranks up to 16 unless told: --max-lora-rank {found.r}")
+        say(f"        vLLM takes ranks up to 16 unless told: --max-lora-rank {vllm_rank(found.r)}")
 
 
 def _gguf(model: str, adapter: str | None, output: str, kind: str | None, base: str | None) -> None:
