@@ -1,10 +1,13 @@
 """GGUF files in the hands of others: the gguf package reads them, and llama.cpp answers with the same tokens (extra: llama)."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unicodedata import is_normalized
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
 ASKED = [*PROMPTS, "Name three colours.", "把下面的句子改成被动语态：他打碎了杯子。"]
+TOKENIZERS = Path(__file__).parent / "golden" / "tokenizers"
 MINI = Path(minilora.__file__).parent / "demo" / "mini"
 FAMILIES = ("qwen2", "qwen3", "glm", "glm4")
 SIZES = {"num_attention_heads": 2, "vocab_size": 264}
@@ -100,6 +104,23 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, family: str):
             llm.eval(ids.tolist())
             found = torch.from_numpy(llm.scores[: len(ids)].copy())
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_llama_cpp_cuts_text_alike(tmp_path: Path, name: str):
+    """The texts of the golden tokens, but for those that are not NFC, which llama.cpp does not make of them."""
+    folder = make_model(tmp_path / "model", vocab_size=151_700, hidden_size=16, num_hidden_layers=1)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZERS / name / file, folder)
+    export_model(folder, tmp_path / "out")
+    texts = [
+        t
+        for t in json.loads((TOKENIZERS / name / "golden.json").read_text())["texts"]
+        if is_normalized("NFC", t["text"])
+    ]
+    with llama(tmp_path / "out" / "model.gguf", vocab_only=True) as llm:
+        found = {t["text"]: llm.tokenize(t["text"].encode(), add_bos=False, special=True) for t in texts}
+    assert {t["text"]: t["ids"] for t in texts} == found and len(found) > 70
 
 
 def answers(folder: Path, adapter: Path | None) -> Iterator[tuple[str, list[int], list[int]]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gguf_file import read_gguf
 from tiny import make_model
+from tokenizers import AddedToken, models, pre_tokenizers
 
 import minilora
 from minilora.__main__ import main
@@ -16,6 +17,7 @@ from minilora.checkpoint.modelfile import go_template
 from minilora.errors import ModelError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters
+from minilora.text.bpe import GLM_SPLIT, around
 from minilora.text.template import Template, render_text
 from minilora.text.template_glm import GLM4_OWN, glm_formats
 from minilora.text.template_qwen import DEEPSEEK_R1, ChatML
@@ -135,6 +137,23 @@ def test_rows_without_a_token_and_tokens_that_are_no_special_ones(tmp_path: Path
     metadata, _ = read_gguf(tmp_path / "out" / "model.gguf")
     assert metadata["tokenizer.ggml.tokens"][258:262] == ["<|im_end|>", "<think>", "[PAD260]", "[PAD261]"]
     assert metadata["tokenizer.ggml.token_type"][258:262] == [3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_tokenizer_of_glm(tmp_path: Path, whole: bool):
+    """Digits are cut in threes; llama.cpp has two names for that, by whether a word that is a token is taken as it is."""
+    ends = {"<|user|>": 256, "<|endoftext|>": 257, "<|observation|>": 258, "<|assistant|>": 259}
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    built = around(models.BPE(alphabet | ends, [], ignore_merges=whole), GLM_SPLIT, nfc=False)
+    built.add_special_tokens([AddedToken(text, normalized=False) for text in ends])
+    folder = make_model(tmp_path / "model", model_type="glm4", **SIZES)
+    built.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").unlink()
+    export_model(folder, tmp_path / "out")
+    metadata, _ = read_gguf(tmp_path / "out" / "model.gguf")
+    assert metadata["tokenizer.ggml.pre"] == ("glm4" if whole else "chatglm-bpe")
+    found = {end: metadata[f"tokenizer.ggml.{end}_token_id"] for end in ("eos", "eot", "eom", "bos")}
+    assert found == {"eos": 256, "eot": 257, "eom": 258, "bos": 257} and "tokenizer.chat_template" not in metadata
 
 
 def go(template: str, messages: list[dict[str, str]]) -> str:
