@@ -28,7 +28,7 @@ ASKED = [*PROMPTS, "Name three colours.", "把下面的句子改成被动语态�
 TOKENIZERS = Path(__file__).parent / "golden" / "tokenizers"
 MINI = Path(minilora.__file__).parent / "demo" / "mini"
 FAMILIES = ("qwen2", "qwen3", "glm", "glm4")
-SIZES = {"num_attention_heads": 2, "vocab_size": 264}
+SIZES: dict[str, Any] = {"num_attention_heads": 2, "vocab_size": 264}
 
 
 def with_adapter(folder: Path, to: Path, size: float) -> Path:

@@ -41,6 +41,7 @@ INSIDE = {
     "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_mlp_layernorm": "post_ffw_norm",
 }  # fmt: skip
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
+MERGE = "Merge it, and export the merged folder: minilora merge."
 GGUF_MODEL, GGUF_ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 
 
@@ -77,9 +78,8 @@ def export_model(folder: Folder, output: str | Path, kind: str | None = None) ->
             raise ModelError(f"{folder}: {names[name]} has values that fp16 cannot hold", "Give --type bf16.")
         return value
 
-    metadata = _metadata(architecture, folder.path.resolve().name, c, kind) | tokenizer_metadata(
-        folder, tokenizer, c.vocab
-    )
+    metadata = _metadata(architecture, folder.path.resolve().name, c, kind)
+    metadata |= tokenizer_metadata(folder, tokenizer, c.vocab)
     with atomic_folder(Path(output)) as stage:
         write_gguf(stage / GGUF_MODEL, metadata, tensors, tensor)
         (stage / MODELFILE).write_text(modelfile(f"./{GGUF_MODEL}", tokenizer, folder))
@@ -97,6 +97,8 @@ def export_lora(folder: Folder, adapter: Folder, output: str | Path, base: str |
     require_empty(Path(output))
     architecture, tokenizer = _architecture(folder), load_tokenizer(folder, adapter)
     wrapped = _linears_of(adapter, empty_model(read_config(folder)))
+    if "tokenizer.json" in tokenizer.replaced:
+        raise ModelError(f"{adapter} has a tokenizer of its own, and a GGUF adapter has none", MERGE)
     first = next(iter(wrapped.values()))
     alpha = first.scale * len(first.factors()[0])
     tensors: dict[str, Tensor] = {}
@@ -190,16 +192,15 @@ def _kind(wanted: str, shape: tuple[int, ...], head: bool) -> str:
 
 def _linears_of(adapter: ModelFolder, meta: Decoder) -> dict[str, LoRALinear]:
     """The adapters of a folder, by their linears' paths; ModelError for what is more than B A on a plain linear."""
-    hint = "Merge it, and export the merged folder: minilora merge."
     if adapter.adapter_config.get("peft_type") in PEFT_TYPES or adapter.adapter_config.get("use_dora"):
-        raise ModelError(f"{adapter} is no plain LoRA, and llama.cpp has no other adapters", hint)
+        raise ModelError(f"{adapter} is no plain LoRA, and llama.cpp has no other adapters", MERGE)
     quant = needed_quant(adapter.path)
     if quant:
         raise ModelError(
-            f"{adapter} began as the error of a base in {quant} (LoftQ), which llama.cpp does not have", hint
+            f"{adapter} began as the error of a base in {quant} (LoftQ), which llama.cpp does not have", MERGE
         )
     load_adapter(meta, adapter, any_base=True)
     found = dict(adapters(meta))
     if not all(w.scale for w in found.values()):
-        raise ModelError(f"{adapter} has linears whose lora_alpha is 0, which llama.cpp takes for 1", hint)
+        raise ModelError(f"{adapter} has linears whose lora_alpha is 0, which llama.cpp takes for 1", MERGE)
     return found

@@ -22,7 +22,7 @@ def modelfile(model: str, tokenizer: Tokenizer, folder: ModelFolder, adapter: st
     chat = go_template(template)
     if chat is not None:
         lines.append(f"TEMPLATE {_quoted(chat)}")
-    if template.default_system is not None:
+    if template.default_system is not None and '"""' not in template.default_system:  # which ends a text there
         lines.append(f"SYSTEM {_quoted(template.default_system)}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in template.stops if stop in tokenizer.specials]
     for ours, theirs in SAMPLING.items():

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {key: file.tensor(key).clone() for key in file.entries}
 
 
-def changed(adapter: Path, to: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> Path:
+def changed(adapter: Path, to: Path, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
     shutil.copytree(adapter, to)
     if tensors is not None:
         (to / WEIGHTS).unlink()
@@ -41,7 +42,7 @@ def changed(adapter: Path, to: Path, tensors: dict[str, torch.Tensor] | None = N
     return to
 
 
-def trained(folder: Path, to: Path, **options: object) -> Path:
+def trained(folder: Path, to: Path, **options: Any) -> Path:
     model = minilora.load_model(folder, device="cpu")
     minilora.add_lora(model, **({"r": 3, "alpha": 7} | options))
     generator = torch.Generator().manual_seed(0)

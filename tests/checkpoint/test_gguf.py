@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from minilora.text.template_qwen import DEEPSEEK_R1, ChatML
 
 MINI = Path(minilora.__file__).parent / "demo" / "mini"
 FAMILIES = {"qwen2": "qwen2", "qwen3": "qwen3", "glm": "chatglm", "glm4": "glm4"}
-SIZES = {"num_attention_heads": 2}  # two heads of 16 make up the width, as llama.cpp has it in qwen2 and glm
+SIZES: dict[str, Any] = {
+    "num_attention_heads": 2
+}  # two heads of 16 make up the width, as llama.cpp has it in qwen2 and glm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,8 +63,8 @@ def test_weights_are_of_the_kind_that_is_asked_for(tmp_path: Path):
         found = {name: stored.kind for name, stored in tensors.items()}
         assert {k for n, k in found.items() if "norm" in n} == {"f32"}
         assert found["blk.1.attn_q.weight"] == (kind or "bf16")
-        assert found["blk.0.ffn_down.weight"] == {None: "bf16"}.get(kind, "f16")
-        assert found["token_embd.weight"] == {"q4_0": "q8_0", None: "bf16"}.get(kind, kind)
+        assert found["blk.0.ffn_down.weight"] == ("f16" if kind else "bf16")
+        assert found["token_embd.weight"] == ("q8_0" if kind == "q4_0" else kind or "bf16")
         original = (
             SafetensorsFile(folder / "model.safetensors").tensor("model.layers.1.self_attn.q_proj.weight").float()
         )
