@@ -36,18 +36,29 @@ def tokenizer_metadata(folder: ModelFolder, tokenizer: Tokenizer, vocab: int) ->
         "tokenizer.ggml.merges": [" ".join(pair) for pair in j["model"]["merges"]],
         "tokenizer.ggml.add_bos_token": False,
     }
-    pad = folder.tokenizer_config.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    roles = [*zip(ENDS, tokenizer.template.stops, strict=False), ("bos", "<|endoftext|>"), ("padding", pad)]
-    ids = {role: tokenizer.specials[token] for role, token in roles if token in tokenizer.specials}
+    known = tokenizer.specials
+    ends = [token for token in tokenizer.template.stops if token in known]
+    bos, pad = _named(folder, "bos_token") or "<|endoftext|>", _named(folder, "pad_token")
+    ids = {
+        role: known[token]
+        for role, token in [*zip(ENDS, ends, strict=False), ("bos", bos), ("padding", pad)]
+        if token in known
+    }
     metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
     template = jinja_text(folder)
     return metadata if template is None else metadata | {"tokenizer.chat_template": template}
 
 
+def _named(folder: ModelFolder, role: str) -> str | None:
+    """The token that tokenizer_config.json has for a role."""
+    token = folder.tokenizer_config.get(role)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
 def _cut(folder: ModelFolder, j: dict[str, Any]) -> str:
     """llama.cpp's name for the way in which a tokenizer.json cuts text."""
-    steps = j["pre_tokenizer"].get("pretokenizers", [])
+    steps = (j["pre_tokenizer"] or {}).get("pretokenizers", [])
     pattern = next((step["pattern"].get("Regex") for step in steps if step["type"] == "Split"), None)
     if pattern not in NAMES:
         raise ModelError(

@@ -116,7 +116,7 @@ def _pad(file: BinaryIO) -> None:
 
 
 def _text(text: str) -> bytes:
-    raw = text.encode()
+    raw = text.encode("utf-8", "replace")
     return struct.pack("<Q", len(raw)) + raw
 
 

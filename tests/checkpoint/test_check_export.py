@@ -46,9 +46,9 @@ def changed(adapter: Path, to: Path, tensors: dict[str, torch.Tensor] | None = N
     return to
 
 
-def trained(folder: Path, to: Path, **options: Any) -> Path:
+def trained(folder: Path, to: Path, r: int = 3, **options: Any) -> Path:
     model = minilora.load_model(folder, device="cpu")
-    minilora.add_lora(model, **({"r": 3, "alpha": 7} | options))
+    minilora.add_lora(model, r=r, alpha=7, **options)
     generator = torch.Generator().manual_seed(0)
     for _, wrapper in adapters(model):
         wrapper.lora_B.data.normal_(0, 0.1, generator=generator)

@@ -136,8 +136,11 @@ def test_rows_without_a_token_and_tokens_that_are_no_special_ones(tmp_path: Path
         export_model(folder, tmp_path / "out")
     j["pre_tokenizer"] = json.loads((MINI / "tokenizer.json").read_text())["pre_tokenizer"]
     (folder / "tokenizer.json").write_text(json.dumps(j))
+    settings = {"bos_token": {"content": "<|im_start|>"}, "pad_token": ["odd"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     export_model(folder, tmp_path / "out")
     metadata, _ = read_gguf(tmp_path / "out" / "model.gguf")
+    assert metadata["tokenizer.ggml.bos_token_id"] == 257 and "tokenizer.ggml.padding_token_id" not in metadata
     assert metadata["tokenizer.ggml.tokens"][258:262] == ["<|im_end|>", "<think>", "[PAD260]", "[PAD261]"]
     assert metadata["tokenizer.ggml.token_type"][258:262] == [3, 4, 5, 5]
 
