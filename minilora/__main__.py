@@ -109,7 +109,8 @@ COMMANDS = {
     "report": "one run on one page: curves, lengths, adapter, and what the curve says",
     "convert": "turn a folder of pickle weights into safetensors",
     "merge": "write base and adapter as one checkpoint, and prove it",
-    "export": "write an adapter with the names that PEFT or vLLM reads",
+    "export": "write an adapter as PEFT, vLLM or llama.cpp reads it, or a model as GGUF",
+    "verify": "see whether PEFT or vLLM would apply an adapter, and whether it moves the logits",
     "serve": "a model and its adapters behind an endpoint like OpenAI's, and a page to chat and to watch runs",
     "completion": "a script with which bash, zsh or fish completes commands and flags",
 }

@@ -10,7 +10,7 @@ from oracle import IDS, OWN, randomise
 from safetensors.torch import load_file
 
 import minilora
-from minilora.checkpoint.adapter import export_adapter
+from minilora.checkpoint.export import export_adapter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what they warn about while they are imported is theirs

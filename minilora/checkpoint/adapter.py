@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from minilora.models.decoder import Decoder
 from minilora.models.gpt2 import Conv1D
 from minilora.models.moe import ExpertLinear
 
-from ..errors import ModelError, UsageError, quote
+from ..errors import ModelError, quote
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
@@ -32,9 +32,9 @@ from ..methods.dora import DoRALinear
 from ..methods.pissa import PiSSALinear, set_starts
 from ..methods.table import PEFT_TYPES
 from .adapter_config import as_parameter, by_pattern, meant, named_by, refuse_what_is_not_lora
-from .consumers import WITHOUT_LORA, as_in_file, make_alike, spelled
+from .consumers import as_in_file, joined
 from .expert_adapters import Half, Halves, files_of, gathered
-from .load import check_finite, empty_model, fingerprint, fold, read_config
+from .load import check_finite, fingerprint, fold
 from .method_folder import PREFIX, check_base, fill_method_folder, load_method_folder, weights_of
 from .quantized import FORMS, described, quant_of
 
@@ -58,10 +58,10 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "", single: 
         fill_method_folder(model, folder, base)
         return
     about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
-    _write(folder, wrapped, _linears_without(model), base, about, single)
+    write_adapter(folder, wrapped, linears_without(model), base, about, single)
 
 
-def _write(
+def write_adapter(
     folder: Path, wrapped: dict[str, LoRALinear], without: list[str], base: str, about: dict[str, str], single: bool
 ) -> None:
     """The files of adapters by the paths that their keys have; without: paths of linears that have none."""
@@ -84,47 +84,18 @@ def _write(
     (folder / CONFIG).write_text(json.dumps(_config(wrapped, without, base, single), indent=2) + "\n")
 
 
-class Exported(NamedTuple):
-    """Linears that have an adapter, those that can have one, the rank, and whether ranks were made alike for it."""
-
-    adapted: int
-    linears: int
-    r: int
-    made_alike: bool
-
-
-def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
-    """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
-
-    Raises ModelError with every key that finds no linear of the model, UsageError for a family that the consumer takes no adapters on.
-    """
-    c, adapter = read_config(model), ModelFolder.of(adapter)
-    if c.family in WITHOUT_LORA.get(consumer, ()):
-        raise UsageError(f"{consumer} takes no adapters on {c.family}", "Merge it: minilora merge.")
-    meta = empty_model(c)
-    load_adapter(meta, adapter, any_base=True)
-    wrapped = {spelled(path, c.family, consumer): wrapper for path, wrapper in adapters(meta)}
-    without = [spelled(path, c.family, consumer) for path in _linears_without(meta)]
-    alike = consumer == "vllm" and make_alike(wrapped)
-    base = str(adapter.adapter_config.get("base_model_name_or_path") or "")
-    with atomic_folder(Path(output)) as stage:
-        _write(stage, wrapped, without, base, _metadata(adapter.path), single=consumer == "vllm")
-    r = max(wrapper.r for wrapper in wrapped.values())
-    return Exported(len(wrapped), len(wrapped) + len(without), r, alike)
-
-
 def trained_quant(folder: str | Path) -> str | None:
     """The quant of the base that an adapter was trained on, off for a plain one; None for an adapter of other tools."""
-    said = _metadata(folder).get("minilora_quant")
+    said = metadata_of(folder).get("minilora_quant")
     return said if said in ("off", *FORMS) else None
 
 
 def needed_quant(folder: str | Path) -> str | None:
     """The quant of the only base that an adapter fits, which began as the error of that base (LoftQ); else None."""
-    return trained_quant(folder) if "minilora_init" in _metadata(folder) else None
+    return trained_quant(folder) if "minilora_init" in metadata_of(folder) else None
 
 
-def _metadata(folder: str | Path) -> dict[str, str]:
+def metadata_of(folder: str | Path) -> dict[str, str]:
     path = Path(folder) / WEIGHTS
     return SafetensorsFile(path).metadata if path.is_file() else {}  # load_adapter says what is there instead
 
@@ -192,7 +163,7 @@ def _targets(wrapped: dict[str, LoRALinear], without: list[str], single: bool) -
 MLP_LINEARS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
-def _linears_without(model: nn.Module) -> list[str]:
+def linears_without(model: nn.Module) -> list[str]:
     """Paths of the linears that carry no adapter."""
     inside = {f"{path}.base" for path, _ in adapters(model)}
     return [path for path in linears(model) if path not in inside]
@@ -324,7 +295,7 @@ def _plan(
         name = found["A"].name or name if "A" in found else name
         r, alpha = (by_pattern(folder, j, pattern, name, j[key]) for pattern, key in PATTERNS)
         if "A" in found and found["A"].name:
-            # of an expert; where gate and up have an A each, it is one of twice the rank, at the same scale
+            # of gate or up, or of an expert; where gate and up have an A each, it is one of twice the rank, at the same scale
             times = found["A"].shape[-2] // r
             r, alpha = r * times, alpha * (times**0.5 if j.get("use_rslora") else times)
         wanted = {"A": (*stacks[0], r, linear.in_features), "B": (*stacks[1], linear.out_features, r)}
@@ -375,7 +346,7 @@ def _halves(
             found.setdefault(named[0], {})[named[1]] = Half(entry.shape, read)
     shared, parameters = "minilora_shared_outer" in file.metadata, j.get("target_parameters") or []
     experts = {path: linear for path, linear in targets.items() if isinstance(linear, ExpertLinear)}
-    return gathered(found, experts, parameters, shared), beyond
+    return joined(gathered(found, experts, parameters, shared), targets.keys() - experts.keys()), beyond
 
 
 def path_and_half(key: str) -> tuple[str, str] | None:

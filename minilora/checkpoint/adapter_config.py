@@ -12,6 +12,7 @@ from minilora.models.moe import ExpertLinear
 from ..errors import ModelError, quote
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..lora import Base
+from .consumers import GATE_UP
 
 # keys of a PEFT config that change what an adapter computes beyond LoRA as it is here, and how
 REFUSED = {
@@ -120,7 +121,9 @@ def named_by(folder: Path, j: dict[str, Any], targets: dict[str, Base], held: It
     experts = any(isinstance(targets.get(path), ExpertLinear) for path in held)
     for path, linear in targets.items():
         stack = isinstance(linear, ExpertLinear)
-        names = [path, *(f"{path.rpartition('.')[0]}.0.{part}" for part in linear.parts)] if stack else [path]
+        layer, _, own = path.rpartition(".")
+        parts = [f"0.{part}" for part in linear.parts] if stack else GATE_UP if own == "gate_up_proj" else ()
+        names = [path, *(f"{layer}.{part}" for part in parts)]
         module = (experts or not stack) and (wanted == "all-linear" or any(meant(wanted, n, leaves) for n in names))
         module &= layers is None or bool({int(part) for part in path.split(".") if part.isdigit()} & set(layers))
         # a pattern that cannot be tried leaves out what the file does not hold

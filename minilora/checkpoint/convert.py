@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DiskError, ModelError, OutputInUse, UsageError
-from ..files.atomic import atomic_folder
+from ..errors import DiskError, ModelError, UsageError
+from ..files.atomic import atomic_folder, require_empty
 from ..files.hub_cache import lies_in
 from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from ..files.model_folder import (
@@ -52,8 +52,7 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
         check_folder(folder)
     if not adapter and not is_prefix_folder(folder):
         read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputInUse(f"{output} is not empty", "Give another folder.")
+    require_empty(output)
     shards = _shards(folder)
     need = sum((folder / shard).stat().st_size for shard in shards)
     free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.exists())).free

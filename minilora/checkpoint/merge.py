@@ -20,8 +20,8 @@ from minilora.models.decoder import Decoder
 from minilora.models.quantized import widen_linears
 
 from ..adapted import adapted, require_mergeable, without_adapters
-from ..errors import DiskError, ModelError, OutputInUse
-from ..files.atomic import atomic_folder
+from ..errors import DiskError, ModelError
+from ..files.atomic import atomic_folder, require_empty
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
 from ..lora import base_parameters
@@ -54,8 +54,7 @@ def merge_folder(
     tokenizer or chat template of the adapter's own goes into the new folder.
     """
     model, output = ModelFolder.of(model), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputInUse(f"{output} is not empty", "Give another --output.")
+    require_empty(output)
     decoder = load_model(model, device=device, compute=compute, quant=needed_quant(adapter) or "keep")
     load_adapter(decoder, adapter, any_base, allow_partial)
     require_mergeable(decoder)

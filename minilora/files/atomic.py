@@ -67,6 +67,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def require_empty(folder: Path) -> None:
+    """OutputInUse for a folder that holds something, and for a file: what is there is not replaced."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputInUse(f"{folder} is not empty", "Give another folder.")
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a small file in one piece: the old content or the new one is there, never a part."""
     stage = path.parent / f".tmp-{path.name}"

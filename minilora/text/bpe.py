@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
@@ -102,6 +102,11 @@ class BytePairs:
             full.add_special_tokens([token]) if t.special else full.add_tokens([token])
         words = {t.content: t.id for t in added if not t.special}
         return cls(full, plain, {t.content: t.id for t in added}, words)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The tokenizer.json of the encoder that knows the added tokens."""
+        return json.loads(self._full.to_str())
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""

@@ -47,7 +47,7 @@ class Tokenizer:
     """
 
     def __init__(self, coder: Coder, template: Template):
-        self._coder, self.template = coder, template
+        self.coder, self.template = coder, template
         self.notes: dict[str, str] = {}
         self.replaced: dict[str, bytes] = {}
         self.specials, self.size = coder.specials, coder.size
@@ -56,7 +56,7 @@ class Tokenizer:
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text, nothing added. Names of special tokens in it are plain text unless `specials` is set."""
-        return self._coder.encode(text, specials)
+        return self.coder.encode(text, specials)
 
     def encode_answer(self, text: str) -> list[int]:
         """The ids of what an assistant says: added tokens that are no special ones (<tool_call>, <think>, a user's own) are themselves.
@@ -71,7 +71,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
         """The text of ids; special tokens are left out unless `specials` is set."""
-        return self._coder.decode(ids, specials)
+        return self.coder.decode(ids, specials)
 
     def answer(self, ids: list[int]) -> str:
         """What the assistant said with the ids that it generated after a prompt."""

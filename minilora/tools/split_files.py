@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
-from ..errors import DataError, OutputInUse, UsageError
-from ..files.atomic import atomic_folder
+from ..errors import DataError, UsageError
+from ..files.atomic import atomic_folder, require_empty
 from ..rows import Row, RowError, open_rows, to_messages
 from ..rows.duplicates import NearDuplicates
 from ..rows.render import hashes
@@ -27,8 +27,7 @@ def split_files(
 
     A rate above 1 repeats no row. split.json has the seed and the hashes of each source and of each row.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputInUse(f"{output} is not empty", "Give another --output.")
+    require_empty(output)
     if not wanted:
         raise UsageError("neither --val nor --test is given", "For example --val 0.05 --test 200.")
     check_columns(settings.columns)

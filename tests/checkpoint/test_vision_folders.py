@@ -13,7 +13,7 @@ from torch import Tensor
 
 import minilora
 from minilora.__main__ import main
-from minilora.checkpoint.adapter import export_adapter
+from minilora.checkpoint.export import export_adapter
 from minilora.checkpoint.merge import merge_folder
 from minilora.errors import ModelError
 from minilora.files.model_folder import ModelFolder

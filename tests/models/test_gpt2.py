@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_model, loftq_init, merge, save_adapter, save_model
 from minilora.__main__ import main
-from minilora.checkpoint.adapter import export_adapter
+from minilora.checkpoint.export import export_adapter
 from minilora.checkpoint.load import described_model
 from minilora.data import IGNORE, Example, load_examples, make_batch
 from minilora.errors import DataError, UsageError

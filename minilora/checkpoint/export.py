@@ -1,0 +1,56 @@
+"""`minilora export --for peft` and `--for vllm`: an adapter under the keys, and with the ranks, that its reader asks for."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import ModelError, UsageError
+from ..files.atomic import atomic_folder, require_empty
+from ..files.model_folder import Folder, ModelFolder
+from ..lora import adapters
+from ..methods.table import PEFT_TYPES
+from .adapter import linears_without, load_adapter, metadata_of, write_adapter
+from .check_export import check_export
+from .consumers import VLLM_MODULES, make_alike, paths_of, split
+from .load import empty_model, read_config
+
+
+class Exported(NamedTuple):
+    """Linears that have an adapter, those that can have one, the rank, and whether ranks were made alike for it."""
+
+    adapted: int
+    linears: int
+    r: int
+    made_alike: bool
+
+
+def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
+    """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
+
+    Raises ModelError with every key that finds no linear of the model, and with what the consumer would not apply; UsageError
+    for a family that it takes no adapters on.
+    """
+    c, adapter = read_config(model), ModelFolder.of(adapter)
+    if consumer == "vllm" and c.family not in VLLM_MODULES:
+        raise UsageError(f"vllm takes no adapters on {c.family}", "Merge it: minilora merge.")
+    require_empty(Path(output))
+    if adapter.adapter_config.get("peft_type") in PEFT_TYPES:
+        raise ModelError(f"{adapter} is no LoRA: its keys are the same for every reader", "Give the folder itself.")
+    meta = empty_model(c)
+    load_adapter(meta, adapter, any_base=True)
+    wrapped = {}
+    for path, wrapper in adapters(meta):
+        theirs = paths_of(path, c.family, consumer)
+        wrapped |= dict(zip(theirs, split(wrapper, len(theirs)), strict=True))
+    without = [theirs for path in linears_without(meta) for theirs in paths_of(path, c.family, consumer)]
+    alike = consumer == "vllm" and make_alike(wrapped)
+    base = str(adapter.adapter_config.get("base_model_name_or_path") or "")
+    with atomic_folder(Path(output)) as stage:
+        write_adapter(stage, wrapped, without, base, metadata_of(adapter.path), single=consumer == "vllm")
+        problems = check_export(model, stage, consumer).problems
+        if problems:
+            hint = "What a reader does not have, minilora merge puts into the weights."
+            raise ModelError(
+                f"{consumer} would not apply {adapter} as it was trained\n  " + "\n  ".join(problems), hint
+            )
+    r = max(wrapper.r for wrapper in wrapped.values())
+    return Exported(len(wrapped), len(wrapped) + len(without), r, alike)
