@@ -1,10 +1,10 @@
-"""The wide products of the experts of a mixture: lora_gemm's, whose tiles each belong to one expert (expert_tiles.py).
+"""The grouped GEMMs of the experts of a mixture: those of lora_gemm.py, with tiles that each belong to one expert (expert_tiles.py).
 
     y_i = x_i W_e^T + f S_i B_e^T, times the weight of the slot in down        dX_i = dY_i W_e + mask(dS_i A_e)
 
-for the slot i of expert e. gate_up gathers the rows of its tokens as it reads x, and down writes a slot's row where those of its
-token lie, so that a sum over k neighbours combines them, in a fixed order; the backward does the same the other way round. Quantised
-weights are made in the loop (dequantize.py): no wide copy of the experts is ever in memory.
+for slot i of expert e. gate_up gathers the rows of its tokens as it reads x. down writes the row of a slot next to the other slots
+of its token, so that a sum over k neighbouring rows combines them in a fixed order; the backward mirrors this. Quantised weights
+are dequantised in the loop (dequantize.py): no 16-bit copy of the experts is ever in memory.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportAssignmentType=false
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minilora.kernels.dequantize import FEW, QUANTIZED, WIDE, codes_of, scales_of
 from minilora.kernels.dropout import keep_mask, threshold
-from minilora.kernels.expert_tiles import Sizes, Stack, Tiles, named, tile_at
+from minilora.kernels.expert_tiles import Sizes, Stack, Tiles, buffer_rows, tile_at
 from minilora.kernels.group import Place, launch_options
 from minilora.kernels.lang import cdiv, jit, load, quarters, store, tl
 from minilora.kernels.launch import Launch, per_shape
@@ -65,14 +65,14 @@ def _forward_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: one tile of slots by BN columns; x named by FROM, y by TO."""
+    """A program: one tile of slots by BN columns; FROM and TO say how rows of x and y are indexed (buffer_rows)."""
     i_t, i_n = swizzle_tile(tl.program_id(0), tiles, col_tiles, GROUP)
     expert, first, end = tile_at(tiles_ptr, i_t)
     if first >= end:
         return
     # rows beyond the end read the last row, columns the last column: no mask in the loops, only at the store
     o_i = tl.minimum(first + tl.arange(0, BM), end - 1)
-    o_m = named(slots_ptr, o_i, chosen, FROM)[:, None]
+    o_m = buffer_rows(slots_ptr, o_i, chosen, FROM)[:, None]
     o_n = i_n * BN + tl.arange(0, BN)
     o_b = tl.minimum(o_n, N - 1).to(tl.int64)
     # expand: y = f S B_e^T, R ranks at a time                                              [BM, R] x [R, BN]
@@ -103,7 +103,7 @@ def _forward_kernel(
     # the weights of the slots, and the one rounding in the store                                    [BM, BN]
     if weights_ptr is not None:
         b_y *= tl.load(weights_ptr + tl.load(slots_ptr + o_i)).to(ACC)[:, None]
-    p_y = y_ptr + named(slots_ptr, o_i, chosen, TO)[:, None] * N
+    p_y = y_ptr + buffer_rows(slots_ptr, o_i, chosen, TO)[:, None] * N
     store(p_y + o_n[None, :], b_y, (tl.arange(0, BM)[:, None] < end - first) & (o_n[None, :] < N))
 
 
@@ -142,7 +142,7 @@ def _input_gradient_kernel(
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: one tile of slots by BN of the K columns of dX; dY named by FROM, dX by TO, rows of the mask by MASK."""
+    """A program: one tile of slots by BN of the K columns of dX; FROM, TO and MASK say how rows of dY, dX and the mask are indexed."""
     i_t, i_n = swizzle_tile(tl.program_id(0), tiles, col_tiles, GROUP)
     expert, first, end = tile_at(tiles_ptr, i_t)
     if first >= end:
@@ -158,7 +158,7 @@ def _input_gradient_kernel(
     # base GEMM: dX += dY W_e                                                             [BM, BK] x [BK, BN]
     packed: tl.constexpr = 2 if FORMAT == "nf4" else 1
     o_k, o_c = tl.arange(0, BK), i_n * (BN // packed) + tl.arange(0, BN // packed)[None, :]
-    p_dy = dy_ptr + named(slots_ptr, o_i, chosen, FROM)[:, None] * dy_stride + o_k[None, :]
+    p_dy = dy_ptr + buffer_rows(slots_ptr, o_i, chosen, FROM)[:, None] * dy_stride + o_k[None, :]
     p_w = w_ptr + (expert * N + o_k[:, None]) * w_stride + o_c
     w_scales = scales_of(scale_ptrs, 0, 1, FORMAT)
     for start_k in range(0, N, BK):
@@ -169,11 +169,11 @@ def _input_gradient_kernel(
         b_dx = dot(b_dy, b_w, b_dx)
         p_dy += BK
         p_w += tl.cast(BK, tl.int64) * w_stride
-    p_dx = dx_ptr + named(slots_ptr, o_i, chosen, TO)[:, None] * K
+    p_dx = dx_ptr + buffer_rows(slots_ptr, o_i, chosen, TO)[:, None] * K
     m_m = tl.arange(0, BM)[:, None] < end - first
     if seed_ptr is not None:
         # dX += mask(dS A_e), a quarter of the columns at a time, as in lora_gemm        [BM, R] x [R, BN / 4]
-        o_mask, seed = named(slots_ptr, o_i, chosen, MASK)[:, None], tl.load(seed_ptr)
+        o_mask, seed = buffer_rows(slots_ptr, o_i, chosen, MASK)[:, None], tl.load(seed_ptr)
         parts = quarters(b_dx)
         width: tl.constexpr = BN // 4
         for i in tl.static_range(4):
@@ -188,7 +188,7 @@ def _input_gradient_kernel(
 
 
 def _options(table: dict, place: Place, sizes: Sizes, inner: int) -> dict:
-    """Of a product that sums over `inner`."""
+    """Launch options of a product that sums over `inner`."""
     options = launch_options(table, place, [sizes.rank])
     del options["COUNT"]
     options |= {"FORMAT": sizes.format, "GROUP": GROUP_ROWS, "enable_fp_fusion": sizes.format == WIDE}
@@ -206,7 +206,7 @@ def _forward_launch(place: Place, sizes: Sizes, x_stride: int, chosen: int, tile
 
 
 def forward(x: Tensor, s: Tensor | None, weights: Tensor | None, stack: Stack, tiles: Tiles) -> Tensor:
-    """y [T k, N]; s from expert_shrink.shrink, weights [T k] by slot."""
+    """y [T k, N]; s from expert_shrink.shrink, weights [T k] indexed by slot."""
     count, sizes = len(tiles.table), stack.sizes
     launch = _forward_launch(Place.of(x), sizes, x.stride(0), tiles.chosen, count, tiles.few)
     y = torch.empty((len(tiles.slots), sizes.n), dtype=x.dtype, device=x.device)

@@ -1,12 +1,12 @@
-"""The slots of a routing as rows of buffers in which every expert has whole blocks, so that one product serves many experts.
+"""The slots of a routing as buffer rows, padded so that every expert has whole blocks and one batched product serves many experts.
 
-Experts lie one after the other in the order of their numbers, each in some blocks of `block` rows; the rows behind an expert's
-own slots repeat its last one. So a block belongs to one expert, and [rows, N] is a batch [blocks, block, N] for what is too
-small to be computed expert by expert. Rows that repeat are finite where what they repeat is, no token reads them, and in sums
-over rows their weight is zero.
+Experts follow one another in the order of their numbers, each in blocks of `block` rows; padding rows repeat the last slot of
+their expert. So a block belongs to one expert, and [rows, N] is a batch [blocks, block, N] for products that are too small to be
+computed expert by expert. Padding rows are finite if the slot that they repeat is, no token reads them, and their weight in sums
+over rows is zero.
 
-oneDNN prepares each size of a product in bf16 once, in half a millisecond and half a megabyte that it keeps. Experts have as many
-tokens as it happens; their blocks are of few numbers, and batches are of one size, filled up by blocks of no expert.
+oneDNN prepares a bf16 product once for each size, in half a millisecond, and keeps half a megabyte for it. The token count of an
+expert can be any number, so block counts are rounded to few sizes, and all batches have one size, padded by blocks of no expert.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ AT_ONCE = 1 << 20  # values of x that go through the experts together: what a CP
 
 
 class Part(NamedTuple):
-    """Neighbouring experts that have tokens: the rows of all, their numbers, how many rows each has, and behind them no expert."""
+    """Neighbouring experts that have tokens: the rows of all, with padding blocks at the end, their numbers, and how many rows each has."""
 
     rows: slice
     numbers: list[int]
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class ExpertRows(NamedTuple):
-    """slots [rows]: the slot of each row; tokens [rows]: its token; real [rows]: whether it is no repetition; at [T, k]: the row of each slot."""
+    """slots [rows]: the slot of each row; tokens [rows]: its token; real [rows]: whether it is not padding; at [T, k]: the row of each slot."""
 
     experts: int
     block: int
@@ -72,7 +72,7 @@ class ExpertRows(NamedTuple):
 
 
 def block_of(mean: float) -> int:
-    """Rows of a block where experts have so many rows in the mean: a power of two, no larger than that."""
+    """Rows of a block for experts of so many rows on average: the largest power of two up to that, at most LARGEST."""
     return min(LARGEST, 1 << max(0, int(mean).bit_length() - 1))
 
 
@@ -83,7 +83,7 @@ def few_sizes(n: int) -> int:
 
 
 def _groups(blocks: dict[int, int], most: int) -> list[list[int]]:
-    """Experts with so many blocks each, in groups that have no more than `most` together, if they are several."""
+    """Experts in groups of at most `most` blocks together; a larger expert is a group by itself."""
     groups, taken = [], most
     for e, count in blocks.items():
         if taken + count > most:

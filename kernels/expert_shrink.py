@@ -1,11 +1,11 @@
-"""The narrow products of the experts of a mixture, whose rows are sorted by expert (expert_tiles.py).
+"""The low-rank products of the experts of a mixture, over slots sorted by expert (expert_tiles.py).
 
     S = mask(x) A_e^T        dS = f dY B_e              of every slot, with the A and B of its expert e
-    dA_e = dS^T mask(x)      dB_e = f (weight dY)^T S   summed over the slots of e; of zeros where it has none
+    dA_e = dS^T mask(x)      dB_e = f (weight dY)^T S   summed over the slots of e; zero without slots
 
-f and mask are those of lora_shrink; only down has weights. Two kernels: one that sums over columns, one over slots. A program
-of the second has all slots of an expert, so that nothing is added up by two programs; for a factor that all experts share it has a
-span of the slots, and lora_shrink adds the spans up in their order. S and dS are [T k, padded rank], sorted.
+f and mask are those of lora_shrink.py; only down has routing weights. One kernel sums over columns, one over slots. A program of
+the second has all slots of an expert, so that no two programs add to one sum; if all experts share a factor, a program has a
+span of the slots, and lora_shrink adds the partial sums in a fixed order. S and dS are [T k, padded rank], sorted by expert.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minilora.kernels.dropout import keep_mask, threshold
-from minilora.kernels.expert_tiles import Sizes, Stack, Tiles, named, tile_at
+from minilora.kernels.expert_tiles import Sizes, Stack, Tiles, buffer_rows, tile_at
 from minilora.kernels.group import Place, launch_options
 from minilora.kernels.lang import cdiv, jit, load, store, tl
 from minilora.kernels.launch import Launch, per_shape
@@ -56,10 +56,10 @@ def _over_columns_kernel(
     if first >= end:
         return
     o_i = tl.minimum(first + tl.arange(0, BM), end - 1)
-    p_x = x_ptr + named(slots_ptr, o_i, chosen, FROM)[:, None] * x_stride + tl.arange(0, BK)[None, :]
+    p_x = x_ptr + buffer_rows(slots_ptr, o_i, chosen, FROM)[:, None] * x_stride + tl.arange(0, BK)[None, :]
     factor_ptr += expert * step
     if seed_ptr is not None:
-        o_mask, seed = named(slots_ptr, o_i, chosen, MASK)[:, None], tl.load(seed_ptr)
+        o_mask, seed = buffer_rows(slots_ptr, o_i, chosen, MASK)[:, None], tl.load(seed_ptr)
     b_s = tl.zeros((BM, R), ACC)
     for start_k in range(0, K, BK):
         o_k = start_k + tl.arange(0, BK)
@@ -119,9 +119,9 @@ def _over_slots_kernel(
         # rows beyond the end read the last one, and S of them is none
         o_i = start + tl.arange(0, BM)
         m_i, o_i = (o_i < end)[:, None], tl.minimum(o_i, end - 1)
-        b_x = load_operand(x_ptr + named(slots_ptr, o_i, chosen, FROM)[:, None] * x_stride + o_k, o_k < K, ACC)
+        b_x = load_operand(x_ptr + buffer_rows(slots_ptr, o_i, chosen, FROM)[:, None] * x_stride + o_k, o_k < K, ACC)
         if seed_ptr is not None:
-            o_mask = named(slots_ptr, o_i, chosen, MASK)[:, None]
+            o_mask = buffer_rows(slots_ptr, o_i, chosen, MASK)[:, None]
             b_x = tl.where(keep_mask(tl.load(seed_ptr), threshold, o_mask, i_k * BK, BK), b_x, 0.0)
         p_s = s_ptr + o_i[:, None].to(tl.int64) * PADDED_R + o_r[None, :]
         b_s = load_operand(p_s, m_i & (o_r[None, :] < rank), ACC)
@@ -139,7 +139,7 @@ def _over_slots_kernel(
 def _over_columns_launch(
     place: Place, sizes: Sizes, of_b: bool, x_stride: int, chosen: int, tiles: int, rows: int
 ) -> tuple[Launch, int]:
-    """And the padded rank. of_b: dS with B, else S with A."""
+    """The launch, and the padded rank. of_b: dS with B, else S with A."""
     options = launch_options(SHRINK, place, [sizes.rank])
     del options["COUNT"]
     options["BM"] = min(options["BM"], rows)
@@ -178,7 +178,7 @@ def _over_columns(x: Tensor, stack: Stack, tiles: Tiles, of_b: bool) -> Tensor:
 def _over_slots_launch(
     place: Place, sizes: Sizes, of_b: bool, x_stride: int, chosen: int, slots: int
 ) -> tuple[Launch, int]:
-    """And how many sums there are: one for each expert, or one for each span of the slots."""
+    """The launch, and the number of sums: one per expert, or one per span of the slots."""
     options = launch_options(SHRINK, place, [sizes.rank])
     del options["COUNT"]
     k, step = (sizes.n, sizes.b_step) if of_b else (sizes.k, sizes.a_step)
@@ -202,7 +202,7 @@ def shrink_backward(x: Tensor, ds: Tensor, stack: Stack, tiles: Tiles) -> Tensor
 
 
 def expand_factor_backward(dy: Tensor, s: Tensor, weights: Tensor | None, stack: Stack, tiles: Tiles) -> Tensor:
-    """dB [E or 1, N, R] in fp32; weights [T k] by slot."""
+    """dB [E or 1, N, R] in fp32; weights [T k] indexed by slot."""
     assert stack.b is not None, stack.sizes
     return _over_slots(s, dy, stack.b, weights, stack, tiles, True)
 

@@ -1,9 +1,9 @@
-"""The backward of SwiGLU in the experts of a mixture, where the weights of the slots come in.
+"""The backward of SwiGLU in the experts of a mixture, with the routing weight w of each slot.
 
     dw = dh . h        dg = w dh u s (1 + g (1 - s))        du = w dh g s        w h
 
-with s = sigmoid(g) (swiglu.py) and dh that of down before the weight w, so that dY . down(h) = dh . h and down's output is
-needed nowhere. w h, which takes the memory of dh, is what dA of down is made from.
+with s = sigmoid(g) (swiglu.py) and dh the gradient from down before the weight w: dY . down(h) = dh . h, so the output of down
+is not needed. w h overwrites dh; dA of down is computed from it.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -48,7 +48,7 @@ def _launch(device: torch.device, dtype: torch.dtype, slots: int, f: int) -> Lau
 
 
 def backward(dh: Tensor, gu: Tensor, weights: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """dgu [T k, 2 F], and dw [T k] by slot; dh [T k, F] becomes w h."""
+    """dgu [T k, 2 F], and dw [T k] indexed by slot; dh [T k, F] becomes w h."""
     slots, f = dh.shape
     dgu = torch.empty(gu.shape, dtype=gu.dtype, device=gu.device)
     dw = torch.empty((slots,), dtype=weights.dtype, device=gu.device)

@@ -1,12 +1,12 @@
-"""Which rows of the sorted slots a program of the expert kernels has, found on the GPU, so that the host never waits for it.
+"""Finds on the GPU which of the sorted slots each program of the expert kernels has, so that the host never waits for the counts.
 
 A tile is at most ROWS slots of one expert. The host launches as many programs as any routing could need; those whose tile
-has no rows leave at once, and an expert without tokens has no tile. A slot t k + j, the j-th choice of token t, is called by
-three numbers:
+has no rows return at once, and an expert without tokens has no tile. A buffer is indexed by one of three numbers of a slot, the
+j-th choice of token t:
 
-    place   where it lies among the sorted slots, row i of [T k, ...] buffers: those of an expert are one range
-    slot    its own number, by which [T k, ...] buffers keep the k rows of a token together
-    token   t, a row of x and of dY
+    place   its position among the sorted slots, in [T k, ...] buffers: those of an expert are one range
+    slot    t k + j, in [T k, ...] buffers where the k rows of a token are neighbours
+    token   t, in x and dY
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
@@ -35,8 +35,8 @@ BLOCK = 16  # tiles that a program of _tiles_kernel finds
 def _tiles_kernel(
     counts_ptr, tiles_ptr, starts_ptr, count, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program: BLOCK rows of tiles [count, 3], each an expert, its first place and the place after its last; of starts
-    [E + 1] the first one all, where each expert's places start."""
+    """A program: BLOCK rows of tiles [count, 3], each an expert, its first place and the place after its last. The first program
+    also writes starts [E + 1], the first place of each expert."""
     o_e = tl.arange(0, EXPERTS)[None, :]
     b_counts = tl.load(counts_ptr + o_e, mask=o_e < E, other=0).to(tl.int32)
     b_tiles = tl.cdiv(b_counts, ROWS)
@@ -63,8 +63,8 @@ def tile_at(tiles_ptr, i_t):
 
 
 @jit
-def named(slots_ptr, o_i, chosen, BY: tl.constexpr):
-    """The rows, int64, that the slots at the places o_i have in a buffer that names them by place, slot or token."""
+def buffer_rows(slots_ptr, o_i, chosen, BY: tl.constexpr):
+    """The rows, int64, of the slots at places o_i in a buffer that is indexed by place, slot or token."""
     if BY == "place":
         return o_i.to(tl.int64)
     elif BY == "slot":
@@ -75,7 +75,7 @@ def named(slots_ptr, o_i, chosen, BY: tl.constexpr):
 
 @per_shape
 def _tiles_launch(device: torch.device, slots: int, experts: int, rows: int) -> tuple[Launch, int]:
-    """And the most tiles that a routing can have: one for each expert with tokens, and one for each further `rows`."""
+    """The launch, and the most tiles that a routing can have: one per expert with tokens, and one per further `rows` slots."""
     most = min(experts, slots)
     count = most + (slots - most) // rows
     # one more than the experts has a start
@@ -84,12 +84,12 @@ def _tiles_launch(device: torch.device, slots: int, experts: int, rows: int) -> 
 
 
 class Tiles(NamedTuple):
-    """The slots of a routing as launches take them."""
+    """The slots of a routing, as kernels take them."""
 
     slots: Tensor  # int64 [T k], sorted by expert
     chosen: int  # k
-    few: bool  # rows a tile, as in decoding
-    rows: int  # of a tile, at the most
+    few: bool  # few rows in a tile, as in decoding
+    rows: int  # of a tile, at most
     table: Tensor  # int32 [tiles, 3]
     starts: Tensor  # int32 [E + 1]
 
@@ -104,7 +104,7 @@ class Tiles(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """By which of their three numbers a linear names the rows of its slots."""
+    """By which of the three numbers each buffer of a linear is indexed."""
 
     x: str
     mask: str  # of dropout
@@ -118,7 +118,7 @@ DOWN = Rows(x="place", mask="slot", y="slot", dy="token", dx="place")
 
 
 class Sizes(NamedTuple):
-    """What launches are told of a linear of all experts beside its memory."""
+    """What kernels need to know of a linear of all experts, besides its tensors."""
 
     rows: Rows
     format: str
@@ -129,12 +129,12 @@ class Sizes(NamedTuple):
     rank: int  # 0 without an adapter
     factor: float
     p: float
-    a_step: int  # values from one expert's A to the next one's; 0 where all share it
+    a_step: int  # values from one expert's A to the next; 0 if all share it
     b_step: int
 
 
 class Stack(NamedTuple):
-    """A linear of all experts as launches take it."""
+    """A linear of all experts, as kernels take it."""
 
     sizes: Sizes
     weight: Tensor  # [E N, K], or its codes

@@ -1,8 +1,8 @@
-"""The experts of a mixture on this project's kernels; see lora_experts.py, whose steps these are.
+"""The experts of a mixture on this project's Triton kernels; the steps are those of lora_experts.py.
 
 Forward, in launches: the tiles (expert_tiles.py), S of gate_up, gate_up, SwiGLU, S of down, down, and the sum over the k rows of
-a token. Backward: dS, dB and dh of down, SwiGLU with dw, dA of down; dS, dB, dA and dx of gate_up, and the sum over k. So many for
-any number of experts, and the host waits for none of them.
+a token. Backward: dS, dB and dh of down, SwiGLU with dw, dA of down; dS, dB, dA and dx of gate_up, and the sum over k. Their
+number does not depend on the number of experts, and the host waits for none of them.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def runs_on_triton(x: Tensor, linears: Sequence[Projection]) -> bool:
-    """As in lora_linear.py, but that no adapter is needed: there is no product of the library's over all experts."""
+    """As in lora_linear.py, but also without an adapter, since the library has no product over all experts."""
     weights = [p.weight for p in linears]
     there = all(w.dtype == x.dtype or readable(w.shape[1], {format_of(w)}) for w in weights)
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for w in weights for size in w.shape))
@@ -34,7 +34,7 @@ def runs_on_triton(x: Tensor, linears: Sequence[Projection]) -> bool:
 
 
 class OnTriton(torch.autograd.Function):
-    """trained: the tensors of the adapters, named to autograd, first those of gate_up."""
+    """trained: the tensors of the adapters, passed for autograd, first those of gate_up."""
 
     @staticmethod
     def forward(
@@ -101,7 +101,7 @@ def _gradients(
     tiles: Tiles,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """dA and dB in the dtypes of A and B, where they are needed; nothing without an adapter."""
+    """dA and dB in the dtypes of A and B, None if not needed; an empty list without an adapter."""
     if stack.a is None or stack.b is None or s is None or ds is None:
         return []
     da = expert_shrink.shrink_backward(x, ds, stack, tiles).to(stack.a.dtype) if needs[0] else None

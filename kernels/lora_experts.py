@@ -6,14 +6,14 @@
 x [T, D], weights w [T, k]. The weights of all experts lie one above the other: W [E N, K] holds W_e [N, K] in rows e N to
 (e + 1) N. A [E, R, K] and B [E, N, R] are stacked likewise; one of them may be [1, R, K] or [1, N, R], shared by all
 experts. A `slot` t k + j is the j-th choice of token t. Slots are sorted by expert, so that each expert has one
-contiguous range of rows of [rows, ...] buffers (expert_rows.py): the wide products are made expert by expert, all else for
+contiguous range of rows of [rows, ...] buffers (expert_rows.py): the wide products run expert by expert, all else for
 many experts at once. There is no capacity: every slot is computed, and an expert without tokens costs nothing. Sums run in
 one order, so that the same input gives the same bits.
 
 Saved for the backward: x, w, g and u [rows, 2 F], and S of the adapters. h is made again. With dH = dY W_down before the
 weight is multiplied in, dY[t] w = dH . h needs no y: the output of down is neither kept nor made again.
 
-That is the torch path. On a GPU of sm_80 or newer grouped Triton kernels compute all experts together (experts_on_triton.py).
+This is the PyTorch path. On a GPU of sm_80 or newer, grouped Triton kernels compute all experts together (experts_on_triton.py).
 
 Dropout names the rows of its masks so that no token's mask depends on other tokens' experts: by token in front of gate_up
 (one mask for its k experts), by slot in front of down.

@@ -1,8 +1,8 @@
-"""The GGUF format, which llama.cpp and Ollama read: a streaming writer.
+"""A streaming writer of GGUF, the format of llama.cpp and Ollama.
 
 A file is a magic number, a version, two counts, the metadata (key, type, value), a table of the tensors (name, sizes with the
-innermost first, kind, offset) and the tensors' bytes, each at a multiple of 32 (format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Quantised kinds put 32 neighbours of a row in a block with one scale:
+innermost first, kind, offset) and the tensors' bytes, each at a multiple of 32 (a kind is a ggml type; format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Quantised kinds store a row in blocks of 32 values with one scale each:
 
     q8_0    scale fp16, 32 x int8         x = d q,         d = max|x| / 127
     q4_0    scale fp16, 16 x two codes    x = d (q - 8),   d = -x_max / 8 for the x_max of largest magnitude, its sign kept

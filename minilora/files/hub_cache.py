@@ -1,8 +1,8 @@
-"""A model by its name on a hub, such as Qwen/Qwen2.5-0.5B-Instruct: its folder in the cache of a program that fetched it.
+"""Finds a model by its hub name, such as Qwen/Qwen2.5-0.5B-Instruct, in the local cache of Hugging Face or ModelScope.
 
     HF_HUB_CACHE/models--Org--Name/refs/main                  the commit, the name of a folder in snapshots/
     HF_HUB_CACHE/models--Org--Name/snapshots/COMMIT/          links into models--Org--Name/blobs/
-    MODELSCOPE_CACHE/models/Org--Name/snapshots/master/       and the places of its older versions, with ___ for a dot
+    MODELSCOPE_CACHE/models/Org--Name/snapshots/master/       and the layouts of older versions, with ___ for a dot
 
 Nothing is downloaded, and a link that leads out of a cache is refused. Layouts: huggingface_hub 2.4, modelscope 1.40.
 """
@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII
 
 
 def cached(given: str | Path) -> Path:
-    """The folder of a model by its name on a hub; a path, and a name that no cache has, as it is."""
+    """The cached folder of a hub name; a path, or a name that no cache has, comes back unchanged."""
     path = Path(given)
     if not HUB_ID.fullmatch(str(given)) or path.exists():
         return path
@@ -27,7 +27,7 @@ def cached(given: str | Path) -> Path:
 
 
 def not_cached(given: Path) -> ModelError | None:
-    """What to say of a name that is no folder, if it is a name on a hub, and no path that was mistyped."""
+    """The error for a hub name that no cache has; None for anything else, such as a mistyped path."""
     if not HUB_ID.fullmatch(str(given)) or given.parent.is_dir():
         return None
     what = f"{given} is not a folder, and not in the caches {hugging_face_cache()} and {modelscope_cache()}"

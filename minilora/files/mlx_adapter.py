@@ -5,7 +5,7 @@
     model.layers.0.self_attn.q_proj.m           [out]         DoRA's magnitudes
     model.layers.0.mlp.switch_mlp.up_proj.lora_a, lora_b      [E, R, in], [E, out, R] of experts, as PEFT has each
 
-dW = scale * B A, so alpha is scale * R. The config holds the settings of the whole training; of them only these are read.
+dW = scale * B A, so alpha is scale * R. The config holds all settings of the training; only those of the adapter are read.
 Layout: mlx_lm/tuner/lora.py and dora.py of mlx-lm 0.32.
 """
 
@@ -24,9 +24,9 @@ KEY = re.compile(r"(?:language_model\.)?(.+)\.(lora_[ab]|m)")
 
 
 def as_peft(path: Path, j: dict[str, Any]) -> dict[str, Any]:
-    """The adapter_config.json that PEFT would have written; as it is if it is not mlx-lm's.
+    """The adapter_config.json that PEFT would have written; any config that is not mlx-lm's comes back unchanged.
 
-    Raises ModelError for what is no low-rank adapter.
+    Raises ModelError for anything but a low-rank adapter.
     """
     if not {"lora_parameters", "fine_tune_type"} & j.keys():
         return j

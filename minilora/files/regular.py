@@ -1,7 +1,7 @@
-"""The door through which files are opened to be read: regular files, and nothing else.
+"""Opens files for reading, and refuses everything that is not a regular file.
 
-A pipe would wait for ever, /dev/zero never ends, a socket or a link that leads to itself is no file. Nothing is read before
-that is known, and no more than a caller's limit is.
+A pipe would block for ever, /dev/zero never ends, and a socket or a link to itself cannot be read. The kind of the file and
+the caller's size limit are checked before anything is read.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Configs of LLaMA-Factory, mlx-lm and axolotl, in the settings of a run here: a file each, which holds its table."""
+"""Translates configs of LLaMA-Factory, mlx-lm and axolotl into settings of a run here; one file per tool has its table of keys."""
 
 from .axolotl import AXOLOTL
 from .llama_factory import LLAMA_FACTORY
@@ -10,5 +10,5 @@ NEIGHBOURS = (LLAMA_FACTORY, MLX_LM, AXOLOTL)
 
 
 def writer_of(config: Config) -> Neighbour | None:
-    """The tool that a config was written for, by the keys that it alone has; None for one of ours."""
+    """The tool that a config was written for, by keys that only this tool has; None for one of ours."""
     return next((neighbour for neighbour in NEIGHBOURS if neighbour.wrote(config)), None)

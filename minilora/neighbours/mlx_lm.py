@@ -22,7 +22,7 @@ def data_of(value: Any, config: Config) -> Config | Refused:
 
 
 def adapters_of(value: Any, config: Config) -> Config | Refused:
-    """The settings of lora_parameters, and of num_layers, which counts from the last one."""
+    """The settings of lora_parameters, and of num_layers, which counts from the last layer."""
     if not isinstance(value, dict) or not {"rank", "scale"} <= value.keys():
         return Refused("rank and scale belong there", "Give both.")
     keys = [str(key) for key in value.get("keys") or []]

@@ -1,4 +1,4 @@
-"""A config of another tool, key by key: each is translated, ignored or refused, and a line says which and why."""
+"""Translates a config of another tool key by key: each is translated, ignored or refused, and a line says which and why."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +12,13 @@ LONGEST = 60  # characters of a value that a line shows
 
 
 class Ignored(NamedTuple):
-    """A key that changes nothing of what is learnt, and why."""
+    """A key that does not change what is learned, and why."""
 
     why: str
 
 
 class Refused(NamedTuple):
-    """A key that cannot be had here, unless it is off: why, and what to do."""
+    """A key that is not supported, unless it is off: why, and what to do."""
 
     why: str
     hint: str = "Take it out, if the run shall go without it."
@@ -30,9 +30,9 @@ Rule = str | Ignored | Refused | Callable[[Any, Config], Config | Ignored | Refu
 
 
 class Neighbour(NamedTuple):
-    """A tool: what it is called, whether a config is its, what each of its keys means, and its defaults where they differ.
+    """Another tool: its name, whether a config was written for it, what each key means, and its defaults where they differ.
 
-    The rule of "galore_*" is that of every key with this first part that has none of its own.
+    The rule for "galore_*" applies to every key that begins so and has no rule of its own.
     """
 
     name: str
@@ -55,7 +55,7 @@ FORMAT = Ignored("the chat format is read from the model's folder")
 
 
 def translated(path: Path, config: Config, of: Neighbour, say: Callable[[str], Any]) -> Config:
-    """The settings that a config of a neighbour means, with a line for each key. Raises UsageError that names what is refused."""
+    """The settings that a config of another tool means; `say` gets a line for each key. Raises UsageError that names what is refused."""
     settings: Config = {}
     refused: dict[str, Refused] = {}
     for key, value in config.items():

@@ -1,7 +1,7 @@
-"""How far a tokenizer may make a text longer before it cuts it: a few letters must not become gigabytes.
+"""Limits how much a tokenizer can lengthen a text before splitting it: a few characters must not become gigabytes.
 
-The library runs what a tokenizer.json asks for, and a SentencePiece model holds a table of replacements. Both are looked at before
-they are used. Regular expressions need no look here: the library gives up after a number of tries.
+The tokenizers library runs the steps that a tokenizer.json lists, and a SentencePiece model holds a table of replacements. Both
+are checked before use. Regular expressions need no check here: the library gives up after a number of tries.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 MOST, LONGEST_TOKEN, LONGEST_REPLACEMENT = 64, 10_000, 256  # times, characters, bytes
-TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # of a step that has no text of its own
+TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # the growth of steps that insert no text from the file
 
 
 def check_growth(j: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def check_growth(j: dict[str, Any]) -> None:
 
 
 def _times(step: Any) -> float:
-    """How many times as long a step makes a text of a few letters, at most."""
+    """The largest factor by which a step lengthens a text of a few characters."""
     if not isinstance(step, dict):
         return 1
     kind = step.get("type")
@@ -34,7 +34,7 @@ def _times(step: Any) -> float:
         return math.prod(map(_times, next((v for v in step.values() if isinstance(v, list)), [])))
     if kind == "Replace":
         old, new = step["pattern"].get("String"), len(step["content"])
-        return max(1, new / len(old)) if old else 1 + new  # a regular expression may fit between any two letters
+        return max(1, new / len(old)) if old else 1 + new  # a regular expression may match between any two characters
     if kind == "Prepend":
         return 1 + len(step["prepend"])
     if kind == "Precompiled":
@@ -43,7 +43,7 @@ def _times(step: Any) -> float:
 
 
 def check_replacements(model: bytes) -> None:
-    """ValueError for a SentencePiece model whose table replaces a letter by a long text.
+    """ValueError for a SentencePiece model whose table replaces a character by a long text.
 
     normalizer_spec (3) holds precompiled_charsmap (2): the size of a trie, the trie, and texts that end with a zero byte.
     """
@@ -55,7 +55,7 @@ def check_replacements(model: bytes) -> None:
 
 
 def _field(message: bytes, wanted: int) -> bytes:
-    """The last field of that number and of a length, in a protocol buffer; empty if there is none."""
+    """The last length-delimited field of that number in a protocol buffer; empty if there is none."""
     at, found = 0, b""
     while at < len(message):
         tag, at = _number(message, at)
@@ -72,7 +72,7 @@ def _field(message: bytes, wanted: int) -> bytes:
 
 
 def _number(message: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, and where the next thing begins."""
+    """A varint (7 bits a byte), and where the next field begins."""
     value = shift = 0
     while message[at] & 128:
         value |= (message[at] & 127) << shift

@@ -1,7 +1,7 @@
-"""Chats of GLM-4.5 and 4.6: an answer begins with its thought, which is empty where /nothink stands behind the question.
+"""Chats of GLM-4.5 and 4.6: an answer begins with its reasoning, which is empty if /nothink follows the question.
 
-A conversation is one with thoughts if an answer to its last question has one; thoughts before that question are left out. A
-thought is trained where the model writes it: with /nothink the prompt has it, whole and empty.
+A conversation has reasoning if an answer to its last question has; reasoning before that question is left out. The
+reasoning block is trained if the model writes it: with /nothink it is part of the prompt, and empty.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from .tools_glm import ArgumentTags
 
 
 @dataclass(frozen=True)
-class Thinkers(Template):
-    """Role tokens as in GLM-4, a thought in each answer."""
+class ReasoningTurns(Template):
+    """Role tokens as in GLM-4, a reasoning block in each answer."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Thinkers(Template):
         return result
 
     def _answer(self, content: str, number: int, current: bool, thinking: bool) -> list[Segment]:
-        """An answer; its thought is trained where the prompt does not have it."""
+        """An answer; its reasoning is trained if it is not part of the prompt."""
         thought, mark, _ = content.partition("</think>")
         said = content.split("</think>")[-1].strip()
         thought = thought.split("<think>")[-1].strip() if mark and current else ""
@@ -76,4 +76,4 @@ def _thought(text: str) -> list[Segment]:
     return [Segment("\n<think>", own=True), Segment(text), Segment("</think>", own=True)]
 
 
-GLM45 = Thinkers("glm-4.5", tools=ArgumentTags())
+GLM45 = ReasoningTurns("glm-4.5", tools=ArgumentTags())

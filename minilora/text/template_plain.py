@@ -1,8 +1,8 @@
-"""Chats of a model that has no chat format (GPT-2): <|endoftext|> ends each text, and nothing tells who said it.
+"""Chats of a model without a chat format (GPT-2): <|endoftext|> ends each text, and nothing marks the roles.
 
     question <|endoftext|> answer <|endoftext|>
 
-So GPT2Tokenizer of transformers 4.40 writes a chat where a folder has no template, and DialoGPT was trained so.
+GPT2Tokenizer of transformers 4.40 writes chats this way if a folder has no template; DialoGPT was trained this way.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Plain(Template):
-    """Texts one after the other, each with <|endoftext|> behind it."""
+    """Texts one after the other, each followed by <|endoftext|>."""
 
     @property
     def stops(self) -> tuple[str, ...]:

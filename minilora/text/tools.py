@@ -1,4 +1,4 @@
-"""Functions that an assistant may call, and its calls: as rows and requests write them, and values that a model wrote as text."""
+"""Tools and tool calls: checks those of rows and requests, and reads argument values that a model wrote as text."""
 
 import json
 import re
@@ -8,15 +8,15 @@ from ..errors import quote
 from ..files.strict_json import parse_json
 from .template import Call
 
-NAME = re.compile(r'[^\s"\\<>](?:[^"\\<>\x00-\x1f]*[^\s"\\<>])?')  # fits into every format's marks
-AROUND = 100  # levels of lists and objects, and calls, in which functions and calls may be written
+NAME = re.compile(r'[^\s"\\<>](?:[^"\\<>\x00-\x1f]*[^\s"\\<>])?')  # safe between the tags of every format
+AROUND = 100  # levels of nesting that JSON may add around a tool or a call
 PYTHON = {"True": True, "False": False, "None": None}
 # keys of a call that no chat format writes
 NOT_WRITTEN = {"id", "index", "type"}
 
 
 class Unreadable(ValueError):
-    """What is wrong with functions or calls."""
+    """What is wrong with tools or tool calls."""
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
@@ -25,7 +25,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
 
 
 def read_tools(value: Any) -> list[dict]:
-    """A list of functions, or its JSON text, in OpenAI's form; Unreadable or another ValueError says what is wrong with it."""
+    """A list of tools, or its JSON text, in OpenAI's form; Unreadable or another ValueError says what is wrong with it."""
     tools = parse_json(value) if isinstance(value, str) else value
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list):
@@ -76,7 +76,7 @@ def _call(call: Any) -> Call:
 
 
 def _check(name: Any, held: Any) -> None:
-    """Unreadable unless a name can stand in any chat, and what it belongs to can be written as JSON."""
+    """Unreadable unless the name is safe in every chat format, and `held` can be written as JSON."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise Unreadable(f"a function's name is {quote(as_json(name))}")
     for _ in range(AROUND):
@@ -88,7 +88,7 @@ def _check(name: Any, held: Any) -> None:
 
 
 def typed(text: str, function: str, key: str, tools: list[dict]) -> Any:
-    """The value of an argument that stands as bare text: a string where its function says so, else what the text is as JSON or Python."""
+    """The value of an argument that was written as bare text: a string if the schema says so, else the text parsed as JSON or Python."""
     schemas = [t["function"].get("parameters") for t in tools if t["function"]["name"] == function]
     properties = schemas[0].get("properties") if schemas and isinstance(schemas[0], dict) else None
     schema = properties.get(key) if isinstance(properties, dict) else None

@@ -1,4 +1,4 @@
-"""One door for files: what is no regular file is refused before a byte of it is read, by every command."""
+"""Every command refuses what is not a regular file, before a byte of it is read."""
 
 import os
 import shutil
