@@ -27,7 +27,7 @@ class DataConfig:
     max_length: int = setting(2048, "longest row in tokens; longer ones are dropped and counted")
     max_source_length: int | None = setting(None, "most masked tokens of a row")
     max_target_length: int | None = setting(None, "most trained tokens of a row")
-    source_tail: int | None = setting(None, "of a row's last question, the most tokens that are read, from its end")
+    source_tail: int | None = setting(None, "keep only this many tokens of a row's last question, from its end")
     truncate: Literal["drop", "cut", "error"] = setting("drop", "leave rows over a limit out, shorten them, or stop")
 
     @property
@@ -143,7 +143,7 @@ class TrainConfig(DataConfig):
     )
     shard: Literal["off", "on"] = setting("off", "on: ranks share the frozen base, each keeps 1/N of it", same=False)
     output: str = setting("", "run folder to write", same=False)
-    log_to: str = setting("", "also to tensorboard, wandb, swanlab, mlflow; several with commas", same=False)
+    log_to: str = setting("", "log to tensorboard, wandb, swanlab, mlflow too; several with commas", same=False)
     eval_every: int | None = setting(None, "steps between evaluations; default an epoch")
     save_every: int | None = setting(None, "steps between checkpoints; default an epoch", same=False)
     study: bool = setting(False, "every few steps, log how each adapter learns; the report draws it", same=False)

@@ -1,4 +1,4 @@
-"""Learned positions (GPT-2): a document has at most as many tokens as its model has positions, for there is nothing beyond."""
+"""Learned positions (GPT-2): a document can have no more tokens than its model has positions."""
 
 import math
 
@@ -8,7 +8,7 @@ from .errors import DataError
 
 
 def room(model: Decoder) -> float:
-    """The most tokens of a document: without end where positions rotate. Virtual tokens have positions too."""
+    """The most tokens of a document, infinite with rotary positions. Virtual tokens take up positions too."""
     return math.inf if model.config.rotary else model.config.max_positions - getattr(model.virtual, "count", 0)
 
 

@@ -2,7 +2,7 @@
 
     x = wte[id] + wpe[position]        a = x + attention(LN(x))    y = a + MLP(LN(a))
 
-Positions are learned: a document has at most as many tokens as wpe has rows, and none beyond. Every norm and linear has a
+Positions are learned: a document has at most as many tokens as wpe has rows. Every norm and linear has a
 bias, the MLP is GELU (tanh form) without a gate, the head is the embedding. c_attn holds all queries, all keys, then all
 values. The published code calls its linears Conv1D, and its files hold their weights transposed, [K, N].
 """

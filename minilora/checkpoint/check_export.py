@@ -1,7 +1,7 @@
-"""Whether PEFT or vLLM would apply an adapter as it was trained, by its files alone, and whether it moves the logits.
+"""Checks from its files whether PEFT or vLLM would apply an adapter as it was trained, and whether it changes the logits.
 
-Both find a linear by the key's path. vLLM refuses a last name that its class does not know; a path that it does not find it leaves
-out without a word, and so does it with rank_pattern and alpha_pattern: the answers are the base model's, or wrongly scaled ones.
+Both find a linear by the path in its key. vLLM refuses a last name that its class does not know, but silently skips a path that it
+does not find, and ignores rank_pattern and alpha_pattern: the answers are then those of the base model, or wrongly scaled.
 """
 
 import re
@@ -29,7 +29,7 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 
 
 class Check(NamedTuple):
-    """Adapted linears by their last names, those that the model has, the largest rank, linears whose B is zero, and what is wrong."""
+    """Adapted linears by last name, how many the model has, the largest rank, how many have a zero B, and what is wrong."""
 
     found: Counter[str]
     linears: int
@@ -74,7 +74,7 @@ def _path(key: str) -> str:
 
 
 def _of_config(adapter: ModelFolder, family: str) -> list[str]:
-    """What vLLM does not follow in an adapter_config.json."""
+    """What vLLM ignores or refuses in an adapter_config.json."""
     j = adapter.adapter_config
     lines = [f"vLLM does not read {key}" for key in ("rank_pattern", "alpha_pattern") if j.get(key)]
     lines += ["vLLM has no DoRA"] if j.get("use_dora") else []

@@ -1,4 +1,4 @@
-"""`minilora export --for peft` and `--for vllm`: an adapter under the keys, and with the ranks, that its reader asks for."""
+"""`minilora export --for peft` and `--for vllm`: writes an adapter with the keys and ranks that its reader expects."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .load import empty_model, read_config
 
 
 class Exported(NamedTuple):
-    """Linears that have an adapter, those that can have one, the rank, and whether ranks were made alike for it."""
+    """How many linears have an adapter, how many can have one, the rank, and whether ranks and scales were made equal."""
 
     adapted: int
     linears: int
@@ -26,8 +26,8 @@ class Exported(NamedTuple):
 def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
     """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
 
-    Raises ModelError with every key that finds no linear of the model, and with what the consumer would not apply; UsageError
-    for a family that it takes no adapters on.
+    Raises ModelError with every key that matches no linear of the model, and with what the consumer would not apply; UsageError
+    for a family on which it takes no adapters.
     """
     c, adapter = read_config(model), ModelFolder.of(adapter)
     if consumer == "vllm" and c.family not in VLLM_MODULES:

@@ -1,7 +1,7 @@
 """The tokenizer of a folder as the metadata of a GGUF file.
 
-llama.cpp knows a few ways to cut text before BPE, each by a name, and writes its vocabulary as byte-level BPE does. It does not
-normalise text, where Qwen's tokenizers make NFC of it.
+llama.cpp knows a few pre-tokenizers by name, and spells its vocabulary as byte-level BPE does. It does not normalise text, while
+Qwen's tokenizers apply NFC.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Ollama's Modelfile: what to run, how a chat is written, where an answer ends, and how it is sampled.
+"""Ollama's Modelfile: the model, the chat template, the stop tokens and the sampling settings.
 
-Ollama writes chats by a template of Go's text/template. It is made here from the pieces that our template puts around each
-message; a format that is not made of such pieces gets none, and Ollama takes the chat template in the GGUF file if it knows it.
+Ollama renders chats with a template for Go's text/template. It is built here from what our template puts before and after each
+message; a format that depends on the neighbours of a message gets none, and Ollama falls back on the GGUF file's template if it knows it.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ def modelfile(model: str, tokenizer: Tokenizer, folder: ModelFolder, adapter: st
     chat = go_template(template)
     if chat is not None:
         lines.append(f"TEMPLATE {_quoted(chat)}")
-    if template.default_system is not None and '"""' not in template.default_system:  # which ends a text there
+    if template.default_system is not None and '"""' not in template.default_system:  # which would end the text there
         lines.append(f"SYSTEM {_quoted(template.default_system)}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in template.stops if stop in tokenizer.specials]
     for ours, theirs in SAMPLING.items():

@@ -1,4 +1,4 @@
-"""Where weights lie in files that lie otherwise in memory: those of experts, and GPT-2's.
+"""Maps weights whose layout in files differs from that in memory: those of experts, and GPT-2's.
 
     experts, in memory                 [E N, K], one expert above the other (models/moe.py)
     ...experts.gate_up_proj            [E, 2 F, D] (transformers 5, Qwen3.5), or [E, D, 2 F]: the shapes tell
@@ -7,7 +7,7 @@
     GPT-2's Conv1D, in memory          [N, K]
     ...attn.c_attn.weight              [K, N]; OpenAI's own folder leaves the prefix of all its names out
 
-A folder is read and written in the spelling that it has.
+A folder is read and written with the names and layout that it has.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from ..lora import base_parameters
 
 
 class Place(NamedTuple):
-    """A tensor of a file: which rows of which weight it is, and the shape that it has there."""
+    """A tensor of a file: which rows of which weight it holds, and its shape in the file."""
 
     name: str
     rows: slice
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 def places(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """file name -> Place of such weights of a model, in the spelling of a folder that has tensors of these shapes."""
+    """name in the file -> Place, for such weights of a model, in the layout of a folder with tensors of these shapes."""
     return of_gpt2(model, shapes) if isinstance(model, GPT2) else of_experts(expert_linears(model), shapes)
 
 
@@ -63,7 +63,7 @@ def of_gpt2(model: GPT2, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Pla
 def of_experts(linears: Mapping[str, ExpertLinear], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """The places of all weights of experts."""
     found: dict[str, Place] = {}
-    # a square matrix lies as the other one of its layer does
+    # the shape of a square matrix cannot tell: it has the layout of the other one of its layer
     transposed_layers = {
         path.rpartition(".")[0] for path, linear in linears.items() if _is_turned(linear, shapes.get(path))
     }
@@ -87,7 +87,7 @@ def _is_turned(linear: ExpertLinear, shape: tuple[int, ...] | None) -> bool:
 
 
 def by_weight(places: Mapping[str, Place]) -> dict[str, list[tuple[str, Place]]]:
-    """weight -> the tensors of a file that it is made of, in the order of its rows."""
+    """weight -> the tensors of the file that make it up, in the order of its rows."""
     found: dict[str, list[tuple[str, Place]]] = {}
     for name, place in places.items():
         found.setdefault(place.name, []).append((name, place))
@@ -98,7 +98,7 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def in_files(places: Mapping[str, list[tuple[str, Place]]], weights: Shapes) -> Shapes:
-    """Dtypes and shapes of a model's weights as a folder has them, where these lie otherwise those that each is made of."""
+    """Dtypes and shapes of a model's weights as they are in a folder: where the layout differs, of the tensors that make up each weight."""
     return {
         file: (dtype, shape if place is None else place.shape)
         for name, (dtype, shape) in weights.items()

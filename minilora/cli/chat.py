@@ -15,7 +15,7 @@ def run(
     int8: Int8 = False,
     system: Annotated[str | None, Arg("system prompt [the template's]")] = None,
     tools: Annotated[
-        str | None, Arg("functions that the model may call, in OpenAI's form; you say what they return", "FILE.json")
+        str | None, Arg("tools that the model may call, in OpenAI's form; you type what they return", "FILE.json")
     ] = None,
     prompt: Annotated[list[str] | None, Arg("say this and leave; may be given several times")] = None,
     greedy: Annotated[bool, Arg("take the likeliest token instead of sampling")] = False,

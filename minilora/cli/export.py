@@ -1,4 +1,4 @@
-"""minilora export: an adapter, or for llama.cpp a model, as the program that will run it reads it."""
+"""minilora export: an adapter, or for llama.cpp also a model, in the format of the program that will run it."""
 
 from typing import Annotated, Literal
 
@@ -14,16 +14,19 @@ def run(
     adapter: Adapter | None = None,
     for_: Annotated[
         Literal["peft", "vllm", "gguf"],
-        Arg("who reads it: PEFT with AutoModelForCausalLM, vLLM, or llama.cpp and Ollama, which take a model as well"),
+        Arg(
+            "the program: PEFT with AutoModelForCausalLM, vLLM, or gguf for llama.cpp and Ollama, which also take a model"
+        ),
     ],
     output: Annotated[str, Arg("new folder", "DIR")],
     type_: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None,
-        Arg("of the weights of a model for gguf [as they are stored]"),
+        Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None, Arg("of the weights of a model for gguf [as stored]")
     ] = None,
     from_: Annotated[
         str | None,
-        Arg("for gguf, what the Modelfile puts an adapter on: the model as a GGUF file, or a name of Ollama's", "GGUF"),
+        Arg(
+            "for gguf, the base of an adapter in the Modelfile: a GGUF file, or the name of a model of Ollama's", "GGUF"
+        ),
     ] = None,
 ) -> None:
     check_paths(model, adapter)

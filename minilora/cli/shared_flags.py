@@ -31,7 +31,7 @@ RankTimeout = Annotated[
 ]
 DataSeed = Annotated[int, Arg("of #N and @RATE", within=(0, 2**31))]
 SamplingSeed = Annotated[int, Arg("of the sampling", within=(0, 2**63 - 1))]
-Recipe = Annotated[str, Arg("yaml file of the settings below; flags win over it", "RUN.yaml")]
+Recipe = Annotated[str, Arg("yaml file of the settings below; flags override it", "RUN.yaml")]
 ConfigFile = Annotated[str, Arg("the same", "FILE", short="-c")]
 
 

@@ -14,8 +14,8 @@ def run(
     adapter: Annotated[str, Arg("folder of an adapter, such as export wrote", "DIR", parse=adapter_folder)],
     *,
     model: Model,
-    for_: Annotated[Literal["peft", "vllm"], Arg("who reads it")] = "vllm",
-    logits: Annotated[bool, Arg("see whether the adapter moves logits, where the folder has weights")] = True,
+    for_: Annotated[Literal["peft", "vllm"], Arg("the program that will run it")] = "vllm",
+    logits: Annotated[bool, Arg("check that the adapter changes the logits, if --model has weights")] = True,
 ) -> None:
     check_paths(model, adapter)
     from ..checkpoint.check_export import check_export, logits_moved

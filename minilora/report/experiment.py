@@ -1,19 +1,19 @@
-"""What a sweep asks, and what its runs answer: differences between groups of runs, with intervals over seeds.
+"""The answer of a sweep's runs to its question: differences between groups of runs, with intervals over seeds.
 
-A sweep file says how its runs are read:
+A sweep file says how to read its runs:
 
     question:
       ask: Does the best learning rate depend on the rank?
       published: With the scale alpha / r hardly (Schulman et al., LoRA Without Regret, 2025).
-      compare: [lora_r]     # settings whose values make the groups; each group is compared with the first run's
-      best_of: lr           # a group counts, in each seed, at the value of this setting that suits it best
-      read: rate            # compares where that value lies, as a ratio; loss (the default) compares losses, in nats
-      along: batch_size     # compares differences: at the first value of this setting and at the last
+      compare: [lora_r]     # settings whose values make the groups; each group is compared with the first one
+      best_of: lr           # in each seed, a group is taken at its best value of this setting
+      read: rate            # compares these best values, as a ratio; loss (the default) compares losses, in nats
+      along: batch_size     # compares the differences at the first and at the last value of this setting
       loss: train           # smoothed training loss at the end; val (the default) is the validation loss at the end
       expect: [0.5, 2]      # a difference in this range is what was published
-      spectra: true         # the page also says how spread out dW is: LoRA beside training every weight
+      spectra: true         # the page also has the spectra of dW, for LoRA and for full fine-tuning
 
-Runs of one seed share rows, their order and the start of A, so differences are taken seed by seed; the interval is Student's,
+Runs of one seed share rows, their order and the initial A, so differences are paired by seed; the interval is Student's t
 over seeds.
 """
 
@@ -95,7 +95,7 @@ class Estimate:
         return cls(mean, mean - half, mean + half, n)
 
     def exp(self) -> "Estimate":
-        """Of means of logarithms."""
+        """The same of the exponentials, if the values were logarithms."""
         mean, low, high = (math.exp(x) if x < 700 else math.inf for x in (self.mean, self.low, self.high))
         return Estimate(mean, low, high, self.seeds)
 
@@ -106,7 +106,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Best:
-    """Where one group did best in one seed: the value of best_of, the loss there, the run, and whether the range tried ends there."""
+    """The best run of one group in one seed: the value of best_of, the loss, the run, and whether that value is at an edge of the range tried."""
 
     rate: float
     loss: float
@@ -151,7 +151,7 @@ class Cells:
         self.alongs, self.groups, self.seeds = (list(dict.fromkeys(part)) for part in zip(*self.runs, strict=True))
 
     def bests(self, along: str, group: Values) -> dict[int, Best]:
-        """By seed; without those in which no run came to its end."""
+        """By seed; seeds without a finished run are left out."""
         return {seed: self._bests[key] for seed in self.seeds if (key := (along, group, seed)) in self._bests}
 
     def values(self, along: str, group: Values) -> dict[int, float]:
@@ -160,7 +160,7 @@ class Cells:
         return {seed: math.log(best.rate) if rate else best.loss for seed, best in self.bests(along, group).items()}
 
     def differences(self, along: str, group: Values) -> dict[int, float]:
-        """By seed, from the first group; of seeds in which both have a value."""
+        """By seed, from the first group; only seeds in which both have a value."""
         mine, first = self.values(along, group), self.values(along, self.groups[0])
         return {seed: mine[seed] - first[seed] for seed in mine if seed in first}
 

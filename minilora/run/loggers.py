@@ -1,7 +1,7 @@
-"""`--log-to`: the metrics of a run, step by step, to the programs that people watch runs with.
+"""`--log-to`: sends the metrics of each step to experiment trackers: TensorBoard, W&B, SwanLab, MLflow.
 
-Each is imported only if it is asked for, writes into the folder of the run, and sends nothing anywhere unless its own variable says
-so: WANDB_MODE=online, SWANLAB_MODE=online, MLFLOW_TRACKING_URI. metrics.jsonl is written whatever is asked for.
+Each is imported only when named, writes into the run folder, and sends nothing over the network unless its own variable says
+so: WANDB_MODE=online, SWANLAB_MODE=online, MLFLOW_TRACKING_URI. metrics.jsonl is always written.
 """
 
 import os
@@ -33,7 +33,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             SummaryWriter = import_module("tensorboardX").SummaryWriter
-        # what an earlier try of a resumed run logged beyond its start counts no more
+        # drops what an earlier attempt logged beyond the step at which the run resumes
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
         self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()), start)
 
@@ -104,8 +104,8 @@ class MLflow:
 LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
     "tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow,
 }  # fmt: skip
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # any of them; for the others, the one of their name
-ALWAYS = ("jsonl", "none", "")  # metrics.jsonl is written anyhow
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # either; else the package of that name
+ALWAYS = ("jsonl", "none", "")  # metrics.jsonl is always written
 
 
 def asked_for(log_to: str) -> list[str]:
@@ -123,14 +123,14 @@ def asked_for(log_to: str) -> list[str]:
 
 
 class Loggers:
-    """The loggers of a run. One that fails is told of once and left out: a training never stops for it."""
+    """The loggers of a run. One that fails is reported once and dropped: it never stops the training."""
 
     def __init__(self, say: Callable[[str], Any]):
         self._open: dict[str, Logger] = {}
         self._say = say
 
     def open(self, config: TrainConfig, start: int) -> None:
-        """Begin to log a run that is at step `start`."""
+        """Start logging a run that is at step `start`."""
         for name in asked_for(config.log_to):
             with self._harmless(name):
                 self._open[name] = LOGGERS[name](Path(config.output), asdict(config), start)

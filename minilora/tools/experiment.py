@@ -1,4 +1,4 @@
-"""The page on a sweep that asks something: what its runs say, and where it is asked for, the spectra of what they changed."""
+"""The page on a sweep with a question: the answer of its runs and, if the question asks for them, the spectra of their dW."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ SPECTRA = (
 
 
 def write_experiment(folder: Path, output: Path, failed: Sequence[str] = ()) -> list[str]:
-    """Write the page on a sweep's folder, and its twin in markdown; returns its verdicts. UsageError if the sweep asks nothing."""
+    """Write the page on a sweep's folder, in html and in markdown; returns its verdicts. UsageError if the sweep has no question."""
     cells = read_cells(folder)
     more = [("What was changed", SPECTRA, _spectra(cells))] if cells.question.spectra else []
     page = experiment(cells, failed, more)
@@ -36,7 +36,7 @@ def write_experiment(folder: Path, output: Path, failed: Sequence[str] = ()) -> 
 
 
 def read_cells(folder: Path) -> Cells:
-    """The runs of a sweep's folder that were begun, and its question."""
+    """The runs of a sweep's folder that were started, and its question."""
     sweep = read_json_file(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
     if not sweep.get("question"):
         raise UsageError(f"{folder} is one folder and no sweep that asks a question", "Give two or more runs.")
@@ -48,7 +48,7 @@ def read_cells(folder: Path) -> Cells:
 
 
 def _spectra(cells: Cells) -> Table:
-    """How large and how spread out the changes of each group are, over seeds."""
+    """Size and spectrum of the changes of each group, over seeds."""
     rows = []
     for along in cells.alongs:
         for group in cells.groups:
@@ -74,7 +74,7 @@ def _measure(run: Record) -> tuple[float, ...]:
 
 
 def _changes(run: Record, stored: Stored) -> dict[str, Factors]:
-    """What a run changed, by linear; of full fine-tuning, the linears that LoRA would be on."""
+    """dW of a run by linear; of full fine-tuning, only the linears that LoRA would adapt."""
     if run.config["method"] != "full":
         return read_factors(run.folder / "adapter")
     file, changes = SafetensorsFile(run.folder / "checkpoints" / "last" / MODEL), {}
