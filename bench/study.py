@@ -1,7 +1,7 @@
-"""python -m bench.study --model DIR --data FILE: what `train --study on` costs beside the same steps without it.
+"""python -m bench.study --model DIR --data FILE: the cost of `train --study on`, compared with the same steps without it.
 
-A step with a look and the same step without one are taken in turn, in one process with one thread. CPU seconds are compared, so
-that what the machine gives to others does not count; a look is shared by the steps that lie between two of them.
+A step that is measured by the study and the same step without it alternate, in one process with one thread. CPU seconds are
+compared, so that other load on the machine does not count; the cost of one measurement is shared by the steps up to the next one.
 """
 
 import argparse

@@ -15,7 +15,7 @@ def adapter_folder(given: str) -> str:
 
 
 Model = Annotated[str, Arg("folder of a Hugging Face checkpoint, or its name on the hub", "DIR", group="model")]
-Adapter = Annotated[str, Arg("PEFT adapter folder, or a run's", "DIR", group="model", parse=adapter_folder)]
+Adapter = Annotated[str, Arg("folder of an adapter, or of a run", "DIR", group="model", parse=adapter_folder)]
 Data = Annotated[str, Arg("file of rows, or path#500@0.2, several with commas", "FILE", group="data")]
 Int8 = Annotated[bool, Arg("weights in 8 bits, for speed on a CPU; eval --int8 tells what it costs", group="machine")]
 Quant = Annotated[

@@ -2,8 +2,8 @@
 
 alpaca (instruction, input, output, system, history), sharegpt (conversations of from and value), OpenAI and ChatGLM3 (messages
 or conversations of role and content), pairs under many names (prompt and completion, question and answer, ADGEN's content and
-summary, text and label, 问题 and 答案 ...), Qianfan's lists of turns, and raw text. Functions stand in a key of the row, and calls in
-a key of OpenAI's messages or in a turn of their own (LLaMA-Factory, ms-swift).
+summary, text and label, 问题 and 答案 ...), Qianfan's lists of turns, and raw text. Tools are in a key of the row, tool calls in a
+key of OpenAI's messages or in turns of their own (LLaMA-Factory, ms-swift).
 """
 
 import json

@@ -6,8 +6,8 @@ token. The same segments serve training, evaluation and chat. A folder's own Jin
 formats is used (own_template.py); what it writes is never trained itself.
 
 A message is {"role": "system" | "user" | "assistant" | "tool", "content": str}, and perhaps "loss": bool, "thought": True where
-it begins with one, and of an assistant "calls": [{"name": str, "arguments": dict}]. The functions that it may call stand in a
-first message of the role "tools", as the JSON text of a list.
+it begins with one, and of an assistant "calls": [{"name": str, "arguments": dict}]. The tools that it may call are in a first
+message of the role "tools", as the JSON text of a list.
 """
 
 import json

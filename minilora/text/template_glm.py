@@ -17,7 +17,7 @@ from itertools import product
 
 from ..errors import DataError
 from .template import ROLES, Message, Segment, Template, ToolFormat, split_tools
-from .template_glm45 import GLM45, Thinkers
+from .template_glm45 import GLM45, ReasoningTurns
 from .tools_glm import AVAILABLE, CallTurns
 
 
@@ -157,7 +157,7 @@ CHATGLM3 = RoleTokens("chatglm3", start=("[gMASK]", "sop"), end="</s>", own_code
 GLM4_OWN = RoleTokens("glm4", own_code=True)
 
 
-def glm_formats(model_type: str | None = None) -> list[RoleTokens | Thinkers]:
+def glm_formats(model_type: str | None = None) -> list[RoleTokens | ReasoningTurns]:
     """The formats that a folder with role tokens and a tokenizer.json can have, the likeliest first."""
     choices = product((("[gMASK]", "<sop>"), ()), ("\n", ""), (False, True), (False, True))
     roles = [
