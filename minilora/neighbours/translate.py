@@ -21,7 +21,7 @@ class Refused(NamedTuple):
     """A key that is not supported, unless it is off: why, and what to do."""
 
     why: str
-    hint: str = "Take it out, if the run shall go without it."
+    hint: str = "Remove it to run without it."
 
 
 Config = dict[str, Any]
@@ -72,11 +72,11 @@ def translated(path: Path, config: Config, of: Neighbour, say: Callable[[str], A
     if refused:
         (first, *more), names = refused.values(), ", ".join(quote(name, 40) for name in refused)
         why = "; the lines above say why" if more else f": {first.why}"
-        raise UsageError(f"{path}: {names} cannot be had here{why}", first.hint)
+        raise UsageError(f"{path}: {names} cannot be used here{why}", first.hint)
     try:
         defaults = {k: v for k, v in of.defaults(config).items() if k not in settings}
     except (TypeError, ValueError):
-        what = f"{path}: what {of.name} takes for keys that are not there cannot be told from those that are"
+        what = f"{path}: the defaults of {of.name} for missing keys cannot be derived from the other keys"
         raise UsageError(what, "Write the model and the ranks, layers and steps into the file, as numbers.") from None
     if defaults:
         say(f"{of.name:<15}{'its defaults':<40} {_told(defaults)}")
@@ -88,20 +88,20 @@ def _meant(key: str, value: Any, config: Config, of: Neighbour) -> Config | Igno
     if rule is None and ALIASES.get(key, key) in FIELDS:  # a setting of ours among theirs
         rule = ALIASES.get(key, key)
     if rule is None:
-        rule = Refused("it is not known", f"Take it out if it means nothing to the training: {quote(key, 40)}.")
+        rule = Refused("it is not known", f"Remove it if the training does not need it: {quote(key, 40)}.")
     if value is None:
         return Ignored("empty")
     try:
         found = {rule: value} if isinstance(rule, str) else rule(value, config) if callable(rule) else rule
     except (TypeError, ValueError, AttributeError, KeyError):
-        found = Refused("it is not of the form that it has there", "Correct it.")
+        found = Refused("its value is not one that this tool takes", "Correct it.")
     return Ignored("off") if isinstance(found, Refused) and value in OFF else found
 
 
 def _told(found: Config | Ignored | Refused) -> str:
     if isinstance(found, (Ignored, Refused)):
         return f"{type(found).__name__.lower()}: {found.why}"
-    return "-> " + (", ".join(f"{name} {_shown(value)}" for name, value in found.items()) or "nothing: it is so here")
+    return "-> " + (", ".join(f"{name} {_shown(value)}" for name, value in found.items()) or "nothing: already so here")
 
 
 def _shown(value: Any) -> str:
@@ -118,7 +118,7 @@ def one_of(values: dict[Any, Config | Ignored | Refused], otherwise: Refused) ->
 
 def only(value_here: Any, why: str) -> Rule:
     """A rule for what has one value here: that one is ignored, and any other refused."""
-    return lambda value, config: Ignored("it is so here") if value == value_here else Refused(why)
+    return lambda value, config: Ignored("always so here") if value == value_here else Refused(why)
 
 
 def adamw(value: Any, config: Config) -> Ignored | Refused:
