@@ -11,9 +11,11 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 OWN = sorted(p.name for p in (ROOT / "tests" / "kernels" / "interpreter").glob("test_*.py"))
 SHARED = ["tests/kernels/test_kernels.py", "tests/kernels/test_lora_linear_group.py"]
+# what own has in another form, or for many minutes: derivatives by differences, bits of two calls, a whole vocabulary
+SLOW = "gradcheck or same_call_twice or real_vocabulary"
 # operations with kernels, by how their tests are called there; ranks and shapes of LoRA are in own
 ROWS = "rms_norm or swiglu or rope"
-ACC = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and not of_any)"
+WIDE = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and not of_any)"
 
 
 @pytest.mark.parametrize(
@@ -21,8 +23,9 @@ ACC = "not (rms_norm or swiglu or rope) and (cross_entropy or lora_linear and no
     [
         *(pytest.param([f"tests/kernels/interpreter/{name}", "-m", "not long"], id=name) for name in OWN),
         pytest.param(["tests/kernels/interpreter", "-m", "long"], id="own long", marks=pytest.mark.long),
-        pytest.param([*SHARED, "-k", ROWS], id="shared rows"),
-        pytest.param([*SHARED, "-k", ACC], id="shared wide"),
+        pytest.param([*SHARED, "-k", f"({ROWS}) and not ({SLOW})"], id="shared rows"),
+        pytest.param([*SHARED, "-k", f"({WIDE}) and not ({SLOW})"], id="shared wide"),
+        pytest.param([*SHARED, "-k", f"({ROWS} or {WIDE}) and ({SLOW})"], id="shared long", marks=pytest.mark.long),
         pytest.param(["tests/kernels/test_lora_mlp.py"], id="shared mlp"),
     ],
 )

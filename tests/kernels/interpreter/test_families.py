@@ -36,8 +36,7 @@ def test_a_model_on_its_kernels(family: str):
     assert use_triton()
 
     ratios = []
-    mixture = "num_experts_per_tok" in OWN[family]  # many small programs, which the interpreter runs one by one
-    for seed, checkpointing in enumerate([False, True, False, True][: 3 if mixture else 4]):
+    for seed, checkpointing in enumerate([False, True, False]):
         ours, plain, truth = (
             loss_and_gradients(family, dtype, triton, checkpointing, seed)
             for dtype, triton in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
