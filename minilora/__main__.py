@@ -21,7 +21,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
-        with said_once(), one_command(alone=argv is None):
+        with one_command(alone=argv is None), said_once():  # which waits for a signal
             return run(sys.argv[1:] if argv is None else argv)
     except MiniloraError as error:
         return fail(error.code, error.what, error.hint)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.kernels.cross_entropy import BLOCK_ROWS
+from minilora.kernels.expert_rows import AT_ONCE
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
@@ -158,10 +159,11 @@ def card_memory(model: Decoder, batch: Batch) -> StepMemory:
     size, c = model.compute_dtype.itemsize, model.config
     logits = min(CHUNK_ROWS_CUDA, len(batch.targets)) * c.vocab * size
     hidden = 2 * len(batch.targets[BLOCK_ROWS:]) * c.width * size  # of the others, and their gradient
-    # a dry run computes expert by expert; a GPU all at once: dg, du, and dh or the rows of dx that are still to be added up
+    # a dry run computes some experts at a time; a GPU all at once: dg, du, and dh or the rows of dx that are still to be added up
     rows = 0
     if isinstance(c, MoEConfig):
-        rows = len(batch.ids) * c.chosen * (2 * c.expert_ffn + max(c.expert_ffn, c.width)) * size
+        more = max(0, len(batch.ids) * c.chosen - AT_ONCE // c.width)
+        rows = more * (2 * c.expert_ffn + max(c.expert_ffn, c.width)) * size
     temporaries = max(memory.temporaries + rows, logits)
     return replace(memory, activations=memory.activations + hidden, temporaries=temporaries)
 

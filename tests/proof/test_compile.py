@@ -99,7 +99,7 @@ def test_what_triton_3_6_makes_of_them():
     rows = OLDER["kernels"]
     assert rows.keys() == COMMITTED["kernels"].keys()
     spilled = {name: row["spills"] for name, row in rows.items() if row["spills"]}
-    assert len(spilled) <= 33 and max(spilled.values()) <= 32
+    assert len(spilled) <= 37 and max(spilled.values()) <= 32
     for name, row in rows.items():
         arch = next(word for word in name.split() if word.startswith("sm_"))
         assert row["shared"] <= SHARED[arch] and row["registers"] * row["threads"] <= 65536 and row["blocks"] >= 1, name

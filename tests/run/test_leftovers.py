@@ -89,6 +89,7 @@ def test_clearing_can_be_killed_anywhere(run, tmp_path, monkeypatch, name):
             shutil.rmtree(part)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of files that a kill leaves open
 @pytest.mark.parametrize("old", [False, True])
 def test_starting_can_be_killed_anywhere(run, tmp_path, here, monkeypatch, old):
     """At each of the first writes of a run; the same command with --overwrite starts it."""

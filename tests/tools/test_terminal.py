@@ -231,6 +231,7 @@ def test_there_is_one_door_to_the_terminal():
     assert printing == {
         "__main__.py",
         "checkpoint/unpickle.py",
+        "cli/completion.py",
         "console.py",
         "terminal.py",
         "tools/chat.py",
