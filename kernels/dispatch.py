@@ -26,6 +26,7 @@ class _Chosen:
     kernels, deterministic = True, False
     gemm: str | dict[Any, Timed] = "triton"
     target: int | None = None
+    dry = False
 
 
 @contextmanager
@@ -145,3 +146,15 @@ def capability(device: torch.device) -> tuple[int, int]:
 def compile_for(architecture: int) -> AbstractContextManager[None]:
     """Configure the launches inside for an architecture, whatever the device: tensors without data are on none."""
     return _choosing("target", architecture)
+
+
+@contextmanager
+def dry_run_for(architecture: int) -> Iterator[None]:
+    """Operations that ask take a GPU's path on tensors without data, and nothing is launched: what they allocate is counted."""
+    with compile_for(architecture), _choosing("dry", True):
+        yield
+
+
+def dry() -> bool:
+    """Whether this is inside dry_run_for."""
+    return _Chosen.dry

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minilora.kernels import expert_gemm, expert_shrink, expert_swiglu, kept
 from minilora.kernels.dequantize import FEW_ROWS, readable
-from minilora.kernels.dispatch import once_differentiable, use_triton
+from minilora.kernels.dispatch import dry, once_differentiable, use_triton
 from minilora.kernels.expert_tiles import DOWN, GATE_UP, Stack, Tiles
 from minilora.kernels.group import Place
 from minilora.kernels.lang import INTERPRETED, rows_of
@@ -30,7 +30,7 @@ def runs_on_triton(x: Tensor, linears: Sequence[Projection]) -> bool:
     weights = [p.weight for p in linears]
     there = all(w.dtype == x.dtype or readable(w.shape[1], {format_of(w)}) for w in weights)
     fits = INTERPRETED or (x.element_size() == 2 and all(size % 16 == 0 for w in weights for size in w.shape))
-    return there and fits and x.numel() > 0 and use_triton(x)
+    return there and fits and x.numel() > 0 and (use_triton(x) or dry())
 
 
 class OnTriton(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minilora.kernels.dispatch import dry
 from minilora.kernels.lang import INTERPRETED, JITFunction, driver
 
 
@@ -33,8 +34,8 @@ class Launch:
 
         `varying`: tensors, a tuple of one for each projection, or None.
         """
-        if type(kernel) is not JITFunction:  # the interpreter's, or a recorder in its place
-            kernel[(self.grid,)](*varying, *self.numbers, **self.constants)
+        if type(kernel) is not JITFunction:  # the interpreter's, or a recorder in its place, or there is no Triton
+            self._by_triton(kernel, varying)
             return
         seen, addresses, bits = [kernel.fn], [], 0
         for given in varying:
@@ -62,8 +63,12 @@ class Launch:
 
     def _bind(self, kernel: Any, varying: tuple[Any, ...], seen: tuple[Any, ...], bits: int) -> None:
         """Launch by Triton's own way, and keep what it compiled for pointers that are multiples of 16."""
-        made = kernel[(self.grid,)](*varying, *self.numbers, **self.constants)
-        if bits % 16 == 0:
+        made = self._by_triton(kernel, varying)
+        if made is not None and bits % 16 == 0:
             names = kernel.arg_names[len(varying) + len(self.numbers) :]
             rest = (*self.numbers, *(self.constants[name] for name in names))
             self._compiled[seen] = made.run, made.function, made.packed_metadata, rest
+
+    def _by_triton(self, kernel: Any, varying: tuple[Any, ...]) -> Any:
+        """What Triton compiled for a launch that it made; nothing in a dry run."""
+        return None if dry() else kernel[(self.grid,)](*varying, *self.numbers, **self.constants)

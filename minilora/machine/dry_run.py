@@ -10,7 +10,7 @@ make the peak. Where kinds of layers take turns, it is the first two turns, and 
 of a layer get the same number of tokens each.
 
 Counted are tensors. What the allocator loses between them, and what CUDA and Python take for themselves, comes on top. The
-operations are those of the CPU path.
+operations are those of the CPU path; of experts on a card, those of its kernels, which compute all experts at once.
 """
 
 import weakref
@@ -23,11 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora.kernels.cross_entropy import BLOCK_ROWS
-from minilora.kernels.expert_rows import AT_ONCE
+from minilora.kernels.dispatch import dry_run_for
 from minilora.kernels.linear_cross_entropy import CHUNK_ROWS_CUDA
 from minilora.models.config import Config
 from minilora.models.decoder import Decoder
-from minilora.models.moe import MoEConfig
 from minilora.models.quantized import quantized_weights
 from minilora.models.qwen3_5 import HybridConfig
 from minilora.models.stream import Batch
@@ -37,6 +36,7 @@ from .gemm import matrices
 
 aten = torch.ops.aten
 ALIKE = 3  # layers that are run
+ARCHITECTURE = 90  # whose tiles stand for those of any card
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,12 @@ def _kind(block: nn.Module) -> object:
 def card_memory(model: Decoder, batch: Batch) -> StepMemory:
     """The memory of a step on a GPU, whose loss has the logits of more rows at a time than that of a dry run."""
     few = slice(BLOCK_ROWS)  # what the loss of more rows takes is known, and running it takes seconds
-    memory = step_memory(model, replace(batch, target_index=batch.target_index[few], targets=batch.targets[few]))
+    with dry_run_for(ARCHITECTURE):
+        memory = step_memory(model, replace(batch, target_index=batch.target_index[few], targets=batch.targets[few]))
     size, c = model.compute_dtype.itemsize, model.config
     logits = min(CHUNK_ROWS_CUDA, len(batch.targets)) * c.vocab * size
     hidden = 2 * len(batch.targets[BLOCK_ROWS:]) * c.width * size  # of the others, and their gradient
-    # a dry run computes some experts at a time; a GPU all at once: dg, du, and dh or the rows of dx that are still to be added up
-    rows = 0
-    if isinstance(c, MoEConfig):
-        more = max(0, len(batch.ids) * c.chosen - AT_ONCE // c.width)
-        rows = more * (2 * c.expert_ffn + max(c.expert_ffn, c.width)) * size
-    temporaries = max(memory.temporaries + rows, logits)
-    return replace(memory, activations=memory.activations + hidden, temporaries=temporaries)
+    return replace(memory, activations=memory.activations + hidden, temporaries=max(memory.temporaries, logits))
 
 
 def _turn(c: Config) -> int:

@@ -285,7 +285,7 @@ def test_what_is_said_to_fit_a_card_does_and_fills_it(seven, gb, way):
 
 
 def test_a_card_has_room_for_the_rows_of_all_experts_at_once(tmp_path, monkeypatch):
-    """At least what the steps of experts_on_triton.py allocate, launched or not; the dry run is of the torch path, which takes more."""
+    """What the steps of experts_on_triton.py allocate, launched or not."""
     sizes = {
         "hidden_size": 256,
         "moe_intermediate_size": 192,
@@ -304,4 +304,4 @@ def test_a_card_has_room_for_the_rows_of_all_experts_at_once(tmp_path, monkeypat
         monkeypatch.setattr(experts_on_triton, "use_triton", lambda *_: True)
         monkeypatch.setattr(Launch, "__call__", lambda *_: None)
     planned, real = found
-    assert real.temporaries <= planned.temporaries and planned.total <= 1.5 * real.total
+    assert real.temporaries <= planned.temporaries and planned.total <= 1.15 * real.total
