@@ -8,8 +8,6 @@ import unicodedata
 
 STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone surrogates, other line ends
 JOINER = "\u200d"  # joins several emoji into one
-
-
 LONGEST = 10_000  # characters of a line
 
 

@@ -49,7 +49,7 @@ def check_export(model: Folder, adapter: Folder, consumer: str) -> Check:
     wrapped = dict(adapters(meta))
     if not wrapped:
         raise ModelError(f"{adapter} is no LoRA", "Its files are the same for every reader.")
-    own = {path: linear for path, linear in linears(empty_model(c)).items()}
+    own = linears(empty_model(c))
     problems: defaultdict[str, list[str]] = defaultdict(list)
     known = {theirs for path in own for theirs in paths_of(path, c.family, consumer)}
     accepted = VLLM_MODULES.get(c.family, ())

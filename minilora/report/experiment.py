@@ -31,7 +31,7 @@ from .record import Record, as_text
 
 # 0.975 quantile of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-NORMAL = 1.96
+NORMAL = 1.959964
 LOSSES = {"val": "validation loss", "train": "training loss"}
 
 Values = tuple[str, ...]  # of the compared settings: a group
@@ -78,6 +78,16 @@ class Question:
         return cls(**section | values)
 
 
+def student(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, to three decimals (for many degrees: Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z, n = NORMAL, freedom
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds and its 95 % interval; with one seed there is none."""
@@ -90,8 +100,7 @@ class Estimate:
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
         mean, n = statistics.fmean(values), len(values)
-        t = math.inf if n < 2 else STUDENT[n - 2] if n - 2 < len(STUDENT) else NORMAL
-        half = t * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+        half = student(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
         return cls(mean, mean - half, mean + half, n)
 
     def exp(self) -> "Estimate":
@@ -115,9 +124,9 @@ class Best:
 
     @classmethod
     def of(cls, tried: dict[float, tuple[float, Record]]) -> Self:
-        """tried: loss and run by the value of best_of. The loss is the lowest that was measured; the place is the vertex of the
+        """The lowest of the losses that were measured; its place is the vertex of the parabola through it and its two neighbours.
 
-        parabola through it and its two neighbours, on logarithmic axes.
+        tried: loss and run by the value of best_of. The axes of the parabola are logarithmic.
         """
         points = sorted((x, loss) for x, (loss, _) in tried.items())
         i = min(range(len(points)), key=lambda i: points[i][1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minilora.errors import UsageError
-from minilora.report.experiment import STUDENT, Cells, Estimate, Question, experiment, sentence
+from minilora.report.experiment import STUDENT, Cells, Estimate, Question, experiment, sentence, student
 from minilora.report.record import Record
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -29,6 +29,12 @@ def estimate(cells: Cells, group: str) -> Estimate:
 def bowl(best: float, low: float, **config) -> list[Record]:
     """Runs whose loss is a parabola on logarithmic axes."""
     return [run(low * math.exp(0.3 * math.log(lr / best) ** 2), lr=lr, **config) for lr in RATES]
+
+
+def test_quantiles_of_student_s_t_are_the_tabulated_ones():
+    """Those of a few degrees of freedom are a table, those of many a formula."""
+    for freedom, quantile in {1: 12.706, 15: 2.131, 16: 2.120, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980}.items():
+        assert round(student(freedom), 3) == quantile
 
 
 def test_the_best_rate_and_its_ratio_are_found_seed_by_seed():
