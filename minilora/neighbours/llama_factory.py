@@ -36,20 +36,9 @@ COLUMNS = {
 # of preferences, and of tool calls, which rows hold under these names
 SAME = ("chosen", "rejected", "tools")
 TAGS = {
-    "from",
-    "value",
-    "role",
-    "content",
-    "human",
-    "user",
-    "gpt",
-    "assistant",
-    "system",
-    "observation",
-    "function_call",
-    "function",
-    "tool",
-}
+    "from", "value", "role", "content", "human", "user", "gpt",
+    "assistant", "system", "observation", "function_call", "function", "tool",
+}  # fmt: skip
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 
 
@@ -121,7 +110,7 @@ def val_of(value: Any, config: Config) -> Config | Refused:
 
 def method_of(value: Any, config: Config) -> Config | Refused:
     if value not in ("lora", "full", "freeze"):
-        return Refused("it is another method", "docs/methods.md says what there is.")
+        return Refused("this method is not supported", "docs/methods.md says what there is.")
     return {"method": "dora" if value == "lora" and config.get("use_dora") else value}
 
 
@@ -139,14 +128,16 @@ SCHEDULES: dict[Any, Config | Ignored | Refused] = {
     "cosine": {"schedule": "cosine"}, "linear": {"schedule": "linear"}, "constant": {"schedule": "constant"},
     "constant_with_warmup": {"schedule": "constant"},
 }  # fmt: skip
-SCHEDULE = one_of(SCHEDULES, Refused("there are cosine, linear and constant", "Give --schedule."))
-BITS = one_of({4: {"quant": "nf4"}, 8: {"quant": "int8"}}, Refused("there are 4 and 8", "Give --quant nf4 or int8."))
-OTHER = Refused("it is another way to train")
+SCHEDULE = one_of(SCHEDULES, Refused("only cosine, linear and constant are supported", "Give --schedule."))
+BITS = one_of(
+    {4: {"quant": "nf4"}, 8: {"quant": "int8"}}, Refused("only 4 and 8 bits are supported", "Give --quant nf4 or int8.")
+)
+OTHER = Refused("this way of training is not supported")
 ANSWERED = Ignored("minilora predict answers rows, and scores the answers")
 LOGGED = Ignored("every step is logged, and loss.png and report.html are always drawn")
 KEPT = Ignored("a snapshot is whole, and --keep says which step counts")
-OF_SWITCH = Ignored("it says more of a switch that is off")
-TEXT_ALONE = Ignored("text alone is trained")
+OF_SWITCH = Ignored("it belongs to a switch that is off")
+TEXT_ALONE = Ignored("only text is trained")
 NO_UPLOAD = Ignored("nothing is uploaded")
 
 RULES: dict[str, Rule] = {
@@ -154,22 +145,22 @@ RULES: dict[str, Rule] = {
     "model_name_or_path": "model", "adapter_name_or_path": NEW_ADAPTERS, "trust_remote_code": Ignored("no code of a folder is ever run"),
     "model_revision": only("main", "the folder is what it is"), "resize_vocab": Refused("the vocabulary stays as it is"),
     "add_tokens": Refused("the vocabulary stays as it is"), "add_special_tokens": Refused("the vocabulary stays as it is"),
-    "rope_scaling": Refused("config.json says it", "Write rope_scaling into the model's config.json."), "shift_attn": OTHER,
+    "rope_scaling": Refused("config.json sets it", "Write rope_scaling into the model's config.json."), "shift_attn": OTHER,
     "mixture_of_depths": OTHER, "moe_aux_loss_coef": OTHER, "train_from_scratch": OTHER,
     "flash_attn": Ignored("attention takes the fastest path there is"), "use_unsloth": OWN_KERNELS, "use_unsloth_gc": OWN_KERNELS,
     "enable_liger_kernel": OWN_KERNELS, "use_fast_tokenizer": Ignored("there is one tokenizer"),
-    "split_special_tokens": Ignored("what a row writes never becomes a special token"), "low_cpu_mem_usage": Ignored("it always is"),
-    "disable_gradient_checkpointing": Ignored("--checkpointing says it"),
-    "use_reentrant_gc": Ignored("--checkpointing has one form"), "upcast_layernorm": COMPUTE, "upcast_lmhead_output": COMPUTE,
+    "split_special_tokens": Ignored("what a row writes never becomes a special token"), "low_cpu_mem_usage": Ignored("always on"),
+    "disable_gradient_checkpointing": Ignored("--checkpointing sets it"),
+    "use_reentrant_gc": Ignored("--checkpointing has only one form"), "upcast_layernorm": COMPUTE, "upcast_lmhead_output": COMPUTE,
     "cache_dir": Ignored("the caches of the hubs are looked up"), "print_param_status": LOGGED,
     "quantization_bit": BITS, "quantization_method": one_of({"bnb": Ignored("--quant rounds as bitsandbytes does"),
                                                              "bitsandbytes": Ignored("--quant rounds as bitsandbytes does")}, OTHER),
-    "quantization_type": only("nf4", "4 bits are NF4"), "double_quantization": Ignored("it changes memory alone"),
+    "quantization_type": only("nf4", "4 bits are NF4"), "double_quantization": Ignored("it only changes memory"),
     "infer_*": ANSWERED, "use_cache": ANSWERED, "use_kv_cache": ANSWERED,
     # data
-    "template": FORMAT, "dataset": data_of, "eval_dataset": val_of, "dataset_dir": Ignored("it is where dataset_info.json is read"),
-    "max_samples": Ignored("it is with the data"), "cutoff_len": lambda value, config: {"max_length": value, "truncate": "cut"},
-    "train_on_prompt": Refused("answers alone are trained"), "mask_history": lambda value, config: {"loss_on": "last" if value else "all"},
+    "template": FORMAT, "dataset": data_of, "eval_dataset": val_of, "dataset_dir": Ignored("it tells where dataset_info.json is"),
+    "max_samples": Ignored("read together with the data"), "cutoff_len": lambda value, config: {"max_length": value, "truncate": "cut"},
+    "train_on_prompt": Refused("only answers are trained"), "mask_history": lambda value, config: {"loss_on": "last" if value else "all"},
     "val_size": number_or_none("val"), "packing": PACKED, "neat_packing": PACKED, "streaming": STREAMED, "buffer_size": STREAMED,
     "mix_strategy": only("concat", "rows of all data sets are trained; path@RATE repeats some"),
     "interleave_probs": Refused("rows of all data sets are trained", "path@RATE repeats some."), "tool_format": FORMAT,
@@ -179,10 +170,10 @@ RULES: dict[str, Rule] = {
     "data_shared_file_system": STREAMED, "tokenized_path": "cache", "eval_num_beams": ANSWERED, "eval_on_each_dataset": ANSWERED,
     "disable_shuffling": Refused("rows are shuffled by --seed"), "group_by_length": PACKED, "remove_unused_columns": PACKED,
     # method
-    "stage": one_of({"sft": {"objective": "sft"}, "dpo": {"objective": "dpo"}}, Refused("there are sft and dpo", "See --objective.")),
+    "stage": one_of({"sft": {"objective": "sft"}, "dpo": {"objective": "dpo"}}, Refused("only sft and dpo are supported", "See --objective.")),
     "finetuning_type": method_of, "lora_rank": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target": targets_of,
     "loraplus_lr_ratio": "loraplus_lr_ratio", "loraplus_lr_embedding": Ignored("no embedding is trained"), "use_rslora": "rslora",
-    "use_dora": Ignored("it is with finetuning_type"), "create_new_adapter": Ignored("every run begins a new one"),
+    "use_dora": Ignored("read together with finetuning_type"), "create_new_adapter": Ignored("every run begins a new one"),
     "pissa_init": lambda value, config: {"lora_init": "pissa" if value else "kaiming"}, "pissa_convert": Ignored("RUN/adapter fits the plain base"),
     "pissa_iter": Ignored("the decomposition is exact"), "additional_target": Refused("whole modules are not trained beside adapters"),
     "freeze_trainable_layers": "freeze_trainable_layers", "freeze_trainable_modules": only("all", "whole layers are trained"),
@@ -192,10 +183,10 @@ RULES: dict[str, Rule] = {
     "freeze_language_model": Refused("the language model is what is trained"), "pref_beta": "beta", "pref_ftx": OTHER,
     "pref_loss": only("sigmoid", "dpo's loss is the sigmoid's"), "dpo_label_smoothing": OTHER, "ref_model": Refused("the base is the reference"),
     "pure_bf16": COMPUTE, "plot_loss": LOGGED, "compute_accuracy": ANSWERED, "include_effective_tokens_per_second": LOGGED,
-    "include_num_input_tokens_seen": LOGGED, "early_stopping_steps": Refused("a run goes to its end", "--keep best holds the best step."),
+    "include_num_input_tokens_seen": LOGGED, "early_stopping_steps": Refused("a run always trains to its end", "--keep best holds the best step."),
     # training
-    "output_dir": "output", "overwrite_output_dir": Ignored("--overwrite says it"), "do_train": Ignored("the command says it"),
-    "do_eval": Ignored("--val says it"), "do_predict": ANSWERED, "predict_with_generate": ANSWERED, "learning_rate": "lr",
+    "output_dir": "output", "overwrite_output_dir": Ignored("--overwrite sets it"), "do_train": Ignored("the command decides it"),
+    "do_eval": Ignored("--val sets it"), "do_predict": ANSWERED, "predict_with_generate": ANSWERED, "learning_rate": "lr",
     "num_train_epochs": "epochs", "max_steps": number_or_none("max_steps"), "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": STREAMED, "eval_accumulation_steps": STREAMED, "gradient_accumulation_steps": "accumulation",
     "lr_scheduler_type": SCHEDULE, "warmup_ratio": number_or_none("warmup"), "warmup_steps": number_or_none("warmup"),
@@ -207,8 +198,8 @@ RULES: dict[str, Rule] = {
     "disable_tqdm": LOGGED, "logging_dir": LOGGED, "save_steps": "save_every", "save_strategy": KEPT, "save_total_limit": "keep_checkpoints",
     "save_only_model": KEPT, "save_safetensors": KEPT, "load_best_model_at_end": lambda value, config: {"keep": "best" if value else "last"},
     "metric_for_best_model": only("eval_loss", "the best step is that of the lowest validation loss"), "greater_is_better": KEPT,
-    "eval_steps": "eval_every", "eval_strategy": Ignored("--val and --eval-every say it"), "evaluation_strategy": Ignored("--val and --eval-every say it"),
-    "resume_from_checkpoint": Refused("a run goes on by --resume", "minilora train --output RUN --resume"), "deepspeed": PLACES, "fsdp": PLACES,
+    "eval_steps": "eval_every", "eval_strategy": Ignored("--val and --eval-every set it"), "evaluation_strategy": Ignored("--val and --eval-every set it"),
+    "resume_from_checkpoint": Refused("a run is continued with --resume", "minilora train --output RUN --resume"), "deepspeed": PLACES, "fsdp": PLACES,
     "fsdp_config": PLACES, "ddp_timeout": PLACES, "ddp_find_unused_parameters": PLACES, "local_rank": PLACES, "ray_run_name": PLACES,
     "push_to_hub": NO_UPLOAD, "hub_model_id": NO_UPLOAD, "use_swanlab": lambda value, config: {"log_to": "swanlab"} if value else Ignored("off"),
     "swanlab_*": LOGGED, "profiler_*": LOGGED, "enable_torch_profiler": LOGGED, "ray_*": PLACES, "master_addr": PLACES, "master_port": PLACES,
@@ -217,7 +208,7 @@ RULES: dict[str, Rule] = {
     "kto_*": OF_SWITCH, "kt_*": OF_SWITCH, "asft_alpha": OF_SWITCH, "eaft_alpha": OF_SWITCH, "use_kt": OTHER, "use_mca": PLACES,
     "vllm_*": ANSWERED, "sglang_*": ANSWERED, "export_*": ANSWERED, "do_sample": ANSWERED, "temperature": ANSWERED, "top_p": ANSWERED,
     "top_k": ANSWERED, "num_beams": ANSWERED, "max_new_tokens": ANSWERED, "repetition_penalty": ANSWERED, "length_penalty": ANSWERED,
-    "skip_special_tokens": ANSWERED, "use_v1_kernels": OWN_KERNELS, "gradient_checkpointing_kwargs": Ignored("--checkpointing has one form"),
+    "skip_special_tokens": ANSWERED, "use_v1_kernels": OWN_KERNELS, "gradient_checkpointing_kwargs": Ignored("--checkpointing has only one form"),
 }  # fmt: skip
 
 

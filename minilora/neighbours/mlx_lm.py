@@ -28,7 +28,7 @@ def adapters_of(value: Any, config: Config) -> Config | Refused:
     keys = [str(key) for key in value.get("keys") or []]
     odd = [key for key in keys if not re.fullmatch(r"[\w.]+", key)]
     if odd:
-        return Refused(f"its key {odd[0]} is no name", "Give names of linears, such as self_attn.q_proj.")
+        return Refused(f"its key {odd[0]} is not a module name", "Give names of linears, such as self_attn.q_proj.")
     found = {
         "lora_r": value["rank"],
         "lora_alpha": int(value["rank"]) * float(value["scale"]),
@@ -56,7 +56,7 @@ def _layers(config: Config) -> int:
 def schedule_of(value: Any, config: Config) -> Config | Refused:
     arguments = value.get("arguments") if isinstance(value, dict) else None
     if not arguments or value.get("name") != "cosine_decay" or len(arguments) > 2 and arguments[2]:
-        return Refused("there are cosine to zero, linear and constant", "Give --schedule and --warmup.")
+        return Refused("only cosine to zero, linear and constant are supported", "Give --schedule and --warmup.")
     return {"schedule": "cosine", "lr": arguments[0], "warmup": value.get("warmup") or 0}
 
 
@@ -75,22 +75,22 @@ def decay_of(value: Any, config: Config) -> Config | Ignored | Refused:
     if not own:
         return Ignored("empty")
     if set(own) - {"weight_decay", "betas"}:
-        return Refused("of AdamW there are weight_decay and betas", "Take the others out.")
+        return Refused("only weight_decay and betas of AdamW can be set", "Take the others out.")
     beta1, beta2 = own.get("betas") or (0.9, 0.999)
     return {"weight_decay": own.get("weight_decay") or 0.0, "beta1": beta1, "beta2": beta2}
 
 
 RULES: dict[str, Rule] = {
-    "model": "model", "train": Ignored("the command says it"), "fine_tune_type": one_of(
-        {"lora": {"method": "lora"}, "dora": {"method": "dora"}, "full": {"method": "full"}}, Refused("it is another method")),
+    "model": "model", "train": Ignored("the command decides it"), "fine_tune_type": one_of(
+        {"lora": {"method": "lora"}, "dora": {"method": "dora"}, "full": {"method": "full"}}, Refused("this method is not supported")),
     "optimizer": one_of({name: Ignored("AdamW without decay is Adam") for name in ("adam", "adamw")}, Refused("AdamW is the optimizer")),
-    "optimizer_config": decay_of, "data": data_of, "seed": "seed", "num_layers": Ignored("it is with lora_parameters"),
+    "optimizer_config": decay_of, "data": data_of, "seed": "seed", "num_layers": Ignored("read together with lora_parameters"),
     "batch_size": "batch_size", "iters": steps_of, "grad_accumulation_steps": "accumulation", "val_batches": Ignored("all validation rows count"),
     "learning_rate": rate_of, "lr_schedule": schedule_of, "steps_per_report": LOGGED, "steps_per_eval": "eval_every",
-    "save_every": "save_every", "resume_adapter_file": NEW_ADAPTERS, "adapter_path": "output", "test": Ignored("minilora eval does it"),
-    "test_batches": Ignored("minilora eval does it"), "max_seq_length": lambda value, config: {"max_length": value, "truncate": "cut"},
+    "save_every": "save_every", "resume_adapter_file": NEW_ADAPTERS, "adapter_path": "output", "test": Ignored("minilora eval does this"),
+    "test_batches": Ignored("minilora eval does this"), "max_seq_length": lambda value, config: {"max_length": value, "truncate": "cut"},
     "config": Ignored("it is this file"), "grad_checkpoint": "checkpointing", "clear_cache_threshold": STREAMED, "lora_parameters": adapters_of,
-    "mask_prompt": lambda value, config: {"loss_on": "last"} if value else Ignored("prompts are never trained here, answers alone"),
+    "mask_prompt": lambda value, config: {"loss_on": "last"} if value else Ignored("prompts are never trained here, only answers"),
     "report_to": "log_to", "wandb": lambda value, config: {"log_to": "wandb"}, "project_name": LOGGED,
     "trust_remote_code": Ignored("no code of a folder is ever run"), "chat_template": FORMAT, "prompt_feature": only("prompt", "--columns prompt=NAME"),
     "completion_feature": only("completion", "--columns response=NAME"),
