@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.kernels.quantized import QuantizedWeight, piece_of
+from minilora.kernels.quantized import QuantizedWeight, piece_of, piece_starts
 
 BLOCK = 128
 E4M3 = torch.float8_e4m3fn
@@ -48,7 +48,7 @@ class FP8Weight(QuantizedWeight):
         k = self.shape[1]
         step = max(1, piece_of(out.device, self.numel()) // k)
         wide = torch.empty((min(step, len(out)), k), device=out.device)
-        for begin in range(0, len(out), step):
+        for begin in piece_starts(0, len(out), step, out):
             piece = out[begin : begin + step]
             rows = slice(start + begin, start + begin + len(piece))
             values = wide[: len(piece)].copy_(as_half(self.codes[rows]))

@@ -28,7 +28,7 @@ from torch import Tensor
 from minilora.kernels.dispatch import capability, use_triton
 from minilora.kernels.lang import PINNED, jit, load, next_power_of_2, rows_of, tl
 from minilora.kernels.launch import Launch, per_shape
-from minilora.kernels.quantized import QuantizedWeight, piece_of
+from minilora.kernels.quantized import QuantizedWeight, piece_of, piece_starts
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
@@ -61,7 +61,7 @@ class FP8RowsWeight(QuantizedWeight):
 
     def fill(self, out: Tensor, start: int) -> None:
         step = max(1, piece_of(out.device, self.numel()) // self.shape[1])
-        for begin in range(0, len(out), step):
+        for begin in piece_starts(0, len(out), step, out):
             piece = out[begin : begin + step]
             rows = slice(start + begin, start + begin + len(piece))
             piece.copy_(self.codes[rows].float().mul_(self.scales[rows]))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.kernels.quantized import QuantizedWeight, piece_of
+from minilora.kernels.quantized import QuantizedWeight, piece_of, piece_starts
 
 LEVELS = 127
 
@@ -44,7 +44,7 @@ class Int8Weight(QuantizedWeight):
         scales = (self.absmax * (1 / LEVELS))[:, None]
         step = max(1, piece_of(out.device, self.numel()) // self.shape[1])
         wide = torch.empty((min(step, len(out)), self.shape[1]), device=out.device)
-        for begin in range(0, len(out), step):
+        for begin in piece_starts(0, len(out), step, out):
             piece = out[begin : begin + step]
             rows = slice(start + begin, start + begin + len(piece))
             piece.copy_(wide[: len(piece)].copy_(self.codes[rows]).mul_(scales[rows]))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.kernels.quantized import QuantizedWeight, look_up, piece_of
+from minilora.kernels.quantized import QuantizedWeight, look_up, piece_of, piece_starts
 
 BLOCK, NESTED_BLOCK = 64, 256
 # quantiles of the normal distribution, as bitsandbytes lists them
@@ -89,7 +89,7 @@ class NF4Weight(QuantizedWeight):
         step = piece_of(out.device, self.numel())
         pairs = torch.empty(min(step, self.codes.numel() * 2) // 2 + 1, dtype=table.dtype, device=out.device)
         # blocks do not end where rows do: from the block that the first weight is in
-        for begin in range(first // BLOCK * BLOCK, last, step):
+        for begin in piece_starts(first // BLOCK * BLOCK, last, step, out):
             end = min(begin + step, -(-last // BLOCK) * BLOCK, self.numel())
             codes = self.codes[begin // 2 : -(-end // 2)]
             wide = look_up(table, codes, pairs[: len(codes)]).view(torch.float32)[: end - begin]

@@ -156,6 +156,11 @@ def piece_of(device: torch.device, count: int) -> int:
     return max(count, 1) if device.type == "cuda" else PIECE
 
 
+def piece_starts(first: int, last: int, step: int, out: Tensor) -> range:
+    """Where the pieces of what is written to out begin; in a dry run the first alone, which takes as much memory as any."""
+    return range(first, min(last, first + 1) if out.is_meta else last, step)
+
+
 def look_up(table: Tensor, codes: Tensor, out: Tensor) -> Tensor:
     """table[codes] into out; table, out of one dtype, codes of integers that are not negative, all of one dimension."""
     if codes.device.type != "cpu" or torch.get_num_threads() <= FEW_THREADS:
