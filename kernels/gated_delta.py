@@ -11,12 +11,12 @@ A CPU takes CHUNK tokens at a time as matrix products (Yang et al., 2024, "Paral
 Rule over Sequence Length"). With c the sum of g from the start of a chunk, D_ij = e^(c_i - c_j) for i >= j, and S the state
 that the chunk begins with:
 
-    A = beta k k^T * D below the diagonal                  N = (I + A)^-1 beta (v - e^c (k S))
-    o = e^c (q S) + (q k^T * D) N                          S' = e^(c_last) S + (e^(c_last - c) k)^T N
+    A = beta k k^T * D below the diagonal      M = (I + A)^-1 beta e^c k      N = (I + A)^-1 beta v - M S
+    o = e^c q S + (q k^T * D) N                S' = e^(c_last) S + (e^(c_last - c) k)^T N
 
-Chunks of all documents and some heads are multiplied together; a loop goes along the documents. (I + A)^-1 is made of
-inverses of half the size, which is as stable as solving row by row. All is fp32 (fp64 for fp64). Saved for the backward:
-what was given; the rest is made again. A GPU runs Flash Linear Attention's kernels where they are installed (fla.py), else this.
+Only N and S' need the chunk before: a loop along the documents has two products. All else is computed at once for the chunks of
+all documents and some heads. (I + A)^-1 is made of inverses of half the size, which is as stable as solving row by row. All is
+fp32 (fp64 for fp64). Saved for the backward: what was given; the rest is made again. A GPU runs Flash Linear Attention's kernels where they are installed (fla.py), else this.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,9 @@ from minilora.kernels.dispatch import check_same, once_differentiable, recording
 
 CHUNK = 32  # FLA takes 64; half of that is a fifth fewer operations, and on a CPU no slower for each
 EPS = 1e-6  # under the root of a length
-AT_ONCE = 1 << 20  # values of v that go through the chunks together: what a CPU's cache holds
+AT_ONCE = (
+    1 << 18
+)  # values of v that go through the chunks together, with states of four times the size: what a CPU's cache holds
 
 
 def gated_delta_rule_ref(
@@ -59,6 +61,14 @@ def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
 
 
+class Step(NamedTuple):
+    """Chunks of a step along the documents, those of them whose documents go on, and the chunks that these go on with."""
+
+    all: slice
+    going_on: slice
+    following: slice
+
+
 class Cut(NamedTuple):
     """A stream cut into chunks of `size` slots: the first ones of all documents, the longest first, then the second ones, ...
 
@@ -75,6 +85,13 @@ class Cut(NamedTuple):
     @staticmethod
     def of(cu_seqlens: Sequence[int], size: int, device: torch.device) -> "Cut":
         return _cut(tuple(cu_seqlens), size, device)
+
+    def steps(self) -> list[Step]:
+        ends, following = list(accumulate(self.counts)), [*self.counts[1:], 0]
+        return [
+            Step(slice(end - n, end), slice(end - n, end - n + more), slice(end, end + more))
+            for n, end, more in zip(self.counts, ends, following, strict=True)
+        ]
 
 
 @lru_cache(16)  # the layers of a model ask for the same one
@@ -111,7 +128,7 @@ def _out_of(x: Tensor, cut: Cut) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).index_select(0, cut.slot)
 
 
-class _Within:
+class _Chunks:
     """What the chunks of some heads compute without a state: [chunks, G, H / G, size, ...], with 1 in the place of H / G for q and k."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut):
@@ -131,23 +148,42 @@ class _Within:
         self.kk = self.k @ self.k.mT
         self.inverse = _inverse(self.kk * self.beta * self.d)
         self.p = (self.q @ self.k.mT) * self.d
-        self.at = [slice(end - n, end) for n, end in zip(cut.counts, accumulate(cut.counts), strict=True)]
+        self.seeing, self.written = self.q * self.grown, self.k * self.rest  # e^c q and e^(c_last - c) k
+        self.m = self.inverse @ (self.k * (self.beta * self.grown))
+        self.n = self.inverse @ _times(self.v, self.beta)  # without a state; `walk` completes it
+        self.states = self.n.new_empty(*self.n.shape[:3], q.shape[-1], v.shape[-1])
+        self.steps = cut.steps()
         if v.is_meta:  # without data one step tells what all of them take (machine/dry_run.py)
-            del self.at[1:]
+            del self.steps[1:]
 
     def _units(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of unit length, without gaps, and what each was multiplied with."""
         r = torch.linalg.vecdot(x, x)[..., None].add_(EPS).rsqrt_()
-        return torch.mul(x, r, out=torch.empty(x.shape, dtype=x.dtype, device=x.device)), r
+        return _times(x, r), r
 
-    def corrections(self, at: slice, state: Tensor) -> Tensor:
-        """N of a step's chunks."""
-        return self.inverse[at] @ torch.addcmul(self.v[at], self.k[at] @ state, self.grown[at], value=-1).mul_(
-            self.beta[at]
-        )
+    def walk(self, state: Tensor | None) -> None:
+        """N of all chunks and the states that they begin with, from those of the documents [S, G, H / G, E, U], None for zero."""
+        first = self.states[self.steps[0].all]
+        first.zero_() if state is None else first.copy_(state)
+        for step, going_on, following in self.steps:
+            _add_product(self.n[step], self.m[step], self.states[step], -1)
+            self.next_states(going_on, self.states[following])
 
-    def next_state(self, at: slice, state: Tensor, n: Tensor) -> Tensor:
-        return state * self.whole[at] + (self.k[at] * self.rest[at]).mT @ n
+    def next_states(self, at: slice | Tensor, out: Tensor) -> Tensor:
+        """The states after chunks."""
+        torch.mul(self.states[at], self.whole[at], out=out)
+        return _add_product(out, self.written[at].mT, self.n[at])
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x * y without gaps, whatever x is a view of."""
+    return torch.mul(x, y, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, alpha: int = 1) -> Tensor:
+    """to += alpha a @ b, of stacks of matrices without gaps between them."""
+    to.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2), alpha=alpha)
+    return to
 
 
 def _inverse(a: Tensor) -> Tensor:
@@ -172,84 +208,72 @@ def _inverse(a: Tensor) -> Tensor:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """o of some heads [T, H, U] and the states after the documents, the longest first [S, G, H / G, E, U]."""
-    w = _Within(q, k, v, g, beta, cut)
-    out, counts = torch.empty_like(w.v, memory_format=torch.contiguous_format), (*cut.counts, 0)
-    if state is None:
-        state = w.v.new_zeros(counts[0], *w.v.shape[1:3], q.shape[2], v.shape[2])
-    last = []
-    for at, count, following in zip(w.at, counts, counts[1:], strict=False):
-        n = w.corrections(at, state)
-        torch.mul(w.q[at] @ state, w.grown[at], out=out[at]).add_(w.p[at] @ n)
-        state = w.next_state(at, state, n)
-        last.append(state[following:count])
-        state = state[:following]
-    return _out_of(out.flatten(1, 2), cut).mul_(w.scale).to(v.dtype), torch.cat(last[::-1])
+) -> "tuple[Tensor, _Chunks]":
+    """o of some heads [T, H, U], and their chunks."""
+    w = _Chunks(q, k, v, g, beta, cut)
+    w.walk(state)
+    out = _add_product(w.p @ w.n, w.seeing, w.states)
+    return _out_of(out.flatten(1, 2), cut).mul_(w.scale).to(v.dtype), w
 
 
 def _backward(do: Tensor, inputs: Sequence[Tensor], cut: Cut) -> tuple[Tensor, ...]:
     """dq, dk, dv, dg, dbeta of some heads.
 
-    With dN = P^T do + (e^(c_last - c) k) dS', P = q k^T * D and dR = (I + A)^-T dN:
+    With dS' of the state after a chunk and dR of beta (v - e^c k S), which (I + A)^-1 makes N:
 
-        dS = e^(c_last) dS' + q^T (e^c do) - k^T (beta e^c dR)        dA = -dR N^T        dP = do N^T
+        dN = P^T do + (e^(c_last - c) k) dS'        dS = e^(c_last) dS' + (e^c q)^T do - M^T dN
+        dR = (I + A)^-T dN                          dA = -dR N^T        dP = do N^T
     """
     q, k, v, g, beta = inputs
-    w = _Within(q, k, v, g, beta, cut)
-    shape = (w.v.shape[0], *w.v.shape[1:3], q.shape[2], v.shape[2])
-    states, ns = w.v.new_empty(shape), torch.empty_like(w.v, memory_format=torch.contiguous_format)
-    state = w.v.new_zeros(cut.counts[0], *shape[1:])
-    for at in w.at:
-        states[at] = state = state[: at.stop - at.start]
-        ns[at] = n = w.corrections(at, state)
-        state = w.next_state(at, state, n)
+    w = _Chunks(q, k, v, g, beta, cut)
+    w.walk(None)
     # of slots without a token it is zero
-    do = do.new_zeros(len(cut.source), *do.shape[1:], dtype=ns.dtype).index_copy_(
-        0, cut.slot, do.to(ns.dtype).mul(w.scale)
+    do = do.new_zeros(len(cut.source), *do.shape[1:], dtype=w.n.dtype).index_copy_(
+        0, cut.slot, do.to(w.n.dtype).mul(w.scale)
     )
-    do = do.unflatten(0, (-1, cut.size)).transpose(1, 2).contiguous().view(ns.shape)
-    drs, grown_do = torch.empty_like(ns), do * w.grown
-    dk = ns.new_empty(*ns.shape[:-1], q.shape[2])  # of e^(c_last - c) k, at first
-    dlast = ns.new_empty(*ns.shape[:3], 1, 1)
-    ds = state.new_zeros(0, *shape[1:])
-    for at in w.at[::-1]:
-        ds = torch.cat((ds, ds.new_zeros(at.stop - at.start - len(ds), *shape[1:])))  # documents that end here
-        dn = (w.p[at].mT @ do[at]).add_((w.k[at] * w.rest[at]) @ ds)
-        drs[at] = dr = w.inverse[at].mT @ dn
-        torch.matmul(ns[at], ds.mT, out=dk[at])
-        dlast[at] = (states[at] * ds).sum((-1, -2), keepdim=True)
-        ds = (ds * w.whole[at]).add_(w.q[at].mT @ grown_do[at]).sub_(w.k[at].mT @ (dr * w.beta[at] * w.grown[at]))
+    do = do.unflatten(0, (-1, cut.size)).transpose(1, 2).contiguous().view(w.n.shape)
+    dn, ds = w.p.mT @ do, w.seeing.mT @ do
+    dwritten, dwhole = torch.zeros_like(w.written), torch.zeros_like(w.whole)
+    for step, going_on, following in w.steps[::-1]:
+        after = ds[following]
+        _add_product(dn[going_on], w.written[going_on], after)
+        _add_product(dwritten[going_on], w.n[going_on], after.mT)
+        dwhole[going_on] = (w.states[going_on] * after).sum((-1, -2), keepdim=True)
+        _add_product(ds[step], w.m[step].mT, dn[step], -1)
+        ds[going_on].addcmul_(after, w.whole[going_on])
     # S' = e^(c_last) S + (e^(c_last - c) k)^T N
-    dk *= w.rest
-    dc = -(dk * w.k).sum(-1, keepdim=True)
-    dc[..., -1:, :] += dlast * w.whole - dc.sum(-2, keepdim=True)
-    # o = e^c (q S) + P N
-    dq = grown_do @ states.mT
-    dc += (dq * w.q).sum(-1, keepdim=True)
-    dp = do @ ns.mT
+    dk = (dwritten * w.rest).sum(2)
+    dc = -(dwritten.mul_(w.written)).sum(-1, keepdim=True)
+    dc[..., -1:, :] += dwhole * w.whole - dc.sum(-2, keepdim=True)
+    # o = e^c q S + P N
+    dseeing = do @ w.states.mT
+    dq = (dseeing * w.grown).sum(2)
+    dc += dseeing.mul_(w.seeing).sum(-1, keepdim=True)
+    dp = do @ w.n.mT
     of_p = dp * w.p
-    dp *= w.d
-    dq += dp @ w.k
-    dk += dp.mT @ w.q
-    # R = beta (v - e^c (k S))
-    of_ks = (drs * w.grown) @ states.mT
+    dp = dp.mul_(w.d).sum(2)
+    q, k = w.q.squeeze(2), w.k.squeeze(2)
+    dq += dp @ k
+    dk += dp.mT @ q
+    # R = beta (v - e^c k S)
+    dr = w.inverse.mT @ dn
+    of_ks = (dr @ w.states.mT).mul_(w.grown)
     seen = (of_ks * w.k).sum(-1, keepdim=True)
-    dbeta = (drs * w.v).sum(-1, keepdim=True) - seen
-    dk -= of_ks.mul_(w.beta)
+    dbeta = (dr * w.v).sum(-1, keepdim=True) - seen
+    dk -= of_ks.mul_(w.beta).sum(2)
     dc -= seen * w.beta
     # A = beta k k^T * D below the diagonal; D_ij = e^(c_i - c_j)
-    da = (drs @ ns.mT).neg_().mul_(w.d).tril_(-1)
+    da = (dr @ w.n.mT).neg_().mul_(w.d).tril_(-1)
     of_d = da * w.kk
     dbeta += of_d.sum(-1, keepdim=True)
     of_d = of_d.mul_(w.beta).add_(of_p)
     dc += of_d.sum(-1, keepdim=True) - of_d.sum(-2)[..., None]
-    da *= w.beta
-    dk += (da + da.mT) @ w.k
+    da = da.mul_(w.beta).sum(2)
+    dk += (da + da.mT) @ k
     dg = dc.flip(-2).cumsum(-2).flip(-2)
-    dq, dk = (_of_units(d.sum(2), x.squeeze(2), r) for d, x, r in ((dq, w.q, w.rq), (dk, w.k, w.rk)))
+    dq, dk = (_of_units(*parts) for parts in ((dq, q, w.rq), (dk, k, w.rk)))
     numbers = (_out_of(d.flatten(1, 2).squeeze(-1), cut) for d in (dg, dbeta))
-    return _out_of(dq, cut), _out_of(dk, cut), _out_of((drs * w.beta).flatten(1, 2), cut), *numbers
+    return _out_of(dq, cut), _out_of(dk, cut), _out_of((dr * w.beta).flatten(1, 2), cut), *numbers
 
 
 def _of_units(d: Tensor, x: Tensor, r: Tensor) -> Tensor:
@@ -312,8 +336,10 @@ def gated_delta_rule_with_state(
         return _step(q, k, v, g, beta, state)
     cut, groups = Cut.of(cu_seqlens, CHUNK, v.device), (q.shape[1], -1)
     before = None if state is None else state.index_select(0, cut.order).unflatten(1, groups)
-    o, after = _forward(q, k, v, g, beta, cut, before)
-    return o, torch.empty_like(after).index_copy_(0, cut.order, after).flatten(1, 2)
+    o, w = _forward(q, k, v, g, beta, cut, before)
+    last = cut.slot[torch.tensor(cu_seqlens[1:]) - 1] // cut.size  # chunk of each document's last token
+    after = w.next_states(last, torch.empty_like(w.states[: len(last)]))
+    return o, after.flatten(1, 2)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
