@@ -87,6 +87,7 @@ def fake_sanitizer(folder: Path) -> str:
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.mark.long
 def test_everything_that_a_gpu_would_run_on_torchs_paths(tmp_path: Path):
     out = tmp_path / "results"
     bench("gpu", "--toy", "--out", str(out), "--minutes", "600", PATH=fake_sanitizer(tmp_path / "bin"))

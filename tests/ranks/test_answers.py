@@ -44,6 +44,7 @@ def test_ranks_give_the_loss_of_one_process_and_one_says_it(answered: Path):
     assert one == two and len(two.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_prediction_whose_rank_was_killed_or_stopped_goes_on_to_the_same_answers(answered: Path, tmp_path: Path):
     """Also with another number of ranks."""
 

@@ -112,6 +112,7 @@ def test_the_first_rank_alone_writes_into_the_run(whole: Path):
     assert sum("checkpoints" in line for line in first) > 3 and second == []
 
 
+@pytest.mark.long
 def test_torchrun_starts_the_ranks_again_and_they_go_on_by_themselves(tmp_path: Path, whole: Path):
     out = tmp_path / "run"
     words = [*given("train", tmp_path), *SETTINGS, "--output", str(out)]

@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,41 +41,42 @@ ALL = [
     "nf4, loftq",
 ]
 SOME = ["gathered ahead", "one stream, nf4"]
-CASES = [(2, name) for name in ALL] + [(4, name) for name in SOME]
+OF = {2: ALL, 4: SOME}
+four = pytest.param(4, marks=pytest.mark.long)
+CASES = [(2, name) for name in ALL] + [pytest.param(4, name, marks=pytest.mark.long) for name in SOME]
+Found = Callable[[int], list[dict]]  # number of ranks -> what each of them found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found, of a model whose blocks are larger than its embedding, in NF4 too."""
-    folder = tmp_path_factory.mktemp("shard")
-    script = str(ROOT / "tests/ranks/shard_steps.py")
-    for count, names, tied in ((2, ALL, True), (4, SOME, False)):
-        model = make_model(
-            folder / f"model-{count}", num_hidden_layers=3, intermediate_size=1024, tie_word_embeddings=tied
-        )
-        command = [*torchrun(count), script, str(model), str(folder), *names]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+    @cache
+    def of_ranks(count: int) -> list[dict]:
+        folder = tmp_path_factory.mktemp("shard")
+        sizes = {"num_hidden_layers": 3, "intermediate_size": 1024, "tie_word_embeddings": count == 2}
+        model = make_model(folder / "model", **sizes)
+        script = [str(ROOT / "tests/ranks/shard_steps.py"), str(model), str(folder), *OF[count]]
+        done = subprocess.run([*torchrun(count), *script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+        return [json.loads((folder / f"{count}-{rank}.json").read_text()) for rank in range(count)]
 
-
-def of_ranks(folder: Path, count: int) -> list[dict]:
-    return [json.loads((folder / f"{count}-{rank}.json").read_text()) for rank in range(count)]
+    return of_ranks
 
 
 @pytest.mark.parametrize(("count", "case"), CASES)
-def test_the_bits_are_those_of_a_whole_base(found: Path, count: int, case: str):
+def test_the_bits_are_those_of_a_whole_base(found: Found, count: int, case: str):
     """Losses, adapters, validation, fingerprint, errors of quantisation, and the memory of a step beside the base."""
-    told = [one[case] for one in of_ranks(found, count)]
+    told = [one[case] for one in found(count)]
     for one in told:
         assert one["shard"]["same"] == one["whole"]["same"]
     assert len({one["shard"]["same"]["bits"] for one in told}) == 1
 
 
 @pytest.mark.parametrize(("count", "case"), CASES)
-def test_a_rank_has_its_part_and_one_block(found: Path, count: int, case: str):
+def test_a_rank_has_its_part_and_one_block(found: Found, count: int, case: str):
     """Counted are the storages that loading makes and leaves. A second block where one is gathered ahead."""
-    for one in of_ranks(found, count):
+    for one in found(count):
         whole, shard, size = one[case]["whole"], one[case]["shard"], one[case]["bytes"]
         blocks = 2 if "ahead" in case else 1
         rounding = 2 * ALIGN * 40  # of the starts of tensors and of parts; the model has 35 tensors
@@ -84,20 +87,20 @@ def test_a_rank_has_its_part_and_one_block(found: Path, count: int, case: str):
         assert shard["loading"] <= whole["loading"]
 
 
-def test_what_travels_is_what_shard_bytes_says(found: Path):
+@pytest.mark.parametrize("count", [2, four])
+def test_what_travels_is_what_shard_bytes_says(found: Found, count: int):
     """To the byte in what is asked of gloo, and within 2 % in what all ranks put on the wire: its headers."""
-    for count, names in ((2, ALL), (4, SOME)):
-        ranks = of_ranks(found, count)
-        for case in names:
-            forward, both = (ranks[0][case]["bytes"][name] for name in ("evaluation", "training"))
-            passes = ranks[0][case]["passes"]  # whether each has a backward
-            asked = [forward * len(passes), sum(both if p else forward for p in passes)]
-            assert [one[case]["received"][:2] for one in ranks] == count * [asked]
-            assert sum(one[case]["received"][2] for one in ranks) == pytest.approx(count * sum(asked), rel=0.02)
+    ranks = found(count)
+    for case in OF[count]:
+        forward, both = (ranks[0][case]["bytes"][name] for name in ("evaluation", "training"))
+        passes = ranks[0][case]["passes"]  # whether each has a backward
+        asked = [forward * len(passes), sum(both if p else forward for p in passes)]
+        assert [one[case]["received"][:2] for one in ranks] == count * [asked]
+        assert sum(one[case]["received"][2] for one in ranks) == pytest.approx(count * sum(asked), rel=0.02)
 
 
-def test_a_snapshot_goes_on_with_shards_and_without(found: Path):
-    assert len({bits for one in of_ranks(found, 2) for bits in one["resumed"]}) == 1
+def test_a_snapshot_goes_on_with_shards_and_without(found: Found):
+    assert len({bits for one in found(2) for bits in one["resumed"]}) == 1
 
 
 # each rank by itself: reading needs no other

@@ -27,7 +27,11 @@ def loss_and_gradients(
     return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("family", OWN)
+# of each kind of block one, the others among the long tests
+FEW = ("qwen3", "glm4", "chatglm", "qwen3_moe", "qwen3_5_moe")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in FEW else pytest.mark.long) for f in OWN])
 def test_a_model_on_its_kernels(family: str):
     """Twice as wrong as plain torch at the most, in the mean square over all values and on average over models.
 

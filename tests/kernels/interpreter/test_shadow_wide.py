@@ -171,7 +171,8 @@ LARGE = {
     "lora_linear of a wide rank": group(70, 100, (90,), 70),
     "linear_cross_entropy": of_a_head(70, 90, 1111),
 }
-each = pytest.mark.parametrize("name", CALLS)
+SLOW = "lora_mlp without an adapter of down"
+each = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == SLOW else n for n in CALLS])
 
 
 @cache
