@@ -16,11 +16,14 @@ import torch
 from tiny import make_model, make_rows
 from torch import Tensor
 
-from bench import operations, timing, widen, workers
+from bench import operations, serve_side, timing, widen, workers
 from bench.operations import Operation
 from bench.proof import counted, parity
 from bench.proof.traffic import Cost
 from bench.shapes import MODELS
+from minilora import load_model
+from minilora.checkpoint.gguf import export_model
+from minilora.generate import generate
 from minilora.kernels import swiglu
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +71,27 @@ def test_widening_is_timed_beside_its_product(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["product", "nf4", "int8", "fp8"]
     assert all(" ms (" in line and line.endswith("%") for line in lines[1:])
+
+
+@pytest.mark.parametrize("side", serve_side.SIDES)
+def test_a_side_of_the_serving_bench_answers_in_batches_as_each_prompt_alone(tmp_path, side):
+    """Five prompts of several lengths on two slots; one answer ends at a stop id, the others at the most tokens."""
+    pytest.importorskip({"hf": "transformers", "llama": "llama_cpp"}.get(side, "torch"))
+    folder = make_model(tmp_path / "model", num_attention_heads=2, vocab_size=264)
+    model = load_model(folder, device="cpu")
+    prompts = [list(range(5 * n, 6 * n + 3)) for n in range(5)]
+    alone = [list(generate(model, prompt, set(), 6)) for prompt in prompts]
+    stop = next(token for token in alone[0][1:] if token not in [i for ids in alone[1:] for i in ids])
+    alone[0] = alone[0][: alone[0].index(stop)]
+    if side == "llama":
+        export_model(folder, tmp_path / "gguf")
+        folder = tmp_path / "gguf" / "model.gguf"
+    job = {"prompts": prompts, "stop": [stop], "max_tokens": 6, "slots": 2, "threads": 1}
+    answered: list[int] = []
+    for number, ids in serve_side.SIDES[side](str(folder), job)(lambda: len(answered) < 7):
+        answered.append(number)
+        assert ids == alone[number]
+    assert set(answered) == set(range(5))
 
 
 # the command for the day on which a GPU is there
