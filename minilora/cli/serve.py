@@ -59,7 +59,7 @@ def run(
     from ..serve.app import Guards
     from ..serve.server import serve
 
-    guards = Guards(key, max_body, timeout)
+    guards = Guards(key, max_body, timeout, max(Guards.connections, 2 * (slots + queue)))
     options = {"slots": slots, "queue": queue, "context": context, "max_tokens": max_tokens}
     serve(model, adapters, runs, host, port, guards, **options, quant=quant, int8=int8, **opening)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from http.cookies import SimpleCookie
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ..errors import quote
 from .bodies import Asking, Limits, Refused, read_chat, read_completion
 from .engine import FAILED, Busy, Engine
 from .models import Models
@@ -28,11 +30,16 @@ COOKIE = "minilora_key"
 
 @dataclass(frozen=True)
 class Guards:
-    """What a server lets in: its key (none: whoever reaches it), bytes of a body, and seconds of a request, a body, one write."""
+    """What a server lets in.
+
+    Its key (none: whoever reaches it), bytes of a body, how many connections, and seconds of an answer, headers, a body, one write.
+    """
 
     key: str | None = None
     max_body: int = 1 << 20
     timeout: float = 600.0
+    connections: int = 768  # below the 1,024 files that a process may open where nobody says otherwise
+    header_timeout: float = 30.0
     body_timeout: float = 30.0
     write_timeout: float = 30.0
 
@@ -196,20 +203,25 @@ class Guard:
             return
         scope["closing"] = self.closing
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        host = (
-            headers.get("host", "").rpartition(":")[0]
-            if headers.get("host", "")[-1:].isdigit()
-            else headers.get("host")
-        )
-        if self.guards.key is None and host not in LOCAL:
-            # a page of another name that resolves to this machine (DNS rebinding)
-            await refusal(Refused(421, "this server answers to localhost alone"))(scope, receive, send)
-        elif (
-            self.guards.key is not None and scope["path"] not in OPEN and not same(self.guards.key, given_key(headers))
-        ):
-            await refusal(Refused(401, "the API key is missing or wrong", code="invalid_api_key"))(scope, receive, send)
+        refused = self._refused(scope["path"], headers)
+        if refused:
+            await refusal(refused)(scope, receive, send)
         else:
             await self._answer(scope, receive, send)
+
+    def _refused(self, path: str, headers: dict[str, str]) -> Refused | None:
+        """Why a request is not answered, if it is not."""
+        if self.guards.key is not None:
+            if path in OPEN or same(self.guards.key, given_key(headers)):
+                return None
+            return Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+        host = headers.get("host", "")
+        if re.sub(r":\d*$", "", host) not in LOCAL:
+            # a page of another name that resolves to this machine (DNS rebinding)
+            return Refused(421, "this server answers to localhost alone")
+        if headers.get("origin", f"http://{host}").partition("://")[2] != host:
+            return Refused(403, "this server answers to its own page, not to those of others")
+        return None
 
     async def _answer(self, scope, receive, send) -> None:
         """Let the application answer; a client that does not read what it asked for is left."""
@@ -257,7 +269,7 @@ async def _on_refused(http: Request, refused: Any) -> Response:
 
 
 async def _on_http(http: Request, error: Any) -> Response:
-    return refusal(Refused(error.status_code, f"{error.detail}: {http.method} {http.url.path}"))
+    return refusal(Refused(error.status_code, f"{error.detail}: {http.method} {quote(http.url.path)}"))
 
 
 async def _on_gone(http: Request, error: Exception) -> Response:

@@ -1,5 +1,6 @@
 """The endpoint, asked by the openai client and by plain HTTP: answers are those of generate, and errors are OpenAI's."""
 
+import contextlib
 import json
 import socket
 import time
@@ -205,24 +206,96 @@ def test_other_paths_methods_types_and_names(url):
     assert httpx.get(url + "/v1/chat/completions").status_code == 405
     assert post(url, json.dumps(GOOD), **{"Content-Type": "text/plain"}).status_code == 415
     assert httpx.get(url + "/v1/models", headers={"Host": "evil.example"}).status_code == 421
-    assert httpx.get(url + "/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+    for host in ("localhost:1", "localhost", "127.0.0.1", "[::1]:8000"):
+        assert httpx.get(url + "/v1/models", headers={"Host": host}).status_code == 200
+    assert len(httpx.get(url + "/" + "x" * 9000).text) < 400
 
 
 def test_a_body_has_a_limit(models):
     with running(models, guards=Guards(max_body=1000)) as (url, _):
         found = post(url, json.dumps(GOOD | {"user": "x" * 1000}))
         assert found.status_code == 413 and "longer than 1,000 bytes" in found.json()["error"]["message"]
+        in_pieces = httpx.post(
+            url + "/v1/completions", content=iter([b" " * 600] * 2), headers={"Content-Type": "application/json"}
+        )
+        assert in_pieces.status_code == 413
         assert post(url, json.dumps(GOOD)).status_code == 200
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(models):
-    with running(models, guards=Guards(body_timeout=0.1)) as (url, _):
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as half:
-            half.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{"
-            )
-            assert half.recv(100).startswith(b"HTTP/1.1 408")
+    with running(models, guards=Guards(body_timeout=0.1)) as (url, _), connected(url) as half:
+        half.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{"
+        )
+        assert half.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the server ended a connection; what it still sends is read."""
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", GET, GET + b"\r\n" + GET], ids=["nothing", "half of it", "half of the second"])
+def test_headers_that_do_not_come_are_not_waited_for(models, sent):
+    """Nor if they drip: the time is for all of them."""
+    with running(models, guards=Guards(header_timeout=0.2)) as (url, _), connected(url) as slow:
+        slow.sendall(sent)
+        slow.settimeout(0.02)
+        end = time.monotonic() + 10
+        while not closed(slow):
+            assert time.monotonic() < end
+            if sent:
+                with contextlib.suppress(ConnectionError):
+                    slow.sendall(b"X")
+
+
+def test_headers_and_connections_have_limits(models):
+    with (
+        running(models, guards=Guards(connections=2)) as (url, _),
+        connected(url) as first,
+        connected(url) as second,
+        connected(url) as third,
+    ):
+        assert closed(third)
+        first.sendall(GET + b"\r\n")
+        assert first.recv(100).startswith(b"HTTP/1.1 200")
+        with contextlib.suppress(ConnectionError):
+            second.sendall(GET + (b"X: " + b"x" * 1000 + b"\r\n") * 500)
+        assert closed(second)
+
+
+def test_a_page_of_others_is_refused(url):
+    """No header lets a browser give the answer to another page, and its requests are not answered at all."""
+    ask = json.dumps(GOOD)
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        found = post(url, ask, Origin=origin)
+        assert found.status_code == 403 and not [name for name in found.headers if name.startswith("access-control")]
+    asked = httpx.options(url + "/v1/completions", headers={"Origin": url, "Access-Control-Request-Method": "POST"})
+    assert asked.status_code == 405 and not [name for name in asked.headers if name.startswith("access-control")]
+    assert post(url, ask, Origin=url).status_code == 200
+
+
+def test_our_own_fault_is_told_without_a_traceback(models, monkeypatch, capsys):
+    monkeypatch.setattr("minilora.serve.app.read_chat", lambda *_: 1 / 0)
+    with running(models) as (url, _):
+        found = post(url, json.dumps(GOOD))
+    assert found.status_code == 500 and found.json()["error"]["message"].startswith("this is a bug of minilora")
+    assert "ZeroDivisionError" not in found.text and "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_key_is_needed_where_there_is_one(models):
