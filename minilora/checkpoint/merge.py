@@ -31,8 +31,8 @@ from .adapter import load_adapter, needed_quant, trained_quant
 from .load import load_model
 from .open_model import folder_notes
 from .places import Place, by_weight, in_files, places
-from .quantized import QUANTS, described, quant_of
-from .save import SHARD_BYTES, carried, write_checkpoint
+from .quantized import QUANTS, Stored, described, quant_of
+from .save import SHARD_BYTES, carried, carried_tensor, write_checkpoint
 from .verify import Proof, largest_difference, logits_of, prompt_ids, prove, stored_logits_of, wide_logits_of
 
 
@@ -73,12 +73,13 @@ def merge_folder(
     check_fits(tokenizer, decoder.config.vocab, model)
     prompts = prompt_ids(tokenizer)
     changed = {f"{path}.{name}": (module, name) for path, module in adapted(decoder) for name in module.merges}
-    shapes, widened = model.tensors.shapes, {}
+    stored, shapes, widened = Stored.of(model, decoder), model.tensors.shapes, {}
+    beside = carried(stored, decoder.head.dtype)
     elsewhere = places(decoder, {name: shape for name, (_, shape) in shapes.items()})
-    if bits != "off":
+    if bits != "off" or stored.parts:
         widened = base_parameters(decoder)
         own = {name: (w.dtype, tuple(w.shape)) for name, w in widened.items()}
-        shapes = in_files(by_weight(elsewhere), own) | carried(model)
+        shapes = in_files(by_weight(elsewhere), own) | beside
     need = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in shapes.values())
     free = shutil.disk_usage(output.parent if output.parent.exists() else ".").free
     if free < need:
@@ -88,6 +89,8 @@ def merge_folder(
         )
 
     def tensor(name: str) -> Tensor:
+        if name in beside:
+            return carried_tensor(stored, name, beside[name])
         place = elsewhere.get(name) or Place(name, slice(None), shapes[name][1])
         with nullcontext() if place.name in widened else model.tensors.reading(name) as found:
             plain = (

@@ -11,7 +11,7 @@ refused in one line.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -113,6 +113,7 @@ class Stored:
     def __init__(self, tensors: Tensors, form: str | None, model: nn.Module):
         self.tensors, self.form = tensors, form
         self.parts = {name: self._parts(name) for name in tensors.shapes if name.endswith(".weight") and self._is(name)}
+        self.hidden = {full for parts in self.parts.values() for full in parts.values()}  # no weights by themselves
         shapes = {name: shape for name, (_, shape) in tensors.shapes.items()}
         self.places = by_weight(places(model, shapes))  # of weights that lie otherwise in memory
 
@@ -135,12 +136,22 @@ class Stored:
 
     def logical(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that the folder stands for: quantised weights, of the shapes of the model, and plain tensors."""
-        hidden = {full for parts in self.parts.values() for full in parts.values()}
         return {
             name: (torch.float32, shapes.get(name, shape)) if name in self.parts else (dtype, shape)
             for name, (dtype, shape) in self.tensors.shapes.items()
-            if name not in hidden
+            if name not in self.hidden
         }
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape [N, K] that a quantised weight has by its own files: codes of 4 bits lie flat, and their state tells it."""
+        state = self.parts[name].get(f"{STATE}nf4")
+        if state is None:
+            return self.tensors.shapes[name][1]
+        with self.tensors.reading(state) as raw, suppress(ValueError):
+            shape = _state(raw).get("shape")
+            if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape):
+                return tuple(shape)
+        return ()  # which reading the weight refuses
 
     def has_plain(self, name: str, shape: torch.Size) -> bool:
         """Whether a weight [N, K] is in the folder as one matrix, and not quantised."""

@@ -21,11 +21,12 @@ from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX
 from ..lora import base_parameters
 from .places import by_weight, in_files, places
-from .quantized import plain_config
+from .quantized import Stored, plain_config
 
 WIDE = re.compile(r".*\.(A_log|dt_bias)")  # in fp32 whatever the dtype of a model
 # what a folder holds beside its language model, which a merged folder has as well: vision, and the prediction of several tokens
 CARRIED = re.compile(r"(model\.visual|mtp)\..+")
+About = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
 SHARD_BYTES = 5_000_000_000
 # what a folder holds beside weights and belongs to the model
 COMPANIONS = (
@@ -37,7 +38,7 @@ COMPANIONS = (
 
 def write_checkpoint(
     folder: Path,
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    shapes: dict[str, About],
     tensor: Callable[[str], Tensor],
     companions: Path,
     shard_bytes: int = SHARD_BYTES,
@@ -94,8 +95,8 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     own, source = model.config.dtype, ModelFolder(companions)
     wide = torch.promote_types(own, torch.float32)
     shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
-    kept = carried(source)
-    beside = source.tensors.shapes if has_weights(source.path) else {}
+    stored = Stored.of(source, model) if has_weights(source.path) else None
+    beside, kept = (stored.tensors.shapes, carried(stored, own)) if stored else ({}, {})
     found = places(model, {name: shape for name, (_, shape) in beside.items()})
 
     def tensor(name: str) -> Tensor:
@@ -104,19 +105,27 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
             return place.tensor(weight_as(parameters[place.name], shapes[place.name][0], place.rows).detach())
         if name in parameters:
             return weight_as(parameters[name], shapes[name][0]).detach()
-        with source.tensors.reading(name) as value:
-            return value.clone()
+        assert stored, name
+        return carried_tensor(stored, name, kept[name])
 
     with atomic_folder(Path(folder)) as stage:
         written = in_files(by_weight(found), shapes) | kept
         write_checkpoint(stage, written, tensor, source.path, shard_bytes)
 
 
-def carried(folder: ModelFolder) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of what a folder holds beside its language model; of a folder without weights, none."""
-    if not has_weights(folder.path):
-        return {}
-    return {name: entry for name, entry in folder.tensors.shapes.items() if CARRIED.fullmatch(name)}
+def carried(stored: Stored, dtype: torch.dtype) -> dict[str, About]:
+    """dtype and shape of what a folder holds beside its language model; what is quantised there is widened to `dtype`."""
+    return {
+        name: (dtype, stored.shape_of(name)) if name in stored.parts else about
+        for name, about in stored.tensors.shapes.items()
+        if CARRIED.fullmatch(name) and name not in stored.hidden
+    }
+
+
+def carried_tensor(stored: Stored, name: str, about: About) -> Tensor:
+    """A tensor that `carried` tells of."""
+    with stored.reading(name, torch.Size(about[1])) as value:
+        return weight_as(value, about[0]).clone()
 
 
 def has_weights(folder: str | Path) -> bool:

@@ -11,7 +11,13 @@ def run(
     *,
     model: Model,
     adapter: Adapter,
-    output: Annotated[str, Arg("new folder for the merged checkpoint", "DIR")],
+    output: Annotated[
+        str,
+        Arg(
+            "new folder, of the base's own names and files: PEFT, transformers and vLLM read it as they read the base; for llama.cpp, minilora export it",
+            "DIR",
+        ),
+    ],
     shard_size: Annotated[float, Arg("largest file in 10^9 bytes", "GB", within=(0.001, 100_000))] = 5,
     **opening: Unpack[Opening],
 ) -> None:

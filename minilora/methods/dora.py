@@ -35,7 +35,7 @@ class DoRALinear(LoRALinear):
         self, base: Base, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, shared: bool = False
     ):
         super().__init__(base, r, alpha, dropout, rslora, shared)
-        require_linear(base)
+        require_linear(base, "--method dora")
         self.register_buffer("squares", _squares(base.weight), persistent=False)
         self.squares: Tensor
         self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt().to(self.lora_A.dtype))
@@ -88,7 +88,9 @@ def _squares(weight: Weight) -> Tensor:
     return torch.cat([weight_as(weight, torch.float64, rows).detach().square().sum(1) for rows in parts])
 
 
-def require_linear(base: Base) -> None:
-    """UsageError for the experts of a mixture, which LoRA alone goes on."""
+def require_linear(base: Base, flag: str) -> None:
+    """UsageError for the experts of a mixture, which plain LoRA alone goes on."""
     if not isinstance(base, nn.Linear):
-        raise UsageError("DoRA and PiSSA do not go on experts", "Leave experts out of --lora-targets.")
+        raise UsageError(
+            f"{flag} does not go on experts", "Leave it out: plain LoRA does; or give --lora-targets attention."
+        )

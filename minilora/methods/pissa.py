@@ -34,7 +34,7 @@ class PiSSALinear(LoRALinear):
             )
             raise UsageError(what, "Leave the dropout out.")
         super().__init__(base, r, alpha, dropout, rslora, shared)
-        require_linear(base)
+        require_linear(base, "--lora-init pissa")
         self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
         self.register_buffer("start_B", torch.zeros_like(self.lora_B, requires_grad=False))
         self.start_A: Tensor

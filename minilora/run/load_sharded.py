@@ -40,7 +40,10 @@ def load_sharded(
     """
     model, stored = described_model(folder, dtype, quant)
     if expert_linears(model):
-        raise UsageError("--shard on does not split experts", "Leave it out, or take a dense model.")
+        raise UsageError(
+            "--shard on does not split experts",
+            "Leave it out: with --quant nf4 every rank holds the whole base, in 4 bits.",
+        )
     ahead = device.type == "cuda" if ahead is None else ahead
     ranks.shards = Shards(model, ranks, device, passes, ahead)
     for path, module in model.named_modules():

@@ -19,7 +19,9 @@ from minilora.errors import ModelError
 from minilora.files.model_folder import ModelFolder
 from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters, add_lora
+from minilora.models.quantized import quantized_weights
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 IDS = torch.arange(2, 40)
 BESIDE = {
     "model.visual.patch_embed.weight": torch.arange(12.0).view(3, 4),
@@ -77,6 +79,39 @@ def test_merge_carries_what_is_not_trained(tmp_path: Path, quant: str):
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == ModelFolder(folder).config
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "merged"))
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+
+
+@pytest.mark.parametrize("golden", ["qwen3_nf4", "qwen3_fp8"])
+@pytest.mark.parametrize("saved", [False, True], ids=["merged", "saved"])
+def test_what_is_quantised_beside_it_is_widened(tmp_path: Path, golden: str, saved: bool):
+    """A folder whose config.json says no more that it is quantised may hold no codes."""
+    folder, name, stem = (
+        vision_folder(tmp_path / "base", torch.bfloat16),
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.visual.blocks.0.qkv.weight",
+    )
+    quantised = {
+        stem + n.removeprefix(name): t
+        for n, t in load_file(GOLDEN / golden / "model.safetensors").items()
+        if n.startswith(name)
+    }
+    save_file(load_file(folder / "model.safetensors") | quantised, folder / "model.safetensors", {"format": "pt"})
+    j = json.loads((folder / "config.json").read_text())
+    j["quantization_config"] = json.loads((GOLDEN / golden / "config.json").read_text())["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(j))
+    model = adapted(folder)
+    if saved:
+        minilora.merge(model)
+        minilora.save_model(model, tmp_path / "out", folder)
+    else:
+        minilora.save_adapter(model, tmp_path / "adapter")
+        merge_folder(folder, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wide = quantized_weights(minilora.load_model(GOLDEN / golden, device="cpu"))[name].weight_as(torch.bfloat16)
+    assert torch.equal(found[stem], wide) and [n for n in found if n.startswith(stem)] == [stem]
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert_carried(tmp_path / "out")
+    minilora.load_model(tmp_path / "out", device="cpu")
 
 
 def test_a_saved_model_has_what_was_beside_it(tmp_path: Path):

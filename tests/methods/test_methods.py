@@ -237,6 +237,15 @@ def test_settings_of_lora_are_refused():
         prepare(tiny(), resolve(METHODS["freeze"], {"freeze_trainable_layers": 5}))
 
 
+@pytest.mark.parametrize(
+    ("flag", "settings"), [("--method dora", {"method": "dora"}), ("--lora-init pissa", {"lora_init": "pissa"})]
+)
+def test_what_does_not_go_on_experts_names_what_does(flag: str, settings: dict[str, Any]):
+    with pytest.raises(UsageError, match=f"{flag} does not go on experts\n.*--lora-targets attention"):
+        prepare(tiny("qwen3_moe"), resolve(settings))
+    prepare(tiny("qwen3_moe"), resolve(settings, {"lora_targets": "attention"}))
+
+
 def test_a_folder_of_another_model_is_refused_in_one_line(tmp_path: Path):
     for method in METHODS:
         save_adapter(prepared(method), tmp_path / method)
