@@ -68,27 +68,44 @@ function settings() {
   found.seed = number("seed");
   found.max_tokens = number("max-tokens");
   if (at("thinking").checked) found.chat_template_kwargs = { enable_thinking: true };
+  try {
+    if (at("tools").value.trim()) found.tools = JSON.parse(at("tools").value);
+  } catch (error) {
+    throw new Failed("The tools are not JSON: " + error.message);
+  }
   return found;
+}
+
+// A call of a tool: the function's name, and a line for each argument.
+function called({ name, arguments: given }) {
+  const block = make("div", "", "call"), plain = value => typeof value === "string" ? value : JSON.stringify(value);
+  block.append(make("b", name), ...Object.entries(JSON.parse(given)).map(([key, value]) => "\n" + key + ": " + plain(value)));
+  return block;
 }
 
 async function answer(talk, text, signal) {
   const model = talk.choice.value, system = at("system").value.trim();
-  talk.messages.push({ role: "user", content: text });
+  const asked = talk.messages.at(-1)?.tool_calls, calls = [];  // what follows a call is its result
+  talk.messages.push(asked ? { role: "tool", tool_call_id: asked[0].id, content: text } : { role: "user", content: text });
   talk.said.append(make("div", text, "asked"));
   const shown = talk.said.appendChild(make("div", "", "answer")), about = talk.said.appendChild(make("div", model, "about"));
   const show = () => { talk.said.scrollTop = talk.said.scrollHeight; };
   show();
   const messages = system ? [{ role: "system", content: system }, ...talk.messages] : talk.messages;
-  const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...settings() };
   const began = performance.now();
   let said = "", tokens = 0, reason = "stopped";
   try {
+    const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...settings() };
     const headers = { "Content-Type": "application/json" };
     const response = await ask("/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Failed(chunk.error.message);
       const choice = chunk.choices[0];
       said += choice?.delta.content ?? "";
+      for (const call of choice?.delta.tool_calls ?? []) {
+        calls.push(call);
+        about.before(called(call.function));
+      }
       reason = choice?.finish_reason ?? reason;
       tokens = chunk.usage?.completion_tokens ?? tokens;
       shown.textContent = said;
@@ -101,9 +118,10 @@ async function answer(talk, text, signal) {
     } else if (!signal.aborted) throw error;
   }
   const speed = tokens / (performance.now() - began) * 1000;
-  const end = { stop: "", length: ", cut at its longest" }[reason] ?? ", " + reason;
+  const end = { stop: "", length: ", cut at its longest", tool_calls: ": your next message is the result" }[reason] ?? ", " + reason;
+  shown.hidden = calls.length > 0 && !said;
   about.textContent = model + (tokens ? ", " + tokens + " tokens, " + speed.toFixed(1) + " a second" : "") + end;
-  talk.messages.push({ role: "assistant", content: said });
+  talk.messages.push({ role: "assistant", content: said, ...(calls.length ? { tool_calls: calls } : {}) });
 }
 
 at("ask").addEventListener("submit", async event => {

@@ -1,6 +1,7 @@
 """The page in headless Chromium, by clicks: two models side by side, text that stays text, curves that grow, a key."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ browser = pytest.importorskip("playwright.sync_api")
 
 from served import make_models, make_run, running, step
 
+from minilora.generate import Request
 from minilora.serve.app import Guards
+from minilora.serve.models import Asked
+from minilora.text.tools_qwen import Hermes
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no /usr/bin/chromium")
@@ -76,6 +80,33 @@ def test_text_is_never_markup(page, models, monkeypatch):
         say(page, MARKUP)
         assert page.locator(".asked").first.inner_text() == MARKUP == page.locator(".answer").first.inner_text()
         assert page.locator(".said img, .said b").count() == 0 and page.title() == "minilora chat"
+
+
+def test_a_call_of_a_tool_is_shown_and_answered(page, models, monkeypatch):
+    tokenizer = models.base.tokenizer
+    monkeypatch.setattr(tokenizer, "template", replace(tokenizer.template, tools=Hermes()))
+    ids = [*tokenizer.encode('hm\n<tool_call>\n{"name": "f", "arguments": {"k": "<b>é", "n": [2]}}\n</tool_call>'), 258]
+    monkeypatch.setattr(Asked, "add", lambda self, _, logits: Request.add(self, ids[len(self.ids)], logits))
+    with running(models, context=2000) as (url, _):
+        page.goto(url)
+        page.select_option(".talk:nth-child(2) select", "")
+        page.click("summary")
+        page.fill("#max-tokens", "200")
+        page.fill("#tools", "[")
+        say(page, "hi")
+        assert "The tools are not JSON" in page.locator(".about.failed").inner_text()
+        page.click("#new")
+        page.fill("#tools", json.dumps([{"type": "function", "function": {"name": "f"}}]))
+        say(page, "hi")
+        assert (
+            page.locator(".call").inner_text() == "f\nk: <b>é\nn: [2]" and page.locator(".answer").inner_text() == "hm"
+        )
+        assert page.locator(".about").inner_text().endswith("your next message is the result")
+        with page.expect_request("**/v1/chat/completions") as sent:
+            say(page, "42")
+        _, call, result = sent.value.post_data_json["messages"]
+        assert result == {"role": "tool", "content": "42", "tool_call_id": call["tool_calls"][0]["id"]}
+        assert page.locator(".call").count() == 2
 
 
 def test_an_answer_can_be_stopped_and_an_error_is_told(page, models, monkeypatch):
