@@ -120,8 +120,8 @@ class Template:
         Raises DataError for what the format cannot say.
         """
         if not self.tools.marks and any(m["role"] in ("tools", "tool") or m.get("calls") for m in messages):
-            hint = "Take a model whose own chat template writes them, as Qwen2.5 to Qwen3.6, GLM-4 and GLM-4.5 do."
-            raise DataError(f"the chat format {self.name} has no place for tools", hint)
+            hint = "Take a model whose own chat template writes them, as those of Qwen2.5 to Qwen3.6 and of GLM-4 to GLM-4.7 do."
+            raise DataError(f"tools cannot be written here in the chat format {self.name}", hint)
         return self._segments(messages, prompt, thinking)
 
     def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:

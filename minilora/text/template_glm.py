@@ -17,7 +17,7 @@ from itertools import product
 
 from ..errors import DataError
 from .template import ROLES, Message, Segment, Template, ToolFormat, split_tools
-from .template_glm45 import GLM45, ReasoningTurns
+from .template_glm45 import GLM45, GLM47, ReasoningTurns
 from .tools_glm import AVAILABLE, CallTurns
 
 
@@ -172,4 +172,6 @@ def glm_formats(model_type: str | None = None) -> list[RoleTokens | ReasoningTur
         )
         for start, header, opens, skips in choices
     ]
-    return [GLM45, *roles] if model_type == "glm4_moe" else [*roles, GLM45]
+    if model_type == "glm4_moe_lite":
+        return [GLM47, GLM45, *roles]
+    return [GLM45, GLM47, *roles] if model_type == "glm4_moe" else [*roles, GLM45, GLM47]

@@ -1,7 +1,8 @@
-"""Chats of GLM-4.5 and 4.6: an answer begins with its reasoning, which is empty if /nothink follows the question.
+"""Chats of GLM-4.5 to 4.7: an answer begins with its reasoning.
 
-A conversation has reasoning if an answer to its last question has; reasoning before that question is left out. The
-reasoning block is trained if the model writes it: with /nothink it is part of the prompt, and empty.
+Reasoning before the last question is left out. The reasoning block is trained as far as the model writes it. In GLM-4.5 and 4.6
+it is empty, and part of the prompt, if /nothink follows the question; a conversation has reasoning if an answer to its last
+question has. GLM-4.7 writes no line ends beside its tokens: a prompt opens the block, or has its end alone where nothing is thought.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from .tools_glm import ArgumentTags
 
 @dataclass(frozen=True)
 class ReasoningTurns(Template):
-    """Role tokens as in GLM-4, a reasoning block in each answer."""
+    """GLM-4.5's: role tokens as in GLM-4, a reasoning block in each answer. gap: what stands behind a token."""
+
+    gap: str = "\n"
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -25,7 +28,7 @@ class ReasoningTurns(Template):
         return True
 
     def tool_formats(self, written: str) -> Sequence[ToolFormat]:
-        return (ArgumentTags(),)
+        return (ArgumentTags(self.gap),)
 
     def _segments(self, messages: list[Message], prompt: bool, thinking: bool) -> list[Segment]:
         result = [Segment("[gMASK]", special=True), Segment("<sop>", special=True)]
@@ -46,30 +49,54 @@ class ReasoningTurns(Template):
                 result += opens + self._answer(content, i, i > last_user, thinking)
                 result += [s._replace(answer=i) for s in self.tools.calls(calls, content)] if calls else []
             elif role == "tool":
-                result += [*(opens if last != "tool" else []), Segment("\n"), *self.tools.result(content)]
+                result += [*(opens if last != "tool" else []), Segment(self.gap), *self.tools.result(content)]
             else:
                 quiet = role == "user" and not thinking and not content.endswith("/nothink")
-                result += [*opens, Segment("\n"), Segment(content), *([Segment("/nothink", own=True)] * quiet)]
+                result += [*opens, Segment(self.gap), Segment(content), *(self._no_thought() * quiet)]
         if prompt:
-            result.append(Segment("<|assistant|>", special=True))
-            result += [] if thinking else _thought("")
+            result += [Segment("<|assistant|>", special=True), *self._opening(thinking)]
         elif before is not None:
             end = "<|observation|>" if turns[-1].get("calls") else "<|user|>"
             result.append(Segment(end, special=True, answer=before))
         return result
 
+    def _no_thought(self) -> list[Segment]:
+        """What is put behind a question that is to be answered at once."""
+        return [Segment("/nothink", own=True)]
+
+    def _opening(self, thinking: bool) -> list[Segment]:
+        """What a prompt has of the answer."""
+        return [] if thinking else _thought("")
+
     def _answer(self, content: str, number: int, current: bool, thinking: bool) -> list[Segment]:
         """An answer; its reasoning is trained if it is not part of the prompt."""
-        thought, mark, _ = content.partition("</think>")
-        said = content.split("</think>")[-1].strip()
-        thought = thought.split("<think>")[-1].strip() if mark and current else ""
-        trained = number if current and thinking else None
-        return [s._replace(answer=trained) for s in _thought(thought)] + [
-            Segment(f"\n{said}" * bool(said), answer=number)
-        ]
+        thought, said = _parts(content, current)
+        block = [s._replace(answer=number if current and thinking else None) for s in _thought(thought)]
+        return [*block, Segment(f"\n{said}" * bool(said), answer=number)]
 
     def answer_of(self, text: str) -> str:
         return text.lstrip(" \n")
+
+
+class OpenedReasoning(ReasoningTurns):
+    """GLM-4.7's: the prompt opens the reasoning block, or ends it."""
+
+    def _no_thought(self) -> list[Segment]:
+        return []
+
+    def _opening(self, thinking: bool) -> list[Segment]:
+        return [Segment("<think>" if thinking else "</think>", own=True)]
+
+    def _answer(self, content: str, number: int, current: bool, thinking: bool) -> list[Segment]:
+        thought, said = _parts(content, current)
+        block = [Segment(thought, answer=number), Segment("</think>", answer=number, own=True)]
+        return [*self._opening(bool(thought)), *(block if thought else []), Segment(said, answer=number)]
+
+
+def _parts(content: str, current: bool) -> tuple[str, str]:
+    """The reasoning of an answer, if it answers the last question, and what it says."""
+    thought, mark, _ = content.partition("</think>")
+    return thought.split("<think>")[-1].strip() if mark and current else "", content.split("</think>")[-1].strip()
 
 
 def _thought(text: str) -> list[Segment]:
@@ -77,3 +104,4 @@ def _thought(text: str) -> list[Segment]:
 
 
 GLM45 = ReasoningTurns("glm-4.5", tools=ArgumentTags())
+GLM47 = OpenedReasoning("glm-4.7", tools=ArgumentTags(""), gap="")

@@ -1,4 +1,4 @@
-"""Tools in GLM's chats: a call is a turn of its own (GLM-4), or stands in tags (GLM-4.5 and 4.6)."""
+"""Tools in GLM's chats: a call is a turn of its own (GLM-4), or stands in tags (GLM-4.5 to 4.7)."""
 
 import re
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ LISTED = (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
     ),
-    (
-        "</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n"
-        "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n"
-        "<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>"
-    ),
+    "</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n",
 )
+SHAPE = (
+    "<tool_call>{function-name}", "<arg_key>{arg-key-1}</arg_key>", "<arg_value>{arg-value-1}</arg_value>", "<arg_key>{arg-key-2}</arg_key>",
+    "<arg_value>{arg-value-2}</arg_value>", "...", "</tool_call>",
+)  # fmt: skip
 AVAILABLE, IN_JSON = "# 可用工具", "在调用上述函数时，请使用 Json 格式表示调用的参数。"
 CALL = re.compile(r"\n?<tool_call>(.*?)</tool_call>", re.DOTALL)
 ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
@@ -27,24 +27,32 @@ TURN = "<|assistant|>"
 
 @dataclass(frozen=True)
 class ArgumentTags(ToolFormat):
-    """GLM-4.5: the function's name, and a tag for each key and value; a text stands as it is, anything else as JSON."""
+    """GLM-4.5: the function's name, and a tag for each key and value; a text stands as it is, anything else as JSON.
 
+    gap: what stands between tags.
+    """
+
+    gap: str = "\n"
     marks = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 
     def preface(self, tools: list[dict], system: str | None) -> list[Segment]:
         lines = [Segment(f"{as_json(tool)}\n") for tool in tools]
-        return [Segment(LISTED[0], own=True), *lines, Segment(LISTED[1], own=True)]
+        return [Segment(LISTED[0], own=True), *lines, Segment(LISTED[1] + self.gap.join(SHAPE), own=True)]
 
     def calls(self, calls: list[Call], said: str) -> list[Segment]:
-        found = []
+        found, between = [], f"</arg_key>{self.gap}<arg_value>"
         for call in calls:
-            found += [Segment("\n<tool_call>", own=True), Segment(f"{call['name']}\n")]
+            found += [Segment(f"{self.gap}<tool_call>", own=True), Segment(f"{call['name']}{self.gap}")]
             for key, value in call["arguments"].items():
                 written = value if isinstance(value, str) else as_json(value)
-                found += [Segment("<arg_key>", own=True), Segment(key), Segment("</arg_key>\n<arg_value>", own=True)]
-                found += [Segment(written), Segment("</arg_value>\n", own=True)]
+                found += [Segment("<arg_key>", own=True), Segment(key), Segment(between, own=True), Segment(written)]
+                found.append(Segment(f"</arg_value>{self.gap}", own=True))
             found += [Segment("</tool_call>", own=True)]
         return found
+
+    def result(self, text: str) -> list[Segment]:
+        opens, closes = f"<tool_response>{self.gap}", f"{self.gap}</tool_response>"
+        return [Segment(opens, own=True), Segment(text), Segment(closes, own=True)]
 
     def read(self, text: str, tools: list[dict]) -> tuple[str, list[Call]]:
         try:

@@ -166,14 +166,14 @@ def chat(
 
 
 def _functions(path: str, tokenizer: Tokenizer) -> list[dict]:
-    """The functions of a JSON file; UsageError if it is none, or the chat format has no place for them."""
+    """The functions of a JSON file; UsageError if it is none, or the chat format is one in which they cannot be written."""
     try:
         tools = read_tools(read_file(Path(path), UsageError, MAX_TOOLS).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         what = f"--tools {path}: {error.strerror if isinstance(error, OSError) else error}"
         raise UsageError(what, "Give a JSON file with a list of functions, as OpenAI writes them.") from None
     if not tokenizer.template.tools.marks:
-        what = f"the model's chat format {tokenizer.template.name} has no place for tools"
+        what = f"tools cannot be written here in the model's chat format {tokenizer.template.name}"
         raise UsageError(what, "Take a model whose own chat template writes them, or leave --tools out.")
     return tools
 

@@ -1,6 +1,6 @@
-"""What published chat templates write of rows with tools: python tests/golden/make_tool_texts.py QWEN35 QWEN36 GLM45 GLM4_9B.
+"""What published chat templates write of rows with tools: python tests/golden/make_tool_texts.py QWEN35 QWEN36 GLM45 GLM4_9B GLM47.
 
-Each argument is a chat_template.jinja: of Qwen3.5 (4B and more), of Qwen3.6, of GLM-4.5, of GLM-4-9B-chat. Their texts alone are kept.
+Each argument is a chat_template.jinja: of Qwen3.5 (4B and more), of Qwen3.6, of GLM-4.5, of GLM-4-9B-chat, of GLM-4.7. Their texts alone are kept.
 """
 
 import json
@@ -14,7 +14,7 @@ from minilora.rows import to_messages
 from minilora.text.own_template import FORMS, _orders, render
 from minilora.text.tools_glm import AVAILABLE
 
-NAMES = ("qwen3.5", "qwen3.6", "glm-4.5", "glm4-9b")
+NAMES = ("qwen3.5", "qwen3.6", "glm-4.5", "glm4-9b", "glm-4.7")
 found = sorted((row(seed, seed % 2 == 1) for seed in range(200)), key=lambda r: len(json.dumps(r)))
 kinds = [
     lambda m: m[0]["role"] == "system" and any("reasoning_content" in t and len(t.get("tool_calls", [])) > 1 and t["content"] for t in m),

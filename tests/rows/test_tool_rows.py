@@ -135,7 +135,7 @@ def test_rows_that_are_left_out_are_counted_by_reason(tmp_path: Path, qwen3):
 def test_a_format_without_tools_leaves_such_rows_out(tmp_path: Path):
     tokenizer = load_tokenizer(GOLDEN / "chatglm3")
     path = rows(tmp_path, ROW, {"messages": [USER, DONE]})
-    with pytest.raises(DataError, match="line 1: the chat format chatglm3 has no place for tools"):
+    with pytest.raises(DataError, match="line 1: tools cannot be written here in the chat format chatglm3"):
         load_examples(path, tokenizer)
     _, report = load_examples(path, tokenizer, DataConfig(skip_bad=True))
     assert report.kept == 1 and report.broken == {"not for this chat format": 1}

@@ -138,5 +138,5 @@ def test_what_cannot_be_done_is_refused_by_name(client, says, case: str):
 
 def test_a_format_without_tools_refuses_them(client, says):
     says("ok", ToolFormat())
-    with pytest.raises(openai.BadRequestError, match="chatml has no place for tools"):
+    with pytest.raises(openai.BadRequestError, match="in the chat format chatml"):
         ask(client)

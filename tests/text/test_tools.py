@@ -13,12 +13,12 @@ import tool_chats
 from minilora.files.model_folder import ModelFolder
 from minilora.rows import to_messages
 from minilora.rows.render import hashes
-from minilora.text import tools_glm, tools_qwen
+from minilora.text import tools_qwen
 from minilora.text.own_template import Order, render
 from minilora.text.template import has_thought, jinja_text, render_text
 from minilora.text.template_check import check_template
 from minilora.text.template_glm import RoleTokens
-from minilora.text.template_glm45 import GLM45
+from minilora.text.template_glm45 import GLM45, GLM47, ReasoningTurns
 from minilora.text.template_qwen import QWEN35
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 from minilora.text.tools_glm import CallTurns
@@ -61,6 +61,17 @@ GLM45_JINJA = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\n' + PREFACE[0] }}{% 
 {%- for c in m.tool_calls or [] %}{{ '\n<tool_call>' + c.function.name + '\n' }}{% for k, v in c.function.arguments.items() -%}
 {{ '<arg_key>' + k + '</arg_key>\n<arg_value>' }}{{ v if v is string else v|tojson }}{{ '</arg_value>\n' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{{ '' if enable_thinking else '\n<think></think>' }}{% endif %}"""
+# GLM-4.7's
+GLM47_JINJA = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\n' + PREFACE[0] }}{% for t in tools %}{{ t|tojson + '\n' }}{% endfor %}{{ PREFACE[1] }}{% endif -%}
+{%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor -%}
+{%- for m in messages %}{% set text = m.content %}
+{%- if m.role in ('system', 'user') %}{{ '<|' + m.role + '|>' + text }}
+{%- elif m.role == 'tool' %}{{ '<|observation|>' if loop.previtem.role != 'tool' }}{{ '<tool_response>' + text + '</tool_response>' }}
+{%- else %}{% set thought = text.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in text and loop.index0 > ns.last else '' %}
+{{- '<|assistant|>' + ('<think>' + thought if thought else '') + '</think>' + text.split('</think>')[-1].strip() }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name }}{% for k, v in c.function.arguments.items() -%}
+{{ '<arg_key>' + k + '</arg_key><arg_value>' }}{{ v if v is string else v|tojson }}{{ '</arg_value>' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' + ('<think>' if enable_thinking else '</think>') }}{% endif %}"""
 # GLM-4's, with the function of a call as its metadata
 GLM4_JINJA = r"""[gMASK]<sop>{% if tools %}{{ '<|system|>\nINTRO# 可用工具' }}{% for t in tools %}{{ '\n\n## ' + t.function.name + '\n\n' }}
 {{- t.function|tojson(indent=4) }}{{ '\n在调用上述函数时，请使用 Json 格式表示调用的参数。' }}{% endfor %}{% endif -%}
@@ -73,10 +84,16 @@ def with_words(words: tuple[str, str], jinja: str) -> str:
     return "{%- set PREFACE = " + json.dumps(words) + " -%}" + jinja.lstrip("\n")
 
 
+def listed(template: ReasoningTurns) -> tuple[str, str]:
+    first, *_, last = template.tools.preface([], None)
+    return first.text, last.text
+
+
 OWN = {
     "qwen3.5": with_words(tools_qwen.TAGS, QWEN35_JINJA.replace("WRITTEN", PYTHON)),
     "qwen3.6": with_words(tools_qwen.TAGS, QWEN35_JINJA.replace("WRITTEN", JSON)),
-    "glm-4.5": with_words(tools_glm.LISTED, GLM45_JINJA),
+    "glm-4.5": with_words(listed(GLM45), GLM45_JINJA),
+    "glm-4.7": with_words(listed(GLM47), GLM47_JINJA),
     "glm4": GLM4_JINJA.replace("INTRO", "").replace("GAP", " "),
     "glm4-9b": GLM4_JINJA.replace("INTRO", "你是 GLM。\\n\\n").replace("GAP", ""),
 }
@@ -184,6 +201,7 @@ PUBLISHED: dict[str, Any] = {
     "qwen3.5": QWEN35,
     "qwen3.6": replace(QWEN35, tools=Tags(python=False)),
     "glm-4.5": GLM45,
+    "glm-4.7": GLM47,
     "glm4-9b": RoleTokens("glm4", tools=CallTurns(GOLDEN_TEXTS["intro"], "\n")),
 }
 
@@ -218,7 +236,7 @@ def test_the_two_ways_to_write_a_row_are_one_row(tokenizers):
 # what few conversations have
 
 
-@pytest.mark.parametrize("name", ["qwen3.5", "qwen3.6", "glm-4.5"])
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3.6", "glm-4.5", "glm-4.7"])
 def test_a_text_that_looks_like_something_else_is_read_back_as_its_function_says(name: str, tokenizers):
     form = tokenizers[name][1].template.tools
     looks = ["12", "true", "None", "{}", "null", '"q"', " 1"]

@@ -49,7 +49,7 @@ def test_results_follow_calls(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("[", "tools.json: Expecting"), ('[{"type": "python"}]', "is not a function"), (json.dumps(TOOLS), "no place for tools"), (None, "No such file")],
+    [("[", "tools.json: Expecting"), ('[{"type": "python"}]', "is not a function"), (json.dumps(TOOLS), "tools cannot be written here"), (None, "No such file")],
 )  # fmt: skip
 def test_functions_that_cannot_be_used_are_told(tmp_path: Path, capsys, text: str | None, told: str):
     path = tmp_path / "tools.json"
