@@ -315,7 +315,7 @@ def main() -> None:
         file = Path(args.save)
         before = json.loads(file.read_text()) if file.exists() else {}
         found["machine"] = machine(torch.device("cpu")) | {"threads": args.threads}
-        file.write_text(json.dumps(before | {Path(args.model).resolve().name: found}, indent=1) + "\n")
+        file.write_text(json.dumps(before | {Path(args.model).name: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

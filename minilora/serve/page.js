@@ -119,7 +119,7 @@ async function answer(talk, text, signal) {
   }
   const speed = tokens / (performance.now() - began) * 1000;
   const end = { stop: "", length: ", cut at its longest", tool_calls: ": your next message is the result" }[reason] ?? ", " + reason;
-  shown.hidden = calls.length > 0 && !said;
+  shown.hidden = !said;
   about.textContent = model + (tokens ? ", " + tokens + " tokens, " + speed.toFixed(1) + " a second" : "") + end;
   talk.messages.push({ role: "assistant", content: said, ...(calls.length ? { tool_calls: calls } : {}) });
 }
