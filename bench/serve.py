@@ -296,11 +296,11 @@ def main() -> None:
     if args.side and args.adapter:
         parser.error("--side is for the base alone: leave --adapter out")
     os.environ[THREADS] = str(args.threads)
+    load = [round(os.getloadavg()[0], 2)]
     with server_of(args) as (url, pid):
         figures = {}
         for clients in (1, args.clients):
-            load = asyncio.run(measure(url, pid, clients, args.seconds, args.max_tokens))
-            figures[clients] = load.figures()
+            figures[clients] = asyncio.run(measure(url, pid, clients, args.seconds, args.max_tokens)).figures()
             print(f"{clients:>4} clients  {figures[clients]}", flush=True)
         ratios = {
             key: round(figures[args.clients][key] / figures[1][key], 2)
@@ -314,7 +314,8 @@ def main() -> None:
     if args.save:
         file = Path(args.save)
         before = json.loads(file.read_text()) if file.exists() else {}
-        found["machine"] = machine(torch.device("cpu")) | {"threads": args.threads}
+        load.append(round(os.getloadavg()[0], 2))
+        found["machine"] = machine(torch.device("cpu")) | {"threads": args.threads, "load_before_and_after": load}
         file.write_text(json.dumps(before | {Path(args.model).name: found}, indent=1) + "\n")
 
 

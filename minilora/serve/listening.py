@@ -11,9 +11,8 @@ from .app import Guard
 
 GRACE = 30  # seconds for answers that are being written when a signal comes
 IDLE = 75  # seconds until an idle connection is closed: later than clients do, who could be sending at that moment
-HEADERS = (
-    1 << 16
-)  # bytes of a request's headers that came in pieces; at once, a single read from the socket bounds them
+# bytes of a request's headers that come in pieces; of those that come at once one read from the socket is the bound
+HEADERS = 1 << 16
 
 
 def listen(host: str, port: int) -> socket.socket:
