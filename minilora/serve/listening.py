@@ -30,6 +30,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        assert isinstance(self.config.app, Guard)
         self._guards = self.config.app.guards
         self._late = self.loop.call_later(self._guards.header_timeout, self.timeout_keep_alive_handler)
         if len(self.connections) > self._guards.connections:
