@@ -4,7 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ModelError
+from ..errors import ModelError, quote
 from .hub_cache import cached, not_cached
 from .regular import read_file
 from .strict_json import parse_json
@@ -138,6 +138,9 @@ class ModelFolder:
             from .mlx_adapter import as_peft  # which reads tensors, with torch
 
             return as_peft(self / ADAPTER_CONFIG, j)
+        if not isinstance(j["peft_type"], str):
+            what = f"{self / ADAPTER_CONFIG}: peft_type is {quote(str(j['peft_type']))}"
+            raise ModelError(what, "The name of a method belongs there.")
         return j
 
     @cached_property
