@@ -38,7 +38,8 @@ def fuzz(name: str, seconds: float, seed: int) -> dict[str, Any]:
         crashes = {p.name: p.read_bytes() for p in Path(folder).glob("found.json-*")}
     if done.returncode:
         data = next(iter(crashes.values()), b"")
-        told = f"ended with {done.returncode}: {done.stderr[-300:]}"
+        uncaught = done.stderr.rfind("Uncaught")
+        told = f"ended with {done.returncode}: {done.stderr[uncaught:][-1500:]}"
         found["faults"][f"{name} died"] = [1, told, base64.b64encode(data).decode()]
     edges = re.findall(r"cov: (\d+)", done.stderr)
     return found | {"edges": int(edges[-1]) if edges else None}

@@ -15,7 +15,9 @@ from minilora.errors import MiniloraError
 from .room import ROOM, SECRET
 from .tripwire import armed
 
-SECONDS, WAITING = 2.0, 20.0  # of CPU, and by the clock: what waits for a pipe uses none
+SECONDS = 2.0  # of CPU
+# by the clock, several times: what waits for a pipe uses no CPU, and a process that was stopped for a while has done nothing wrong
+WAITING, TIMES_WAITED = 7.0, 3
 TIMES, MORE = 10, 64 << 20  # bytes: so many times the input, and so much more
 CODES = {2, 3, 4}
 
@@ -42,12 +44,14 @@ def judged(target: ModuleType, data: bytes, codes: Sequence[int] = ()) -> tuple[
     name = target.__name__.rpartition(".")[2]
     allowed = {*CODES, *codes, *getattr(target, "CODES", ())}
     try:
-        with bounded(len(data), name, (ROOM,), (SECRET,)):
+        with bounded(len(data), name, (ROOM,), (SECRET,), getattr(target, "CHILDREN", ())):
             target.target(data)
     except MiniloraError as error:
         if error.code not in allowed:
             raise Fault(f"{name} code {error.code}", str(error)) from None
         return str(error.code), error.what
+    except _TooLong:  # at the very end
+        raise Fault(f"{name} time", "at the end") from None
     except Fault:
         raise
     except AssertionError as error:
@@ -58,23 +62,31 @@ def judged(target: ModuleType, data: bytes, codes: Sequence[int] = ()) -> tuple[
 
 
 @contextmanager
-def bounded(size: int, name: str, writable: Sequence[Path] = (), secrets: Sequence[Path] = ()) -> Iterator[None]:
+def bounded(
+    size: int,
+    name: str,
+    writable: Sequence[Path] = (),
+    secrets: Sequence[Path] = (),
+    children: Sequence[str] = (),
+) -> Iterator[None]:
     """Fault if the block takes more time or memory than an input of that size is worth, or touches what it may not."""
-    late = False
+    late, waited = False, 0
 
-    def stop(*_: object) -> None:
-        nonlocal late
-        late = True
-        raise _TooLong
+    def stop(number: int, _: object) -> None:
+        nonlocal late, waited
+        waited += number == signal.SIGALRM
+        if number == signal.SIGPROF or waited == TIMES_WAITED:
+            late = True
+            raise _TooLong
 
     before = [signal.signal(s, stop) for s in (signal.SIGPROF, signal.SIGALRM)]
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WAITING)
+    signal.setitimer(signal.ITIMER_REAL, WAITING, WAITING)
     start, rest = time.process_time(), _forget_peak()
     seen: list[str] = []
     temporary, tempfile.tempdir = tempfile.tempdir, str(ROOM)
     try:
-        with armed(writable, secrets) as seen:
+        with armed(writable, secrets, children) as seen:
             yield
     except _TooLong:
         late = True

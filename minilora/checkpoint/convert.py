@@ -7,7 +7,6 @@ or not at all.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from ..files.model_folder import (
 )  # fmt: skip
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
+from ..isolated import environment
 from .load import read_config
 from .save import copy_companions
 
@@ -136,17 +136,8 @@ def _check_index(folder: Path, found: dict[str, str]) -> None:
 
 def _unpickle(pickle: Path, target: Path) -> None:
     """Have a shard written as safetensors by a process of its own; ModelError with what it says if it cannot."""
-    # -P: nothing that lies in the current folder is imported
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "minilora.checkpoint.unpickle",
-        str(pickle.absolute()),
-        str(target.absolute()),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).absolute().parents[2])}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=False)
+    command = [sys.executable, "-m", "minilora.checkpoint.unpickle", str(pickle.absolute()), str(target.absolute())]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False)
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         said = lines[-1][:300] if lines else ""

@@ -29,6 +29,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
+        message = message.encode("utf-8", "replace").decode()  # what is quoted may hold half a surrogate pair
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from minilora.checkpoint.load import load_model
 from minilora.checkpoint.open_model import folder_notes
 from minilora.files.model_folder import ModelFolder, positions_note
 from minilora.sampling import read_generation
+from minilora.text import own_template
 from minilora.text.tokenizer import check_fits, load_tokenizer
 
-from ..room import SECRET, fresh, lay, tiny
+from ..room import ROOM, SECRET, fresh, lay, tiny
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
@@ -31,6 +32,7 @@ def _names() -> list[str]:
 
 
 def prepare() -> None:
+    own_template.CACHE = ROOM / "templates"
     places = dict.fromkeys(_names(), SHARD)
     index = {"metadata": {"total_size": 1}, "weight_map": places}
     whole: list[dict[str, Any]] = [
@@ -48,6 +50,7 @@ def prepare() -> None:
 
 
 SEEDS: list[bytes] = []
+CHILDREN = ("jinja_child.py",)
 
 
 def target(data: bytes) -> None:

@@ -111,8 +111,7 @@ async def _asked(scope: dict[str, Any], body: bytes) -> tuple[int, bytes]:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    async with asyncio.timeout(10):
-        await _application()(scope, receive, send)
+    await _application()(scope, receive, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
