@@ -214,7 +214,9 @@ class _Loader(yaml.SafeLoader):
             raise _wrong(node, f"{node.value[:40]!r} is not of the type that it looks like: quote it") from None
 
     def construct_mapping(self, node, deep=False):
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # else the tag !!map is a lie, which yaml tells
+        pairs = (
+            node.value if isinstance(node, yaml.MappingNode) else []
+        )  # else the tag !!map is a lie, which yaml tells
         keys = Counter(repr(self.construct_object(k, deep=True)) for k, _ in pairs)
         twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:

@@ -75,7 +75,10 @@ def main() -> int:
     for name in given.targets or TARGETS:
         found = fuzz(name, given.seconds, given.seed)
         kept = f", {keep_new(name, found['shortest'])} kept" if given.keep else ""
-        print(f"{name:20} {found['executions']:>9,} in {found.get('seconds', 0):,.0f} s, {len(found['faults'])} faults{kept}", flush=True)
+        print(
+            f"{name:20} {found['executions']:>9,} in {found.get('seconds', 0):,.0f} s, {len(found['faults'])} faults{kept}",
+            flush=True,
+        )
         for kind, (count, told, data) in found["faults"].items():
             print(f"    {count} x {kind}: {told}\n    {data}", flush=True)
         faults += len(found["faults"])

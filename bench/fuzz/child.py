@@ -93,7 +93,14 @@ def guided(target: ModuleType, pool: list[bytes], found: Found, seed: int) -> No
     def own_mutator(data: bytes, most: int, number: int) -> bytes:
         return next(mutants(target, [data, random.choice(pool)], Random(number)))[:most]
 
-    flags = ["-timeout=0", "-rss_limit_mb=0", "-max_len=65536", "-len_control=0", f"-seed={seed}", f"-artifact_prefix={found.path}-"]
+    flags = [
+        "-timeout=0",
+        "-rss_limit_mb=0",
+        "-max_len=65536",
+        "-len_control=0",
+        f"-seed={seed}",
+        f"-artifact_prefix={found.path}-",
+    ]
     atheris.Setup([sys.argv[0], *flags, str(folder)], one_input, custom_mutator=own_mutator)
     atheris.Fuzz()
 

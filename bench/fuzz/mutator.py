@@ -93,7 +93,9 @@ def _any(random: Random, words: Sequence[str]) -> Any:
         lambda: random.choice(NUMBERS),
         lambda: random.choice(TEXTS),
         lambda: random.choice(words or TEXTS),
-        lambda: random.choice((None, True, False, [], {}, [None], {"a": {}}, [[]], [0] * 50, float("nan"), float("-inf"))),
+        lambda: random.choice(
+            (None, True, False, [], {}, [None], {"a": {}}, [[]], [0] * 50, float("nan"), float("-inf"))
+        ),
         lambda: random.randint(-4, 40),
     )
     return random.choice(makers)()

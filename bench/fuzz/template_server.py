@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, sys.argv[1])  # of tripwire
 child: dict[str, Any] = runpy.run_path(sys.argv[2])
 child["main"].__globals__["SECONDS"] = 1  # of CPU, so that an endless one costs less
-import tripwire  # noqa: E402 its folder comes by the command line
+import tripwire
 
 TOUCHED, HELD = 77, 1 << 20
 

@@ -20,7 +20,14 @@ CHANGES = {
 PROCESSES = {
     "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn",
 }  # fmt: skip
-CONNECTIONS = {"socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"}
+CONNECTIONS = {
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "socket.sendto",
+    "socket.sendmsg",
+}
 
 
 class Tripwire:
@@ -47,14 +54,16 @@ class Tripwire:
             if isinstance(path, int) or path is None:
                 return None
             writes = bool(flags & WRITES) if isinstance(flags, int) else any(c in str(mode) for c in "wax+")
-            if self._within(path, self.secrets):
+            if self.secrets and self._within(os.path.realpath(path), self.secrets):
                 return f"opened {path!r}"
             return f"opened {path!r} to write" if writes and not self._within(path, self.writable) else None
         if event in CHANGES:
             paths = [path for path in arguments[: CHANGES[event]] if not isinstance(path, int) and path is not None]
             if event == "os.symlink":
                 paths = paths[1:]  # the first is what it points to
-            at = arguments[-1] if isinstance(arguments[-1], int) and arguments[-1] >= 0 else None  # a folder's descriptor
+            at = (
+                arguments[-1] if isinstance(arguments[-1], int) and arguments[-1] >= 0 else None
+            )  # a folder's descriptor
             if at is not None and event in ("os.remove", "os.rmdir", "os.mkdir"):
                 paths = [os.path.join(os.readlink(f"/proc/self/fd/{at}"), os.fsdecode(path)) for path in paths]
             changed = next((path for path in paths if not self._within(path, self.writable)), None)

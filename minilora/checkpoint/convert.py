@@ -54,6 +54,9 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
         read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
     require_empty(output)
     shards = _shards(folder)
+    away = next((name for name in shards if (folder / name).is_file() and not lies_in(folder, folder / name)), None)
+    if away is not None:
+        raise ModelError(f"{folder / away} is a link out of the folder", "Copy the file here, if you trust it.")
     need = sum((folder / shard).stat().st_size for shard in shards)
     free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.exists())).free
     if free < need:
@@ -105,9 +108,6 @@ def _shards(folder: Path) -> list[str]:
             raise ModelError(
                 f"{folder / BIN_INDEX}: {shard[:80]!r} is not a file name here", "Do not trust this folder."
             )
-    away = next((shard for shard in shards if (folder / shard).is_file() and not lies_in(folder, folder / shard)), None)
-    if away is not None:
-        raise ModelError(f"{folder / away} is a link out of the folder", "Copy the file here, if you trust it.")
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ModelError(

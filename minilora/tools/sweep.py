@@ -13,7 +13,6 @@ a stopped one is resumed. `minilora:demo/mini` is a path inside the package.
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess

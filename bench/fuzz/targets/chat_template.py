@@ -19,7 +19,10 @@ from ..mutator import mutate as mutated
 TOUCHED = 77  # as template_server.py
 
 HERE = Path(__file__).parents[1]
-CHATS = [order.variables for order in (Order(PROBES["several turns"]), Order(PROBES["thoughts"][:1], True), Order(TOOL_PROBES[1]))]
+CHATS = [
+    order.variables
+    for order in (Order(PROBES["several turns"]), Order(PROBES["thoughts"][:1], True), Order(TOOL_PROBES[1]))
+]
 SIGKILL, SIGXCPU = -9, -24
 ESCAPES = (
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ self.__init__.__globals__ }}", "{{ cycler.__init__.__globals__.os.system('id') }}",

@@ -1,6 +1,5 @@
 """config.json of every family: its keys, its sizes, and the modules that follow from them, without memory."""
 
-import json
 from pathlib import Path
 
 from minilora.checkpoint.load import empty_model, keys_not_read, read_config

@@ -16,9 +16,33 @@ from minilora.config import FIELDS
 from minilora.errors import UsageError
 from minilora.settings import resolve
 
-from ..mutator import TEXTS, mutate as mutated
+from ..mutator import TEXTS
+from ..mutator import mutate as mutated
 
-VALUES = ("m", "0", "1", "-1", "0.5", "1e400", "nan", "inf", "1e-4", "99999999999999999999", "a=b", "a=b,c", "on", "off", "true", "nf4", "q_proj,v_proj", "cpu", "", "--", "=", *TEXTS)
+VALUES = (
+    "m",
+    "0",
+    "1",
+    "-1",
+    "0.5",
+    "1e400",
+    "nan",
+    "inf",
+    "1e-4",
+    "99999999999999999999",
+    "a=b",
+    "a=b,c",
+    "on",
+    "off",
+    "true",
+    "nf4",
+    "q_proj,v_proj",
+    "cpu",
+    "",
+    "--",
+    "=",
+    *TEXTS,
+)
 FLAGS: dict[str, list[str]] = {}  # of each command, the words that go before them joined by line ends
 SEEDS: list[bytes] = []
 
@@ -36,7 +60,9 @@ def prepare() -> None:
             if isinstance(action, argparse._HelpAction):
                 continue
             value = str(next(iter(action.choices))) if action.choices else "m"
-            words += ([] if not action.required else [action.option_strings[0], value] if action.option_strings else [value])
+            words += (
+                [] if not action.required else [action.option_strings[0], value] if action.option_strings else [value]
+            )
         SEEDS.append("\n".join(words).encode())
     SEEDS.extend([b"--help", b"--version", b"help\ntrain", b"train\n--help"])
 
@@ -56,7 +82,11 @@ def _seen(command: Any, given: dict[str, Any]) -> NoReturn:
 def target(data: bytes) -> None:
     words = data.decode("utf-8", "surrogateescape").split("\n")
     told = io.StringIO()
-    with mock.patch.object(command_line, "keywords", _seen), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    with (
+        mock.patch.object(command_line, "keywords", _seen),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(told),
+    ):
         try:
             command_line.run(words)
         except _Parsed:

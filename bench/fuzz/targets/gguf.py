@@ -43,20 +43,29 @@ def target(data: bytes) -> None:
         for name, (kind, shape) in tensors.items():
             its = stored[_sound(name)]
             assert its.kind == kind and its.values.shape == shape
-            assert torch.equal(its.values.flatten(), decoded(kind, encode(values[name].flatten(), kind).numpy().tobytes()))
+            assert torch.equal(
+                its.values.flatten(), decoded(kind, encode(values[name].flatten(), kind).numpy().tobytes())
+            )
 
 
 def _is_value(value: Any) -> bool:
     if isinstance(value, list):
         return all(type(v) is str for v in value) or all(type(v) is int and abs(v) < 2**31 for v in value)
-    in_range = type(value) is int and 0 <= value < 2**32 or type(value) is float and math.isfinite(value) and abs(value) < 3e38
+    in_range = (
+        type(value) is int and 0 <= value < 2**32 or type(value) is float and math.isfinite(value) and abs(value) < 3e38
+    )
     return type(value) in (str, bool) or in_range
 
 
 def _fits(kind: Any, shape: Any) -> bool:
     with suppress(TypeError):
         sizes = [n for n in shape if type(n) is int and 0 < n <= 4096]
-        return kind in KINDS and 0 < len(sizes) == len(shape) <= 4 and math.prod(sizes) < 1 << 16 and sizes[-1] % KINDS[kind].block == 0
+        return (
+            kind in KINDS
+            and 0 < len(sizes) == len(shape) <= 4
+            and math.prod(sizes) < 1 << 16
+            and sizes[-1] % KINDS[kind].block == 0
+        )
     return False
 
 
@@ -67,4 +76,10 @@ def _sound(text: str) -> str:
 def _as_read(value: Any) -> Any:
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float32).item()
-    return [_sound(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else _sound(value) if isinstance(value, str) else value
+    return (
+        [_sound(v) if isinstance(v, str) else v for v in value]
+        if isinstance(value, list)
+        else _sound(value)
+        if isinstance(value, str)
+        else value
+    )

@@ -27,7 +27,12 @@ class _Call:
 @cache
 def _tensors() -> dict:
     x = torch.arange(16, dtype=torch.float32)
-    return {"a": x.view(4, 4), "b": x.view(4, 4).T, "c": torch.zeros(4, dtype=torch.float16), "d": torch.nn.Parameter(torch.ones(2))}
+    return {
+        "a": x.view(4, 4),
+        "b": x.view(4, 4).T,
+        "c": torch.zeros(4, dtype=torch.float16),
+        "d": torch.nn.Parameter(torch.ones(2)),
+    }
 
 
 def _saved(value: object, zipped: bool = True) -> bytes:
@@ -40,7 +45,14 @@ def prepare() -> None:
     whole = _saved(_tensors())
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         alone = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    SEEDS[:] = [alone, whole, _saved(_tensors(), False), pickle.dumps({"a": _Call()}, 2), pickle.dumps({"a": 1}), pickle.dumps({"a": _Call()}, 4)]
+    SEEDS[:] = [
+        alone,
+        whole,
+        _saved(_tensors(), False),
+        pickle.dumps({"a": _Call()}, 2),
+        pickle.dumps({"a": 1}),
+        pickle.dumps({"a": _Call()}, 4),
+    ]
 
 
 def target(data: bytes) -> None:

@@ -27,17 +27,28 @@ SEEDS = [
     *(f".jsonl\n{json.dumps(row, ensure_ascii=False)}\n{json.dumps(row)}\n".encode() for row in ROWS),
     f".json skip_bad=true\n{json.dumps(ROWS)}".encode(),
     f".jsonl skip_bad=true max_length=20 truncate=cut\n{json.dumps(ROWS[0], indent=1)}\n".encode(),
-    ".csv\nprompt,response\n\"a, b\",c\r\n\"x\ny\",z\n".encode(),
-    ".tsv columns=prompt=one,response=two\none\ttwo\na\tb\n".encode(),
-    ".csv\n".encode() + "问题,答案\n天空是什么颜色的？,天空是蓝色的。\n".encode("gb18030"),
-    ".csv encoding=big5\n".encode() + "prompt,response\n這個,臺灣\n".encode("big5"),
+    b".csv\nprompt,response\n\"a, b\",c\r\n\"x\ny\",z\n",
+    b".tsv columns=prompt=one,response=two\none\ttwo\na\tb\n",
+    b".csv\n" + "问题,答案\n天空是什么颜色的？,天空是蓝色的。\n".encode("gb18030"),
+    b".csv encoding=big5\n" + "prompt,response\n這個,臺灣\n".encode("big5"),
     b".csv\n\xff\xfe" + "prompt,response\na,b\n".encode("utf-16-le"),
-    ".txt\nplain text\nover lines\n".encode(),
+    b".txt\nplain text\nover lines\n",
 ]  # fmt: skip
 WORDS = [*CHATS, *QUESTIONS, *ANSWERS, *ROLES, "tools", "tool_calls", "function", "arguments", "weight", "loss", "skip_bad=true", "truncate=cut",
          "truncate=error", "max_length=9", "encoding=utf-16", "encoding=gb18030", "encoding=cp1252", "define=x=y", "\r", "\u2028", '"', '""', "\t", ";"]  # fmt: skip
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
-FREE = ("skip_bad", "truncate", "max_length", "max_source_length", "max_target_length", "encoding", "columns", "define", "train_end", "ignore_keys")
+FREE = (
+    "skip_bad",
+    "truncate",
+    "max_length",
+    "max_source_length",
+    "max_target_length",
+    "encoding",
+    "columns",
+    "define",
+    "train_end",
+    "ignore_keys",
+)
 
 
 @cache

@@ -59,7 +59,9 @@ def target(data: bytes) -> None:
         entries, _, start = _read_header(Path("x"), io.BytesIO(data).read, len(data))
     except ModelError as error:
         theirs = _reference(data)
-        assert theirs is None or any(rule in error.what for rule in STRICTER.values()), f"stricter than it says: {error.what}"
+        assert theirs is None or any(rule in error.what for rule in STRICTER.values()), (
+            f"stricter than it says: {error.what}"
+        )
         raise
     theirs = _reference(data)
     assert theirs is not None, "the reference rejects what is taken"

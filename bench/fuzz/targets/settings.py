@@ -1,8 +1,8 @@
 """A yaml file of settings, of a run and of a sweep."""
 
+from minilora.config import FIELDS
 from minilora.errors import UsageError
 from minilora.settings import ALIASES, NOT_NEEDED, read_yaml, resolve, without_not_needed
-from minilora.config import FIELDS
 from minilora.tools.sweep import PACKAGE, read_sweep
 
 from ..room import ROOM, fresh

@@ -13,9 +13,22 @@ from minilora.run.snapshot import newest_snapshot, read_state, step_of
 
 from ..room import fresh, lay, plain
 
-STATE = {"step": 4, "seconds": 1.5, "best_loss": 0.5, "best_step": 2, "identity": {"a": 1}, "machine": {"torch": "2"}, "position": 0}
+STATE = {
+    "step": 4,
+    "seconds": 1.5,
+    "best_loss": 0.5,
+    "best_step": 2,
+    "identity": {"a": 1},
+    "machine": {"torch": "2"},
+    "position": 0,
+}
 METRICS = '{"step": 1, "loss": 0.5, "lr": 0.1}\n{"step": 2, "loss": 0.25, "lr": 0.1, "val_loss": 1.0, "time": 3}\n'
-RUN = {"step-4": {"state.json": STATE, "x": "weights", "manifest": True}, "metrics.jsonl": METRICS, "config.yaml": "lr: 0.1\n", "data.json": {"steps": 5}}
+RUN = {
+    "step-4": {"state.json": STATE, "x": "weights", "manifest": True},
+    "metrics.jsonl": METRICS,
+    "config.yaml": "lr: 0.1\n",
+    "data.json": {"steps": 5},
+}
 SEEDS = [json.dumps(j).encode() for j in (
     RUN, RUN | {"step-8": {"state.json": STATE | {"step": 8}, "manifest": True}}, RUN | {"step-08": RUN["step-4"]}, {"step-5": RUN["step-4"]} | RUN,
     {"step-4": {"state.json": STATE, "manifest.json": {"state.json": {"size": 1, "sha256": "0"}}}}, {"metrics.jsonl": '{"step": 1, "loss": NaN}\n[1]\n{"st'},
@@ -52,5 +65,9 @@ def _lay_snapshot(folder: Any, files: dict[str, Any]) -> None:
     folder.mkdir()
     lay(folder, {name: held for name, held in files.items() if name != "manifest"})
     if "manifest" in files:
-        sums = {p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in folder.iterdir() if p.is_file()}
+        sums = {
+            p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+            for p in folder.iterdir()
+            if p.is_file()
+        }
         lay(folder, {MANIFEST: sums})

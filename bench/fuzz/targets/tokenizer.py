@@ -10,7 +10,11 @@ from minilora.text.tokenizer import load_tokenizer
 from ..room import ROOM, fresh, tiny
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden" / "tokenizers"
-TEXTS = ("Hello world, 你好 123\n\n", "", "<|im_end|>é\u0301\u200d\0 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!")
+TEXTS = (
+    "Hello world, 你好 123\n\n",
+    "",
+    "<|im_end|>é\u0301\u200d\0 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!",
+)
 WORDS = ["normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens", "truncation", "padding", "type", "Sequence", "NFC", "NFKC", "Lowercase",
          "Replace", "Prepend", "Strip", "StripAccents", "BertNormalizer", "Precompiled", "ByteLevel", "Metaspace", "Split", "Digits", "WhitespaceSplit", "Whitespace",
          "Punctuation", "CharDelimiterSplit", "UnicodeScripts", "FixedLength", "TemplateProcessing", "BertProcessing", "RobertaProcessing", "BPE", "Unigram", "WordPiece",

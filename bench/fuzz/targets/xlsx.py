@@ -5,9 +5,9 @@ import json
 import zipfile
 from functools import cache
 
-from minilora.rows.files import open_rows, read_row
 from minilora.config import PLAIN
 from minilora.errors import RowError
+from minilora.rows.files import open_rows, read_row
 
 from ..room import fresh
 
@@ -55,7 +55,9 @@ def target(data: bytes) -> None:
         with zipfile.ZipFile(path, "w") as book:
             for name, text in parts.items():
                 text = text if isinstance(text, str) else json.dumps(text)
-                book.writestr(name.encode("utf-8", "replace").decode().partition("\0")[0] or "x", text.encode("utf-8", "replace"))
+                book.writestr(
+                    name.encode("utf-8", "replace").decode().partition("\0")[0] or "x", text.encode("utf-8", "replace")
+                )
     else:
         path.write_bytes(data)
     rows = open_rows(path)
