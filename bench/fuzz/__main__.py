@@ -62,7 +62,7 @@ def keep_new(name: str, shortest: list[list[str]]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
-    parser.add_argument("--seconds", type=float, default=100, help="of each target [100]")
+    parser.add_argument("--seconds", type=float, default=100, help="of CPU for each target [100]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="add the shortest input of every new outcome to the corpus")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -76,13 +76,13 @@ def main() -> int:
         found = fuzz(name, given.seconds, given.seed)
         kept = f", {keep_new(name, found['shortest'])} kept" if given.keep else ""
         print(
-            f"{name:20} {found['executions']:>9,} in {found.get('seconds', 0):,.0f} s, {len(found['faults'])} faults{kept}",
+            f"{name:20} {found['executions']:>9,} in {found.get('cpu_seconds', 0):,.0f} s of CPU, {len(found['faults'])} faults{kept}",
             flush=True,
         )
         for kind, (count, told, data) in found["faults"].items():
             print(f"    {count} x {kind}: {told}\n    {data}", flush=True)
         faults += len(found["faults"])
-        told = {key: found.get(key) for key in ("fuzzer", "executions", "seconds", "outcomes", "edges")}
+        told = {key: found.get(key) for key in ("fuzzer", "executions", "cpu_seconds", "seconds", "outcomes", "edges")}
         results["targets"][name] = told | {"date": str(date.today()), "faults": sorted(found["faults"])}
     results["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
     given.output.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

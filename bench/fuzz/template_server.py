@@ -28,7 +28,7 @@ def render(order: str, write: int) -> None:
             sys.stdout.flush()
         except MemoryError:
             os._exit(3)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 whatever it was, its code tells the parent
             os._exit(TOUCHED if seen else 4)
     os._exit(TOUCHED if seen else 0)
 

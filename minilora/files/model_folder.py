@@ -1,5 +1,6 @@
 """The folder of a model or an adapter, without torch: whether it is one, and its small JSON files, each opened once."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -90,7 +91,8 @@ class ModelFolder:
     def __init__(self, given: str | Path):
         folder = cached(given)
         self.path = trained_in(folder)
-        self.name = (folder.resolve() if folder == Path(given) else Path(given)).name
+        # a link to itself makes Path.resolve() raise
+        self.name = Path(os.path.realpath(folder) if folder == Path(given) else given).name
 
     @classmethod
     def of(cls, folder: "Folder") -> Self:
