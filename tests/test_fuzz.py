@@ -30,9 +30,9 @@ def test_the_corpus_has_its_verdicts(name):
 @pytest.mark.filterwarnings("ignore")
 def test_new_inputs_show_no_fault(name):
     target = loaded(name)
+    assert "value" in {judged(target, data)[0] for data in target.SEEDS}
     new = mutants(target, seeds(target, corpus(name)), Random(0))
-    verdicts = {judged(target, next(new))[0] for _ in range(FEWER.get(name, MUTANTS))}
-    assert len(verdicts) > 1  # some are read, some are refused
+    assert {judged(target, next(new))[0] for _ in range(FEWER.get(name, MUTANTS))} - {"value"}
 
 
 class Careless:

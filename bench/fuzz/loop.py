@@ -65,7 +65,8 @@ def mutants(target: ModuleType, pool: list[bytes], random: Random) -> Iterator[b
     words = getattr(target, "WORDS", ())
     own = getattr(target, "mutate", None)
     while True:
-        data, other = random.choice(pool), random.choice(pool)
+        # half of them from good ones: what was kept for its error is mostly refused again
+        data, other = random.choice(target.SEEDS if random.random() < 0.5 else pool), random.choice(pool)
         yield own(data, random, other) if own else mutate(data, random, words, other)
 
 
