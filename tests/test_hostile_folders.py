@@ -332,6 +332,7 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
     "rows nested deep": (text("rows.json", '[{"prompt":' * 99_999), f"{DATA} rows.json", 3, "JSON"),
     "a million empty rows": (text("rows.jsonl", "\n" * 1_000_000), f"{DATA} rows.jsonl", 3, "no rows"),
     "a long line": (text("rows.jsonl", '{"prompt": "' + "x" * 1_000_000), f"{DATA} rows.jsonl", 3, "JSON"),
+    "a row of five million characters": (text("rows.jsonl", json.dumps({"prompt": "q", "response": "x" * 5_000_000})), f"{DATA} rows.jsonl", 3, "are read"),
     "rows that are a pipe": (pipe("rows.json"), f"{DATA} rows.json", 3, "not a regular file"),
     "a csv of formulas": (text("rows.csv", f"prompt,response\n=cmd|'/c calc'!A1,{ESC}\n"), f"{DATA} rows.csv", 0, ""),
     "a workbook with one far cell": (text("rows.xlsx", book({"more": '<row r="1048576"><c r="XFD1048576"><v>1</v></c></row>'})), f"{DATA} rows.xlsx", 3, "span"),

@@ -4,6 +4,7 @@ The model's answers are made up at once. The status is below 500, the body says 
 """
 
 import asyncio
+import atexit
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -72,7 +73,9 @@ def _application() -> Any:
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    return asyncio.new_event_loop()
+    loop = asyncio.new_event_loop()
+    atexit.register(loop.close)
+    return loop
 
 
 def prepare() -> None:
