@@ -18,6 +18,7 @@ import socket
 import struct
 import zipfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ ESC, TAG = "\x1b[31m\u202e", "</script><script>alert(1)</script><img src=x onerr
 CHAT = "chat --model model --prompt hi --max-tokens 2 --greedy"
 ADAPTED = f"{CHAT} --adapter adapter"
 INSPECT, CONVERT = "inspect model model", "convert model out"
+MARK = "<img/src=x>"
+PREDICT = "predict --model model --data rows.json --max-tokens 3"
 TRAIN = "train --model model --data rows.json --output out --max-steps 1"
 RUN = TRAIN.replace("--output out", "--output run")
 DATA = "inspect data --model model --data"
@@ -197,6 +200,26 @@ def jinja(template: str) -> Change:
     return text("model/chat_template.jinja", template)
 
 
+def says(content: str) -> Change:
+    """A tokenizer that decodes every letter as this text."""
+    to_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    steps = [to_text, {"type": "Replace", "pattern": {"Regex": "."}, "content": content}]
+    return keys("model/tokenizer.json", decoder={"type": "Sequence", "decoders": steps})
+
+
+def forged(here: Path) -> None:
+    """A snapshot of a later step, of another run and another machine, whose hashes are right."""
+    old, new = (here / f"run/checkpoints/step-{n}" for n in (1, 4))
+    shutil.copytree(old, new)
+    keys("run/checkpoints/step-4/state.json", step=4, machine={"torch": ESC}, identity={ESC: ESC})(here)
+    sums = {
+        p.name: {"size": p.stat().st_size, "sha256": sha256(p.read_bytes()).hexdigest()}
+        for p in new.iterdir()
+        if p.name != "MANIFEST.json"
+    }
+    text("run/checkpoints/step-4/MANIFEST.json", json.dumps(sums))(here)
+
+
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 LORA, CONFIG, TOKENS = "adapter/adapter_config.json", "model/config.json", "model/tokenizer.json"
 BOMB = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'] * 10)}]" for i in range(9))
@@ -346,6 +369,12 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
     "yaml with a NUL in a path": (text("run.yaml", 'output: "x\\0y"'), "train --model model --data rows.json -c run.yaml", 2, "output"),
     "yaml that steers the terminal": (text("run.yaml", f'"{json.dumps(ESC)[1:-1]}": 1\nlr: "{json.dumps(ESC)[1:-1]}"'), f"{TRAIN} -c run.yaml", 2, ""),
     "yaml that is a device": (link("run.yaml", "/dev/zero"), f"{TRAIN} -c run.yaml", 2, "not a regular file"),
+    # what a model says, and what things are called
+    "a model that steers the terminal": (says(ESC), CHAT, 0, ""),
+    "a model that writes tags": (says(MARK), f"{PREDICT} --output p ; {PREDICT} --output q ; compare p q --output out.html", 0, ""),
+    "names that are tags": (lambda here: (here / "rows.json").rename(here / f"{MARK.replace('/', '-')}.json"), f"{TRAIN.replace('rows', MARK.replace('/', '-'))} ; report out", 0, ""),
+    "a name that steers the terminal": (pipe(f"model/{ESC}.json"), CHAT, 4, "not a regular file"),
+    "a state that steers the terminal": (forged, f"{RUN} --resume", 9, "other settings"),
     # a run that somebody else made
     "a run whose texts are tags": (both(text("run/metrics.jsonl", json.dumps(METRICS | {TAG: TAG}) + "\n"), text("run/config.yaml", f"model: '{TAG}'\ndata: '{TAG}'\n"), keys("run/data.json", **{TAG: TAG}, notes=[TAG], dropped={TAG: 3})), "report run", 0, ""),
     "a run whose texts steer the terminal": (both(text("run/metrics.jsonl", json.dumps(METRICS | {ESC: ESC}) + "\n"), text("run/config.yaml", f'model: "{json.dumps(ESC)[1:-1]}"\n')), "report run", 0, ""),
@@ -397,6 +426,9 @@ def opened(good, tmp_path_factory):
             f"{TRAIN} --resume",
             EVAL,
             "report run",
+            f"{PREDICT} --output p",
+            f"{PREDICT} --output q",
+            "compare p q --output out.html",
         ):
             with contextlib.redirect_stdout(io.StringIO()):
                 assert main(words.split()) == 0, words
@@ -462,7 +494,9 @@ def test_a_hostile_folder(name, tmp_path, good, child, monkeypatch):
                 contextlib.redirect_stderr(out),
                 bounded(size, name, [here], [secret], [child.name]),
             ):
-                code = main(words.split())
+                *before, last = words.split(" ; ")
+                assert [main(each.split()) for each in before] == [0] * len(before)
+                code = main(last.split())
         except Fault as fault:
             return [-1, str(fault)]
         return [code, out.getvalue()]
@@ -474,7 +508,7 @@ def test_a_hostile_folder(name, tmp_path, good, child, monkeypatch):
     assert max(map(len, said.split("\n"))) < 11_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", SECRET], "a canary"
     for page in here.rglob("*.html"):
-        assert TAG not in (html := page.read_text()) and "<img src=x" not in html
+        assert not re.search(r"<img.src=x|</script><script>alert", page.read_text())
 
 
 def _unpickled(source: Path, target: Path) -> None:
