@@ -46,7 +46,7 @@ DATA = "inspect data --model model --data"
 EVAL = "eval --model model --data rows.json"
 CANARY = "open('../canary', 'w').close()\nimport os\nos.system('touch ../canary')\n"
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 
 
 # what a row is made of
@@ -389,6 +389,11 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
 # how a row is tried
 
 
+def run(line: str) -> int:
+    """A command line; its exit code."""
+    return main(line.split())
+
+
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -403,7 +408,7 @@ def good(tmp_path_factory) -> Path:
     add_lora(model, "q_proj,v_proj", r=2)
     save_adapter(model, folder / "adapter")
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        assert main(RUN.split()) == 0
+        assert run(RUN) == 0
     return folder
 
 
@@ -431,7 +436,7 @@ def opened(good, tmp_path_factory):
             "compare p q --output out.html",
         ):
             with contextlib.redirect_stdout(io.StringIO()):
-                assert main(words.split()) == 0, words
+                assert run(words) == 0, words
     finally:
         os.chdir(before)
 
@@ -495,8 +500,8 @@ def test_a_hostile_folder(name, tmp_path, good, child, monkeypatch):
                 bounded(size, name, [here], [secret], [child.name]),
             ):
                 *before, last = words.split(" ; ")
-                assert [main(each.split()) for each in before] == [0] * len(before)
-                code = main(last.split())
+                assert [run(each) for each in before] == [0] * len(before)
+                code = run(last)
         except Fault as fault:
             return [-1, str(fault)]
         return [code, out.getvalue()]

@@ -14,7 +14,9 @@ def test_a_file_of_the_current_folder_is_not_imported(tmp_path, monkeypatch):
     for name in ("argparse", "torch", "json", "minilora"):
         (tmp_path / f"{name}.py").write_text("open('was-here', 'w').close()")
     monkeypatch.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "minilora", "--version"], env=environment(), capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "minilora", "--version"], env=environment(), capture_output=True, check=True
+    )
     assert done.stdout.startswith(b"minilora ") and not (tmp_path / "was-here").exists()
 
 

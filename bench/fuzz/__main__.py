@@ -70,7 +70,7 @@ def main() -> int:
     wrong = next((name for name in given.targets if name not in TARGETS), None)
     if wrong is not None:
         parser.error(f"there is no target {wrong!r}; there are {', '.join(TARGETS)}")
-    results = json.loads(given.output.read_text()) if given.output.exists() else {"targets": {}}
+    results: dict[str, Any] = json.loads(given.output.read_text()) if given.output.exists() else {"targets": {}}
     faults = 0
     for name in given.targets or TARGETS:
         found = fuzz(name, given.seconds, given.seed)

@@ -5,6 +5,7 @@ outcome is new. Inputs are made by the same mutator in both.
 """
 
 import base64
+import importlib
 import importlib.util
 import json
 import os
@@ -79,8 +80,7 @@ def plain(target: ModuleType, pool: list[bytes], found: Found, seed: int) -> Non
 
 
 def guided(target: ModuleType, pool: list[bytes], found: Found, seed: int) -> None:
-    import atheris
-
+    atheris: Any = importlib.import_module("atheris")
     folder = Path(tempfile.mkdtemp(prefix="minilora-corpus-"))
     for number, data in enumerate(pool):
         (folder / str(number)).write_bytes(data)
@@ -111,8 +111,7 @@ def main(name: str, seconds: float, seed: int, path: Path) -> None:
     instrumented: Any = nullcontext()
     guide = importlib.util.find_spec("atheris") is not None
     if guide:
-        import atheris
-
+        atheris: Any = importlib.import_module("atheris")
         instrumented = atheris.instrument_imports(include=["minilora"], enable_loader_override=False)
     with instrumented:
         target = load(name)

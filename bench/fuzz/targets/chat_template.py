@@ -49,7 +49,9 @@ WORDS = [*ESCAPES, "{{", "}}", "{%", "%}", "{#", "#}", "{%- ", "-%}", "for m in 
 @cache
 def _server() -> subprocess.Popen[str]:
     command = [sys.executable, "-I", str(HERE / "template_server.py"), str(HERE), str(CHILD)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONUTF8": "1"})
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONUTF8": "1"}
+    )
     atexit.register(server.communicate)  # which closes its input, and waits for its end
     return server
 
