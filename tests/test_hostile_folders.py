@@ -373,7 +373,7 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
     "a model that steers the terminal": (says(ESC), CHAT, 0, ""),
     "a model that writes tags": (says(MARK), f"{PREDICT} --output p ; {PREDICT} --output q ; compare p q --output out.html", 0, ""),
     "names that are tags": (lambda here: (here / "rows.json").rename(here / f"{MARK.replace('/', '-')}.json"), f"{TRAIN.replace('rows', MARK.replace('/', '-'))} ; report out", 0, ""),
-    "a name that steers the terminal": (pipe(f"model/{ESC}.json"), CHAT, 4, "not a regular file"),
+    "a file's name that steers the terminal": (pipe(f"model/{ESC}.json"), CHAT, 4, "not a regular file"),
     "a state that steers the terminal": (forged, f"{RUN} --resume", 9, "other settings"),
     # a run that somebody else made
     "a run whose texts are tags": (both(text("run/metrics.jsonl", json.dumps(METRICS | {TAG: TAG}) + "\n"), text("run/config.yaml", f"model: '{TAG}'\ndata: '{TAG}'\n"), keys("run/data.json", **{TAG: TAG}, notes=[TAG], dropped={TAG: 3})), "report run", 0, ""),

@@ -44,7 +44,7 @@ def judged(target: ModuleType, data: bytes, codes: Sequence[int] = ()) -> tuple[
     name = target.__name__.rpartition(".")[2]
     allowed = {*CODES, *codes, *getattr(target, "CODES", ())}
     try:
-        with bounded(len(data), name, (), (SECRET,), getattr(target, "CHILDREN", ())):
+        with bounded(len(data), name, (), (SECRET,), getattr(target, "CHILDREN", ()), getattr(target, "LINKS", True)):
             target.target(data)
     except MiniloraError as error:
         if error.code not in allowed:
@@ -63,7 +63,12 @@ def judged(target: ModuleType, data: bytes, codes: Sequence[int] = ()) -> tuple[
 
 @contextmanager
 def bounded(
-    size: int, name: str, writable: Sequence[Path] = (), secrets: Sequence[Path] = (), children: Sequence[str] = ()
+    size: int,
+    name: str,
+    writable: Sequence[Path] = (),
+    secrets: Sequence[Path] = (),
+    children: Sequence[str] = (),
+    links: bool = True,
 ) -> Iterator[None]:
     """Fault if the block takes more time or memory than an input of that size is worth, or touches what it may not."""
     late, waited = False, 0
@@ -82,7 +87,7 @@ def bounded(
     seen: list[str] = []
     temporary, tempfile.tempdir = tempfile.tempdir, str(ROOM)
     try:
-        with armed((*writable, ROOM), secrets, children) as seen:
+        with armed((*writable, ROOM), secrets, children, links) as seen:
             yield
     except _TooLong:
         late = True

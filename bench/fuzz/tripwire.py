@@ -37,6 +37,7 @@ class Tripwire:
         self.armed = False
         self.writable: tuple[str, ...] = ()
         self.secrets: tuple[str, ...] = ()
+        self.links = True  # whether a secret is one behind a link too
         self.children: tuple[str, ...] = ()  # what the command line of a process that may be started ends with
         self.seen: list[str] = []
 
@@ -54,7 +55,7 @@ class Tripwire:
             if isinstance(path, int) or path is None:
                 return None
             writes = bool(flags & WRITES) if isinstance(flags, int) else any(c in str(mode) for c in "wax+")
-            if self.secrets and self._within(os.path.realpath(path), self.secrets):
+            if self.secrets and self._within(os.path.realpath(path) if self.links else path, self.secrets):
                 return f"opened {path!r}"
             return f"opened {path!r} to write" if writes and not self._within(path, self.writable) else None
         if event in CHANGES:
@@ -84,12 +85,12 @@ _installed = False
 
 @contextmanager
 def armed(
-    writable: Sequence[Path] = (), secrets: Sequence[Path] = (), children: Sequence[str] = ()
+    writable: Sequence[Path] = (), secrets: Sequence[Path] = (), children: Sequence[str] = (), links: bool = True
 ) -> Iterator[list[str]]:
     """Watch until the end of the block; the list is of what was seen, whether or not anyone heard the refusal.
 
     Files may be written within `writable`, none of `secrets` may be opened, and processes whose command line ends with one of
-    `children` may be started.
+    `children` may be started. Without `links`, a secret may be opened by a link that lies elsewhere.
     """
     global _installed
     if not _installed:
@@ -97,6 +98,7 @@ def armed(
         _installed = True
     wire = TRIPWIRE
     wire.writable = (*(str(path) for path in writable), "/dev/null")
+    wire.links = links
     wire.secrets, wire.children, wire.seen = tuple(map(str, secrets)), tuple(children), []
     wire.armed = True
     try:

@@ -51,6 +51,7 @@ def prepare() -> None:
 
 SEEDS: list[bytes] = []
 CHILDREN = ("jinja_child.py",)
+LINKS = False  # weights may lie behind a link, as in the cache of a hub; an index may not name what is elsewhere
 
 
 def target(data: bytes) -> None:
