@@ -84,8 +84,8 @@ def main() -> int:
         faults += len(found["faults"])
         told = {key: found.get(key) for key in ("fuzzer", "executions", "cpu_seconds", "seconds", "outcomes", "edges")}
         results["targets"][name] = told | {"date": str(date.today()), "faults": sorted(found["faults"])}
-    results["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
-    given.output.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        results["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
+        given.output.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")  # what stops now keeps the others
     return 1 if faults else 0
 
 
