@@ -379,6 +379,7 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
     "a run whose texts are tags": (both(text("run/metrics.jsonl", json.dumps(METRICS | {TAG: TAG}) + "\n"), text("run/config.yaml", f"model: '{TAG}'\ndata: '{TAG}'\n"), keys("run/data.json", **{TAG: TAG}, notes=[TAG], dropped={TAG: 3})), "report run", 0, ""),
     "a run whose texts steer the terminal": (both(text("run/metrics.jsonl", json.dumps(METRICS | {ESC: ESC}) + "\n"), text("run/config.yaml", f'model: "{json.dumps(ESC)[1:-1]}"\n')), "report run", 0, ""),
     "metrics of other shapes": (text("run/metrics.jsonl", '[1]\n5\nnull\n{"step": [1], "loss": {"a": 1}}\n{"step": 2, "loss": "x"}\n{"step": 1e999}\n'), "report run", 3, "no run writes"),
+    "answers of other shapes": (text("p/part.jsonl", '{}\n[1]\n5\n{"row": [1]}\n{"row": 0, "predict": 5}\n'), f"{PREDICT} --output p", 8, "other weights"),
     "metrics that are a pipe": (pipe("run/metrics.jsonl"), "report run", 3, "not a regular file"),
     "a manifest that names a file elsewhere": (both(text("run/checkpoints/step-4/state.json", json.dumps(STEP)), lambda here: text("run/checkpoints/step-4/MANIFEST.json", json.dumps({f"{'../' * 4}{SECRET}": {"size": (here.parent / SECRET).stat().st_size, "sha256": ""}}))(here)), f"{RUN} --resume", 0, "skipped step-4"),
     "a state of another shape": (both(text("run/checkpoints/step-4/state.json", json.dumps([STEP])), text("run/checkpoints/step-4/MANIFEST.json", "[]")), f"{RUN} --resume", 0, "skipped step-4"),
