@@ -15,6 +15,7 @@ from .ranks.early import said_once
 from .run.signals import one_command
 from .terminal import printable
 
+NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTDIR}  # what no file or folder can be called
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         full = "Free some space, or give another --output. What was there before is untouched."
-        return fail(6, what, full if error.errno in DISK else "Check the path and its permissions.")
+        code = 2 if error.errno in NO_PATH else 6
+        return fail(code, what, full if error.errno in DISK else "Check the path and its permissions.")
     except MemoryError:
         return fail(7, "out of memory", "Close other programs, or use a smaller model.")
     except Exception as error:  # noqa: BLE001 the last net: everything else is our own bug

@@ -150,7 +150,15 @@ def _pairs(value: Any) -> dict[str, str]:
         value = {name.strip(): text.strip() for name, _, text in parts}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError(value)
-    return {name: str(text) for name, text in value.items()}
+    return {_sound(name): _sound(str(text)) for name, text in value.items()}
+
+
+def _sound(text: str) -> str:
+    """The text; ValueError where it holds a NUL or half a surrogate pair, which no path and no file can hold."""
+    if "\0" in text:
+        raise ValueError(text)
+    text.encode()
+    return text
 
 
 def _scalar(name: str, kind: Any, value: Any) -> Any:
@@ -162,7 +170,7 @@ def _scalar(name: str, kind: Any, value: Any) -> Any:
     if value is None or isinstance(value, (dict, list)) or (choices and value not in choices):
         raise ValueError(value)
     if choices or kind is str:
-        return str(value)
+        return _sound(str(value))
     if kind is bool:
         return SWITCH[str(value).lower()]
     number = int(str(value)) if kind is int else float(str(value))
@@ -202,11 +210,14 @@ class _Loader(yaml.SafeLoader):
             raise _wrong(node, f"a number of {len(node.value):,} characters")
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError, OverflowError):  # such as the 45th of a month
+        except (ValueError, KeyError, IndexError, AttributeError, OverflowError):  # such as the 45th of a month
             raise _wrong(node, f"{node.value[:40]!r} is not of the type that it looks like: quote it") from None
 
     def construct_mapping(self, node, deep=False):
-        keys = Counter(repr(self.construct_object(k, deep=True)) for k, _ in node.value)
+        pairs = (
+            node.value if isinstance(node, yaml.MappingNode) else []
+        )  # else the tag !!map is a lie, which yaml tells
+        keys = Counter(repr(self.construct_object(k, deep=True)) for k, _ in pairs)
         twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:
             raise _wrong(node, f"duplicate key {twice}")

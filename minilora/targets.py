@@ -2,7 +2,8 @@
 
 import re
 
-from .errors import UsageError
+from .errors import UsageError, quote
+from .patterns import simple
 
 ROUTER = "gate"
 GROUPS = {
@@ -22,10 +23,15 @@ def chosen(paths: list[str], targets: str | list[str]) -> list[str]:
     """The paths of linears that `targets` selects, in their order; UsageError with the names that exist if one is not there."""
     if isinstance(targets, str) and re.search(r"[\\*+?^$|()\[\]{}]", targets):
         try:
-            found = {targets: {p for p in paths if re.fullmatch(targets, p)}}
-        except re.error as error:
-            what = f"lora_targets {targets!r} is not a regular expression: {error}"
+            re.compile(targets)
+        except (re.error, OverflowError, RecursionError) as error:
+            what = f"lora_targets {quote(targets)} is not a regular expression: {error}"
             raise UsageError(what, "Correct it, or give names.") from None
+        pattern = simple(targets)
+        if pattern is None:
+            what = f"lora_targets {quote(targets)} could be tried for ever"
+            raise UsageError(what, "Write it without a repeated group in which there is a choice, or give names.")
+        found = {targets: {p for p in paths if pattern.fullmatch(p)}}
     else:
         names = [n.strip() for n in targets.split(",")] if isinstance(targets, str) else targets
         found = {name: {p for p in paths if _selects(name, p)} for name in names}

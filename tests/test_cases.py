@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,47 @@ def test_two_keys_of_rope_that_contradict_each_other_are_refused():
 
 
 # rows
+
+QWEN3 = Path(__file__).parent / "golden" / "tokenizers" / "qwen3"
+# file of cases/rows: the first row as a model of Qwen3 reads it, what is trained in brackets; or what the refusal says
+READ = {
+    "k4_instr_query": "Answer politely.\nWhat colour is snow?|[White, sir.]", "k4_prompt_input": "Translate into Chinese.\nIt rained today.|[今天下雨了。]",
+    "k4_query_input": "Translate into Chinese.\nIt rained today.|[今天下雨了。]", "k4_zh_alpaca": "把下面的话译成英文。\n今天下雨了。|[It rained today.]",
+    "reasoning": "What is 1 plus 1?|[<think>\nTwo times 1 is 2.\n</think>\n\nIt is 2.]",
+    "toolcalls": 'Weather in town 0?|[I will look that up.\n<tool_call>\n{"name": "weather", "arguments": {"town": "0"}}\n</tool_call>]',
+    "weight0": "Capital of land 0?|WRONG ANSWER|Are you sure?|[Town 0.]", "toolcall_text": '[<tool_call>\n{"name": "weather", "arguments": {"town": "0"}}\n</tool_call>]',
+    "toolscol": "book_room|Please book room 0.|[Which day?]", "lead_nl": "2+2?|[4]", "two_asst": "2+2?|[Let me see.]|[4]",
+    "kto": "'label' holds something and is not read", "p_noans": "there is nothing to learn",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_all_of_a_row_is_used_or_it_is_refused(name: str):
+    """Nothing that a user supplies is ignored without a word."""
+    path, tokenizer, wanted = CASES / "rows" / f"{name}.jsonl", minilora.load_tokenizer(QWEN3), READ[name]
+    if "[" not in wanted:
+        with pytest.raises(DataError, match=wanted):
+            load_examples(path, tokenizer)
+        return
+    example = load_examples(path, tokenizer)[0][0]
+    trained = [False, *(example.targets[:-1] >= 0)]
+    runs = [(t, tokenizer.decode([i for i, _ in run], specials=True)) for t, run in groupby(zip(example.ids.tolist(), trained, strict=True), itemgetter(1))]  # fmt: skip
+    text = "".join(f"[{said}]" if of else said for of, said in runs)
+    at = 0
+    for piece in wanted.split("|"):
+        piece = piece.replace("]", "<|im_end|>]")
+        assert piece in text[at:], f"{piece!r} is not in {text[at:]!r}"
+        at = text.index(piece, at) + len(piece)
+
+
+def test_a_test_set_without_answers_is_answered(tmp_path: Path):
+    words = ["predict", "--model", str(MODEL), "--data", str(CASES / "rows" / "p_noans.jsonl"), "--max-tokens", "1"]
+    assert main([*words, "--output", str(tmp_path / "p")]) == 0
+
+
+def test_a_config_of_transformers_5_with_yarn_pasted_in_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match="contradict each other"):
+        read_config(CASES / "rope")
 
 
 def test_a_csv_in_another_encoding_is_not_taken_for_chinese():

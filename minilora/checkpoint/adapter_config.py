@@ -1,6 +1,5 @@
 """PEFT's adapter_config.json: what of it is read, what is refused, and which linears its names and patterns mean."""
 
-import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -12,6 +11,7 @@ from minilora.models.moe import ExpertLinear
 from ..errors import ModelError, quote
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..lora import Base
+from ..patterns import simple
 from .consumers import GATE_UP
 
 # keys of a PEFT config that change what an adapter computes beyond LoRA as it is here, and how
@@ -142,36 +142,8 @@ def meant(wanted: str | list[str], path: str, leaves: set[str]) -> bool:
     """Whether a linear is among those that names or a pattern stand for; leaves: last names that a pattern too complex to try means."""
     if isinstance(wanted, list):
         return any(path == name or path.endswith(f".{name}") for name in wanted)
-    pattern = _plain(wanted)
+    pattern = simple(wanted)
     return path.split(".")[-1] in leaves if pattern is None else pattern.fullmatch(path) is not None
-
-
-@lru_cache(None)
-def _plain(pattern: str) -> re.Pattern[str] | None:
-    """A stranger's pattern, compiled; None for one that is broken, or that could try for ever before it gives a path up.
-
-    Each repetition may end at any of about 100 letters of a path, and each group may begin with any of its alternatives; of plain words
-    few fit in one place. Groups that are repeated or lie in one another, and what looks ahead or back, are not taken.
-    """
-    plain = pattern.replace("(?:", "(")
-    groups = [group.split("|") for group in re.findall(r"\(([^()]*)\)", plain)]
-    tried = math.prod(2 if _are_words(group) else len(group) for group in groups)
-    tried *= 100 ** len(re.findall(r"[*+?{]", plain))
-    if (
-        len(pattern) > 200
-        or plain.count("(") != len(groups)
-        or re.search(r"\)[*+?{]|\(\?|\\\d", plain)
-        or tried > 10**5
-    ):
-        return None
-    try:
-        return re.compile(pattern)
-    except re.error:
-        return None
-
-
-def _are_words(alternatives: list[str]) -> bool:
-    return len(set(alternatives)) == len(alternatives) and all(re.fullmatch(r"(\w|-|\\\.)+", a) for a in alternatives)
 
 
 @lru_cache
@@ -183,7 +155,7 @@ def _parts(path: str) -> list[int]:
 def by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
-        plain = _plain(pattern)
+        plain = simple(pattern)
         if plain is None:
             what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
             raise ModelError(what, "Use the modules' names.")

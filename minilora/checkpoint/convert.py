@@ -7,7 +7,6 @@ or not at all.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from ..files.model_folder import (
 )  # fmt: skip
 from ..files.safetensors import SafetensorsFile
 from ..files.tensors import INDEX
+from ..isolated import environment
 from .load import read_config
 from .save import copy_companions
 
@@ -54,6 +54,9 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
         read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
     require_empty(output)
     shards = _shards(folder)
+    away = next((name for name in shards if (folder / name).is_file() and not lies_in(folder, folder / name)), None)
+    if away is not None:
+        raise ModelError(f"{folder / away} is a link out of the folder", "Copy the file here, if you trust it.")
     need = sum((folder / shard).stat().st_size for shard in shards)
     free = shutil.disk_usage(next(p for p in (output, *output.absolute().parents) if p.exists())).free
     if free < need:
@@ -105,9 +108,6 @@ def _shards(folder: Path) -> list[str]:
             raise ModelError(
                 f"{folder / BIN_INDEX}: {shard[:80]!r} is not a file name here", "Do not trust this folder."
             )
-    away = next((shard for shard in shards if (folder / shard).is_file() and not lies_in(folder, folder / shard)), None)
-    if away is not None:
-        raise ModelError(f"{folder / away} is a link out of the folder", "Copy the file here, if you trust it.")
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ModelError(
@@ -136,17 +136,8 @@ def _check_index(folder: Path, found: dict[str, str]) -> None:
 
 def _unpickle(pickle: Path, target: Path) -> None:
     """Have a shard written as safetensors by a process of its own; ModelError with what it says if it cannot."""
-    # -P: nothing that lies in the current folder is imported
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "minilora.checkpoint.unpickle",
-        str(pickle.absolute()),
-        str(target.absolute()),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).absolute().parents[2])}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=False)
+    command = [sys.executable, "-m", "minilora.checkpoint.unpickle", str(pickle.absolute()), str(target.absolute())]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False)
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         said = lines[-1][:300] if lines else ""

@@ -87,7 +87,7 @@ def _named(given: list[str]) -> dict[str, str]:
     for word in given:
         name, mark, place = word.partition("=")
         folder = Path(adapter_folder(place if mark else word))
-        name = name if mark else (folder.parent if folder.name == "adapter" else folder).resolve().name
+        name = name if mark else Path(os.path.realpath(folder.parent if folder.name == "adapter" else folder)).name
         if not name or name in found:
             raise UsageError(f"--adapter {word}: there are two adapters of the name {name!r}" if name else f"--adapter {word} has no name",
                              "Give each a name of its own: --adapter NAME=DIR.")  # fmt: skip

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import ModelError, OutputInUse
+from ..errors import ModelError, OutputInUse, quote
 from .regular import open_file, read_file
 from .strict_json import parse_json
 
@@ -123,6 +123,8 @@ def verify_manifest(folder: Path) -> str | None:
             return f"{MANIFEST} is empty"
         for name, entry in sums.items():
             path = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names {quote(name)}"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["size"]:

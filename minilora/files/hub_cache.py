@@ -72,6 +72,6 @@ def _inside(folder: Path) -> bool:
 
 def lies_in(folder: Path, path: Path) -> bool:
     """Whether a file lies in a folder itself, or a link leads to the blobs of the folder's own Hugging Face cache."""
-    here = folder.resolve()
+    here = Path(os.path.realpath(folder))
     homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
-    return path.resolve().parent in homes
+    return Path(os.path.realpath(path)).parent in homes

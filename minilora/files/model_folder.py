@@ -1,10 +1,11 @@
 """The folder of a model or an adapter, without torch: whether it is one, and its small JSON files, each opened once."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ModelError
+from ..errors import ModelError, quote
 from .hub_cache import cached, not_cached
 from .regular import read_file
 from .strict_json import parse_json
@@ -90,7 +91,8 @@ class ModelFolder:
     def __init__(self, given: str | Path):
         folder = cached(given)
         self.path = trained_in(folder)
-        self.name = (folder.resolve() if folder == Path(given) else Path(given)).name
+        # a link to itself makes Path.resolve() raise
+        self.name = Path(os.path.realpath(folder) if folder == Path(given) else given).name
 
     @classmethod
     def of(cls, folder: "Folder") -> Self:
@@ -138,6 +140,9 @@ class ModelFolder:
             from .mlx_adapter import as_peft  # which reads tensors, with torch
 
             return as_peft(self / ADAPTER_CONFIG, j)
+        if not isinstance(j["peft_type"], str):
+            what = f"{self / ADAPTER_CONFIG}: peft_type is {quote(str(j['peft_type']))}"
+            raise ModelError(what, "The name of a method belongs there.")
         return j
 
     @cached_property

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..isolated import environment
 from ..terminal import say
 
 SIZE = {"cpu": 1 << 24, "cuda": 1 << 28}  # bytes of the buffer
@@ -36,7 +37,9 @@ def timed_all_reduce(ranks: int, device: str) -> AllReduce:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
         words = [sys.executable, "-m", __name__, folder, device, str(ranks)]
         processes = [
-            started.enter_context(subprocess.Popen([*words, str(rank)], stdout=PIPE, stderr=PIPE, text=True))
+            started.enter_context(
+                subprocess.Popen([*words, str(rank)], stdout=PIPE, stderr=PIPE, text=True, env=environment())
+            )
             for rank in range(ranks)
         ]
         until = time.monotonic() + TIMEOUT

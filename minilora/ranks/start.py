@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..isolated import environment
 from ..machine.cpu import usable_cpus
 
 LOST = 10
@@ -28,6 +29,7 @@ def run_on(gpus: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    os.environ.update(environment())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // gpus)))  # torchrun would take 1, and say so
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what happened
     how = ["--standalone", f"--nproc-per-node={gpus}", f"--shutdown-timeout={SAVING}", "-m", "minilora", *sys.argv[1:]]

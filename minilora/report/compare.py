@@ -18,7 +18,7 @@ from .caveats import caveats, over_the_limit
 from .charts import Level, Series, histogram, line_chart
 from .metrics import interval, paired
 from .page import Best, Document
-from .record import LETTERS, LIMITS, Record, as_text, read_record
+from .record import LETTERS, LIMITS, Record, as_text, as_written, read_record
 from .verdict import made_worse, verdict
 
 CHOSEN = "rougeL_char"  # the metric of the verdict
@@ -36,11 +36,13 @@ def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) 
         raise UsageError(f"{len(runs)} runs are too many", f"Give at most {len(LETTERS)}.")
     for run, letter in zip(runs, LETTERS, strict=False):
         run.name = f"{letter}: {run.name}"
-    page = comparison(runs, failed)
+    with as_written(", ".join(folders)):
+        page = comparison(runs, failed)
+        html, markdown = page.html(), page.markdown()
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, page.html())
-    write_file(output.with_suffix(".md"), page.markdown())
+    write_file(output, html)
+    write_file(output.with_suffix(".md"), markdown)
     return page.verdicts
 
 

@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, quote
 from ..files.atomic import in_use
 from ..files.regular import read_file
 from ..files.strict_json import parse_json, read_json_lines
@@ -188,6 +190,16 @@ def read_record(folder: str | Path) -> Record:
         record.results = read_json_file(answers / RESULTS)
         record.rows = _answers(answers / ROWS)
     return record
+
+
+@contextmanager
+def as_written(place: object) -> Iterator[None]:
+    """DataError where the files of a run hold values of another shape than a run writes, which shows when they are used."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{place}: a file of this run holds what no run writes ({type(error).__name__}: {quote(str(error))})"
+        raise DataError(what, "Take the folder as minilora wrote it.") from error
 
 
 def _hashes(path: Path) -> np.ndarray:

@@ -23,7 +23,7 @@ from .caveats import over_the_limit
 from .charts import Level, Series, heat_map, line_chart, marked_histogram
 from .metrics import Interval
 from .page import Best, Document
-from .record import LIMITS, Record, as_text, read_record, smoothed
+from .record import LIMITS, Record, as_text, as_written, read_record, smoothed
 from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
@@ -39,7 +39,9 @@ def report(folder: str | Path, samples: int = 0) -> Path:
         raise UsageError(f"{folder} is not a run folder", "Give the --output of minilora train.")
     if samples:
         make_samples(run, samples)
-    write_file(folder / "report.html", run_page(run).html())
+    with as_written(folder):
+        page = run_page(run).html()
+    write_file(folder / "report.html", page)
     return folder / "report.html"
 
 

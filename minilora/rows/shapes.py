@@ -35,6 +35,7 @@ ROLES = {
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # of turns whose text is calls
 CALLS, FUNCTIONS = ("tool_calls", "function_call"), ("tools", "functions")
+LONGEST_ROW = 4 << 20  # characters, of which a tokenizer takes 300 bytes of memory each
 TEXT = "text"  # the shape, and the role of its one message: raw text, all of it trained
 
 
@@ -103,6 +104,10 @@ def to_messages(value: Any, where: str, settings: DataConfig = PLAIN) -> Row:
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
+    characters = sum(len(message["content"]) for message in messages)
+    if characters > LONGEST_ROW:
+        what = f"{where} has {characters:,} characters; up to {LONGEST_ROW:,} are read"
+        raise RowError("text too long", what, "Divide it into several rows.")
     return Row(messages, shape, where, tuple(dict.fromkeys(lost)), held)
 
 

@@ -29,7 +29,9 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        # what they quote may hold half a surrogate pair
+        self.message, self.param = (text and text.encode("utf-8", "replace").decode() for text in (message, param))
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}

@@ -176,7 +176,13 @@ def _earlier(folder: Path, overwrite: bool) -> tuple[Any, dict[str, Any] | None,
         results = read_json_file(folder / RESULTS)
         return results.get("settings", {}), results, {}
     settings, *lines = read_json_lines(folder / PART) or [None]
-    return settings, None, {line["row"]: line for line in lines}
+    return settings, None, {line["row"]: line for line in lines if _is_row(line)}
+
+
+def _is_row(line: Any) -> bool:
+    """Whether a line of an unfinished prediction is what _row gives."""
+    kinds = {"row": int, "predict": str, "label": str, "tokens": int, "label_tokens": int, "cut": bool}
+    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items())
 
 
 def _same(then: Any, now: dict) -> bool:

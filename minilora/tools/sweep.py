@@ -13,7 +13,6 @@ a stopped one is resumed. `minilora:demo/mini` is a path inside the package.
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
 from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
 from ..files.atomic import atomic_folder, locked, write_file
+from ..isolated import environment
 from ..report.compare import compare
 from ..report.experiment import Question
 from ..report.record import LETTERS, read_record
@@ -278,12 +278,11 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
 
 def _child(*words: object) -> int:
     """Run minilora in its own process and pass a stop signal on to it, once; Stopped or an error ends the sweep."""
-    paths = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-m", "minilora", *map(str, words)]
+    command = [sys.executable, "-m", "minilora", *map(str, words)]
     with StopSignal() as stop:
         # its own process group: it must not get Ctrl-C from the terminal as well, because a second signal ends a run at once
         out = subprocess.DEVNULL if "--json" in words else None
-        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, process_group=0, stdout=out)
+        child = subprocess.Popen(command, env=environment(), process_group=0, stdout=out)
         passed_on = False
         while True:
             try:

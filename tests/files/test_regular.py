@@ -119,3 +119,19 @@ def test_nothing_is_written_through_a_link_that_lies_in_a_folder(tmp_path):
     with pytest.raises(Exception, match="not a regular file"), locked(tmp_path / "run"):
         pass
     assert mine.read_text() == "mine" and (tmp_path / "run" / "metrics.jsonl").read_text() == "new"
+
+
+@pytest.mark.parametrize("path", ["loop", "x" * 300, "rows.json/x", "rows.json"])
+def test_a_path_that_nothing_can_have_is_no_fault_of_the_disk(tmp_path, folders, monkeypatch, capsys, path):
+    """A link to itself, a name that is too long, a file in the place of a folder."""
+    monkeypatch.chdir(shutil.copytree(folders, tmp_path / "here"))
+    make(Path("loop"), "loop")
+    for words in (
+        "chat --prompt x --model PATH", "chat --prompt x --model model --adapter PATH", "inspect model PATH", "convert PATH out", "convert model PATH",
+        "train --model model --data PATH/x --output out", "train --model model --data rows.json --output PATH", "train -c PATH", "report PATH",
+        "predict --model model --data rows.json --output PATH", "compare run PATH", "sweep PATH --output out", "data split --data rows.json --val 1 --output PATH",
+        "export --model model --for gguf --output PATH", "plan --model PATH",
+    ):  # fmt: skip
+        code = main(words.replace("PATH", path).split())
+        told = capsys.readouterr().err
+        assert code in (0, 2, 3, 4, 8) and "Traceback" not in told, (words, code, told[-1500:])
