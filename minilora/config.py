@@ -80,7 +80,7 @@ class TrainConfig(DataConfig):
     )
     fp8: Literal["off", "on"] = setting("off", "on: the base's linears and their products in FP8, on a GPU that has it")
     lora_r: int = setting(16, "rank of the adapters")
-    lora_alpha: float = setting(32, "adapter scale is alpha / r")
+    lora_alpha: float = setting(32.0, "adapter scale is alpha / r")
     lora_dropout: float = setting(0.0, "dropout in front of the adapters")
     lora_targets: str = setting(
         "all-linear", "all-linear, attention, mlp, experts, names with commas, or a regex over whole paths"

@@ -67,6 +67,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Take what has this name away in one step: a folder is never there in part."""
+    stage = path.parent / f".tmp-{path.name}"
+    remove(stage)
+    if os.path.lexists(path):
+        os.rename(path, stage)
+    remove(stage)
+
+
 def require_empty(folder: Path) -> None:
     """OutputInUse for a folder that holds something, and for a file: what is there is not replaced."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -13,7 +13,7 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import remove, verify_manifest, write_file
+from ..files.atomic import discard, remove, verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
@@ -87,8 +87,8 @@ def clear(folder: Path) -> None:
     """
     write_file(folder / "metrics.jsonl", "")
     for name in OWN:
-        for path in (folder / f".tmp-{name}", folder / f".trash-{name}", folder / name):
-            remove(path)
+        discard(folder / name)
+        remove(folder / f".trash-{name}")
 
 
 def check_disk(folder: Path, model: Decoder, keep: int) -> None:

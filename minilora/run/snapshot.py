@@ -6,7 +6,6 @@ where the adapter's file does not hold what is trained as it is (PiSSA, a projec
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..checkpoint.adapter import factors_of, fill_adapter_folder
 from ..checkpoint.method_folder import file_keys, state_beside
 from ..checkpoint.save import write_checkpoint
 from ..errors import CheckpointMismatch
-from ..files.atomic import atomic_folder, remove, verify_manifest, write_link
+from ..files.atomic import atomic_folder, discard, remove, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.regular import read_file
 from ..files.safetensors import SafetensorsFile, write_tensors
@@ -155,6 +154,6 @@ def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
         write_link(checkpoints / "best", f"step-{best}")
     for folder in ordered[:-keep]:
         if step_of(folder) != best:
-            os.rename(folder, checkpoints / f".tmp-{folder.name}")
+            discard(folder)
     for leftover in checkpoints.glob(".tmp-*"):
         remove(leftover)

@@ -102,6 +102,8 @@ def predict(
             raise OutputInUse(f"{folder} holds {what} of other weights, rows or decoding", hint)
         left = ranks.share(None if results else [i for i in range(len(questions)) if i not in done])
         if left is None:
+            if ranks.first:
+                (folder / PART).unlink(missing_ok=True)  # as after a kill between the two
             say(f"{folder} holds this prediction already")
             return ranks.share(results)
         if ranks.first:

@@ -1,0 +1,116 @@
+"""A fork server: torch is imported once, and each trial is a fork that runs one command as the shell would and ends."""
+
+import gc
+import io
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from minilora import __main__ as command_line
+from minilora.checkpoint import convert, unpickle
+from minilora.files.atomic import write_file
+from minilora.machine import compute
+from minilora.run import ending, step
+
+KILLED = -signal.SIGKILL
+
+
+class Ended(NamedTuple):
+    code: int  # minus the number of the signal that ended it
+    said: str  # on both streams
+
+
+class Child(NamedTuple):
+    pid: int
+    screen: int  # a file in memory
+
+    def wait(self) -> Ended:
+        _, status = os.waitpid(self.pid, 0)
+        size = os.fstat(self.screen).st_size
+        said = os.pread(self.screen, size, 0).decode("utf-8", "replace")
+        os.close(self.screen)
+        return Ended(os.waitstatus_to_exitcode(status), said)
+
+
+def start(call: Callable[[], int]) -> Child:
+    """A fork that ends with the exit code which `call` returns."""
+    screen = os.memfd_create("screen")
+    pid = os.fork()
+    if pid:
+        return Child(pid, screen)
+    try:
+        gc.freeze()  # what was there before is not looked through, and so not copied
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may ignore it
+        for stream in (1, 2):
+            os.dup2(screen, stream)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+        code = call()
+        sys.stdout.flush()
+    except BaseException:  # noqa: BLE001 a fork never returns
+        traceback.print_exc()
+        code = 99
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(call: Callable[[], int]) -> Ended:
+    return start(call).wait()
+
+
+def returned(call: Callable[[], Any]) -> Any:
+    """What a call returns in a fork."""
+    with tempfile.TemporaryFile() as file:
+
+        def to_file() -> int:
+            pickle.dump(call(), file)
+            file.flush()
+            return 0
+
+        ended = run(to_file)
+        assert ended.code == 0, ended
+        file.seek(0)
+        return pickle.load(file)  # noqa: S301 our own fork's
+
+
+def killed_after(seconds: float, call: Callable[[], int]) -> Ended:
+    """SIGKILL after so many seconds, if it has not ended by then."""
+    child = start(call)
+    time.sleep(seconds)
+    os.kill(child.pid, signal.SIGKILL)
+    return child.wait()
+
+
+def command(words: list[str]) -> int:
+    """One command of minilora, as `minilora WORDS` in a process of its own."""
+    sys.argv = ["minilora", *words]
+    return command_line.main()
+
+
+def prepare(words: list[str]) -> None:
+    """One command in this process, of which nothing is shown: what it imports is there in all later forks."""
+    with redirect_stdout(io.StringIO()):
+        assert command_line.main(words) == 0
+
+
+def quick() -> None:
+    """Leave out of this process what costs most of a tiny command: measured speeds, the picture, a second process that imports torch."""
+    torch.set_num_threads(1)
+    step.peak_flops = lambda device, dtype: 1e10
+    compute.measured_rates = lambda k, n, stored: compute.Rates(1e9, 1e10)
+    ending.plot_loss = _plot
+    convert._unpickle = lambda pickle, target: print(unpickle.rewrite(pickle, target))
+
+
+def _plot(folder: Path) -> str:
+    write_file(folder / "loss.png", b"picture")
+    return str(folder / "loss.png")

@@ -1,0 +1,82 @@
+"""The table of all rows: what was tried how often, and how often something was lost. bench/results/reliability.json and docs/reliability.md show it."""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.files.atomic import write_file
+from minilora.machine.cpu import device_name
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "bench" / "results" / "reliability.json"
+SHOWN = 20  # violations that are printed
+FAST = Path("/dev/shm")  # noqa: S108 where a flush costs nothing: a kill leaves the same there
+
+Trials = Iterable[list[str]]  # what is wrong after each one
+
+
+def run(row: str, unit: str, trials: Callable[[Path, int], Trials], every: int = 1, argv: list[str] | None = None) -> int:
+    """The command of a row: `trials(folder, every)` in a new folder; prints what is wrong. --record puts the counts into the table."""
+    module = sys.modules["__main__"].__spec__
+    name = module.name if module else row
+    parser = argparse.ArgumentParser(prog=f"python -m {name}")
+    parser.add_argument("--every", type=int, default=every, metavar="N", help=f"one of N {unit} [{every}]")
+    parser.add_argument("--record", action="store_true", help=f"put the counts into {TABLE.relative_to(ROOT)}")
+    options = parser.parse_args(argv)
+    began = _seconds()
+    with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as folder:
+        count, wrong = counted(trials(Path(folder), options.every))
+    print(f"{row}: {count:,} {unit}, {wrong:,} violations, {_seconds() - began:,.0f} s of CPU")
+    if options.record:
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        table[row] = {
+            "trials": count, "unit": unit, "violations": wrong, "cpu_seconds": round(_seconds() - began), "date": str(date.today()),
+            "machine": machine(), "command": f"python -m {name}" + (f" --every {options.every}" if options.every != every else ""),
+        }  # fmt: skip
+        write_file(TABLE, json.dumps(table, indent=1) + "\n")
+    return int(wrong > 0)
+
+
+def counted(trials: Trials) -> tuple[int, int]:
+    """(trials, trials after which something was wrong); says what."""
+    count = wrong = 0
+    shown, began = 0, time.monotonic()
+    for found in trials:
+        count += 1
+        wrong += bool(found)
+        for line in found[: SHOWN - shown]:
+            print(line, flush=True)
+            shown += 1
+        if time.monotonic() - began > 60:
+            began = time.monotonic()
+            print(f"{count:,} trials, {wrong:,} violations", flush=True)
+    return count, wrong
+
+
+def machine() -> str:
+    cpu = f"{os.cpu_count()} cores of {device_name(torch.device('cpu'))}"
+    return f"{cpu}, {platform.system()} {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _seconds() -> float:
+    """CPU time of this process and of its forks."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def table(rows: dict[str, Any]) -> Iterator[str]:
+    """The lines of the page."""
+    yield "| what | trials | violations | machine, date | command |"
+    yield "|---|---|---|---|---|"
+    for name, r in rows.items():
+        yield f"| {name} | {r['trials']:,} {r['unit']} | {r['violations']:,} | {r['machine']}, {r['date']} | `{r['command']}` |"
