@@ -64,6 +64,15 @@ class Invariants:
         if reached > 1 + (step_of(newest) if newest else 0):
             yield f"I3 step {reached} was made, {newest} is saved"
 
+    def kept(self, promise: str) -> Iterator[str]:
+        """After a power cut: what the command had said was safe is there."""
+        if promise == "the end" and (now := contents(self.command.output)) != self.result:
+            yield f"I1 lost after the end: {difference(now, self.result)}"
+        elif promise.startswith("step "):
+            newest, _ = newest_snapshot(self.command.output / "checkpoints")
+            if newest is None or step_of(newest) < int(promise.removeprefix("step ")):
+                yield f"I1 {promise} was saved, {newest} is there"
+
     def recover(self) -> Iterator[str]:
         words = self.command.again()
         if words is not None:

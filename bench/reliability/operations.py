@@ -81,14 +81,14 @@ class Operations:
         self.log.append(Operation("promise", what))
 
     def path(self, name: Any, dir_fd: int | None = None) -> str | None:
-        """The absolute path of what a call names, a link in its last part not followed; None if it is not below the root."""
+        """The absolute path of what a call names, a link in its last part not followed; None outside of the root."""
         if isinstance(name, int):
             found = os.readlink(f"/proc/self/fd/{name}").removesuffix(" (deleted)")
         else:
             base = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
             folder, last = os.path.split(os.path.join(base, os.fspath(name)))
             found = os.path.join(os.path.realpath(folder), last)
-        return found if found.startswith(self.root + os.sep) else None
+        return found if (found + os.sep).startswith(self.root + os.sep) else None
 
     def perform(self, operation: Operation, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         """Do an operation and record it, with the fault that strikes there. A write that stops in the middle is a short one."""

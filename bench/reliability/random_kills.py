@@ -16,7 +16,7 @@ from bench.reliability.commands import Command, commands
 from bench.reliability.invariants import Invariants
 
 KILLS = 20_000
-TRAININGS = 0.75  # of the kills
+TRAININGS = 0.5  # of the kills
 
 
 def trials(command: Command, kills: int, seed: int) -> Iterator[list[str]]:

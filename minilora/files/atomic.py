@@ -25,7 +25,7 @@ MANIFEST = "MANIFEST.json"
 @contextmanager
 def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
     """A new folder to fill; when the block ends well it becomes `target`, replacing what stood there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     _sweep(target)
     stage = target.parent / f".tmp-{target.name}"
     stage.mkdir()
@@ -34,11 +34,11 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
         if manifest:
             _write_manifest(stage)
         for path in [*stage.rglob("*"), stage]:
-            _sync(path)
+            sync(path)
         if os.path.lexists(target):
             os.rename(target, target.parent / f".trash-{target.name}")
         os.rename(stage, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException as error:
         if target.exists() and not stage.exists():  # it had its name already: what failed leaves nothing behind
             os.rename(target, stage)
@@ -47,6 +47,23 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
         raise
     finally:
         _sweep(target)
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on the disk before anything else is done."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each with its name on the disk: a file in it is lost with its folder otherwise."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def _sweep(target: Path) -> None:
@@ -68,11 +85,12 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Take what has this name away in one step: a folder is never there in part."""
+    """Take what has this name away in one step: a folder is never there in part, not even after a power cut."""
     stage = path.parent / f".tmp-{path.name}"
     remove(stage)
     if os.path.lexists(path):
         os.rename(path, stage)
+        sync(path.parent)
     remove(stage)
 
 
@@ -92,7 +110,7 @@ def write_file(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(stage, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         stage.unlink(missing_ok=True)
 
@@ -103,14 +121,7 @@ def write_link(link: Path, target: str) -> None:
     stage.unlink(missing_ok=True)
     os.symlink(target, stage)
     os.replace(stage, link)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(link.parent)
 
 
 def _write_manifest(folder: Path) -> None:
@@ -156,7 +167,7 @@ def locked(folder: Path) -> Iterator[None]:
     new = not folder.exists()
     if not new and not folder.is_dir():
         raise OutputInUse(f"{folder} is a file", "Give another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _lock_file(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

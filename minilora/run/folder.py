@@ -13,7 +13,7 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import discard, remove, verify_manifest, write_file
+from ..files.atomic import discard, remove, sync, verify_manifest, write_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
@@ -135,6 +135,7 @@ def save(run: Run) -> None:
         "best_step": at.best_step,
     }
     state |= {"identity": _identity(run), "machine": _machine(run)}
+    sync(run.folder / "metrics.jsonl")  # a run that goes on from the snapshot does not make its lines again
     folder = run.checkpoints / f"step-{at.step}"
     save_snapshot(folder, run.model, run.optimizer, state, Path(run.config.model), run.plan.full)
     rotate(run.checkpoints, run.config.keep_checkpoints, at.step, at.best_step)

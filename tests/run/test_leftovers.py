@@ -73,10 +73,10 @@ def dies(monkeypatch, module, name: str, number: int, error: BaseException, afte
     monkeypatch.setattr(module, name, stand_in)
 
 
-@pytest.mark.parametrize("name", ["remove", "write_file"])
+@pytest.mark.parametrize("name", ["discard", "remove", "write_file"])
 def test_clearing_can_be_killed_anywhere(run, tmp_path, monkeypatch, name):
     """Before and after each deletion the folder is a run's, which --overwrite takes; at the end only its marks are left."""
-    for number in range(3 * len(OWN) if name == "remove" else 1):
+    for number in range(1 if name == "write_file" else len(OWN)):
         for after in (False, True):
             part = shutil.copytree(run, tmp_path / "part", symlinks=True)
             (part / ".tmp-data").mkdir()
@@ -133,14 +133,14 @@ def test_the_next_run_takes_away_what_was_left_of_links_and_checkpoints(run):
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize(("name", "last"), [("rename", 0), ("rename", 1), ("_sync", 1), ("_sync", 2)])
+@pytest.mark.parametrize(("name", "last"), [("rename", 0), ("rename", 1), ("sync", 1), ("sync", 2)])
 def test_a_folder_that_says_failed_is_not_there(tmp_path, monkeypatch, name, last, old):
     """Also where the last rename or flush did its work and failed nevertheless: the next try finds what was there before."""
     out = tmp_path / "out"
     if old:
         out.mkdir()
         (out / "before").write_text("x")
-    number = last if name == "_sync" else min(last, int(old))
+    number = last if name == "sync" else min(last, int(old))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="broken"):
         dies(patch, os if name == "rename" else atomic, name, number, OSError(5, "broken"), after=True)
         with atomic_folder(out) as stage:
