@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,9 @@ class Command:
     words: list[str]
     place: Path
     before: Path | None = None
-    runs: list[Path] = field(default_factory=list)  # of a training: finished runs with all the snapshots that may be found
+    runs: list[Path] = field(
+        default_factory=list
+    )  # of a training: finished runs with all the snapshots that may be found
 
     @property
     def output(self) -> Path:
@@ -53,8 +54,7 @@ class Command:
 
 
 def commands(work: Path) -> list[Command]:
-    """All of them, in a new folder. What they start from is made by commands of this process, which warms it up for its forks."""
-    forked.quick()
+    """All of them, in a new workplace. What they start from is made by commands of this process, which warms it up for its forks."""
     model = make_model(work / "model", num_hidden_layers=1, hidden_size=16, intermediate_size=24, head_dim=4)
     rows, place = make_rows(work / "rows.json"), work / "place"
     pickle, wide = work / "pickle", SafetensorsFile(model / "model.safetensors")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bench.reliability import forked, scoreboard
-from bench.reliability.commands import Command, commands
+from bench.reliability.commands import commands
 from bench.reliability.invariants import Invariants
 from bench.reliability.kill_points import recorded, struck
 from bench.reliability.operations import AFTER, Fault
@@ -22,9 +22,10 @@ from bench.reliability.operations import AFTER, Fault
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
-def trials(command: Command, every: int) -> Iterator[list[str]]:
+def trials(invariants: Invariants, every: int) -> Iterator[list[str]]:
     """What is wrong after each."""
-    invariants, log = Invariants(command), recorded(command)
+    command = invariants.command
+    log = recorded(command)
     points = [
         (number, part)
         for number, operation in enumerate(log)
@@ -44,7 +45,7 @@ def fail(error: int) -> NoReturn:
 
 def all_trials(work: Path, every: int) -> Iterator[list[str]]:
     for command in commands(work):
-        yield from trials(command, every)
+        yield from trials(Invariants(command), every)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ def recorded(command: Command) -> list[Operation]:
     return forked.returned(record)
 
 
-def trials(command: Command, every: int) -> Iterator[list[str]]:
+def trials(invariants: Invariants, every: int) -> Iterator[list[str]]:
     """What is wrong after each."""
-    invariants = Invariants(command)
+    command = invariants.command
     log = recorded(command)
     points = [(number, part) for number, operation in enumerate(log) for part in operation.parts]
     points.append((len(log) - 1, AFTER))
@@ -50,7 +50,7 @@ def kill() -> None:
 
 def all_trials(work: Path, every: int) -> Iterator[list[str]]:
     for command in commands(work):
-        yield from trials(command, every)
+        yield from trials(Invariants(command), every)
 
 
 if __name__ == "__main__":

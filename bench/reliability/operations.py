@@ -64,7 +64,9 @@ class Operations:
             "fsync": lambda file: self._at("fsync", file if isinstance(file, int) else file.fileno()),
             "open": self._creates,
         }
-        self._patches = [mock.patch.object(os, name, self._numbered(getattr(os, name), d)) for name, d in describe.items()]
+        self._patches = [
+            mock.patch.object(os, name, self._numbered(getattr(os, name), d)) for name, d in describe.items()
+        ]
         self._patches.append(mock.patch.object(os, "sendfile", self._sendfile(os.sendfile)))
         opened = self._open(io.open)
         self._patches += [mock.patch.object(builtins, "open", opened), mock.patch.object(io, "open", opened)]

@@ -54,19 +54,21 @@ def states(disk: Disk, log: Iterable[Operation], seed: int = 0) -> Iterator[tupl
                 yield number, promise, state
 
 
-def trials(command: Command, every: int) -> Iterator[list[str]]:
+def trials(invariants: Invariants, every: int) -> Iterator[list[str]]:
     """What is wrong after each."""
-    invariants = Invariants(command)
+    command = invariants.command
     for count, (number, promise, state) in enumerate(states(*recorded(command))):
         if count % every == 0:
             restore(state, command.place)
             wrong = [*invariants.found(), *invariants.kept(promise), *invariants.recover()]
-            yield [f"{command.name}, power cut after operation {number}, promised {promise!r}: {line}" for line in wrong]
+            yield [
+                f"{command.name}, power cut after operation {number}, promised {promise!r}: {line}" for line in wrong
+            ]
 
 
 def all_trials(work: Path, every: int) -> Iterator[list[str]]:
     for command in commands(work):
-        yield from trials(command, every)
+        yield from trials(Invariants(command), every)
 
 
 if __name__ == "__main__":

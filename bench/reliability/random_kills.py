@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 
 from bench.reliability import forked, scoreboard
-from bench.reliability.commands import Command, commands
+from bench.reliability.commands import commands
 from bench.reliability.invariants import Invariants
 
 KILLS = 20_000
 TRAININGS = 0.5  # of the kills
 
 
-def trials(command: Command, kills: int, seed: int) -> Iterator[list[str]]:
+def trials(invariants: Invariants, kills: int, seed: int) -> Iterator[list[str]]:
     """What is wrong after each kill, and after each end."""
-    invariants, dice = Invariants(command), random.Random(seed)
+    command, dice = invariants.command, random.Random(seed)
     command.set_up()
     began = time.monotonic()
     assert forked.run(command).code == 0
@@ -51,7 +51,7 @@ def all_trials(work: Path, every: int) -> Iterator[list[str]]:
     trainings = [command for command in chosen if command.runs]
     for seed, command in enumerate(chosen):
         share = TRAININGS / len(trainings) if command.runs else (1 - TRAININGS) / (len(chosen) - len(trainings))
-        yield from trials(command, round(KILLS * share / every), seed)
+        yield from trials(Invariants(command), round(KILLS * share / every), seed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
@@ -15,18 +14,20 @@ from typing import Any
 
 import torch
 
+from bench.reliability import forked
 from minilora.files.atomic import write_file
 from minilora.machine.cpu import device_name
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "bench" / "results" / "reliability.json"
 SHOWN = 20  # violations that are printed
-FAST = Path("/dev/shm")  # noqa: S108 where a flush costs nothing: a kill leaves the same there
 
 Trials = Iterable[list[str]]  # what is wrong after each one
 
 
-def run(row: str, unit: str, trials: Callable[[Path, int], Trials], every: int = 1, argv: list[str] | None = None) -> int:
+def run(
+    row: str, unit: str, trials: Callable[[Path, int], Trials], every: int = 1, argv: list[str] | None = None
+) -> int:
     """The command of a row: `trials(folder, every)` in a new folder; prints what is wrong. --record puts the counts into the table."""
     module = sys.modules["__main__"].__spec__
     name = module.name if module else row
@@ -35,8 +36,8 @@ def run(row: str, unit: str, trials: Callable[[Path, int], Trials], every: int =
     parser.add_argument("--record", action="store_true", help=f"put the counts into {TABLE.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     began = _seconds()
-    with tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as folder:
-        count, wrong = counted(trials(Path(folder), options.every))
+    with forked.workplace() as folder:
+        count, wrong = counted(trials(folder, options.every))
     print(f"{row}: {count:,} {unit}, {wrong:,} violations, {_seconds() - began:,.0f} s of CPU")
     if options.record:
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
