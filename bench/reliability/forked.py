@@ -58,6 +58,8 @@ def start(call: Callable[[], int]) -> Child:
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
         code = call()
         sys.stdout.flush()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
     except BaseException:  # noqa: BLE001 a fork never returns
         traceback.print_exc()
         code = 99

@@ -25,6 +25,8 @@ from minilora.run.snapshot import newest_snapshot, snapshots, step_of
 TIMES = {"time", "seconds", "tokens_per_second", "mfu", "memory_gb", "machine", "predict_runtime", "step_seconds"}
 OF_TIMES = {"MANIFEST.json", "report.html", ".lock"}  # hold the hash of times, the hour, the number of a process
 
+UNTRAINED = "step-0"  # saved by a run that was asked to stop before its first step was done
+
 
 class Invariants:
     """Of one command: `found()` says what is wrong after it was cut short, `recover()` after the next command too."""
@@ -52,10 +54,12 @@ class Invariants:
             return
         if not output.exists():
             return
-        strange = [name for name in contents(output) if name not in self.names]
+        strange = [n for n in contents(output) if n not in self.names and not n.startswith(f"checkpoints/{UNTRAINED}/")]
         if strange:
             yield f"I5 {strange} is no leftover's name"
         for folder in snapshots(output / "checkpoints"):
+            if folder.name == UNTRAINED:
+                continue
             if verify_manifest(folder) is None and contents(folder) not in self.snapshots[folder.name]:
                 yield f"I4 {folder.name} passes its manifest and is another"
         newest, skipped = newest_snapshot(output / "checkpoints")
