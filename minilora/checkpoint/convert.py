@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, UsageError
-from ..files.atomic import atomic_folder, require_empty
+from ..files.atomic import new_folder, require_empty
 from ..files.hub_cache import lies_in
 from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from ..files.model_folder import (
@@ -62,7 +62,7 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
     if free < need:
         raise DiskError(f"{output} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Free some space.")
     whole = ADAPTER_WEIGHTS if adapter else "model.safetensors"
-    with atomic_folder(output) as stage:
+    with new_folder(output) as stage:
         places: dict[str, str] = {}
         size = 0
         for number, shard in enumerate(shards, 1):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ModelError, UsageError
-from ..files.atomic import atomic_folder, require_empty
+from ..files.atomic import new_folder, require_empty
 from ..files.model_folder import Folder, ModelFolder
 from ..lora import adapters
 from ..methods.table import PEFT_TYPES
@@ -44,7 +44,7 @@ def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer:
     without = [theirs for path in linears_without(meta) for theirs in paths_of(path, c.family, consumer)]
     alike = consumer == "vllm" and make_alike(wrapped)
     base = str(adapter.adapter_config.get("base_model_name_or_path") or "")
-    with atomic_folder(Path(output)) as stage:
+    with new_folder(Path(output)) as stage:
         write_adapter(stage, wrapped, without, base, metadata_of(adapter.path), single=consumer == "vllm")
         problems = check_export(model, stage, consumer).problems
         if problems:

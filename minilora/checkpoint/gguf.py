@@ -19,7 +19,7 @@ from minilora.models.config import Config, Yarn
 from minilora.models.decoder import Decoder
 
 from ..errors import ModelError
-from ..files.atomic import atomic_folder, require_empty
+from ..files.atomic import new_folder, require_empty
 from ..files.gguf import KINDS, Value, write_gguf
 from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import NAMES as DTYPE_NAMES
@@ -80,7 +80,7 @@ def export_model(folder: Folder, output: str | Path, kind: str | None = None) ->
 
     metadata = _metadata(architecture, folder.path.resolve().name, c, kind)
     metadata |= tokenizer_metadata(folder, tokenizer, c.vocab)
-    with atomic_folder(Path(output)) as stage:
+    with new_folder(Path(output)) as stage:
         write_gguf(stage / GGUF_MODEL, metadata, tensors, tensor)
         (stage / MODELFILE).write_text(modelfile(f"./{GGUF_MODEL}", tokenizer, folder))
         size = (stage / GGUF_MODEL).stat().st_size
@@ -115,7 +115,7 @@ def export_lora(folder: Folder, adapter: Folder, output: str | Path, base: str |
     }
     base = base or f"./{GGUF_MODEL}"
     base = os.path.relpath(base, output) if Path(base).is_file() else base
-    with atomic_folder(Path(output)) as stage:
+    with new_folder(Path(output)) as stage:
         shapes = {name: ("f32", tuple(t.shape)) for name, t in tensors.items()}
         write_gguf(stage / GGUF_ADAPTER, metadata, shapes, tensors.__getitem__)
         (stage / MODELFILE).write_text(modelfile(base, tokenizer, folder, f"./{GGUF_ADAPTER}"))

@@ -21,7 +21,7 @@ from minilora.models.quantized import widen_linears
 
 from ..adapted import adapted, require_mergeable, without_adapters
 from ..errors import DiskError, ModelError
-from ..files.atomic import atomic_folder, require_empty
+from ..files.atomic import new_folder, require_empty
 from ..files.model_folder import Folder, ModelFolder
 from ..files.tensors import Tensors
 from ..lora import base_parameters
@@ -101,7 +101,7 @@ def merge_folder(
             module, own_name = changed[place.name]
             return place.tensor(module.merged(own_name, place.matrix(plain), place.rows))
 
-    with atomic_folder(output) as stage:
+    with new_folder(output) as stage:
         write_checkpoint(stage, shapes, tensor, model.path, shard_bytes)
         for name, content in tokenizer.replaced.items():
             (stage / name).write_bytes(content)

@@ -24,29 +24,80 @@ MANIFEST = "MANIFEST.json"
 
 @contextmanager
 def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
-    """A new folder to fill; when the block ends well it becomes `target`, replacing what stood there."""
+    """A new folder to fill; when the block ends well it becomes `target`, replacing what stood there.
+
+    Raises OutputInUse if another process is filling one for the same place.
+    """
     make_folder(target.parent)
-    _sweep(target)
-    stage = target.parent / f".tmp-{target.name}"
-    stage.mkdir()
+    stage, trash = target.parent / f".tmp-{target.name}", target.parent / f".trash-{target.name}"
+    handle = _claim(target)
     try:
         yield stage
         if manifest:
             _write_manifest(stage)
         for path in [*stage.rglob("*"), stage]:
             sync(path)
-        if os.path.lexists(target):
-            os.rename(target, target.parent / f".trash-{target.name}")
-        os.rename(stage, target)
-        sync(target.parent)
+        with _alone_in(target.parent):
+            if os.path.lexists(target):
+                os.rename(target, trash)
+            os.rename(stage, target)
+            sync(target.parent)
+            with suppress(OSError):
+                remove(trash)
     except BaseException as error:
         if target.exists() and not stage.exists():  # it had its name already: what failed leaves nothing behind
             os.rename(target, stage)
+        _sweep(target)
         if isinstance(error, OSError):
             error.filename = error.filename or str(target)
         raise
     finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """The same for a name that must be free: OutputInUse also for a folder that appeared since the command began."""
+    with atomic_folder(target) as stage:
+        require_empty(target)
+        yield stage
+
+
+def _claim(target: Path) -> int:
+    """Make the stage, empty, and return its handle: it is locked as long as that is open. OutputInUse if another process fills it."""
+    stage = target.parent / f".tmp-{target.name}"
+    with _alone_in(target.parent):
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.close(_lock(stage, fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise OutputInUse(f"{target} is being written by another process", "Wait for it, or give another name.") from None
         _sweep(target)
+        stage.mkdir()
+        return _lock(stage, fcntl.LOCK_NB)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other process makes or replaces a name in the folder while the block runs. It is short: others wait."""
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path, wait: int = 0) -> int:
+    """A handle of a folder, which is locked as long as it is open, if the file system knows locks; BlockingIOError if it is taken."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | wait)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
 
 
 def sync(path: Path) -> None:
@@ -103,16 +154,17 @@ def require_empty(folder: Path) -> None:
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a small file in one piece: the old content or the new one is there, never a part."""
     stage = path.parent / f".tmp-{path.name}"
-    stage.unlink(missing_ok=True)
-    try:
-        with open(stage, "xb") as file:  # through no link that lies there
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(stage, path)
-        sync(path.parent)
-    finally:
+    with _alone_in(path.parent):
         stage.unlink(missing_ok=True)
+        try:
+            with open(stage, "xb") as file:  # through no link that lies there
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(stage, path)
+            sync(path.parent)
+        finally:
+            stage.unlink(missing_ok=True)
 
 
 def write_link(link: Path, target: str) -> None:

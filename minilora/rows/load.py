@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..config import PLAIN, DataConfig
-from ..errors import DataError, RowError, UsageError
+from ..errors import DataError, OutputInUse, RowError, UsageError
 from ..text.tokenizer import Tokenizer
 from .files import RowFile, open_rows, read_row
 from .preferences import to_pair
@@ -106,13 +106,16 @@ def _cached(
         report = Report(**fields)
         report.notes.append(f"tokens of {file.path} from the cache")
         return store, report
-    with cache.write(key) as folder:
-        out = open(folder / "tokens", "w+b")  # noqa: SIM115 the store reads from it as long as it lives
-        store, report = _tokenize(file, numbers, tokenizer, settings, out, pairs)
-        store.records.tofile(folder / "records")
-        notes = {"digest": store.digest, "report": vars(report)}
-        (folder / "notes.json").write_text(json.dumps(notes, ensure_ascii=False), encoding="utf-8")
-    return store, report
+    try:
+        with cache.write(key) as folder:
+            out = open(folder / "tokens", "w+b")  # noqa: SIM115 the store reads from it as long as it lives
+            store, report = _tokenize(file, numbers, tokenizer, settings, out, pairs)
+            store.records.tofile(folder / "records")
+            notes = {"digest": store.digest, "report": vars(report)}
+            (folder / "notes.json").write_text(json.dumps(notes, ensure_ascii=False), encoding="utf-8")
+        return store, report
+    except OutputInUse:  # another process, or rank, is writing them there
+        return _tokenize(file, numbers, tokenizer, settings, unnamed_file(), pairs)
 
 
 def _tokenize(

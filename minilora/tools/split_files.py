@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError, UsageError
-from ..files.atomic import atomic_folder, require_empty
+from ..files.atomic import new_folder, require_empty
 from ..rows import Row, RowError, open_rows, to_messages
 from ..rows.duplicates import NearDuplicates
 from ..rows.render import hashes
@@ -48,7 +48,7 @@ def split_files(
     sides = {name: keep[part] for name, part in zip(["train", *wanted], parts, strict=True)}
     table: dict[str, Any] = {"seed": seed, "sources": sums, "rows": {}, "near": [], "hashes": {}}
     table["near"], told = _near(sides, rows)
-    with atomic_folder(output) as stage:
+    with new_folder(output) as stage:
         for name, part in sides.items():
             text = "".join(json.dumps(values[i], ensure_ascii=False) + "\n" for i in part.tolist())
             (stage / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -123,6 +123,16 @@ def test_raw_text_is_trained_whole_in_pieces(tmp_path, tokenizer):
     assert examples[2].ids[-1] in tokenizer.stop_ids
 
 
+def test_a_cache_that_another_process_is_filling_is_left_to_it(tmp_path, model, tokenizer, monkeypatch):
+    path, cache = write(tmp_path / "x", *(row(i % 7 + 1, i + 1) for i in range(9))), TokenCache(tmp_path / "c", model)
+    monkeypatch.setattr(cache, "key", lambda **_: "key")
+    with cache.write("key") as folder:
+        own, _ = load_examples(path, tokenizer, cache=cache)
+        assert not [*folder.iterdir()]
+    plain, _ = load_examples(path, tokenizer)
+    assert own.digest() == plain.digest()
+
+
 def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, tokenizer, monkeypatch):
     path, cache = write(tmp_path / "x", *(row(i % 7 + 1, i + 1) for i in range(50))), TokenCache(tmp_path / "c", model)
     plain, report = load_examples(path, tokenizer, DataConfig(max_length=60))

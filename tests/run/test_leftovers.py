@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from tiny import make_model, make_rows
 
 from minilora.__main__ import main
+from minilora.errors import OutputInUse
 from minilora.files import atomic
-from minilora.files.atomic import atomic_folder
+from minilora.files.atomic import atomic_folder, new_folder, require_empty, write_file
 from minilora.run import folder as run_folder
 from minilora.run import signals
 from minilora.run.folder import OWN, check_output, clear
@@ -146,6 +148,45 @@ def test_a_folder_that_says_failed_is_not_there(tmp_path, monkeypatch, name, las
         with atomic_folder(out) as stage:
             (stage / "new").write_text("y")
     assert [p.name for p in tmp_path.rglob("*")] == (["out", "before"] if old else [])
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    """A second one is refused, and takes nothing of the first one away."""
+    out = tmp_path / "out"
+    with new_folder(out) as stage:
+        (stage / "one").write_text("1")
+        with pytest.raises(OutputInUse, match="written by another process"), new_folder(out):
+            pass
+        (stage / "two").write_text("2")
+    assert {p.name for p in tmp_path.rglob("*")} == {"out", "one", "two"}
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    require_empty(tmp_path / "out")
+    with atomic_folder(tmp_path / "out") as stage:
+        (stage / "first").write_text("1")
+    with pytest.raises(OutputInUse, match="not empty"), new_folder(tmp_path / "out"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_a_small_file_that_two_write_at_once_is_always_whole(tmp_path):
+    """Both succeed."""
+    path, failed = tmp_path / "report.html", []
+
+    def write(letter: str) -> None:
+        try:
+            for _ in range(100):
+                write_file(path, letter * 10_000)
+        except OSError as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "ab"]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert not path.exists() or path.read_text() in ("a" * 10_000, "b" * 10_000)
+    assert not failed and [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 # ---- signals
