@@ -64,7 +64,7 @@ class Invariants:
                 yield f"I4 {folder.name} passes its manifest and is another"
         newest, skipped = newest_snapshot(output / "checkpoints")
         yield from (f"I1 {line}" for line in skipped)
-        reached = max((line["step"] for line in read_json_lines(output / "metrics.jsonl")), default=0)
+        reached = _reached(output)
         if reached > 1 + (step_of(newest) if newest else 0):
             yield f"I3 step {reached} was made, {newest} is saved"
 
@@ -74,8 +74,11 @@ class Invariants:
             yield f"I1 lost after the end: {difference(now, self.result)}"
         elif promise.startswith("step "):
             newest, _ = newest_snapshot(self.command.output / "checkpoints")
-            if newest is None or step_of(newest) < int(promise.removeprefix("step ")):
+            step, reached = int(promise.removeprefix("step ")), _reached(self.command.output)
+            if newest is None or step_of(newest) < step:
                 yield f"I1 {promise} was saved, {newest} is there"
+            elif reached < step:
+                yield f"I1 {promise} was saved, metrics.jsonl ends at step {reached}"
 
     def recover(self) -> Iterator[str]:
         words = self.command.again()
@@ -121,6 +124,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 def difference(now: dict[str, str], then: dict[str, str]) -> list[str]:
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+
+
+def _reached(run: Path) -> int:
+    """The last step whose metrics are there."""
+    return max((line["step"] for line in read_json_lines(run / "metrics.jsonl")), default=0)
 
 
 def _timeless(path: Path) -> bytes:

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,33 +20,39 @@ from minilora.machine.cpu import device_name
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "bench" / "results" / "reliability.json"
+PAGE, START, END = ROOT / "docs" / "reliability.md", "<!-- table -->", "<!-- end of the table -->"
 SHOWN = 20  # violations that are printed
 
 Trials = Iterable[list[str]]  # what is wrong after each one
 
 
-def run(
-    row: str, unit: str, trials: Callable[[Path, int], Trials], every: int = 1, argv: list[str] | None = None
-) -> int:
+def run(row: str, unit: str, trials: Callable[[Path, int], Trials], argv: list[str] | None = None) -> int:
     """The command of a row: `trials(folder, every)` in a new folder; prints what is wrong. --record puts the counts into the table."""
-    module = sys.modules["__main__"].__spec__
-    name = module.name if module else row
+    name = f"bench.reliability.{Path(sys.argv[0]).stem}"
     parser = argparse.ArgumentParser(prog=f"python -m {name}")
-    parser.add_argument("--every", type=int, default=every, metavar="N", help=f"one of N {unit} [{every}]")
-    parser.add_argument("--record", action="store_true", help=f"put the counts into {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=f"try one of N {unit} [1]")
+    parser.add_argument(
+        "--record", action="store_true", help=f"put the counts into {TABLE.relative_to(ROOT)} and onto its page"
+    )
     options = parser.parse_args(argv)
     began = _seconds()
     with forked.workplace() as folder:
         count, wrong = counted(trials(folder, options.every))
     print(f"{row}: {count:,} {unit}, {wrong:,} violations, {_seconds() - began:,.0f} s of CPU")
     if options.record:
-        table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        table[row] = {
+        record(row, {
             "trials": count, "unit": unit, "violations": wrong, "cpu_seconds": round(_seconds() - began), "date": str(date.today()),
-            "machine": machine(), "command": f"python -m {name}" + (f" --every {options.every}" if options.every != every else ""),
-        }  # fmt: skip
-        write_file(TABLE, json.dumps(table, indent=1) + "\n")
+            "machine": machine(), "command": f"python -m {name}" + (f" --every {options.every}" if options.every > 1 else ""),
+        })  # fmt: skip
     return int(wrong > 0)
+
+
+def record(row: str, counts: dict[str, Any]) -> None:
+    """Put the counts of a row into the file and onto the page."""
+    rows = json.loads(TABLE.read_text()) | {row: counts}
+    write_file(TABLE, json.dumps(rows, indent=1) + "\n")
+    before, after = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
+    write_file(PAGE, before + "\n".join([START, *table(rows), END]) + after)
 
 
 def counted(trials: Trials) -> tuple[int, int]:
@@ -75,9 +81,13 @@ def _seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def table(rows: dict[str, Any]) -> Iterator[str]:
-    """The lines of the page."""
-    yield "| what | trials | violations | machine, date | command |"
-    yield "|---|---|---|---|---|"
-    for name, r in rows.items():
-        yield f"| {name} | {r['trials']:,} {r['unit']} | {r['violations']:,} | {r['machine']}, {r['date']} | `{r['command']}` |"
+def table(rows: dict[str, Any]) -> list[str]:
+    """The lines of the page: a row each, and the machines."""
+    machines = sorted({r["machine"] for r in rows.values()})
+    return [
+        "| what | trials | violations | date | command |",
+        "|---|---:|---:|---|---|",
+        *(f"| {name} | {r['trials']:,} {r['unit']} | {r['violations']:,} | {r['date']} | `{r['command']}` |" for name, r in rows.items()),
+        "",
+        *(f"Machine: {machine}." for machine in machines),
+    ]  # fmt: skip

@@ -43,8 +43,11 @@ def trials(work: Path, steps: int) -> Iterator[list[str]]:
     given = ["--model", str(model), "--data", str(make_rows(work / "rows.json")), *RUN]
     few = ["train", *given, "--max-steps", "2", "--output", str(work / "few")]
     forked.prepare(few)
-    some = ["--save-every", str(steps // 100), "--eval-every", str(steps // 100), "--lr", "1e-4"]
-    child = forked.start(partial(forked.command, ["train", *given, *some, "--max-steps", str(steps), "--output", str(work / "run")]))
+    often = str(max(steps // 100, 5))
+    some = ["--save-every", often, "--eval-every", often, "--lr", "1e-4"]
+    child = forked.start(
+        partial(forked.command, ["train", *given, *some, "--max-steps", str(steps), "--output", str(work / "run")])
+    )
     metrics, looks = work / "run" / "metrics.jsonl", []
     while (look := Look.at(child.pid)) is not None:
         done = _steps(metrics)
@@ -57,7 +60,9 @@ def trials(work: Path, steps: int) -> Iterator[list[str]]:
     made = len([line for line in metrics.read_text().splitlines() if "loss" in json.loads(line)])
     yield from ([] for _ in range(made - 1))
     first, last = _typical(looks[: len(looks) // 4]), _typical(looks[-len(looks) // 4 :])
-    wrong = [] if ended.code == 0 and made == steps else [f"exit code {ended.code} after {made} steps: {ended.said[-500:]}"]
+    wrong = (
+        [] if ended.code == 0 and made == steps else [f"exit code {ended.code} after {made} steps: {ended.said[-500:]}"]
+    )
     if last.kilobytes > (1 + GROWTH) * first.kilobytes or last[1:] != first[1:]:
         wrong.append(f"from {first} to {last}")
     yield wrong

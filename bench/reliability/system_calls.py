@@ -21,13 +21,24 @@ from bench.reliability.forked import Ended
 from bench.reliability.invariants import Invariants
 from bench.reliability.operations import Operations
 
-NAMES = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,symlink,symlinkat,truncate,ftruncate"
+NAMES = (
+    "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,symlink,symlinkat,truncate,ftruncate"
+)
 WRITES = "write,pwrite64,writev,pwritev,sendfile,copy_file_range,open,openat,creat,link,linkat"
 FAULTS = ("signal=KILL", f"error={errno.errorcode[errno.ENOSPC]}", "signal=KILL", f"error={errno.errorcode[errno.EIO]}")
 KINDS = {"fdatasync": "fsync", "renameat": "rename", "renameat2": "rename", "unlinkat": "unlink", "mkdirat": "mkdir", "symlinkat": "symlink",
          "ftruncate": "truncate"} | dict.fromkeys(WRITES.split(","), "write")  # fmt: skip
 CALL = re.compile(r"\d+ +(\w+)\((.*)\) += (\d+)")  # one that did not fail; -1 of one that did is no digit
-FIRST = re.compile(r'(?:(?:\d+|AT_FDCWD)<([^>]*)>(?:\(deleted\))?)?(?:, )?(?:"([^"]*)")?')  # an open file or folder, a name
+FIRST = re.compile(
+    r'(?:(?:\d+|AT_FDCWD)<([^>]*)>(?:\(deleted\))?)?(?:, )?(?:"([^"]*)")?'
+)  # an open file or folder, a name
+
+
+def works() -> bool:
+    """Whether strace is there and may trace."""
+    if shutil.which("strace") is None:
+        return False
+    return not subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, check=False).returncode
 
 
 def traced(call, *options: str) -> tuple[Ended, list[str]]:
@@ -67,11 +78,12 @@ def seen(lines: list[str], root: Path) -> list[tuple[str, str]]:
         if name in ("symlink", "symlinkat"):
             arguments = arguments.partition(", ")[2]
         kind = "rmdir" if "AT_REMOVEDIR" in arguments else kind
-        folder, last = FIRST.match(arguments).groups("")
+        first = FIRST.match(arguments)
+        assert first is not None
+        folder, last = first.groups("")
         path = os.path.join(folder, last) if last else folder
-        if path.startswith(f"{root}/") or path == str(root):
-            if kind != "write" or returned != "0":
-                found.append((kind, path))
+        if f"{path}/".startswith(f"{root}/") and (kind, returned) != ("write", "0"):
+            found.append((kind, path))
     return found
 
 
@@ -96,7 +108,9 @@ def bypasses(command: Command) -> Iterator[str]:
     known = {path for _, path in numbered} | {str(command.output / ".lock")}
     yield from (f"{path} is opened for writing" for kind, path in outside if kind == "open" and path not in known)
     if inside != told:
-        first = next((i for i, (a, b) in enumerate(zip(inside, told)) if a != b), min(len(inside), len(told)))
+        first = next(
+            (i for i, (a, b) in enumerate(zip(inside, told, strict=False)) if a != b), min(len(inside), len(told))
+        )
         yield f"call {first}: {inside[first : first + 3]} are numbered, {told[first : first + 3]} were made"
 
 
@@ -116,8 +130,8 @@ def trials(invariants: Invariants, every: int) -> Iterator[list[str]]:
 
 
 def all_trials(work: Path, every: int) -> Iterator[list[str]]:
-    if shutil.which("strace") is None:
-        raise SystemExit("strace is not installed")
+    if not works():
+        raise SystemExit("strace is not installed, or may not trace")
     for command in commands(work):
         yield from trials(Invariants(command), every)
 

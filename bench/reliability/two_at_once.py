@@ -28,7 +28,11 @@ def trials(invariants: Invariants, count: int, seed: int) -> Iterator[list[str]]
         second = forked.start(command)
         ends = [child.wait() for child in (first, second)]
         codes = [ended.code for ended in ends]
-        wrong = [f"exit codes {codes}: {[e.said[-500:] for e in ends if e.code not in (0, 8)]}"] if sorted(codes) not in ([0, 0], [0, 8]) else []
+        wrong = (
+            [f"exit codes {codes}: {[e.said[-500:] for e in ends if e.code not in (0, 8)]}"]
+            if sorted(codes) not in ([0, 0], [0, 8])
+            else []
+        )
         yield [f"{command.name}, {apart:.3f} s apart: {line}" for line in (*wrong, *invariants.ended())]
 
 

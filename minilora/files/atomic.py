@@ -71,7 +71,9 @@ def _claim(target: Path) -> int:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.close(_lock(stage, fcntl.LOCK_NB))
         except BlockingIOError:
-            raise OutputInUse(f"{target} is being written by another process", "Wait for it, or give another name.") from None
+            raise OutputInUse(
+                f"{target} is being written by another process", "Wait for it, or give another name."
+            ) from None
         _sweep(target)
         stage.mkdir()
         return _lock(stage, fcntl.LOCK_NB)
