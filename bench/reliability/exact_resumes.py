@@ -82,10 +82,11 @@ def trials(work: Path, kind: Kind, steps: range, total: int = STEPS) -> Iterator
         (work / "rows.json").write_text(json.dumps(rows))
     out, whole = work / "out", work / "whole"
     resume = ["train", "--output", str(out), "--resume"]
-    new = ["train", "--model", str(model), "--data", str(work / "rows.json"), "--output", str(out), *SETTINGS,
-           "--micro-tokens", str(kind.micro_tokens), "--max-steps", str(total), "--save-every", "1"]  # fmt: skip
-    forked.prepare([*new, "--max-steps", "1"])
+    begin = ["train", "--model", str(model), "--data", str(work / "rows.json"), "--output", str(out), *SETTINGS,
+             "--micro-tokens", str(kind.micro_tokens), "--save-every", "1", "--max-steps"]  # fmt: skip
+    forked.prepare([*begin, "1"])
     shutil.rmtree(out)
+    new = [*begin, str(total)]
     assert run(kind, partial(forked.command, new)) == 0
     out.rename(whole)
     then = _ends(whole, total)

@@ -2,7 +2,7 @@
 
 A folder is written under a hidden name beside its place, every file is flushed to the disk, a manifest of sizes and hashes
 goes in last, and one rename puts it where it belongs. A crash leaves `.tmp-*` or `.trash-*` names, which the next write
-removes; it never leaves a half folder under a good name.
+removes; it never leaves a half folder under a good name. One process at a time fills a folder of one name: the others are refused.
 """
 
 import fcntl
@@ -68,12 +68,12 @@ def _claim(target: Path) -> int:
     stage = target.parent / f".tmp-{target.name}"
     with _alone_in(target.parent):
         try:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                os.close(_lock(stage, fcntl.LOCK_NB))
+            os.close(_lock(stage, fcntl.LOCK_NB))
         except BlockingIOError:
-            raise OutputInUse(
-                f"{target} is being written by another process", "Wait for it, or give another name."
-            ) from None
+            hint = "Wait for it, or give another name."
+            raise OutputInUse(f"{target} is being written by another process", hint) from None
+        except OSError:  # there is none, or it is no folder
+            pass
         _sweep(target)
         stage.mkdir()
         return _lock(stage, fcntl.LOCK_NB)
