@@ -85,9 +85,9 @@ def table(rows: dict[str, Any]) -> list[str]:
     """The lines of the page: a row each, and the machines."""
     machines = sorted({r["machine"] for r in rows.values()})
     return [
-        "| what | trials | violations | date | command |",
-        "|---|---:|---:|---|---|",
-        *(f"| {name} | {r['trials']:,} {r['unit']} | {r['violations']:,} | {r['date']} | `{r['command']}` |" for name, r in rows.items()),
+        "| what | trials | violations | CPU | date | command |",
+        "|---|---:|---:|---:|---|---|",
+        *(f"| {name} | {r['trials']:,} {r['unit']} | {r['violations']:,} | {r['cpu_seconds']:,} s | {r['date']} | `{r['command']}` |" for name, r in rows.items()),
         "",
         *(f"Machine: {machine}." for machine in machines),
     ]  # fmt: skip
