@@ -19,15 +19,16 @@ RUN = ["--lora-r", "2", "--lora-dropout", "0.1", "--batch-size", "4", "--save-ev
 
 @dataclass
 class Command:
-    """`before` fills the folder that the command finds; what is written comes below `place`, which holds nothing else."""
+    """What is written comes below `place`, which holds nothing else; `before` is the output folder that the command finds.
+
+    Of a training, `runs` are finished ones with every snapshot that may be found.
+    """
 
     name: str
     words: list[str]
     place: Path
     before: Path | None = None
-    runs: list[Path] = field(
-        default_factory=list
-    )  # of a training: finished runs with all the snapshots that may be found
+    runs: list[Path] = field(default_factory=list)
 
     @property
     def output(self) -> Path:

@@ -24,7 +24,6 @@ from minilora.run.snapshot import newest_snapshot, snapshots, step_of
 
 TIMES = {"time", "seconds", "tokens_per_second", "mfu", "memory_gb", "machine", "predict_runtime", "step_seconds"}
 OF_TIMES = {"MANIFEST.json", "report.html", ".lock"}  # hold the hash of times, the hour, the number of a process
-
 UNTRAINED = "step-0"  # saved by a run that was asked to stop before its first step was done
 
 
@@ -94,6 +93,7 @@ class Invariants:
         now = contents(self.command.output)
         if now != self.result:
             yield f"I2 the result differs: {difference(now, self.result)}"
+        yield from (f"I4 {line}" for line in newest_snapshot(self.command.output / "checkpoints")[1])
         left = [str(p) for p in self.command.place.rglob(".*") if is_leftover(p.name)]
         if left:
             yield f"I5 {left} is still there"
