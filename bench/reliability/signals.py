@@ -10,12 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from bench.reliability import forked, scoreboard
-from bench.reliability.commands import commands
+from bench.reliability.commands import Command, commands
 from bench.reliability.forked import Ended
 from bench.reliability.invariants import Invariants
+from minilora import __main__ as command_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TRIALS = 300
@@ -32,7 +35,9 @@ def trials(invariants: Invariants, count: int, seed: int) -> Iterator[list[str]]
     for number in range(count):
         command.set_up()
         sent, after = SIGNALS[number % len(SIGNALS)], dice.uniform(0, longest)
-        child = forked.start(command)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the fork waits for it until the command has begun
+        child = forked.start(partial(_begin, command))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         time.sleep(after)
         os.kill(child.pid, sent)
         then = time.monotonic()
@@ -42,6 +47,20 @@ def trials(invariants: Invariants, count: int, seed: int) -> Iterator[list[str]]
         if time.monotonic() - then > PATIENCE:
             wrong.append(f"ended {time.monotonic() - then:.0f} s later")
         yield [f"{where}: {line}" for line in wrong]
+
+
+def _begin(command: Command) -> int:
+    """The command; a signal that came earlier reaches it where it begins."""
+    begin = command_line.one_command
+
+    @contextmanager
+    def begun(alone: bool) -> Iterator[None]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        with begin(alone):
+            yield
+
+    command_line.one_command = begun
+    return command()
 
 
 def told(ended: Ended, sent: signal.Signals) -> Iterator[str]:
