@@ -16,26 +16,33 @@ from ..errors import MiniloraError
 def open_file(path: Path, error: type[MiniloraError], most: int | None = None) -> BufferedReader:
     """A regular file of at most `most` bytes, open to read. Raises `error` for anything else, and OSError where nothing is there or a disk fails."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe without a writer would block
+        file = open(path, "rb", opener=_opener)  # noqa: SIM115 the caller closes it
     except OSError as why:
         if why.errno in (errno.ENOENT, errno.EIO):
             raise
-        known = {errno.ELOOP: "is a link that leads to itself", errno.ENXIO: "is not a regular file"}
+        known = {
+            errno.ELOOP: "is a link that leads to itself",
+            errno.ENXIO: "is not a regular file",
+            errno.EISDIR: "is a folder",
+        }
         raise error(
             f"{path} {known.get(why.errno or 0, f'cannot be opened: {why.strerror}')}", "Check the path."
         ) from None
     try:
-        about = os.fstat(handle)
+        about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
-            raise error(
-                f"{path} is {'a folder' if stat.S_ISDIR(about.st_mode) else 'not a regular file'}", "Check the path."
-            )
+            raise error(f"{path} is not a regular file", "Check the path.")
         if most is not None and about.st_size > most:
             raise error(f"{path} is larger than {most:,} bytes", "It is not the file it should be.")
-        return os.fdopen(handle, "rb")
+        return file
     except BaseException:
-        os.close(handle)
+        file.close()
         raise
+
+
+def _opener(path: str, flags: int) -> int:
+    """The file has an owner from the start: a Ctrl-C in between could close the number of one that is closed already."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe without a writer would block
 
 
 def read_file(path: Path, error: type[MiniloraError], most: int | None = None) -> bytes:
