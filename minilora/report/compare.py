@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files.atomic import write_file
 from ..terminal import clock
 from .answers import answers
 from .caveats import caveats, over_the_limit
 from .charts import Level, Series, histogram, line_chart
 from .metrics import interval, paired
-from .page import Best, Document
+from .page import Best, Document, write_both
 from .record import LETTERS, LIMITS, Record, as_text, read_record
 from .verdict import made_worse, verdict
 
@@ -37,10 +36,7 @@ def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) 
     for run, letter in zip(runs, LETTERS, strict=False):
         run.name = f"{letter}: {run.name}"
     page = comparison(runs, failed)
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, page.html())
-    write_file(output.with_suffix(".md"), page.markdown())
+    write_both(page, Path(output))
     return page.verdicts
 
 
