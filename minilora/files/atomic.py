@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..errors import ModelError, OutputInUse, quote
-from .regular import open_file, read_file
+from .regular import SMALL, open_file, read_file
 from .strict_json import parse_json
 
 MANIFEST = "MANIFEST.json"
@@ -132,7 +132,7 @@ def sha256(path: Path) -> str:
 def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a folder that was written with a manifest; None if every byte is as it was written."""
     try:
-        sums = parse_json(read_file(folder / MANIFEST, ModelError))
+        sums = parse_json(read_file(folder / MANIFEST, ModelError, SMALL))
         if not sums:
             return f"{MANIFEST} is empty"
         for name, entry in sums.items():

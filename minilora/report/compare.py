@@ -36,7 +36,7 @@ def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) 
     for run, letter in zip(runs, LETTERS, strict=False):
         run.name = f"{letter}: {run.name}"
     page = comparison(runs, failed)
-    write_both(page, Path(output))
+    write_both(Path(output), page.html(), page.markdown())
     return page.verdicts
 
 

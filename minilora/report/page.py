@@ -153,12 +153,12 @@ class Document:
         return visible("\n\n".join(self._markdown)) + "\n"
 
 
-def write_both(page: Document, path: Path) -> None:
+def write_both(path: Path, html: str, markdown: str) -> None:
     """Write a page, and its twin in markdown beside it; raises as check_page does."""
     check_page(path, twin=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, page.html())
-    write_file(path.with_suffix(".md"), page.markdown())
+    write_file(path, html)
+    write_file(path.with_suffix(".md"), markdown)
 
 
 def check_page(path: Path, twin: bool = False) -> None:

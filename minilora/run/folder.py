@@ -1,6 +1,7 @@
 """The folder of a run: check that it is free, save the state of the run into it, resume from it."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -94,9 +95,10 @@ def _beside_a_runs(folder: Path) -> Iterator[Path]:
 def check_not_read(config: TrainConfig) -> None:
     """OutputInUse if --overwrite would delete what the new run reads: a model or rows in its own folder."""
     files = [s.path for text in (config.data, config.val, config.mix_general) if text for s in parse_sources(text)]
-    own = {(Path(config.output) / name).resolve() for name in OWN}
+    own = {os.path.realpath(Path(config.output) / name) for name in OWN}
     for path in (trained_in(Path(config.model)), config.cache, *files):
-        if path and not own.isdisjoint({(there := Path(path).resolve()), *there.parents}):
+        there = Path(os.path.realpath(path)) if path else Path("/")
+        if not own.isdisjoint(map(str, (there, *there.parents))):
             raise OutputInUse(f"--overwrite would delete {path}, which this run reads", "Give another --output.")
 
 

@@ -30,7 +30,7 @@ def write_experiment(folder: Path, output: Path, failed: Sequence[str] = ()) -> 
     cells = read_cells(folder)
     more = [("What was changed", SPECTRA, _spectra(cells))] if cells.question.spectra else []
     page = experiment(cells, failed, more)
-    write_both(page, output)
+    write_both(output, page.html(), page.markdown())
     return page.verdicts
 
 
