@@ -10,7 +10,8 @@ from tiny import make_model, make_rows
 import minilora
 from minilora.__main__ import main
 from minilora.errors import OutputInUse
-from minilora.files.atomic import require_empty
+from minilora.files import atomic
+from minilora.files.atomic import locked, require_empty
 from minilora.run.folder import after_restart
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import sweep
@@ -85,6 +86,38 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
     words = command.split()
     assert main(words) == code, capsys.readouterr().err
     assert tree(here) == before
+
+
+def test_a_run_in_which_a_prediction_is_being_written_stays(here, capsys):
+    command = ["train", "--model", "model", "--data", "rows.json", "--output", "run", "--overwrite"]
+    with locked(here / "run" / "predict"):
+        before = tree(here)
+        assert main(command) == 8 and "predict is being written" in capsys.readouterr().err
+        assert tree(here) == before
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_signal_while_the_old_folder_is_deleted_loses_neither(tmp_path, monkeypatch, after):
+    """Ctrl-C in the last moment of a save that replaces an adapter: the new one, or the old one, is there whole."""
+    adapter, delete = tmp_path / "adapter", atomic.remove
+
+    def interrupted(path: Path) -> None:
+        if path.name == ".trash-adapter" and path.exists():
+            delete(path if after else path / "a")
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        delete(path)
+
+    def save(text: str) -> None:
+        with atomic.atomic_folder(adapter) as stage:
+            for name in "ab":
+                (stage / name).write_text(text)
+
+    save("old")
+    monkeypatch.setattr(atomic, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save("new")
+    assert tree(adapter) in ({"a": b"old", "b": b"old"}, {"a": b"new", "b": b"new"})
 
 
 def test_a_page_and_its_twin_are_written_anew(here):

@@ -16,7 +16,7 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import remove, verify_manifest, write_file
+from ..files.atomic import in_use, remove, verify_manifest, write_file
 from ..files.model_folder import trained_in
 from ..files.regular import open_file
 from ..lora import trained_parameters
@@ -71,6 +71,8 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     foreign = next((p for p in _beside_a_runs(folder) if overwrite), None)
     if foreign is not None:
         raise OutputInUse(f"{foreign} was written by no run, and --overwrite would delete it", "Give another --output.")
+    if overwrite and in_use(folder / "predict"):
+        raise OutputInUse(f"{folder / 'predict'} is being written, and --overwrite would delete it", "Wait for it.")
     if held and not resume and not overwrite:
         hint = "Go on with --resume, start again with --overwrite, or give another --output."
         raise OutputInUse(f"{folder} is not empty", hint)
