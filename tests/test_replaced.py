@@ -58,12 +58,14 @@ REFUSED = {
     "a page in place of rows": ("inspect data --model model --data rows.json --html rows.json", 2),
     "a page in place of another page": ("inspect data --model model --data rows.json --html other.html", 8),
     "the twin of a page in place of notes": ("compare run run --output notes.html", 8),
+    "the page of a run in place of another page": ("report project", 8),
     "answers in place of answers of another tool": ("predict --model model --data rows.json --output answers", 8),
     "answers in place of answers whose settings are lost": ("predict --model model --data rows.json --output part", 8),
     "a run in place of the rows that it reads": ("train --model model --data run/data/val.jsonl --output run --overwrite", 8),
     "a run in place of the model that it reads": ("train --model full --data rows.json --output full --overwrite", 8),
     "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
     "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
+    "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
     "a demo in place of a file": ("demo --output rows.json", 8),
 }  # fmt: skip
 
@@ -81,7 +83,10 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
     shutil.copy(here / "rows.json", here / "project" / "data" / "train.json")
     shutil.copytree(here / "run", here / "mixed", symlinks=True)
     shutil.copy(here / "rows.json", here / "mixed" / "data" / "my-rows.json")
-    (here / "other.html").write_text("<p>precious")
+    shutil.copytree(here / "run", here / "outer", symlinks=True)
+    shutil.copytree(here / "run", here / "outer" / "predict", symlinks=True)
+    for page in ("other.html", "project/report.html"):
+        (here / page).write_text("<p>precious")
     before, (command, code) = tree(here), REFUSED[name]
     words = command.split()
     assert main(words) == code, capsys.readouterr().err

@@ -33,6 +33,11 @@ from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_s
 OWN = (
     "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html",
 )  # fmt: skip
+# what is in its folders, whose names are common ones
+OF_A_RUN = {
+    "checkpoints": r"step-\d+|last|best", "data": r"(val|test)\.jsonl|split\.json", "adapter": r"adapter_(config\.json|model\.safetensors)",
+    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl",
+}  # fmt: skip
 
 
 @dataclass
@@ -68,7 +73,7 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
     if overwrite and held and not _is_run(folder):
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
-    foreign = next((p for p in _beside_a_runs(folder) if overwrite), None)
+    foreign = next(_foreign(folder), None) if overwrite else None
     if foreign is not None:
         raise OutputInUse(f"{foreign} was written by no run, and --overwrite would delete it", "Give another --output.")
     if overwrite and in_use(folder / "predict"):
@@ -87,11 +92,13 @@ def _is_run(folder: Path) -> bool:
         return file.readline(10)[:9] in (b"", b'{"step": ')
 
 
-def _beside_a_runs(folder: Path) -> Iterator[Path]:
-    """What lies in the folders of a run that also others might name so, and is not of the run."""
-    for name, own in (("checkpoints", r"step-\d+|last|best|\..*"), ("data", r"(split|val|test|train)\.jsonl?|\..*")):
+def _foreign(folder: Path) -> Iterator[Path]:
+    """What lies in the folders of a run and was written by none."""
+    for name, own in OF_A_RUN.items():
         inside = folder / name
-        yield from (p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(own, p.name))
+        yield from (
+            p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(rf"{own}|\..*", p.name)
+        )
 
 
 def check_not_read(config: TrainConfig) -> None:
