@@ -32,13 +32,12 @@ from .ranks.ranks import ALONE, Ranks, join
 from .report.run_page import REFRESH, report_quietly
 from .rows.dataset import load_data
 from .run.ending import RESUME, finish, memory_hint, owned, state_saved
-from .run.folder import Progress, Run, restore, save, write_beginning
+from .run.folder import Progress, Run, after_restart, restore, save, write_beginning
 from .run.graphs import Graphs
 from .run.monitor import Monitor, RunConsole, working
 from .run.schedule import learning_rate, make_plan, set_learning_rate
 from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
-from .run.snapshot import snapshots
 from .run.step import StepLog, StepResult, skip_unless_finite
 from .run.study import Study
 from .run.validation import validate
@@ -55,9 +54,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder, ranks = Path(config.output), join(config.rank_timeout)
     if ranks.restarted:  # from the newest checkpoint, if the run had come to one
-        resume = ranks.share(bool(snapshots(folder / "checkpoints")))
-        overwrite = not resume
-    with ranks.ending_as_one(RESUME), owned(folder, ranks, resume, overwrite), memory_hint(), kernels(config):
+        resume, overwrite = ranks.share(after_restart(folder, overwrite))
+    with ranks.ending_as_one(RESUME), owned(config, ranks, resume, overwrite), memory_hint(), kernels(config):
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)
             data = load_data(config, base)

@@ -22,7 +22,7 @@ from minilora.models.gpt2 import Conv1D
 from minilora.models.moe import ExpertLinear
 
 from ..errors import ModelError, quote
-from ..files.atomic import atomic_folder
+from ..files.atomic import atomic_folder, require_own
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
@@ -45,8 +45,10 @@ KINDS = 3  # of mismatches that are shown
 def save_adapter(model: nn.Module, folder: str | Path, base: str | Path = "", single: bool = False) -> None:
     """Write a model's adapters as a PEFT folder, fp32; `base` is noted as base_model_name_or_path.
 
-    single: adapters of experts under the keys of the single experts, as vLLM takes them (expert_adapters.py).
+    single: adapters of experts under the keys of the single experts, as vLLM takes them (expert_adapters.py). An older adapter in
+    the folder is replaced; OutputInUse if the folder holds anything else.
     """
+    require_own(Path(folder), {CONFIG, WEIGHTS}.__contains__)
     with atomic_folder(Path(folder)) as stage:
         fill_adapter_folder(model, stage, str(base), single)
 

@@ -14,8 +14,8 @@ from minilora.models.decoder import Decoder
 from minilora.models.layers import Adapted
 
 from ..errors import UsageError
-from ..files.atomic import atomic_folder
-from ..files.hub_cache import lies_in
+from ..files.atomic import atomic_folder, require_own
+from ..files.hub_cache import check_namesake, lies_in
 from ..files.model_folder import MAX_JSON, ModelFolder
 from ..files.safetensors import write_safetensors
 from ..files.tensors import INDEX
@@ -34,6 +34,8 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
     "ice_text.model", "qwen.tiktoken",
 )  # fmt: skip
+# the names of the files of a model's folder
+OF_A_MODEL = re.compile("|".join(map(re.escape, (*COMPANIONS, INDEX))) + r"|model(-\d+-of-\d+)?\.safetensors|.+\.py")
 
 
 def write_checkpoint(
@@ -74,6 +76,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in [*COMPANIONS, *own_code(source)]:
         # what nothing here reads could be anybody's file that a link makes public
         if (source / name).is_file() and (Path(name).suffix or lies_in(source, source / name)):
+            check_namesake(source, source / name)
             shutil.copyfile(source / name, target / name)
 
 
@@ -87,8 +90,9 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     """Write a model without adapters as a Hugging Face folder, in the dtype that its config.json names.
 
     The config and tokenizer files, and tensors beside the language model, are copied from the folder `companions`, the one the
-    model was loaded from.
+    model was loaded from. An older model in `folder` is replaced; OutputInUse if it holds anything else.
     """
+    require_own(Path(folder), OF_A_MODEL.fullmatch)
     parameters = base_parameters(model)
     if any(isinstance(m, Adapted) for m in model.modules()):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")

@@ -14,13 +14,12 @@ def run(
     from pathlib import Path
 
     from ..console import Console
-    from ..errors import UsageError
     from ..report.compare import compare
+    from ..report.page import check_page
     from ..report.record import read_record
     from ..report.score_table import show_scores
 
-    if Path(output).suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--output is {output!r}", "Name a file that ends in .html.")
+    check_page(Path(output), twin=True)
     if len(runs) == 1 and (Path(runs[0]) / "sweep.json").is_file():
         from ..tools.experiment import write_experiment  # has torch, for spectra
 

@@ -6,7 +6,7 @@ from ..config import DataConfig
 from ..errors import UsageError
 from ..terminal import say
 from .arguments import Arg
-from .shared_flags import Adapter, Data, DataSeed, Html, Model, Opening, Quant, check_paths
+from .shared_flags import Adapter, Data, DataSeed, Html, Model, Opening, Quant, check_paths, new_file
 
 
 def run(
@@ -16,10 +16,10 @@ def run(
     quant: Quant = "keep",
     data: Data,
     settings: DataConfig,
-    scores: Annotated[str | None, Arg("write a jsonl of every row with its perplexity", "FILE")] = None,
+    scores: Annotated[str | None, Arg("write a jsonl of every row with its perplexity", "FILE", parse=new_file)] = None,
     keep_below: Annotated[float | None, Arg("largest perplexity to keep", within=(0, 1e300))] = None,
     keep_above: Annotated[float | None, Arg("smallest perplexity to keep", within=(0, 1e300))] = None,
-    output: Annotated[str | None, Arg("write a jsonl of the rows that are kept", "FILE")] = None,
+    output: Annotated[str | None, Arg("write a jsonl of the rows that are kept", "FILE", parse=new_file)] = None,
     worst: Annotated[int, Arg("rows to show", within=(0, 1000))] = 5,
     html: Html | None = None,
     cache: Annotated[str | None, Arg("folder that keeps the tokens of the rows for the next time", "DIR")] = None,

@@ -37,10 +37,12 @@ def run(
     from rich.progress import Progress
 
     from ..console import Console
-    from ..files.atomic import write_file
+    from ..files.atomic import require_empty, write_file
     from ..tools.inspect_adapter import inspect_adapter
     from ..tools.inspect_adapter_show import show, to_html
 
+    if output is not None:
+        require_empty(Path(output))
     console = Console(stderr=json)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("beside the base", total=None, visible=model is not None)

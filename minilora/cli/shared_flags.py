@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from ..errors import UsageError
+from ..errors import OutputInUse, UsageError
 from ..files.model_folder import ModelFolder, check_adapter
 from ..terminal import say
 from .arguments import Arg
@@ -12,6 +12,21 @@ from .arguments import Arg
 def adapter_folder(given: str) -> str:
     """An argparse type: the folder of an adapter; of a run it is RUN/adapter."""
     return str(ModelFolder(given).path)
+
+
+def page(given: str) -> str:
+    """An argparse type: the name of a page; OutputInUse for a file that is none."""
+    from ..report.page import check_page
+
+    check_page(Path(given))
+    return given
+
+
+def new_file(given: str) -> str:
+    """An argparse type: the name of a file that is not there yet; OutputInUse if it is: it could be what is read."""
+    if Path(given).exists():
+        raise OutputInUse(f"{given} is there already", "Give another name, or take it away.")
+    return given
 
 
 Model = Annotated[str, Arg("folder of a Hugging Face checkpoint, or its name on the hub", "DIR", group="model")]
@@ -23,7 +38,7 @@ Quant = Annotated[
     Arg("bits of the linears: nf4, int8, keep those of the folder, or off to widen them", group="machine"),
 ]
 Json = Annotated[bool, Arg("print one JSON object")]
-Html = Annotated[str, Arg("write a page as well", "FILE")]
+Html = Annotated[str, Arg("write a page as well", "FILE", parse=page)]
 GPUs = Annotated[int, Arg("use so many GPUs of this machine, or processes on its CPU", within=(1, 1024))]
 RankTimeout = Annotated[
     float,

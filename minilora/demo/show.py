@@ -40,7 +40,7 @@ def demo(output: str, name: str, author: str) -> None:
     """Run the demo into a folder; an older demo there is replaced, anything else is OutputInUse."""
     began = time.monotonic()
     run, console = Path(output), Console()
-    if run.exists() and any(run.iterdir()) and not _is_demo(run):
+    if run.exists() and not (run.is_dir() and (_is_demo(run) or not any(run.iterdir()))):
         raise OutputInUse(f"{run} is not empty and no demo", "Give another --output.")
     shutil.rmtree(run / "merged", ignore_errors=True)
     config = resolve(

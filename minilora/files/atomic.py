@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from ..errors import ModelError, OutputInUse, quote
-from .regular import open_file, read_file
+from .regular import SMALL, open_file, read_file
 from .strict_json import parse_json
 
 MANIFEST = "MANIFEST.json"
@@ -42,8 +42,6 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
                 os.rename(target, trash)
             os.rename(stage, target)
             sync(target.parent)
-            with suppress(OSError):
-                remove(trash)
     except BaseException as error:
         if target.exists() and not stage.exists():  # it had its name already: what failed leaves nothing behind
             os.rename(target, stage)
@@ -51,6 +49,9 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
         if isinstance(error, OSError):
             error.filename = error.filename or str(target)
         raise
+    else:  # beyond the handler, which would put back what is deleted here
+        with _alone_in(target.parent), suppress(OSError):
+            remove(trash)
     finally:
         os.close(handle)
 
@@ -148,9 +149,22 @@ def discard(path: Path) -> None:
 
 
 def require_empty(folder: Path) -> None:
-    """OutputInUse for a folder that holds something, and for a file: what is there is not replaced."""
+    """OutputInUse for a folder that holds something, for a file, and for what no rename can replace, or only with a surprise."""
+    if folder.is_symlink():
+        raise OutputInUse(f"{folder} is a link to {os.readlink(folder)}", "Give the folder itself, or a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputInUse(f"{folder} is not empty", "Give another folder.")
+    if folder.exists() and (os.path.ismount(folder) or folder.samefile(".")):
+        what = "a mount point" if os.path.ismount(folder) else "the current folder"
+        raise OutputInUse(f"{folder} is {what}, and a new folder takes its place in one step", "Give a new one in it.")
+
+
+def require_own(folder: Path, names: Callable[[str], object]) -> None:
+    """OutputInUse for a folder that holds what `names` is not true of: it would be lost with the folder that is replaced."""
+    foreign = sorted(p.name for p in folder.iterdir() if not names(p.name)) if folder.is_dir() else []
+    if foreign or (folder.exists() and not folder.is_dir()):
+        what = f"{folder} holds {quote(foreign[0])}, which would be lost" if foreign else f"{folder} is a file"
+        raise OutputInUse(what, "Take it out, or give another folder.")
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -180,11 +194,12 @@ def write_link(link: Path, target: str) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    sums = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    sums = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
     (folder / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file, in hex; ModelError for what is no regular file."""
     with open_file(path, ModelError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -192,7 +207,7 @@ def _sha256(path: Path) -> str:
 def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a folder that was written with a manifest; None if every byte is as it was written."""
     try:
-        sums = parse_json(read_file(folder / MANIFEST, ModelError))
+        sums = parse_json(read_file(folder / MANIFEST, ModelError, SMALL))
         if not sums:
             return f"{MANIFEST} is empty"
         for name, entry in sums.items():
@@ -203,7 +218,7 @@ def verify_manifest(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != entry["size"]:
                 return f"{name} has {path.stat().st_size:,} of {entry['size']:,} bytes"
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 return f"{name} was changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -219,8 +234,10 @@ def locked(folder: Path) -> Iterator[None]:
     A folder that is new and stays empty is taken away again.
     """
     new = not folder.exists()
-    if not new and not folder.is_dir():
-        raise OutputInUse(f"{folder} is a file", "Give another --output.")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputInUse(
+            f"{folder} is {'a file' if folder.exists() else 'a link to nothing'}", "Give another --output."
+        )
     make_folder(folder)
     with _lock_file(folder) as file:
         try:

@@ -75,3 +75,11 @@ def lies_in(folder: Path, path: Path) -> bool:
     here = Path(os.path.realpath(folder))
     homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
     return Path(os.path.realpath(path)).parent in homes
+
+
+def check_namesake(folder: Path, path: Path) -> None:
+    """ModelError for a link to a file of another name outside its folder: what is copied from it could be anybody's, such as a key."""
+    target = Path(os.path.realpath(path))
+    in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    if not (lies_in(folder, path) or target.name == path.name or in_cache):
+        raise ModelError(f"{path} is a link to {target}", "Copy the file here, if it is the one that belongs here.")

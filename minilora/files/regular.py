@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ..errors import MiniloraError
 
+SMALL = 64 << 20  # bytes that files of settings and numbers have at most
+
 
 def open_file(path: Path, error: type[MiniloraError], most: int | None = None) -> BufferedReader:
     """A regular file of at most `most` bytes, open to read. Raises `error` for anything else, and OSError where nothing is there or a disk fails."""

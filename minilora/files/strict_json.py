@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, quote
-from .regular import read_file
+from .regular import open_file
+
+MAX_LINE = 16 << 20
 
 
 class DuplicateKey(json.JSONDecodeError):
@@ -27,8 +29,8 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a jsonl file up to the first broken line, which a crash may have cut; none if there is no file, DataError if it is no regular one."""
     values = []
-    with suppress(FileNotFoundError, ValueError):
-        for line in read_file(path, DataError).splitlines():
+    with suppress(FileNotFoundError, ValueError), open_file(path, DataError) as file:
+        while line := file.readline(MAX_LINE):  # a hole in a file may be one line of any size
             values.append(parse_json(line))
     return values
 

@@ -32,7 +32,7 @@ from minilora.models.layers import Adapted, projection
 
 from ..errors import CheckpointMismatch
 from ..files.atomic import write_file
-from ..files.regular import read_file
+from ..files.regular import SMALL, read_file
 from ..files.strict_json import parse_json
 from ..lora import LoRALinear
 from ..targets import short
@@ -256,7 +256,7 @@ def read_choice(path: Path, device: torch.device) -> dict[Key, Timed] | None:
     if not path.is_file():
         return None
     try:
-        found = parse_json(read_file(path, CheckpointMismatch))
+        found = parse_json(read_file(path, CheckpointMismatch, SMALL))
         if found["machine"] != _machine(device) or not found["forms"]:
             return None
         forms = [(tuple(tuple(p) if isinstance(p, list) else p for p in key), timed) for key, *timed in found["forms"]]

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files.atomic import write_file
 from ..terminal import clock
 from .answers import answers
 from .caveats import caveats, over_the_limit
 from .charts import Level, Series, histogram, line_chart
 from .metrics import interval, paired
-from .page import Best, Document
+from .page import Best, Document, write_both
 from .record import LETTERS, LIMITS, Record, as_text, as_written, read_record
 from .verdict import made_worse, verdict
 
@@ -39,10 +38,7 @@ def compare(folders: list[str], output: str | Path, failed: Sequence[str] = ()) 
     with as_written(", ".join(folders)):
         page = comparison(runs, failed)
         html, markdown = page.html(), page.markdown()
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, html)
-    write_file(output.with_suffix(".md"), markdown)
+    write_both(Path(output), html, markdown)
     return page.verdicts
 
 

@@ -15,10 +15,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutputInUse, UsageError
+from ..files.atomic import write_file
+from ..files.regular import open_file
+
 # what a browser would not show, or would use to reverse the text around it: shown by its code point
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 BREAKS = re.compile(r"(?<=[/,+])(?=[^\W\d])")  # where a path or the name of a run may be broken over lines
 WORDS = {"warning": "Warning:", "note": "Note:"}  # that a paragraph of a kind begins with
+
+# how each page begins
+START = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy\""""
 
 
 class Best(str):
@@ -125,11 +136,7 @@ class Document:
         policy += f"; script-src 'sha256-{digest}'" if script else ""
         refresh = f'\n<meta http-equiv="refresh" content="{self.refresh}">' if self.refresh else ""
         body = "\n".join([*self._html, f"<script>\n{script}</script>"] if script else self._html)
-        return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
+        return f"""{START} content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">{refresh}
 <title>{escape(self.title)}</title>
 <style>
@@ -144,6 +151,28 @@ class Document:
 
     def markdown(self) -> str:
         return visible("\n\n".join(self._markdown)) + "\n"
+
+
+def write_both(path: Path, html: str, markdown: str) -> None:
+    """Write a page, and its twin in markdown beside it; raises as check_page does."""
+    check_page(path, twin=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, html)
+    write_file(path.with_suffix(".md"), markdown)
+
+
+def check_page(path: Path, twin: bool = False) -> None:
+    """UsageError unless a page can have this name; OutputInUse if a file is there that is no page, or has the name of the page's twin."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{path} is no name of a page", "Name a file that ends in .html.")
+    held = path.with_suffix(".md") if twin and not path.exists() else path
+    if held.exists() and (held != path or not _is_page(path)):
+        raise OutputInUse(f"{held} is there already, and is not of minilora", "Give another name.")
+
+
+def _is_page(path: Path) -> bool:
+    with open_file(path, OutputInUse) as file:
+        return file.read(len(START)) == START.encode()
 
 
 @cache

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import DataError, UsageError, quote
 from ..files.atomic import in_use
-from ..files.regular import read_file
+from ..files.regular import SMALL, read_file
 from ..files.strict_json import parse_json, read_json_lines
 from ..settings import read_yaml
 from .metrics import Measured, measured_rows
@@ -222,7 +222,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 def read_json_file(path: Path) -> dict[str, Any]:
     """The object in one of our JSON files; DataError if there is none."""
     try:
-        value = parse_json(read_file(path, DataError))
+        value = parse_json(read_file(path, DataError, SMALL))
         if isinstance(value, dict):
             return value
     except ValueError:

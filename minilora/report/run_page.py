@@ -22,7 +22,7 @@ from ..terminal import clock, shell
 from .caveats import over_the_limit
 from .charts import Level, Series, heat_map, line_chart, marked_histogram
 from .metrics import Interval
-from .page import Best, Document
+from .page import Best, Document, check_page
 from .record import LIMITS, Record, as_text, as_written, read_record, smoothed
 from .verdict import reading, verdict
 
@@ -37,6 +37,7 @@ def report(folder: str | Path, samples: int = 0) -> Path:
     run = read_record(folder)
     if not run.config:
         raise UsageError(f"{folder} is not a run folder", "Give the --output of minilora train.")
+    check_page(folder / "report.html")
     if samples:
         make_samples(run, samples)
     with as_written(folder):

@@ -34,6 +34,7 @@ ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # of turns whose text is calls
+MOST_FILLED = 1 << 18  # characters that --define may add to a text
 CALLS, FUNCTIONS = ("tool_calls", "function_call"), ("tools", "functions")
 LONGEST_ROW = 4 << 20  # characters, of which a tokenizer takes 300 bytes of memory each
 TEXT = "text"  # the shape, and the role of its one message: raw text, all of it trained
@@ -57,6 +58,9 @@ def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
         keys = PLACEHOLDER.findall(text)
         used.update(k for k in keys if k in define)
         open_keys.update(set(keys) - define.keys())
+        if (more := sum(len(define.get(key, "")) for key in keys)) > MOST_FILLED:
+            hint = f"Up to {MOST_FILLED:,} characters can be filled into a text."
+            raise RowError("too much to fill in", f"{row.where}: --define would add {more:,} characters", hint)
         return PLACEHOLDER.sub(lambda m: define.get(m[1], m[0]), text)
 
     in_json = {key: as_json(text)[1:-1] for key, text in define.items()}

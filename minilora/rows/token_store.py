@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import DataError, ModelError
 from ..files.atomic import atomic_folder, verify_manifest
-from ..files.regular import open_file, read_file
+from ..files.regular import SMALL, open_file, read_file
 from ..files.strict_json import parse_json
 from .files import Places
 
@@ -204,7 +204,7 @@ class TokenCache:
         folder = self.folder / key
         if not folder.is_dir() or verify_manifest(folder) is not None:
             return None
-        notes = parse_json(read_file(folder / "notes.json", DataError))
+        notes = parse_json(read_file(folder / "notes.json", DataError, SMALL))
         records = np.fromfile(folder / "records", RECORD)
         return TokenStore(open_file(folder / "tokens", DataError), records, notes["digest"], source), notes["report"]
 

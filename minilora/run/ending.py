@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint.adapter import save_adapter
 from ..checkpoint.save import save_model
+from ..config import TrainConfig
 from ..console import Console
 from ..errors import Diverged, OutOfMemory, RankLost, Stopped
 from ..experts import seen_note
@@ -16,7 +17,7 @@ from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
 from ..terminal import shell
-from .folder import Run, check_output, check_unlocked, load_kept_step, save
+from .folder import Run, check_not_read, check_output, check_unlocked, load_kept_step, save
 from .monitor import Monitor
 from .signals import StopSignal
 
@@ -35,11 +36,14 @@ def final_report(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def owned(folder: Path, ranks: Ranks, resume: bool, overwrite: bool) -> Iterator[None]:
+def owned(config: TrainConfig, ranks: Ranks, resume: bool, overwrite: bool) -> Iterator[None]:
     """The run folder, empty or to be resumed or overwritten, locked for this run; its first rank holds it. Raises OutputInUse."""
     if not ranks.first:
         yield
         return
+    folder = Path(config.output)
+    if overwrite:
+        check_not_read(config)
     if not resume:
         check_unlocked(folder, overwrite)
     with final_report(folder), locked(folder):

@@ -1,7 +1,10 @@
 """The folder of a run: check that it is free, save the state of the run into it, resume from it."""
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,16 @@ from minilora.models.decoder import Decoder
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import discard, remove, sync, verify_manifest, write_file
+from ..files.atomic import discard, in_use, remove, sync, verify_manifest, write_file
+from ..files.model_folder import trained_in
+from ..files.regular import open_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
 from ..ranks.ranks import ALONE, Ranks
 from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
+from ..rows.sources import parse_sources
 from .schedule import Plan, data_record
 from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
@@ -27,6 +33,11 @@ from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_s
 OWN = (
     "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html",
 )  # fmt: skip
+# what is in its folders, whose names are common ones
+OF_A_RUN = {
+    "checkpoints": r"step-\d+|last|best", "data": r"(val|test)\.jsonl|split\.json", "adapter": r"adapter_(config\.json|model\.safetensors)",
+    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl",
+}  # fmt: skip
 
 
 @dataclass
@@ -60,12 +71,51 @@ class Run:
 def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or is resumed, or holds a run that the user lets us delete."""
     held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
-    is_run = (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("metrics.jsonl", "checkpoints"))
-    if overwrite and held and not is_run:
+    if overwrite and held and not _is_run(folder):
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
+    foreign = next(_foreign(folder), None) if overwrite else None
+    if foreign is not None:
+        raise OutputInUse(f"{foreign} was written by no run, and --overwrite would delete it", "Give another --output.")
+    if overwrite and in_use(folder / "predict"):
+        raise OutputInUse(f"{folder / 'predict'} is being written, and --overwrite would delete it", "Wait for it.")
     if held and not resume and not overwrite:
         hint = "Go on with --resume, start again with --overwrite, or give another --output."
         raise OutputInUse(f"{folder} is not empty", hint)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder has the marks of a run: config.yaml, and metrics.jsonl, which is empty or has steps."""
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "config.yaml").is_file() or not metrics.is_file():
+        return False
+    with open_file(metrics, OutputInUse) as file:
+        return file.readline(10)[:9] in (b"", b'{"step": ')
+
+
+def _foreign(folder: Path) -> Iterator[Path]:
+    """What lies in the folders of a run and was written by none."""
+    for name, own in OF_A_RUN.items():
+        inside = folder / name
+        yield from (
+            p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(rf"{own}|\..*", p.name)
+        )
+
+
+def check_not_read(config: TrainConfig) -> None:
+    """OutputInUse if --overwrite would delete what the new run reads: a model or rows in its own folder."""
+    files = [s.path for text in (config.data, config.val, config.mix_general) if text for s in parse_sources(text)]
+    own = {os.path.realpath(Path(config.output) / name) for name in OWN}
+    for path in (trained_in(Path(config.model)), config.cache, *files):
+        there = Path(os.path.realpath(path)) if path else Path("/")
+        if not own.isdisjoint(map(str, (there, *there.parents))):
+            raise OutputInUse(f"--overwrite would delete {path}, which this run reads", "Give another --output.")
+
+
+def after_restart(folder: Path, overwrite: bool) -> tuple[bool, bool]:
+    """Whether a run that torchrun starts again resumes, and whether it may overwrite: never what an earlier run had finished."""
+    resume = bool(snapshots(folder / "checkpoints"))
+    finished = any((folder / name).exists() for name in ("adapter", "model", "predict"))
+    return resume, not resume and (overwrite or not finished)
 
 
 def _is_empty_metrics(path: Path) -> bool:

@@ -20,7 +20,7 @@ from ..checkpoint.save import write_checkpoint
 from ..errors import CheckpointMismatch
 from ..files.atomic import atomic_folder, discard, remove, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
-from ..files.regular import read_file
+from ..files.regular import SMALL, read_file
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..files.strict_json import parse_json
 from ..lora import LoRALinear, trained_parameters
@@ -100,7 +100,7 @@ def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a verified snapshot."""
-    return parse_json(read_file(folder / STATE, CheckpointMismatch))
+    return parse_json(read_file(folder / STATE, CheckpointMismatch, SMALL))
 
 
 def newest_snapshot(checkpoints: Path) -> tuple[Path | None, list[str]]:

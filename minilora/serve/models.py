@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from minilora.models.decoder import Decoder
 
 from ..checkpoint.adapter import load_adapter
+from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from ..generate import Request
 from ..lora import adapters, replace_module
+from ..methods.table import PEFT_TYPES
 from ..text.tokenizer import Tokenizer
 
 
@@ -62,7 +64,10 @@ class Models:
     def add(
         self, name: str, folder: ModelFolder, tokenizer: Tokenizer, any_base: bool = False, allow_partial: bool = False
     ) -> None:
-        """Load an adapter beside the others; ModelError if it does not fit the base."""
+        """Load an adapter beside the others; ModelError if it does not fit the base, or is not on linears alone."""
+        kind = folder.adapter_config.get("peft_type")
+        if kind in PEFT_TYPES:  # it would stay in the model when another one is asked
+            raise ModelError(f"{folder} is of {kind}, which cannot be served beside others", "Merge it, or use chat.")
         load_adapter(self.decoder, folder, any_base, allow_partial)
         self.decoder.eval()
         served = self.all[name] = Served(name, tokenizer, dict(adapters(self.decoder)))

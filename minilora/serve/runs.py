@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from ..errors import DataError
 from ..files.atomic import in_use
-from ..files.regular import open_file, read_file
+from ..files.regular import SMALL, open_file, read_file
 from ..files.strict_json import parse_json
 from .app import SSE, event
 from .bodies import Refused
@@ -21,6 +21,7 @@ from .bodies import Refused
 KEYS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "time")
 DEPTH, MOST_RUNS, MOST_POINTS = 2, 500, 2000
 TAIL = 64 << 10  # bytes at the end of metrics.jsonl, in which its last steps are
+MOST_READ = 4 << 20  # bytes of metrics.jsonl at one look
 EVERY = 0.5  # seconds between two looks at a file
 # a page of a run runs no script but its own, and knows no key and no cookie of this server
 REPORT = {
@@ -103,7 +104,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> int | None:
     try:
-        steps = parse_json(read_file(folder / "data.json", DataError))["steps"]
+        steps = parse_json(read_file(folder / "data.json", DataError, SMALL))["steps"]
     except (OSError, DataError, ValueError, KeyError, TypeError):
         return None
     return steps if isinstance(steps, int) else None
@@ -138,11 +139,12 @@ class Tail:
                 if anew:
                     self._inode, self._position, self._rest = about.st_ino, 0, b""
                 file.seek(self._position)
-                new = file.read()
+                new = file.read(MOST_READ)
         except FileNotFoundError:
             return False, []
         self._position += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
+        *lines, rest = (self._rest + new).split(b"\n")
+        self._rest = rest[-MOST_READ:]  # a hole in a file may be one line of any size
         return anew, lines
 
 

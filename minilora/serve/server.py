@@ -12,7 +12,7 @@ from ..machine.cpu import free_gb
 from ..run.signals import StopSignal
 from ..sampling import read_generation
 from ..terminal import say
-from ..text.tokenizer import load_tokenizer
+from ..text.tokenizer import check_fits, load_tokenizer
 from .app import Endpoint, Guards, application
 from .bodies import Limits
 from .engine import Engine
@@ -79,6 +79,7 @@ def open_models(folder: ModelFolder, adapters: dict[str, str], **opening: Unpack
     for its, place in adapters.items():
         adapter = ModelFolder(place)
         own = load_tokenizer(folder, adapter)
+        check_fits(own, decoder.config.vocab, adapter)
         notes({k: v for k, v in folder_notes(folder, own, adapter).items() if k in ("base", "tokens", "chat")}, its)
         models.add(its, adapter, own, bool(opening.get("any_base")), bool(opening.get("allow_partial")))
     return models

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from ..errors import ModelError, quote
+from ..files.hub_cache import check_namesake
 from ..files.model_folder import Folder, ModelFolder, read_json
 from . import bpe, pieces
 from .own_template import choose
@@ -252,7 +253,10 @@ def _adapters_coder(
             return coder, None, {}
         new = [quote(token, 20) for token in its.vocabulary if token not in coder.vocabulary]
         told = f"the adapter's own tokenizer.json, with {len(new):,} tokens that the base has not: {', '.join(new[:4])}"
-        files = {name: bpe.read_small(adapter / name) for name in REPLACED if (adapter / name).is_file()}
+        found = [name for name in REPLACED if (adapter / name).is_file()]
+        for name in found:
+            check_namesake(adapter.path, adapter / name)
+        files = {name: bpe.read_small(adapter / name) for name in found}
         return its, told + (" ..." if new[4:] else ""), files
     for name in TOKENIZER_FILES[1:]:
         its, base = adapter / name, folder / name

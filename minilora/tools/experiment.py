@@ -10,10 +10,10 @@ from ..checkpoint.factors import Factors, read_factors
 from ..checkpoint.load import empty_model, read_config
 from ..checkpoint.quantized import Stored
 from ..errors import UsageError
-from ..files.atomic import write_file
 from ..files.model_folder import ModelFolder
 from ..files.safetensors import SafetensorsFile
 from ..report.experiment import Cells, Estimate, Question, Table, experiment
+from ..report.page import write_both
 from ..report.record import Record, read_json_file, read_record
 from ..run.snapshot import MODEL
 from .inspect_adapter import Spectrum, beside, effective_rank, in_fp32, rank_for
@@ -30,8 +30,7 @@ def write_experiment(folder: Path, output: Path, failed: Sequence[str] = ()) -> 
     cells = read_cells(folder)
     more = [("What was changed", SPECTRA, _spectra(cells))] if cells.question.spectra else []
     page = experiment(cells, failed, more)
-    write_file(output, page.html())
-    write_file(output.with_suffix(".md"), page.markdown())
+    write_both(output, page.html(), page.markdown())
     return page.verdicts
 
 

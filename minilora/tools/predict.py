@@ -107,9 +107,9 @@ def predict(
             say(f"{folder} holds this prediction already")
             return ranks.share(results)
         if ranks.first:
-            for name in (ROWS, RESULTS):
-                (folder / name).unlink(missing_ok=True)
             write_file(folder / PART, "".join(map(_line, [settings, *done.values()])))
+            for name in (RESULTS, ROWS):  # whose order says what a kill leaves: the whole prediction, or a part of it
+                (folder / name).unlink(missing_ok=True)
         began = time.monotonic()
         own = ranks.own([len(questions[i].ids) + max_tokens for i in left])
         generators = {} if sampling == GREEDY else {i: random_of(seed, i) for i in left}
@@ -174,10 +174,14 @@ def _earlier(folder: Path, overwrite: bool) -> tuple[Any, dict[str, Any] | None,
     """(settings, results, answers by row) of the prediction that a folder holds, or of its beginning, which has no results."""
     if overwrite:
         return None, None, {}
-    if (folder / RESULTS).exists():
+    here = {name for name in (ROWS, RESULTS, PART) if (folder / name).exists()}
+    if {ROWS, RESULTS} <= here:
         results = read_json_file(folder / RESULTS)
         return results.get("settings", {}), results, {}
     settings, *lines = read_json_lines(folder / PART) or [None]
+    if here and settings is None:
+        hint = "Give another --output, or --overwrite to start again."
+        raise OutputInUse(f"{folder} holds {', '.join(sorted(here))}, and not how it was made", hint)
     return settings, None, {line["row"]: line for line in lines if _is_row(line)}
 
 

@@ -26,14 +26,15 @@ import numpy as np
 
 from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
-from ..errors import Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
-from ..files.atomic import atomic_folder, locked, write_file
+from ..errors import DataError, Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
+from ..files.atomic import atomic_folder, locked, sha256, write_file
+from ..files.regular import read_file
 from ..isolated import environment
 from ..report.compare import compare
 from ..report.experiment import Question
-from ..report.record import LETTERS, read_record
+from ..report.record import LETTERS, read_json_file, read_record
 from ..report.score_table import shortened, show_scores
-from ..rows.files import open_rows, read_row
+from ..rows.files import find_data, open_rows, read_row
 from ..rows.render import hashes
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
@@ -168,14 +169,11 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         and any(not p.name.startswith(".") for p in folder.iterdir())
     ):
         raise OutputInUse(f"{folder} is not empty and holds no sweep", "Give another --output.")
+    files = _hashes(plan)
     with locked(folder):
-        write_file(
-            folder / "sweep.json",
-            json.dumps(
-                {"file": given, "smoke": smoke, "runs": [p.name for p in plan.points], "question": plan.question}
-            )
-            + "\n",
-        )
+        files = _unchanged(folder, files)
+        about = {"file": given, "smoke": smoke, "runs": [p.name for p in plan.points], "question": plan.question}
+        write_file(folder / "sweep.json", json.dumps(about | {"files": files}) + "\n")
         points, test = _with_test(plan, folder, console)
         failed, names = [], shortened([p.name for p in points], max(console.width - 24, 8))
         for number, (point, name) in enumerate(zip(points, names, strict=True), 1):
@@ -210,6 +208,25 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     return page
 
 
+def _hashes(plan: Sweep) -> dict[str, str]:
+    """sha256 of each file of rows that a sweep reads, by its path."""
+    configs = [point.config for point in plan.points]
+    texts = {t for c in configs for t in (c.data, c.val, c.mix_general)} | {str(plan.test.get("data", ""))}
+    paths = {find_data(source.path)[0] for text in texts if text for source in parse_sources(text)}
+    return {str(path): sha256(path) for path in sorted(paths) if path.is_file()}  # a share of rows is none
+
+
+def _unchanged(folder: Path, files: dict[str, str]) -> dict[str, str]:
+    """The files with those of before; OutputInUse if a sweep was begun with other rows in files of these names: runs that are finished have not seen the new ones."""
+    about = read_json_file(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
+    then = found if isinstance(found := about.get("files"), dict) else {}
+    changed = [path for path in files if then.get(path, files[path]) != files[path]]
+    if changed:
+        what = f"{', '.join(changed)} has changed since {folder} was begun"
+        raise OutputInUse(what, "Give another --output, or put the old rows back.")
+    return then | files
+
+
 def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point], dict[str, Any]]:
     """The points, and the test set: rows set aside from the data file before any limit, the same for every run."""
     if "rows" not in plan.test:
@@ -218,28 +235,35 @@ def _with_test(plan: Sweep, folder: Path, console: Console) -> tuple[list[Point]
     if len(sources) > 1:
         raise UsageError("test rows cannot be set aside of several data files", "Give test: data: FILE.")
     config, target = plan.points[0].config, folder / "data"
+    sides = {f"{name}.jsonl": text.encode() for name, text in _sides(config, str(plan.test["rows"]), console).items()}
     if not target.is_dir():
-        source, *more = parse_sources(config.data)
-        if more or source.rate != 1:
-            raise UsageError(
-                f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
-            )
-        file = open_rows(source.path, config)
-        if file.note:
-            console.say(f"{source.path}: {file.note}")
-        numbers = draw(source, len(file), config.seed)
-        rows = [read_row(file, i, config) for i in numbers.tolist()]
-        questions = np.array([hashes(row)[0] for row in rows], np.uint64)
-        count = count_of("test", str(plan.test["rows"]), len(rows))
-        rest, side = (numbers[places] for places in split(questions, [count], config.seed))
         with atomic_folder(target) as stage:
-            for name, chosen in (("train", rest), ("test", side)):
-                lines = [json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(chosen.tolist())]
-                (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            for name, content in sides.items():
+                (stage / name).write_bytes(content)
+    elif any(read_file(target / name, DataError) != content for name, content in sides.items()):
+        raise OutputInUse(f"{target} holds the division of other rows, or by another seed", "Give another --output.")
     points = [
         Point(p.name, resolve(p.config.__dict__, {"data": target / "train.jsonl", "encoding": ""})) for p in plan.points
     ]
     return points, plan.test | {"data": str(target / "test.jsonl")}
+
+
+def _sides(config: TrainConfig, wanted: str, console: Console) -> dict[str, str]:
+    """The rows of a run's data file that are trained, and those set aside for the test, as the texts of two jsonl files."""
+    source, *more = parse_sources(config.data)
+    if more or source.rate != 1:
+        raise UsageError(
+            f"test rows cannot be set aside of {config.data}", "Give one file (path#n is), or test: data: FILE."
+        )
+    file = open_rows(source.path, config)
+    if file.note:
+        console.say(f"{source.path}: {file.note}")
+    numbers = draw(source, len(file), config.seed)
+    rows = [read_row(file, i, config) for i in numbers.tolist()]
+    questions = np.array([hashes(row)[0] for row in rows], np.uint64)
+    parts = split(questions, [count_of("test", wanted, len(rows))], config.seed)
+    lines = ((json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(numbers[p].tolist())) for p in parts)
+    return dict(zip(("train", "test"), map("".join, lines), strict=True))
 
 
 def _train(point: Point) -> int:

@@ -7,6 +7,7 @@ from ..checkpoint.open_model import open_model
 from ..config import DataConfig
 from ..data import load_examples
 from ..evaluate import evaluate
+from ..files.atomic import require_empty
 from ..files.model_folder import Folder, ModelFolder
 from ..text.tokenizer import load_tokenizer
 from .inspect_adapter import Spectrum
@@ -14,6 +15,7 @@ from .inspect_adapter import Spectrum
 
 def truncate_adapter(source: Path, rank: int, target: Path) -> float:
     """Write the closest adapter of at most this rank for every linear; returns the share of all energy that it keeps."""
+    require_empty(target)
     spectra = {path: Spectrum.of(f) for path, f in read_factors(source).items()}
     write_factors(target, {path: s.first(rank) for path, s in spectra.items()}, source)
     kept, whole = (sum(float(s.s[:n].square().sum()) for s in spectra.values()) for n in (rank, None))

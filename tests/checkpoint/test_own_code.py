@@ -1,11 +1,15 @@
 """The Python files of a remote-code folder travel with what is made of it, as data: they are never run, and no link leads out."""
 
+import json
 from pathlib import Path
 
+import pytest
 from tiny import make_model
 
 import minilora
 from minilora.checkpoint.save import copy_companions, own_code
+from minilora.errors import ModelError
+from minilora.text.tokenizer import load_tokenizer
 
 CODE = "raise SystemExit('this was run')\n"
 
@@ -42,3 +46,24 @@ def test_the_links_of_a_hugging_face_cache_are_followed(tmp_path: Path):
     (cache / "blobs" / "123").write_text(CODE)
     (folder / "modeling_chatglm.py").symlink_to("../../blobs/123")
     assert own_code(folder) == ["modeling_chatglm.py"]
+
+
+def test_what_is_copied_is_no_link_to_a_file_of_another_name(tmp_path: Path):
+    """A key that a folder of strangers points at as its merges.txt would be published with the merged model."""
+    folder, other, out = make_model(tmp_path / "m"), make_model(tmp_path / "other"), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "key").write_text("secret")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(other / "tokenizer.json")  # a variant of another folder
+    copy_companions(folder, out)
+    assert (out / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    for name in ("merges.txt", "special_tokens_map.json"):
+        (folder / name).symlink_to(tmp_path / "key")
+        with pytest.raises(ModelError, match=f"{name} is a link to"):
+            copy_companions(folder, out)
+        (folder / name).unlink()
+    (other / "special_tokens_map.json").symlink_to(tmp_path / "key")
+    own = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(own).replace("<|endoftext|>", "<|end|>"))
+    with pytest.raises(ModelError, match="is a link to"):
+        load_tokenizer(make_model(tmp_path / "base"), other)

@@ -2,12 +2,15 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 
-from minilora.errors import ModelError
+from minilora.errors import DataError, ModelError
+from minilora.files.atomic import MANIFEST, verify_manifest
 from minilora.files.model_folder import read_json
 from minilora.files.strict_json import DuplicateKey, parse_json, read_json_lines
+from minilora.report.record import read_json_file
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,23 @@ def test_lines_end_where_a_crash_cut_them(tmp_path):
     assert read_json_lines(path) == values
     path.write_bytes(path.read_bytes()[:-1])
     assert read_json_lines(path) == values
+
+
+def test_a_hole_in_a_file_takes_no_memory_of_its_size(tmp_path):
+    """Kilobytes on the disk, and in an archive, can be a file of any size."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n')
+    os.truncate(path, 1 << 30)
+    tracemalloc.start()
+    assert read_json_lines(path) == [{"a": 1}]
+    assert verify_manifest(tmp_path) == f"{MANIFEST} is missing"
+    os.rename(path, tmp_path / MANIFEST)
+    assert verify_manifest(tmp_path) == f"{MANIFEST} is damaged"
+    with pytest.raises(DataError, match="is larger than"):
+        read_json_file(tmp_path / MANIFEST)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
 
 
 def test_a_file_of_a_model_with_a_duplicate_key_is_refused(tmp_path):

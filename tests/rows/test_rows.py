@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilora.config import DataConfig
-from minilora.errors import DataError
+from minilora.errors import DataError, RowError
 from minilora.rows import fill, find_data, json_files, open_rows, read_rows, trainable
 
 FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -241,6 +241,12 @@ def test_what_is_no_file(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     assert "is not a regular file" in refusal(tmp_path / "pipe")
     assert "is not there" in refusal(tmp_path / "absent")
+
+
+def test_little_to_fill_in_does_not_become_a_text_of_any_size(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "{{a}}" * 1000, "output": "x"}))
+    with pytest.raises(RowError, match="line 1: --define would add 1,000,000 characters"):
+        fill(next(iter(read_rows(tmp_path / "rows.jsonl"))), {"a": "x" * 1000})
 
 
 def test_define(tmp_path):

@@ -1,5 +1,7 @@
 """A pass of one model is that model loaded alone, bit for bit; a pass of several gives each row to its own."""
 
+import json
+
 import pytest
 import torch
 from tiny import make_model
@@ -13,10 +15,12 @@ pytest.importorskip("uvicorn")
 
 from served import make_models
 
-from minilora.errors import UsageError
+from minilora.errors import ModelError, UsageError
 from minilora.files.model_folder import ModelFolder
+from minilora.methods.table import METHODS
 from minilora.serve.models import Asked, Mixed
 from minilora.serve.server import open_models
+from minilora.settings import resolve
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,25 @@ def test_what_cannot_be_served_together(tmp_path):
         open_models(folder, {"tiny": "x"})
     with pytest.raises(UsageError, match="cannot hold several models"):
         open_models(folder, {"red": "x"}, int8=True)
+
+
+def test_what_is_not_on_linears_alone_is_not_served(tmp_path):
+    """A prefix would stay in the model when the base is asked."""
+    folder = make_model(tmp_path / "tiny")
+    model = minilora.load_model(folder, torch.float32, "cpu")
+    METHODS["prefix"].install(model, resolve({"method": "prefix", "pre_seq_len": 2}))
+    minilora.save_adapter(model, tmp_path / "prefix")
+    with pytest.raises(ModelError, match="PREFIX_TUNING, which cannot be served beside others"):
+        open_models(ModelFolder(folder), {"red": str(tmp_path / "prefix")}, device="cpu")
+
+
+def test_an_adapters_own_tokenizer_fits_the_model(tmp_path):
+    folder = make_model(tmp_path / "tiny", vocab_size=259)
+    model = minilora.load_model(folder, torch.float32, "cpu")
+    minilora.add_lora(model, r=2)
+    minilora.save_adapter(model, tmp_path / "wide")
+    j = json.loads((folder / "tokenizer.json").read_text())
+    j["added_tokens"].append(j["added_tokens"][-1] | {"id": 259, "content": "<new>"})
+    (tmp_path / "wide" / "tokenizer.json").write_text(json.dumps(j))
+    with pytest.raises(ModelError, match="ids up to 259, the model 259 rows"):
+        open_models(ModelFolder(folder), {"red": str(tmp_path / "wide")}, device="cpu")

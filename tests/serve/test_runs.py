@@ -1,6 +1,7 @@
 """Runs of a folder over HTTP: what is there, events as metrics grow, and no page but those of the folder."""
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ httpx = pytest.importorskip("httpx")
 
 from served import make_run, running, step
 
-from minilora.serve.runs import MOST_POINTS, Tail, thinned
+from minilora.serve.runs import MOST_POINTS, MOST_READ, Tail, thinned
 
 
 @pytest.fixture
@@ -98,3 +99,6 @@ def test_a_file_that_is_not_there_yet(tmp_path):
     assert tail.read() == (False, [])
     (tmp_path / "metrics.jsonl").write_bytes(b"one\ntw")
     assert tail.read() == (True, [b"one"]) and tail.read() == (False, [])
+    os.truncate(tmp_path / "metrics.jsonl", 1 << 30)  # a hole, which takes no place on the disk
+    for _ in range(3):
+        assert tail.read() == (False, []) and len(tail._rest) <= MOST_READ

@@ -1,0 +1,203 @@
+"""What is already there: no command takes away a file or a folder that is not its own, or that it reads, and none takes other rows for the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import make_model, make_rows
+
+import minilora
+from minilora.__main__ import main
+from minilora.errors import OutputInUse
+from minilora.files import atomic
+from minilora.files.atomic import locked, require_empty
+from minilora.run.folder import after_restart
+from minilora.tools import sweep as sweep_module
+from minilora.tools.sweep import sweep
+from minilora.tools.truncate_adapter import truncate_adapter
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model, rows, and a run of one step with validation rows that were split off."""
+    made = tmp_path_factory.mktemp("made")
+    make_model(made / "model")
+    make_rows(made / "rows.json")
+    assert main([*training(made), "--data", str(made / "rows.json"), "--output", str(made / "run")]) == 0
+    return made
+
+
+def training(made: Path) -> list[str]:
+    settings = ["--lora-r", "2", "--max-steps", "1", "--batch-size", "4", "--device", "cpu", "--val", "2"]
+    return ["train", "--model", str(made / "model"), *settings]
+
+
+@pytest.fixture
+def here(tmp_path, made, monkeypatch) -> Path:
+    """A copy of them as the current folder, and precious files beside them."""
+    shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/thesis", "notes.md"):
+        (tmp_path / name).write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+SCORE = "data score --model model --data rows.json"
+REFUSED = {
+    "a smaller adapter in place of a folder": ("inspect adapter run --to-rank 1 --output mine", 8),
+    "a smaller adapter in place of its run": ("inspect adapter run --to-rank 1 --output run", 8),
+    "the rows that are kept in place of all": (f"{SCORE} --keep-below 9 --output rows.json", 8),
+    "the scores of rows in place of the rows": (f"{SCORE} --scores rows.json", 8),
+    "a page in place of rows": ("inspect data --model model --data rows.json --html rows.json", 2),
+    "a page in place of another page": ("inspect data --model model --data rows.json --html other.html", 8),
+    "the twin of a page in place of notes": ("compare run run --output notes.html", 8),
+    "the page of a run in place of another page": ("report project", 8),
+    "answers in place of answers of another tool": ("predict --model model --data rows.json --output answers", 8),
+    "answers in place of answers whose settings are lost": ("predict --model model --data rows.json --output part", 8),
+    "a run in place of the rows that it reads": ("train --model model --data run/data/val.jsonl --output run --overwrite", 8),
+    "a run in place of the model that it reads": ("train --model full --data rows.json --output full --overwrite", 8),
+    "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
+    "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
+    "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
+    "a demo in place of a file": ("demo --output rows.json", 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_commands_own_stays(here, name, capsys):
+    for folder in ("answers", "part", "project/data", "project/checkpoints", "full/model"):
+        (here / folder).mkdir(parents=True)
+    (here / "answers" / "generated_predictions.jsonl").write_text('{"predict": "precious"}\n')
+    (here / "part" / "part.jsonl").write_text('{"broken\n{"row": 0}\n')
+    for marks in ("project", "full"):
+        shutil.copy(here / "run" / "config.yaml", here / marks)
+    shutil.copy(here / "run" / "metrics.jsonl", here / "full")
+    shutil.copytree(here / "model", here / "full" / "model", dirs_exist_ok=True)
+    shutil.copy(here / "rows.json", here / "project" / "data" / "train.json")
+    shutil.copytree(here / "run", here / "mixed", symlinks=True)
+    shutil.copy(here / "rows.json", here / "mixed" / "data" / "my-rows.json")
+    shutil.copytree(here / "run", here / "outer", symlinks=True)
+    shutil.copytree(here / "run", here / "outer" / "predict", symlinks=True)
+    for page in ("other.html", "project/report.html"):
+        (here / page).write_text("<p>precious")
+    before, (command, code) = tree(here), REFUSED[name]
+    words = command.split()
+    assert main(words) == code, capsys.readouterr().err
+    assert tree(here) == before
+
+
+def test_a_run_in_which_a_prediction_is_being_written_stays(here, capsys):
+    command = ["train", "--model", "model", "--data", "rows.json", "--output", "run", "--overwrite"]
+    with locked(here / "run" / "predict"):
+        before = tree(here)
+        assert main(command) == 8 and "predict is being written" in capsys.readouterr().err
+        assert tree(here) == before
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_signal_while_the_old_folder_is_deleted_loses_neither(tmp_path, monkeypatch, after):
+    """Ctrl-C in the last moment of a save that replaces an adapter: the new one, or the old one, is there whole."""
+    adapter, delete = tmp_path / "adapter", atomic.remove
+
+    def interrupted(path: Path) -> None:
+        if path.name == ".trash-adapter" and path.exists():
+            delete(path if after else path / "a")
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        delete(path)
+
+    def save(text: str) -> None:
+        with atomic.atomic_folder(adapter) as stage:
+            for name in "ab":
+                (stage / name).write_text(text)
+
+    save("old")
+    monkeypatch.setattr(atomic, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save("new")
+    assert tree(adapter) in ({"a": b"old", "b": b"old"}, {"a": b"new", "b": b"new"})
+
+
+def test_a_page_and_its_twin_are_written_anew(here):
+    for _ in range(2):
+        assert main(["compare", "run", "run", "--output", "both.html"]) == 0
+        assert main(["inspect", "data", "--model", "model", "--data", "rows.json", "--html", "rows.html"]) == 0
+
+
+def test_a_saved_adapter_or_model_takes_the_place_of_nothing_else(here):
+    model = minilora.load_model(here / "model")
+    minilora.save_model(model, here / "again", here / "model")
+    minilora.save_model(model, here / "again", here / "model")
+    minilora.add_lora(model, r=2)
+    minilora.save_adapter(model, here / "adapter")
+    minilora.save_adapter(model, here / "adapter")
+    before = tree(here)
+    for folder in ("mine", "run", "run/checkpoints/step-1", "again"):
+        with pytest.raises(OutputInUse, match="would be lost"):
+            minilora.save_adapter(model, here / folder)
+    with pytest.raises(OutputInUse, match="would be lost"):
+        minilora.save_model(minilora.load_model(here / "model"), here / "adapter", here / "model")
+    with pytest.raises(OutputInUse, match="not empty"):
+        truncate_adapter(here / "adapter", 1, here / "mine")
+    assert tree(here) == before
+
+
+def test_a_new_folder_takes_the_place_of_no_link_and_not_of_the_current_folder(here, monkeypatch):
+    (here / "empty").mkdir()
+    (here / "link").symlink_to("empty")
+    (here / "dangling").symlink_to("nowhere")
+    for name, said in (("link", "a link to empty"), ("dangling", "a link to nowhere")):
+        with pytest.raises(OutputInUse, match=said):
+            require_empty(here / name)
+    assert main([*training(here), "--data", "rows.json", "--output", "dangling"]) == 8
+    require_empty(here / "empty")
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(OutputInUse, match="mount point"):
+        require_empty(here / "empty")
+    monkeypatch.undo()
+    monkeypatch.chdir(here / "empty")
+    with pytest.raises(OutputInUse, match="current folder"):
+        require_empty(Path("."))
+
+
+def test_a_run_that_torchrun_starts_again_deletes_nothing_that_was_finished(here):
+    """As after --max-restarts where the first start was refused because the folder is not empty."""
+    assert after_restart(here / "run", overwrite=False) == (True, False)
+    shutil.rmtree(here / "run" / "checkpoints")
+    assert after_restart(here / "run", overwrite=False) == (False, False)
+    assert after_restart(here / "run", overwrite=True) == (False, True)
+    shutil.rmtree(here / "run" / "adapter")
+    assert after_restart(here / "run", overwrite=False) == (False, True)
+
+
+def test_a_prediction_without_its_rows_is_none(here):
+    command = ["predict", "--model", "model", "--data", "rows.json", "--output", "answers", "--max-tokens", "1"]
+    assert main(command) == 0
+    (here / "answers" / "generated_predictions.jsonl").unlink()
+    assert main(command) == 8 and main([*command, "--overwrite"]) == 0
+    assert (here / "answers" / "generated_predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("test", [{}, {"rows": 3}])
+def test_a_sweep_does_not_go_on_with_other_rows(here, monkeypatch, test):
+    """Nothing is trained: what was finished would be taken for a result of the new rows."""
+    monkeypatch.setattr(sweep_module, "_train", lambda point: 5)
+    base = {"model": "model", "data": "rows.json", "max_steps": 1}
+    (here / "sweep.yaml").write_text(json.dumps({"base": base, "product": {"lora_r": [2]}, "test": test}))
+    for _ in range(2):
+        sweep("sweep.yaml", "out", {})
+    other = json.loads((here / "rows.json").read_text())[1:]
+    (here / "other.json").write_text(json.dumps(other))
+    if test:
+        with pytest.raises(OutputInUse, match="division of other rows"):
+            sweep("sweep.yaml", "out", {"data": "other.json"})
+    shutil.copy("other.json", "rows.json")
+    with pytest.raises(OutputInUse, match="rows.json has changed"):
+        sweep("sweep.yaml", "out", {})
