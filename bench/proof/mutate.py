@@ -1,12 +1,12 @@
-"""Plant faults in the kernels and in two models, one at a time in a copy of the repository, and see which of them the tests notice.
+"""Plant faults in the kernels, two models and the engine, one at a time in a copy of the repository, and see which of them the tests notice.
 
-    python -m bench.proof.mutate [--each 2] [--only rms_norm] [--list]
+    python -m bench.proof.mutate [--each 2] [--per-file 4] [--only kernels/rms_norm] [--list]
 
-A fault is a change of the syntax tree (a mask dropped, a stride swapped, a sign turned, a rounding forgotten ...), so the faults follow the
-code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples and the choice of tiles
-are left alone: the first two are what the tests compare with, the last changes speed only. In the routers and the gated DeltaNet of
-models/ the faults are written out (BY_HAND): mistakes that others made there. A fault is killed when the file's tests
-fail or run for too long. Exit code 1 when fewer than 95 % are killed.
+A fault is a change of the syntax tree (a mask dropped, a sign turned, a rounding, an fsync or a check forgotten ...), so the faults
+follow the code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples, the choice of tiles
+and what only tells are left alone: the first two are what the tests compare with, the others change no result. Of the engine the files
+are those of ENGINE. In the routers and the gated DeltaNet of models/ the faults are written out (BY_HAND): mistakes that others made
+there. A fault is killed when the file's tests fail or run for too long. Exit code 1 when fewer than 95 % are killed.
 """
 
 import argparse
@@ -29,10 +29,16 @@ from minilora.files.atomic import write_file
 
 ROOT = Path(__file__).parent.parent.parent
 GATE = 0.95
-LEFT_ALONE = re.compile(r"_ref$|example$|^_tile|^_grid|^_config|^use_triton$|^kernels_enabled$")
+LEFT_ALONE = re.compile(
+    r"_ref$|example$|^_tile|^_grid|^_config|^use_triton$|^kernels_enabled$|_note$|^_header$|_not_read$|^long_row$"
+)
+TELLS = {"print", "say", "quote", "__repr__"}  # functions, and names of texts below, that nothing is computed from
+TEXTS = {"what", "hint", "told", "shown", "more", "reason", "note", "lines"}
+# arguments that change how a file looks or where a tensor lies, not what is in it; strict is an assertion
+FORM = {"strict", "indent", "separators", "ensure_ascii", "encoding", "device", "non_blocking", "digest_size"}
 # operations whose shared tests run on the interpreter too
 WITH_KERNELS = r"rms_norm|swiglu|(?<![a-z])rope|cross_entropy|lora_linear"
-SECONDS = 600  # for the tests of one fault
+SECONDS = {"1": 600, "0": 600, "engine": 150}  # for the tests of one fault
 
 
 class Fault(NamedTuple):
@@ -83,8 +89,8 @@ def _comparisons(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> I
 
 
 def _terms(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
-    if not isinstance(node, ast.BinOp):
-        return
+    if not isinstance(node, ast.BinOp) or any(_tells(side) for side in (node.left, node.right)):
+        return  # a text is put together
     left, right = text(node.left), text(node.right)
     if isinstance(node.op, ast.Add | ast.Sub):
         yield "sign turned", node, f"({left}) {'-' if isinstance(node.op, ast.Add) else '+'} ({right})"
@@ -109,7 +115,7 @@ def _strides(node: ast.AST, text: Callable[[ast.AST], str], function: ast.AST) -
 def _roundings(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.Call) and _call(node) == "rounded":
         yield "rounding forgotten", node, text(node.args[0])
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+    if _call(node).endswith(".to") and not text(node.args[0]).endswith("device"):  # pyright: ignore[reportAttributeAccessIssue]
         kind = "int64 forgotten" if "int64" in text(node.args[0]) else "cast forgotten"
         yield kind, node, text(node.func.value)
     if isinstance(node, ast.Name) and node.id == "ACC" and isinstance(node.ctx, ast.Load):
@@ -151,7 +157,40 @@ def _numbers(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Itera
         yield "number changed", node, repr(node.value / 2)
 
 
+def _decisions(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Raise):
+        yield "raise dropped", node, "pass"
+    if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Return | ast.Continue | ast.Break):
+        yield "early exit dropped", node.body[-1], "pass"
+    if isinstance(node, ast.If | ast.IfExp):
+        yield "condition always true", node.test, "True"
+    if isinstance(node, ast.comprehension):
+        yield from (("filter dropped", test, "True") for test in node.ifs)
+    if isinstance(node, ast.BoolOp):
+        operator = " and " if isinstance(node.op, ast.And) else " or "
+        for dropped in node.values:
+            yield "operand dropped", node, operator.join(f"({text(v)})" for v in node.values if v is not dropped)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield "not dropped", node, text(node.operand)
+
+
+def _arguments(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
+    others = {"min": "max", "max": "min", "any": "all", "all": "any"}
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        yield "number off by one", node, str(node.value + 1)
+    if isinstance(node, ast.Call):
+        if _call(node) in others:
+            yield "another function", node.func, others[_call(node)]
+        if _call(node) == "sorted":
+            yield "order forgotten", node, f"list({text(node.args[0])})"
+        for dropped in node.keywords:
+            if dropped.arg not in {None, *FORM}:
+                kept = ", ".join(text(a) for a in (*node.args, *node.keywords) if a is not dropped)
+                yield "argument dropped", node, f"{text(node.func)}({kept})"
+
+
 MUTATORS = (_masks, _comparisons, _terms, _strides, _roundings, _statements, _functions, _numbers)
+OF_THE_ENGINE = (_comparisons, _terms, _roundings, _statements, _functions, _numbers, _decisions, _arguments)
 # faults that change nothing that a caller can see, by file, function, kind and the text replaced; each with its reason
 EQUIVALENT = {
     ("swiglu", "sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
@@ -205,6 +244,20 @@ def by_hand(file: str, source: str) -> list[Fault]:
     return sorted(found, key=lambda fault: fault.start)
 
 
+def _tells(node: ast.AST) -> bool:
+    """Whether this is a text, or only says something, or decides how a file looks."""
+    if isinstance(node, ast.keyword):
+        return node.arg in FORM
+    if isinstance(node, ast.Assign):
+        return all(isinstance(target, ast.Name) and target.id in TEXTS for target in node.targets)
+    node = node.value if isinstance(node, ast.Expr) else node
+    return (
+        isinstance(node, ast.JoinedStr)
+        or _call(node).split(".")[-1] in TELLS
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    )
+
+
 def faults(file: str, source: str) -> list[Fault]:
     """Every fault that can be planted in a file, in the order of its lines."""
     whole, lines = source.encode(), [0]
@@ -224,20 +277,22 @@ def faults(file: str, source: str) -> list[Fault]:
 
     def visit(node: ast.AST, function: ast.AST, path: str) -> None:
         for child in ast.iter_child_nodes(node):
+            if _tells(child):
+                continue
             inner, name = function, path
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 if LEFT_ALONE.search(child.name):
                     continue
                 inner, name = child, f"{path}.{child.name}".strip(".")
             if name and not isinstance(child, ast.arguments):
-                for mutator in MUTATORS:
+                for mutator in OF_THE_ENGINE if file in ENGINE else MUTATORS:
                     for kind, target, new in mutator(child, text, inner):
                         start, end = span(target)
                         if isinstance(target, ast.expr) and new:
                             new = f"({new})"
                         fault = Fault(file, kind, name, getattr(target, "lineno", 0), start, end, new)
                         found.append(fault)
-            if not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+            if not isinstance(child, ast.Raise):  # else what is left is its message
                 visit(child, inner, name)
 
     tree = ast.parse(source)
@@ -265,96 +320,91 @@ def chosen(found: list[Fault], each: int) -> list[Fault]:
     return sorted(picked, key=lambda fault: fault.start)
 
 
-# what the names of a file's tests hold, where it is not the name of the file; a longer word is not meant
+# what the names of a kernel's tests hold, where it is not the name of its file; a longer word is not meant
+_LORA, _EXPERTS, _WEIGHTS = (
+    r"lora|augmented|test_kernel_choice|test_far|dequantize|weights", r"experts", r"dequantize|quantized|weights|widened",
+)  # fmt: skip
 NEAR = {
-    "swiglu": r"(?<!lora_)swiglu|mlp",
-    "swiglu_shrink": r"mlp|gate_and_up",
-    "kept": r"mlp",
-    "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far",
-    "attention": r"attention|window|prefix|packed",
-    **dict.fromkeys(
-        ["lora_experts", "experts_on_triton", "expert_tiles", "expert_gemm", "expert_shrink", "expert_swiglu"],
-        r"experts",
-    ),
-    "short_conv": r"short_conv|convolution",
-    "gated_delta": r"gated_delta",
-    "expert_rows": r"lora_experts",
-    "moe": r"test_moe|test_golden.*moe",
-    "qwen3_5": r"test_qwen3_5|test_golden.*qwen3_5|test_every_family.*cached_decoding.*qwen3_5",
-    "fla": r"fla",
-    "dropout": r"dropout|mask|key|draws|kept|dropped",
-    "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
+    "swiglu": r"(?<!lora_)swiglu|mlp", "swiglu_shrink": r"mlp|gate_and_up", "kept": r"mlp",
+    "linear_cross_entropy": r"(?<![a-z])cross_entropy|librar|test_far", "attention": r"attention|window|prefix|packed",
+    "lora_experts": _EXPERTS, "experts_on_triton": _EXPERTS, "expert_tiles": _EXPERTS, "expert_gemm": _EXPERTS,
+    "expert_shrink": _EXPERTS, "expert_swiglu": _EXPERTS, "expert_rows": r"lora_experts",
+    "short_conv": r"short_conv|convolution", "gated_delta": r"gated_delta", "moe": r"test_moe|test_golden.*moe",
+    "qwen3_5": r"test_qwen3_5|test_golden.*qwen3_5|test_every_family.*cached_decoding.*qwen3_5", "fla": r"fla",
+    "dropout": r"dropout|mask|key|draws|kept|dropped", "lang": r"rms_norm|(?<![a-z])rope|swiglu|lora|cross_entropy",
     "dispatch": r"switch|librar|refuse|whole|many_weights|rms_norm|test_kernel_choice",
-    **dict.fromkeys(
-        [
-            "augmented",
-            "group",
-            "library_gemm",
-            "lora_gemm",
-            "lora_shrink",
-            "lora_linear",
-            "lora_swiglu",
-            "on_triton",
-            "projection",
-            "wide_products",
-        ],
-        r"lora|augmented|test_kernel_choice|test_far|dequantize|weights",
-    ),
-    **dict.fromkeys(
-        ["dequantize", "nf4", "int8_rows", "fp8_blocks", "quantized", "packed", "frozen_linear"],
-        r"dequantize|quantized|weights|widened",
-    ),
+    "augmented": _LORA, "group": _LORA, "library_gemm": _LORA, "lora_gemm": _LORA, "lora_shrink": _LORA, "lora_linear": _LORA,
+    "lora_swiglu": _LORA, "on_triton": _LORA, "projection": _LORA, "wide_products": _LORA,
+    "dequantize": _WEIGHTS, "nf4": _WEIGHTS, "int8_rows": _WEIGHTS, "fp8_blocks": _WEIGHTS, "quantized": _WEIGHTS,
+    "packed": _WEIGHTS, "frozen_linear": _WEIGHTS,
+}  # fmt: skip
+# the files of the engine that decide what is learnt and what is kept, and the tests of each
+ENGINE = {
+    "minilora/lora.py": "test_lora checkpoint/test_experts test_train",
+    "minilora/data.py": "test_data test_objective run/test_step",
+    "minilora/rows/dataset.py": "rows/test_load_rows rows/test_sources test_data",
+    "minilora/rows/token_store.py": "rows/test_load_rows rows/test_sources test_data",
+    "minilora/rows/render.py": "test_data rows/test_load_rows rows/test_rows rows/test_tool_rows",
+    "minilora/rows/shapes.py": "rows/test_rows rows/test_keys rows/test_tool_rows rows/test_load_rows test_objective",
+    "minilora/rows/split.py": "rows/test_sources rows/test_load_rows",
+    "minilora/objective.py": "test_objective",
+    "minilora/train.py": "test_train test_objective run/test_step run/test_resume",
+    "minilora/run/step.py": "run/test_step test_objective test_train",
+    "minilora/run/schedule.py": "test_train run/test_fit run/test_resume",
+    "minilora/run/fit.py": "run/test_fit tools/test_plan",
+    "minilora/run/snapshot.py": "run/test_resume run/test_leftovers",
+    "minilora/run/folder.py": "run/test_resume run/test_leftovers test_train",
+    "minilora/files/atomic.py": "run/test_leftovers files/test_regular checkpoint/test_load run/test_resume",
+    "minilora/files/safetensors.py": "files/test_safetensors",
+    "minilora/checkpoint/adapter.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters checkpoint/test_loftq",
+    "minilora/checkpoint/adapter_config.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters test_cases",
+    "minilora/checkpoint/factors.py": "tools/test_inspect_adapter checkpoint/test_foreign_adapters checkpoint/test_experts",
+    "minilora/checkpoint/load.py": "checkpoint/test_load test_lora",
+    "minilora/checkpoint/save.py": "checkpoint/test_load checkpoint/test_merge",
+    "minilora/checkpoint/merge.py": "checkpoint/test_merge checkpoint/test_loftq",
 }
-
-
-# beside the tests that run both ways, by TRITON_INTERPRET
+# tests of the engine that take seconds, of what others hold too
+SLOW = re.compile(
+    r"large_file|fuzzed_(rows|xlsx|tokenizers)|lora bf16|signal_saves|test_a_7b|eight_ranks|full-[2-7]|fp32-[2-7]"
+)
 FILES = {
-    "1": ["tests/kernels/interpreter"],
+    "1": ["kernels/interpreter", "kernels/test_kernels", "kernels/test_lora_linear_group", "kernels/test_lora_mlp"],
     "0": [
-        f"tests/kernels/test_{name}.py"
-        for name in (
-            "attention",
-            "augmented",
-            "fp8_rows",
-            "gated_delta",
-            "kernel_choice",
-            "launch",
-            "lora_experts",
-            "quantized",
-        )
-    ]
-    + [f"tests/models/test_{name}.py" for name in ("every_family", "golden", "moe", "qwen3_5")],
-}
+        "kernels/test_kernels", "kernels/test_lora_linear_group", "kernels/test_lora_mlp", "kernels/test_attention",
+        "kernels/test_augmented", "kernels/test_fp8_rows", "kernels/test_gated_delta", "kernels/test_kernel_choice",
+        "kernels/test_launch", "kernels/test_lora_experts", "kernels/test_quantized", "models/test_every_family",
+        "models/test_golden", "models/test_moe", "models/test_qwen3_5",
+    ],
+    "engine": sorted({name for names in ENGINE.values() for name in names.split()}),
+}  # fmt: skip
 
 
-def _pytest(folder: Path, interpret: str, *args: str, seconds: float | None = None) -> subprocess.CompletedProcess:
+def _pytest(folder: Path, mode: str, *args: str, seconds: float | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-m", "not long", "-p", "no:cacheprovider", *args]
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "TRITON_INTERPRET": str(int(mode == "1")), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder.parent),  # a fault may delete what lies beside its file
+    }  # fmt: skip
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
 
 
-def collected(folder: Path, interpret: str) -> list[str]:
-    """The tests that the suite runs on Triton's interpreter, or on the torch paths."""
-    files = [
-        "tests/kernels/test_kernels.py",
-        "tests/kernels/test_lora_linear_group.py",
-        "tests/kernels/test_lora_mlp.py",
-        *FILES[interpret],
-    ]
-    listed = _pytest(folder, interpret, "--collect-only", "-q", *files).stdout
+def collected(folder: Path, mode: str) -> list[str]:
+    """The tests that the suite runs on Triton's interpreter, on the torch paths, or of the engine."""
+    paths = [folder / "tests" / name for name in FILES[mode]]
+    listed = _pytest(folder, mode, "--collect-only", "-q", *(str(p if p.is_dir() else f"{p}.py") for p in paths)).stdout
     names = [line for line in listed.splitlines() if "::" in line]
-    if interpret == "1":
+    if mode == "1":
         names = [n for n in names if not n.startswith("tests/kernels/test_kernels.py") or re.search(WITH_KERNELS, n)]
-    return names
+    return [n for n in names if mode != "engine" or not SLOW.search(n)]
 
 
-def quickest_first(folder: Path, interpret: str, names: list[str]) -> list[str]:
+def quickest_first(folder: Path, mode: str, names: list[str]) -> list[str]:
     """Tests in the order of the seconds that they take without a fault, so that most faults are noticed in little time."""
     if not names:  # pytest would run the whole suite
         return []
-    run = _pytest(folder, interpret, "-q", "--durations=0", *names)
+    run = _pytest(folder, mode, "-q", "--durations=0", *names)
     if run.returncode:
         sys.exit(f"tests fail without any fault:\n{run.stdout[-3000:]}")
     seconds = dict.fromkeys(names, 0.0)
@@ -365,10 +415,13 @@ def quickest_first(folder: Path, interpret: str, names: list[str]) -> list[str]:
 
 
 def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """(TRITON_INTERPRET, the tests of a fault's file)."""
+    """(how they are run, the tests of a fault's file)."""
+    if fault.file in ENGINE:
+        files = {f"tests/{name}.py" for name in ENGINE[fault.file].split()}
+        return [("engine", [name for name in there["engine"] if name.split("::")[0] in files])]
     stem = Path(fault.file).stem
     near = re.compile(NEAR.get(stem, rf"(?<![a-z]){stem}"))
-    found = {mode: [name for name in names if near.search(name)] for mode, names in there.items()}
+    found = {mode: [name for name in there[mode] if near.search(name)] for mode in ("1", "0")}
     assert any(found.values()), f"no tests for {fault.file}"
     if "OnTorch" in fault.function:
         modes = ["0"]
@@ -380,9 +433,10 @@ def tests_of(fault: Fault, there: dict[str, list[str]]) -> list[tuple[str, list[
 
 
 def survives(folder: Path, fault: Fault, there: dict[str, list[str]]) -> bool:
-    for interpret, names in tests_of(fault, there):
+    for mode, names in tests_of(fault, there):
+        assert all((folder / name.split("::")[0]).is_file() for name in names), "a fault deleted the tests"
         try:
-            result = _pytest(folder, interpret, "-q", "-x", *names, seconds=SECONDS)
+            result = _pytest(folder, mode, "-q", "-x", *names, seconds=SECONDS[mode])
         except subprocess.TimeoutExpired:
             return False
         if result.returncode:
@@ -411,7 +465,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)
-    sources = {str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").glob("*.py"))}
+    files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "kernels").glob("*.py"))]
+    sources = {file: (ROOT / file).read_text() for file in (*files, *ENGINE)}
     planted = [
         f
         for file, source in sources.items()
@@ -432,7 +487,8 @@ def main(argv: list[str] | None = None) -> int:
         shutil.copytree(
             ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs")
         )
-        there = {mode: collected(folder, mode) for mode in ("1", "0")}
+        parts = {fault.file in ENGINE for fault in planted}
+        there = {mode: collected(folder, mode) if (mode == "engine") in parts else [] for mode in FILES}
         for mode, names in there.items():
             needed = {
                 name for fault in planted for other, some in tests_of(fault, there) if other == mode for name in some
