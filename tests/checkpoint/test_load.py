@@ -325,6 +325,14 @@ def test_a_bf16_checkpoint_keeps_its_bits(tmp_path):
     assert files_of(tmp_path / "out") == files_of(folder)
 
 
+def test_a_shard_is_filled_up_to_its_limit(tmp_path):
+    shapes = {name: (torch.float32, (n,)) for name, n in zip("abcdef", (2, 2, 1, 5, 4, 9), strict=True)}
+    write_checkpoint(tmp_path, shapes, lambda name: torch.ones(shapes[name][1]), GOLDEN / "qwen3", shard_bytes=20)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert [file[6:11] for file in index["weight_map"].values()] == [f"{n:05}" for n in (1, 1, 1, 2, 3, 4)]
+    assert index["metadata"]["total_size"] == 4 * 23 and len(list(tmp_path.glob("*-of-00004.safetensors"))) == 4
+
+
 def test_transformers_would_find_the_shards(tmp_path):
     save_model(load_model(GOLDEN / "qwen3"), tmp_path / "out", GOLDEN / "qwen3", 100_000)
     index = json.loads((tmp_path / "out" / INDEX).read_text())

@@ -1,6 +1,8 @@
 """minilora merge: the folder is base + adapter, proven from the disk, or it is not there."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from tiny import make_model
 import minilora
 import minilora.checkpoint.merge as merge_module
 from minilora.checkpoint.merge import merge_folder
-from minilora.errors import ModelError, OutputInUse
+from minilora.errors import DiskError, ModelError, OutputInUse
+from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters, add_lora
 
 
@@ -39,8 +42,9 @@ def test_every_family_merges(tmp_path, family):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes):
+def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes, monkeypatch):
     folder, adapter, model = trained
+    monkeypatch.setattr(shutil, "disk_usage", disk(folder))
     proof = merge_folder(folder, adapter, tmp_path / "merged", shard_bytes, device="cpu")
     assert proof.holds and proof.adapter > proof.merged
     merged = dict(minilora.load_model(tmp_path / "merged", device="cpu").named_parameters())
@@ -73,6 +77,20 @@ def test_a_wrong_merge_is_found_and_not_left(trained, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="nothing was written"):
         merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def disk(folder, missing=0):
+    """A disk with room for the weights of a folder, or with a little less."""
+    room = sum(e.end - e.start for e in SafetensorsFile(folder / "model.safetensors").entries.values()) - missing
+    return lambda _: SimpleNamespace(free=room)
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
+    folder, adapter, _ = trained
+    monkeypatch.setattr(shutil, "disk_usage", disk(folder, 1))
+    with pytest.raises(DiskError, match="GB are free"):
+        merge_folder(folder, adapter, tmp_path / "in" / "merged", device="cpu")
+    assert not (tmp_path / "in").exists()
 
 
 def test_the_output_must_be_new(trained, tmp_path):

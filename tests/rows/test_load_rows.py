@@ -209,6 +209,10 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     data = load_data(config(model, tmp_path / "f"))
     assert [len(data.train), len(data.val)] == [2, 1]
     assert "1 validation rows ask what a training row asks" in data.notes["note"]
+    alone = load_data(config(model, tmp_path / "f" / "train.json"))
+    assert not len(alone.val) and not alone.notes and not alone.taken
+    with pytest.raises(UsageError, match="no row of"):
+        load_data(config(model, tmp_path / "f", define={"nobody": "x"}))
 
 
 def test_columns_from_a_flag_and_a_yaml(tmp_path, model):
