@@ -1,5 +1,6 @@
 """Adapters on tiny models: what they compute, where they go, and their folder."""
 
+import inspect
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from torch import Tensor
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.adapted import without_adapters
 from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED, meant
+from minilora.config import defaults
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, linears, set_dropout_keys
@@ -63,6 +65,12 @@ def test_the_adapter_alone_is_trained(tmp_path: Path):
     wanted = {f"{path}.lora_{half}" for path in paths(model) for half in "AB"}
     assert trained(model).keys() == trained(other).keys() == wanted
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
+
+
+def test_defaults_are_those_of_a_run():
+    given, run = inspect.signature(add_lora).parameters, defaults()
+    names = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "rslora", "targets": "lora_targets"}
+    assert {name: given[name].default for name in names} == {name: run[key] for name, key in names.items()}
 
 
 def test_a_starts_as_pefts_does_and_follows_from_the_seed():
@@ -140,8 +148,9 @@ def test_merged_is_wrapped_in_fp64(family: str):
     torch.testing.assert_close(model.logits(IDS), wrapped, rtol=0, atol=1e-12 * float(wrapped.detach().abs().max()))
 
 
-def test_merge_rounds_once():
-    model = tiny(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merge_rounds_once(dtype: torch.dtype):
+    model = tiny(dtype=dtype)
     add_lora(model, r=4, alpha=8)
     randomise(model)
     wrapped = dict(adapters(model))
@@ -150,8 +159,8 @@ def test_merge_rounds_once():
     merge(model)
     for path, w in weights.items():
         merged = model.get_parameter(f"{path}.weight")
-        assert torch.equal(merged, (w.float() + deltas[path]).bfloat16())
-        assert not torch.equal(merged, w + deltas[path].bfloat16()), "rounding twice would not be seen here"
+        assert torch.equal(merged, (w.float() + deltas[path]).to(dtype))
+        assert not torch.equal(merged, w + deltas[path].to(dtype)), "rounding twice would not be seen here"
 
 
 def test_merge_leaves_the_rest_alone():
