@@ -69,7 +69,13 @@ def test_the_adapter_alone_is_trained(tmp_path: Path):
 
 def test_defaults_are_those_of_a_run():
     given, run = inspect.signature(add_lora).parameters, defaults()
-    names = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "rslora", "targets": "lora_targets"}
+    names = {
+        "r": "lora_r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "rslora",
+        "targets": "lora_targets",
+    }
     assert {name: given[name].default for name in names} == {name: run[key] for name, key in names.items()}
 
 
