@@ -60,7 +60,7 @@ def test_references_examples_and_tiles_are_left_alone():
         ("if not x: raise E(f'{1 + x}')", "raise dropped", "if not x: pass"),
         ("if not x: return 3", "early exit dropped", "if not x: pass"),
         ("if not x: return 3", "condition always true", "if (True): return 3"),
-        ("if not x: return 3", "not dropped", "if (x): return 3"),
+        ("return not x", "not dropped", "return (x)"),
         ("if not x: return 3", "number off by one", "if not x: return (4)"),
         ("return a and b and c", "operand dropped", "return ((a) and (c))"),
         ("return [a for a in x if a]", "filter dropped", "return [a for a in x if (True)]"),
