@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from minilora import add_lora
 from minilora.console import Console
 from minilora.data import Batch, Example, make_batch
 from minilora.errors import Diverged
+from minilora.run import step as step_module
+from minilora.run.folder import Progress
 from minilora.run.setup import optimizer_of
-from minilora.run.step import StepResult
+from minilora.run.step import StepLog, StepResult
 from minilora.settings import resolve
 from minilora.train import train, train_step
 
@@ -58,6 +61,47 @@ def lines(run: Path) -> list[dict[str, Any]]:
     timed = ("tokens_per_second", "mfu", "memory_gb", "time")
     found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in timed} for line in found]
+
+
+def test_a_step_takes_the_time_since_the_one_before_was_read(monkeypatch: pytest.MonkeyPatch):
+    now, written, opened = [1000.0], [], []
+    monkeypatch.setattr(step_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for name, flops in (("peak_flops", 1e12), ("step_flops", 1e12), ("flops_per_token", 0.0)):
+        monkeypatch.setattr(step_module, name, lambda *_, flops=flops: flops)
+    run: Any = SimpleNamespace(
+        model=tiny("qwen2"), config=CONFIG, progress=Progress(step=4, seconds=100.0), ranks=SimpleNamespace(count=2, first=True),
+        plan=SimpleNamespace(full=False, steps_per_epoch=2),
+    )  # fmt: skip
+    monitor: Any = SimpleNamespace(
+        step=written.append, loggers=SimpleNamespace(open=lambda *given: opened.append(given))
+    )
+    log = StepLog(run, monitor)
+    assert opened == [(CONFIG, 4)]
+
+    def launch(step: int, began: float, ends: float, ready: bool, stops: bool = False) -> None:
+        now[0] = ends
+        result: Any = SimpleNamespace(
+            batches=[batch()] * 2, step=step, ready=ready, stops=stops, logged={"margin": 7.0}, read=lambda: (1.0, 2.0)
+        )
+        log.add(result, 0.5, began, extra=step)
+
+    launch(4, 1002, 1010, ready=True)
+    launch(5, 1005, 1011, ready=False, stops=True)  # behind the other, so that it begins at 1010
+    assert [line["step"] for line in written] == [5] and run.progress.step == 6 and not log.stopping
+    now[0] = 1014
+    log.write(val_loss=3.0)
+    log.write()
+    launch(6, 1014, 1014.25, ready=True)
+    assert log.stopping
+    with log:
+        pass
+    keys = ("step", "epoch", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "time", "margin", "extra")
+    assert [[line[key] for key in keys] for line in written] == [
+        [5, 2.5, 1.0, 2.0, 0.5, 34, 4.2, 0.0625, 110.0, 7.0, 4],
+        [6, 3.0, 1.0, 2.0, 0.5, 34, 8.5, 0.125, 114.0, 7.0, 5],
+        [7, 3.5, 1.0, 2.0, 0.5, 34, 136.0, 1.0, 114.25, 7.0, 6],  # no step does more than the roof
+    ]
+    assert [line.get("val_loss") for line in written] == [None, 3.0, None]
 
 
 def test_a_run_read_one_step_behind_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
