@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,13 +14,15 @@ from tiny import make_model, make_rows
 from minilora import add_lora
 from minilora.console import Console
 from minilora.data import Batch, Example, make_batch
-from minilora.errors import Diverged
+from minilora.errors import Diverged, Stopped
+from minilora.objective import LOGGED
+from minilora.ranks.ranks import Ranks
 from minilora.run import step as step_module
 from minilora.run.folder import Progress
 from minilora.run.setup import optimizer_of
 from minilora.run.step import StepLog, StepResult
 from minilora.settings import resolve
-from minilora.train import train, train_step
+from minilora.train import train, train_step, update
 
 CONFIG = resolve({"lr": 0.1, "clip": 1.0})
 
@@ -61,6 +63,54 @@ def lines(run: Path) -> list[dict[str, Any]]:
     timed = ("tokens_per_second", "mfu", "memory_gb", "time")
     found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in timed} for line in found]
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.0, 1.0), (2.5, 0.5), (9.0, 1.0)])
+def test_gradients_are_clipped_by_the_norm_of_all(clip: float, factor: float):
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad, parameters[2].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    optimizer = torch.optim.SGD(parameters, lr=1.0, fused=True)
+    numbers = update(optimizer, torch.tensor([1.0, 7.0, 8.0]), torch.tensor(2.0, dtype=torch.float64), clip)
+    assert numbers.tolist() == [1, 5, 2, 7, 8, 3, 4] and numbers.dtype == torch.float32
+    wanted = torch.tensor([-3.0, 0, 0, 0, 0, -4.0]) * factor
+    torch.testing.assert_close(torch.cat(parameters).detach(), wanted, rtol=1e-6, atol=0)
+
+
+class Two(Ranks):
+    """The first of two ranks, the other of which has no stream, or all of them."""
+
+    def __init__(self, streams: list[int]):
+        super().__init__(count=2)
+        self.streams = streams
+
+    def own(self, lengths: list[int]) -> list[int]:
+        return self.streams
+
+
+def test_a_signal_ends_a_step_between_streams_or_with_other_ranks_after_it():
+    model, optimizer = trained()
+    before, stop, reached = values(model), cast(Any, SimpleNamespace(requested=False)), []
+
+    def signal(tokens: int) -> None:
+        reached.append(tokens)
+        stop.requested = True
+
+    with pytest.raises(Stopped):
+        train_step(model, optimizer, [batch(), batch()], CONFIG, 0, stop, signal)
+    assert reached == [17] and all(map(torch.equal, values(model), before))
+    assert all(p.grad is None for p in model.parameters())
+    result = train_step(model, optimizer, [batch(), batch()], CONFIG, 0, stop, signal, ranks=Two([0, 1]))
+    result.read()
+    assert result.stops and reached == [17, 17, 34] and not all(map(torch.equal, values(model), before))
+    result = train_step(model, optimizer, [batch()], CONFIG, 1, None, signal, ranks=Two([0]))
+    assert result.read()[0] > 0 and not result.stops
+
+
+def test_a_rank_without_a_stream_adds_nothing():
+    model, optimizer = trained()
+    result = train_step(model, optimizer, [batch()], resolve({"objective": "dpo"}), 0, ranks=Two([]))
+    assert result.read() == (0, 0) and result.logged == dict.fromkeys(LOGGED, 0)
+    assert set(result.grad_norms().values()) == {0} and len(result.grad_norms()) == len(list(optimizer.state))
 
 
 def test_a_step_takes_the_time_since_the_one_before_was_read(monkeypatch: pytest.MonkeyPatch):
