@@ -1,5 +1,6 @@
 """A step is launched whole and its numbers are read later: what is written, and what a loss that is not finite may touch."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,17 @@ def lines(run: Path) -> list[dict[str, Any]]:
     timed = ("tokens_per_second", "mfu", "memory_gb", "time")
     found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in timed} for line in found]
+
+
+@pytest.mark.parametrize(("longest", "steps"), [(0, [1, 2]), (1e6, [])])
+def test_the_report_follows_a_run_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float, steps: list):
+    """Behind a snapshot that is not the last, if the report is old enough."""
+    clock, written = itertools.count(1e9), []
+    monkeypatch.setattr("minilora.train.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("minilora.train.REFRESH", longest)
+    monkeypatch.setattr("minilora.train.report_quietly", lambda run: written.append(len(lines(run))))
+    run_of(tmp_path, "run", max_steps=3, save_every=1)
+    assert written == steps
 
 
 @pytest.mark.parametrize(("clip", "factor"), [(0.0, 1.0), (2.5, 0.5), (9.0, 1.0)])
