@@ -363,7 +363,7 @@ ENGINE = {
     "minilora/data.py": "test_data test_objective run/test_step",
     "minilora/rows/dataset.py": "rows/test_sources rows/test_load_rows test_data",
     "minilora/rows/token_store.py": "rows/test_load_rows rows/test_sources test_data",
-    "minilora/rows/render.py": "test_data rows/test_load_rows rows/test_rows rows/test_tool_rows tools/test_classification",
+    "minilora/rows/render.py": "rows/test_render test_data rows/test_load_rows rows/test_tool_rows",
     "minilora/rows/shapes.py": "rows/test_rows rows/test_keys rows/test_tool_rows rows/test_load_rows test_objective",
     "minilora/rows/split.py": "rows/test_sources rows/test_load_rows",
     "minilora/objective.py": "test_objective",

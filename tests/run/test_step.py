@@ -67,7 +67,9 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("longest", "steps"), [(0, [1, 2]), (1e6, [])])
-def test_the_report_follows_a_run_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float, steps: list):
+def test_the_report_follows_a_run_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float, steps: list
+):
     """Behind a snapshot that is not the last, if the report is old enough."""
     clock, written = itertools.count(1e9), []
     monkeypatch.setattr("minilora.train.time", SimpleNamespace(perf_counter=lambda: next(clock)))
