@@ -19,6 +19,7 @@ from minilora.config import defaults
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, linears, set_dropout_keys
+from minilora.methods.dora import DoRALinear
 from minilora.models.decoder import Decoder
 from minilora.models.layers import Linear
 from minilora.targets import chosen
@@ -513,6 +514,29 @@ def test_pickle_is_not_read(tmp_path: Path):
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickle"):
         load_adapter(tiny(), tmp_path / "a")
+
+
+def test_a_dora_adapter_has_a_fitting_vector_of_every_linear(tmp_path: Path):
+    model = tiny()
+    add_lora(model, "o_proj", r=2, kind=DoRALinear)
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    again, path = tiny(), tmp_path / "a" / "adapter_model.safetensors"
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(model.logits(IDS), again.logits(IDS))
+    file = SafetensorsFile(path)
+    tensors = {key: file.tensor(key).clone() for key in file.entries}
+    first, *others = [key for key in tensors if "magnitude" in key]
+    without = {key: t for key, t in tensors.items() if key != first}
+    for told, changed in (
+        ("the magnitudes of .* are", tensors | {first: torch.ones(1)}),
+        ("has not all of a DoRA adapter", without),
+        ("says use_dora, and", {key: t for key, t in without.items() if key not in others}),
+    ):
+        path.unlink()
+        write_tensors(path, changed)
+        with pytest.raises(ModelError, match=told):
+            load_adapter(tiny(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("half", ["A", "B"])

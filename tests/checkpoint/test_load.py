@@ -157,6 +157,17 @@ def test_old_rotary_buffers_are_ignored(tmp_path):
     assert equal(load_model(make(tmp_path / "m", weights_of() | extra)), load_model(GOLDEN / "qwen3"))
 
 
+def test_a_layer_behind_the_last_is_ignored_where_glm_has_one(tmp_path):
+    """That of the tokens after the next."""
+    weights, layers = weights_of("glm4_moe"), read_config(GOLDEN / "glm4_moe").layers
+    weights |= {f"model.layers.{layers}.eh_proj.weight": torch.ones(2)}
+    assert equal(load_model(make(tmp_path / "a", weights, "glm4_moe")), load_model(GOLDEN / "glm4_moe"))
+    weights |= {f"model.layers.{layers - 1}.eh_proj.weight": torch.ones(2)}
+    assert f"unexpected: model.layers.{layers - 1}.eh_proj" in refusal(make(tmp_path / "b", weights, "glm4_moe"))
+    more = weights_of() | {"model.layers.2.eh_proj.weight": torch.ones(2)}
+    assert "unexpected: model.layers.2.eh_proj" in refusal(make(tmp_path / "c", more))
+
+
 def test_a_tied_head_that_is_there_and_equal(tmp_path):
     weights = weights_of()
     assert "lm_head.weight" not in weights

@@ -213,6 +213,8 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     assert "256 positions" in load_data(config(model, tmp_path / "f")).notes["long"]
     alone = load_data(config(model, tmp_path / "f" / "train.json"))
     assert not len(alone.val) and not alone.notes and not alone.taken
+    write_split(tmp_path / "data", alone)
+    assert not (tmp_path / "data").exists()
     with pytest.raises(UsageError, match="no row of"):
         load_data(config(model, tmp_path / "f", define={"nobody": "x"}))
 
