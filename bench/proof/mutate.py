@@ -35,7 +35,7 @@ LEFT_ALONE = re.compile(
 )
 # functions, and names of texts below, that nothing is computed from
 TELLS = {"print", "say", "quote", "begin", "reached"}
-TEXTS = {"what", "hint", "told", "shown", "more", "reason", "note", "lines"}
+TEXTS = {"what", "hint", "told", "shown", "reason"}
 ON_GPUS = re.compile(r"is_cuda|_computed|type == 'cuda'")  # conditions; bench.gpu is the proof there
 # arguments that change how a file looks or where a tensor lies, not what is in it; strict is an assertion
 FORM = {"strict", "indent", "separators", "ensure_ascii", "encoding", "device", "non_blocking", "digest_size"}
