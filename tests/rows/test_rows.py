@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilora.config import DataConfig
-from minilora.errors import DataError
+from minilora.errors import DataError, RowError
 from minilora.rows import fill, find_data, json_files, open_rows, read_rows, trainable
+from minilora.rows.shapes import to_messages
 
 FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = {"prompt": "a", "completion": "b"}
@@ -241,6 +242,20 @@ def test_what_is_no_file(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     assert "is not a regular file" in refusal(tmp_path / "pipe")
     assert "is not there" in refusal(tmp_path / "absent")
+
+
+ASKS = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [([], "no object"), ([3], "no object"), ([ASKS, 3], "no object"), ({"messages": [ASKS, 3]}, "no messages"),
+     ([ASKS, {"from": "gpt", "value": "b"}], "unknown shape"), ({"messages": [ASKS, {"from": "x", "value": "b"}]}, "unknown role")],
+)  # fmt: skip
+def test_a_list_is_of_messages_or_of_turns(value, reason):
+    with pytest.raises(RowError) as caught:
+        to_messages(value, "x")
+    assert caught.value.reason == reason
 
 
 def test_define(tmp_path):
