@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +21,7 @@ from minilora.errors import Diverged, Stopped
 from minilora.objective import LOGGED
 from minilora.ranks.ranks import Ranks
 from minilora.run import step as step_module
+from minilora.run.fit import stream_tokens
 from minilora.run.folder import Progress
 from minilora.run.setup import optimizer_of
 from minilora.run.step import StepLog, StepResult
@@ -100,24 +103,48 @@ class Two(Ranks):
     def own(self, lengths: list[int]) -> list[int]:
         return self.streams
 
+    def note(self, lengths: list[int]) -> str:
+        return "two"
+
 
 def test_a_signal_ends_a_step_between_streams_or_with_other_ranks_after_it():
     model, optimizer = trained()
     before, stop, reached = values(model), cast(Any, SimpleNamespace(requested=False)), []
 
-    def signal(tokens: int) -> None:
+    def ends(tokens: int) -> None:
         reached.append(tokens)
         stop.requested = True
 
     with pytest.raises(Stopped):
-        train_step(model, optimizer, [batch(), batch()], CONFIG, 0, stop, signal)
+        train_step(model, optimizer, [batch(), batch()], CONFIG, 0, stop, ends)
     assert reached == [17] and all(map(torch.equal, values(model), before))
     assert all(p.grad is None for p in model.parameters())
-    result = train_step(model, optimizer, [batch(), batch()], CONFIG, 0, stop, signal, ranks=Two([0, 1]))
+    result = train_step(model, optimizer, [batch(), batch()], CONFIG, 0, stop, ends, ranks=Two([0, 1]))
     result.read()
     assert result.stops and reached == [17, 17, 34] and not all(map(torch.equal, values(model), before))
-    result = train_step(model, optimizer, [batch()], CONFIG, 1, None, signal, ranks=Two([0]))
+    result = train_step(model, optimizer, [batch()], CONFIG, 1, None, ends, ranks=Two([0]))
     assert result.read()[0] > 0 and not result.stops
+
+
+def test_ranks_stop_behind_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The signal comes in the third; that all know of it is read while the fourth is on its way."""
+
+    def interrupted(*args: Any) -> StepResult:
+        if args[4] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    asked = []
+    monkeypatch.setattr("minilora.train.train_step", interrupted)
+    monkeypatch.setattr("minilora.train.join", lambda timeout: Two([0]))
+    monkeypatch.setattr(
+        "minilora.run.schedule.stream_tokens", lambda *given: asked.append(given[4:]) or stream_tokens(*given)
+    )
+    with pytest.raises(Stopped):
+        run_of(tmp_path, "run", save_every=100, micro_tokens=10_000, batch_size=5)
+    assert asked == [(3, 1)]  # of five rows a rank has up to three; no base is shared
+    assert (tmp_path / "run" / "checkpoints" / "last").readlink() == Path("step-4")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_a_rank_without_a_stream_adds_nothing():
