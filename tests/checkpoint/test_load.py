@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from minilora.checkpoint.load import load_model, read_config
+from minilora.checkpoint.load import MOST, MOST_EXPERTS, _of_some_size, load_model, read_config
 from minilora.checkpoint.save import save_model, write_checkpoint
 from minilora.errors import ModelError, UsageError
 from minilora.files.atomic import atomic_folder
@@ -251,6 +253,15 @@ def test_a_config_that_does_not_work_names_the_key(tmp_path, changes, part):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b'{"a":' * 100_000, b"\xff\xfe{", b'{"model_type": "qwen3"} x']
 )
+def test_sizes_out_of_all_proportion_together():
+    sizes = {"heads": 1, "head_size": 1, "value_heads": 1, "value_size": 1, "layers": 1, "experts": 1}
+    for most, one, two in ((MOST, "heads", "head_size"), (MOST, "value_heads", "value_size"), (MOST_EXPERTS, "layers", "experts")):
+        largest: Any = SimpleNamespace(**sizes | {one: most // 4, two: 4})
+        assert _of_some_size(largest) is largest
+        with pytest.raises(ValueError, match="together"):
+            _of_some_size(cast(Any, SimpleNamespace(**sizes | {one: most // 4 + 1, two: 4})))
+
+
 def test_a_broken_config_json(tmp_path, content):
     folder = make(tmp_path / "m", weights_of())
     (folder / "config.json").write_bytes(content)
