@@ -219,6 +219,8 @@ EQUIVALENT = {
     ("fit", "streams_on_card", "off by one", "tokens <= most_twice"): "the bound is an estimate",
     ("fit", "stream_tokens", "early exit dropped", "return Streams(usual)"): "it saves a second",
     ("load", "check_shapes", "order forgotten", "sorted(wanted.keys() & found.keys())"): "the order of a message",
+    ("load", "_check_kind", "order forgotten", "sorted(names)"): "which of several is named",
+    ("adapter_config", "refuse_what_is_not_lora", "number changed", "1e30"): "beyond every use",
     ("adapter_config", "_plain", "number off by one", "2"): "the bound on what is tried is a rough one",
     ("token_store", "Writer.add", "number off by one", "8"): "another hash of the same tokens",
     ("snapshot", "fill_trained_folder", "number off by one", "1"): "beyond every size",

@@ -83,6 +83,14 @@ def test_a_pair_is_one_piece_or_none(tokenizer):
     assert alone == 0 and over is None
 
 
+def test_the_end_of_an_answer_may_be_left_out(tokenizer):
+    (ids, trained), (same, fewer) = (
+        render_row(chat("a", "b"), tokenizer, replace(SETTINGS, train_end=end)) for end in (True, False)
+    )
+    assert ids.tolist() == same.tolist() and tokenizer.decode(ids[fewer].tolist()) == "b"
+    assert tokenizer.decode(ids[trained].tolist(), specials=True).startswith("b<|im_end|>")
+
+
 def test_a_thought_needs_a_place(tokenizer):
     row = to_messages({"messages": [{"role": "user", "content": "a"},
                                     {"role": "assistant", "content": "b", "reasoning_content": "c"}]}, "x")  # fmt: skip
