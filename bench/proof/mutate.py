@@ -483,11 +483,16 @@ def in_turn(faults: list[Fault], most: int) -> list[Fault]:
     return [fault for row in zip_longest(*spread) for fault in row if fault]
 
 
+def _without_line(told: str) -> str:
+    return re.sub(r":\d+ ", " ", told, count=1)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.proof.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="files, or parts of their names")
     parser.add_argument("--per-file", type=int, default=1000, help="faults in every file (all of --each)")
+    parser.add_argument("--again", type=Path, metavar="FILE.json", help="plant only what survived there, of --each 1000")
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)
@@ -503,6 +508,10 @@ def main(argv: list[str] | None = None) -> int:
         sources[file] = (ROOT / file).read_text()
         planted += by_hand(file, sources[file]) if any(part in file for part in args.only) else []
     planted = in_turn(planted, args.per_file)
+    if args.again:
+        before = json.loads(args.again.read_text())["faults"]
+        lived = {_without_line(done["fault"]) for done in before if not done["killed"]}
+        planted = [fault for fault in planted if _without_line(fault.told(sources[fault.file])) in lived]
     if args.list:
         print(*[fault.told(sources[fault.file]) for fault in planted], sep="\n")
         return 0
