@@ -22,6 +22,8 @@ from minilora.lora import adapters, linears, set_dropout_keys
 from minilora.methods.dora import DoRALinear
 from minilora.models.decoder import Decoder
 from minilora.models.layers import Linear
+from minilora.run.setup import prepare
+from minilora.settings import resolve
 from minilora.targets import chosen
 
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -311,6 +313,14 @@ def test_save_and_load_is_bit_exact(tmp_path: Path, targets: str, rslora: bool):
     save_adapter(other, tmp_path / "b", "a/base")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_adapter_of_another_method_is_read_by_it(tmp_path: Path):
+    model = prepare(tiny(), resolve({"method": "ia3"}))
+    save_adapter(model, tmp_path / "a")
+    again = tiny()
+    load_adapter(again, tmp_path / "a")
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()] and not paths(again)
 
 
 def test_an_adapter_of_a_bf16_base_is_fp32_in_the_file(tmp_path: Path):

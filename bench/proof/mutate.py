@@ -219,6 +219,7 @@ EQUIVALENT = {
     ("fit", "streams_on_card", "off by one", "tokens <= most_twice"): "the bound is an estimate",
     ("fit", "stream_tokens", "early exit dropped", "return Streams(usual)"): "it saves a second",
     ("load", "check_shapes", "order forgotten", "sorted(wanted.keys() & found.keys())"): "the order of a message",
+    ("step", "StepResult.read", "number off by one", "4"): "how many rows are named",
     ("load", "_check_kind", "order forgotten", "sorted(names)"): "which of several is named",
     ("adapter_config", "refuse_what_is_not_lora", "number changed", "1e30"): "beyond every use",
     ("adapter_config", "_plain", "number off by one", "2"): "the bound on what is tried is a rough one",
@@ -492,7 +493,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="files, or parts of their names")
     parser.add_argument("--per-file", type=int, default=1000, help="faults in every file (all of --each)")
-    parser.add_argument("--again", type=Path, metavar="FILE.json", help="plant only what survived there, of --each 1000")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE.json", help="plant only what survived there, of --each 1000"
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)

@@ -251,4 +251,6 @@ def test_what_fails_behind_an_unread_step_is_saved_with_that_step(tmp_path: Path
     with pytest.raises(RuntimeError, match="gone"):
         run_of(tmp_path, "run")
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    saved = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["last", "step-3", "step-5"]
     assert (tmp_path / "run" / "checkpoints" / "last").readlink() == Path("step-5")
