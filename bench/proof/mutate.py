@@ -3,10 +3,11 @@
     python -m bench.proof.mutate [--each 2] [--per-file 4] [--only kernels/rms_norm] [--list]
 
 A fault is a change of the syntax tree (a mask dropped, a sign turned, a rounding, an fsync or a check forgotten ...), so the faults
-follow the code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples, the choice of tiles
-and what only tells are left alone: the first two are what the tests compare with, the others change no result. Of the engine the files
-are those of ENGINE. In the routers and the gated DeltaNet of models/ the faults are written out (BY_HAND): mistakes that others made
-there. A fault is killed when the file's tests fail or run for too long. Exit code 1 when fewer than 95 % are killed.
+follow the code as it changes. Of every kind `--each` are planted in every file, spread over it. References, examples, the choice of
+tiles and what only tells the user something are left alone: the first two are what the tests compare with, the others change no result.
+Of the engine the files are those of ENGINE. In the routers and the gated DeltaNet of models/ the faults are written out (BY_HAND):
+mistakes that others made there. A fault is killed when the file's tests fail or run for too long. Exit code 1 when fewer than 95 % are
+killed.
 """
 
 import argparse
@@ -199,22 +200,15 @@ OF_THE_ENGINE = (_comparisons, _terms, _roundings, _statements, _functions, _num
 EQUIVALENT = {
     ("swiglu", "sigmoid", "off by one", "x >= 0"): "at 0 both branches are 1",
     ("lora_gemm", "as_operand", "cast forgotten", "x.to(DTYPE)"): "on a GPU alone, where it does not compile",
-    ("dequantize", "dequantize", "cast forgotten", "tl.load(scales[0] + o_b, mask=m_b, other=0).to(tl.int32)"): (
-        "offsets are signed in some versions of Triton, on a GPU alone"
-    ),
+    ("dequantize", "dequantize", "cast forgotten", "tl.load(scales[0] + o_b, mask=m_b, other=0).to(tl.int32)"):
+        "offsets are signed in some versions of Triton, on a GPU alone",
     ("dequantize", "dequantize", "cast forgotten", "b_codes.to(tl.int32)"): "the same; codes of 4 bits have no sign",
-    ("attention", "_cpu_backward", "cast forgotten", "part.squeeze(0).transpose(0, 1).to(q.dtype)"): (
-        "autograd casts a gradient to the dtype of its input"
-    ),
+    ("attention", "_cpu_backward", "cast forgotten", "part.squeeze(0).transpose(0, 1).to(q.dtype)"):
+        "autograd casts a gradient to the dtype of its input",
     ("lang", "rounded", "off by one", "(bits & 0x7FFFFFFF) > 0x7F800000"): "infinity has no bits to round",
     ("lora", "LoRALinear.__init__", "number off by one", "0"): "the number of a mask, until the model's have theirs",
     ("lora", "add_lora", "number off by one", "0"): "masks for who sets no keys: any do; or a default of the seed",
-    (
-        "lora",
-        "add_lora",
-        "condition always true",
-        "not wrapper.lora_A.is_meta",
-    ): "what is drawn for a plan lies nowhere",
+    ("lora", "add_lora", "condition always true", "not wrapper.lora_A.is_meta"): "what is drawn for a plan lies nowhere",
     ("train", "train_step", "condition always true", "config.lora_dropout"): "keys of masks that nobody draws",
     ("fit", "streams_on_card", "off by one", "tokens <= most_twice"): "the bound is an estimate",
     ("fit", "stream_tokens", "early exit dropped", "return Streams(usual)"): "it saves a second",
@@ -226,7 +220,7 @@ EQUIVALENT = {
     ("token_store", "Writer.add", "number off by one", "8"): "another hash of the same tokens",
     ("snapshot", "fill_trained_folder", "number off by one", "1"): "beyond every size",
     ("snapshot", "fill_trained_folder", "number off by one", "62"): "beyond every size",
-}
+}  # fmt: skip
 
 
 # of models/: (what is wrong, what is there, what is planted)
@@ -381,7 +375,7 @@ ENGINE = {
     "minilora/run/folder.py": "run/test_folder run/test_leftovers run/test_resume test_train",
     "minilora/files/atomic.py": "files/test_atomic run/test_leftovers files/test_regular checkpoint/test_load",
     "minilora/files/safetensors.py": "files/test_safetensors files/test_atomic",
-    "minilora/checkpoint/adapter.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters checkpoint/test_loftq",
+    "minilora/checkpoint/adapter.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters checkpoint/test_loftq test_cases",
     "minilora/checkpoint/adapter_config.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters test_cases",
     "minilora/checkpoint/factors.py": "checkpoint/test_factors tools/test_inspect_adapter checkpoint/test_foreign_adapters checkpoint/test_experts",
     "minilora/checkpoint/load.py": "checkpoint/test_load models/test_config_keys checkpoint/test_quantized_folders",
