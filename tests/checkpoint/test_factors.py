@@ -81,3 +81,33 @@ def test_written_factors_come_back(tmp_path):
     assert j["rank_pattern"] == j["alpha_pattern"] == {LAYERS[0]: 1, LAYERS[2]: 2}
     with pytest.raises(UsageError, match="on experts"):
         write_factors(tmp_path / "c", {"a.experts.0.b": cut[LAYERS[0]]}, source)
+
+
+LAYER = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("paths", "config", "leaves"),
+    [
+        ([LAYER], {}, {"": "gate_up_proj"}),
+        ([LAYER], {"target_parameters": ["mlp.experts.down_proj"]}, {"": "down_proj"}),
+        ([LAYER, f"{LAYER}.base_layer"], {}, {"": "down_proj", ".base_layer": "gate_up_proj"}),
+    ],
+)
+def test_a_stack_is_a_pair_of_matrices_of_each_expert(tmp_path, paths, config, leaves):
+    """Three experts in PEFT's layout: A [experts x R, in], B [out, R x experts], the rank major."""
+    tensors = {k: t for path in paths for k, t in halves(path, 6).items()}
+    found = read_factors(folder_of(tmp_path / "a", tensors, **config))
+    assert sorted(found) == sorted(f"{LAYER}.{e}.{leaf}" for leaf in leaves.values() for e in range(3))
+    for inner, leaf in leaves.items():
+        a, b = (tensors[f"{LAYER}{inner}.lora_{half}"].double() for half in "AB")
+        for e in range(3):
+            f = found[f"{LAYER}.{e}.{leaf}"]
+            assert f.scale == 3 and torch.equal(f.a, a[2 * e : 2 * e + 2]) and torch.equal(f.b, b[:, e::3])
+
+
+@pytest.mark.parametrize("changes", [{"A": torch.ones(5, 3)}, {"B": torch.ones(4, 5)}, {"A": None}, {"B": None}])
+def test_a_stack_that_does_not_fit_is_refused(tmp_path, changes):
+    tensors = {k: changes.get(k[-1], t) for k, t in halves(LAYER, 6).items()}
+    with pytest.raises(ModelError, match="belong there"):
+        read_factors(folder_of(tmp_path / "a", {k: t for k, t in tensors.items() if t is not None}))
