@@ -14,6 +14,7 @@ from minilora.checkpoint.merge import merge_folder
 from minilora.errors import DiskError, ModelError, OutputInUse
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, add_lora
+from minilora.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -30,7 +31,15 @@ def trained(request, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "glm", "glm4"])
-def test_every_family_merges(tmp_path, family):
+def test_every_family_merges(tmp_path, family, monkeypatch):
+    """With an adapter of other tools, which tells of no base and has a chat template of its own."""
+
+    def with_its_own(*folders):
+        tokenizer = load_tokenizer(*folders)
+        tokenizer.replaced["chat_template.jinja"] = b"its own"
+        return tokenizer
+
+    monkeypatch.setattr(merge_module, "load_tokenizer", with_its_own)
     folder = make_model(tmp_path / "model", torch.bfloat16, model_type=family)
     model = minilora.load_model(folder, device="cpu")
     add_lora(model, r=3, alpha=6)
@@ -40,9 +49,10 @@ def test_every_family_merges(tmp_path, family):
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     file = SafetensorsFile(weights)
     weights.unlink()
-    write_tensors(weights, {key: file.tensor(key) for key in file.entries})  # as other tools do, which tell of no base
+    write_tensors(weights, {key: file.tensor(key) for key in file.entries})
     proof = merge_folder(folder, tmp_path / "adapter", tmp_path / "merged", device="cpu")
     assert proof.holds and proof.adapter > proof.merged
+    assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == b"its own"
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
