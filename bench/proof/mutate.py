@@ -119,9 +119,10 @@ def _strides(node: ast.AST, text: Callable[[ast.AST], str], function: ast.AST) -
 def _roundings(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.Call) and _call(node) == "rounded":
         yield "rounding forgotten", node, text(node.args[0])
-    if _call(node).endswith(".to") and not text(node.args[0]).endswith("device"):  # pyright: ignore[reportAttributeAccessIssue]
-        kind = "int64 forgotten" if "int64" in text(node.args[0]) else "cast forgotten"
-        yield kind, node, text(node.func.value)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+        what = text(node.args[0])
+        if not what.endswith("device"):
+            yield "int64 forgotten" if "int64" in what else "cast forgotten", node, text(node.func.value)
     if isinstance(node, ast.Name) and node.id == "ACC" and isinstance(node.ctx, ast.Load):
         yield "half accumulator", node, "tl.float16"
     if isinstance(node, ast.Attribute) and ast.unparse(node) in ("tl.float32", "torch.float32"):
@@ -134,8 +135,9 @@ def _statements(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> It
     if isinstance(node, ast.AugAssign):
         yield "sum overwritten", node, f"{text(node.target)} = {text(node.value)}"
     if isinstance(node, ast.If | ast.IfExp):
-        inverted = isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not)
-        yield "condition turned", node.test, text(node.test.operand) if inverted else f"not ({text(node.test)})"
+        test = node.test
+        inverted = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
+        yield "condition turned", test, text(test.operand) if inverted else f"not ({text(test)})"
 
 
 def _functions(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:

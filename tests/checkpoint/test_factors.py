@@ -30,8 +30,8 @@ def halves(path, r=2, n=4, k=3):
 
 def test_norm_and_product_are_those_of_the_change_of_w():
     generator = torch.Generator().manual_seed(0)
-    a, b = (Factors(*(torch.empty(s).double().normal_(generator=generator) for s in ((r, 5), (7, r))), scale)
-            for r, scale in ((2, 3.0), (4, 0.5)))  # fmt: skip
+    drawn = [torch.empty(shape).double().normal_(generator=generator) for shape in ((2, 5), (7, 2), (4, 5), (7, 4))]
+    a, b = Factors(drawn[0], drawn[1], 3.0), Factors(drawn[2], drawn[3], 0.5)
     one, two = (f.scale * f.b @ f.a for f in (a, b))
     assert a.r == 2 and a.norm == pytest.approx(float(one.norm()), rel=1e-12)
     assert a.dot(b) == pytest.approx(float((one * two).sum()), rel=1e-12) == b.dot(a)

@@ -90,7 +90,7 @@ def test_gradients_are_clipped_by_the_norm_of_all(clip: float, factor: float):
     numbers = update(optimizer, torch.tensor([1.0, 7.0, 8.0]), torch.tensor(2.0, dtype=torch.float64), clip)
     assert numbers.tolist() == [1, 5, 2, 7, 8, 3, 4] and numbers.dtype == torch.float32
     wanted = torch.tensor([-3.0, 0, 0, 0, 0, -4.0]) * factor
-    torch.testing.assert_close(torch.cat(parameters).detach(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.cat([p.detach() for p in parameters]), wanted, rtol=1e-6, atol=0)
 
 
 class Two(Ranks):
