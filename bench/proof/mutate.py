@@ -135,9 +135,11 @@ def _statements(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> It
     if isinstance(node, ast.AugAssign):
         yield "sum overwritten", node, f"{text(node.target)} = {text(node.value)}"
     if isinstance(node, ast.If | ast.IfExp):
-        test = node.test
-        inverted = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
-        yield "condition turned", test, text(test.operand) if inverted else f"not ({text(test)})"
+        match node.test:
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                yield "condition turned", node.test, text(operand)
+            case _:
+                yield "condition turned", node.test, f"not ({text(node.test)})"
 
 
 def _functions(node: ast.AST, text: Callable[[ast.AST], str], _: ast.AST) -> Iterator[Change]:
