@@ -80,7 +80,7 @@ def test_written_factors_come_back(tmp_path):
     assert j["r"] == j["lora_alpha"] == 3 and j["lora_dropout"] == 0.5
     assert j["rank_pattern"] == j["alpha_pattern"] == {LAYERS[0]: 1, LAYERS[2]: 2}
     with pytest.raises(UsageError, match="on experts"):
-        write_factors(tmp_path / "c", {"a.experts.0.b": cut[LAYERS[0]]}, source)
+        write_factors(tmp_path / "c", cut | {"a.experts.0.b": cut[LAYERS[0]]}, source)
 
 
 LAYER = "model.layers.0.mlp.experts"
