@@ -220,7 +220,6 @@ EQUIVALENT = {
     ("step", "StepResult.read", "number off by one", "4"): "how many rows are named",
     ("load", "_check_kind", "order forgotten", "sorted(names)"): "which of several is named",
     ("adapter_config", "refuse_what_is_not_lora", "number changed", "1e30"): "beyond every use",
-    ("adapter_config", "_plain", "number off by one", "2"): "the bound on what is tried is a rough one",
     ("token_store", "Writer.add", "number off by one", "8"): "another hash of the same tokens",
     ("snapshot", "fill_trained_folder", "number off by one", "1"): "beyond every size",
     ("snapshot", "fill_trained_folder", "number off by one", "62"): "beyond every size",
