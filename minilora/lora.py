@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.kernels.dropout import DEFAULT_KEY, NO_KEYS, shared_keys
+from minilora.kernels.dropout import NO_KEYS, shared_keys
 from minilora.kernels.lora_linear import lora_linear_group
 from minilora.kernels.projection import Adapter, Projection
 from minilora.kernels.quantized import Weight
@@ -60,8 +60,7 @@ class LoRALinear(Adapted):
     def projection(self) -> Projection | None:
         """The layer as the kernels see it; a block hands those of one input to them together."""
         p = self.dropout if self.training else 0.0
-        key = self.keys.of(self.number) if p else DEFAULT_KEY
-        bias = getattr(self.base, "bias", None)
+        bias, key = getattr(self.base, "bias", None), self.keys.of(self.number)
         return Projection(self.base.weight, bias, Adapter(*self.factors(), self.scale, p, key))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -333,6 +333,7 @@ def test_packing_is_first_fit(examples, capacity):
 
 
 def test_one_stream_of_two_examples():
+    assert pack([], 5) == []
     a = Example(np.array([5, 6, 7]), np.array([IGNORE, 7, IGNORE]), "a")
     b = Example(np.array([8, 9]), np.array([9, IGNORE]), "b")
     batch = make_batch([a, b])

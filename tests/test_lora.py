@@ -1,5 +1,6 @@
 """Adapters on tiny models: what they compute, where they go, and their folder."""
 
+import inspect
 import json
 import math
 import re
@@ -14,11 +15,15 @@ from torch import Tensor
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.adapted import without_adapters
 from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED, meant
+from minilora.config import defaults
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, linears, set_dropout_keys
+from minilora.methods.dora import DoRALinear
 from minilora.models.decoder import Decoder
 from minilora.models.layers import Linear
+from minilora.run.setup import prepare
+from minilora.settings import resolve
 from minilora.targets import chosen
 
 families = pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -63,6 +68,18 @@ def test_the_adapter_alone_is_trained(tmp_path: Path):
     wanted = {f"{path}.lora_{half}" for path in paths(model) for half in "AB"}
     assert trained(model).keys() == trained(other).keys() == wanted
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
+
+
+def test_defaults_are_those_of_a_run():
+    given, run = inspect.signature(add_lora).parameters, defaults()
+    names = {
+        "r": "lora_r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "rslora",
+        "targets": "lora_targets",
+    }
+    assert {name: given[name].default for name in names} == {name: run[key] for name, key in names.items()}
 
 
 def test_a_starts_as_pefts_does_and_follows_from_the_seed():
@@ -140,8 +157,9 @@ def test_merged_is_wrapped_in_fp64(family: str):
     torch.testing.assert_close(model.logits(IDS), wrapped, rtol=0, atol=1e-12 * float(wrapped.detach().abs().max()))
 
 
-def test_merge_rounds_once():
-    model = tiny(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merge_rounds_once(dtype: torch.dtype):
+    model = tiny(dtype=dtype)
     add_lora(model, r=4, alpha=8)
     randomise(model)
     wrapped = dict(adapters(model))
@@ -150,8 +168,8 @@ def test_merge_rounds_once():
     merge(model)
     for path, w in weights.items():
         merged = model.get_parameter(f"{path}.weight")
-        assert torch.equal(merged, (w.float() + deltas[path]).bfloat16())
-        assert not torch.equal(merged, w + deltas[path].bfloat16()), "rounding twice would not be seen here"
+        assert torch.equal(merged, (w.float() + deltas[path]).to(dtype))
+        assert not torch.equal(merged, w + deltas[path].to(dtype)), "rounding twice would not be seen here"
 
 
 def test_merge_leaves_the_rest_alone():
@@ -295,6 +313,14 @@ def test_save_and_load_is_bit_exact(tmp_path: Path, targets: str, rslora: bool):
     save_adapter(other, tmp_path / "b", "a/base")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_adapter_of_another_method_is_read_by_it(tmp_path: Path):
+    model = prepare(tiny(), resolve({"method": "ia3"}))
+    save_adapter(model, tmp_path / "a")
+    again = tiny()
+    load_adapter(again, tmp_path / "a")
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()] and not paths(again)
 
 
 def test_an_adapter_of_a_bf16_base_is_fp32_in_the_file(tmp_path: Path):
@@ -450,6 +476,7 @@ def test_patterns_that_try_for_ever_are_not_tried(tmp_path: Path, pattern: str):
         r"model\.layers\.[0-9]+\.self_attn.*",
         "(?:q_proj|up_proj)",
         ".*attn.*",
+        "(?:q_proj|up_proj|".ljust(199, "k") + ")",  # no longer one is tried
         r"layers\.\d\d?\.self",
     ],
 )
@@ -498,6 +525,29 @@ def test_pickle_is_not_read(tmp_path: Path):
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickle"):
         load_adapter(tiny(), tmp_path / "a")
+
+
+def test_a_dora_adapter_has_a_fitting_vector_of_every_linear(tmp_path: Path):
+    model = tiny()
+    add_lora(model, "o_proj", r=2, kind=DoRALinear)
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    again, path = tiny(), tmp_path / "a" / "adapter_model.safetensors"
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(model.logits(IDS), again.logits(IDS))
+    file = SafetensorsFile(path)
+    tensors = {key: file.tensor(key).clone() for key in file.entries}
+    first, *others = [key for key in tensors if "magnitude" in key]
+    without = {key: t for key, t in tensors.items() if key != first}
+    for told, changed in (
+        ("the magnitudes of .* are", tensors | {first: torch.ones(1)}),
+        ("has not all of a DoRA adapter", without),
+        ("says use_dora, and", {key: t for key, t in without.items() if key not in others}),
+    ):
+        path.unlink()
+        write_tensors(path, changed)
+        with pytest.raises(ModelError, match=told):
+            load_adapter(tiny(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("half", ["A", "B"])

@@ -19,9 +19,10 @@ from minilora.errors import RowError
 from minilora.evaluate import evaluate
 from minilora.files.strict_json import read_json_lines
 from minilora.lora import adapters, add_lora, trained_parameters
-from minilora.objective import objective_of, pair_numbers, preference_losses
+from minilora.objective import LOGGED, SFT, objective_of, pair_numbers, preference_losses
 from minilora.rows.preferences import to_pair
 from minilora.run.setup import optimizer_of
+from minilora.settings import resolve
 from minilora.train import train_step
 
 BETA = 0.3
@@ -91,6 +92,14 @@ def test_loss_and_gradients_are_the_formulas(family: str, checkpointing: bool):
         torch.testing.assert_close(grad, wanted[name], rtol=1e-5, atol=1e-7 * float(wanted[name].abs().max()), msg=name)
 
 
+def test_the_objective_is_what_the_config_says():
+    assert objective_of(resolve({})) is SFT and SFT.passes == (True,)
+    dpo, batch = objective_of(resolve({"objective": "dpo", "beta": 0.25})), make_batch(pairs(4))
+    assert dpo.logged == LOGGED and dpo.passes == (False, True) and dpo.units(batch) == 4
+    model = adapted("qwen3")
+    assert torch.equal(dpo.numbers(model, batch), pair_numbers(model, batch, 0.25))
+
+
 def test_numbers_beside_the_loss():
     policy, reference = torch.tensor([-1.0, -5.0, -3.0, -2.0]), torch.tensor([-2.0, -2.0, -2.0, -2.0])
     losses, rewards = preference_losses(policy, reference, 0.5)
@@ -99,8 +108,8 @@ def test_numbers_beside_the_loss():
     model, examples = adapted("qwen3"), pairs(4)
     _, margin, accuracy, chosen, rejected = pair_numbers(model, make_batch(examples), BETA).tolist()
     assert margin == pytest.approx(chosen - rejected) and accuracy in range(5)
-    with without_adapters(model):  # where nothing differs, each loss is log 2
-        assert pair_numbers(model, make_batch(examples), BETA).tolist()[:2] == pytest.approx([4 * np.log(2), 0])
+    with without_adapters(model):  # where nothing differs, each loss is log 2, and no answer is the likelier
+        assert pair_numbers(model, make_batch(examples), BETA).tolist() == pytest.approx([4 * np.log(2), 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "chatglm"])

@@ -16,7 +16,6 @@ from minilora.data import load_examples
 from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate
 from minilora.lora import adapters
-from minilora.run.schedule import learning_rate
 from minilora.settings import resolve
 from minilora.train import train
 
@@ -117,17 +116,6 @@ def test_the_same_run_twice_is_the_same_file(run, tmp_path):
     train(resolve(config.__dict__, {"output": tmp_path / "again"}), console=QUIET)
     files = [r / "adapter" / "adapter_model.safetensors" for r in (folder, tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("schedule", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
-)
-def test_schedules(schedule, middle, last):
-    config = resolve({"lr": 1.0, "warmup": 0.1, "schedule": schedule})
-    rates = [learning_rate(config, step, 1000) for step in range(1000)]
-    assert rates[:100] == pytest.approx([(i + 1) / 100 for i in range(100)])
-    assert rates[550] == pytest.approx(middle) and rates[999] == pytest.approx(last, abs=2e-3)
-    assert learning_rate(resolve({"lr": 1.0, "warmup": 4}), 0, 10) == pytest.approx(0.25)
 
 
 def test_full_training_keeps_the_checkpoints_dtype(tmp_path):

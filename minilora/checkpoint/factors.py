@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
-from ..files.atomic import atomic_folder
+from ..files.atomic import new_folder
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
 from ..files.safetensors import write_tensors
 from .adapter import PREFIX, path_and_half
@@ -121,6 +121,6 @@ def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> 
         for path, f in factors.items()
         for which, t in (("A", f.a), ("B", f.b))
     }
-    with atomic_folder(target) as stage:
+    with new_folder(target) as stage:
         write_tensors(stage / ADAPTER_WEIGHTS, tensors, weights_of(source.path).metadata)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(source.adapter_config | ranks, indent=2) + "\n")

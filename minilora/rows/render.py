@@ -85,7 +85,7 @@ def render_row(row: Row, tokenizer: Tokenizer, settings: DataConfig) -> Piece:
         rendered, mask = tokenizer.render(row.messages, loss_on=settings.loss_on, train_end=settings.train_end)
     except DataError as error:
         raise RowError("not for this chat format", f"{row.where}: {error.what}", error.hint) from None
-    ids, trained = np.array(rendered, dtype=np.int64), np.array(mask, dtype=bool)
+    ids, trained = np.array(rendered), np.array(mask)
     if not trained.any():
         what = f"{row.where}: there is nothing to learn, no token is trained"
         raise RowError("nothing trained", what, "Check loss_on and the row's loss keys.")
@@ -102,7 +102,7 @@ def _text_pieces(row: Row, tokenizer: Tokenizer, longest: int) -> list[Piece]:
         raise RowError("not for this chat format", what, "Write it as prompt and response.")
     ids = tokenizer.encode_answer(row.messages[0]["content"]) + ending
     step = max(longest - len(opening), 2)
-    pieces = [np.array(opening + ids[i : i + step], dtype=np.int64) for i in range(0, len(ids), step)]
+    pieces = [np.array(opening + ids[i : i + step]) for i in range(0, len(ids), step)]
     least = max(len(opening), 1)
     return [(piece, np.arange(len(piece)) >= least) for piece in pieces if len(piece) > least]
 

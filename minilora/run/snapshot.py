@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapted import adapted
 from ..checkpoint.adapter import factors_of, fill_adapter_folder
@@ -82,12 +82,7 @@ def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             p.copy_(value)
         for name, p in parameters.items():
             if moments.entries:
-                optimizer.state[p] = {k: _moment(moments.tensor(f"{k}.{name}"), k, p) for k in state_keys}
-
-
-def _moment(value: Tensor, key: str, p: nn.Parameter) -> Tensor:
-    device = p.device if key != "step" or p.is_cuda else torch.device("cpu")
-    return value.clone().to(device)
+                optimizer.state[p] = {k: moments.tensor(f"{k}.{name}").to(p.device, copy=True) for k in state_keys}
 
 
 def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:

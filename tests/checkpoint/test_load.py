@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from minilora.checkpoint.load import load_model, read_config
+from minilora.checkpoint.load import MOST, MOST_EXPERTS, _of_some_size, load_model, read_config
 from minilora.checkpoint.save import save_model, write_checkpoint
 from minilora.errors import ModelError, UsageError
 from minilora.files.atomic import atomic_folder
@@ -157,6 +159,17 @@ def test_old_rotary_buffers_are_ignored(tmp_path):
     assert equal(load_model(make(tmp_path / "m", weights_of() | extra)), load_model(GOLDEN / "qwen3"))
 
 
+def test_a_layer_behind_the_last_is_ignored_where_glm_has_one(tmp_path):
+    """That of the tokens after the next."""
+    weights, layers = weights_of("glm4_moe"), read_config(GOLDEN / "glm4_moe").layers
+    weights |= {f"model.layers.{layers}.eh_proj.weight": torch.ones(2)}
+    assert equal(load_model(make(tmp_path / "a", weights, "glm4_moe")), load_model(GOLDEN / "glm4_moe"))
+    weights |= {f"model.layers.{layers - 1}.eh_proj.weight": torch.ones(2)}
+    assert f"unexpected: model.layers.{layers - 1}.eh_proj" in refusal(make(tmp_path / "b", weights, "glm4_moe"))
+    more = weights_of() | {"model.layers.2.eh_proj.weight": torch.ones(2)}
+    assert "unexpected: model.layers.2.eh_proj" in refusal(make(tmp_path / "c", more))
+
+
 def test_a_tied_head_that_is_there_and_equal(tmp_path):
     weights = weights_of()
     assert "lm_head.weight" not in weights
@@ -237,6 +250,19 @@ def test_a_config_that_does_not_work_names_the_key(tmp_path, changes, part):
     assert part in message and "config.json" in message
 
 
+def test_sizes_out_of_all_proportion_together():
+    sizes = {"heads": 1, "head_size": 1, "value_heads": 1, "value_size": 1, "layers": 1, "experts": 1}
+    for most, one, two in (
+        (MOST, "heads", "head_size"),
+        (MOST, "value_heads", "value_size"),
+        (MOST_EXPERTS, "layers", "experts"),
+    ):
+        largest: Any = SimpleNamespace(**sizes | {one: most // 4, two: 4})
+        assert _of_some_size(largest) is largest
+        with pytest.raises(ValueError, match="together"):
+            _of_some_size(cast(Any, SimpleNamespace(**sizes | {one: most // 4 + 1, two: 4})))
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b'{"a":' * 100_000, b"\xff\xfe{", b'{"model_type": "qwen3"} x']
 )
@@ -311,6 +337,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_save_and_load(tmp_path, name, shard_bytes):
     model = load_model(GOLDEN / name)
+    for p in model.parameters():
+        p.data.add_(1)
     save_model(model, tmp_path / "out", GOLDEN / name, shard_bytes)
     assert equal(load_model(tmp_path / "out"), model)
     sizes = [p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")]
@@ -323,6 +351,14 @@ def test_a_bf16_checkpoint_keeps_its_bits(tmp_path):
     folder = make(tmp_path / "m", weights, dtype="bfloat16")
     save_model(load_model(folder), tmp_path / "out", folder)
     assert files_of(tmp_path / "out") == files_of(folder)
+
+
+def test_a_shard_is_filled_up_to_its_limit(tmp_path):
+    shapes = {name: (torch.float32, (n,)) for name, n in zip("abcdef", (2, 2, 1, 5, 4, 9), strict=True)}
+    write_checkpoint(tmp_path, shapes, lambda name: torch.ones(shapes[name][1]), GOLDEN / "qwen3", shard_bytes=20)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert [file[6:11] for file in index["weight_map"].values()] == [f"{n:05}" for n in (1, 1, 1, 2, 3, 4)]
+    assert index["metadata"]["total_size"] == 4 * 23 and len(list(tmp_path.glob("*-of-00004.safetensors"))) == 4
 
 
 def test_transformers_would_find_the_shards(tmp_path):

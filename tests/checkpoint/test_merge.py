@@ -1,6 +1,8 @@
 """minilora merge: the folder is base + adapter, proven from the disk, or it is not there."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from tiny import make_model
 import minilora
 import minilora.checkpoint.merge as merge_module
 from minilora.checkpoint.merge import merge_folder
-from minilora.errors import ModelError, OutputInUse
+from minilora.errors import DiskError, ModelError, OutputInUse
+from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, add_lora
+from minilora.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -27,20 +31,34 @@ def trained(request, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "glm", "glm4"])
-def test_every_family_merges(tmp_path, family):
+def test_every_family_merges(tmp_path, family, monkeypatch):
+    """With an adapter of other tools, which tells of no base and has a chat template of its own."""
+
+    def with_its_own(*folders):
+        tokenizer = load_tokenizer(*folders)
+        tokenizer.replaced["chat_template.jinja"] = b"its own"
+        return tokenizer
+
+    monkeypatch.setattr(merge_module, "load_tokenizer", with_its_own)
     folder = make_model(tmp_path / "model", torch.bfloat16, model_type=family)
     model = minilora.load_model(folder, device="cpu")
     add_lora(model, r=3, alpha=6)
     for _, wrapper in adapters(model):
         wrapper.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
     minilora.save_adapter(model, tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    file = SafetensorsFile(weights)
+    weights.unlink()
+    write_tensors(weights, {key: file.tensor(key) for key in file.entries})
     proof = merge_folder(folder, tmp_path / "adapter", tmp_path / "merged", device="cpu")
     assert proof.holds and proof.adapter > proof.merged
+    assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == b"its own"
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes):
+def test_every_weight_is_rounded_once(trained, tmp_path, shard_bytes, monkeypatch):
     folder, adapter, model = trained
+    monkeypatch.setattr(shutil, "disk_usage", disk(folder))
     proof = merge_folder(folder, adapter, tmp_path / "merged", shard_bytes, device="cpu")
     assert proof.holds and proof.adapter > proof.merged
     merged = dict(minilora.load_model(tmp_path / "merged", device="cpu").named_parameters())
@@ -73,6 +91,20 @@ def test_a_wrong_merge_is_found_and_not_left(trained, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="nothing was written"):
         merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def disk(folder, missing=0):
+    """A disk with room for the weights of a folder, or with a little less."""
+    room = sum(e.end - e.start for e in SafetensorsFile(folder / "model.safetensors").entries.values()) - missing
+    return lambda _: SimpleNamespace(free=room)
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
+    folder, adapter, _ = trained
+    monkeypatch.setattr(shutil, "disk_usage", disk(folder, 1))
+    with pytest.raises(DiskError, match="GB are free"):
+        merge_folder(folder, adapter, tmp_path / "in" / "merged", device="cpu")
+    assert not (tmp_path / "in").exists()
 
 
 def test_the_output_must_be_new(trained, tmp_path):

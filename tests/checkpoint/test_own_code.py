@@ -7,6 +7,7 @@ import pytest
 from tiny import make_model
 
 import minilora
+from minilora.checkpoint import save
 from minilora.checkpoint.save import copy_companions, own_code
 from minilora.errors import ModelError
 from minilora.text.tokenizer import load_tokenizer
@@ -22,7 +23,9 @@ def test_the_folders_own_code_travels_with_a_saved_model_and_is_not_run(tmp_path
     assert (tmp_path / "out" / "modeling_chatglm.py").read_text() == CODE
 
 
-def test_only_files_of_the_folder_itself_travel(tmp_path: Path):
+def test_only_files_of_the_folder_itself_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beside those that are read anyway: a tokenizer may be a link."""
+    monkeypatch.setattr(save, "MAX_JSON", len(CODE))
     folder, out = tmp_path / "m", tmp_path / "out"
     (folder / "inner").mkdir(parents=True)
     out.mkdir()
@@ -33,8 +36,12 @@ def test_only_files_of_the_folder_itself_travel(tmp_path: Path):
     (folder / "out.py").symlink_to(tmp_path / "secret")
     (folder / "dangling.py").symlink_to(tmp_path / "nothing")
     (folder / "within.py").symlink_to("plain.py")
+    (folder / "large.py").write_text(CODE + "\n")
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "blob").write_text(CODE)
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
     copy_companions(folder, out)
-    assert sorted(p.name for p in out.iterdir()) == ["plain.py", "within.py"]
+    assert sorted(p.name for p in out.iterdir()) == ["plain.py", "tokenizer.json", "within.py"]
     assert all(p.read_text() == CODE and not p.is_symlink() for p in out.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""The planted faults follow the kernels: there are enough of them, each is Python and changes its file."""
+"""The planted faults follow the code: there are enough of them, each is Python and changes its file."""
 
 import ast
 from pathlib import Path
@@ -7,12 +7,14 @@ import pytest
 
 from bench.proof import mutate
 
-FILES = {f"kernels/{path.name}": path.read_text() for path in sorted((mutate.ROOT / "kernels").glob("*.py"))}
+KERNELS = [f"kernels/{path.name}" for path in sorted((mutate.ROOT / "kernels").glob("*.py"))]
+FILES = {file: (mutate.ROOT / file).read_text() for file in (*KERNELS, *mutate.ENGINE)}
 FAULTS = {file: mutate.faults(file, source) for file, source in FILES.items()}
 
 
-def test_there_are_many_faults_of_many_kinds():
-    faults = [fault for file in FILES for fault in mutate.chosen(FAULTS[file], 1)]
+@pytest.mark.parametrize("files", [KERNELS, list(mutate.ENGINE)], ids=["kernels", "engine"])
+def test_there_are_many_faults_of_many_kinds(files: list[str]):
+    faults = [fault for file in files for fault in mutate.chosen(FAULTS[file], 1)]
     assert len(faults) >= 60
     assert len({fault.kind for fault in faults}) >= 12
     for fault in faults:
@@ -54,12 +56,40 @@ def test_references_examples_and_tiles_are_left_alone():
         ("dw += dy * n", "sum overwritten", "dw = dy * n"),
         ("y = x * scale", "factor dropped", "y = (x)"),
         ("acc = tl.zeros((4, 4), ACC)", "half accumulator", "acc = tl.zeros((4, 4), (tl.float16))"),
+        ("os.fsync(handle)", "statement dropped", "pass"),
+        ("if not x: raise E(f'{1 + x}')", "raise dropped", "if not x: pass"),
+        ("if not x: return 3", "early exit dropped", "if not x: pass"),
+        ("if not x: return 3", "condition always true", "if (True): return 3"),
+        ("return not x", "not dropped", "return (x)"),
+        ("if not x: return 3", "number off by one", "if not x: return (4)"),
+        ("return a and b and c", "operand dropped", "return ((a) and (c))"),
+        ("return [a for a in x if a]", "filter dropped", "return [a for a in x if (True)]"),
+        ("return min(sorted(x), key=f)", "another function", "return (max)(sorted(x), key=f)"),
+        ("return min(sorted(x), key=f)", "order forgotten", "return min((list(x)), key=f)"),
+        ("return min(sorted(x), key=f)", "argument dropped", "return (min(sorted(x)))"),
     ],
 )
 def test_a_fault_is_what_it_is_called(line: str, kind: str, becomes: str):
     source = f"def kernel(x):\n    {line}\n"
-    planted = [f.planted(source).splitlines()[1].strip() for f in mutate.faults("f.py", source) if f.kind == kind]
-    assert becomes in planted
+    found = [f for file in ("kernels/f.py", "minilora/data.py") for f in mutate.faults(file, source)]
+    assert becomes in [f.planted(source).splitlines()[1].strip() for f in found if f.kind == kind]
+
+
+def test_what_only_tells_is_left_alone():
+    source = '''def f(x):
+    """Docstrings, messages, and texts that are put together."""
+    what = "a" if x > 1 else "b"
+    console.say(x + 1)
+    y = json.dumps(z, indent=1) + "!"
+    raise ModelError(f"{x + 1}", "b" if x > 1 else "c")
+'''
+    assert [f.kind for f in mutate.faults("minilora/data.py", source)] == ["raise dropped"]
+
+
+def test_every_file_of_tests_is_there():
+    names = {name for names in mutate.FILES.values() for name in names}
+    paths = [mutate.ROOT / "tests" / name for name in names]
+    assert all(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
 
 
 def test_the_tests_of_a_file_are_those_that_name_it():

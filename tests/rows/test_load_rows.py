@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from minilora.config import DataConfig
 from minilora.data import load_examples
 from minilora.errors import DataError, UsageError
 from minilora.rows import load
-from minilora.rows.dataset import load_data, write_split
-from minilora.rows.token_store import TokenCache
+from minilora.rows.dataset import load_data, trained_rows, write_split
+from minilora.rows.token_store import TokenCache, _tokenizer_hash
 from minilora.settings import resolve
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -195,6 +196,26 @@ def test_sources_rates_and_general_rows(tmp_path, model):
     assert own_rows == 2 * (10 - sum("a, line" in e.where for e in data.val))
 
 
+def test_a_tokenizer_is_the_same_wherever_it_lies(tmp_path, model):
+    copies = [shutil.copytree(model, tmp_path / name) for name in "abcdef"]
+    assert len({_tokenizer_hash(folder) for folder in copies}) == 1
+    cache = TokenCache(tmp_path, copies[0])
+    assert (
+        cache.key(a=1, b={"x": 1, "y": 2}) == cache.key(b={"y": 2, "x": 1}, a=1) != cache.key(a=1, b={"x": 1, "y": 3})
+    )
+    (copies[0] / "vocab.json").write_text("{}")
+    (copies[1] / "model.safetensors.index.json").write_text("{}")  # is not the tokenizer's
+    first, *others = (_tokenizer_hash(folder) for folder in copies)
+    assert first not in others and len(set(others)) == 1
+
+
+def test_rows_of_a_run_are_recorded_once(tmp_path, model):
+    train = load_data(config(model, write(tmp_path / "a", row(1, 1), row(1, 2), row(2, 1), row(1, 1)))).train
+    found = trained_rows(train)
+    pairs = set(zip(train.column("question").tolist(), train.column("content").tolist(), strict=True))
+    assert found.dtype == np.uint64 and len(found) == 3 and set(map(tuple, found.tolist())) == pairs
+
+
 def test_a_split_is_written_with_hashes(tmp_path, model):
     rows = [row(i + 1, i + 1) for i in range(30)]
     path = write(tmp_path / "x", *rows)
@@ -219,6 +240,14 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     data = load_data(config(model, tmp_path / "f"))
     assert [len(data.train), len(data.val)] == [2, 1]
     assert "1 validation rows ask what a training row asks" in data.notes["note"]
+    write(tmp_path / "f" / "dev.json", row(260, 3))
+    assert "256 positions" in load_data(config(model, tmp_path / "f")).notes["long"]
+    alone = load_data(config(model, tmp_path / "f" / "train.json"))
+    assert not len(alone.val) and not alone.notes and not alone.taken
+    write_split(tmp_path / "data", alone)
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(UsageError, match="no row of"):
+        load_data(config(model, tmp_path / "f", define={"nobody": "x"}))
 
 
 def test_columns_from_a_flag_and_a_yaml(tmp_path, model):

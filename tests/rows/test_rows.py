@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minilora.config import DataConfig
 from minilora.errors import DataError, RowError
 from minilora.rows import fill, find_data, json_files, open_rows, read_rows, trainable
+from minilora.rows.shapes import to_messages
 
 FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = {"prompt": "a", "completion": "b"}
@@ -247,6 +248,20 @@ def test_little_to_fill_in_does_not_become_a_text_of_any_size(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "{{a}}" * 1000, "output": "x"}))
     with pytest.raises(RowError, match="line 1: --define would add 1,000,000 characters"):
         fill(next(iter(read_rows(tmp_path / "rows.jsonl"))), {"a": "x" * 1000})
+
+
+ASKS = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [([], "no object"), ([3], "no object"), ([ASKS, 3], "no object"), ({"messages": [ASKS, 3]}, "no messages"),
+     ([ASKS, {"from": "gpt", "value": "b"}], "unknown shape"), ({"messages": [ASKS, {"from": "x", "value": "b"}]}, "unknown role")],
+)  # fmt: skip
+def test_a_list_is_of_messages_or_of_turns(value, reason):
+    with pytest.raises(RowError) as caught:
+        to_messages(value, "x")
+    assert caught.value.reason == reason
 
 
 def test_define(tmp_path):

@@ -105,6 +105,7 @@ def test_general_rows_are_mixed_in_by_ratio():
             and result.order[10:].min() >= 10
         )
         assert np.unique(result.order[10:], return_counts=True)[1].max() <= -(-count // 40)
+        assert [e.where for e in result] == [f"row {n if n < 10 else n - 10}" for n in result.order.tolist()]
     with pytest.raises(DataError, match="asks for 410 general rows, there are 40"):
         mixed(own, general, 41, 0)
     for text in ("5", "0:1", "1:0", "a:b", "1:-2"):

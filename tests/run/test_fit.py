@@ -2,7 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_model
@@ -11,7 +14,7 @@ from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import make_batch
 from minilora.machine import cpu
-from minilora.machine.dry_run import step_memory
+from minilora.machine.dry_run import StepMemory, step_memory
 from minilora.run import fit
 from minilora.run.setup import prepare
 from minilora.settings import resolve
@@ -34,6 +37,61 @@ def words(tmp_path: Path) -> list[str]:
         "compute": "float32",
     }
     return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
+FIXED = {"weights": 0, "adapters": 0, "gradients": 0, "optimizer": 0, "host": 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "rows", "tokens", "twice"),
+    [
+        ({}, 10, 1000, 8500, False),  # what 85 % of the memory takes
+        ({}, 10, 100, 1000, True),  # the rows of a step
+        ({}, 9000, 1, 9000, False),  # the longest row, whether it fits or not
+        ({"micro_tokens": 300}, 10, 1000, 300, True),
+        ({"micro_tokens": 300}, 400, 1000, 400, True),
+    ],
+)
+def test_a_stream_on_a_gpu_is_as_long_as_its_memory_takes(monkeypatch, given, longest, rows, tokens, twice):
+    """A byte a token, beside the logits of a chunk."""
+    monkeypatch.setattr(fit, "_trial_stream", lambda trial: trial)
+    monkeypatch.setattr(fit, "step_memory", lambda *_: StepMemory(**FIXED, activations=fit.TRIAL, temporaries=0))
+    trial: Any = SimpleNamespace(config=SimpleNamespace(vocab=7), compute_dtype=torch.bfloat16)
+    logits = 7 * fit.CHUNK_ROWS_CUDA * 2
+    there = (8500 + logits) / fit.SHARE + 1e-6
+    found = fit.streams_on_card(resolve(given), trial, there, longest, rows)
+    assert found == (tokens, twice, int(there - logits))
+    most = fit.streams_on_card(resolve({}), trial, 1e9, longest, 10**9)
+    assert most.tokens == fit.LARGEST
+
+
+def test_ranks_that_share_a_base_keep_their_part_of_it(monkeypatch):
+    memory, asked = StepMemory(**FIXED | {"weights": 100}, activations=3, temporaries=0), []
+    monkeypatch.setattr(fit, "shard_bytes", lambda *given: asked.append(given) or SimpleNamespace(kept=25, buffers=7))
+    model: Any = object()
+    assert fit.rank_memory(memory, model, 1, ahead=True) is memory and not asked
+    assert fit.rank_memory(memory, model, 2, ahead=True).total == 35 and asked == [(model, 2, True)]
+
+
+class Rows(dict):
+    """Examples by their columns."""
+
+    def column(self, name: str) -> np.ndarray:
+        return np.array(self[name])
+
+    def __getitem__(self, key: Any) -> Any:
+        return SimpleNamespace(where=f"row {key}") if isinstance(key, int) else super().__getitem__(key)
+
+
+def test_the_longest_row_and_the_longest_document():
+    """A pair is two documents."""
+    rows: Any = Rows(length=[6, 9, 8], second=[0, 5, 1])
+    assert fit.longest_row(rows) == "row 1" and fit.longest_document(rows) == ("row 2", 7)
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(7.9, 7), (999, 999), (1000, 1000), (1009, 1000), (123_456, 123_000)])
+def test_an_estimate_has_three_digits(tokens, told):
+    assert fit.round_down(tokens) == told
 
 
 def bytes_of(folder: Path, tokens: int) -> int:

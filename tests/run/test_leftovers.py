@@ -35,6 +35,7 @@ def here(tmp_path_factory) -> Path:
     make_model(here / "model")
     make_rows(here / "rows.json")
     assert main([*words(here), "--output", str(here / "run")]) == 0
+    assert len((here / "run" / "data" / "val.jsonl").read_text().splitlines()) == 2
     return here
 
 
