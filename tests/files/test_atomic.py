@@ -63,9 +63,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, log):
     write_file(tmp_path / "f", b"x")
     (tmp_path / ".tmp-l").symlink_to("of-a-kill")
     write_link(tmp_path / "l", "f")
-    assert (tmp_path / "l").read_text() == "x" and log[6:] == [("replace", ".tmp-l", "l")]
+    assert (tmp_path / "l").read_text() == "x" and log[6:] == [("replace", ".tmp-l", "l"), ("fsync", tmp_path.name)]
     write_tensors(tmp_path / "t", {"t": torch.zeros(1)})
-    assert log[7:] == [("fsync", "t")]
+    assert log[8:] == [("fsync", "t")]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "l", "t"]
 
 
