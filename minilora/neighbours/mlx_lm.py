@@ -43,8 +43,8 @@ def _targets(keys: list[str], config: Config) -> str:
     if last < 0 or last >= layers:
         return ",".join(keys) or "all-linear"
     numbers = "|".join(map(str, range(layers - last, layers)))
-    names = "|".join(map(re.escape, keys)) or r"[\w.]+"
-    return rf".*\.({numbers})\.(.*\.)?({names})"
+    names = rf"(.*\.)?({'|'.join(map(re.escape, keys))})" if keys else r"[\w.]+"
+    return rf".*\.({numbers})\.{names}"
 
 
 def _layers(config: Config) -> int:

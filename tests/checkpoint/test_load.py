@@ -391,12 +391,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call, n
     model, out = load_model(GOLDEN / "qwen3"), tmp_path / "out"
     if old:
         out.mkdir()
-        (out / "precious").write_text("x")
+        (out / "config.json").write_text("x")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as error:
         patch.setattr(os, call, failing(getattr(os, call), number))
         save_model(model, out, GOLDEN / "qwen3", 100_000)
     assert error.value.filename == str(out)
-    assert files_of(tmp_path) == ({"out/precious": b"x"} if old else {})
+    assert files_of(tmp_path) == ({"out/config.json": b"x"} if old else {})
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if old else [])
 
 

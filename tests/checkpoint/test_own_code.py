@@ -24,7 +24,7 @@ def test_the_folders_own_code_travels_with_a_saved_model_and_is_not_run(tmp_path
 
 
 def test_only_files_of_the_folder_itself_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Beside those that are read anyway: a tokenizer may be a link."""
+    """Beside those that are read anyway: a tokenizer may be a link to one of its name, and to nothing else."""
     monkeypatch.setattr(save, "MAX_JSON", len(CODE))
     folder, out = tmp_path / "m", tmp_path / "out"
     (folder / "inner").mkdir(parents=True)
@@ -38,11 +38,14 @@ def test_only_files_of_the_folder_itself_travel(tmp_path: Path, monkeypatch: pyt
     (folder / "within.py").symlink_to("plain.py")
     (folder / "large.py").write_text(CODE + "\n")
     (folder / "LICENSE").symlink_to(tmp_path / "secret")
-    (tmp_path / "blob").write_text(CODE)
-    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (tmp_path / "tokenizer.json").write_text(CODE)
+    (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     copy_companions(folder, out)
     assert sorted(p.name for p in out.iterdir()) == ["plain.py", "tokenizer.json", "within.py"]
     assert all(p.read_text() == CODE and not p.is_symlink() for p in out.iterdir())
+    (folder / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="is a link to"):
+        copy_companions(folder, out)
 
 
 def test_the_links_of_a_hugging_face_cache_are_followed(tmp_path: Path):
