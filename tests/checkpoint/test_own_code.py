@@ -38,8 +38,8 @@ def test_only_files_of_the_folder_itself_travel(tmp_path: Path, monkeypatch: pyt
     (folder / "within.py").symlink_to("plain.py")
     (folder / "large.py").write_text(CODE + "\n")
     (folder / "LICENSE").symlink_to(tmp_path / "secret")
-    (tmp_path / "blob").write_text(CODE)
-    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (tmp_path / "tokenizer.json").write_text(CODE)
+    (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     copy_companions(folder, out)
     assert sorted(p.name for p in out.iterdir()) == ["plain.py", "tokenizer.json", "within.py"]
     assert all(p.read_text() == CODE and not p.is_symlink() for p in out.iterdir())
