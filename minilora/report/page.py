@@ -30,7 +30,7 @@ START = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy\""""
-TWIN_START = "<!-- written by minilora -->"  # and its twin in markdown, where no reader sees it
+TWIN_START = "[//]: # (written by minilora)\n"  # and its twin in markdown, where no reader sees it
 
 
 class Best(str):
