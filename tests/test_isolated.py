@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from minilora.isolated import environment
+from minilora.report.plot import plot_loss
 
 ROOT = Path(__file__).parent.parent / "minilora"
 
@@ -27,3 +28,11 @@ def test_every_process_is_started_so():
         if re.search(r"\[\s*sys\.executable", text) and "kernels" not in path.parts:
             assert '"-I"' in text or "env=environment()" in text, path
     assert "os.environ.update(environment())" in (ROOT / "ranks" / "start.py").read_text()
+
+
+def test_no_matplotlibrc_of_the_current_folder_is_read(tmp_path, monkeypatch):
+    """Its axes.prop_cycle was evaluated as Python in matplotlib's older versions."""
+    (tmp_path / "matplotlibrc").write_text("axes.prop_cycle: cycler(color=[1/0])")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import fails
+    assert "the matplotlibrc in the current folder" in plot_loss(tmp_path)

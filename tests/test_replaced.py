@@ -12,6 +12,7 @@ from minilora.__main__ import main
 from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import locked, require_empty
+from minilora.report.page import Document
 from minilora.run.folder import after_restart
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import sweep
@@ -66,7 +67,11 @@ REFUSED = {
     "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
     "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
     "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
+    "a run in place of what its user keeps beside a model": ("train --model model --data rows.json --output kept --overwrite", 8),
     "a demo in place of a file": ("demo --output rows.json", 8),
+    "the twin of a page that has none in place of notes": ("compare run run --output page.html", 8),
+    "a sweep in place of another tool's": ("sweep sweep.json --output .", 8),
+    "answers in place of the answers that are read": ("predict --model model --data answers/generated_predictions.jsonl --output answers --overwrite", 8),
 }  # fmt: skip
 
 
@@ -85,6 +90,12 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
     shutil.copy(here / "rows.json", here / "mixed" / "data" / "my-rows.json")
     shutil.copytree(here / "run", here / "outer", symlinks=True)
     shutil.copytree(here / "run", here / "outer" / "predict", symlinks=True)
+    shutil.copytree(here / "run", here / "kept", symlinks=True)
+    (here / "kept" / "model").mkdir()
+    for mine in ("kept/model/notes", "page.md"):
+        (here / mine).write_text("precious")
+    (here / "page.html").write_text(Document("a page without a twin").html())
+    (here / "sweep.json").write_text(json.dumps({"base": {"model": "model", "data": "rows.json", "max_steps": 1}}))
     for page in ("other.html", "project/report.html"):
         (here / page).write_text("<p>precious")
     before, (command, code) = tree(here), REFUSED[name]
@@ -125,6 +136,31 @@ def test_a_signal_while_the_old_folder_is_deleted_loses_neither(tmp_path, monkey
     assert tree(adapter) in ({"a": b"old", "b": b"old"}, {"a": b"new", "b": b"new"})
 
 
+def test_a_folder_that_appears_while_another_is_filled_stays(tmp_path):
+    """As when a run is begun in the --output of a merge that takes minutes."""
+    with pytest.raises(OutputInUse, match="not empty"), atomic.new_folder(tmp_path / "out") as stage:
+        (stage / "merged").write_text("")
+        with locked(tmp_path / "out"):
+            (tmp_path / "out" / "config.yaml").write_text("precious")
+    assert tree(tmp_path) == {"out/config.yaml": b"precious"}
+
+
+def test_the_old_folder_stays_where_the_new_one_is_taken_away(tmp_path):
+    """As by a program that cleans up, or by another process on a file system without locks."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic.atomic_folder(tmp_path / "adapter") as stage:
+        shutil.rmtree(stage)
+    assert tree(tmp_path) == {"adapter/a": b"old"}
+
+
+def test_a_resumed_run_leaves_what_lies_beside_its_rows(here):
+    (here / "run" / "data" / "notes").write_text("precious")
+    before = tree(here / "run" / "data")
+    assert main(["train", "--output", "run", "--resume"]) == 0
+    assert tree(here / "run" / "data") == before
+
+
 def test_a_page_and_its_twin_are_written_anew(here):
     for _ in range(2):
         assert main(["compare", "run", "run", "--output", "both.html"]) == 0
@@ -135,6 +171,10 @@ def test_a_saved_adapter_or_model_takes_the_place_of_nothing_else(here):
     model = minilora.load_model(here / "model")
     minilora.save_model(model, here / "again", here / "model")
     minilora.save_model(model, here / "again", here / "model")
+    (here / "scripts").mkdir()
+    (here / "scripts" / "train.py").write_text("precious")
+    with pytest.raises(OutputInUse, match="would be lost"):
+        minilora.save_model(model, here / "scripts", here / "model")
     minilora.add_lora(model, r=2)
     minilora.save_adapter(model, here / "adapter")
     minilora.save_adapter(model, here / "adapter")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DiskError, ModelError, UsageError
 from ..files.atomic import new_folder, require_empty
-from ..files.hub_cache import lies_in
+from ..files.hub_cache import check_namesake, lies_in
 from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from ..files.model_folder import (
     ADAPTER_CONFIG,
@@ -52,6 +52,8 @@ def convert(folder: str | Path, output: str | Path, say: Callable[[str], Any] = 
         check_folder(folder)
     if not adapter and not is_prefix_folder(folder):
         read_config(folder)  # a folder that could not be loaded afterwards is refused before the work
+    if adapter:
+        check_namesake(folder, folder / ADAPTER_CONFIG)
     require_empty(output)
     shards = _shards(folder)
     away = next((name for name in shards if (folder / name).is_file() and not lies_in(folder, folder / name)), None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..files.gguf import Value
+from ..files.hub_cache import check_namesake
 from ..files.model_folder import ModelFolder
 from ..text.bpe import GLM_SPLIT, QWEN35_SPLIT, QWEN_SPLIT, BytePairs
 from ..text.template import jinja_text
@@ -45,6 +46,7 @@ def tokenizer_metadata(folder: ModelFolder, tokenizer: Tokenizer, vocab: int) ->
         if token in known
     }
     metadata |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    check_namesake(folder.path, folder / "chat_template.jinja")
     template = jinja_text(folder)
     return metadata if template is None else metadata | {"tokenizer.chat_template": template}
 

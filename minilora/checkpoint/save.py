@@ -34,8 +34,8 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "LICENSE", "MODEL_LICENSE", "tokenizer.model",
     "ice_text.model", "qwen.tiktoken",
 )  # fmt: skip
-# the names of the files of a model's folder
-OF_A_MODEL = re.compile("|".join(map(re.escape, (*COMPANIONS, INDEX))) + r"|model(-\d+-of-\d+)?\.safetensors|.+\.py")
+# the names of the files of a model's folder, beside its own code
+OF_A_MODEL = re.compile("|".join(map(re.escape, (*COMPANIONS, INDEX))) + r"|model(-\d+-of-\d+)?\.safetensors")
 
 
 def write_checkpoint(
@@ -92,11 +92,13 @@ def save_model(model: Decoder, folder: str | Path, companions: str | Path, shard
     The config and tokenizer files, and tensors beside the language model, are copied from the folder `companions`, the one the
     model was loaded from. An older model in `folder` is replaced; OutputInUse if it holds anything else.
     """
-    require_own(Path(folder), OF_A_MODEL.fullmatch)
+    source = ModelFolder(companions)
+    code = own_code(source.path)
+    require_own(Path(folder), lambda name: OF_A_MODEL.fullmatch(name) or name in code)
     parameters = base_parameters(model)
     if any(isinstance(m, Adapted) for m in model.modules()):
         raise UsageError("the model has adapters", "Call minilora.merge(model) first, or minilora.save_adapter.")
-    own, source = model.config.dtype, ModelFolder(companions)
+    own = model.config.dtype
     wide = torch.promote_types(own, torch.float32)
     shapes = {name: (wide if WIDE.fullmatch(name) else own, tuple(p.shape)) for name, p in parameters.items()}
     stored = Stored.of(source, model) if has_weights(source.path) else None

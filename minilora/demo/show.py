@@ -4,15 +4,16 @@ The model says who it is; an adapter is trained on the identity data set; the mo
 the merge is proven.
 """
 
-import shutil
 import time
 from pathlib import Path
 
 from minilora.checkpoint.adapter import load_adapter
 from minilora.checkpoint.load import load_model
 from minilora.checkpoint.merge import merge_folder
+from minilora.checkpoint.save import OF_A_MODEL
 from minilora.console import Console
 from minilora.errors import OutputInUse
+from minilora.files.atomic import discard, require_own
 from minilora.files.strict_json import read_json_lines
 from minilora.generate import reply
 from minilora.sampling import read_generation
@@ -42,7 +43,7 @@ def demo(output: str, name: str, author: str) -> None:
     run, console = Path(output), Console()
     if run.exists() and not (run.is_dir() and (_is_demo(run) or not any(run.iterdir()))):
         raise OutputInUse(f"{run} is not empty and no demo", "Give another --output.")
-    shutil.rmtree(run / "merged", ignore_errors=True)
+    require_own(run / "merged", OF_A_MODEL.fullmatch)
     config = resolve(
         SETTINGS, {"model": MODEL, "data": ROWS, "output": run, "define": {"name": name, "author": author}}
     )
@@ -59,6 +60,7 @@ def demo(output: str, name: str, author: str) -> None:
     say(f"\nloss {losses[0]:.2f} {sparkline(losses, 60)} {losses[-1]:.2f}")
     say("\nThe same questions to model + adapter:\n")
     _ask(say, adapter=run / "adapter")
+    discard(run / "merged")
     proof = merge_folder(MODEL, run / "adapter", run / "merged", device="cpu")
     say(
         f"\nMerged into {run / 'merged'}, read back and compared on {proof.tokens} tokens: off by {proof.merged:.2g} in a logit"

@@ -23,8 +23,8 @@ MANIFEST = "MANIFEST.json"
 
 
 @contextmanager
-def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
-    """A new folder to fill; when the block ends well it becomes `target`, replacing what stood there.
+def atomic_folder(target: Path, manifest: bool = False, new: bool = False) -> Iterator[Path]:
+    """A new folder to fill; when the block ends well it becomes `target`, replacing what stands there, or with `new` nothing.
 
     Raises OutputInUse if another process is filling one for the same place.
     """
@@ -38,12 +38,15 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
         for path in [*stage.rglob("*"), stage]:
             sync(path)
         with _alone_in(target.parent):
-            if os.path.lexists(target):
+            if new:
+                require_empty(target)  # an empty folder is replaced by the rename, and never one that is not
+            elif os.path.lexists(target):
                 os.rename(target, trash)
             os.rename(stage, target)
             sync(target.parent)
     except BaseException as error:
-        if target.exists() and not stage.exists():  # it had its name already: what failed leaves nothing behind
+        # it had its name already: what failed leaves nothing behind
+        if target.exists() and os.path.samestat(target.stat(), os.fstat(handle)):
             os.rename(target, stage)
         _sweep(target)
         if isinstance(error, OSError):
@@ -58,8 +61,8 @@ def atomic_folder(target: Path, manifest: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """The same for a name that must be free: OutputInUse also for a folder that appeared since the command began."""
-    with atomic_folder(target) as stage:
+    """The same for a name that must be free: OutputInUse also for a folder that appears while it is filled, such as a run's."""
+    with atomic_folder(target, new=True) as stage:
         require_empty(target)
         yield stage
 

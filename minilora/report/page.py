@@ -30,6 +30,7 @@ START = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy\""""
+TWIN_START = "[//]: # (written by minilora)\n"  # and its twin in markdown, where no reader sees it
 
 
 class Best(str):
@@ -158,21 +159,21 @@ def write_both(path: Path, html: str, markdown: str) -> None:
     check_page(path, twin=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, html)
-    write_file(path.with_suffix(".md"), markdown)
+    write_file(path.with_suffix(".md"), f"{TWIN_START}\n{markdown}")
 
 
 def check_page(path: Path, twin: bool = False) -> None:
-    """UsageError unless a page can have this name; OutputInUse if a file is there that is no page, or has the name of the page's twin."""
+    """UsageError unless a page can have this name; OutputInUse if another file has it, or the name of the page's twin."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{path} is no name of a page", "Name a file that ends in .html.")
-    held = path.with_suffix(".md") if twin and not path.exists() else path
-    if held.exists() and (held != path or not _is_page(path)):
-        raise OutputInUse(f"{held} is there already, and is not of minilora", "Give another name.")
+    for held, start in ((path, START), (path.with_suffix(".md"), TWIN_START))[: 1 + twin]:
+        if held.exists() and not _begins(held, start.encode()):
+            raise OutputInUse(f"{held} is there already, and is not of minilora", "Give another name, or take it away.")
 
 
-def _is_page(path: Path) -> bool:
+def _begins(path: Path, start: bytes) -> bool:
     with open_file(path, OutputInUse) as file:
-        return file.read(len(START)) == START.encode()
+        return file.read(len(start)) == start
 
 
 @cache

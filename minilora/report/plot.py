@@ -15,6 +15,8 @@ CJK = re.compile(r"CJK|WenQuanYi|SimHei|SimSun|YaHei|PingFang|Heiti|Hiragino|Sou
 
 def plot_loss(run: Path) -> str:
     """Draw RUN/loss.png from RUN/metrics.jsonl; returns the path, or why there is none."""
+    if os.path.exists("matplotlibrc"):  # which older versions evaluate as Python
+        return "no loss.png: matplotlib would take its settings from the matplotlibrc in the current folder"
     os.environ.setdefault("MPLBACKEND", "Agg")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a user need not hear of its caches and fonts
     try:

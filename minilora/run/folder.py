@@ -13,6 +13,7 @@ import torch
 
 from minilora.models.decoder import Decoder
 
+from ..checkpoint.save import OF_A_MODEL
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
@@ -36,7 +37,7 @@ OWN = (
 # what is in its folders, whose names are common ones
 OF_A_RUN = {
     "checkpoints": r"step-\d+|last|best", "data": r"(val|test)\.jsonl|split\.json", "adapter": r"adapter_(config\.json|model\.safetensors)",
-    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl",
+    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": rf"{OF_A_MODEL.pattern}|.+\.py",
 }  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
     trained = {"trained_parameters": sum(p.numel() for p in trained_parameters(run.model).values())}
     write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan) | trained) + "\n")
     write_file(run.folder / TRAINED_ROWS, trained_rows(run.plan.train).astype("<u8").tobytes())
-    write_split(run.folder / "data", data)
+    if not (run.folder / "data").exists():  # a resumed run has the same, and perhaps files of its user beside them
+        write_split(run.folder / "data", data)
 
 
 def save(run: Run) -> None:

@@ -182,6 +182,7 @@ def load_tokenizer(folder: Folder, adapter: Folder | None = None) -> Tokenizer:
         if (own, own_note or "") != (template, note):
             note = f"{_described(own)} by the adapter's own chat template; the base has {_described(template)}"
             template, note = own, note + (f" ({own_note})" if own_note else "")
+            check_namesake(adapter.path, adapter / "chat_template.jinja")
             replaced |= _files_with(its, settings)
     tokenizer = Tokenizer(coder, template)
     tokenizer.notes, tokenizer.replaced = notes | ({"chat": note} if note else {}), replaced
@@ -200,6 +201,7 @@ def _files_with(text: str, settings: ModelFolder) -> dict[str, bytes]:
     """The files of a folder that shall have a chat template: its own file, and tokenizer_config.json, where older readers look."""
     files = {"chat_template.jinja": text.encode()}
     if (settings / "tokenizer_config.json").is_file():
+        check_namesake(settings.path, settings / "tokenizer_config.json")
         j = settings.tokenizer_config | {"chat_template": text}
         files["tokenizer_config.json"] = json.dumps(j, ensure_ascii=False, indent=2).encode()
     return files

@@ -73,7 +73,10 @@ def predict(
     """
     console, folder, ranks = console or Console(), Path(output), join(rank_timeout)
     say = console.say
-    with ranks.ending_as_one("The same command goes on from there."), _owned(folder, ranks):
+    with (
+        ranks.ending_as_one("The same command goes on from there."),
+        _owned(folder, ranks, data if overwrite else None),
+    ):
         base = ModelFolder.of(model)
         tokenizer = load_tokenizer(base, adapter)
         for name, note in folder_notes(base, tokenizer, adapter).items():
@@ -141,12 +144,14 @@ def predict(
 
 
 @contextmanager
-def _owned(folder: Path, ranks: Ranks) -> Iterator[None]:
+def _owned(folder: Path, ranks: Ranks, read: str | Path | None) -> Iterator[None]:
     """The folder, locked for this prediction; its first rank holds it."""
     if not ranks.first:
         yield
         return
     _check_output(folder)
+    if read is not None and Path(os.path.realpath(read)).parent == Path(os.path.realpath(folder)):
+        raise OutputInUse(f"--overwrite would delete {read}, which is read", "Give another --output.")
     with locked(folder):
         yield
 

@@ -32,6 +32,7 @@ from ..files.regular import read_file
 from ..isolated import environment
 from ..report.compare import compare
 from ..report.experiment import Question
+from ..report.page import check_page
 from ..report.record import LETTERS, read_json_file, read_record
 from ..report.score_table import shortened, show_scores
 from ..rows.files import find_data, open_rows, read_row
@@ -163,12 +164,9 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs."""
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
-    if (
-        folder.is_dir()
-        and not (folder / "sweep.json").is_file()
-        and any(not p.name.startswith(".") for p in folder.iterdir())
-    ):
+    if folder.is_dir() and not _is_sweep(folder) and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise OutputInUse(f"{folder} is not empty and holds no sweep", "Give another --output.")
+    check_page(folder / "compare.html", twin=True)
     files = _hashes(plan)
     with locked(folder):
         files = _unchanged(folder, files)
@@ -206,6 +204,11 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         for line in told:
             console.say(f"{line}; the same command tries it again")
     return page
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Whether the sweep.json of a folder is what a sweep writes: other tools have a file of this name, and it may be the one that is read."""
+    return (folder / "sweep.json").is_file() and {"file", "runs"} <= read_json_file(folder / "sweep.json").keys()
 
 
 def _hashes(plan: Sweep) -> dict[str, str]:

@@ -212,6 +212,11 @@ def test_a_link_does_not_make_a_strangers_file_public(folder, tmp_path):
     (folder / "LICENSE").symlink_to(tmp_path / "key")
     (folder / "MODEL_LICENSE").write_text("free")
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    (tmp_path / "adapter").mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_config.json").symlink_to(tmp_path / "key")
+    assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / "published")]) == 4
+    assert not (tmp_path / "published").exists()
     assert not (tmp_path / "out" / "LICENSE").exists() and (tmp_path / "out" / "MODEL_LICENSE").read_text() == "free"
 
 

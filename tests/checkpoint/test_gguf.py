@@ -72,6 +72,16 @@ def test_weights_are_of_the_kind_that_is_asked_for(tmp_path: Path):
         assert off <= {None: 0, "f16": 1e-3, "q8_0": 1e-2, "q4_0": 0.2}[kind]
 
 
+def test_no_strangers_file_goes_into_a_model(tmp_path: Path):
+    folder = make_model(tmp_path / "model")
+    (tmp_path / "key").write_text("secret")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "key")
+    with pytest.raises(ModelError, match="is a link to"):
+        export_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_yarn_and_what_llama_cpp_computes_otherwise(tmp_path: Path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     folder = make_model(tmp_path / "model", rope_scaling=yarn)

@@ -15,7 +15,7 @@ FOLDERS = {  # what lies there -> what a new run, one with --overwrite and one w
     "metrics.jsonl": ("is not empty", "holds no run", ""),
     "mine.txt=": ("is not empty", "holds no run", ""),
     "config.yaml": ("is not empty", "holds no run", ""),
-    "config.yaml metrics.jsonl": ("is not empty", "holds no run", ""),  # metrics of something else
+    "config.yaml metrics.jsonl": ("is not empty", "holds no run", ""),
     "config.yaml metrics.jsonl=": ("is not empty", "", ""),
     "config.yaml checkpoints/": ("is not empty", "holds no run", ""),
     "metrics.jsonl/": ("is not empty", "holds no run", ""),

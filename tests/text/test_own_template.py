@@ -175,6 +175,16 @@ def test_an_adapters_own_template_is_used_and_told(folder: Path, tmp_path: Path)
     tokenizer = load_tokenizer(folder, adapter)
     assert tokenizer.template.default_system == "Be kind." and "'Be kind.'" in tokenizer.notes["chat"]
     assert tokenizer.replaced == {"chat_template.jinja": own.encode()}
+    (tmp_path / "key").write_text("{}")
+    for name in (
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):  # what is merged into a folder is no link to anybody's file
+        (adapter / name).unlink(missing_ok=True)
+        (adapter / name).symlink_to(tmp_path / "key")
+        with pytest.raises(ModelError, match="is a link to"):
+            load_tokenizer(folder, adapter)
+        (adapter / name).unlink()
 
 
 def test_templates_in_two_places_or_without_a_default_are_told(folder: Path):
