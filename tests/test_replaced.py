@@ -64,6 +64,7 @@ REFUSED = {
     "answers in place of answers whose settings are lost": ("predict --model model --data rows.json --output part", 8),
     "a run in place of the rows that it reads": ("train --model model --data run/data/val.jsonl --output run --overwrite", 8),
     "a run in place of the model that it reads": ("train --model full --data rows.json --output full --overwrite", 8),
+    "a run in place of the model that links lead to": ("train --model links --data rows.json --output full --overwrite", 8),
     "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
     "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
     "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
@@ -90,6 +91,9 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
     shutil.copy(here / "rows.json", here / "mixed" / "data" / "my-rows.json")
     shutil.copytree(here / "run", here / "outer", symlinks=True)
     shutil.copytree(here / "run", here / "outer" / "predict", symlinks=True)
+    (here / "links").mkdir()
+    for path in (here / "full" / "model").iterdir():
+        (here / "links" / path.name).symlink_to(path)
     shutil.copytree(here / "run", here / "kept", symlinks=True)
     (here / "kept" / "model").mkdir()
     for mine in ("kept/model/notes", "page.md"):

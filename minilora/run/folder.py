@@ -103,11 +103,12 @@ def _foreign(folder: Path) -> Iterator[Path]:
 
 
 def check_not_read(config: TrainConfig) -> None:
-    """OutputInUse if --overwrite would delete what the new run reads: a model or rows in its own folder."""
+    """OutputInUse if --overwrite would delete what the new run reads: a model or rows in its own folder, or behind a link into it."""
     files = [s.path for text in (config.data, config.val, config.mix_general) if text for s in parse_sources(text)]
     own = {os.path.realpath(Path(config.output) / name) for name in OWN}
-    for path in (trained_in(Path(config.model)), config.cache, *files):
-        there = Path(os.path.realpath(path)) if path else Path("/")
+    read = [Path(path) for path in (trained_in(Path(config.model)), config.cache, *files) if path]
+    for path in [*read, *(inner for folder in read if folder.is_dir() for inner in folder.iterdir())]:
+        there = Path(os.path.realpath(path))
         if not own.isdisjoint(map(str, (there, *there.parents))):
             raise OutputInUse(f"--overwrite would delete {path}, which this run reads", "Give another --output.")
 
