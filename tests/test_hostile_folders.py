@@ -9,6 +9,7 @@ endless line is shown.
 import contextlib
 import io
 import json
+import mmap
 import os
 import pickle
 import re
@@ -537,7 +538,7 @@ HARM: dict[str, Callable[[], Any]] = {
     "a command": lambda: os.system("true"),
     "a fork": os.fork,
     "a connection": lambda: socket.create_connection(("127.0.0.1", 9)),
-    "memory": lambda: [None] * (32 << 20),
+    "memory": lambda: mmap.mmap(-1, 256 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE),
     "time": lambda: [i for i in range(10**10)],
 }
 
