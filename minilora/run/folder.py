@@ -90,7 +90,8 @@ def _is_run(folder: Path) -> bool:
     if not (folder / "config.yaml").is_file() or not metrics.is_file():
         return False
     with open_file(metrics, OutputInUse) as file:
-        return file.readline(10)[:9] in (b"", b'{"step": ')
+        # after a power cut its first line may be there in part, or as zeros
+        return b'{"step": '.startswith(file.readline(10)[:9].strip(b"\0"))
 
 
 def _foreign(folder: Path) -> Iterator[Path]:

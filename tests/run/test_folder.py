@@ -51,6 +51,12 @@ def test_what_a_folder_holds_decides_who_may_take_it(tmp_path, names):
     assert unlocked == (found[:2] if names != ".lock .hidden" else ["", ""])
 
 
+@pytest.mark.parametrize("beginning", [b"\0" * 40, b'{"st'])
+def test_a_run_that_the_power_was_cut_from_can_be_overwritten(tmp_path, beginning):
+    (fill(tmp_path / "run", "config.yaml") / "metrics.jsonl").write_bytes(beginning)
+    assert told(check_output, tmp_path / "run", False, True) == ""
+
+
 def test_a_folder_that_is_locked_or_not_there_is_looked_at_later(tmp_path):
     check_unlocked(tmp_path / "absent", False)
     check_unlocked(fill(tmp_path / "run", ".lock mine.txt"), False)
