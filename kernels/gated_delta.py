@@ -129,7 +129,10 @@ def _out_of(x: Tensor, cut: Cut) -> Tensor:
 
 
 class _Chunks:
-    """What the chunks of some heads compute without a state: [chunks, G, H / G, size, ...], with 1 in the place of H / G for q and k."""
+    """The matrices of the chunks of some heads: [chunks, G, H / G, size, ...], with 1 in the place of H / G for q and k.
+
+    All but n and states is computed without a state; `walk` completes these two.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut):
         wide, groups = torch.promote_types(v.dtype, torch.float32), (q.shape[1], -1)
@@ -150,7 +153,7 @@ class _Chunks:
         self.p = (self.q @ self.k.mT) * self.d
         self.seeing, self.written = self.q * self.grown, self.k * self.rest  # e^c q and e^(c_last - c) k
         self.m = self.inverse @ (self.k * (self.beta * self.grown))
-        self.n = self.inverse @ _times(self.v, self.beta)  # without a state; `walk` completes it
+        self.n = self.inverse @ _times(self.v, self.beta)  # less M S, in `walk`
         self.states = self.n.new_empty(*self.n.shape[:3], q.shape[-1], v.shape[-1])
         self.steps = cut.steps()
         if v.is_meta:  # without data one step tells what all of them take (machine/dry_run.py)
@@ -208,7 +211,7 @@ def _inverse(a: Tensor) -> Tensor:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cut: Cut, state: Tensor | None
-) -> "tuple[Tensor, _Chunks]":
+) -> tuple[Tensor, _Chunks]:
     """o of some heads [T, H, U], and their chunks."""
     w = _Chunks(q, k, v, g, beta, cut)
     w.walk(state)
