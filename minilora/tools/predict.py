@@ -27,7 +27,7 @@ from ..checkpoint.quantized import in_memory
 from ..config import PLAIN, RANK_TIMEOUT, DataConfig
 from ..console import Console
 from ..errors import DataError, OutputInUse, Stopped
-from ..files.atomic import locked, write_file
+from ..files.atomic import locked, sync, write_file
 from ..files.model_folder import ModelFolder
 from ..files.regular import open_file
 from ..files.strict_json import read_json_lines
@@ -106,7 +106,7 @@ def predict(
         left = ranks.share(None if results else [i for i in range(len(questions)) if i not in done])
         if left is None:
             if ranks.first:
-                (folder / PART).unlink(missing_ok=True)  # as after a kill between the two
+                _delete_part(folder)  # as after a kill between the two
             say(f"{folder} holds this prediction already")
             return ranks.share(results)
         if ranks.first:
@@ -139,7 +139,7 @@ def predict(
             results = _results(rows, settings, time.monotonic() - began)
             write_file(folder / ROWS, "".join(map(_line, rows)))
             write_file(folder / RESULTS, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-            (folder / PART).unlink(missing_ok=True)
+            _delete_part(folder)
         return ranks.share(results)
 
 
@@ -154,6 +154,12 @@ def _owned(folder: Path, ranks: Ranks, read: str | Path | None) -> Iterator[None
         raise OutputInUse(f"--overwrite would delete {read}, which is read", "Give another --output.")
     with locked(folder):
         yield
+
+
+def _delete_part(folder: Path) -> None:
+    """The prediction is whole: its beginning is gone, after a power cut too."""
+    (folder / PART).unlink(missing_ok=True)
+    sync(folder)
 
 
 def _hash(texts) -> str:

@@ -6,7 +6,9 @@ import posix
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -126,6 +128,32 @@ def test_a_long_run_notices_a_file_that_stays_open(tmp_path, every, monkeypatch)
     save = train.save
     monkeypatch.setattr(train, "save", lambda run: (save(run), os.open(run.folder, os.O_RDONLY)))
     assert wrong(soak.trials(tmp_path, 100))
+
+
+def test_a_signal_notices_a_wrong_exit_code(training, monkeypatch):
+    monkeypatch.setattr(command_line, "fail", lambda code, what, hint="": 70)
+    assert any("exit code 70" in line for found in signals.trials(training, 30, seed=0) for line in found)
+
+
+def test_a_jumping_clock_notices_snapshots_that_are_ordered_by_their_times(every, monkeypatch):
+    rotate, resume = run_folder.rotate, every["train --resume"]
+
+    def by_times(checkpoints: Path, *given) -> None:
+        ordered = sorted(snapshot.snapshots(checkpoints), key=os.path.getmtime)
+        with mock.patch.object(snapshot, "step_of", lambda folder: ordered.index(folder) - len(ordered)):
+            rotate(checkpoints, *given)
+
+    monkeypatch.setattr(run_folder, "rotate", by_times)
+    assert not wrong(random_kills.trials(resume, 1, seed=0))  # the clock alone shows it
+    assert any(clock.trials(resume, 20, seed=0))
+
+
+def test_an_exact_resume_notices_dropout_that_begins_anew(tmp_path, every, monkeypatch):
+    steps, keys = count(), train.set_dropout_keys
+    monkeypatch.setattr(
+        train, "set_dropout_keys", lambda model, seed, step, micro: keys(model, seed, next(steps), micro)
+    )
+    assert wrong(exact_resumes.trials(tmp_path, exact_resumes.KINDS[0], range(1, 2), total=3))
 
 
 @needs_strace
