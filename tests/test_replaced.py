@@ -165,6 +165,17 @@ def test_a_resumed_run_leaves_what_lies_beside_its_rows(here):
     assert tree(here / "run" / "data") == before
 
 
+def test_a_copy_whose_links_were_followed_is_resumed_once_the_copies_are_taken_away(here, capsys):
+    shutil.copytree(here / "run", here / "copy")
+    resume = ["train", "--output", "copy", "--resume"]
+    for name in ("last", "best"):
+        before = tree(here)
+        assert main(resume) == 8 and f"copy/checkpoints/{name} is no link" in capsys.readouterr().err
+        assert tree(here) == before
+        shutil.rmtree(here / "copy" / "checkpoints" / name)
+    assert main(resume) == 0 and (here / "copy" / "checkpoints" / "last").is_symlink()
+
+
 def test_a_page_and_its_twin_are_written_anew(here):
     for _ in range(2):
         assert main(["compare", "run", "run", "--output", "both.html"]) == 0

@@ -187,12 +187,20 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def write_link(link: Path, target: str) -> None:
-    """Point a relative symbolic link at `target`, in one step."""
+    """Point a relative symbolic link at `target`, in one step; nothing but another link is replaced."""
+    require_link(link)
     stage = link.parent / f".tmp-{link.name}"
     stage.unlink(missing_ok=True)
     os.symlink(target, stage)
     os.replace(stage, link)
     sync(link.parent)
+
+
+def require_link(link: Path) -> None:
+    """OutputInUse for a folder or a file where a link belongs."""
+    if os.path.lexists(link) and not link.is_symlink():
+        what = f"{link} is no link, as in a copy that was made with its links followed"
+        raise OutputInUse(what, "Take it away, or copy again with cp -a.")
 
 
 def _write_manifest(folder: Path) -> None:

@@ -17,7 +17,7 @@ from ..checkpoint.save import OF_A_MODEL
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import discard, in_use, remove, sync, verify_manifest, write_file
+from ..files.atomic import discard, in_use, remove, require_link, sync, verify_manifest, write_file
 from ..files.model_folder import trained_in
 from ..files.regular import open_file
 from ..lora import trained_parameters
@@ -28,7 +28,7 @@ from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
 from ..rows.sources import parse_sources
 from .schedule import Plan, data_record
-from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
+from .snapshot import LINKS, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
 # what a run writes, beside config.yaml and metrics.jsonl, which mark the folder as a run's
 OWN = (
@@ -71,6 +71,8 @@ class Run:
 
 def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or is resumed, or holds a run that the user lets us delete."""
+    for name in LINKS if resume else ():
+        require_link(folder / "checkpoints" / name)
     held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
     if overwrite and held and not _is_run(folder):
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")

@@ -27,6 +27,7 @@ from ..lora import LoRALinear, trained_parameters
 
 OPTIMIZER, BESIDE, STATE = "optimizer.safetensors", "trained.safetensors", "state.json"
 MODEL = "model.safetensors"
+LINKS = LAST, BEST = "last", "best"  # of a run's checkpoints
 
 
 def save_snapshot(
@@ -144,9 +145,9 @@ def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
     Snapshots of later steps are damaged (a resumed run has skipped them): they do not count.
     """
     ordered = sorted((p for p in snapshots(checkpoints) if step_of(p) <= step), key=step_of)
-    write_link(checkpoints / "last", ordered[-1].name)
+    write_link(checkpoints / LAST, ordered[-1].name)
     if best is not None and (checkpoints / f"step-{best}").is_dir():
-        write_link(checkpoints / "best", f"step-{best}")
+        write_link(checkpoints / BEST, f"step-{best}")
     for folder in ordered[:-keep]:
         if step_of(folder) != best:
             discard(folder)

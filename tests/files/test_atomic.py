@@ -144,6 +144,19 @@ def test_where_no_lock_can_be_asked_for_a_folder_is_free(tmp_path, monkeypatch):
         assert not in_use(tmp_path)
 
 
+def test_a_link_takes_the_place_of_a_link_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("folder", "file"):
+        with pytest.raises(OutputInUse, match="is no link"):
+            write_link(tmp_path / name, "new")
+    write_link(tmp_path / "dangling", "file")
+    write_link(tmp_path / "absent", "file")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_symlink()) == ["absent", "dangling"]
+    assert (tmp_path / "folder").is_dir() and not (tmp_path / ".tmp-folder").is_symlink()
+
+
 def test_nothing_is_removed_through_a_link(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "link").symlink_to("mine")
