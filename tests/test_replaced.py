@@ -176,6 +176,22 @@ def test_a_copy_whose_links_were_followed_is_resumed_once_the_copies_are_taken_a
     assert main(resume) == 0 and (here / "copy" / "checkpoints" / "last").is_symlink()
 
 
+@pytest.mark.parametrize("mode", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "tensorboard", "wandb"])
+def test_a_run_writes_and_deletes_nothing_through_a_link(here, name, mode, capsys):
+    """As in a stranger's folder of a run, whose links lead out of it."""
+    away = here / "mine" / name
+    if (here / "run" / name).exists():
+        (here / "run" / name).rename(away)
+    else:
+        away.mkdir()
+    (here / "run" / name).symlink_to(away)
+    before = tree(here)
+    command = training(here)[:1] if mode == "--resume" else [*training(here), "--data", "rows.json"]
+    assert main([*command, "--output", "run", mode]) == 8
+    assert f"run/{name} is a link to {away}" in capsys.readouterr().err and tree(here) == before
+
+
 def test_a_page_and_its_twin_are_written_anew(here):
     for _ in range(2):
         assert main(["compare", "run", "run", "--output", "both.html"]) == 0

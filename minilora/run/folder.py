@@ -27,6 +27,7 @@ from ..ranks.ranks import ALONE, Ranks
 from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
 from ..rows.sources import parse_sources
+from .loggers import PLACES
 from .schedule import Plan, data_record
 from .snapshot import LINKS, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
@@ -71,6 +72,10 @@ class Run:
 
 def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or is resumed, or holds a run that the user lets us delete."""
+    for name in (*OWN, "config.yaml", "metrics.jsonl", *PLACES) if resume or overwrite else ():
+        if (folder / name).is_symlink():
+            what = f"{folder / name} is a link to {os.readlink(folder / name)}, and a run writes through none"
+            raise OutputInUse(what, "Put there what it leads to, or take it away.")
     for name in LINKS if resume else ():
         require_link(folder / "checkpoints" / name)
     held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
