@@ -13,7 +13,7 @@ from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import locked, require_empty
 from minilora.report.page import Document
-from minilora.run.folder import after_restart
+from minilora.run.folder import after_restart, check_output
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import sweep
 from minilora.tools.truncate_adapter import truncate_adapter
@@ -68,6 +68,8 @@ REFUSED = {
     "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
     "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
     "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
+    "a run in place of notes in a checkpoint": ("train --model model --data rows.json --output noted --overwrite", 8),
+    "a run in place of scripts beside a model": ("train --model model --data rows.json --output scripts --overwrite", 8),
     "a run in place of what its user keeps beside a model": ("train --model model --data rows.json --output kept --overwrite", 8),
     "a demo in place of a file": ("demo --output rows.json", 8),
     "the twin of a page that has none in place of notes": ("compare run run --output page.html", 8),
@@ -96,7 +98,10 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
         (here / "links" / path.name).symlink_to(path)
     shutil.copytree(here / "run", here / "kept", symlinks=True)
     (here / "kept" / "model").mkdir()
-    for mine in ("kept/model/notes", "page.md"):
+    for copy in ("noted", "scripts"):
+        shutil.copytree(here / "run", here / copy, symlinks=True)
+    (here / "scripts" / "model").mkdir()
+    for mine in ("kept/model/notes", "page.md", "noted/checkpoints/step-1/notes", "scripts/model/mine.py"):
         (here / mine).write_text("precious")
     (here / "page.html").write_text(Document("a page without a twin").html())
     (here / "sweep.json").write_text(json.dumps({"base": {"model": "model", "data": "rows.json", "max_steps": 1}}))
@@ -190,6 +195,16 @@ def test_a_run_writes_and_deletes_nothing_through_a_link(here, name, mode, capsy
     command = training(here)[:1] if mode == "--resume" else [*training(here), "--data", "rows.json"]
     assert main([*command, "--output", "run", mode]) == 8
     assert f"run/{name} is a link to {away}" in capsys.readouterr().err and tree(here) == before
+
+
+def test_the_code_that_a_full_model_has_of_its_base_is_the_runs_own(here):
+    (here / "model" / "modeling_x.py").write_text("of the base")
+    train = [*training(here), "--data", "rows.json", "--method", "full", "--output", "whole"]
+    assert main(train) == 0 and (here / "whole" / "model" / "modeling_x.py").exists()
+    check_output(here / "whole", resume=False, overwrite=True)
+    (here / "whole" / "model" / "mine.py").write_text("precious")
+    with pytest.raises(OutputInUse, match=r"mine\.py was written by no run"):
+        check_output(here / "whole", resume=False, overwrite=True)
 
 
 def test_a_page_and_its_twin_are_written_anew(here):

@@ -215,6 +215,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def added(folder: Path) -> list[Path]:
+    """What lies in a folder that was written with a manifest and is not listed there: its user's. Nothing, if the manifest is damaged."""
+    try:
+        sums = parse_json(read_file(folder / MANIFEST, ModelError, SMALL))
+        listed = {MANIFEST, *(Path(name).parts[0] for name in sums)}
+    except (OSError, ValueError, TypeError, IndexError, ModelError):
+        return []
+    return [p for p in sorted(folder.iterdir()) if p.name not in listed and not p.name.startswith(".")]
+
+
 def verify_manifest(folder: Path) -> str | None:
     """What is wrong with a folder that was written with a manifest; None if every byte is as it was written."""
     try:

@@ -13,12 +13,12 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.save import OF_A_MODEL
+from ..checkpoint.save import OF_A_MODEL, own_code
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
-from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import discard, in_use, remove, require_link, sync, verify_manifest, write_file
-from ..files.model_folder import trained_in
+from ..errors import CheckpointMismatch, DiskError, OutputInUse, UsageError
+from ..files.atomic import added, discard, in_use, remove, require_link, sync, verify_manifest, write_file
+from ..files.model_folder import ModelFolder, trained_in
 from ..files.regular import open_file
 from ..lora import trained_parameters
 from ..machine.compute import name_of
@@ -27,6 +27,7 @@ from ..ranks.ranks import ALONE, Ranks
 from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
 from ..rows.sources import parse_sources
+from ..settings import read_yaml
 from .loggers import PLACES
 from .schedule import Plan, data_record
 from .snapshot import LINKS, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
@@ -38,7 +39,7 @@ OWN = (
 # what is in its folders, whose names are common ones
 OF_A_RUN = {
     "checkpoints": r"step-\d+|last|best", "data": r"(val|test)\.jsonl|split\.json", "adapter": r"adapter_(config\.json|model\.safetensors)",
-    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": rf"{OF_A_MODEL.pattern}|.+\.py",
+    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": OF_A_MODEL.pattern,
 }  # fmt: skip
 
 
@@ -83,7 +84,10 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
     foreign = next(_foreign(folder), None) if overwrite else None
     if foreign is not None:
-        raise OutputInUse(f"{foreign} was written by no run, and --overwrite would delete it", "Give another --output.")
+        raise OutputInUse(
+            f"{foreign} was written by no run, and --overwrite would delete it",
+            "Take it out, or give another --output.",
+        )
     if overwrite and in_use(folder / "predict"):
         raise OutputInUse(f"{folder / 'predict'} is being written, and --overwrite would delete it", "Wait for it.")
     if held and not resume and not overwrite:
@@ -102,12 +106,25 @@ def _is_run(folder: Path) -> bool:
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
-    """What lies in the folders of a run and was written by none."""
-    for name, own in OF_A_RUN.items():
+    """What lies in the folders of a run and was not written by it."""
+    base = str(_settings(folder).get("model"))
+    code = own_code(ModelFolder(base).path)  # which a full model has of its base
+    names = OF_A_RUN | {"model": "|".join((OF_A_MODEL.pattern, *map(re.escape, code)))}
+    for name, own in names.items():
         inside = folder / name
         yield from (
             p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(rf"{own}|\..*", p.name)
         )
+    for snapshot in (folder / "checkpoints").glob("*/"):
+        yield from added(snapshot)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that a folder holds, as far as they can be read."""
+    try:
+        return read_yaml(folder / "config.yaml")
+    except UsageError:
+        return {}
 
 
 def check_not_read(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import (
     MANIFEST,
+    added,
     atomic_folder,
     in_use,
     locked,
@@ -110,6 +111,20 @@ def test_a_manifest_notices_every_change(tmp_path):
         assert verify_manifest(out) == f"{MANIFEST} is damaged"
     manifest.unlink()
     assert verify_manifest(out) == f"{MANIFEST} is missing"
+
+
+def test_what_a_manifest_does_not_list_was_added(tmp_path):
+    with atomic_folder(tmp_path / "out", manifest=True) as stage:
+        (stage / "in").mkdir()
+        for name in ("a", "in/b"):
+            (stage / name).write_text(name)
+    assert added(tmp_path / "out") == []
+    for name in ("notes", ".DS_Store"):
+        (tmp_path / "out" / name).touch()
+    assert added(tmp_path / "out") == [tmp_path / "out" / "notes"]
+    for text in ("[1", "[1]", "1"):
+        (tmp_path / "out" / MANIFEST).write_text(text)
+        assert added(tmp_path / "out") == []  # nothing is known
 
 
 def test_a_folder_has_one_owner(tmp_path):
