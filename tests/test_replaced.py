@@ -68,6 +68,8 @@ REFUSED = {
     "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
     "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
     "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
+    "a run in place of a model that another command put there": ("train --model model --data rows.json --output merged --overwrite", 8),
+    "a run in place of an adapter that another command put there": ("train --model model --data rows.json --output whole --overwrite", 8),
     "a run in place of notes in a checkpoint": ("train --model model --data rows.json --output noted --overwrite", 8),
     "a run in place of scripts beside a model": ("train --model model --data rows.json --output scripts --overwrite", 8),
     "a run in place of what its user keeps beside a model": ("train --model model --data rows.json --output kept --overwrite", 8),
@@ -98,8 +100,11 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
         (here / "links" / path.name).symlink_to(path)
     shutil.copytree(here / "run", here / "kept", symlinks=True)
     (here / "kept" / "model").mkdir()
-    for copy in ("noted", "scripts"):
+    for copy in ("noted", "scripts", "merged", "whole"):
         shutil.copytree(here / "run", here / copy, symlinks=True)
+    shutil.copytree(here / "model", here / "merged" / "model")
+    settings = here / "whole" / "config.yaml"
+    settings.write_text(settings.read_text().replace("method: lora", "method: full"))
     (here / "scripts" / "model").mkdir()
     for mine in ("kept/model/notes", "page.md", "noted/checkpoints/step-1/notes", "scripts/model/mine.py"):
         (here / mine).write_text("precious")

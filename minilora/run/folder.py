@@ -36,10 +36,11 @@ from .snapshot import LINKS, load_snapshot, newest_snapshot, read_state, rotate,
 OWN = (
     "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html",
 )  # fmt: skip
-# what is in its folders, whose names are common ones
+NOTHING = "(?!)"  # a pattern that matches no name
+# what is in its folders, whose names are common ones; one of method full has a model in place of an adapter
 OF_A_RUN = {
     "checkpoints": r"step-\d+|last|best", "data": r"(val|test)\.jsonl|split\.json", "adapter": r"adapter_(config\.json|model\.safetensors)",
-    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": OF_A_MODEL.pattern,
+    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": NOTHING,
 }  # fmt: skip
 
 
@@ -107,9 +108,10 @@ def _is_run(folder: Path) -> bool:
 
 def _foreign(folder: Path) -> Iterator[Path]:
     """What lies in the folders of a run and was not written by it."""
-    base = str(_settings(folder).get("model"))
-    code = own_code(ModelFolder(base).path)  # which a full model has of its base
-    names = OF_A_RUN | {"model": "|".join((OF_A_MODEL.pattern, *map(re.escape, code)))}
+    was, names = _settings(folder), dict(OF_A_RUN)
+    if was.get("method") == "full":
+        code = own_code(ModelFolder(str(was.get("model"))).path)
+        names |= {"model": "|".join((OF_A_MODEL.pattern, *map(re.escape, code))), "adapter": NOTHING}
     for name, own in names.items():
         inside = folder / name
         yield from (
