@@ -17,6 +17,7 @@ from typing import TextIO
 
 from ..errors import ModelError, OutputInUse, quote
 from .regular import SMALL, open_file, read_file
+from .run_folder import require_outside_runs
 from .strict_json import parse_json
 
 MANIFEST = "MANIFEST.json"
@@ -152,7 +153,8 @@ def discard(path: Path) -> None:
 
 
 def require_empty(folder: Path) -> None:
-    """OutputInUse for a folder that holds something, for a file, and for what no rename can replace, or only with a surprise."""
+    """OutputInUse for a folder that holds something or lies in a run's own, for a file, and for what no rename can replace, or only with a surprise."""
+    require_outside_runs(folder)
     if folder.is_symlink():
         raise OutputInUse(f"{folder} is a link to {os.readlink(folder)}", "Give the folder itself, or a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

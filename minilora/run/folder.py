@@ -19,7 +19,7 @@ from ..console import Console
 from ..errors import CheckpointMismatch, DiskError, OutputInUse, UsageError
 from ..files.atomic import added, discard, in_use, remove, require_link, sync, verify_manifest, write_file
 from ..files.model_folder import ModelFolder, trained_in
-from ..files.regular import open_file
+from ..files.run_folder import is_run
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
@@ -81,7 +81,7 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     for name in LINKS if resume else ():
         require_link(folder / "checkpoints" / name)
     held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
-    if overwrite and held and not _is_run(folder):
+    if overwrite and held and not is_run(folder):
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
     foreign = next(_foreign(folder), None) if overwrite else None
     if foreign is not None:
@@ -94,16 +94,6 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     if held and not resume and not overwrite:
         hint = "Go on with --resume, start again with --overwrite, or give another --output."
         raise OutputInUse(f"{folder} is not empty", hint)
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder has the marks of a run: config.yaml, and metrics.jsonl, which is empty or has steps."""
-    metrics = folder / "metrics.jsonl"
-    if not (folder / "config.yaml").is_file() or not metrics.is_file():
-        return False
-    with open_file(metrics, OutputInUse) as file:
-        # after a power cut its first line may be there in part, or as zeros
-        return b'{"step": '.startswith(file.readline(10)[:9].strip(b"\0"))
 
 
 def _foreign(folder: Path) -> Iterator[Path]:

@@ -152,5 +152,5 @@ def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
     for folder in ordered[:-keep]:
         if step_of(folder) != best and not added(folder):
             discard(folder)
-    for leftover in checkpoints.glob(".tmp-*"):
+    for leftover in checkpoints.glob(".tmp-step-*"):
         remove(leftover)
