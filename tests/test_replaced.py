@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import locked, require_empty
 from minilora.report.page import Document
+from minilora.rows.dataset import load_data
 from minilora.run.folder import after_restart, check_output
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import sweep
@@ -132,6 +134,25 @@ def test_a_run_in_which_a_prediction_is_being_written_stays(here, capsys):
         before = tree(here)
         assert main(command) == 8 and "predict is being written" in capsys.readouterr().err
         assert tree(here) == before
+
+
+@pytest.mark.parametrize("came", ["a prediction", "notes"])
+def test_what_comes_while_a_run_loads_stays(here, monkeypatch, came, capsys):
+    """--overwrite looks again right before it deletes: minutes may have passed."""
+    before, stack = {}, ExitStack()
+
+    def load(*arguments):
+        if came == "notes":
+            (here / "run" / "data" / "notes").write_text("precious")
+        else:
+            stack.enter_context(locked(here / "run" / "predict"))
+        before.update(tree(here))
+        return load_data(*arguments)
+
+    monkeypatch.setattr("minilora.train.load_data", load)
+    with stack:
+        assert main([*training(here), "--data", "rows.json", "--output", "run", "--overwrite"]) == 8
+        assert tree(here) == before and "--overwrite would delete it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -149,11 +149,14 @@ def check_unlocked(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete an old run and nothing else. Call it once everything that the new run needs has been read.
+    """Delete an old run and nothing else; OutputInUse as by check_output, for what came while the new run was loading.
+
+    Call it once everything that the new run needs has been read.
 
     Its config.yaml and an empty metrics.jsonl stay until the new run's take their place: whenever this is cut short, the folder is
     still a run's, which --overwrite may delete.
     """
+    check_output(folder, resume=False, overwrite=True)
     write_file(folder / "metrics.jsonl", "")
     for name in OWN:
         discard(folder / name)
