@@ -37,7 +37,7 @@ def run(
     from ..checkpoint.open_model import folder_notes, open_model
     from ..console import Console
     from ..data import load_examples
-    from ..files.atomic import write_file
+    from ..files.atomic import write_output
     from ..files.model_folder import ModelFolder
     from ..rows.token_store import TokenCache
     from ..text.tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def run(
     decoder = open_model(folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}"), **opening)
     found = list(shown_progress(score_rows(decoder, examples, settings.max_length), len(examples), console))
     if scores:
-        write_file(Path(scores), "".join(score_lines(found, examples)))
+        write_output(Path(scores), "".join(score_lines(found, examples)))
     marks = {k: v for k, v in (("keep_below", keep_below), ("keep_above", keep_above)) if v is not None}
     console.say(to_text(found, examples, marks, worst))
     if output:
@@ -64,5 +64,5 @@ def run(
     if scores:
         console.say(f"scores      {scores}")
     if html:
-        write_file(Path(html), to_html(data, model, found, examples, marks, max(worst, 20)))
+        write_output(Path(html), to_html(data, model, found, examples, marks, max(worst, 20)))
         console.say(f"page        {html}")

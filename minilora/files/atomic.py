@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import ModelError, OutputInUse, quote
+from ..errors import DiskError, ModelError, OutputInUse, UsageError, quote
 from .regular import SMALL, open_file, read_file
 from .run_folder import require_outside_runs
 from .strict_json import parse_json
@@ -154,7 +154,7 @@ def discard(path: Path) -> None:
 
 def require_empty(folder: Path) -> None:
     """OutputInUse for a folder that holds something or lies in a run's own, for a file, and for what no rename can replace, or only with a surprise."""
-    require_outside_runs(folder)
+    require_place(folder)
     if folder.is_symlink():
         raise OutputInUse(f"{folder} is a link to {os.readlink(folder)}", "Give the folder itself, or a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -162,6 +162,19 @@ def require_empty(folder: Path) -> None:
     if folder.exists() and (os.path.ismount(folder) or folder.samefile(".")):
         what = "a mount point" if os.path.ismount(folder) else "the current folder"
         raise OutputInUse(f"{folder} is {what}, and a new folder takes its place in one step", "Give a new one in it.")
+
+
+def require_place(path: Path) -> None:
+    """What would keep an output from being written, told before the work that would be lost with it.
+
+    OutputInUse in a run's own folder, UsageError below a file, DiskError where nothing can be written; folders that are missing can be made.
+    """
+    require_outside_runs(path)
+    above = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise UsageError(f"{above} is no folder, and {path} would lie in it", "Give another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise DiskError(f"nothing can be written in {above}", "Give another place, or mend its permissions.")
 
 
 def require_own(folder: Path, names: Callable[[str], object]) -> None:
@@ -186,6 +199,12 @@ def write_file(path: Path, content: bytes | str) -> None:
             sync(path.parent)
         finally:
             stage.unlink(missing_ok=True)
+
+
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write a small file where a user wants it, as write_file does; folders that are missing are made."""
+    make_folder(path.parent)
+    write_file(path, content)
 
 
 def write_link(link: Path, target: str) -> None:
