@@ -1,5 +1,6 @@
 """minilora data score: the perplexity of every row under a model."""
 
+import os
 from typing import Annotated, Unpack
 
 from ..config import DataConfig
@@ -28,6 +29,9 @@ def run(
 ) -> None:
     if (keep_below is None and keep_above is None) != (output is None):
         raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
+    places = [os.path.realpath(path) for path in (scores, output, html) if path]
+    if len(set(places)) < len(places):
+        raise UsageError("two of --scores, --output and --html are the same file", "Give each a name of its own.")
     check_paths(model, adapter, data, settings.encoding)
     say(f"score       {data} by {model}")
     from pathlib import Path
@@ -53,6 +57,8 @@ def run(
     console.say(f"data        {report}")
     decoder = open_model(folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}"), **opening)
     found = list(shown_progress(score_rows(decoder, examples, settings.max_length), len(examples), console))
+    for path in filter(None, (scores, output)):
+        new_file(path)  # again: another process may have made it
     if scores:
         write_output(Path(scores), "".join(score_lines(found, examples)))
     marks = {k: v for k, v in (("keep_below", keep_below), ("keep_above", keep_above)) if v is not None}
