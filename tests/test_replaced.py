@@ -204,6 +204,16 @@ def test_a_resumed_run_leaves_what_lies_beside_its_rows(here):
     assert tree(here / "run" / "data") == before
 
 
+def test_a_resumed_run_leaves_the_comments_in_its_settings(here):
+    settings, resume = here / "run" / "config.yaml", ["train", "--output", "run", "--resume"]
+    assert main(resume) == 0  # the copy of a run is told where it lies now
+    settings.write_text(f"# precious\n{settings.read_text()}")
+    before = settings.read_text()
+    assert main(resume) == 0 and settings.read_text() == before
+    assert main([*resume, "--save-every", "7"]) == 0
+    assert "save_every: 7" in settings.read_text()
+
+
 def test_a_copy_whose_links_were_followed_is_resumed_once_the_copies_are_taken_away(here, capsys):
     shutil.copytree(here / "run", here / "copy")
     resume = ["train", "--output", "copy", "--resume"]

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,8 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
     check_disk(run.folder, run.model, run.config.keep_checkpoints)
     if not (run.folder / "metrics.jsonl").exists():
         write_file(run.folder / "metrics.jsonl", "")
-    write_file(run.folder / "config.yaml", to_yaml(run.config))
+    if overwrite or _settings(run.folder) != asdict(run.config):  # one that says the same may have its user's comments
+        write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_choice(run.folder / GEMM, run.model.head.device)
     trained = {"trained_parameters": sum(p.numel() for p in trained_parameters(run.model).values())}
     write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan) | trained) + "\n")
