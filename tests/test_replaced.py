@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import locked, require_empty
 from minilora.report.page import Document
-from minilora.run.folder import after_restart
+from minilora.rows.dataset import load_data
+from minilora.run.folder import after_restart, check_output
 from minilora.tools import sweep as sweep_module
 from minilora.tools.sweep import sweep
 from minilora.tools.truncate_adapter import truncate_adapter
@@ -56,6 +58,14 @@ REFUSED = {
     "a smaller adapter in place of its run": ("inspect adapter run --to-rank 1 --output run", 8),
     "the rows that are kept in place of all": (f"{SCORE} --keep-below 9 --output rows.json", 8),
     "the scores of rows in place of the rows": (f"{SCORE} --scores rows.json", 8),
+    "a merged model in a run's checkpoints": ("merge --model model --adapter run --output run/checkpoints/x", 8),
+    "a merged model in the place of a run's own": ("merge --model model --adapter run --output run/model", 8),
+    "a merged model behind a link into a run": ("merge --model model --adapter run --output run/checkpoints/last/x/y", 8),
+    "an export in a run's checkpoints": ("export --model model --adapter run --for gguf --output run/checkpoints/x", 8),
+    "an adapter in a run's checkpoints": ("inspect adapter run --to-rank 1 --output run/checkpoints/x", 8),
+    "a division of rows in a run's": ("data split --data rows.json --val 2 --output run/data/x", 8),
+    "answers in a run's checkpoint": ("predict --model model --data rows.json --output run/checkpoints/step-1/predict", 8),
+    "a run in a run's checkpoints": ("train --model model --data rows.json --output run/checkpoints/step-9", 8),
     "a page in place of rows": ("inspect data --model model --data rows.json --html rows.json", 2),
     "a page in place of another page": ("inspect data --model model --data rows.json --html other.html", 8),
     "the twin of a page in place of notes": ("compare run run --output notes.html", 8),
@@ -68,6 +78,10 @@ REFUSED = {
     "a run in place of a project": ("train --model model --data rows.json --output project --overwrite", 8),
     "a run in place of rows beside a run's": ("train --model model --data rows.json --output mixed --overwrite", 8),
     "a run in place of another in its folder": ("train --model model --data rows.json --output outer --overwrite", 8),
+    "a run in place of a model that another command put there": ("train --model model --data rows.json --output merged --overwrite", 8),
+    "a run in place of an adapter that another command put there": ("train --model model --data rows.json --output whole --overwrite", 8),
+    "a run in place of notes in a checkpoint": ("train --model model --data rows.json --output noted --overwrite", 8),
+    "a run in place of scripts beside a model": ("train --model model --data rows.json --output scripts --overwrite", 8),
     "a run in place of what its user keeps beside a model": ("train --model model --data rows.json --output kept --overwrite", 8),
     "a demo in place of a file": ("demo --output rows.json", 8),
     "the twin of a page that has none in place of notes": ("compare run run --output page.html", 8),
@@ -96,7 +110,13 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
         (here / "links" / path.name).symlink_to(path)
     shutil.copytree(here / "run", here / "kept", symlinks=True)
     (here / "kept" / "model").mkdir()
-    for mine in ("kept/model/notes", "page.md"):
+    for copy in ("noted", "scripts", "merged", "whole"):
+        shutil.copytree(here / "run", here / copy, symlinks=True)
+    shutil.copytree(here / "model", here / "merged" / "model")
+    settings = here / "whole" / "config.yaml"
+    settings.write_text(settings.read_text().replace("method: lora", "method: full"))
+    (here / "scripts" / "model").mkdir()
+    for mine in ("kept/model/notes", "page.md", "noted/checkpoints/step-1/notes", "scripts/model/mine.py"):
         (here / mine).write_text("precious")
     (here / "page.html").write_text(Document("a page without a twin").html())
     (here / "sweep.json").write_text(json.dumps({"base": {"model": "model", "data": "rows.json", "max_steps": 1}}))
@@ -114,6 +134,25 @@ def test_a_run_in_which_a_prediction_is_being_written_stays(here, capsys):
         before = tree(here)
         assert main(command) == 8 and "predict is being written" in capsys.readouterr().err
         assert tree(here) == before
+
+
+@pytest.mark.parametrize("came", ["a prediction", "notes"])
+def test_what_comes_while_a_run_loads_stays(here, monkeypatch, came, capsys):
+    """--overwrite looks again right before it deletes: minutes may have passed."""
+    before, stack = {}, ExitStack()
+
+    def load(*arguments):
+        if came == "notes":
+            (here / "run" / "data" / "notes").write_text("precious")
+        else:
+            stack.enter_context(locked(here / "run" / "predict"))
+        before.update(tree(here))
+        return load_data(*arguments)
+
+    monkeypatch.setattr("minilora.train.load_data", load)
+    with stack:
+        assert main([*training(here), "--data", "rows.json", "--output", "run", "--overwrite"]) == 8
+        assert tree(here) == before and "--overwrite would delete it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -163,6 +202,53 @@ def test_a_resumed_run_leaves_what_lies_beside_its_rows(here):
     before = tree(here / "run" / "data")
     assert main(["train", "--output", "run", "--resume"]) == 0
     assert tree(here / "run" / "data") == before
+
+
+def test_a_resumed_run_leaves_the_comments_in_its_settings(here):
+    settings, resume = here / "run" / "config.yaml", ["train", "--output", "run", "--resume"]
+    assert main(resume) == 0  # the copy of a run is told where it lies now
+    settings.write_text(f"# precious\n{settings.read_text()}")
+    before = settings.read_text()
+    assert main(resume) == 0 and settings.read_text() == before
+    assert main([*resume, "--save-every", "7"]) == 0
+    assert "save_every: 7" in settings.read_text()
+
+
+def test_a_copy_whose_links_were_followed_is_resumed_once_the_copies_are_taken_away(here, capsys):
+    shutil.copytree(here / "run", here / "copy")
+    resume = ["train", "--output", "copy", "--resume"]
+    for name in ("last", "best"):
+        before = tree(here)
+        assert main(resume) == 8 and f"copy/checkpoints/{name} is no link" in capsys.readouterr().err
+        assert tree(here) == before
+        shutil.rmtree(here / "copy" / "checkpoints" / name)
+    assert main(resume) == 0 and (here / "copy" / "checkpoints" / "last").is_symlink()
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "tensorboard", "wandb"])
+def test_a_run_writes_and_deletes_nothing_through_a_link(here, name, mode, capsys):
+    """As in a stranger's folder of a run, whose links lead out of it."""
+    away = here / "mine" / name
+    if (here / "run" / name).exists():
+        (here / "run" / name).rename(away)
+    else:
+        away.mkdir()
+    (here / "run" / name).symlink_to(away)
+    before = tree(here)
+    command = training(here)[:1] if mode == "--resume" else [*training(here), "--data", "rows.json"]
+    assert main([*command, "--output", "run", mode]) == 8
+    assert f"run/{name} is a link to {away}" in capsys.readouterr().err and tree(here) == before
+
+
+def test_the_code_that_a_full_model_has_of_its_base_is_the_runs_own(here):
+    (here / "model" / "modeling_x.py").write_text("of the base")
+    train = [*training(here), "--data", "rows.json", "--method", "full", "--output", "whole"]
+    assert main(train) == 0 and (here / "whole" / "model" / "modeling_x.py").exists()
+    check_output(here / "whole", resume=False, overwrite=True)
+    (here / "whole" / "model" / "mine.py").write_text("precious")
+    with pytest.raises(OutputInUse, match=r"mine\.py was written by no run"):
+        check_output(here / "whole", resume=False, overwrite=True)
 
 
 def test_a_page_and_its_twin_are_written_anew(here):

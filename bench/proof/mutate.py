@@ -377,6 +377,7 @@ ENGINE = {
     "minilora/run/snapshot.py": "run/test_snapshot run/test_leftovers run/test_resume",
     "minilora/run/folder.py": "run/test_folder run/test_leftovers run/test_resume test_train",
     "minilora/files/atomic.py": "files/test_atomic run/test_leftovers files/test_regular checkpoint/test_load",
+    "minilora/files/run_folder.py": "run/test_folder test_replaced",
     "minilora/files/safetensors.py": "files/test_safetensors files/test_atomic",
     "minilora/checkpoint/adapter.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters checkpoint/test_loftq test_cases",
     "minilora/checkpoint/adapter_config.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters test_cases",

@@ -28,6 +28,7 @@ READ = (
     "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "target_parameters",
     "lora_B_layout",
 )  # fmt: skip
+COPIED = (*READ, "fan_in_fan_out", "task_type", "inference_mode")  # into the config of an adapter made of another
 MOST_PATTERNS = 10_000
 # how an adapter began or was run, and what the names of its tensors, or the base, say as well
 HARMLESS = (

@@ -14,7 +14,7 @@ from ..files.atomic import new_folder
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
 from ..files.safetensors import write_tensors
 from .adapter import PREFIX, path_and_half
-from .adapter_config import by_pattern, refuse_what_is_not_lora
+from .adapter_config import COPIED, by_pattern, refuse_what_is_not_lora
 from .expert_adapters import STACKED, from_stacked
 from .load import check_finite
 from .method_folder import weights_of
@@ -108,13 +108,17 @@ def _of_experts(
 
 
 def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> None:
-    """Write adapters of scale 1 as the PEFT folder `target`; all but ranks and alphas is said as the folder `source` says it."""
+    """Write adapters of scale 1 as the PEFT folder `target`; all else that is known here is said as the folder `source` says it.
+
+    Nothing that another reader would act on unseen is copied, such as auto_mapping, which names a library to import.
+    """
     source = ModelFolder.of(source)
     assert all(f.scale == 1 for f in factors.values())
     if any(".experts." in path for path in factors):
         raise UsageError("the adapter is on experts, whose ranks are not cut", "Train it with a smaller --lora-r.")
     most = max(f.r for f in factors.values())
     others = {path: f.r for path, f in factors.items() if f.r != most}
+    said = {key: value for key, value in source.adapter_config.items() if key in COPIED}
     ranks = {"r": most, "lora_alpha": most, "use_rslora": False, "rank_pattern": others, "alpha_pattern": others}
     tensors = {
         f"{PREFIX}{path}.lora_{which}.weight": t.float()
@@ -123,4 +127,4 @@ def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> 
     }
     with new_folder(target) as stage:
         write_tensors(stage / ADAPTER_WEIGHTS, tensors, weights_of(source.path).metadata)
-        (stage / ADAPTER_CONFIG).write_text(json.dumps(source.adapter_config | ranks, indent=2) + "\n")
+        (stage / ADAPTER_CONFIG).write_text(json.dumps(said | ranks, indent=2) + "\n")

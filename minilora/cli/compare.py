@@ -14,12 +14,14 @@ def run(
     from pathlib import Path
 
     from ..console import Console
+    from ..files.atomic import require_place
     from ..report.compare import compare
     from ..report.page import check_page
     from ..report.record import read_record
     from ..report.score_table import show_scores
 
     check_page(Path(output), twin=True)
+    require_place(Path(output))
     if len(runs) == 1 and (Path(runs[0]) / "sweep.json").is_file():
         from ..tools.experiment import write_experiment  # has torch, for spectra
 

@@ -1,5 +1,6 @@
 """minilora data score: the perplexity of every row under a model."""
 
+import os
 from typing import Annotated, Unpack
 
 from ..config import DataConfig
@@ -28,6 +29,9 @@ def run(
 ) -> None:
     if (keep_below is None and keep_above is None) != (output is None):
         raise UsageError("--keep-below or --keep-above and --output belong together", "Give both, or none of them.")
+    places = [os.path.realpath(path) for path in (scores, output, html) if path]
+    if len(set(places)) < len(places):
+        raise UsageError("two of --scores, --output and --html are the same file", "Give each a name of its own.")
     check_paths(model, adapter, data, settings.encoding)
     say(f"score       {data} by {model}")
     from pathlib import Path
@@ -37,7 +41,7 @@ def run(
     from ..checkpoint.open_model import folder_notes, open_model
     from ..console import Console
     from ..data import load_examples
-    from ..files.atomic import write_file
+    from ..files.atomic import write_output
     from ..files.model_folder import ModelFolder
     from ..rows.token_store import TokenCache
     from ..text.tokenizer import load_tokenizer
@@ -53,8 +57,10 @@ def run(
     console.say(f"data        {report}")
     decoder = open_model(folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}"), **opening)
     found = list(shown_progress(score_rows(decoder, examples, settings.max_length), len(examples), console))
+    for path in filter(None, (scores, output)):
+        new_file(path)  # again: another process may have made it
     if scores:
-        write_file(Path(scores), "".join(score_lines(found, examples)))
+        write_output(Path(scores), "".join(score_lines(found, examples)))
     marks = {k: v for k, v in (("keep_below", keep_below), ("keep_above", keep_above)) if v is not None}
     console.say(to_text(found, examples, marks, worst))
     if output:
@@ -64,5 +70,5 @@ def run(
     if scores:
         console.say(f"scores      {scores}")
     if html:
-        write_file(Path(html), to_html(data, model, found, examples, marks, max(worst, 20)))
+        write_output(Path(html), to_html(data, model, found, examples, marks, max(worst, 20)))
         console.say(f"page        {html}")

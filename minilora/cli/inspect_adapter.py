@@ -37,7 +37,7 @@ def run(
     from rich.progress import Progress
 
     from ..console import Console
-    from ..files.atomic import require_empty, write_file
+    from ..files.atomic import require_empty, write_output
     from ..tools.inspect_adapter import inspect_adapter
     from ..tools.inspect_adapter_show import show, to_html
 
@@ -51,7 +51,7 @@ def run(
         )
     say(dumps(found.as_json()), whole=True) if json else show(found, console)
     if html:
-        write_file(Path(html), to_html(found, model))
+        write_output(Path(html), to_html(found, model))
         say(f"\npage      {html}", quiet=json)
     if to_rank is not None and output is not None:
         from ..tools.truncate_adapter import cost_of, truncate_adapter

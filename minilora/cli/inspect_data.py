@@ -29,7 +29,7 @@ def run(
     from pathlib import Path
 
     from ..console import Console
-    from ..files.atomic import write_file
+    from ..files.atomic import write_output
     from ..text.tokenizer import load_tokenizer
     from ..tools.inspect_data import inspect_data
     from ..tools.inspect_data_show import show, to_html
@@ -40,6 +40,6 @@ def run(
     )
     show(found, Console())
     if html:
-        write_file(Path(html), to_html(found, folder))
+        write_output(Path(html), to_html(found, folder))
         say(f"\npage     {html}")
     return 0 if len(found.lengths["total"]) else DataError.code  # nothing can be used

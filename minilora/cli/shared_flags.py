@@ -1,5 +1,6 @@
 """Arguments that several commands have, and the check of the paths among them."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -15,17 +16,22 @@ def adapter_folder(given: str) -> str:
 
 
 def page(given: str) -> str:
-    """An argparse type: the name of a page; OutputInUse for a file that is none."""
+    """An argparse type: the name of a page; OutputInUse for a file that is none, and what require_place raises."""
+    from ..files.atomic import require_place
     from ..report.page import check_page
 
     check_page(Path(given))
+    require_place(Path(given))
     return given
 
 
 def new_file(given: str) -> str:
     """An argparse type: the name of a file that is not there yet; OutputInUse if it is: it could be what is read."""
-    if Path(given).exists():
+    from ..files.atomic import require_place
+
+    if os.path.lexists(given):
         raise OutputInUse(f"{given} is there already", "Give another name, or take it away.")
+    require_place(Path(given))
     return given
 
 

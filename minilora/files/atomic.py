@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import ModelError, OutputInUse, quote
+from ..errors import DiskError, ModelError, OutputInUse, UsageError, quote
 from .regular import SMALL, open_file, read_file
+from .run_folder import require_outside_runs
 from .strict_json import parse_json
 
 MANIFEST = "MANIFEST.json"
@@ -152,7 +153,8 @@ def discard(path: Path) -> None:
 
 
 def require_empty(folder: Path) -> None:
-    """OutputInUse for a folder that holds something, for a file, and for what no rename can replace, or only with a surprise."""
+    """OutputInUse for a folder that holds something or lies in a run's own, for a file, and for what no rename can replace, or only with a surprise."""
+    require_place(folder)
     if folder.is_symlink():
         raise OutputInUse(f"{folder} is a link to {os.readlink(folder)}", "Give the folder itself, or a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -160,6 +162,19 @@ def require_empty(folder: Path) -> None:
     if folder.exists() and (os.path.ismount(folder) or folder.samefile(".")):
         what = "a mount point" if os.path.ismount(folder) else "the current folder"
         raise OutputInUse(f"{folder} is {what}, and a new folder takes its place in one step", "Give a new one in it.")
+
+
+def require_place(path: Path) -> None:
+    """What would keep an output from being written, told before the work that would be lost with it.
+
+    OutputInUse in a run's own folder, UsageError below a file, DiskError where nothing can be written; folders that are missing can be made.
+    """
+    require_outside_runs(path)
+    above = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise UsageError(f"{above} is no folder, and {path} would lie in it", "Give another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise DiskError(f"nothing can be written in {above}", "Give another place, or mend its permissions.")
 
 
 def require_own(folder: Path, names: Callable[[str], object]) -> None:
@@ -186,13 +201,27 @@ def write_file(path: Path, content: bytes | str) -> None:
             stage.unlink(missing_ok=True)
 
 
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write a small file where a user wants it, as write_file does; folders that are missing are made."""
+    make_folder(path.parent)
+    write_file(path, content)
+
+
 def write_link(link: Path, target: str) -> None:
-    """Point a relative symbolic link at `target`, in one step."""
+    """Point a relative symbolic link at `target`, in one step; nothing but another link is replaced."""
+    require_link(link)
     stage = link.parent / f".tmp-{link.name}"
     stage.unlink(missing_ok=True)
     os.symlink(target, stage)
     os.replace(stage, link)
     sync(link.parent)
+
+
+def require_link(link: Path) -> None:
+    """OutputInUse for a folder or a file where a link belongs."""
+    if os.path.lexists(link) and not link.is_symlink():
+        what = f"{link} is no link, as in a copy that was made with its links followed"
+        raise OutputInUse(what, "Take it away, or copy again with cp -a.")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -205,6 +234,16 @@ def sha256(path: Path) -> str:
     """The hash of a file, in hex; ModelError for what is no regular file."""
     with open_file(path, ModelError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def added(folder: Path) -> list[Path]:
+    """What lies in a folder that was written with a manifest and is not listed there: its user's. Nothing, if the manifest is damaged."""
+    try:
+        sums = parse_json(read_file(folder / MANIFEST, ModelError, SMALL))
+        listed = {MANIFEST, *(Path(name).parts[0] for name in sums)}
+    except (OSError, ValueError, TypeError, IndexError, ModelError):
+        return []
+    return [p for p in sorted(folder.iterdir()) if p.name not in listed and not p.name.startswith(".")]
 
 
 def verify_manifest(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputInUse, UsageError
-from ..files.atomic import write_file
+from ..files.atomic import write_output
 from ..files.regular import open_file
 
 # what a browser would not show, or would use to reverse the text around it: shown by its code point
@@ -157,9 +157,8 @@ class Document:
 def write_both(path: Path, html: str, markdown: str) -> None:
     """Write a page, and its twin in markdown beside it; raises as check_page does."""
     check_page(path, twin=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, html)
-    write_file(path.with_suffix(".md"), f"{TWIN_START}\n{markdown}")
+    write_output(path, html)
+    write_output(path.with_suffix(".md"), f"{TWIN_START}\n{markdown}")
 
 
 def check_page(path: Path, twin: bool = False) -> None:

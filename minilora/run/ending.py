@@ -13,6 +13,7 @@ from ..console import Console
 from ..errors import Diverged, OutOfMemory, RankLost, Stopped
 from ..experts import seen_note
 from ..files.atomic import locked
+from ..files.run_folder import require_outside_runs
 from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
@@ -45,6 +46,7 @@ def owned(config: TrainConfig, ranks: Ranks, resume: bool, overwrite: bool) -> I
     if overwrite:
         check_not_read(config)
     if not resume:
+        require_outside_runs(folder)
         check_unlocked(folder, overwrite)
     with final_report(folder), locked(folder):
         check_output(folder, resume, overwrite)

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 
 from minilora.models.decoder import Decoder
 
-from ..checkpoint.save import OF_A_MODEL
+from ..checkpoint.save import OF_A_MODEL, own_code
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
-from ..errors import CheckpointMismatch, DiskError, OutputInUse
-from ..files.atomic import discard, in_use, remove, sync, verify_manifest, write_file
-from ..files.model_folder import trained_in
-from ..files.regular import open_file
+from ..errors import CheckpointMismatch, DiskError, OutputInUse, UsageError
+from ..files.atomic import added, discard, in_use, remove, require_link, sync, verify_manifest, write_file
+from ..files.model_folder import ModelFolder, trained_in
+from ..files.run_folder import is_run
 from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
@@ -27,17 +27,20 @@ from ..ranks.ranks import ALONE, Ranks
 from ..report.record import TRAINED_ROWS
 from ..rows.dataset import Data, trained_rows, write_split
 from ..rows.sources import parse_sources
+from ..settings import read_yaml
+from .loggers import PLACES
 from .schedule import Plan, data_record
-from .snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
+from .snapshot import LINKS, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
 
 # what a run writes, beside config.yaml and metrics.jsonl, which mark the folder as a run's
 OWN = (
     "checkpoints", "adapter", "model", "predict", "samples.jsonl", "data", TRAINED_ROWS, "data.json", GEMM, "loss.png", "report.html",
 )  # fmt: skip
-# what is in its folders, whose names are common ones
+NOTHING = "(?!)"  # a pattern that matches no name
+# what is in its folders, whose names are common ones; one of method full has a model in place of an adapter
 OF_A_RUN = {
     "checkpoints": r"step-\d+|last|best", "data": r"(val|test)\.jsonl|split\.json", "adapter": r"adapter_(config\.json|model\.safetensors)",
-    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": rf"{OF_A_MODEL.pattern}|.+\.py",
+    "predict": r"generated_predictions\.jsonl|predict_results\.json|part\.jsonl", "model": NOTHING,
 }  # fmt: skip
 
 
@@ -71,12 +74,21 @@ class Run:
 
 def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     """OutputInUse unless the run folder is empty, or is resumed, or holds a run that the user lets us delete."""
+    for name in (*OWN, "config.yaml", "metrics.jsonl", *PLACES) if resume or overwrite else ():
+        if (folder / name).is_symlink():
+            what = f"{folder / name} is a link to {os.readlink(folder / name)}, and a run writes through none"
+            raise OutputInUse(what, "Put there what it leads to, or take it away.")
+    for name in LINKS if resume else ():
+        require_link(folder / "checkpoints" / name)
     held = [p for p in folder.iterdir() if not p.name.startswith(".") and not _is_empty_metrics(p)]
-    if overwrite and held and not _is_run(folder):
+    if overwrite and held and not is_run(folder):
         raise OutputInUse(f"{folder} holds no run that --overwrite could delete", "Give another --output.")
     foreign = next(_foreign(folder), None) if overwrite else None
     if foreign is not None:
-        raise OutputInUse(f"{foreign} was written by no run, and --overwrite would delete it", "Give another --output.")
+        raise OutputInUse(
+            f"{foreign} was written by no run, and --overwrite would delete it",
+            "Take it out, or give another --output.",
+        )
     if overwrite and in_use(folder / "predict"):
         raise OutputInUse(f"{folder / 'predict'} is being written, and --overwrite would delete it", "Wait for it.")
     if held and not resume and not overwrite:
@@ -84,23 +96,27 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
         raise OutputInUse(f"{folder} is not empty", hint)
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether a folder has the marks of a run: config.yaml, and metrics.jsonl, which is empty or has steps."""
-    metrics = folder / "metrics.jsonl"
-    if not (folder / "config.yaml").is_file() or not metrics.is_file():
-        return False
-    with open_file(metrics, OutputInUse) as file:
-        # after a power cut its first line may be there in part, or as zeros
-        return b'{"step": '.startswith(file.readline(10)[:9].strip(b"\0"))
-
-
 def _foreign(folder: Path) -> Iterator[Path]:
-    """What lies in the folders of a run and was written by none."""
-    for name, own in OF_A_RUN.items():
+    """What lies in the folders of a run and was not written by it."""
+    was, names = _settings(folder), dict(OF_A_RUN)
+    if was.get("method") == "full":
+        code = own_code(ModelFolder(str(was.get("model"))).path)
+        names |= {"model": "|".join((OF_A_MODEL.pattern, *map(re.escape, code))), "adapter": NOTHING}
+    for name, own in names.items():
         inside = folder / name
         yield from (
             p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(rf"{own}|\..*", p.name)
         )
+    for snapshot in (folder / "checkpoints").glob("*/"):
+        yield from added(snapshot)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that a folder holds, as far as they can be read."""
+    try:
+        return read_yaml(folder / "config.yaml")
+    except UsageError:
+        return {}
 
 
 def check_not_read(config: TrainConfig) -> None:
@@ -133,11 +149,14 @@ def check_unlocked(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete an old run and nothing else. Call it once everything that the new run needs has been read.
+    """Delete an old run and nothing else; OutputInUse as by check_output, for what came while the new run was loading.
+
+    Call it once everything that the new run needs has been read.
 
     Its config.yaml and an empty metrics.jsonl stay until the new run's take their place: whenever this is cut short, the folder is
     still a run's, which --overwrite may delete.
     """
+    check_output(folder, resume=False, overwrite=True)
     write_file(folder / "metrics.jsonl", "")
     for name in OWN:
         discard(folder / name)
@@ -167,7 +186,8 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
     check_disk(run.folder, run.model, run.config.keep_checkpoints)
     if not (run.folder / "metrics.jsonl").exists():
         write_file(run.folder / "metrics.jsonl", "")
-    write_file(run.folder / "config.yaml", to_yaml(run.config))
+    if overwrite or _settings(run.folder) != asdict(run.config):  # one that says the same may have its user's comments
+        write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_choice(run.folder / GEMM, run.model.head.device)
     trained = {"trained_parameters": sum(p.numel() for p in trained_parameters(run.model).values())}
     write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan) | trained) + "\n")

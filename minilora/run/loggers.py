@@ -104,6 +104,7 @@ class MLflow:
 LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
     "tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow,
 }  # fmt: skip
+PLACES = ("tensorboard", "wandb", "swanlog", "mlflow.db")  # where they write in the folder of a run
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # either; else the package of that name
 ALWAYS = ("jsonl", "none", "")  # metrics.jsonl is always written
 

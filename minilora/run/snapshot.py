@@ -18,7 +18,7 @@ from ..checkpoint.adapter import factors_of, fill_adapter_folder
 from ..checkpoint.method_folder import file_keys, state_beside
 from ..checkpoint.save import write_checkpoint
 from ..errors import CheckpointMismatch
-from ..files.atomic import atomic_folder, discard, remove, verify_manifest, write_link
+from ..files.atomic import added, atomic_folder, discard, remove, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.regular import SMALL, read_file
 from ..files.safetensors import SafetensorsFile, write_tensors
@@ -27,6 +27,7 @@ from ..lora import LoRALinear, trained_parameters
 
 OPTIMIZER, BESIDE, STATE = "optimizer.safetensors", "trained.safetensors", "state.json"
 MODEL = "model.safetensors"
+LINKS = LAST, BEST = "last", "best"  # of a run's checkpoints
 
 
 def save_snapshot(
@@ -141,14 +142,15 @@ def step_of(folder: Path) -> int:
 def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
     """Point the links `last` and `best` at the snapshots of these steps, then delete all but the best and the newest `keep`.
 
-    Snapshots of later steps are damaged (a resumed run has skipped them): they do not count.
+    Snapshots of later steps are damaged (a resumed run has skipped them): they do not count. One to which its user has added
+    something stays.
     """
     ordered = sorted((p for p in snapshots(checkpoints) if step_of(p) <= step), key=step_of)
-    write_link(checkpoints / "last", ordered[-1].name)
+    write_link(checkpoints / LAST, ordered[-1].name)
     if best is not None and (checkpoints / f"step-{best}").is_dir():
-        write_link(checkpoints / "best", f"step-{best}")
+        write_link(checkpoints / BEST, f"step-{best}")
     for folder in ordered[:-keep]:
-        if step_of(folder) != best:
+        if step_of(folder) != best and not added(folder):
             discard(folder)
-    for leftover in checkpoints.glob(".tmp-*"):
+    for leftover in checkpoints.glob(".tmp-step-*"):
         remove(leftover)

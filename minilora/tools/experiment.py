@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.factors import Factors, read_factors
 from ..checkpoint.load import empty_model, read_config
 from ..checkpoint.quantized import Stored
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from ..files.model_folder import ModelFolder
 from ..files.safetensors import SafetensorsFile
 from ..report.experiment import Cells, Estimate, Question, Table, experiment
@@ -39,8 +39,15 @@ def read_cells(folder: Path) -> Cells:
     sweep = read_json_file(folder / "sweep.json") if (folder / "sweep.json").is_file() else {}
     if not sweep.get("question"):
         raise UsageError(f"{folder} is one folder and no sweep that asks a question", "Give two or more runs.")
+    runs = sweep.get("runs")
+    if (
+        not isinstance(sweep["question"], dict)
+        or not isinstance(runs, list)
+        or not all(isinstance(r, str) for r in runs)
+    ):
+        raise DataError(f"{folder / 'sweep.json'} is not what a sweep writes", "Give the same minilora sweep again.")
     question = Question.of(sweep["question"], str(folder / "sweep.json"))
-    found = [folder / name for name in sweep["runs"] if (folder / name / "config.yaml").is_file()]
+    found = [folder / name for name in runs if (folder / name / "config.yaml").is_file()]
     if not found:
         raise UsageError(f"{folder} has no run yet", "Give a sweep that was run.")
     return Cells(question, map(read_record, found))

@@ -30,6 +30,7 @@ from ..errors import DataError, OutputInUse, Stopped
 from ..files.atomic import locked, sync, write_file
 from ..files.model_folder import ModelFolder
 from ..files.regular import open_file
+from ..files.run_folder import require_outside_runs
 from ..files.strict_json import read_json_lines
 from ..generate import Request, decode
 from ..lora import base_parameters
@@ -176,6 +177,7 @@ def _file_hash(path: Path) -> str:
 
 def _check_output(folder: Path) -> None:
     """OutputInUse for a folder that holds something else, before a lock is written there."""
+    require_outside_runs(folder)
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
     if names - {ROWS, RESULTS, PART}:
         raise OutputInUse(f"{folder} holds no prediction but {min(names)}", "Give another --output.")

@@ -15,7 +15,7 @@ from minilora.models.decoder import Decoder
 
 from ..data import make_batch
 from ..errors import not_finite
-from ..files.atomic import write_file
+from ..files.atomic import write_output
 from ..rows.token_store import Examples
 
 GROUP = 64  # rows that are laid end to end at most
@@ -91,4 +91,4 @@ def kept(perplexities: np.ndarray, below: float | None, above: float | None) -> 
 def write_kept(path: Path, scores: list[RowScore], keep: np.ndarray, examples: Examples) -> None:
     """Write the rows that are kept, as their files have them, one a line, as a whole or not at all."""
     chosen = [examples.value(score.number)[1] for score, good in zip(scores, keep, strict=True) if good]
-    write_file(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in chosen))
+    write_output(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in chosen))

@@ -70,7 +70,14 @@ def test_what_does_not_fit_is_refused(tmp_path, tensors, config, told):
 
 
 def test_written_factors_come_back(tmp_path):
-    source = folder_of(tmp_path / "a", halves(LAYERS[0]), lora_dropout=0.5)
+    source = folder_of(
+        tmp_path / "a",
+        halves(LAYERS[0]),
+        lora_dropout=0.5,
+        fan_in_fan_out=True,
+        auto_mapping={"parent_library": "evil"},
+        foreign=[],
+    )
     cut = {path: Factors(torch.ones(r, 3), torch.ones(4, r)) for path, r in zip(LAYERS, (1, 3, 2), strict=True)}
     write_factors(tmp_path / "b", cut, source)
     found = read_factors(tmp_path / "b")
@@ -78,6 +85,7 @@ def test_written_factors_come_back(tmp_path):
     assert all(torch.equal(f.a, cut[path].a.double()) for path, f in found.items())
     j = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert j["r"] == j["lora_alpha"] == 3 and j["lora_dropout"] == 0.5
+    assert j["fan_in_fan_out"] and not j.keys() & {"auto_mapping", "foreign"}
     assert j["rank_pattern"] == j["alpha_pattern"] == {LAYERS[0]: 1, LAYERS[2]: 2}
     with pytest.raises(UsageError, match="on experts"):
         write_factors(tmp_path / "c", cut | {"a.experts.0.b": cut[LAYERS[0]]}, source)

@@ -407,6 +407,39 @@ def test_overwrite_without_an_output(tmp_path, cli, model, rows, monkeypatch):
     assert tree(tmp_path) == {"precious": b"x"} and not (tmp_path / ".lock").exists()
 
 
+OUTPUTS = (
+    "data score --model {m} --data {d} --scores", "data score --model {m} --data {d} --keep-below 9 --output",
+    "data score --model {m} --data {d} --html", "inspect data --model {m} --data {d} --html", "inspect adapter {r} --html",
+    "inspect adapter {r} --to-rank 1 --output", "merge --model {m} --adapter {r} --output",
+    "export --model {m} --adapter {r} --for peft --output", "data split --data {d} --val 2 --output", "compare {r} {r} --output",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path, cli, model, rows, run, monkeypatch, command
+):
+    def worked(*_):
+        raise AssertionError
+
+    for work in ("safetensors.SafetensorsFile.__init__", "strict_json.read_json_lines"):
+        monkeypatch.setattr(f"minilora.files.{work}", worked)
+    before, words = tree(tmp_path), command.format(m=model, d=rows, r=run).split()
+    (tmp_path / "file").touch()
+    check(cli(*words, tmp_path / "file" / "x.html"), 2, "is no folder")
+    monkeypatch.setattr(os, "access", lambda path, how: not (how & os.W_OK and Path(path) == tmp_path))
+    check(cli(*words, tmp_path / "new" / "x.html"), 6, f"nothing can be written in {tmp_path}")
+    (tmp_path / "file").unlink()
+    assert tree(tmp_path) == before
+
+
+def test_the_folder_of_an_output_is_made(tmp_path, cli, model, rows):
+    score = ("data", "score", "--model", model, "--data", rows, "--keep-below", "1e300")
+    new = {flag: tmp_path / "new" / f"{flag}.html" for flag in ("--scores", "--output", "--html")}
+    assert cli(*score, *(word for given in new.items() for word in given))[0] == 0
+    assert all(path.stat().st_size for path in new.values())
+
+
 def test_an_output_in_use(cli, model, rows, run):
     before = tree(run)
     with open(run / ".lock", "a+") as file:

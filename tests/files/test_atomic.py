@@ -12,6 +12,7 @@ from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import (
     MANIFEST,
+    added,
     atomic_folder,
     in_use,
     locked,
@@ -112,6 +113,20 @@ def test_a_manifest_notices_every_change(tmp_path):
     assert verify_manifest(out) == f"{MANIFEST} is missing"
 
 
+def test_what_a_manifest_does_not_list_was_added(tmp_path):
+    with atomic_folder(tmp_path / "out", manifest=True) as stage:
+        (stage / "in").mkdir()
+        for name in ("a", "in/b"):
+            (stage / name).write_text(name)
+    assert added(tmp_path / "out") == []
+    for name in ("notes", ".DS_Store"):
+        (tmp_path / "out" / name).touch()
+    assert added(tmp_path / "out") == [tmp_path / "out" / "notes"]
+    for text in ("[1", "[1]", "1"):
+        (tmp_path / "out" / MANIFEST).write_text(text)
+        assert added(tmp_path / "out") == []  # nothing is known
+
+
 def test_a_folder_has_one_owner(tmp_path):
     run = tmp_path / "in" / "run"
     assert not in_use(run)
@@ -142,6 +157,19 @@ def test_where_no_lock_can_be_asked_for_a_folder_is_free(tmp_path, monkeypatch):
     with locked(tmp_path):
         monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not there")))
         assert not in_use(tmp_path)
+
+
+def test_a_link_takes_the_place_of_a_link_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("folder", "file"):
+        with pytest.raises(OutputInUse, match="is no link"):
+            write_link(tmp_path / name, "new")
+    write_link(tmp_path / "dangling", "file")
+    write_link(tmp_path / "absent", "file")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_symlink()) == ["absent", "dangling"]
+    assert (tmp_path / "folder").is_dir() and not (tmp_path / ".tmp-folder").is_symlink()
 
 
 def test_nothing_is_removed_through_a_link(tmp_path):

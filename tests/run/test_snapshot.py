@@ -10,7 +10,7 @@ from oracle import randomise, tiny, tiny_folder
 
 from minilora import add_lora
 from minilora.errors import CheckpointMismatch
-from minilora.files.atomic import verify_manifest
+from minilora.files.atomic import atomic_folder, verify_manifest
 from minilora.lora import trained_parameters
 from minilora.methods.pissa import PiSSALinear, pissa_init
 from minilora.run.setup import optimizer_of
@@ -107,6 +107,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     (tmp_path / "best").unlink()
     rotate(tmp_path, keep=1, step=12, best=None)
     assert not os.path.lexists(tmp_path / "best")
+
+
+def test_a_snapshot_with_its_users_notes_stays(tmp_path):
+    for step in (1, 2, 3):
+        with atomic_folder(tmp_path / f"step-{step}", manifest=True) as stage:
+            (stage / "state.json").touch()
+    (tmp_path / "step-2" / "notes").write_text("precious")
+    (tmp_path / ".tmp-merged").mkdir()  # which another command fills
+    rotate(tmp_path, keep=1, step=3, best=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-merged", "last", "step-2", "step-3"]
 
 
 def test_the_newest_whole_snapshot_is_found(tmp_path):

@@ -1,5 +1,7 @@
 """A sweep that asks something: its page, the same page from its folder, and the spectra of what its runs changed."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -50,6 +52,17 @@ def test_the_page_answers_what_was_asked(swept, capsys):
     assert (swept / "again.html").read_text() == (swept / "compare.html").read_text()
     assert "method lora less that" in capsys.readouterr().out
     assert main(["compare", str(swept / "method=full,seed=1"), "--output", str(swept / "x.html")]) == 2
+
+
+@pytest.mark.parametrize("damage", ["no runs", "no list", "no names", "no question"])
+def test_a_sweep_file_that_no_sweep_wrote_is_told(swept, tmp_path, damage, capsys):
+    about = json.loads((swept / "sweep.json").read_text())
+    about |= {"no list": {"runs": 5}, "no names": {"runs": [5]}, "no question": {"question": "why"}}.get(damage, {})
+    if damage == "no runs":
+        del about["runs"]
+    (tmp_path / "sweep.json").write_text(json.dumps(about))
+    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "x.html")]) == 3
+    assert "sweep.json is not what a sweep writes" in capsys.readouterr().err
 
 
 def test_what_full_fine_tuning_changed_is_read_in_fp32(swept):

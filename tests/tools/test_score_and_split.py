@@ -13,6 +13,7 @@ from tiny import make_model
 import minilora
 from minilora.__main__ import main
 from minilora.data import load_examples
+from minilora.tools.score_data import score_rows
 
 ROWS = [{"prompt": f"question {i}", "completion": "answer " * (i % 4 + 1) + str(i), "id": i} for i in range(12)]
 
@@ -89,6 +90,25 @@ def test_what_score_refuses(tmp_path, model, capsys):
         assert score(model, data, *more) == code
         assert part in capsys.readouterr().err
     assert score(model, data, "--skip-bad") == 0
+
+
+def test_two_outputs_of_score_are_two_files(tmp_path, model, capsys):
+    data, out = write(tmp_path / "x", *ROWS), tmp_path / "out"
+    (tmp_path / "same").symlink_to(tmp_path)
+    assert score(model, data, "--keep-below", "9", "--output", out, "--scores", tmp_path / "same" / "out") == 2
+    assert "the same file" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_file_that_appears_while_rows_are_scored_stays(tmp_path, model, monkeypatch, capsys):
+    data, out = write(tmp_path / "x", *ROWS), tmp_path / "out"
+
+    def slowly(*arguments):
+        out.write_text("precious")
+        return score_rows(*arguments)
+
+    monkeypatch.setattr("minilora.tools.score_data.score_rows", slowly)
+    assert score(model, data, "--keep-below", "9", "--output", out) == 8
+    assert "is there already" in capsys.readouterr().err and out.read_text() == "precious"
 
 
 def split(data, output: Path, *more) -> int:
