@@ -26,9 +26,11 @@ def page(given: str) -> str:
 
 
 def new_file(given: str) -> str:
-    """An argparse type: the name of a file that is not there yet; OutputInUse if it is: it could be what is read."""
+    """An argparse type: the name of a file that is not there yet; UsageError for none, OutputInUse if it is there: it could be what is read."""
     from ..files.atomic import require_place
 
+    if not given:
+        raise UsageError("the name of a file to write is empty", "Give a name, or leave the flag out.")
     if os.path.lexists(given):
         raise OutputInUse(f"{given} is there already", "Give another name, or take it away.")
     require_place(Path(given))
