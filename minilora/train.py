@@ -54,7 +54,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")
     folder, ranks = Path(config.output), join(config.rank_timeout)
     if ranks.restarted:  # from the newest checkpoint, if the run had come to one
-        resume, overwrite = ranks.share(after_restart(folder, overwrite))
+        resume, overwrite = ranks.share(after_restart(folder, ranks.launch, resume, overwrite))
     with ranks.ending_as_one(RESUME), owned(config, ranks, resume, overwrite), memory_hint(), kernels(config):
         with working(console, "reading the rows"):
             base = ModelFolder(config.model)

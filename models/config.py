@@ -1,6 +1,8 @@
 """The sizes and switches of a checkpoint; each family reads them from its config.json."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -45,3 +47,8 @@ class Config:
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """All of it as JSON, to tell models apart that have the same weights: another theta or eps is another model."""
+    return json.loads(json.dumps(asdict(config), default=str))

@@ -13,6 +13,7 @@ from minilora.__main__ import main
 from minilora.errors import OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import locked, require_empty
+from minilora.ranks.ranks import ALONE
 from minilora.report.page import Document
 from minilora.rows.dataset import load_data
 from minilora.run.folder import after_restart, check_output
@@ -297,14 +298,27 @@ def test_a_new_folder_takes_the_place_of_no_link_and_not_of_the_current_folder(h
         require_empty(Path("."))
 
 
-def test_a_run_that_torchrun_starts_again_deletes_nothing_that_was_finished(here):
-    """As after --max-restarts where the first start was refused because the folder is not empty."""
-    assert after_restart(here / "run", overwrite=False) == (True, False)
-    shutil.rmtree(here / "run" / "checkpoints")
-    assert after_restart(here / "run", overwrite=False) == (False, False)
-    assert after_restart(here / "run", overwrite=True) == (False, True)
-    shutil.rmtree(here / "run" / "adapter")
-    assert after_restart(here / "run", overwrite=False) == (False, True)
+def test_a_run_that_torchrun_starts_again_goes_on_with_what_the_same_torchrun_began(here, monkeypatch):
+    run, error_file = here / "run", "/tmp/torchelastic_a/none_b/attempt_{}/0/error.json"
+
+    def as_asked(attempt: int) -> bool:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file.format(attempt))
+        answers = (False, False), (True, False), (False, True)
+        return all(after_restart(run, ALONE.launch, *asked) == asked for asked in answers)
+
+    assert as_asked(1)  # an older run: the first start was refused, and so is this one
+    shutil.rmtree(run)
+    assert as_asked(1)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file.format(0))
+    assert main([*training(here), "--data", "rows.json", "--output", "run"]) == 0
+    assert not as_asked(1)
+    assert after_restart(run, ALONE.launch, resume=False, overwrite=True) == (True, False)
+    shutil.rmtree(run / "checkpoints")
+    assert after_restart(run, ALONE.launch, resume=True, overwrite=False) == (False, True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_c/attempt_1/0/error.json")
+    assert after_restart(run, ALONE.launch, resume=False, overwrite=False) == (False, False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert after_restart(run, ALONE.launch, resume=False, overwrite=False) == (False, False)
 
 
 def test_a_prediction_without_its_rows_is_none(here):

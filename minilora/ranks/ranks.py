@@ -54,6 +54,12 @@ class Ranks:
         """Whether torchrun started the ranks again, after one was lost (--max-restarts)."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
+    @property
+    def launch(self) -> str | None:
+        """The torchrun that started this rank, at first or again: the name of its folder of logs, which is new for each."""
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LOGS/LAUNCH/attempt_0/0/error.json
+        return Path(error_file).parents[2].name if error_file else None
+
     def begin(self, place: str) -> None:
         """Say what this rank does from now on, for the message if it gets lost."""
         if self.watch:

@@ -75,6 +75,10 @@ def _trainings(a: Record, b: Record) -> list[str]:
     found = []
     if a.config.get("model") != b.config.get("model"):
         found.append("start from other model folders: losses a token compare only if the tokenizer is the same")
+    elif a.base != b.base:
+        found.append(
+            "start from other weights, or from another config.json, in folders of one name: their losses are not of one model"
+        )
     if a.val and b.val and a.data.get("val_hash") != b.data.get("val_hash"):
         found.append(
             "were validated on other rows, or on rows cut in another way: their validation losses are not comparable"

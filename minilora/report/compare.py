@@ -126,10 +126,10 @@ def _answered_alike(runs: list[Record]) -> list[Record]:
 
 def _validated_alike(runs: list[Record]) -> list[list[Record]]:
     """The runs with validation losses, grouped by the rows and the model that these are of."""
-    groups: dict[tuple[Any, Any], list[Record]] = {}
+    groups: dict[tuple[Any, Any, str], list[Record]] = {}
     for run in runs:
         if run.best:
-            groups.setdefault((run.data.get("val_hash"), run.config.get("model")), []).append(run)
+            groups.setdefault((run.data.get("val_hash"), run.config.get("model"), run.base), []).append(run)
     return list(groups.values())
 
 

@@ -1,5 +1,6 @@
 """What a run left behind, read back for a report: its settings, its curve, its data, its answers to a test set."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -95,6 +96,11 @@ class Record:
         values = list(accumulate(values)) if axis == "tokens" else values
         at = dict(zip((m["step"] for m in self.metrics), values, strict=True)) | {0: 0}
         return [(at[step], y) for step, y in curve if step in at]
+
+    @property
+    def base(self) -> str:
+        """What tells the model that the run started from apart from another in a folder of the same name."""
+        return json.dumps([self.data.get("base"), self.data.get("architecture")])
 
     @property
     def trained_share(self) -> str:

@@ -24,7 +24,7 @@ from ..lora import trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
 from ..ranks.ranks import ALONE, Ranks
-from ..report.record import TRAINED_ROWS
+from ..report.record import TRAINED_ROWS, read_json_file
 from ..rows.dataset import Data, trained_rows, write_split
 from ..rows.sources import parse_sources
 from ..settings import read_yaml
@@ -130,11 +130,16 @@ def check_not_read(config: TrainConfig) -> None:
             raise OutputInUse(f"--overwrite would delete {path}, which this run reads", "Give another --output.")
 
 
-def after_restart(folder: Path, overwrite: bool) -> tuple[bool, bool]:
-    """Whether a run that torchrun starts again resumes, and whether it may overwrite: never what an earlier run had finished."""
-    resume = bool(snapshots(folder / "checkpoints"))
-    finished = any((folder / name).exists() for name in ("adapter", "model", "predict"))
-    return resume, not resume and (overwrite or not finished)
+def after_restart(folder: Path, launch: str | None, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """Whether a run that torchrun starts again resumes, and whether it may overwrite.
+
+    What this launch began goes on, from its first step if nothing was saved; all else is as was asked, as when it started first.
+    """
+    record = folder / "data.json"
+    if launch is None or not record.is_file() or read_json_file(record).get("launch") != launch:
+        return resume, overwrite
+    saved = bool(snapshots(folder / "checkpoints"))
+    return saved, not saved
 
 
 def _is_empty_metrics(path: Path) -> bool:
@@ -189,8 +194,9 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
     if overwrite or _settings(run.folder) != asdict(run.config):  # one that says the same may have its user's comments
         write_file(run.folder / "config.yaml", to_yaml(run.config))
     write_choice(run.folder / GEMM, run.model.head.device)
-    trained = {"trained_parameters": sum(p.numel() for p in trained_parameters(run.model).values())}
-    write_file(run.folder / "data.json", json.dumps(data_record(data, run.plan) | trained) + "\n")
+    trained = sum(p.numel() for p in trained_parameters(run.model).values())
+    record = data_record(data, run.plan) | {"trained_parameters": trained, "launch": run.ranks.launch}
+    write_file(run.folder / "data.json", json.dumps(record) + "\n")
     write_file(run.folder / TRAINED_ROWS, trained_rows(run.plan.train).astype("<u8").tobytes())
     if not (run.folder / "data").exists():  # a resumed run has the same, and perhaps files of its user beside them
         write_split(run.folder / "data", data)
@@ -228,9 +234,7 @@ def restore(run: Run, console: Console) -> None:
         raise CheckpointMismatch(f"{run.folder} has no checkpoint to go on from", "Start again with --overwrite.")
     folder = run.checkpoints / name
     state = read_state(folder)
-    then, now = state["identity"], _identity(run)
-    older = defaults()  # of settings that the run's version did not have yet
-    changed = [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k, older.get(k)) != v]
+    changed = _changed(state["identity"], _identity(run))
     if changed:
         what = f"{folder} is of a run with other settings ({'; '.join(changed)})"
         raise CheckpointMismatch(what, "Resume with the settings of that run, or start another --output.")
@@ -270,10 +274,21 @@ def load_kept_step(run: Run) -> str:
     return f"step {at.best_step} of {run.plan.steps}, {lowest}"
 
 
-def _identity(run: Run) -> dict:
+def _identity(run: Run) -> dict[str, Any]:
     """Everything that decides the losses of a run: its settings, its rows, its base model."""
     plan = run.plan
-    return {**must_match(run.config), "data": plan.data_hash, "base": plan.base, "steps": plan.steps}
+    own = {"data": plan.data_hash, "base": plan.base, "architecture": plan.architecture, "steps": plan.steps}
+    return {**must_match(run.config), **own}
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is another in an identity than it was, but for what the run's version did not say yet."""
+    older = defaults() | {"architecture": now["architecture"]}
+    pairs = {key: (then.get(key, older.get(key)), value) for key, value in now.items()}
+    was, is_ = pairs.pop("architecture")
+    if isinstance(was, dict):
+        pairs |= {f"{key} of the model": (was.get(key, value), value) for key, value in is_.items()}
+    return [f"{key}: {a} then, {b} now" for key, (a, b) in pairs.items() if a != b]
 
 
 def _machine(run: Run) -> dict[str, str | int]:

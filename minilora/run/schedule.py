@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minilora.models.config import as_json
 from minilora.models.decoder import Decoder
 
 from .. import __version__
@@ -51,6 +52,7 @@ class Plan:
     full: bool
     data_hash: str
     base: str
+    architecture: dict[str, Any]
     machine: dict[str, str]
     header: str
 
@@ -85,6 +87,7 @@ def make_plan(
         full=config.method == "full",
         data_hash=data.train.digest() + data.val.digest(),
         base="" if config.method == "full" else fingerprint(base_parameters(model)),
+        architecture=as_json(model.config),
         machine={
             "minilora": __version__,
             "torch": torch.__version__,
@@ -114,6 +117,7 @@ def data_record(data: Data, plan: Plan) -> dict[str, Any]:
         "train_hash": plan.train.digest(),
         "val_hash": plan.val.digest(),
         "base": plan.base,
+        "architecture": plan.architecture,
         "machine": plan.machine,
     }
 

@@ -20,16 +20,17 @@ from typing import Any, Unpack
 
 from rich.table import Table
 
+from minilora.models.config import as_json
+
 from ..checkpoint.load import fingerprint
 from ..checkpoint.method_folder import weights_of
 from ..checkpoint.open_model import Opening, folder_notes, open_model
 from ..checkpoint.quantized import in_memory
 from ..config import PLAIN, RANK_TIMEOUT, DataConfig
 from ..console import Console
-from ..errors import DataError, OutputInUse, Stopped
-from ..files.atomic import locked, sync, write_file
-from ..files.model_folder import ModelFolder
-from ..files.regular import open_file
+from ..errors import OutputInUse, Stopped
+from ..files.atomic import locked, sha256, sync, write_file
+from ..files.model_folder import ADAPTER_CONFIG, ModelFolder
 from ..files.run_folder import require_outside_runs
 from ..files.strict_json import read_json_lines
 from ..generate import Request, decode
@@ -90,15 +91,17 @@ def predict(
         opening["compute"] = ranks.share(opening.get("compute", "auto"))
         decoder = open_model(base, tokenizer, adapter, say=lambda how: say(f"compute {how}"), ranks=ranks, **opening)
         sampling, stop = read_generation(base)
+        stop |= tokenizer.stop_ids
         sampling = sampling if sample else GREEDY
         quant = in_memory(opening.get("quant", "keep"), base.config)
         settings = {
             "model": str(model), "adapter": str(adapter) if adapter else None, "data": str(data),
             "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
             "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
-            "weights_hash": fingerprint(base_parameters(decoder)) + (_file_hash(weights_of(Path(adapter)).path) if adapter else ""),
+            "weights_hash": fingerprint(base_parameters(decoder)) + (_adapter_hash(Path(adapter)) if adapter else ""),
+            "architecture": as_json(decoder.config),
             "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
-            "decoding": {"max_tokens": max_tokens, **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
+            "decoding": {"max_tokens": max_tokens, "stop": sorted(stop), **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
         }  # fmt: skip
         if then is not None and not _same(then, settings):
             what = "a prediction" if results else "the beginning of a prediction"
@@ -117,7 +120,6 @@ def predict(
         began = time.monotonic()
         own = ranks.own([len(questions[i].ids) + max_tokens for i in left])
         generators = {} if sampling == GREEDY else {i: random_of(seed, i) for i in left}
-        stop |= tokenizer.stop_ids
         requests = [
             Request(questions[i].ids, stop, max_tokens, sampling, generators.get(i), i) for i in (left[k] for k in own)
         ]
@@ -170,9 +172,10 @@ def _hash(texts) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_hash(path: Path) -> str:
-    with open_file(path, DataError) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def _adapter_hash(adapter: Path) -> str:
+    """Of its weights, and of its config, which scales them."""
+    files = (weights_of(adapter).path, adapter / ADAPTER_CONFIG)
+    return "".join(sha256(path)[:16] for path in files if path.exists())
 
 
 def _check_output(folder: Path) -> None:
@@ -206,7 +209,7 @@ def _is_row(line: Any) -> bool:
 
 def _same(then: Any, now: dict) -> bool:
     """Whether two predictions have the same weights, rows and decoding; folders may have moved."""
-    keys = ("rows_hash", "prompts_hash", "weights_hash", "dtype", "decoding")
+    keys = ("rows_hash", "prompts_hash", "weights_hash", "architecture", "dtype", "decoding")
     if not isinstance(then, dict) or then.get("quant", "off") != now["quant"]:  # older ones do not say it
         return False
     return all(then.get(key) == now[key] for key in keys)

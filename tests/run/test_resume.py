@@ -134,7 +134,7 @@ def test_a_run_from_before_a_setting_had_its_default(finished, tmp_path, monkeyp
     train(again, resume=True, console=QUIET)
     assert losses(tmp_path / "run") == losses(run)
     if config.method == "lora":
-        with pytest.raises(CheckpointMismatch, match="quant: None then, int8 now"):
+        with pytest.raises(CheckpointMismatch, match="quant: keep then, int8 now"):
             train(resolve(again.__dict__, {"quant": "int8"}), resume=True, console=QUIET)
 
 

@@ -60,7 +60,11 @@ def test_results_say_what_was_counted(work, made):
     assert results["rows"] == len(rows) and results["cut"] == sum(r["cut"] for r in rows) > 0
     assert results["predict_bleu-4"] == results["metrics"]["bleu4_char"]["value"]
     assert all(m["low"] <= m["value"] <= m["high"] and m["definition"] for m in results["metrics"].values())
-    assert results["settings"]["decoding"] == {"max_tokens": 12, "greedy": True}
+    assert results["settings"]["decoding"] == {
+        "max_tokens": 12,
+        "stop": results["settings"]["decoding"]["stop"],
+        "greedy": True,
+    }
 
 
 class StopInside:
