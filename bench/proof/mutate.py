@@ -375,7 +375,7 @@ ENGINE = {
     "minilora/run/schedule.py": "run/test_schedule run/test_fit test_train run/test_resume",
     "minilora/run/fit.py": "run/test_fit tools/test_plan",
     "minilora/run/snapshot.py": "run/test_snapshot run/test_leftovers run/test_resume",
-    "minilora/run/folder.py": "run/test_folder run/test_leftovers run/test_resume test_train",
+    "minilora/run/folder.py": "run/test_folder run/test_leftovers run/test_resume test_train machine/test_gemm",
     "minilora/files/atomic.py": "files/test_atomic run/test_leftovers files/test_regular checkpoint/test_load",
     "minilora/files/safetensors.py": "files/test_safetensors files/test_atomic",
     "minilora/checkpoint/adapter.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters checkpoint/test_loftq test_cases",
@@ -407,6 +407,7 @@ def _pytest(folder: Path, mode: str, *args: str, seconds: int = 36_000) -> subpr
     environment = {
         **os.environ, "TRITON_INTERPRET": str(int(mode == "1")), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder.parent),  # a fault may delete what lies beside its file
+        "PYTHONPATH": str(folder),  # a test may start the command line in another folder
     }  # fmt: skip
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=10 * seconds, check=False,
@@ -485,6 +486,12 @@ def _without_line(told: str) -> str:
     return re.sub(r":\d+ ", " ", told, count=1)
 
 
+def _recorded(path: Path) -> list[dict]:
+    """What became of the faults of a run, or of several that lie in one file."""
+    recorded = json.loads(path.read_text())
+    return [done for sample in recorded.get("samples", [recorded]) for done in sample["faults"]]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.proof.mutate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=2, help="faults of every kind in every file (2)")
@@ -493,24 +500,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--again", type=Path, metavar="FILE.json", help="plant only what survived there, of --each 1000"
     )
+    parser.add_argument("--without", type=Path, metavar="FILE.json", help="a fresh sample: plant nothing of what is there")
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "kernels").glob("*.py"))]
     sources = {file: (ROOT / file).read_text() for file in (*files, *ENGINE)}
+    known = {_without_line(done["fault"]) for done in _recorded(args.without)} if args.without else set()
+
+    def can_be_planted(fault: Fault, source: str) -> bool:
+        return not equivalent(fault, source) and _without_line(fault.told(source)) not in known
+
     planted = [
         f
         for file, source in sources.items()
         if any(part in file for part in args.only)
-        for f in chosen([f for f in faults(file, source) if not equivalent(f, source)], args.each)
+        for f in chosen([f for f in faults(file, source) if can_be_planted(f, source)], args.each)
     ]
     for file in BY_HAND:
         sources[file] = (ROOT / file).read_text()
         planted += by_hand(file, sources[file]) if any(part in file for part in args.only) else []
     planted = in_turn(planted, args.per_file)
     if args.again:
-        before = json.loads(args.again.read_text())["faults"]
-        lived = {_without_line(done["fault"]) for done in before if not done["killed"]}
+        lived = {_without_line(done["fault"]) for done in _recorded(args.again) if not done["killed"]}
         planted = [fault for fault in planted if _without_line(fault.told(sources[fault.file])) in lived]
     if args.list:
         print(*[fault.told(sources[fault.file]) for fault in planted], sep="\n")
