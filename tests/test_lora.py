@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.adapted import without_adapters
-from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED, meant
+from minilora.checkpoint.adapter_config import HARMLESS, MOST_PATTERNS, READ, REFUSED, meant, refuse_what_is_not_lora
 from minilora.config import defaults
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
@@ -396,6 +396,15 @@ def test_rank_and_alpha_patterns(tmp_path: Path, rslora: bool):
     found = {path: (w.r, w.alpha, w.scale) for path, w in adapters(model)}
     root = math.sqrt if rslora else float
     assert found == {Q0: (2, 8, 8 / root(2)), Q1: (6, 8, 8 / root(6)), UP1: (4, 3, 3 / root(4))}
+
+
+def test_as_many_patterns_are_read_as_is_said(tmp_path: Path):
+    most = {f"layer{i}": 1 for i in range(MOST_PATTERNS)}
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    for name in ("rank_pattern", "alpha_pattern"):
+        refuse_what_is_not_lora(tmp_path, plain | {name: most})
+        with pytest.raises(ModelError, match=f"{name} has 10,001 patterns"):
+            refuse_what_is_not_lora(tmp_path, plain | {name: most | {"one": 1}})
 
 
 def test_unequal_ranks_survive_a_round_trip(tmp_path: Path):

@@ -370,7 +370,7 @@ ENGINE = {
     "minilora/rows/shapes.py": "rows/test_rows rows/test_keys rows/test_tool_rows rows/test_load_rows test_objective",
     "minilora/rows/split.py": "rows/test_sources rows/test_load_rows",
     "minilora/objective.py": "test_objective",
-    "minilora/train.py": "run/test_step test_objective test_train run/test_resume",
+    "minilora/train.py": "run/test_step test_objective test_train run/test_resume ranks/test_ranks",
     "minilora/run/step.py": "run/test_step test_objective run/test_monitor",
     "minilora/run/schedule.py": "run/test_schedule run/test_fit test_train run/test_resume",
     "minilora/run/fit.py": "run/test_fit tools/test_plan",
@@ -382,12 +382,13 @@ ENGINE = {
     "minilora/checkpoint/adapter_config.py": "test_lora checkpoint/test_experts checkpoint/test_foreign_adapters test_cases",
     "minilora/checkpoint/factors.py": "checkpoint/test_factors tools/test_inspect_adapter checkpoint/test_foreign_adapters checkpoint/test_experts",
     "minilora/checkpoint/load.py": "checkpoint/test_load models/test_config_keys checkpoint/test_quantized_folders",
-    "minilora/checkpoint/save.py": "checkpoint/test_own_code checkpoint/test_load checkpoint/test_merge",
+    "minilora/checkpoint/save.py": "checkpoint/test_own_code checkpoint/test_load checkpoint/test_merge checkpoint/test_quantized_folders",
     "minilora/checkpoint/merge.py": "checkpoint/test_merge checkpoint/test_loftq",
 }
 # tests of the engine that take seconds, of what others hold too
 SLOW = re.compile(
     r"large_file|fuzzed_(rows|xlsx|tokenizers)|lora bf16|signal_saves|full-[2-7]|fp32-[2-7]|widened_base|which_bits|may_not_grow|"
+    r"test_ranks\.py::(?!test_the_first_rank)|"
     r"larger_than_the_model|fills_up|what_is_typed|plan\.py::test_(a_7b|augm|a_config|a_storage|eight|logits|recomp|the_dry|what_is)"
 )
 FILES = {

@@ -170,9 +170,10 @@ def test_adapters_on_quantised_weights_are_not_merged():
         minilora.merge(model)
 
 
-def test_a_quantised_model_is_saved_wide(tmp_path: Path):
-    model = minilora.load_model(GOLDEN / "qwen3", device="cpu", quant="nf4")
-    minilora.save_model(model, tmp_path / "out", GOLDEN / "qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_nf4"])
+def test_a_quantised_model_is_saved_wide(name: str, tmp_path: Path):
+    model = minilora.load_model(GOLDEN / name, device="cpu", quant="nf4")
+    minilora.save_model(model, tmp_path / "out", GOLDEN / name)
     again, ids = minilora.load_model(tmp_path / "out", device="cpu"), torch.arange(3, 12)
     with torch.no_grad():
         assert torch.allclose(again.logits(ids), model.logits(ids), atol=1e-5)
