@@ -11,6 +11,7 @@ from tiny import make_model
 import minilora
 import minilora.checkpoint.merge as merge_module
 from minilora.checkpoint.merge import merge_folder
+from minilora.checkpoint.verify import largest_difference, logits_of, prompt_ids
 from minilora.errors import DiskError, ModelError, OutputInUse
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters, add_lora
@@ -105,6 +106,20 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(trained, tm
     with pytest.raises(DiskError, match="GB are free"):
         merge_folder(folder, adapter, tmp_path / "in" / "merged", device="cpu")
     assert not (tmp_path / "in").exists()
+
+
+def test_how_far_the_merged_model_is_from_the_quantised_one_is_told(tmp_path):
+    """Of an adapter that was trained on NF4 and goes on the plain base."""
+    folder = make_model(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    model = minilora.load_model(folder, device="cpu", quant="nf4")
+    add_lora(model, r=3, alpha=6)
+    minilora.save_adapter(model, tmp_path / "adapter")
+    said = []
+    merge_folder(folder, tmp_path / "adapter", tmp_path / "merged", device="cpu", say=said.append)
+    prompts = prompt_ids(load_tokenizer(folder))
+    merged = minilora.load_model(tmp_path / "merged", device="cpu")
+    off = largest_difference(logits_of(merged, prompts), logits_of(model.eval(), prompts))
+    assert off > 0 and said[-1].endswith(f"nf4: a logit of that model and of the merged one differ by up to {off:.3g}")
 
 
 def test_the_output_must_be_new(trained, tmp_path):
