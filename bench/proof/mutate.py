@@ -502,7 +502,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--again", type=Path, metavar="FILE.json", help="plant only what survived there, of --each 1000"
     )
-    parser.add_argument("--without", type=Path, metavar="FILE.json", help="a fresh sample: plant nothing of what is there")
+    parser.add_argument(
+        "--without", type=Path, metavar="FILE.json", help="a fresh sample: plant nothing of what is there"
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="what became of every fault, written after each")
     args = parser.parse_args(argv)
