@@ -62,6 +62,7 @@ def test_a_run_whose_rows_are_being_predicted_is_not_overwritten(tmp_path):
     folder = fill(tmp_path / "run", "config.yaml metrics.jsonl=")
     with locked(folder / "predict"):
         assert "predict is being written" in told(check_output, folder, False, True)
+        assert told(check_output, folder, True, False) == ""  # nothing of it goes
     assert told(check_output, folder, False, True) == ""
 
 
