@@ -12,9 +12,9 @@ import minilora
 import minilora.checkpoint.merge as merge_module
 from minilora.checkpoint.merge import merge_folder
 from minilora.checkpoint.verify import largest_difference, logits_of, prompt_ids
-from minilora.errors import DiskError, ModelError, OutputInUse
+from minilora.errors import DiskError, ModelError, OutputInUse, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
-from minilora.lora import adapters, add_lora
+from minilora.lora import LoRALinear, adapters, add_lora
 from minilora.text.tokenizer import load_tokenizer
 
 
@@ -122,6 +122,13 @@ def test_how_far_the_merged_model_is_from_the_quantised_one_is_told(tmp_path):
     assert off > 0 and said[-1].endswith(f"nf4: a logit of that model and of the merged one differ by up to {off:.3g}")
 
 
+def test_parts_that_cannot_be_merged_are_told(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoRALinear, "merges", ())
+    with pytest.raises(UsageError, match="cannot be merged"):
+        merge_folder(*trained[:2], tmp_path / "merged", device="cpu")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_output_must_be_new(trained, tmp_path):
     folder, adapter, _ = trained
     with pytest.raises(OutputInUse):
@@ -132,8 +139,6 @@ def test_the_output_must_be_new(trained, tmp_path):
 def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
     """A merge that forgets the adapter's scale is off by more than rounding."""
     folder, adapter, _ = trained
-    from minilora.lora import LoRALinear
-
     right = LoRALinear.merged
     monkeypatch.setattr(
         LoRALinear, "merged", lambda self, name, stored, rows: (right(self, name, stored, rows) + stored) / 2
