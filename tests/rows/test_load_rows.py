@@ -250,6 +250,8 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     assert not (tmp_path / "data").exists()
     with pytest.raises(UsageError, match="no row of"):
         load_data(config(model, tmp_path / "f", define={"nobody": "x"}))
+    write(tmp_path / "f" / "train.json", row(1, 1) | {"prompt": "{{nobody}}?"})
+    assert len(load_data(config(model, tmp_path / "f", define={"nobody": "x"})).train) == 1
 
 
 def test_columns_from_a_flag_and_a_yaml(tmp_path, model):
