@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minilora.errors import DataError, UsageError
 from minilora.rows.sources import Source, draw, mixed, parse_ratio, parse_sources, repeated, times
-from minilora.rows.split import count_of, split
+from minilora.rows.split import count_of, counts_of, split
 from minilora.rows.token_store import Examples, TokenStore, Writer, unnamed_file
 
 QUICK = settings(deadline=None, max_examples=100)
@@ -168,6 +168,9 @@ def test_counts_of_a_side():
     for text in ("x", "-1", "0", "nan"):
         with pytest.raises(UsageError):
             count_of("val", text, 10)
+    assert counts_of({"val": "0.5", "test": "4"}, 10) == [5, 4]
+    with pytest.raises(DataError, match="would take 10 of 10 rows"):
+        counts_of({"val": "0.5", "test": "5"}, 10)
     for text in ("10", "0.01", "0.99"):
         with pytest.raises(DataError):
             count_of("val", text, 10)
