@@ -332,6 +332,13 @@ def test_an_adapter_of_a_bf16_base_is_fp32_in_the_file(tmp_path: Path):
     load_adapter(tiny(dtype=torch.bfloat16), tmp_path / "a")
 
 
+def test_the_linears_of_an_adapter_are_named_in_one_order(tmp_path: Path):
+    """Each process has its own order of a set."""
+    save_adapter(adapted(), tmp_path / "a")
+    named = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert len(named) == 7 and named == sorted(named)
+
+
 def test_no_key_of_an_adapters_config_is_dropped_in_silence(tmp_path: Path):
     save_adapter(adapted(), tmp_path / "a")
     before = (tmp_path / "a" / "adapter_config.json").read_text()
@@ -353,6 +360,8 @@ def test_no_key_of_an_adapters_config_is_dropped_in_silence(tmp_path: Path):
     for key in (*REFUSED, "lora_scale", "x"):
         for value in (True, 0.5, "text", {"a": 1}, [1]):
             assert key in outcome(**{key: value})[0], key
+    for nothing in (None, False, "", [], {}):
+        assert outcome(x=nothing) == plain
 
 
 def peft_folder(folder: Path, ranks: dict[str, int], **config: Any) -> Path:
