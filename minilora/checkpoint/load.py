@@ -145,7 +145,7 @@ def _family(path: Path, j: dict[str, Any]) -> str:
     if known is not None:
         missing, hint = known
         raise ModelError(f"{path}: model_type {str(kind)[:40]!r} is not supported: {missing}", hint)
-    nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
+    nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1)
     raise ModelError(
         f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",
         f"Supported are {', '.join(MODEL_TYPES)}.",
