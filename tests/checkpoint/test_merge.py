@@ -15,6 +15,7 @@ from minilora.checkpoint.verify import largest_difference, logits_of, prompt_ids
 from minilora.errors import DiskError, ModelError, OutputInUse, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import LoRALinear, adapters, add_lora
+from minilora.machine import compute
 from minilora.text.tokenizer import load_tokenizer
 
 
@@ -120,6 +121,16 @@ def test_how_far_the_merged_model_is_from_the_quantised_one_is_told(tmp_path):
     merged = minilora.load_model(tmp_path / "merged", device="cpu")
     off = largest_difference(logits_of(merged, prompts), logits_of(model.eval(), prompts))
     assert off > 0 and said[-1].endswith(f"nf4: a logit of that model and of the merged one differ by up to {off:.3g}")
+
+
+def test_the_proof_computes_in_the_dtype_that_is_asked_for(trained, tmp_path, monkeypatch):
+    """Not in the one that is fastest here."""
+    folder, adapter, _ = trained
+    proofs = []
+    for name, rates in (("a", compute.Rates(1e9, 1e10)), ("b", compute.Rates(1e10, 1e9))):
+        monkeypatch.setattr(compute, "measured_rates", lambda k, n, stored, rates=rates: rates)
+        proofs.append(merge_folder(folder, adapter, tmp_path / name, device="cpu", compute="float32"))
+    assert proofs[0] == proofs[1]
 
 
 def test_parts_that_cannot_be_merged_are_told(trained, tmp_path, monkeypatch):

@@ -113,6 +113,17 @@ def test_general_rows_are_mixed_in_by_ratio():
             parse_ratio(text)
 
 
+def test_a_digest_is_of_the_tokens_and_of_which_are_trained():
+    def digest(ids: list[int], trained: list[bool]) -> str:
+        writer = Writer(unnamed_file())
+        writer.add(np.array(ids), np.array(trained), row=0, question=0, content=0, prefix=None)
+        return writer.finish(Place()).digest
+
+    one = digest([1, 2, 3], [False, True, True])
+    assert one == digest([1, 2, 3], [False, True, True])
+    assert one not in (digest([1, 2, 4], [False, True, True]), digest([1, 2, 3], [False, False, True]))
+
+
 def test_examples_come_back_from_the_disk():
     examples = Examples([store(4), store(9)])
     assert len(examples) == 13 and examples.longest == 6
