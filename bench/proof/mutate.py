@@ -372,7 +372,7 @@ ENGINE = {
     "minilora/rows/shapes.py": "rows/test_rows rows/test_keys rows/test_tool_rows rows/test_load_rows test_objective",
     "minilora/rows/split.py": "rows/test_sources rows/test_load_rows",
     "minilora/objective.py": "test_objective",
-    "minilora/train.py": "run/test_step test_objective test_train run/test_resume ranks/test_ranks",
+    "minilora/train.py": "run/test_step test_objective test_train run/test_resume run/test_study ranks/test_ranks",
     "minilora/run/step.py": "run/test_step test_objective run/test_monitor",
     "minilora/run/schedule.py": "run/test_schedule run/test_fit test_train run/test_resume",
     "minilora/run/fit.py": "run/test_fit tools/test_plan",
