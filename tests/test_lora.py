@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minilora import add_lora, load_adapter, load_model, merge, save_adapter, save_model
 from minilora.adapted import without_adapters
-from minilora.checkpoint.adapter_config import HARMLESS, READ, REFUSED, meant
+from minilora.checkpoint.adapter_config import HARMLESS, MOST_PATTERNS, READ, REFUSED, meant, refuse_what_is_not_lora
 from minilora.config import defaults
 from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
@@ -332,6 +332,13 @@ def test_an_adapter_of_a_bf16_base_is_fp32_in_the_file(tmp_path: Path):
     load_adapter(tiny(dtype=torch.bfloat16), tmp_path / "a")
 
 
+def test_the_linears_of_an_adapter_are_named_in_one_order(tmp_path: Path):
+    """Each process has its own order of a set."""
+    save_adapter(adapted(), tmp_path / "a")
+    named = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert len(named) == 7 and named == sorted(named)
+
+
 def test_no_key_of_an_adapters_config_is_dropped_in_silence(tmp_path: Path):
     save_adapter(adapted(), tmp_path / "a")
     before = (tmp_path / "a" / "adapter_config.json").read_text()
@@ -353,6 +360,8 @@ def test_no_key_of_an_adapters_config_is_dropped_in_silence(tmp_path: Path):
     for key in (*REFUSED, "lora_scale", "x"):
         for value in (True, 0.5, "text", {"a": 1}, [1]):
             assert key in outcome(**{key: value})[0], key
+    for nothing in (None, False, "", [], {}):
+        assert outcome(x=nothing) == plain
 
 
 def peft_folder(folder: Path, ranks: dict[str, int], **config: Any) -> Path:
@@ -396,6 +405,15 @@ def test_rank_and_alpha_patterns(tmp_path: Path, rslora: bool):
     found = {path: (w.r, w.alpha, w.scale) for path, w in adapters(model)}
     root = math.sqrt if rslora else float
     assert found == {Q0: (2, 8, 8 / root(2)), Q1: (6, 8, 8 / root(6)), UP1: (4, 3, 3 / root(4))}
+
+
+def test_as_many_patterns_are_read_as_is_said(tmp_path: Path):
+    most = {f"layer{i}": 1 for i in range(MOST_PATTERNS)}
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    for name in ("rank_pattern", "alpha_pattern"):
+        refuse_what_is_not_lora(tmp_path, plain | {name: most})
+        with pytest.raises(ModelError, match=f"{name} has 10,001 patterns"):
+            refuse_what_is_not_lora(tmp_path, plain | {name: most | {"one": 1}})
 
 
 def test_unequal_ranks_survive_a_round_trip(tmp_path: Path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minilora.kernels.attention import use_newest_flash
 from minilora.kernels.fp8_rows import FP8RowsWeight
-from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error, weight_as
+from minilora.kernels.quantized import QuantizedWeight, Weight, relative_error
 from minilora.models import chatglm, chatglm2, glm, glm_moe, gpt2, qwen, qwen1, qwen3_5, qwen3_next, qwen_moe
 from minilora.models.config import Config
 from minilora.models.config_json import DTYPES, MOST
@@ -145,7 +145,7 @@ def _family(path: Path, j: dict[str, Any]) -> str:
     if known is not None:
         missing, hint = known
         raise ModelError(f"{path}: model_type {str(kind)[:40]!r} is not supported: {missing}", hint)
-    nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1, 0.3)
+    nearest = difflib.get_close_matches(str(kind), MODEL_TYPES, 1)
     raise ModelError(
         f"{path}: model_type {str(kind)[:40]!r} is not supported{f' (the nearest is {nearest[0]})' if nearest else ''}",
         f"Supported are {', '.join(MODEL_TYPES)}.",
@@ -220,7 +220,7 @@ def fill(weight: Weight, stored: Stored, name: str) -> None:
         if isinstance(weight, QuantizedWeight):
             _quantize(weight, value, what)
         else:
-            weight.copy_(weight_as(value, weight.dtype) if isinstance(value, QuantizedWeight) else value)
+            weight.copy_(value.weight_as(weight.dtype) if isinstance(value, QuantizedWeight) else value)
             check_finite(weight, what)
 
 
@@ -250,7 +250,7 @@ def _quantize(weight: QuantizedWeight, value: Weight, what: str) -> None:
     if isinstance(value, type(weight)):
         weight.copy_(value)
         return
-    value = weight_as(value, torch.float32) if isinstance(value, QuantizedWeight) else value
+    value = value.weight_as(torch.float32) if isinstance(value, QuantizedWeight) else value
     check_finite(value, what)
     value = value.to(weight.device)
     made = type(weight).of(value)

@@ -138,7 +138,7 @@ def merge_folder(
 
 def _no_narrower(model: Decoder) -> None:
     """Compute in no narrower dtype than the weights': the proof's tolerance is their rounding alone."""
-    if model.compute is not None and model.compute.itemsize <= model.head.dtype.itemsize:
+    if model.compute_dtype.itemsize <= model.head.dtype.itemsize:
         model.compute = None
 
 

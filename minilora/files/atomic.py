@@ -285,12 +285,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             owner = file.read().strip() or "another process"
             raise OutputInUse(
                 f"{folder} is in use by {owner}", "Wait for it, stop it, or give another --output."
             ) from None
-        file.truncate(0)
+        file.truncate()  # at its beginning
         file.write(f"process {os.getpid()}\n")
         file.flush()
         try:

@@ -43,7 +43,7 @@ def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
 
     path, val_path = config.data, Path(config.val) if config.val and Path(config.val).exists() else None
     notes: dict[str, str] = {}
-    if len(parse_sources(path)) == 1 and Path(path).is_dir():
+    if len(parse_sources(path)) == 1:
         path, beside = find_data(path)
         val_path = val_path or (beside if not config.val else None)
     train, report = load(path)

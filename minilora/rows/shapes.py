@@ -47,7 +47,7 @@ class Row(NamedTuple):
     shape: str
     where: str
     unread: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
 
 
 def fill(row: Row, define: dict[str, str]) -> tuple[Counter, set[str]]:
@@ -94,7 +94,7 @@ def to_messages(value: Any, where: str, settings: DataConfig = PLAIN) -> Row:
     Of the settings, `columns` gives keys the names that are read here, and `ignored` are keys to leave out.
     """
     columns, ignored = settings.columns, settings.ignored
-    held = tuple(sorted(ignored & _all_keys(value))) if ignored else ()
+    held = ignored & _all_keys(value) if ignored else ignored
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
         value = {"messages": value}
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):

@@ -56,11 +56,14 @@ class Example:
 class TokenStore:
     """The tokens of rows, written once and read by number.
 
-    `records` is of RECORD; `digest` hashes the tokens and their masks; `rate` is how often training sees each row.
+    `records` is of RECORD; `digest` hashes the tokens and their masks; `rate` is how often training sees each row; who
+    draws the rows sets it.
     """
 
-    def __init__(self, file: BinaryIO, records: np.ndarray, digest: str, source: Places, rate: float = 1.0):
-        self._file, self.records, self.digest, self.source, self.rate = file, records, digest, source, rate
+    rate: float
+
+    def __init__(self, file: BinaryIO, records: np.ndarray, digest: str, source: Places):
+        self._file, self.records, self.digest, self.source = file, records, digest, source
 
     def __len__(self) -> int:
         return len(self.records)

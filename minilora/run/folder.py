@@ -257,7 +257,7 @@ def load_kept_step(run: Run) -> str:
     """
     at = run.progress
     last = f"step {at.step} of {run.plan.steps}, the last"
-    if at.best_step is None or at.best_loss is None:
+    if at.best_loss is None:
         return last
     lowest = f"the lowest validation loss ({at.best_loss:.4f})"
     if at.best_step == 0:

@@ -65,11 +65,11 @@ def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         trained = {name: file.tensor(name) for name in file.entries}
     elif all(type(part) is LoRALinear for _, part in adapted(model)):
         trained = factors_of(model, folder)
+    elif state_beside(model):  # a method's file has all of its parameters as they are, or none
+        beside = SafetensorsFile(folder / BESIDE)
+        trained = {name: beside.tensor(name) for name in beside.entries}
     else:
         trained = {name: file.tensor(key) for name, key in file_keys(model).items() if key in file.entries}
-        if state_beside(model):
-            beside = SafetensorsFile(folder / BESIDE)
-            trained |= {name: beside.tensor(name) for name in beside.entries}
     _same_names(folder, set(places), set(trained))
     state_keys = ("step", "exp_avg", "exp_avg_sq")
     wanted = {f"{k}.{name}" for k in state_keys for name in parameters} if moments.entries else set()

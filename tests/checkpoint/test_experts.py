@@ -128,9 +128,10 @@ def test_an_adapter_comes_back(tmp_path: Path, family: str, single: bool, shared
     assert mine == back
 
 
-def test_gate_and_up_with_an_a_each_are_one_of_twice_the_rank(tmp_path: Path):
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 6 / 3**0.5)])
+def test_gate_and_up_with_an_a_each_are_one_of_twice_the_rank(tmp_path: Path, rslora: bool, scale: float):
     model = tiny("qwen3_moe")
-    add_lora(model, "experts", r=3, alpha=6)
+    add_lora(model, "experts", r=3, alpha=6, rslora=rslora)
     randomise(model)
     save_adapter(model, tmp_path / "a", single=True)
     file = tmp_path / "a" / "adapter_model.safetensors"
@@ -144,7 +145,7 @@ def test_gate_and_up_with_an_a_each_are_one_of_twice_the_rank(tmp_path: Path):
     other = tiny("qwen3_moe")
     load_adapter(other, tmp_path / "a")
     stack = dict(adapters(other))["model.layers.0.mlp.experts.gate_up_proj"]
-    assert stack.r == 6 and stack.scale == 2.0
+    assert stack.r == 6 and stack.scale == pytest.approx(scale, rel=1e-12)
     for e in range(5):
         for half, part in enumerate(("gate_proj", "up_proj")):
             key = f"base_model.model.model.layers.0.mlp.experts.{e}.{part}"

@@ -61,6 +61,7 @@ A, B = halves(LAYERS[0]).values()
         ({"a.lora_A": A, "a.lora_B": B, "a": B}, {}, "a.weight is no matrix of an adapter"),
         ({}, {}, "holds no adapter"),
         ({"a.lora_A": A, "a.lora_B": B}, {"use_dora": True}, "is DoRA"),
+        ({"a.lora_A": A, "a.lora_B": B}, {"use_qalora": True}, "use_qalora, which pools the input"),
         ({"a.lora_A": A, "a.lora_B": B}, {"init_lora_weights": "pissa"}, "is PiSSA"),
     ],
 )  # fmt: skip

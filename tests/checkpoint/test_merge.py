@@ -11,9 +11,11 @@ from tiny import make_model
 import minilora
 import minilora.checkpoint.merge as merge_module
 from minilora.checkpoint.merge import merge_folder
-from minilora.errors import DiskError, ModelError, OutputInUse
+from minilora.checkpoint.verify import largest_difference, logits_of, prompt_ids
+from minilora.errors import DiskError, ModelError, OutputInUse, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
-from minilora.lora import adapters, add_lora
+from minilora.lora import LoRALinear, adapters, add_lora
+from minilora.machine import compute
 from minilora.text.tokenizer import load_tokenizer
 
 
@@ -107,6 +109,38 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(trained, tm
     assert not (tmp_path / "in").exists()
 
 
+def test_how_far_the_merged_model_is_from_the_quantised_one_is_told(tmp_path):
+    """Of an adapter that was trained on NF4 and goes on the plain base."""
+    folder = make_model(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    model = minilora.load_model(folder, device="cpu", quant="nf4")
+    add_lora(model, r=3, alpha=6)
+    minilora.save_adapter(model, tmp_path / "adapter")
+    said = []
+    merge_folder(folder, tmp_path / "adapter", tmp_path / "merged", device="cpu", say=said.append)
+    prompts = prompt_ids(load_tokenizer(folder))
+    merged = minilora.load_model(tmp_path / "merged", device="cpu")
+    off = largest_difference(logits_of(merged, prompts), logits_of(model.eval(), prompts))
+    assert off > 0 and said[-1].endswith(f"nf4: a logit of that model and of the merged one differ by up to {off:.3g}")
+
+
+def test_the_proof_computes_in_the_dtype_that_is_asked_for(trained, tmp_path, monkeypatch):
+    """Not in the one that is fastest here."""
+    folder, adapter, _ = trained
+    proofs = []
+    for name, rates in (("a", compute.Rates(1e9, 1e10)), ("b", compute.Rates(1e10, 1e9))):
+        monkeypatch.setattr(compute, "measured_rates", lambda k, n, stored, rates=rates: rates)
+        proofs.append(merge_folder(folder, adapter, tmp_path / name, device="cpu", compute="float32"))
+    assert proofs[0] == proofs[1]
+
+
+def test_parts_that_cannot_be_merged_are_told(trained, tmp_path, monkeypatch):
+    folder, adapter, _ = trained
+    monkeypatch.setattr(LoRALinear, "merges", ())
+    with pytest.raises(UsageError, match="cannot be merged"):
+        merge_folder(folder, adapter, tmp_path / "merged", device="cpu")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_output_must_be_new(trained, tmp_path):
     folder, adapter, _ = trained
     with pytest.raises(OutputInUse):
@@ -117,8 +151,6 @@ def test_the_output_must_be_new(trained, tmp_path):
 def test_logits_prove_it_too(trained, tmp_path, monkeypatch):
     """A merge that forgets the adapter's scale is off by more than rounding."""
     folder, adapter, _ = trained
-    from minilora.lora import LoRALinear
-
     right = LoRALinear.merged
     monkeypatch.setattr(
         LoRALinear, "merged", lambda self, name, stored, rows: (right(self, name, stored, rows) + stored) / 2

@@ -9,7 +9,7 @@ from tiny import make_model
 import minilora
 from minilora.checkpoint import save
 from minilora.checkpoint.save import copy_companions, own_code
-from minilora.errors import ModelError
+from minilora.errors import ModelError, OutputInUse
 from minilora.text.tokenizer import load_tokenizer
 
 CODE = "raise SystemExit('this was run')\n"
@@ -18,9 +18,13 @@ CODE = "raise SystemExit('this was run')\n"
 def test_the_folders_own_code_travels_with_a_saved_model_and_is_not_run(tmp_path: Path):
     folder = make_model(tmp_path / "m")
     (folder / "modeling_chatglm.py").write_text(CODE)
-    minilora.save_model(minilora.load_model(folder), tmp_path / "out", folder)
+    for _ in range(2):  # the second time in the place of the first
+        minilora.save_model(minilora.load_model(folder), tmp_path / "out", folder)
     minilora.load_tokenizer(tmp_path / "out")
     assert (tmp_path / "out" / "modeling_chatglm.py").read_text() == CODE
+    (tmp_path / "out" / "mine.py").write_text(CODE)
+    with pytest.raises(OutputInUse, match=r"mine\.py"):
+        minilora.save_model(minilora.load_model(folder), tmp_path / "out", folder)
 
 
 def test_only_files_of_the_folder_itself_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

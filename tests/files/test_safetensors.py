@@ -83,6 +83,7 @@ def test_tensors_at_odd_offsets(tmp_path):
               "b": {"dtype": "F64", "shape": [2], "data_offsets": [1, 17]}}  # fmt: skip
     file = SafetensorsFile(write_raw(tmp_path / "x", header, a.numpy().tobytes() + b.numpy().tobytes()))
     assert same(file.tensor("a"), a) and same(file.tensor("b"), b)
+    assert file.tensor("b").data_ptr() % 8 == 0  # as torch wants it
 
 
 def test_a_read_tensor_can_be_changed_and_the_file_stays(tmp_path):

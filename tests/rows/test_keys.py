@@ -67,7 +67,7 @@ def refused(row: Any, key: str) -> str:
 def test_an_unknown_key_of_a_row_is_refused(shape: dict, key: str, value: Any):
     refused(shape | {key: value}, key)
     plain = trainable(to_messages(shape, WHERE))
-    assert trainable(to_messages(shape | {key: value}, WHERE, ignoring(key))) == plain._replace(ignored=(key,))
+    assert trainable(to_messages(shape | {key: value}, WHERE, ignoring(key))) == plain._replace(ignored={key})
     for nothing in (None, "", [], {}):
         assert trainable(to_messages(shape | {key: nothing}, WHERE)) == plain
 
@@ -84,7 +84,7 @@ def test_an_unknown_key_of_a_message_is_refused(shape: dict, key: str, value: An
 
     refused(of({key: value}), f"message {key}")
     plain = trainable(to_messages(shape, WHERE))
-    assert trainable(to_messages(of({key: value}), WHERE, ignoring(key))) == plain._replace(ignored=(key,))
+    assert trainable(to_messages(of({key: value}), WHERE, ignoring(key))) == plain._replace(ignored={key})
     for nothing in (None, "", [], {}):
         assert trainable(to_messages(of({key: nothing}), WHERE)) == plain
 
@@ -281,4 +281,4 @@ def test_a_message_that_only_calls_a_tool_says_nothing_without_the_call():
 def test_a_key_of_a_message_that_is_left_out_is_counted():
     row = {"messages": [USER, ASSISTANT | {"extra": "x"}]}
     for value in (row, {"messages": json.dumps(row["messages"])}, [{"prompt": "q", "response": "a", "extra": "x"}]):
-        assert to_messages(value, "here", DataConfig(ignore_keys="extra,extar")).ignored == ("extra",)
+        assert to_messages(value, "here", DataConfig(ignore_keys="extra,extar")).ignored == {"extra"}

@@ -240,6 +240,8 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     data = load_data(config(model, tmp_path / "f"))
     assert [len(data.train), len(data.val)] == [2, 1]
     assert "1 validation rows ask what a training row asks" in data.notes["note"]
+    own = load_data(config(model, tmp_path / "f", val="1"))  # who asks for other ones gets those
+    assert [len(own.train), len(own.val)] == [1, 1] and own.notes["val"] == "1 of these rows"
     write(tmp_path / "f" / "dev.json", row(260, 3))
     assert "256 positions" in load_data(config(model, tmp_path / "f")).notes["long"]
     alone = load_data(config(model, tmp_path / "f" / "train.json"))
@@ -248,6 +250,8 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     assert not (tmp_path / "data").exists()
     with pytest.raises(UsageError, match="no row of"):
         load_data(config(model, tmp_path / "f", define={"nobody": "x"}))
+    write(tmp_path / "f" / "train.json", row(1, 1) | {"prompt": "{{nobody}}?"})
+    assert len(load_data(config(model, tmp_path / "f", define={"nobody": "x"})).train) == 1
 
 
 def test_columns_from_a_flag_and_a_yaml(tmp_path, model):

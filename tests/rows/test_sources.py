@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minilora.errors import DataError, UsageError
 from minilora.rows.sources import Source, draw, mixed, parse_ratio, parse_sources, repeated, times
-from minilora.rows.split import count_of, split
+from minilora.rows.split import count_of, counts_of, split
 from minilora.rows.token_store import Examples, TokenStore, Writer, unnamed_file
 
 QUICK = settings(deadline=None, max_examples=100)
@@ -113,6 +113,17 @@ def test_general_rows_are_mixed_in_by_ratio():
             parse_ratio(text)
 
 
+def test_a_digest_is_of_the_tokens_and_of_which_are_trained():
+    def digest(ids: list[int], trained: list[bool]) -> str:
+        writer = Writer(unnamed_file())
+        writer.add(np.array(ids), np.array(trained), row=0, question=0, content=0, prefix=None)
+        return writer.finish(Place()).digest
+
+    one = digest([1, 2, 3], [False, True, True])
+    assert one == digest([1, 2, 3], [False, True, True])
+    assert one not in (digest([1, 2, 4], [False, True, True]), digest([1, 2, 3], [False, False, True]))
+
+
 def test_examples_come_back_from_the_disk():
     examples = Examples([store(4), store(9)])
     assert len(examples) == 13 and examples.longest == 6
@@ -158,13 +169,19 @@ def test_a_split_is_stable():
     assert len(small & large) >= 45
     other = set(keys[split(keys[:1000], [50], 8)[1]].tolist())
     assert len(small & other) < 15
+    # a resumed run, and a newer version, take out the same rows
+    sides = [side.tolist() for side in split(np.arange(12, dtype=np.uint64), [3, 2], 7)]
+    assert sides == [[0, 1, 2, 3, 9, 10, 11], [6, 7, 8], [4, 5]]
 
 
 def test_counts_of_a_side():
-    assert count_of("val", "0.05", 1000) == 50 and count_of("val", "7", 1000) == 7
+    assert [count_of("val", text, 1000) for text in ("0.05", "1", "7")] == [50, 1, 7]
     for text in ("x", "-1", "0", "nan"):
         with pytest.raises(UsageError):
             count_of("val", text, 10)
+    assert counts_of({"val": "0.5", "test": "4"}, 10) == [5, 4]
+    with pytest.raises(DataError, match="would take 10 of 10 rows"):
+        counts_of({"val": "0.5", "test": "5"}, 10)
     for text in ("10", "0.01", "0.99"):
         with pytest.raises(DataError):
             count_of("val", text, 10)

@@ -13,6 +13,7 @@ from tiny import make_model
 from minilora.__main__ import main
 from minilora.checkpoint.load import empty_model, read_config
 from minilora.data import make_batch
+from minilora.errors import OutOfMemory
 from minilora.machine import cpu
 from minilora.machine.dry_run import StepMemory, step_memory
 from minilora.run import fit
@@ -87,6 +88,15 @@ def test_the_longest_row_and_the_longest_document():
     """A pair is two documents."""
     rows: Any = Rows(length=[6, 9, 8], second=[0, 5, 1])
     assert fit.longest_row(rows) == "row 1" and fit.longest_document(rows) == ("row 2", 7)
+
+
+def test_a_row_as_long_as_the_room_fits():
+    rows: Any = Rows(length=[6, 70])
+    rows.longest, here = 70, torch.device("cpu")
+    fit.check_longest(resolve({}), rows, 70, here)
+    fit.check_longest(resolve({"micro_tokens": 70}), rows, 7, here)
+    with pytest.raises(OutOfMemory, match="row 1 has 70 tokens"):
+        fit.check_longest(resolve({"micro_tokens": 69}), rows, 69, here)
 
 
 @pytest.mark.parametrize(("tokens", "told"), [(7.9, 7), (999, 999), (1000, 1000), (1009, 1000), (123_456, 123_000)])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import OutputInUse
+from minilora.files.atomic import locked
 from minilora.run.folder import check_output, check_unlocked
 
 FOLDERS = {  # what lies there -> what a new run, one with --overwrite and one with --resume are told
@@ -55,6 +56,14 @@ def test_what_a_folder_holds_decides_who_may_take_it(tmp_path, names):
 def test_a_run_that_the_power_was_cut_from_can_be_overwritten(tmp_path, beginning):
     (fill(tmp_path / "run", "config.yaml") / "metrics.jsonl").write_bytes(beginning)
     assert told(check_output, tmp_path / "run", False, True) == ""
+
+
+def test_a_run_whose_rows_are_being_predicted_is_not_overwritten(tmp_path):
+    folder = fill(tmp_path / "run", "config.yaml metrics.jsonl=")
+    with locked(folder / "predict"):
+        assert "predict is being written" in told(check_output, folder, False, True)
+        assert told(check_output, folder, True, False) == ""  # nothing of it goes
+    assert told(check_output, folder, False, True) == ""
 
 
 def test_a_folder_that_is_locked_or_not_there_is_looked_at_later(tmp_path):

@@ -225,6 +225,14 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(monkeypatch: pytest.
     assert not all(map(torch.equal, values(model), before))
 
 
+def test_a_loss_that_is_not_finite_is_told_where_all_gradients_are():
+    model, optimizer = trained()
+    train_step(model, optimizer, [batch()], CONFIG, 0).read()
+    numbers = torch.tensor([float("inf"), 1.0, 0.0, *[1.0] * len(optimizer.state)])
+    with pytest.raises(Diverged, match=r"loss inf, gradient norm 1\.0 \(first bad gradient: none"):
+        StepResult(model, optimizer, [batch()], 0, numbers, ()).read()
+
+
 def test_a_run_that_diverges_behind_a_launch_keeps_its_last_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runs = []
     for name, kind in (("now", StepResult), ("later", Later)):
