@@ -66,6 +66,8 @@ REFUSED = {
     "an adapter in a run's checkpoints": ("inspect adapter run --to-rank 1 --output run/checkpoints/x", 8),
     "a division of rows in a run's": ("data split --data rows.json --val 2 --output run/data/x", 8),
     "answers in a run's checkpoint": ("predict --model model --data rows.json --output run/checkpoints/step-1/predict", 8),
+    "a sweep in a run's data": ("sweep mine.yaml --output run/data/x", 8),
+    "a run whose cache is its data": ("train --model model --data rows.json --output new --cache new/data", 8),
     "a run in a run's checkpoints": ("train --model model --data rows.json --output run/checkpoints/step-9", 8),
     "a page in place of rows": ("inspect data --model model --data rows.json --html rows.json", 2),
     "a page in place of another page": ("inspect data --model model --data rows.json --html other.html", 8),
@@ -119,6 +121,7 @@ def test_what_is_not_a_commands_own_stays(here, name, capsys):
     (here / "scripts" / "model").mkdir()
     for mine in ("kept/model/notes", "page.md", "noted/checkpoints/step-1/notes", "scripts/model/mine.py"):
         (here / mine).write_text("precious")
+    (here / "mine.yaml").write_text("base: {model: model, data: rows.json, max_steps: 1}")
     (here / "page.html").write_text(Document("a page without a twin").html())
     (here / "sweep.json").write_text(json.dumps({"base": {"model": "model", "data": "rows.json", "max_steps": 1}}))
     for page in ("other.html", "project/report.html"):

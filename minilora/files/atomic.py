@@ -175,6 +175,8 @@ def require_place(path: Path) -> None:
         raise UsageError(f"{above} is no folder, and {path} would lie in it", "Give another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise DiskError(f"nothing can be written in {above}", "Give another place, or mend its permissions.")
+    if len(os.fsencode(f".trash-{path.name}")) > os.pathconf(above, "PC_NAME_MAX"):
+        raise UsageError(f"{path} is too long a name", "Give a shorter one.")
 
 
 def require_own(folder: Path, names: Callable[[str], object]) -> None:

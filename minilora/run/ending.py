@@ -18,7 +18,7 @@ from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
 from ..terminal import shell
-from .folder import Run, check_not_read, check_output, check_unlocked, load_kept_step, save
+from .folder import Run, check_cache, check_not_read, check_output, check_unlocked, load_kept_step, save
 from .monitor import Monitor
 from .signals import StopSignal
 
@@ -43,6 +43,7 @@ def owned(config: TrainConfig, ranks: Ranks, resume: bool, overwrite: bool) -> I
         yield
         return
     folder = Path(config.output)
+    check_cache(config)
     if overwrite:
         check_not_read(config)
     if not resume:

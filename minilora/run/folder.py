@@ -16,7 +16,7 @@ from minilora.models.decoder import Decoder
 from ..checkpoint.save import OF_A_MODEL, own_code
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
-from ..errors import CheckpointMismatch, DiskError, OutputInUse, UsageError
+from ..errors import CheckpointMismatch, DiskError, Diverged, OutputInUse, UsageError
 from ..files.atomic import added, discard, in_use, remove, require_link, sync, verify_manifest, write_file
 from ..files.model_folder import ModelFolder, trained_in
 from ..files.run_folder import is_run
@@ -119,6 +119,16 @@ def _settings(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def check_cache(config: TrainConfig) -> None:
+    """OutputInUse for a cache of tokens where the run writes files of its own."""
+    there = Path(os.path.realpath(config.cache))
+    own = next(
+        (name for name in OWN if (Path(os.path.realpath(config.output)) / name) in (there, *there.parents)), None
+    )
+    if config.cache and own:
+        raise OutputInUse(f"--cache {config.cache} lies in the run's own {own}", "Give another folder.")
+
+
 def check_not_read(config: TrainConfig) -> None:
     """OutputInUse if --overwrite would delete what the new run reads: a model or rows in its own folder, or behind a link into it."""
     files = [s.path for text in (config.data, config.val, config.mix_general) if text for s in parse_sources(text)]
@@ -203,8 +213,14 @@ def write_beginning(run: Run, data: Data, overwrite: bool) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a snapshot of the current step, then delete older ones; all ranks have the same state, and the first writes it."""
+    """Write a snapshot of the current step, then delete older ones; all ranks have the same state, and the first writes it.
+
+    Raises Diverged, and writes nothing, if a weight is not finite.
+    """
     at = run.progress
+    for name, p in trained_parameters(run.model).items():
+        if not p.isfinite().all():
+            raise Diverged(f"step {at.step}: {name} is not finite after the update", "Lower --lr or --weight-decay.")
     at.saved = at.step
     if not run.ranks.first:
         return

@@ -86,7 +86,7 @@ def make_plan(
         save_every=config.save_every or per_epoch,
         full=config.method == "full",
         data_hash=data.train.digest() + data.val.digest(),
-        base="" if config.method == "full" else fingerprint(base_parameters(model)),
+        base=fingerprint(base_parameters(model)),
         architecture=as_json(model.config),
         machine={
             "minilora": __version__,

@@ -27,7 +27,7 @@ import numpy as np
 from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
 from ..errors import DataError, Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
-from ..files.atomic import atomic_folder, locked, sha256, write_file
+from ..files.atomic import atomic_folder, locked, require_place, sha256, write_file
 from ..files.regular import read_file
 from ..isolated import environment
 from ..report.compare import compare
@@ -164,6 +164,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
     """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs."""
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
+    require_place(folder)
     if folder.is_dir() and not _is_sweep(folder) and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise OutputInUse(f"{folder} is not empty and holds no sweep", "Give another --output.")
     check_page(folder / "compare.html", twin=True)
@@ -173,6 +174,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         about = {"file": given, "smoke": smoke, "runs": [p.name for p in plan.points], "question": plan.question}
         write_file(folder / "sweep.json", json.dumps(about | {"files": files}) + "\n")
         points, test = _with_test(plan, folder, console)
+        bases: dict[str, str] = {}  # of each model
         failed, names = [], shortened([p.name for p in points], max(console.width - 24, 8))
         for number, (point, name) in enumerate(zip(points, names, strict=True), 1):
             console.rule(f"{number} of {len(points)}: {name}", characters="-")
@@ -180,6 +182,10 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
             if code:
                 failed.append((point.name, code))
                 continue
+            model, base = point.config.model, read_record(folder / point.name).base
+            if bases.setdefault(model, base) != base:
+                hint = "Give another --output, or put the old model back and delete the runs of the new one."
+                raise OutputInUse(f"{model} has changed since {folder} was begun", hint)
             if test:
                 _predict(point.config, test, folder / point.name / "predict", adapter=True)
         before = [folder / "before"] if test and plan.test.get("before") else []

@@ -427,6 +427,9 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
     before, words = tree(tmp_path), command.format(m=model, d=rows, r=run).split()
     (tmp_path / "file").touch()
     check(cli(*words, tmp_path / "file" / "x.html"), 2, "is no folder")
+    check(
+        cli(*words, tmp_path / "new" / ("x" * 245 + ".html")), 2, "is too long a name"
+    )  # with the .trash- that it may need
     monkeypatch.setattr(os, "access", lambda path, how: not (how & os.W_OK and Path(path) == tmp_path))
     check(cli(*words, tmp_path / "new" / "x.html"), 6, f"nothing can be written in {tmp_path}")
     (tmp_path / "file").unlink()

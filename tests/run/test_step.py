@@ -247,6 +247,14 @@ def test_a_run_that_diverges_behind_a_launch_keeps_its_last_snapshot(tmp_path: P
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("settings", [{"lr": 1e300}, {"weight_decay": 1e300}])
+def test_weights_that_the_last_update_broke_are_not_saved(tmp_path: Path, settings: dict[str, float]):
+    """Its loss and its gradients are finite, and no later step tells."""
+    with pytest.raises(Diverged, match="step 1: .*lora_A is not finite after the update"):
+        run_of(tmp_path, "run", max_steps=1, **settings)
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_what_fails_behind_an_unread_step_is_saved_with_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("minilora.train.StepResult", Later)
 

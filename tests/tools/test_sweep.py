@@ -176,6 +176,19 @@ def test_a_stopped_sweep_goes_on(here):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
+def test_a_sweep_does_not_go_on_with_another_model_of_the_same_name(here):
+    path, out, _ = here
+    sections = yaml.safe_load(Path(path).read_text())
+    del sections["test"]
+    write(Path(path), **sections)
+    sweep(path, str(out), {}, console=QUIET)
+    shutil.rmtree(out / "lr=0.002")
+    config = Path(sections["base"]["model"]) / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "50.0"))
+    with pytest.raises(OutputInUse, match="has changed since"):
+        sweep(path, str(out), {}, console=QUIET)
+
+
 def test_a_run_that_diverged_does_not_end_the_sweep_but_an_error_does(here, monkeypatch):
     path, out, _ = here
     codes = iter([5, 0, 0, 0])
