@@ -30,7 +30,7 @@ def printable(text: str, whole: bool = False) -> str:
 
 def prints() -> bool:
     """Whether this process says what it does: of the ranks that torchrun started, the first alone."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def say(line: str, quiet: bool = False, whole: bool = False) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import MiniloraError, RankLost, Stopped, UsageError
+from ..errors import MiniloraError, RankLost, Stopped, UsageError, quote
 from .deal import deal, imbalance
 from .start import EXIT_CODES
 from .watch import DEAD, Watch
@@ -52,7 +52,7 @@ class Ranks:
     @property
     def restarted(self) -> bool:
         """Whether torchrun started the ranks again, after one was lost (--max-restarts)."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     @property
     def launch(self) -> str | None:
@@ -271,19 +271,19 @@ ALONE = Ranks()
 def join(timeout: float) -> Ranks:
     """The ranks that torchrun started, which must all come within `timeout` seconds; without torchrun this process alone.
 
-    On a GPU the current device becomes the one of the rank. Raises UsageError if there are fewer GPUs than ranks, RankLost if one
-    does not come.
+    On a GPU the current device becomes the one of the rank. Raises UsageError if there are fewer GPUs than ranks, or what torchrun
+    sets is missing, RankLost if one does not come.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = _number("WORLD_SIZE", "1")
     if count < 2:
         return ALONE
-    rank, local, host = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), socket.gethostname()
+    rank, local, host = _number("RANK"), _number("LOCAL_RANK"), socket.gethostname()
     gpus = torch.cuda.device_count()
     if gpus and local >= gpus:
         raise UsageError(f"rank {rank}: this machine has {gpus} GPUs", f"Start at most {gpus} processes on it.")
     if gpus:
         torch.cuda.set_device(local)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), _number("MASTER_PORT")
     wait, hosts = timedelta(seconds=timeout), []
     try:
         # what torchrun has opened; where something else starts the ranks, the first opens it
@@ -306,3 +306,12 @@ def join(timeout: float) -> Ranks:
     watch.start()
     atexit.register(watch.end)  # or the interpreter would end below a thread that asks the store
     return Ranks(rank, count, watch)
+
+
+def _number(name: str, default: str = "") -> int:
+    """A variable that torchrun sets; a job system may have left some of them."""
+    found = os.environ.get(name, default)
+    if not found.isdecimal():
+        what = f"WORLD_SIZE is {quote(os.environ.get('WORLD_SIZE', ''))}, and {name} is {quote(found) if found else 'not set'}"
+        raise UsageError(what, "Start the ranks with torchrun, or unset WORLD_SIZE.")
+    return int(found)

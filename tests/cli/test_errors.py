@@ -710,3 +710,24 @@ def test_commands_that_can_be_typed():
     assert (
         shell("chat", "--model", "a b", "--define", "x=it's") == """minilora chat --model 'a b' --define 'x=it'"'"'s'"""
     )
+
+
+@pytest.mark.parametrize(
+    ("left", "missing"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_PORT is not set"),
+    ],
+)
+def test_variables_that_a_job_system_left_are_told(tmp_path, cli, model, rows, monkeypatch, left, missing):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    check(cli("train", "--model", model, "--data", rows, "--output", tmp_path / "out"), 2, missing, "unset WORLD_SIZE")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_alone_speaks(cli, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert "minilora" in cli("doctor")[1]
