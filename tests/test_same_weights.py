@@ -84,3 +84,12 @@ def test_runs_of_another_config_are_not_compared_by_their_losses(here):
     same, other = (read_record(here / name) for name in ("run", "other"))
     assert any("from another config.json" in line for line in caveats([same, other]))
     assert not any("config.json" in line for line in caveats([same, read_record(here / "run")]))
+
+
+def test_scores_of_an_adapter_that_was_trained_on_since_are_told(here):
+    assert main([*PREDICT[:-1], "run/predict"]) == 0
+    assert not any("other weights" in line for line in caveats([read_record(here / "run")]))
+    change(here / "run" / "adapter" / "adapter_config.json", lora_alpha=320)
+    assert any("other weights than its adapter has now" in line for line in caveats([read_record(here / "run")]))
+    assert main(["report", "run"]) == 0
+    assert "other weights than the adapter has now" in (here / "run" / "report.html").read_text()

@@ -239,10 +239,12 @@ def sha256(path: Path) -> str:
 
 
 def added(folder: Path) -> list[Path]:
-    """What lies in a folder that was written with a manifest and is not listed there: its user's. Nothing, if the manifest is damaged."""
+    """What lies in a folder and is not listed in its manifest: its user's, as is all where there is none. Nothing, if it is damaged."""
     try:
         sums = parse_json(read_file(folder / MANIFEST, ModelError, SMALL))
         listed = {MANIFEST, *(Path(name).parts[0] for name in sums)}
+    except FileNotFoundError:
+        listed = set()
     except (OSError, ValueError, TypeError, IndexError, ModelError):
         return []
     return [p for p in sorted(folder.iterdir()) if p.name not in listed and not p.name.startswith(".")]

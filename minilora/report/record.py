@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UsageError, quote
-from ..files.atomic import in_use
+from ..files.atomic import in_use, sha256
+from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..files.regular import SMALL, read_file
 from ..files.strict_json import parse_json, read_json_lines
 from ..settings import read_yaml
@@ -57,6 +58,12 @@ class Record:
     def scores(self) -> dict[str, dict[str, Any]]:
         """The metrics that predict computed, by name: value, low, high, definition."""
         return self.results.get("metrics") or {}
+
+    @property
+    def answered_before(self) -> bool:
+        """Whether the answers are of other weights than the run's adapter has now, as where it was trained on after they were given."""
+        files, then = adapter_files(self.folder / "adapter"), self.decoded.get("weights_hash")
+        return isinstance(then, str) and len(then) == 48 and bool(files) and not then.endswith(hash_of(files))
 
     @property
     def scored(self) -> list[dict[str, Any]]:
@@ -162,6 +169,16 @@ def smoothed(curve: Curve) -> Curve:
             total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         result.append((step, total / weight if weight else value))
     return result
+
+
+def adapter_files(adapter: Path) -> list[Path]:
+    """The weights of a run's adapter, and the config that scales them."""
+    return [path for path in (adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG) if path.is_file()]
+
+
+def hash_of(files: list[Path]) -> str:
+    """16 hex digits of each file."""
+    return "".join(sha256(path)[:16] for path in files)
 
 
 def as_text(value: Any) -> str:

@@ -29,7 +29,7 @@ from ..checkpoint.quantized import in_memory
 from ..config import PLAIN, RANK_TIMEOUT, DataConfig
 from ..console import Console
 from ..errors import OutputInUse, Stopped
-from ..files.atomic import locked, sha256, sync, write_file
+from ..files.atomic import locked, sync, write_file
 from ..files.model_folder import ADAPTER_CONFIG, ModelFolder
 from ..files.run_folder import require_outside_runs
 from ..files.strict_json import read_json_lines
@@ -38,7 +38,7 @@ from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..ranks.ranks import Ranks, join
 from ..report.metrics import interval, measured_rows, word_cutter
-from ..report.record import RESULTS, ROWS, read_json_file
+from ..report.record import RESULTS, ROWS, hash_of, read_json_file
 from ..rows.questions import Question, read_questions
 from ..run.monitor import PLAIN_EVERY
 from ..run.signals import StopSignal
@@ -174,8 +174,7 @@ def _hash(texts) -> str:
 
 def _adapter_hash(adapter: Path) -> str:
     """Of its weights, and of its config, which scales them."""
-    files = (weights_of(adapter).path, adapter / ADAPTER_CONFIG)
-    return "".join(sha256(path)[:16] for path in files if path.exists())
+    return hash_of([path for path in (weights_of(adapter).path, adapter / ADAPTER_CONFIG) if path.is_file()])
 
 
 def _check_output(folder: Path) -> None:

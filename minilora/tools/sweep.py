@@ -283,8 +283,14 @@ def _train(point: Point) -> int:
         same = all(getattr(then, name) == getattr(point.config, name) for name in ("model", "data", "keep"))
         if not same or must_match(then) != must_match(point.config):
             raise OutputInUse(f"{folder} holds a run of other settings", "Give another --output, or delete that run.")
-        if read_record(folder).finished and any((folder / name).is_dir() for name in ("adapter", "model")):
+        saved, finished = any(folder.glob("checkpoints/step-*")), read_record(folder).finished
+        if finished and any((folder / name).is_dir() for name in ("adapter", "model")):
             return 0
+        if finished and not saved:
+            raise OutputInUse(
+                f"{folder} holds a finished run whose weights are gone",
+                "Delete it to train it again, or put them back.",
+            )
     if any(folder.glob("checkpoints/step-*")):
         return _child("train", "--output", folder, "--resume")
     settings = folder.parent / f"{point.name}.yaml"

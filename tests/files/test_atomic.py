@@ -125,6 +125,8 @@ def test_what_a_manifest_does_not_list_was_added(tmp_path):
     for text in ("[1", "[1]", "1"):
         (tmp_path / "out" / MANIFEST).write_text(text)
         assert added(tmp_path / "out") == []  # nothing is known
+    (tmp_path / "out" / MANIFEST).unlink()
+    assert {p.name for p in added(tmp_path / "out")} == {"a", "in", "notes"}  # no snapshot at all
 
 
 def test_a_folder_has_one_owner(tmp_path):

@@ -114,9 +114,11 @@ def test_a_snapshot_with_its_users_notes_stays(tmp_path):
         with atomic_folder(tmp_path / f"step-{step}", manifest=True) as stage:
             (stage / "state.json").touch()
     (tmp_path / "step-2" / "notes").write_text("precious")
+    (tmp_path / "step-0").mkdir()
+    (tmp_path / "step-0" / "notes").write_text("precious")  # no snapshot at all
     (tmp_path / ".tmp-merged").mkdir()  # which another command fills
     rotate(tmp_path, keep=1, step=3, best=None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-merged", "last", "step-2", "step-3"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-merged", "last", "step-0", "step-2", "step-3"]
 
 
 def test_the_newest_whole_snapshot_is_found(tmp_path):

@@ -176,6 +176,16 @@ def test_a_stopped_sweep_goes_on(here):
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
+def test_a_finished_run_without_its_weights_is_not_trained_again_over_its_answers(here):
+    path, out, _ = here
+    sweep(path, str(out), {}, console=QUIET)
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(out / "lr=0.001" / name)
+    with pytest.raises(OutputInUse, match="whose weights are gone"):
+        sweep(path, str(out), {}, console=QUIET)
+    assert (out / "lr=0.001" / "predict" / "generated_predictions.jsonl").is_file()
+
+
 def test_a_sweep_does_not_go_on_with_another_model_of_the_same_name(here):
     path, out, _ = here
     sections = yaml.safe_load(Path(path).read_text())
