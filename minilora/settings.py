@@ -69,6 +69,7 @@ GROUPS = {
 }  # fmt: skip
 MAX_YAML, MAX_DIGITS = 1 << 17, 100
 NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+MANY = 2**31  # more than of anything that is counted
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
 
 
@@ -174,7 +175,8 @@ def _scalar(name: str, kind: Any, value: Any) -> Any:
     if kind is bool:
         return SWITCH[str(value).lower()]
     number = int(str(value)) if kind is int else float(str(value))
-    if not (_bounds(name)[1](number) and abs(number) < (2**63 if kind is int else math.inf)):
+    counted = name == "epochs" or (kind is int and name != "seed")
+    if not (_bounds(name)[1](number) and abs(number) < (MANY if counted else 2**63 if kind is int else math.inf)):
         raise ValueError(value)
     return number
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import unicodedata
+from pathlib import Path
 
 STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone surrogates, other line ends
 JOINER = "\u200d"  # joins several emoji into one
@@ -47,5 +48,7 @@ def clock(seconds: float) -> str:
 
 
 def shell(*words: object) -> str:
-    """A minilora command as a user can type it."""
-    return shlex.join(["minilora", *map(str, words)])
+    """A minilora command as a user can type it; no path among the words is taken for a flag."""
+    return shlex.join(
+        ["minilora", *(f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words)]
+    )

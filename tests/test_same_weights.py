@@ -93,3 +93,8 @@ def test_scores_of_an_adapter_that_was_trained_on_since_are_told(here):
     assert any("other weights than its adapter has now" in line for line in caveats([read_record(here / "run")]))
     assert main(["report", "run"]) == 0
     assert "other weights than the adapter has now" in (here / "run" / "report.html").read_text()
+
+
+def test_a_prediction_whose_results_are_damaged_is_told(here, capsys):
+    change(here / "answers" / "predict_results.json", rows="many", metrics=[1])
+    assert main(PREDICT) == 3 and "holds what no run writes" in capsys.readouterr().err

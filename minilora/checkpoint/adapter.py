@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -175,6 +176,15 @@ def _number(x: float) -> float | int:
     return int(x) if x == int(x) else x
 
 
+def _dropout(file: SafetensorsFile, j: dict[str, Any]) -> float:
+    """The dropout that an adapter was trained with; ModelError for what is none."""
+    said = file.metadata.get("minilora_dropout") or j.get("lora_dropout") or 0.0
+    with suppress(TypeError, ValueError):
+        if 0 <= (dropout := float(said)) < 1:
+            return dropout
+    raise ModelError(f"{file.path}: its dropout is {quote(str(said))}", "A number from 0 to below 1 belongs there.")
+
+
 def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow_partial: bool = False) -> None:
     """Wrap the linears that a PEFT folder names and copy its tensors in.
 
@@ -225,7 +235,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"Give --quant {needed}, or --any-base to use it on this one.",
         )
     model.requires_grad_(False)
-    dropout = float(file.metadata.get("minilora_dropout") or j.get("lora_dropout") or 0.0)
+    dropout = _dropout(file, j)
     shared = "minilora_shared_outer" in file.metadata
     kind = DoRALinear if lengths else PiSSALinear if j.get("init_lora_weights") == "pissa" else LoRALinear
     dropout = 0.0 if kind is PiSSALinear else dropout

@@ -37,6 +37,7 @@ def run(
     from json import dumps
 
     from ..console import Console
+    from ..report.record import as_written
     from ..tools.predict import predict, show_results
 
     console = Console(stderr=json)
@@ -53,5 +54,6 @@ def run(
     if json:
         say(dumps(results, ensure_ascii=False, indent=1), whole=True)
     else:
-        show_results(results, console)
+        with as_written(output):
+            show_results(results, console)
     return 0

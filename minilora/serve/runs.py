@@ -1,7 +1,7 @@
 """The runs of a folder: which there are, their curves as they grow, and the pages that were written about them."""
 
 import asyncio
-import math
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from .bodies import Refused
 KEYS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "time")
 DEPTH, MOST_RUNS, MOST_POINTS = 2, 500, 2000
 TAIL = 64 << 10  # bytes at the end of metrics.jsonl, in which its last steps are
+MOST = 1e300  # a number that is drawn
 MOST_READ = 4 << 20  # bytes of metrics.jsonl at one look
 EVERY = 0.5  # seconds between two looks at a file
 # a page of a run runs no script but its own, and knows no key and no cookie of this server
@@ -69,7 +70,7 @@ def find_pages(root: Path) -> Iterator[tuple[str, Path]]:
     inside = root.resolve()
     for folder in _folders(root):
         for page in sorted(folder.glob("*.html")):
-            if page.is_file() and page.resolve().is_relative_to(inside):
+            if _is_text(page) and page.is_file() and page.resolve().is_relative_to(inside):
                 yield page.relative_to(root).as_posix(), page
 
 
@@ -77,11 +78,23 @@ def _folders(root: Path) -> Iterator[Path]:
     """A folder and those in it, the newest first on each level, down to DEPTH."""
     level, count = [root], 0
     for _ in range(DEPTH + 1):
-        level = [folder for folder in level if folder.is_dir()][: MOST_RUNS - count]
+        level = [folder for folder in level if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)][
+            : MOST_RUNS - count
+        ]
         count += len(level)
         yield from level
-        inner = [p for folder in level for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        inner = [
+            p for folder in level for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and _is_text(p)
+        ]
         level = sorted((p for p in inner if not p.is_symlink()), key=lambda p: -p.stat().st_mtime)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name is one that a page can hold: in an archive it may have been in another encoding."""
+    try:
+        return bool(path.name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _overview(root: Path | None) -> dict[str, Any]:
@@ -91,12 +104,14 @@ def _overview(root: Path | None) -> dict[str, Any]:
 
 def _state(folder: Path) -> dict[str, Any]:
     """How far a run is, by the end of its metrics."""
-    path = folder / "metrics.jsonl"
-    with open_file(path, DataError) as file:
-        file.seek(max(path.stat().st_size - TAIL, 0))
-        last: dict[str, Any] = {}
-        for line in file.read().split(b"\n"):
-            last |= _point(line) or {}
+    path, last = folder / "metrics.jsonl", {}
+    try:
+        with open_file(path, DataError) as file:
+            file.seek(max(path.stat().st_size - TAIL, 0))
+            for line in file.read().split(b"\n"):
+                last |= _point(line) or {}
+    except (OSError, DataError):
+        return {"state": "unreadable", "steps": None}
     steps = _steps(folder)
     done = steps is not None and last.get("step", 0) >= steps
     return {"state": "finished" if done else "training" if in_use(folder) else "stopped", "steps": steps, **last}
@@ -118,7 +133,7 @@ def _point(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(value, dict):
         return None
-    return {k: v for k in KEYS if isinstance(v := value.get(k), (int, float)) and math.isfinite(v)}
+    return {k: v for k in KEYS if isinstance(v := value.get(k), (int, float)) and abs(v) < MOST}
 
 
 @dataclass

@@ -54,7 +54,7 @@ def check_words(result: Inspection) -> str:
 
 def show(result: Inspection, console: Console) -> None:
     """Print an inspection."""
-    say = partial(console.print, soft_wrap=True)
+    say = partial(console.print, markup=True, soft_wrap=True)
     for name, text in summary(result):
         say(f"[bold]{name:<9}[/]{rich_escape(text)}")
     say()
@@ -66,7 +66,7 @@ def show(result: Inspection, console: Console) -> None:
             say(f"         [dim]{rich_escape(_brief(result, place))}[/]")
     for name, values in result.lengths.items():
         if len(values):
-            console.print(f"\n[bold]{NAMES[name]}[/]  {middle(values)}")
+            say(f"\n[bold]{NAMES[name]}[/]  {middle(values)}")
             console.say("\n".join(text_histogram(values, result.limits(name))))
     for sample in result.samples:
         say(f"\n[bold]{rich_escape(visible(sample.where))}[/]")

@@ -188,6 +188,8 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
                 raise OutputInUse(f"{model} has changed since {folder} was begun", hint)
             if test:
                 _predict(point.config, test, folder / point.name / "predict", adapter=True)
+        if len(failed) == len(points):
+            raise _failure(failed[0][1], "each run")
         before = [folder / "before"] if test and plan.test.get("before") else []
         if before:
             _predict(points[0].config, test, before[0], adapter=False)

@@ -130,6 +130,8 @@ TYPED = {
     "half": (["train", "--batch-size", "1.5"], "batch_size is '1.5'", "a whole number above 0"),
     "negative": (["train", "--lr", "-1"], "lr is '-1'"),
     "over one": (["train", "--lora-dropout", "1"], "lora_dropout is '1'", "from 0 to below 1"),
+    "more than can be counted": (["train", "--epochs", "1e308"], "epochs is '1e308'"),
+    "a rank beyond every use": (["train", "--lora-r", str(2**62)], f"lora_r is '{2**62}'"),
     "thirty digits": (["train", "--seed", "9" * 30], "seed is"),
     "choice": (["train", "--schedule", "wavy"], "schedule is 'wavy'", "cosine, linear, constant"),
     "switch": (["train", "--rslora=maybe"], "--rslora is 'maybe'", "--rslora or --no-rslora"),
@@ -710,6 +712,7 @@ def test_commands_that_can_be_typed():
     assert (
         shell("chat", "--model", "a b", "--define", "x=it's") == """minilora chat --model 'a b' --define 'x=it'"'"'s'"""
     )
+    assert shell("report", Path("-run")) == "minilora report ./-run"  # no flag
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,20 @@ def test_every_command_that_reads_rows_takes_an_encoding(tmp_path: Path, capsys)
     assert f"--data {run}/data/val.jsonl" in told and "--encoding" not in told.partition("minilora eval")[2]
     split_off = [row.messages for row in read_rows(run / "data" / "val.jsonl")]
     assert len(split_off) == 2 and all("臺灣" in messages[0]["content"] for messages in split_off)
+
+
+def test_a_line_that_changes_while_its_file_is_in_use_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    first = json.dumps({"a": "long" * 10_000})
+    path.write_text(first + '\n{"a": 2}\n')
+    rows = open_rows(path)
+    with path.open("a") as file:
+        file.write('{"a": 3}\n')
+    assert [rows.value(i) for i in range(len(rows))] == [
+        json.loads(first),
+        {"a": 2},
+    ]  # rows that come after them do no harm
+    path.write_text(first + '\n{"b": 2}\n')
+    assert rows.value(0) == json.loads(first)
+    with pytest.raises(DataError, match="line 2 was changed while"):
+        rows.value(1)

@@ -13,6 +13,7 @@ httpx = pytest.importorskip("httpx")
 
 from served import make_run, running, step
 
+from minilora.serve import runs
 from minilora.serve.runs import MOST_POINTS, MOST_READ, Tail, thinned
 
 
@@ -46,6 +47,30 @@ def test_the_runs_and_pages_of_a_folder(root):
         ):
             assert httpx.get(f"{url}/pages/{other}").status_code == 404, other
         assert httpx.get(url + "/runs/none/events").status_code == 404
+
+
+def test_one_strange_run_takes_no_other_from_the_page(root, monkeypatch):
+    with open(root / "first" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "loss": ' + "9" * 400 + "}\n")
+    gbk = os.fsencode(root) + "/运行".encode("gbk")
+    os.makedirs(gbk)
+    for name in (b"/config.yaml", b"/metrics.jsonl", b"/report.html"):
+        open(gbk + name, "w").close()
+    make_run(root / "closed")
+    make_run(root / "unreadable")
+    may, opened = os.access, runs.open_file
+
+    def open_file(path: Path, kind):
+        if path.parent.name == "unreadable":
+            raise PermissionError
+        return opened(path, kind)
+
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path).name != "closed" and may(path, how))
+    monkeypatch.setattr(runs, "open_file", open_file)
+    with running(None, root) as (url, _):
+        found = httpx.get(url + "/runs").json()
+        steps = {run["name"]: run.get("step", run["state"]) for run in found["runs"]}
+        assert steps == {"first": 6, "sweep/A & B?#": 3, "unreadable": "unreadable"}
 
 
 def test_events_follow_a_run_that_grows_and_one_that_begins_again(root):

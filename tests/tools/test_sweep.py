@@ -212,6 +212,14 @@ def test_a_run_that_diverged_does_not_end_the_sweep_but_an_error_does(here, monk
     assert "lr=0.001 failed with exit code 5" in (out / "compare.html").read_text()
 
 
+def test_a_sweep_of_which_every_run_failed_fails(here, monkeypatch):
+    path, out, _ = here
+    monkeypatch.setattr(sweep_module, "_child", lambda *words: 5 if words[0] == "train" else 0)
+    with pytest.raises(MiniloraError, match="each run failed") as error:
+        sweep(path, str(out), {}, console=QUIET)
+    assert error.value.code == 5
+
+
 def test_children_are_commands_of_their_own(tmp_path):
     assert sweep_module._child("--version") == 0
     with pytest.raises(MiniloraError, match="minilora train failed") as error:
@@ -313,6 +321,11 @@ def test_the_table_of_scores_fits_the_terminal(tmp_path, capsys, columns):
         SHOWN
     )
     assert rows[3][2] == "3.0000" and rows[4][1:] == ["before"] + ["14.00"] * len(SHOWN)
+
+
+def test_a_name_in_the_table_of_scores_is_no_markup(tmp_path, capsys):
+    show_scores([Record("p[/q]", tmp_path), Record("[red]x", tmp_path)], Console(width=100))
+    assert "A: p[/q]" in (said := capsys.readouterr().out) and "B: [red]x" in said
 
 
 def test_a_sweep_of_more_runs_than_a_page_holds_is_refused_before_it_runs(tmp_path):

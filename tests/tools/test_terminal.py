@@ -206,7 +206,7 @@ def test_prompts_that_grow_too_long_are_told(capsys):
 
 def test_a_console_writes_no_control_codes_but_its_own(capsys):
     console = Console(force_terminal=True, color_system="standard", legacy_windows=False)
-    console.print("[bold]a\x1b[2J\u202e\x9b[/]\tb\x00", highlight=False)
+    console.print("[bold]a\x1b[2J\u202e\x9b[/]\tb\x00", markup=True)
     assert re.sub(r"\x1b\[[01]m", "", capsys.readouterr().out) == "a\\u001b[2J\\u202e\\u009b    b\\u0000\n"
 
 
