@@ -107,7 +107,7 @@ def _foreign(folder: Path) -> Iterator[Path]:
         yield from (
             p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(rf"{own}|\..*", p.name)
         )
-    for snapshot in (folder / "checkpoints").glob("*/"):
+    for snapshot in (folder / "checkpoints").glob("[!.]*/"):
         yield from added(snapshot)
 
 

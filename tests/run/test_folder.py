@@ -58,6 +58,17 @@ def test_a_run_that_the_power_was_cut_from_can_be_overwritten(tmp_path, beginnin
     assert told(check_output, tmp_path / "run", False, True) == ""
 
 
+def test_a_snapshot_that_a_kill_left_half_written_stands_in_nobodys_way(tmp_path):
+    folder = fill(tmp_path / "run", "config.yaml metrics.jsonl=")
+    (folder / "checkpoints" / ".tmp-step-1").mkdir(parents=True)
+    (folder / "checkpoints" / ".tmp-step-1" / "adapter_config.json").touch()
+    assert told(check_output, folder, False, True) == ""
+    (folder / "checkpoints" / ".tmp-step-1").rename(
+        folder / "checkpoints" / "step-1"
+    )  # as no run names what is not whole
+    assert "was written by no run" in told(check_output, folder, False, True)
+
+
 def test_a_run_whose_rows_are_being_predicted_is_not_overwritten(tmp_path):
     folder = fill(tmp_path / "run", "config.yaml metrics.jsonl=")
     with locked(folder / "predict"):
