@@ -10,7 +10,7 @@ from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
-from minilora.errors import OutputInUse
+from minilora.errors import MiniloraError, OutputInUse
 from minilora.files import atomic
 from minilora.files.atomic import locked, require_empty
 from minilora.ranks.ranks import ALONE
@@ -339,7 +339,8 @@ def test_a_sweep_does_not_go_on_with_other_rows(here, monkeypatch, test):
     base = {"model": "model", "data": "rows.json", "max_steps": 1}
     (here / "sweep.yaml").write_text(json.dumps({"base": base, "product": {"lora_r": [2]}, "test": test}))
     for _ in range(2):
-        sweep("sweep.yaml", "out", {})
+        with pytest.raises(MiniloraError, match="each run failed"):
+            sweep("sweep.yaml", "out", {})
     other = json.loads((here / "rows.json").read_text())[1:]
     (here / "other.json").write_text(json.dumps(other))
     if test:
