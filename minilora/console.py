@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.segment import Segment
 
-from .terminal import printable, prints
+from .terminal import printable, prints, without_reader
 
 
 class Console(RichConsole):
@@ -19,6 +19,10 @@ class Console(RichConsole):
     def say(self, text: str = "") -> None:
         """Print a text as it is, with line breaks only where it has them."""
         self.print(text, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        without_reader(self.file)
 
     def render(self, *args: Any, **named: Any) -> Iterable[Segment]:
         for segment in super().render(*args, **named):

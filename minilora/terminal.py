@@ -6,6 +6,7 @@ import shlex
 import sys
 import unicodedata
 from pathlib import Path
+from typing import IO
 
 STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone surrogates, other line ends
 JOINER = "\u200d"  # joins several emoji into one
@@ -37,7 +38,16 @@ def prints() -> bool:
 def say(line: str, quiet: bool = False, whole: bool = False) -> None:
     """Print a line at once; quiet: on standard error, where standard output is for another program; whole: however long it is."""
     if prints():
-        print(printable(line, whole), file=sys.stderr if quiet else sys.stdout, flush=True)
+        stream = sys.stderr if quiet else sys.stdout
+        try:
+            print(printable(line, whole), file=stream, flush=True)
+        except BrokenPipeError:
+            without_reader(stream)
+
+
+def without_reader(stream: IO[str]) -> None:
+    """Whoever read the stream has gone: the work goes on, and what it says is read by nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def clock(seconds: float) -> str:

@@ -34,7 +34,7 @@ from .rows.dataset import load_data
 from .run.ending import RESUME, finish, memory_hint, owned, state_saved
 from .run.folder import Progress, Run, after_restart, restore, save, write_beginning
 from .run.graphs import Graphs
-from .run.monitor import Monitor, RunConsole, working
+from .run.monitor import Monitor, working
 from .run.schedule import learning_rate, make_plan, set_learning_rate
 from .run.setup import kernels, load, optimizer_of
 from .run.signals import StopSignal
@@ -48,7 +48,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
 
     Raises UsageError, DataError, ModelError, OutputInUse, CheckpointMismatch, Diverged, OutOfMemory, DiskError, Stopped.
     """
-    console = console or RunConsole()
+    console = console or Console()
     for key in ("model", "data", "output"):
         if not getattr(config, key):
             raise UsageError(f"--{key} is missing", "minilora train --model DIR --data FILE --output RUN")

@@ -32,14 +32,6 @@ PATIENCE = 2.0  # seconds until a step that still runs is shown
 RECENT = 20  # steps whose mean duration gives the remaining time
 
 
-class RunConsole(Console):
-    """A console for a run that goes on when its reader has gone away."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
     """Show what is being done: an animated line on a terminal, a plain line elsewhere."""

@@ -43,6 +43,7 @@ VALUES = (
     "=",
     *TEXTS,
 )
+CODES = (8,)  # a file to write is there already, such as /dev/zero
 FLAGS: dict[str, list[str]] = {}  # of each command, the words that go before them joined by line ends
 SEEDS: list[bytes] = []
 
