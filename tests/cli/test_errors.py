@@ -367,6 +367,26 @@ def change_adapter(folder: Path, **changes) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(j))
 
 
+def change_metadata(folder: Path, **changes: str) -> None:
+    file = SafetensorsFile(folder / "adapter_model.safetensors")
+    file.path.unlink()  # it is mapped, and stays readable
+    write_tensors(file.path, {key: file.tensor(key) for key in file.entries}, file.metadata | changes)
+
+
+@pytest.mark.parametrize("said", ["abc", "nan", "inf", "-1", "1", "1e999"])
+def test_a_dropout_in_the_metadata_of_an_adapter_that_is_none_is_refused(tmp_path, cli, model, finished, said):
+    change_metadata(shutil.copytree(finished / "adapter", tmp_path / "a"), minilora_dropout=said)
+    check(cli("chat", "--model", model, "--adapter", tmp_path / "a", "--prompt", "x"), 4, "minilora_dropout", repr(said))
+
+
+def test_metadata_of_an_adapter_that_means_nothing_here_is_left_alone(tmp_path, cli, model, finished):
+    changes = {"minilora_quant": "nf4\x1b[31m", "minilora_init": "[red]", "format": "x"}
+    change_metadata(shutil.copytree(finished / "adapter", tmp_path / "a"), **changes)
+    words = ("chat", "--model", model, "--prompt", "x", "--adapter")
+    answer = cli(*words, finished / "adapter")
+    assert answer[0] == 0 and cli(*words, tmp_path / "a") == answer
+
+
 @pytest.mark.parametrize("case", ADAPTER.values(), ids=ADAPTER)
 def test_what_the_adapter_folder_holds(tmp_path, cli, model, finished, case):
     spoil, *parts = case
