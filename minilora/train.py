@@ -63,7 +63,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, co
             asked = config.compute
             model, config = load(config, base, resume, ranks)
             plan = make_plan(config, base, data, model, computing(model, asked), ranks)
-        console.print(plan.header, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        console.print(plan.header, soft_wrap=not console.is_terminal)
         run = Run(folder, config, plan, model, optimizer_of(model, config), Progress(), ranks)
         if resume:
             restore(run, console)

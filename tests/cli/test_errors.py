@@ -376,7 +376,9 @@ def change_metadata(folder: Path, **changes: str) -> None:
 @pytest.mark.parametrize("said", ["abc", "nan", "inf", "-1", "1", "1e999"])
 def test_a_dropout_in_the_metadata_of_an_adapter_that_is_none_is_refused(tmp_path, cli, model, finished, said):
     change_metadata(shutil.copytree(finished / "adapter", tmp_path / "a"), minilora_dropout=said)
-    check(cli("chat", "--model", model, "--adapter", tmp_path / "a", "--prompt", "x"), 4, "minilora_dropout", repr(said))
+    check(
+        cli("chat", "--model", model, "--adapter", tmp_path / "a", "--prompt", "x"), 4, "minilora_dropout", repr(said)
+    )
 
 
 def test_metadata_of_an_adapter_that_means_nothing_here_is_left_alone(tmp_path, cli, model, finished):

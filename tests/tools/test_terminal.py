@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from rich.table import Table
 
 import minilora
 from minilora.__main__ import main
@@ -206,8 +207,19 @@ def test_prompts_that_grow_too_long_are_told(capsys):
 
 def test_a_console_writes_no_control_codes_but_its_own(capsys):
     console = Console(force_terminal=True, color_system="standard", legacy_windows=False)
-    console.print("[bold]a\x1b[2J\u202e\x9b[/]\tb\x00", highlight=False)
+    console.print("a\x1b[2J\u202e\x9b\tb\x00", style="bold")
     assert re.sub(r"\x1b\[[01]m", "", capsys.readouterr().out) == "a\\u001b[2J\\u202e\\u009b    b\\u0000\n"
+
+
+def test_names_are_shown_as_they_are_in_every_place_of_rich(capsys):
+    console, name = Console(width=200), "[red]a[/q] :100: 1"
+    table = Table(name, title=name, caption=name)
+    table.add_row(name)
+    for shown in (name, table):
+        console.print(shown)
+    console.say(name)
+    console.rule(name)
+    assert capsys.readouterr().out.count(name) == 1 + 4 + 1 + 1
 
 
 @pytest.mark.parametrize("words", [["inspect", "model"], ["chat", "--prompt", "x", "--model"]])
