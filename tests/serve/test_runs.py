@@ -13,6 +13,8 @@ httpx = pytest.importorskip("httpx")
 
 from served import make_run, running, step
 
+from minilora.errors import DataError
+from minilora.serve import runs
 from minilora.serve.runs import MOST_POINTS, MOST_READ, Tail, thinned
 
 
@@ -46,6 +48,43 @@ def test_the_runs_and_pages_of_a_folder(root):
         ):
             assert httpx.get(f"{url}/pages/{other}").status_code == 404, other
         assert httpx.get(url + "/runs/none/events").status_code == 404
+
+
+def test_a_broken_run_takes_the_page_from_no_other(root, monkeypatch):
+    make_run(root / "huge", 5)
+    with open(root / "huge" / "metrics.jsonl", "a") as file:
+        file.write(step(4, loss=0).replace('"loss": 0', f'"loss": {"9" * 400}'))
+    (root / "huge" / "data.json").write_text(json.dumps({"steps": 10**400}))
+    chinese = make_run(root / os.fsdecode("你".encode("gbk")), 5)
+    (chinese / "report.html").write_text("<p>of a name in GBK</p>")
+    make_run(root / "closed", 5)
+    (root / "lost+found").mkdir()
+    opened, listed = runs.open_file, Path.iterdir
+
+    def no_file(path: Path, *more):
+        if path == root / "closed" / "metrics.jsonl":
+            raise DataError(f"{path} cannot be opened: Permission denied")
+        return opened(path, *more)
+
+    def no_folder(path: Path):
+        if path == root / "lost+found":
+            raise PermissionError(path)
+        return listed(path)
+
+    monkeypatch.setattr(runs, "open_file", no_file)
+    monkeypatch.setattr(Path, "iterdir", no_folder)
+    with running(None, root) as (url, _):
+        found = httpx.get(url + "/runs").json()
+        states = {run["name"]: (run["state"], run.get("loss"), run["steps"]) for run in found["runs"]}
+        assert states == {
+            "first": ("finished", 0.2, 5), "sweep/A & B?#": ("stopped", 1 / 3, 5), r"\xc4\xe3": ("finished", 0.2, 5),
+            "huge": ("stopped", 0.2, None), "closed": ("unreadable", None, None),
+        }  # fmt: skip
+        assert httpx.get(url + r"/pages/\xc4\xe3/report.html").text == "<p>of a name in GBK</p>"
+        for name, state in (("huge", "stopped"), (r"\xc4\xe3", "finished"), ("closed", "unreadable")):
+            with httpx.stream("GET", f"{url}/runs/{name}/events") as response:
+                line = next(line for line in response.iter_lines() if line.startswith("data: "))
+            assert json.loads(line[6:])["state"]["state"] == state
 
 
 def test_events_follow_a_run_that_grows_and_one_that_begins_again(root):
