@@ -41,6 +41,7 @@ from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
 from ..run.signals import StopSignal
 from ..settings import canonical, read_yaml, resolve
+from ..terminal import as_words
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
@@ -310,7 +311,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
     """Answer the test set with the run's adapter (or its whole model), or with the base model."""
     run = Path(config.output)
     model = run / "model" if adapter and config.method == "full" else config.model
-    words: list[object] = ["--model", model, "--data", test["data"], "--output", output]
+    words: list[object] = ["--model", Path(model), "--data", Path(test["data"]), "--output", output]
     if adapter and config.method != "full":
         words += ["--adapter", run / "adapter"]
     for key in ("max_tokens", "batch"):
@@ -325,7 +326,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
 
 def _child(*words: object) -> int:
     """Run minilora in its own process and pass a stop signal on to it, once; Stopped or an error ends the sweep."""
-    command = [sys.executable, "-m", "minilora", *map(str, words)]
+    command = [sys.executable, "-m", "minilora", *as_words(words)]
     with StopSignal() as stop:
         # its own process group: it must not get Ctrl-C from the terminal as well, because a second signal ends a run at once
         out = subprocess.DEVNULL if "--json" in words else None

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -17,6 +18,7 @@ from tiny import ROWS, make_model, make_rows
 
 import minilora.train
 from minilora.__main__ import COMMANDS, main
+from minilora.cli.next_commands import next_commands
 from minilora.config import TrainConfig, to_yaml
 from minilora.errors import MiniloraError, UsageError
 from minilora.files.atomic import verify_manifest
@@ -24,6 +26,7 @@ from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.files.tensors import INDEX
 from minilora.run.snapshot import rotate, snapshots, step_of
 from minilora.settings import read_yaml, resolve
+from minilora.terminal import shell
 from minilora.train import micro_batch
 
 ROOT = Path(__file__).parents[2]
@@ -727,11 +730,17 @@ def test_a_refusal_leaves_no_lock(tmp_path, cli, model, rows):
 
 
 def test_commands_that_can_be_typed():
-    from minilora.terminal import shell
+    command = """minilora chat --model 'a b' --define 'x=it'"'"'s'"""
+    assert shell("chat", "--model", "a b", "--define", "x=it's") == command
+    assert shell("train", "--output", Path("-run/--x"), "--resume") == "minilora train --output ./-run/--x --resume"
 
-    assert (
-        shell("chat", "--model", "a b", "--define", "x=it's") == """minilora chat --model 'a b' --define 'x=it'"'"'s'"""
-    )
+
+def test_a_run_whose_name_begins_with_a_dash_tells_commands_that_are_taken(tmp_path, cli, model, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.rename("-run")
+    config = resolve(read_yaml(Path("-run/config.yaml")), {"output": "-run"})
+    chat, measure, merge = map(shlex.split, next_commands(config))
+    assert cli(*measure[1:])[0] == cli(*merge[1:])[0] == cli(*chat[1:], "--prompt", "x", "--max-tokens", "1")[0] == 0
 
 
 @pytest.mark.parametrize(
