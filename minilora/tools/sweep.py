@@ -47,6 +47,7 @@ PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
 SECTIONS = ("base", "zip", "product", "test", "question", "smoke")
 MOST_COMPARED, MOST_OF_A_QUESTION = len(LETTERS) - 1, 1000  # runs
+MOST_OF_A_TEST = {"max_tokens": 2**31, "batch": 4096}  # as predict takes them
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
 GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result as well
 
@@ -91,8 +92,9 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
             f"{path}: test is {test}",
             f"It holds data or rows, and perhaps {', '.join(sorted(TEST_KEYS - {'data', 'rows'}))}.",
         )
-    if not all(type(test[key]) is int and test[key] > 0 for key in ("max_tokens", "batch") if key in test):
-        raise UsageError(f"{path}: test is {test}", "max_tokens and batch are whole numbers from 1 on.")
+    if not all(type(test[key]) is int and 0 < test[key] <= most for key, most in MOST_OF_A_TEST.items() if key in test):
+        allowed = " and ".join(f"{key} is a whole number from 1 to {most:,}" for key, most in MOST_OF_A_TEST.items())
+        raise UsageError(f"{path}: test is {test}", f"{allowed}.")
     question = _section(spec, "question", path)
     most = MOST_OF_A_QUESTION if question else MOST_COMPARED
     values = combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path), most)

@@ -80,6 +80,7 @@ WRONG = {
     "bad value": ({"product": {"lr": [1, "fast"]}}, "lr is 'fast'"),
     "base of words": ({"base": "x"}, "base is 'x'"),
     "test of both": ({"test": {"data": "x", "rows": 1}}, "test is"),
+    "test of more than predict takes": ({"test": {"rows": 1, "batch": 5000}}, "test is"),
     "test key": ({"test": {"dat": "x"}}, "test is"),
 }
 
