@@ -10,19 +10,15 @@ from .terminal import printable, prints, without_reader
 
 
 class Console(RichConsole):
-    """A console that writes no control codes but those of rich's own styles, whatever a text holds; no text is markup unless it is said to be."""
+    """A console that shows a text as it is, in every place of rich: no markup, no names of emoji, no control codes but those of styles."""
 
     def __init__(self, **options: Any):
-        super().__init__(highlight=False, markup=False, **options)
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
         self.quiet |= not prints()
 
     def say(self, text: str = "") -> None:
-        """Print a text as it is, with line breaks only where it has them."""
+        """Print a text with line breaks only where it has them."""
         self.print(text, soft_wrap=True)
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        without_reader(self.file)
 
     def render(self, *args: Any, **named: Any) -> Iterable[Segment]:
         for segment in super().render(*args, **named):

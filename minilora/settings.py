@@ -69,7 +69,7 @@ GROUPS = {
 }  # fmt: skip
 MAX_YAML, MAX_DIGITS = 1 << 17, 100
 NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
-MANY = 2**31  # more than of anything that is counted
+MOST, MOST_OF_OTHERS = {"seed": 2**63 - 1, "epochs": 2**31 - 1, "rank_timeout": 10**6}, 2**31 - 1  # of whole numbers
 BELOW_ONE = {"lora_dropout", "beta1", "beta2"}
 
 
@@ -175,9 +175,13 @@ def _scalar(name: str, kind: Any, value: Any) -> Any:
     if kind is bool:
         return SWITCH[str(value).lower()]
     number = int(str(value)) if kind is int else float(str(value))
-    counted = name == "epochs" or (kind is int and name != "seed")
-    if not (_bounds(name)[1](number) and abs(number) < (MANY if counted else 2**63 if kind is int else math.inf)):
+    if not _bounds(name)[1](number) or number == math.inf:
         raise ValueError(value)
+    most = MOST.get(name, MOST_OF_OTHERS if kind is int else math.inf)
+    if number > most:
+        raise UsageError(
+            f"{name} is {str(value)[:80]!r}", f"It can be up to {most:,}: {FIELDS[name].metadata['help']}."
+        )
     return number
 
 

@@ -5,8 +5,8 @@ import os
 import shlex
 import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone surrogates, other line ends
 JOINER = "\u200d"  # joins several emoji into one
@@ -57,8 +57,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def as_words(words: Iterable[object]) -> list[str]:
+    """The words of a command; a path that begins with a dash would be taken for a flag, and gets ./ in front."""
+    return [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+
+
 def shell(*words: object) -> str:
-    """A minilora command as a user can type it; no path among the words is taken for a flag."""
-    return shlex.join(
-        ["minilora", *(f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words)]
-    )
+    """A minilora command as a user can type it; places are Paths."""
+    return shlex.join(["minilora", *as_words(words)])

@@ -235,7 +235,7 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             f"Give --quant {needed}, or --any-base to use it on this one.",
         )
     model.requires_grad_(False)
-    dropout = _dropout(file, j)
+    dropout = _dropout(folder, file, j)
     shared = "minilora_shared_outer" in file.metadata
     kind = DoRALinear if lengths else PiSSALinear if j.get("init_lora_weights") == "pissa" else LoRALinear
     dropout = 0.0 if kind is PiSSALinear else dropout
@@ -254,6 +254,19 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
             wrapper.lora_B.copy_(halves[path]["B"].read())
         wrapper.loftq = needed is not None
     set_starts(model)
+
+
+def _dropout(folder: Path, file: SafetensorsFile, j: dict[str, Any]) -> float:
+    """The dropout of an adapter: that of experts stands in its file, as PEFT has none on target_parameters."""
+    said = file.metadata.get("minilora_dropout") or j.get("lora_dropout") or 0.0
+    try:
+        dropout = float(said)
+    except ValueError:
+        dropout = math.nan
+    if not 0 <= dropout < 1:
+        what = f"{folder / WEIGHTS}: minilora_dropout in its metadata is {quote(str(said))}"
+        raise ModelError(what, "A number from 0 to below 1 belongs there.")
+    return dropout
 
 
 def _magnitudes(folder: Path, file: SafetensorsFile) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import adapters, base_parameters, require_no_adapters, trained_parameters
 from ..methods.dora import DoRALinear
 from ..methods.table import PEFT_TYPES, method_of
+from ..terminal import shell
 from .load import check_finite, fingerprint
 from .quantized import quant_of
 
@@ -79,10 +80,10 @@ def weights_of(folder: Path) -> SafetensorsFile:
     if is_prefix_folder(folder):
         if (folder / "model.safetensors").exists():
             return SafetensorsFile(folder / "model.safetensors")
-        raise ModelError(f"{folder}: the prefix is pickle", f"minilora convert {folder} OUT, and give OUT.")
+        raise ModelError(f"{folder}: the prefix is pickle", f"{shell('convert', folder, 'OUT')}, and give OUT.")
     if (folder / ADAPTER_PICKLE).exists():
         what = f"the weights are pickle ({ADAPTER_PICKLE}), which can run code when it is read"
-        raise ModelError(f"{folder}: {what}", f"minilora convert {folder} OUT, and give OUT.")
+        raise ModelError(f"{folder}: {what}", f"{shell('convert', folder, 'OUT')}, and give OUT.")
     raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}", f"Give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}.")
 
 

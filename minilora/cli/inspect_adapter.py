@@ -61,4 +61,4 @@ def run(
         if data and model:
             for line in cost_of(Path(adapter), Path(output), model, data, settings):
                 say(line, quiet=json)
-        say(f"\n  {shell('chat', '--model', model or 'DIR', '--adapter', output)}", quiet=json)
+        say(f"\n  {shell('chat', '--model', Path(model or 'DIR'), '--adapter', Path(output))}", quiet=json)

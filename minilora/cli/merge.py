@@ -1,8 +1,9 @@
 """minilora merge: base and adapter as one checkpoint, and the proof that it computes the same."""
 
+from pathlib import Path
 from typing import Annotated, Unpack
 
-from ..terminal import say
+from ..terminal import say, shell
 from .arguments import Arg
 from .shared_flags import Adapter, Model, Opening, check_paths
 
@@ -31,5 +32,5 @@ def run(
         f"proof   over {proof.tokens} tokens of 8 prompts, read back from the disk: a logit is off by at most {proof.merged:.3g}\n"
         f"        ({proof.allowed:.3g} would be rounding; the adapter moves logits by {proof.adapter:.3g}); likeliest next token as in\n"
         f"        exact arithmetic for {proof.same:.1%} of the tokens (unmerged, in the same type: {proof.same_plain:.1%})\n"
-        f"\n  minilora chat --model {output}"
+        f"\n  {shell('chat', '--model', Path(output))}"
     )

@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any
 
-from ..terminal import say
 from .arguments import Arg, Settings
 
 USAGE = "minilora sweep FILE --output DIR [--smoke] [--SETTING VALUE ...]"
@@ -19,6 +18,4 @@ def run(
 ) -> None:
     from ..tools.sweep import sweep
 
-    page = sweep(file, output, settings, smoke)
-    if page.is_file():
-        say(f"page  {page}")
+    sweep(file, output, settings, smoke)

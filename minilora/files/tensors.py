@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ModelError
+from ..terminal import shell
 from .model_folder import read_json
 from .safetensors import SafetensorsFile
 
@@ -73,7 +74,7 @@ class Tensors:
         if pickles:
             raise ModelError(
                 f"{self.folder}: the weights are pickle ({pickles[0]}), which can run code when it is read",
-                f"Turn them into safetensors: minilora convert {self.folder} OUT",
+                f"Turn them into safetensors: {shell('convert', self.folder, 'OUT')}",
             )
         raise ModelError(
             f"{self.folder}: no model.safetensors and no {INDEX}", "Give the folder of a Hugging Face checkpoint."

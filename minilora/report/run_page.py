@@ -237,7 +237,9 @@ def _samples(page: Document, run: Record) -> None:
     path = run.folder / SAMPLES
     page.heading("Answers before and after")
     if not path.is_file():
-        page.text(f"None yet: minilora report {run.folder} --samples 4 asks the base model and the adapter.", "dim")
+        page.text(
+            f"None yet: {shell('report', run.folder, '--samples', 4)} asks the base model and the adapter.", "dim"
+        )
         return
     for row in read_json_lines(path):
         page.heading(row["where"], small=True)

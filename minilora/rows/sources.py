@@ -89,7 +89,8 @@ def times(index: np.ndarray, rate: float, seed: int) -> np.ndarray:
 
 def parse_ratio(text: str) -> float:
     """General rows for each own row of `1:5` (own : general)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*:\s*(\d+(?:\.\d+)?)\s*", text)
+    number = r"(\d{1,15}(?:\.\d{1,15})?)"
+    match = re.fullmatch(rf"\s*{number}\s*:\s*{number}\s*", text)
     if match is None or not float(match[1]) or not float(match[2]):
         raise UsageError(f"mix_ratio is {text!r}", "It is own rows : general rows, such as 1:5.")
     return float(match[2]) / float(match[1])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ def run_routes(root: Path | None) -> list[Route]:
 def find_runs(root: Path) -> Iterator[tuple[str, Path]]:
     """The runs in a folder by their paths in it; the folder itself, if it is one, by its name."""
     for folder in _folders(root):
-        if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
-            yield folder.relative_to(root).as_posix() if folder != root else root.resolve().name, folder
+        if all(os.path.isfile(folder / name) for name in ("config.yaml", "metrics.jsonl")):
+            yield _name(folder.relative_to(root) if folder != root else Path(root.resolve().name)), folder
 
 
 def find_pages(root: Path) -> Iterator[tuple[str, Path]]:
@@ -70,23 +71,33 @@ def find_pages(root: Path) -> Iterator[tuple[str, Path]]:
     inside = root.resolve()
     for folder in _folders(root):
         for page in sorted(folder.glob("*.html")):
-            if _is_text(page) and page.is_file() and page.resolve().is_relative_to(inside):
-                yield page.relative_to(root).as_posix(), page
+            if os.path.isfile(page) and page.resolve().is_relative_to(inside):
+                yield _name(page.relative_to(root)), page
+
+
+def _name(path: Path) -> str:
+    r"""A path as text that JSON can hold: bytes that are no UTF-8 are escaped, as in \xc4."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _folders(root: Path) -> Iterator[Path]:
     """A folder and those in it, the newest first on each level, down to DEPTH."""
-    level, count = [root], 0
+    level, count = [root] if root.is_dir() else [], 0
     for _ in range(DEPTH + 1):
-        level = [folder for folder in level if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)][
-            : MOST_RUNS - count
-        ]
+        level = level[: MOST_RUNS - count]
         count += len(level)
         yield from level
-        inner = [
-            p for folder in level for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and _is_text(p)
-        ]
-        level = sorted((p for p in inner if not p.is_symlink()), key=lambda p: -p.stat().st_mtime)
+        inner = [found for folder in level for found in _inside(folder)]
+        level = [p for _, p in sorted(inner, reverse=True)]
+
+
+def _inside(folder: Path) -> list[tuple[float, Path]]:
+    """The folders in a folder with the times of their last change; none if it cannot be read, or is gone by now."""
+    try:
+        inner = [p for p in folder.iterdir() if not p.name.startswith(".") and not p.is_symlink() and p.is_dir()]
+        return [(p.stat().st_mtime, p) for p in inner]
+    except OSError:
+        return []
 
 
 def _is_text(path: Path) -> bool:
@@ -110,7 +121,7 @@ def _state(folder: Path) -> dict[str, Any]:
             file.seek(max(path.stat().st_size - TAIL, 0))
             for line in file.read().split(b"\n"):
                 last |= _point(line) or {}
-    except (OSError, DataError):
+    except (OSError, DataError):  # one run takes the page from no other
         return {"state": "unreadable", "steps": None}
     steps = _steps(folder)
     done = steps is not None and last.get("step", 0) >= steps
@@ -122,7 +133,7 @@ def _steps(folder: Path) -> int | None:
         steps = parse_json(read_file(folder / "data.json", DataError, SMALL))["steps"]
     except (OSError, DataError, ValueError, KeyError, TypeError):
         return None
-    return steps if isinstance(steps, int) else None
+    return steps if isinstance(steps, int) and _finite(steps) else None
 
 
 def _point(line: bytes) -> dict[str, float] | None:
@@ -133,7 +144,12 @@ def _point(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(value, dict):
         return None
-    return {k: v for k in KEYS if isinstance(v := value.get(k), (int, float)) and abs(v) < MOST}
+    return {k: v for k in KEYS if isinstance(v := value.get(k), (int, float)) and _finite(v)}
+
+
+def _finite(number: float) -> bool:
+    """Whether a float can hold a number of JSON, which may be an integer of any size."""
+    return abs(number) <= sys.float_info.max
 
 
 @dataclass
@@ -155,7 +171,7 @@ class Tail:
                     self._inode, self._position, self._rest = about.st_ino, 0, b""
                 file.seek(self._position)
                 new = file.read(MOST_READ)
-        except FileNotFoundError:
+        except (OSError, DataError):  # it is not there yet, or cannot be read
             return False, []
         self._position += len(new)
         *lines, rest = (self._rest + new).split(b"\n")

@@ -141,7 +141,7 @@ def _likeness(found: AdapterInspection) -> list[str]:
 def show(found: AdapterInspection, console: Console) -> None:
     """Print an inspection."""
     for heading, told in sentences(found).items():
-        console.print(f"\n[bold]{heading}[/]", markup=True)
+        console.print(f"\n{heading}", style="bold")
         for text in told:
             console.print(visible(text))
         for title, value in _maps(found, heading):

@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from rich.markup import escape as rich_escape
 from rich.text import Text
 
 from ..console import Console
@@ -56,22 +55,22 @@ def show(result: Inspection, console: Console) -> None:
     """Print an inspection."""
     say = partial(console.print, markup=True, soft_wrap=True)
     for name, text in summary(result):
-        say(f"[bold]{name:<9}[/]{rich_escape(text)}")
+        say(Text.assemble((f"{name:<9}", "bold"), text))
     say()
     if not result.problems:
-        say("[bold]problems[/] none")
+        say(Text.assemble(("problems", "bold"), " none"))
     for kind, problem in result.problems.items():
-        say(f"[bold red]{problem.rows:>8,}[/] {rich_escape(kind)}")
+        say(Text.assemble((f"{problem.rows:>8,}", "bold red"), f" {kind}"))
         for place in problem.places[:2]:
-            say(f"         [dim]{rich_escape(_brief(result, place))}[/]")
+            say(f"         {_brief(result, place)}", style="dim")
     for name, values in result.lengths.items():
         if len(values):
-            say(f"\n[bold]{NAMES[name]}[/]  {middle(values)}")
+            console.print(Text.assemble("\n", (NAMES[name], "bold"), f"  {middle(values)}"))
             console.say("\n".join(text_histogram(values, result.limits(name))))
     for sample in result.samples:
-        say(f"\n[bold]{rich_escape(visible(sample.where))}[/]")
+        say(f"\n{visible(sample.where)}", style="bold")
         for problem in sample.problems:
-            say(f"[red]{rich_escape(visible(problem))}[/]")
+            say(visible(problem), style="red")
         say(_coloured(sample.tokens) if console.color_system else Text("\n".join(_marked(sample.tokens))))
     if result.samples:
         console.print(_legend() if console.color_system else "\n↵ is a line end of the text")

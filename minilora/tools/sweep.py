@@ -41,11 +41,13 @@ from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
 from ..run.signals import StopSignal
 from ..settings import canonical, read_yaml, resolve
+from ..terminal import as_words
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
 SECTIONS = ("base", "zip", "product", "test", "question", "smoke")
 MOST_COMPARED, MOST_OF_A_QUESTION = len(LETTERS) - 1, 1000  # runs
+MOST_OF_A_TEST = {"max_tokens": 2**31, "batch": 4096}  # as predict takes them
 TEST_KEYS = {"data", "rows", "max_tokens", "batch", "before"}
 GOES_ON_AFTER = {Diverged.code, OutOfMemory.code}  # a value that cannot be trained is a result as well
 
@@ -90,8 +92,9 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
             f"{path}: test is {test}",
             f"It holds data or rows, and perhaps {', '.join(sorted(TEST_KEYS - {'data', 'rows'}))}.",
         )
-    if not all(type(test[key]) is int and test[key] > 0 for key in ("max_tokens", "batch") if key in test):
-        raise UsageError(f"{path}: test is {test}", "max_tokens and batch are whole numbers from 1 on.")
+    if not all(type(test[key]) is int and 0 < test[key] <= most for key, most in MOST_OF_A_TEST.items() if key in test):
+        allowed = " and ".join(f"{key} is a whole number from 1 to {most:,}" for key, most in MOST_OF_A_TEST.items())
+        raise UsageError(f"{path}: test is {test}", f"{allowed}.")
     question = _section(spec, "question", path)
     most = MOST_OF_A_QUESTION if question else MOST_COMPARED
     values = combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path), most)
@@ -161,7 +164,11 @@ def name_of(values: dict[str, Any]) -> str:
 
 
 def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, console: Console | None = None) -> Path:
-    """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs."""
+    """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs.
+
+    A run that diverged or had too little memory does not end it: the others are run and compared, then its exit code is that
+    of the sweep.
+    """
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
     require_place(folder)
@@ -194,23 +201,27 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         if before:
             _predict(points[0].config, test, before[0], adapter=False)
         runs = [folder / p.name for p in points if p.name not in dict(failed)]
-        compared = [*before, *runs] if len(runs) == 1 else [*runs, *before]
+        asks = bool(runs and plan.question)
+        compared = [] if asks or not runs else [*before, *runs] if len(runs) == 1 else [*runs, *before]
         page = folder / "compare.html"
         told = [f"{name} failed with exit code {code}" for name, code in failed]
-        if plan.question:
+        if asks:
             from .experiment import write_experiment  # has torch, for spectra; a wrong file is told without
 
             for line in write_experiment(folder, page, told):
                 console.say(f"\n{line}")
-            compared = []
         for line in compare([str(run) for run in compared], page, told) if len(compared) > 1 else []:
             console.say(line)
         if compared:
             console.print()
             show_scores([read_record(run) for run in compared], console)
         console.print()
+        if asks or len(compared) > 1:
+            console.say(f"page  {page}")
         for line in told:
-            console.say(f"{line}; the same command tries it again")
+            console.say(line)
+    if failed:
+        raise _failure(failed[0][1], f"{len(failed)} of {len(points)} runs", "The same command tries them again.")
     return page
 
 
@@ -304,7 +315,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
     """Answer the test set with the run's adapter (or its whole model), or with the base model."""
     run = Path(config.output)
     model = run / "model" if adapter and config.method == "full" else config.model
-    words: list[object] = ["--model", model, "--data", test["data"], "--output", output]
+    words: list[object] = ["--model", Path(model), "--data", Path(test["data"]), "--output", output]
     if adapter and config.method != "full":
         words += ["--adapter", run / "adapter"]
     for key in ("max_tokens", "batch"):
@@ -319,7 +330,7 @@ def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: b
 
 def _child(*words: object) -> int:
     """Run minilora in its own process and pass a stop signal on to it, once; Stopped or an error ends the sweep."""
-    command = [sys.executable, "-m", "minilora", *map(str, words)]
+    command = [sys.executable, "-m", "minilora", *as_words(words)]
     with StopSignal() as stop:
         # its own process group: it must not get Ctrl-C from the terminal as well, because a second signal ends a run at once
         out = subprocess.DEVNULL if "--json" in words else None
@@ -342,7 +353,9 @@ def _child(*words: object) -> int:
     return code
 
 
-def _failure(code: int, what: str) -> MiniloraError:
-    error = MiniloraError(f"{what} failed", "The line above says why; the same command goes on after it is put right.")
+def _failure(
+    code: int, what: str, hint: str = "The line above says why; the same command goes on after it is put right."
+) -> MiniloraError:
+    error = MiniloraError(f"{what} failed", hint)
     error.code = code
     return error

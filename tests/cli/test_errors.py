@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -17,6 +18,7 @@ from tiny import ROWS, make_model, make_rows
 
 import minilora.train
 from minilora.__main__ import COMMANDS, main
+from minilora.cli.next_commands import next_commands
 from minilora.config import TrainConfig, to_yaml
 from minilora.errors import MiniloraError, UsageError
 from minilora.files.atomic import verify_manifest
@@ -24,6 +26,7 @@ from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.files.tensors import INDEX
 from minilora.run.snapshot import rotate, snapshots, step_of
 from minilora.settings import read_yaml, resolve
+from minilora.terminal import shell
 from minilora.train import micro_batch
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +136,9 @@ TYPED = {
     "more than can be counted": (["train", "--epochs", "1e308"], "epochs is '1e308'"),
     "a rank beyond every use": (["train", "--lora-r", str(2**62)], f"lora_r is '{2**62}'"),
     "thirty digits": (["train", "--seed", "9" * 30], "seed is"),
+    "endless epochs": (["train", "--epochs", "1e308"], "epochs is '1e308'", "up to 2,147,483,647: passes over"),
+    "endless wait": (["train", "--rank-timeout", "1e308"], "rank_timeout is '1e308'", "up to 1,000,000"),
+    "more than memory": (["train", "--lora-r", str(2**62)], "lora_r is '4611686018427387904'", "up to 2,147,483,647"),
     "choice": (["train", "--schedule", "wavy"], "schedule is 'wavy'", "cosine, linear, constant"),
     "switch": (["train", "--rslora=maybe"], "--rslora is 'maybe'", "--rslora or --no-rslora"),
     "nothing given": (["train"], "--model is missing"),
@@ -367,6 +373,28 @@ ADAPTER = {
 def change_adapter(folder: Path, **changes) -> None:
     j = json.loads((folder / "adapter_config.json").read_text()) | changes
     (folder / "adapter_config.json").write_text(json.dumps(j))
+
+
+def change_metadata(folder: Path, **changes: str) -> None:
+    file = SafetensorsFile(folder / "adapter_model.safetensors")
+    file.path.unlink()  # it is mapped, and stays readable
+    write_tensors(file.path, {key: file.tensor(key) for key in file.entries}, file.metadata | changes)
+
+
+@pytest.mark.parametrize("said", ["abc", "nan", "inf", "-1", "1", "1e999"])
+def test_a_dropout_in_the_metadata_of_an_adapter_that_is_none_is_refused(tmp_path, cli, model, finished, said):
+    change_metadata(shutil.copytree(finished / "adapter", tmp_path / "a"), minilora_dropout=said)
+    check(
+        cli("chat", "--model", model, "--adapter", tmp_path / "a", "--prompt", "x"), 4, "minilora_dropout", repr(said)
+    )
+
+
+def test_metadata_of_an_adapter_that_means_nothing_here_is_left_alone(tmp_path, cli, model, finished):
+    changes = {"minilora_quant": "nf4\x1b[31m", "minilora_init": "[red]", "format": "x"}
+    change_metadata(shutil.copytree(finished / "adapter", tmp_path / "a"), **changes)
+    words = ("chat", "--model", model, "--prompt", "x", "--adapter")
+    answer = cli(*words, finished / "adapter")
+    assert answer[0] == 0 and cli(*words, tmp_path / "a") == answer
 
 
 @pytest.mark.parametrize("case", ADAPTER.values(), ids=ADAPTER)
@@ -707,12 +735,17 @@ def test_a_refusal_leaves_no_lock(tmp_path, cli, model, rows):
 
 
 def test_commands_that_can_be_typed():
-    from minilora.terminal import shell
+    command = """minilora chat --model 'a b' --define 'x=it'"'"'s'"""
+    assert shell("chat", "--model", "a b", "--define", "x=it's") == command
+    assert shell("train", "--output", Path("-run/--x"), "--resume") == "minilora train --output ./-run/--x --resume"
 
-    assert (
-        shell("chat", "--model", "a b", "--define", "x=it's") == """minilora chat --model 'a b' --define 'x=it'"'"'s'"""
-    )
-    assert shell("report", Path("-run")) == "minilora report ./-run"  # no flag
+
+def test_a_run_whose_name_begins_with_a_dash_tells_commands_that_are_taken(tmp_path, cli, model, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.rename("-run")
+    config = resolve(read_yaml(Path("-run/config.yaml")), {"output": "-run"})
+    chat, measure, merge = map(shlex.split, next_commands(config))
+    assert cli(*measure[1:])[0] == cli(*merge[1:])[0] == cli(*chat[1:], "--prompt", "x", "--max-tokens", "1")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_general_rows_are_mixed_in_by_ratio():
         assert [e.where for e in result] == [f"row {n if n < 10 else n - 10}" for n in result.order.tolist()]
     with pytest.raises(DataError, match="asks for 410 general rows, there are 40"):
         mixed(own, general, 41, 0)
-    for text in ("5", "0:1", "1:0", "a:b", "1:-2"):
+    for text in ("5", "0:1", "1:0", "a:b", "1:-2", "1:" + "9" * 400, "9" * 400 + ":" + "9" * 400):
         with pytest.raises(UsageError):
             parse_ratio(text)
 

@@ -13,6 +13,7 @@ httpx = pytest.importorskip("httpx")
 
 from served import make_run, running, step
 
+from minilora.errors import DataError
 from minilora.serve import runs
 from minilora.serve.runs import MOST_POINTS, MOST_READ, Tail, thinned
 
@@ -49,28 +50,41 @@ def test_the_runs_and_pages_of_a_folder(root):
         assert httpx.get(url + "/runs/none/events").status_code == 404
 
 
-def test_one_strange_run_takes_no_other_from_the_page(root, monkeypatch):
-    with open(root / "first" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "loss": ' + "9" * 400 + "}\n")
-    gbk = os.fsencode(root) + "/运行".encode("gbk")
-    os.makedirs(gbk)
-    for name in (b"/config.yaml", b"/metrics.jsonl", b"/report.html"):
-        open(gbk + name, "w").close()
-    make_run(root / "closed")
-    make_run(root / "unreadable")
-    may, opened = os.access, runs.open_file
+def test_a_broken_run_takes_the_page_from_no_other(root, monkeypatch):
+    make_run(root / "huge", 5)
+    with open(root / "huge" / "metrics.jsonl", "a") as file:
+        file.write(step(4, loss=0).replace('"loss": 0', f'"loss": {"9" * 400}'))
+    (root / "huge" / "data.json").write_text(json.dumps({"steps": 10**400}))
+    chinese = make_run(root / os.fsdecode("你".encode("gbk")), 5)
+    (chinese / "report.html").write_text("<p>of a name in GBK</p>")
+    make_run(root / "closed", 5)
+    (root / "lost+found").mkdir()
+    opened, listed = runs.open_file, Path.iterdir
 
-    def open_file(path: Path, kind):
-        if path.parent.name == "unreadable":
-            raise PermissionError
-        return opened(path, kind)
+    def no_file(path: Path, *more):
+        if path == root / "closed" / "metrics.jsonl":
+            raise DataError(f"{path} cannot be opened: Permission denied")
+        return opened(path, *more)
 
-    monkeypatch.setattr(os, "access", lambda path, how: Path(path).name != "closed" and may(path, how))
-    monkeypatch.setattr(runs, "open_file", open_file)
+    def no_folder(path: Path):
+        if path == root / "lost+found":
+            raise PermissionError(path)
+        return listed(path)
+
+    monkeypatch.setattr(runs, "open_file", no_file)
+    monkeypatch.setattr(Path, "iterdir", no_folder)
     with running(None, root) as (url, _):
         found = httpx.get(url + "/runs").json()
-        steps = {run["name"]: run.get("step", run["state"]) for run in found["runs"]}
-        assert steps == {"first": 6, "sweep/A & B?#": 3, "unreadable": "unreadable"}
+        states = {run["name"]: (run["state"], run.get("loss"), run["steps"]) for run in found["runs"]}
+        assert states == {
+            "first": ("finished", 0.2, 5), "sweep/A & B?#": ("stopped", 1 / 3, 5), r"\xc4\xe3": ("finished", 0.2, 5),
+            "huge": ("stopped", 0.2, None), "closed": ("unreadable", None, None),
+        }  # fmt: skip
+        assert httpx.get(url + r"/pages/\xc4\xe3/report.html").text == "<p>of a name in GBK</p>"
+        for name, state in (("huge", "stopped"), (r"\xc4\xe3", "finished"), ("closed", "unreadable")):
+            with httpx.stream("GET", f"{url}/runs/{name}/events") as response:
+                line = next(line for line in response.iter_lines() if line.startswith("data: "))
+            assert json.loads(line[6:])["state"]["state"] == state
 
 
 def test_events_follow_a_run_that_grows_and_one_that_begins_again(root):

@@ -14,6 +14,7 @@ from tiny import ROWS, make_model, make_rows
 from minilora.__main__ import main
 from minilora.console import Console
 from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
+from minilora.report.page import Document, write_both
 from minilora.report.record import Record, read_record
 from minilora.report.score_table import SHOWN, shortened, show_scores
 from minilora.rows import to_messages
@@ -79,6 +80,7 @@ WRONG = {
     "bad value": ({"product": {"lr": [1, "fast"]}}, "lr is 'fast'"),
     "base of words": ({"base": "x"}, "base is 'x'"),
     "test of both": ({"test": {"data": "x", "rows": 1}}, "test is"),
+    "test of more than predict takes": ({"test": {"rows": 1, "batch": 5000}}, "test is"),
     "test key": ({"test": {"dat": "x"}}, "test is"),
 }
 
@@ -207,17 +209,29 @@ def test_a_run_that_diverged_does_not_end_the_sweep_but_an_error_does(here, monk
         return main([str(w) for w in words]) if next(codes, 0) == 0 else 5
 
     monkeypatch.setattr(sweep_module, "_child", child)
-    sweep(path, str(out), {}, console=QUIET)
+    with pytest.raises(MiniloraError, match="1 of 2 runs failed") as error:
+        sweep(path, str(out), {}, console=QUIET)
+    assert error.value.code == 5
     assert not (out / "lr=0.001").exists() and (out / "lr=0.002" / "predict").is_dir()
     assert "lr=0.001 failed with exit code 5" in (out / "compare.html").read_text()
 
 
-def test_a_sweep_of_which_every_run_failed_fails(here, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [{}, {"question": {"ask": "Which?", "published": "None.", "compare": "lr", "expect": [0, 1]}}]
+)
+def test_a_sweep_whose_runs_all_failed_has_their_code_and_tells_of_no_page(here, monkeypatch, capsys, more):
     path, out, _ = here
-    monkeypatch.setattr(sweep_module, "_child", lambda *words: 5 if words[0] == "train" else 0)
-    with pytest.raises(MiniloraError, match="each run failed") as error:
-        sweep(path, str(out), {}, console=QUIET)
-    assert error.value.code == 5
+    sections = yaml.safe_load(Path(path).read_text())
+    del sections["test"]
+    write(Path(path), **sections | more)
+    out.mkdir()
+    (out / "sweep.json").write_text('{"file": "", "runs": []}')
+    write_both(out / "compare.html", Document("of before").html(), Document("of before").markdown())
+    monkeypatch.setattr(sweep_module, "_child", lambda *words: 7)
+    with pytest.raises(MiniloraError, match="2 of 2 runs failed") as error:
+        sweep(path, str(out), {})
+    said = capsys.readouterr().out
+    assert error.value.code == 7 and "lr=0.002 failed with exit code 7" in said and "page" not in said
 
 
 def test_children_are_commands_of_their_own(tmp_path):

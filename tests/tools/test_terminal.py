@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from tiny import make_model, make_rows
+from rich.table import Table
 
 import minilora
 from minilora.__main__ import main
@@ -207,31 +207,19 @@ def test_prompts_that_grow_too_long_are_told(capsys):
 
 def test_a_console_writes_no_control_codes_but_its_own(capsys):
     console = Console(force_terminal=True, color_system="standard", legacy_windows=False)
-    console.print("[bold]a\x1b[2J\u202e\x9b[/]\tb\x00", markup=True)
+    console.print("a\x1b[2J\u202e\x9b\tb\x00", style="bold")
     assert re.sub(r"\x1b\[[01]m", "", capsys.readouterr().out) == "a\\u001b[2J\\u202e\\u009b    b\\u0000\n"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "data split --data rows.json --val 2 --output out",
-        "train --model model --data rows.json --max-steps 1 --lora-r 2 --batch-size 4 --device cpu --output out",
-        "predict --model model --data rows.json --max-tokens 1 --output out",
-        "data score --model model --data rows.json --scores out",
-    ],
-)
-def test_the_work_goes_on_when_its_reader_has_gone(tmp_path, monkeypatch, command):
-    """As in `minilora train ... | head -1`."""
-    make_model(tmp_path / "model", num_hidden_layers=1)
-    make_rows(tmp_path / "rows.json")
-    monkeypatch.chdir(tmp_path)
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        assert main(command.split()) == 0
-        monkeypatch.undo()
-    assert (tmp_path / "out").exists()
+def test_names_are_shown_as_they_are_in_every_place_of_rich(capsys):
+    console, name = Console(width=200), "[red]a[/q] :100: 1"
+    table = Table(name, title=name, caption=name)
+    table.add_row(name)
+    for shown in (name, table):
+        console.print(shown)
+    console.say(name)
+    console.rule(name)
+    assert capsys.readouterr().out.count(name) == 1 + 4 + 1 + 1
 
 
 @pytest.mark.parametrize("words", [["inspect", "model"], ["chat", "--prompt", "x", "--model"]])
