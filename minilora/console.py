@@ -20,6 +20,10 @@ class Console(RichConsole):
         """Print a text with line breaks only where it has them."""
         self.print(text, soft_wrap=True)
 
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        without_reader(self.file)
+
     def render(self, *args: Any, **named: Any) -> Iterable[Segment]:
         for segment in super().render(*args, **named):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control codes, text direction, lone surrogates, other line ends
 JOINER = "\u200d"  # joins several emoji into one

@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -176,15 +175,6 @@ def _number(x: float) -> float | int:
     return int(x) if x == int(x) else x
 
 
-def _dropout(file: SafetensorsFile, j: dict[str, Any]) -> float:
-    """The dropout that an adapter was trained with; ModelError for what is none."""
-    said = file.metadata.get("minilora_dropout") or j.get("lora_dropout") or 0.0
-    with suppress(TypeError, ValueError):
-        if 0 <= (dropout := float(said)) < 1:
-            return dropout
-    raise ModelError(f"{file.path}: its dropout is {quote(str(said))}", "A number from 0 to below 1 belongs there.")
-
-
 def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow_partial: bool = False) -> None:
     """Wrap the linears that a PEFT folder names and copy its tensors in.
 
@@ -261,10 +251,10 @@ def _dropout(folder: Path, file: SafetensorsFile, j: dict[str, Any]) -> float:
     said = file.metadata.get("minilora_dropout") or j.get("lora_dropout") or 0.0
     try:
         dropout = float(said)
-    except ValueError:
+    except (TypeError, ValueError):
         dropout = math.nan
     if not 0 <= dropout < 1:
-        what = f"{folder / WEIGHTS}: minilora_dropout in its metadata is {quote(str(said))}"
+        what = f"{folder / WEIGHTS}: its dropout is {quote(str(said))}"
         raise ModelError(what, "A number from 0 to below 1 belongs there.")
     return dropout
 

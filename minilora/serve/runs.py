@@ -22,7 +22,6 @@ from .bodies import Refused
 KEYS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "time")
 DEPTH, MOST_RUNS, MOST_POINTS = 2, 500, 2000
 TAIL = 64 << 10  # bytes at the end of metrics.jsonl, in which its last steps are
-MOST = 1e300  # a number that is drawn
 MOST_READ = 4 << 20  # bytes of metrics.jsonl at one look
 EVERY = 0.5  # seconds between two looks at a file
 # a page of a run runs no script but its own, and knows no key and no cookie of this server
@@ -98,14 +97,6 @@ def _inside(folder: Path) -> list[tuple[float, Path]]:
         return [(p.stat().st_mtime, p) for p in inner]
     except OSError:
         return []
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a name is one that a page can hold: in an archive it may have been in another encoding."""
-    try:
-        return bool(path.name.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _overview(root: Path | None) -> dict[str, Any]:

@@ -166,8 +166,7 @@ def name_of(values: dict[str, Any]) -> str:
 def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, console: Console | None = None) -> Path:
     """Run a sweep, or the rest of it, into a folder; returns the page that compares its runs.
 
-    A run that diverged or had too little memory does not end it: the others are run and compared, then its exit code is that
-    of the sweep.
+    A run that diverged or had too little memory does not end it, unless all did: what cannot be trained is a result as well.
     """
     console, folder = console or Console(), Path(output)
     plan = read_sweep(given, folder, flags, smoke)
@@ -201,11 +200,10 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         if before:
             _predict(points[0].config, test, before[0], adapter=False)
         runs = [folder / p.name for p in points if p.name not in dict(failed)]
-        asks = bool(runs and plan.question)
-        compared = [] if asks or not runs else [*before, *runs] if len(runs) == 1 else [*runs, *before]
+        compared = [] if plan.question else [*before, *runs] if len(runs) == 1 else [*runs, *before]
         page = folder / "compare.html"
         told = [f"{name} failed with exit code {code}" for name, code in failed]
-        if asks:
+        if plan.question:
             from .experiment import write_experiment  # has torch, for spectra; a wrong file is told without
 
             for line in write_experiment(folder, page, told):
@@ -216,12 +214,10 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
             console.print()
             show_scores([read_record(run) for run in compared], console)
         console.print()
-        if asks or len(compared) > 1:
+        if plan.question or len(compared) > 1:
             console.say(f"page  {page}")
         for line in told:
-            console.say(line)
-    if failed:
-        raise _failure(failed[0][1], f"{len(failed)} of {len(points)} runs", "The same command tries them again.")
+            console.say(f"{line}; the same command tries it again")
     return page
 
 
@@ -353,9 +349,7 @@ def _child(*words: object) -> int:
     return code
 
 
-def _failure(
-    code: int, what: str, hint: str = "The line above says why; the same command goes on after it is put right."
-) -> MiniloraError:
-    error = MiniloraError(f"{what} failed", hint)
+def _failure(code: int, what: str) -> MiniloraError:
+    error = MiniloraError(f"{what} failed", "The line above says why; the same command goes on after it is put right.")
     error.code = code
     return error

@@ -133,8 +133,6 @@ TYPED = {
     "half": (["train", "--batch-size", "1.5"], "batch_size is '1.5'", "a whole number above 0"),
     "negative": (["train", "--lr", "-1"], "lr is '-1'"),
     "over one": (["train", "--lora-dropout", "1"], "lora_dropout is '1'", "from 0 to below 1"),
-    "more than can be counted": (["train", "--epochs", "1e308"], "epochs is '1e308'"),
-    "a rank beyond every use": (["train", "--lora-r", str(2**62)], f"lora_r is '{2**62}'"),
     "thirty digits": (["train", "--seed", "9" * 30], "seed is"),
     "endless epochs": (["train", "--epochs", "1e308"], "epochs is '1e308'", "up to 2,147,483,647: passes over"),
     "endless wait": (["train", "--rank-timeout", "1e308"], "rank_timeout is '1e308'", "up to 1,000,000"),
@@ -384,9 +382,7 @@ def change_metadata(folder: Path, **changes: str) -> None:
 @pytest.mark.parametrize("said", ["abc", "nan", "inf", "-1", "1", "1e999"])
 def test_a_dropout_in_the_metadata_of_an_adapter_that_is_none_is_refused(tmp_path, cli, model, finished, said):
     change_metadata(shutil.copytree(finished / "adapter", tmp_path / "a"), minilora_dropout=said)
-    check(
-        cli("chat", "--model", model, "--adapter", tmp_path / "a", "--prompt", "x"), 4, "minilora_dropout", repr(said)
-    )
+    check(cli("chat", "--model", model, "--adapter", tmp_path / "a", "--prompt", "x"), 4, "its dropout is", repr(said))
 
 
 def test_metadata_of_an_adapter_that_means_nothing_here_is_left_alone(tmp_path, cli, model, finished):

@@ -17,6 +17,7 @@ from typing import Self
 
 import pytest
 from rich.table import Table
+from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
@@ -220,6 +221,29 @@ def test_names_are_shown_as_they_are_in_every_place_of_rich(capsys):
     console.say(name)
     console.rule(name)
     assert capsys.readouterr().out.count(name) == 1 + 4 + 1 + 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data split --data rows.json --val 2 --output out",
+        "train --model model --data rows.json --max-steps 1 --lora-r 2 --batch-size 4 --device cpu --output out",
+        "predict --model model --data rows.json --max-tokens 1 --output out",
+        "data score --model model --data rows.json --scores out",
+    ],
+)
+def test_the_work_goes_on_when_its_reader_has_gone(tmp_path, monkeypatch, command):
+    """As in `minilora train ... | head -1`."""
+    make_model(tmp_path / "model", num_hidden_layers=1)
+    make_rows(tmp_path / "rows.json")
+    monkeypatch.chdir(tmp_path)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(command.split()) == 0
+        monkeypatch.undo()
+    assert (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["inspect", "model"], ["chat", "--prompt", "x", "--model"]])
