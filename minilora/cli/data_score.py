@@ -52,7 +52,7 @@ def run(
     tokenizer = load_tokenizer(folder, adapter)
     for name, note in folder_notes(folder, tokenizer, adapter).items():
         say(f"{name:<12}{note}")
-    store = TokenCache(Path(cache), folder.path) if cache else None
+    store = TokenCache(Path(cache), folder.path, Path(adapter) if adapter else None) if cache else None
     examples, report = load_examples(data, tokenizer, settings, seed=seed, cache=store)
     console.say(f"data        {report}")
     decoder = open_model(folder, tokenizer, adapter, quant=quant, say=lambda how: say(f"compute     {how}"), **opening)

@@ -85,6 +85,8 @@ def _trainings(a: Record, b: Record) -> list[str]:
         found.append(
             "were validated on other rows, or on rows cut in another way: their validation losses are not comparable"
         )
+    if a.objective != b.objective:
+        found.append("were trained for another objective, or with another beta: their losses are not comparable")
     if a.data.get("train_hash") != b.data.get("train_hash"):
         found.append("were trained on other rows or tokens: their training losses are means over other tokens")
     return found

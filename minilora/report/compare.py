@@ -126,10 +126,11 @@ def _answered_alike(runs: list[Record]) -> list[Record]:
 
 def _validated_alike(runs: list[Record]) -> list[list[Record]]:
     """The runs with validation losses, grouped by the rows and the model that these are of."""
-    groups: dict[tuple[Any, Any, str], list[Record]] = {}
+    groups: dict[tuple[Any, ...], list[Record]] = {}
     for run in runs:
         if run.best:
-            groups.setdefault((run.data.get("val_hash"), run.config.get("model"), run.base), []).append(run)
+            of = (run.data.get("val_hash"), run.config.get("model"), run.base, run.objective)
+            groups.setdefault(of, []).append(run)
     return list(groups.values())
 
 

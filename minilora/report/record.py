@@ -110,6 +110,11 @@ class Record:
         return json.dumps([self.data.get("base"), self.data.get("architecture")])
 
     @property
+    def objective(self) -> tuple[Any, Any]:
+        """What its losses are of: the objective, and of preferences beta, which scales them."""
+        return (of := self.config.get("objective") or "sft"), self.config.get("beta") if of == "dpo" else None
+
+    @property
     def trained_share(self) -> str:
         """How many of the tokens of an epoch are trained."""
         return f"{100 * self.data['trained'] / max(self.data['tokens'], 1):.0f} %"

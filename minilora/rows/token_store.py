@@ -194,9 +194,12 @@ class Examples(Sequence[Example]):
 class TokenCache:
     """A folder of stores, each under a hash of everything that decides its tokens."""
 
-    def __init__(self, folder: Path, model: Path):
+    def __init__(self, folder: Path, model: Path, adapter: Path | None = None):
+        """adapter: a folder whose tokenizer or chat template may go before the model's."""
         self.folder = folder
         self._base = {"tokenizer": _tokenizer_hash(model), "code": _code_hash()}
+        if adapter is not None:
+            self._base["adapter"] = _tokenizer_hash(adapter)
 
     def key(self, **parts: Any) -> str:
         """The name of a store: file hash, settings and chosen rows come as parts."""

@@ -113,6 +113,22 @@ def test_runs_that_compare_are_not_warned_of(tmp_path):
     assert told(a, b) == ""
 
 
+def test_losses_of_another_beta_or_base_have_no_lowest(tmp_path):
+    """A smaller beta is a smaller loss, whatever was learned."""
+    val = [(0, 0.69), (40, 0.5)]
+    runs = [make_run(tmp_path / f"b{beta}", val=val, objective="dpo", beta=beta) for beta in (0.1, 0.2)]
+    assert "another objective, or with another beta" in told(*runs)
+    compare([str(run) for run in runs], tmp_path / "compare.html")
+    assert "has the lowest validation loss" not in (tmp_path / "compare.md").read_text()
+    same = [
+        make_run(tmp_path / name, val=[(0, 0.69), (40, loss)], beta=beta)
+        for name, loss, beta in (("x", 0.4, 0.1), ("y", 0.5, 0.2))
+    ]
+    assert told(*same).count("beta") == 0
+    compare([str(run) for run in same], tmp_path / "same.html")
+    assert "has the lowest validation loss" in (tmp_path / "same.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

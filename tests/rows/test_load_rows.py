@@ -172,6 +172,14 @@ def test_the_cache_gives_the_same_and_follows_the_content(tmp_path, model, token
     )
 
 
+def test_an_adapters_own_template_is_another_cache_entry(tmp_path, model):
+    for name, template in (("one", "{{ 1 }}"), ("other", "{{ 2 }}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    places = (None, tmp_path / "one", tmp_path / "other")
+    assert len({TokenCache(tmp_path, model, adapter).key() for adapter in places}) == 3
+
+
 def test_a_crash_leaves_no_cache_entry(tmp_path, model, tokenizer):
     path = write(tmp_path / "x", row(1, 1), "{")
     with pytest.raises(DataError):
