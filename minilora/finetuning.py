@@ -10,7 +10,7 @@ from .adapted import adapted
 from .config import TrainConfig
 from .data import pack, step_examples
 from .errors import UsageError
-from .lora import LoRALinear, adapters
+from .lora import LoRALinear, adapters, check_trained
 from .positions import check_room
 from .rows.load import render_rows
 from .run.schedule import count_steps, learning_rate, set_learning_rate
@@ -22,8 +22,10 @@ from .train import train_step
 # settings of a run that has files
 OF_FILES = {
     "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
+    "log_to", "study",
 }  # fmt: skip
 # what is settled once the model is loaded
+OF_RUNS = {"objective", "beta", "shard", "graphs", "rank_timeout"}  # what only a run knows
 OF_MODELS = {"device", "dtype", "quant", "fp8", "lora_init", "compute", "threads", "kernels", "gemm", "method"}
 
 
@@ -40,11 +42,17 @@ def finetune(
     number of each step, from 1, and its loss. settings are those of `minilora train` by name: lora_r, lr, epochs, max_steps,
     ... The model is changed in place: it gets adapters unless it has some, which then are trained on, and ends in evaluation
     mode. UsageError for a setting of a run with files, DataError for a row that cannot be used or is over a limit, Diverged for
-    a loss that is not finite.
+    a loss or a weight that is not finite.
     """
     config = resolve(settings)
-    for name in filter((OF_FILES | OF_MODELS).__contains__, map(canonical, settings)):
-        why = "nothing is read or written" if name in OF_FILES else "the model is loaded"
+    for name in filter((OF_FILES | OF_RUNS | OF_MODELS).__contains__, map(canonical, settings)):
+        why = (
+            "nothing is read or written"
+            if name in OF_FILES
+            else "the model is loaded"
+            if name in OF_MODELS
+            else "it is a run's"
+        )
         raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
     examples = render_rows(rows, tokenizer, config)
     check_fits(tokenizer, model.config.vocab, "the model")
@@ -70,6 +78,7 @@ def finetune(
             loss, _ = train_step(model, optimizer, batches, config, step).read()
             losses.append(loss)
             on_step(step + 1, loss)
+    check_trained(model, steps)
     model.eval()
     return losses
 

@@ -19,7 +19,7 @@ from minilora.models.layers import Adapted
 from minilora.models.moe import ExpertLinear
 from minilora.models.quantized import quantized_weights
 
-from .errors import UsageError
+from .errors import Diverged, UsageError
 from .experts import factors
 from .targets import chosen
 
@@ -97,6 +97,13 @@ def base_parameters(model: nn.Module) -> dict[str, Weight]:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer moves, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_trained(model: nn.Module, step: int) -> None:
+    """Diverged if what a step left in the weights is not finite: its loss and gradients are of the weights before it."""
+    for name, p in trained_parameters(model).items():
+        if not p.isfinite().all():
+            raise Diverged(f"step {step}: {name} is not finite after the update", "Lower --lr or --weight-decay.")
 
 
 def add_lora(

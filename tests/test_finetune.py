@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import minilora
-from minilora.errors import DataError, UsageError
+from minilora.errors import DataError, Diverged, UsageError
 from minilora.lora import adapters
 from minilora.models.decoder import Decoder
 from minilora.sampling import Sampling
@@ -69,6 +69,7 @@ def test_their_dropout_draws_a_new_mask_for_each_step(pair: Pair, monkeypatch: p
     [
         (ROWS, {"output": "x"}, UsageError, "takes no output"), (ROWS, {"output_dir": "x"}, UsageError, "takes no output"),
         (ROWS, {"mix_general": "x"}, UsageError, "takes no mix_general"), (ROWS, {"device": "cpu"}, UsageError, "the model is loaded"),
+        (ROWS, {"objective": "dpo"}, UsageError, "takes no objective"), (ROWS, {"log_to": "wandb"}, UsageError, "takes no log_to"),
         (ROWS, {"learning_rat": 1}, UsageError, "learning_rate"), ([], {}, DataError, "no rows"),
         ([ROWS[0], {"question": "a"}], {}, DataError, "row 2"), (ROWS, {"max_length": 4}, DataError, "row 1 is over max_length 4"),
     ],
@@ -90,3 +91,8 @@ def test_a_reply_comes_in_pieces(pair: Pair):
 
 def test_dir_is_the_api():
     assert "finetune" in dir(minilora) and not {"os", "Any", "import_module", "TYPE_CHECKING"} & set(dir(minilora))
+
+
+def test_weights_that_the_last_step_broke_are_told(pair: Pair):
+    with pytest.raises(Diverged, match="not finite after the update"):
+        minilora.finetune(*pair, ROWS, lr=1e300, max_steps=1)

@@ -68,10 +68,12 @@ def test_a_run_from_before_configs_were_kept_goes_on(here, monkeypatch):
         ("model/config.json", {"rms_norm_eps": 0.5}),
         ("run/adapter/adapter_config.json", {"lora_alpha": 320}),
         ("model/generation_config.json", {"eos_token_id": [257, 258]}),
+        ("run/adapter/tokenizer_config.json", {"added_by": "another"}),
     ],
 )
 def test_answers_are_not_taken_for_those_of_another_config(here, capsys, file, value):
     assert main(PREDICT) == 0 and "holds this prediction already" in capsys.readouterr().out
+    (here / file).exists() or (here / file).write_text("{}")
     change(here / file, **value)
     assert main(PREDICT) == 8 and "of other weights, rows or decoding" in capsys.readouterr().err
     assert main([*PREDICT, "--overwrite"]) == 0

@@ -239,6 +239,8 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
                 if lengths_here.shape != wrapper.lora_magnitude_vector.shape:
                     what = f"{folder / WEIGHTS}: the magnitudes of {path} are {list(lengths_here.shape)}"
                     raise ModelError(what, f"[{wrapper.base.out_features}] fits.")
+                if wrapper.lora_magnitude_vector.is_meta:
+                    wrapper.lora_magnitude_vector = nn.Parameter(lengths_here.float())
                 wrapper.lora_magnitude_vector.copy_(lengths_here)
             wrapper.lora_A.copy_(halves[path]["A"].read())
             wrapper.lora_B.copy_(halves[path]["B"].read())

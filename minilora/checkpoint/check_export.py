@@ -25,7 +25,7 @@ from .expert_adapters import SINGLE, STACKED
 from .load import empty_model, load_model, read_config
 from .verify import largest_difference, logits_of, prompt_ids
 
-KEY = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+KEY = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
 
 
 class Check(NamedTuple):

@@ -1,5 +1,6 @@
 """`minilora export --for peft` and `--for vllm`: writes an adapter with the keys and ranks that its reader expects."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ from ..files.atomic import new_folder, require_empty
 from ..files.model_folder import Folder, ModelFolder
 from ..lora import adapters
 from ..methods.table import PEFT_TYPES
-from .adapter import linears_without, load_adapter, metadata_of, write_adapter
+from ..text.tokenizer import load_tokenizer
+from .adapter import linears_without, load_adapter, metadata_of, needed_quant, write_adapter
 from .check_export import check_export
 from .consumers import VLLM_MODULES, make_alike, paths_of, split
 from .load import empty_model, read_config
@@ -35,6 +37,12 @@ def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer:
     require_empty(Path(output))
     if adapter.adapter_config.get("peft_type") in PEFT_TYPES:
         raise ModelError(f"{adapter} is no LoRA: its keys are the same for every reader", "Give the folder itself.")
+    if consumer == "vllm" and needed_quant(adapter.path):
+        what = f"{adapter} began as the error of a base in {needed_quant(adapter.path)} (LoftQ), and vllm has the base itself"
+        raise ModelError(what, "Merge it: minilora merge.")
+    if adapter.adapter_config.get("init_lora_weights") == "pissa":
+        what = f"{adapter} is PiSSA as PEFT trains it: no reader applies it without the base that it began from"
+        raise ModelError(what, "Merge it: minilora merge.")
     meta = empty_model(c)
     load_adapter(meta, adapter, any_base=True)
     wrapped = {}
@@ -46,6 +54,8 @@ def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer:
     base = str(adapter.adapter_config.get("base_model_name_or_path") or "")
     with new_folder(Path(output)) as stage:
         write_adapter(stage, wrapped, without, base, metadata_of(adapter.path), single=consumer == "vllm")
+        for name, content in _own_tokenizer(model, adapter).items():
+            (stage / name).write_bytes(content)
         problems = check_export(model, stage, consumer).problems
         if problems:
             hint = "What a reader does not have, minilora merge puts into the weights."
@@ -54,3 +64,10 @@ def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer:
             )
     r = max(wrapper.r for wrapper in wrapped.values())
     return Exported(len(wrapped), len(wrapped) + len(without), r, alike)
+
+
+def _own_tokenizer(model: Folder, adapter: ModelFolder) -> dict[str, bytes]:
+    """The files of a tokenizer or chat template of the adapter's own, which go before the model's."""
+    with suppress(ModelError):  # a model without a tokenizer
+        return load_tokenizer(model, adapter).replaced
+    return {}

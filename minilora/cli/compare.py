@@ -17,7 +17,7 @@ def run(
     from ..files.atomic import require_place
     from ..report.compare import compare
     from ..report.page import check_page
-    from ..report.record import read_record
+    from ..report.record import as_written, read_record
     from ..report.score_table import show_scores
 
     check_page(Path(output), twin=True)
@@ -28,6 +28,7 @@ def run(
         say("\n\n".join(write_experiment(Path(runs[0]), Path(output))))
     else:
         say("\n".join([*compare(runs, output), ""]))
-        show_scores([read_record(run) for run in runs], Console())
+        with as_written(", ".join(runs)):
+            show_scores([read_record(run) for run in runs], Console())
     say(f"\npage      {output}")
     say(f"markdown  {Path(output).with_suffix('.md')}")

@@ -38,11 +38,11 @@ def not_cached(given: Path) -> ModelError | None:
 def hugging_face_cache() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     home = Path(os.environ.get("HF_HOME") or home)
-    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or home / "hub")).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or home / "hub")))
 
 
 def modelscope_cache() -> Path:
-    return Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    return Path(os.path.expanduser(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"))
 
 
 def _hugging_face(name: str) -> Iterator[Path]:

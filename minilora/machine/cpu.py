@@ -56,7 +56,13 @@ def tune_memory() -> None:
 def usable_cpus(cgroup: Path = CGROUP) -> int:
     """CPUs that this process may run on: its affinity, and the quota of its control group, rounded up; its share, beside other ranks."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, _quota(cgroup) or allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(allowed, _quota(cgroup) or allowed) // _beside())
+
+
+def _beside() -> int:
+    """The ranks of this machine, which share it: 1 where nothing usable is said."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(int(said), 1) if said.isdecimal() else 1
 
 
 def _quota(cgroup: Path) -> int | None:
@@ -80,7 +86,7 @@ def memory_gb(device: "torch.device", cgroup: Path = CGROUP) -> float:
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # not there, or "max"
             limits.append(int((cgroup / name).read_text()))
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 1e9
+    return min(limits) / _beside() / 1e9
 
 
 def free_gb(device: "torch.device", cgroup: Path = CGROUP) -> float:

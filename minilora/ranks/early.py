@@ -18,7 +18,8 @@ def said_once() -> Iterator[None]:
 
     One that is still there has found what its machine or itself alone has: it says which rank it is, and where.
     """
-    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    said = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    rank, local = (int(text) if text.isdecimal() else 0 for text in said)  # join() tells what they lack
     try:
         yield
     except KeyboardInterrupt:

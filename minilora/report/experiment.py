@@ -62,6 +62,9 @@ class Question:
         missing = [key for key in ("ask", "published", "compare", "expect") if not section.get(key)]
         if missing:
             raise UsageError(f"{where}: question has no {missing[0]}", "See minilora/report/experiment.py.")
+        for key in ("ask", "published"):
+            if isinstance(section[key], (list, dict)):
+                raise UsageError(f"{where}: {key} is {section[key]!r}", "It is a text; quote it.")
         for key in ("read", "loss"):
             if key in section and section[key] not in get_args(known[key].type):
                 raise UsageError(
@@ -74,6 +77,7 @@ class Question:
             raise UsageError(f"{where}: read: rate needs best_of", "Name the setting whose best value is compared.")
         compare = section["compare"] if isinstance(section["compare"], list) else [section["compare"]]
         values: dict[str, Any] = {key: canonical(str(section[key])) for key in ("best_of", "along") if section.get(key)}
+        values |= {key: str(section[key]) for key in ("ask", "published")}
         values |= {"compare": tuple(canonical(str(name)) for name in compare), "expect": tuple(map(float, expect))}
         return cls(**section | values)
 

@@ -6,6 +6,7 @@ places. What a sheet spans has to be in proportion to what it holds; it is read 
 
 import re
 import zipfile
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import PurePosixPath
 from xml.parsers import expat
@@ -18,19 +19,22 @@ ROWS, COLUMNS = 1 << 20, 1 << 14  # of a sheet
 PLACES = {"c": "r", "mergeCell": "ref", "hyperlink": "ref", "comment": "ref"}  # elements that become cells, and where
 CELL = re.compile(r"([A-Z]{1,3})([0-9]{1,7})")
 HELD = {"v", "is", "f", "comment"}
+XML = (".xml", ".rels", ".vml")
 ROOTS = {"worksheet", "comments"}
 
 
 def check_size(book: zipfile.ZipFile) -> None:
     """ValueError for a workbook that unpacks to too much, or spans far more than it holds."""
-    parts = [part for part in book.infolist() if PurePosixPath(part.filename).suffix in (".xml", ".rels", ".vml")]
+    parts = [part for part in book.infolist() if not part.filename.startswith("xl/media/")]
     size = sum(part.file_size for part in parts)
     if size > MAX_BOOK:
         raise ValueError(f"it unpacks to {size >> 20:,} MiB, {MAX_BOOK >> 20} are read: save it as csv")
     spans = held = 0
     for part in parts:
         extent = _Extent()
-        with book.open(part) as file:
+        # a sheet is a sheet under any name; of what is called otherwise some is no XML, such as a printer's settings
+        may_be_other = nullcontext() if PurePosixPath(part.filename).suffix in XML else suppress(NotXML)
+        with book.open(part) as file, may_be_other:
             extent.read(file)
         spans, held = spans + extent.spans, held + extent.held
     if spans > ROOM + SPARSE * held:
@@ -40,6 +44,10 @@ def check_size(book: zipfile.ZipFile) -> None:
 
 
 _column = cache(column_index_from_string)
+
+
+class NotXML(ValueError):
+    """A part of a workbook that is something else."""
 
 
 class _Other(Exception):
@@ -69,7 +77,7 @@ class _Extent:
         except _Other:
             pass
         except expat.ExpatError as error:
-            raise ValueError(f"a part of it is not XML ({error})") from None
+            raise NotXML(f"a part of it is not XML ({error})") from None
 
     def _refuse(self, *_) -> None:
         raise ValueError("it declares entities")

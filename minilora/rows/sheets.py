@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def read_csv(path: Path, encoding: str) -> Sheet:
 def header_of(cells: list[str], where: str) -> list[str]:
     """The names of the columns, one without a name being "column 3"; DataError if two have one name."""
     header = [c.strip() or f"column {number}" for number, c in enumerate(cells, 1)]
-    twice = next((c for c in header if header.count(c) > 1), None)
+    twice = next((c for c, count in Counter(header).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{where}: two columns are named {quote(twice)}", "Give each column a name of its own.")
     return header

@@ -197,9 +197,9 @@ class TokenCache:
     def __init__(self, folder: Path, model: Path, adapter: Path | None = None):
         """adapter: a folder whose tokenizer or chat template may go before the model's."""
         self.folder = folder
-        self._base = {"tokenizer": _tokenizer_hash(model), "code": _code_hash()}
+        self._base = {"tokenizer": tokenizer_hash(model), "code": _code_hash()}
         if adapter is not None:
-            self._base["adapter"] = _tokenizer_hash(adapter)
+            self._base["adapter"] = tokenizer_hash(adapter)
 
     def key(self, **parts: Any) -> str:
         """The name of a store: file hash, settings and chosen rows come as parts."""
@@ -227,7 +227,7 @@ def unnamed_file() -> BinaryIO:
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt")
 
 
-def _tokenizer_hash(model: Path) -> str:
+def tokenizer_hash(model: Path) -> str:
     """A hash of every small file of a model folder that a tokenizer or a chat format may be read from."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in TOKENIZER_FILES for p in model.glob(pattern)}):

@@ -12,6 +12,7 @@ import zipfile
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import catch_warnings
 
 from ..errors import DataError, RowError, quote
 from ..files.regular import read_file
@@ -125,9 +126,10 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
             check_size(book)
             pictures = sum(name.startswith("xl/media/") for name in book.namelist())
             parts = [book.read(name) for name in book.namelist() if name.startswith("xl/worksheets/")]
-        values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
         computed = any(FORMULA.search(part) for part in parts)
-        formulas: Any = openpyxl.load_workbook(io.BytesIO(raw)) if computed else values
+        with catch_warnings(action="ignore"):  # they quote the workbook as it is
+            values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
+            formulas: Any = openpyxl.load_workbook(io.BytesIO(raw)) if computed else values
         return [_page(sheet, formulas[sheet.title]) for sheet in values.worksheets], pictures
     except MemoryError:
         raise

@@ -16,11 +16,11 @@ from minilora.models.decoder import Decoder
 from ..checkpoint.save import OF_A_MODEL, own_code
 from ..config import TrainConfig, defaults, must_match, to_yaml
 from ..console import Console
-from ..errors import CheckpointMismatch, DiskError, Diverged, OutputInUse, UsageError
+from ..errors import CheckpointMismatch, DiskError, OutputInUse, UsageError
 from ..files.atomic import added, discard, in_use, remove, require_link, sync, verify_manifest, write_file
 from ..files.model_folder import ModelFolder, trained_in
 from ..files.run_folder import is_run
-from ..lora import trained_parameters
+from ..lora import check_trained, trained_parameters
 from ..machine.compute import name_of
 from ..machine.gemm import GEMM, forms_text, write_choice
 from ..ranks.ranks import ALONE, Ranks
@@ -218,9 +218,7 @@ def save(run: Run) -> None:
     Raises Diverged, and writes nothing, if a weight is not finite.
     """
     at = run.progress
-    for name, p in trained_parameters(run.model).items():
-        if not p.isfinite().all():
-            raise Diverged(f"step {at.step}: {name} is not finite after the update", "Lower --lr or --weight-decay.")
+    check_trained(run.model, at.step)
     at.saved = at.step
     if not run.ranks.first:
         return

@@ -40,6 +40,7 @@ from ..ranks.ranks import Ranks, join
 from ..report.metrics import interval, measured_rows, word_cutter
 from ..report.record import RESULTS, ROWS, hash_of, read_json_file
 from ..rows.questions import Question, read_questions
+from ..rows.token_store import tokenizer_hash
 from ..run.monitor import PLAIN_EVERY
 from ..run.signals import StopSignal
 from ..sampling import GREEDY, random_of, read_generation
@@ -100,6 +101,7 @@ def predict(
             "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
             "weights_hash": fingerprint(base_parameters(decoder)) + (_adapter_hash(Path(adapter)) if adapter else ""),
             "architecture": as_json(decoder.config),
+            "tokenizer_hash": "".join(tokenizer_hash(Path(place))[:16] for place in (base.path, adapter) if place),
             "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
             "decoding": {"max_tokens": max_tokens, "stop": sorted(stop), **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
         }  # fmt: skip
@@ -208,7 +210,7 @@ def _is_row(line: Any) -> bool:
 
 def _same(then: Any, now: dict) -> bool:
     """Whether two predictions have the same weights, rows and decoding; folders may have moved."""
-    keys = ("rows_hash", "prompts_hash", "weights_hash", "architecture", "dtype", "decoding")
+    keys = ("rows_hash", "prompts_hash", "weights_hash", "architecture", "tokenizer_hash", "dtype", "decoding")
     if not isinstance(then, dict) or then.get("quant", "off") != now["quant"]:  # older ones do not say it
         return False
     return all(then.get(key) == now[key] for key in keys)

@@ -18,6 +18,7 @@ from minilora.checkpoint.export import export_adapter
 from minilora.errors import MiniloraError, ModelError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.lora import adapters
+from minilora.methods.dora import DoRALinear
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FAMILIES = sorted(
@@ -67,6 +68,39 @@ def test_what_export_writes_is_applied(tmp_path: Path, family: str, consumer: st
     export_adapter(GOLDEN / family, GOLDEN / family / "adapter", tmp_path / "out", consumer)
     check = check_export(GOLDEN / family, tmp_path / "out", consumer)
     assert check.problems == [] and check.zero == 0 and sum(check.found.values()) > 0
+
+
+def test_dora_is_written_for_peft_and_refused_for_vllm(tmp_path: Path):
+    folder = make_model(tmp_path / "model")
+    adapter = trained(folder, tmp_path / "dora", kind=DoRALinear)
+    export_adapter(folder, adapter, tmp_path / "out", "peft")
+    written, own = (SafetensorsFile(place / WEIGHTS) for place in (tmp_path / "out", adapter))
+    assert written.entries.keys() == own.entries.keys()
+    assert all(torch.equal(written.tensor(key), own.tensor(key)) for key in own.entries)
+    with pytest.raises(ModelError, match="DoRA|dora"):
+        export_adapter(folder, adapter, tmp_path / "other", "vllm")
+
+
+def test_what_needs_another_base_is_not_exported(tmp_path: Path):
+    folder = make_model(tmp_path / "model")
+    adapter = trained(folder, tmp_path / "adapter")
+    pissa = changed(adapter, tmp_path / "pissa", init_lora_weights="pissa")
+    with pytest.raises(ModelError, match="PiSSA as PEFT trains it"):
+        export_adapter(folder, pissa, tmp_path / "out", "peft")
+    loftq = changed(adapter, tmp_path / "loftq")
+    (loftq / WEIGHTS).unlink()
+    write_tensors(loftq / WEIGHTS, read(adapter), {"minilora_init": "loftq", "minilora_quant": "nf4"})
+    with pytest.raises(ModelError, match="LoftQ"):
+        export_adapter(folder, loftq, tmp_path / "out", "vllm")
+
+
+def test_a_chat_template_of_the_adapters_own_goes_with_it(tmp_path: Path):
+    folder = make_model(tmp_path / "model")
+    adapter = trained(folder, tmp_path / "adapter")
+    own = (folder / "chat_template.jinja").read_text().replace("<|im_start|>", "<|im_start|> ")
+    (adapter / "chat_template.jinja").write_text(own)
+    export_adapter(folder, adapter, tmp_path / "out", "vllm")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == own
 
 
 @pytest.mark.parametrize("family", ["glm", "glm4"])

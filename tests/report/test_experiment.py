@@ -121,6 +121,7 @@ def test_names_on_the_page_are_text():
         ({"ask": ""}, "question has no ask"),
         ({"read": "rates"}, "read is 'rates'"),
         ({"expect": [1]}, "expect is"),
+        ({"ask": ["Is", "it"]}, "ask is"),
         ({"read": "rate", "best_of": ""}, "needs best_of"),
         ({"compare": "lora_rnk"}, "unknown setting"),
     ],

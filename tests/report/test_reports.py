@@ -113,6 +113,13 @@ def test_runs_that_compare_are_not_warned_of(tmp_path):
     assert told(a, b) == ""
 
 
+def test_lengths_of_more_rows_than_memory_are_drawn(tmp_path):
+    run = read_record(make_run(tmp_path / "run"))
+    run.data["masked_lengths"] = {"5": 3 * 10**11, "9": 10**11}
+    lengths = run.lengths("masked")
+    assert 10**6 < len(lengths) <= 10**7 + 2 and abs(float((lengths == 5).mean()) - 0.75) < 1e-6
+
+
 def test_losses_of_another_beta_or_base_have_no_lowest(tmp_path):
     """A smaller beta is a smaller loss, whatever was learned."""
     val = [(0, 0.69), (40, 0.5)]

@@ -17,7 +17,7 @@ from minilora.data import load_examples
 from minilora.errors import DataError, UsageError
 from minilora.rows import load
 from minilora.rows.dataset import load_data, trained_rows, write_split
-from minilora.rows.token_store import TokenCache, _tokenizer_hash
+from minilora.rows.token_store import TokenCache, tokenizer_hash
 from minilora.settings import resolve
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -206,14 +206,14 @@ def test_sources_rates_and_general_rows(tmp_path, model):
 
 def test_a_tokenizer_is_the_same_wherever_it_lies(tmp_path, model):
     copies = [shutil.copytree(model, tmp_path / name) for name in "abcdef"]
-    assert len({_tokenizer_hash(folder) for folder in copies}) == 1
+    assert len({tokenizer_hash(folder) for folder in copies}) == 1
     cache = TokenCache(tmp_path, copies[0])
     assert (
         cache.key(a=1, b={"x": 1, "y": 2}) == cache.key(b={"y": 2, "x": 1}, a=1) != cache.key(a=1, b={"x": 1, "y": 3})
     )
     (copies[0] / "vocab.json").write_text("{}")
     (copies[1] / "model.safetensors.index.json").write_text("{}")  # is not the tokenizer's
-    first, *others = (_tokenizer_hash(folder) for folder in copies)
+    first, *others = (tokenizer_hash(folder) for folder in copies)
     assert first not in others and len(set(others)) == 1
 
 

@@ -179,3 +179,19 @@ def test_a_comment_far_away_and_a_book_that_unpacks_to_too_much(tmp_path, monkey
     assert (
         len(read_xlsx(spoiled(tmp_path / "x.xlsx", str, **{"xl/media/a.png": b" " * (2 << 20)}), {})) == 2
     )  # a picture
+
+
+def test_a_sheet_is_a_sheet_under_any_name_and_other_parts_are_not(tmp_path):
+    far = SPANS["a merge over the whole sheet"]("<worksheet><sheetData></sheetData></worksheet>").encode()
+    with pytest.raises(DataError, match="34,359,[0-9,]+ cells"):
+        read_xlsx(spoiled(tmp_path / "x.xlsx", str, **{"xl/worksheets/sheet2.dat": far}), {})
+    settings = {"xl/printerSettings/printerSettings1.bin": b"\0\1<\2"}
+    assert len(read_xlsx(spoiled(tmp_path / "x.xlsx", str, **settings), {})) == 2
+
+
+def test_what_the_library_warns_of_is_not_printed(tmp_path, recwarn):
+    """It quotes names of the workbook with their control codes."""
+    merged = after("", '<mergeCells><mergeCell ref="A2:B2"/></mergeCells>')
+    commented = b'<comments><authors><author>x</author></authors><commentList><comment ref="B2" authorId="0"/></commentList></comments>'
+    read_xlsx(spoiled(tmp_path / "x.xlsx", merged, **{"xl/comments1.xml": commented}), {})
+    assert not recwarn.list
