@@ -4,10 +4,10 @@ import gc
 import io
 import os
 import pickle
+import select
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -89,7 +89,9 @@ def returned(call: Callable[[], Any]) -> Any:
 def killed_after(seconds: float, call: Callable[[], int]) -> Ended:
     """SIGKILL after so many seconds, if it has not ended by then."""
     child = start(call)
-    time.sleep(seconds)
+    ended = os.pidfd_open(child.pid)
+    select.select([ended], [], [], seconds)
+    os.close(ended)
     os.kill(child.pid, signal.SIGKILL)
     return child.wait()
 
