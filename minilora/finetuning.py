@@ -19,14 +19,15 @@ from .settings import canonical, resolve
 from .text.tokenizer import Tokenizer, check_fits
 from .train import train_step
 
-# settings of a run that has files
-OF_FILES = {
-    "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep", "keep_checkpoints",
-    "log_to", "study",
+# the settings of a run that have no meaning here, by the reason
+REFUSED = {
+    "nothing is read or written": {
+        "model", "data", "output", "val", "test", "cache", "mix_general", "mix_ratio", "encoding", "skip_bad", "eval_every", "save_every", "keep",
+        "keep_checkpoints", "log_to", "study",
+    },
+    "the model is loaded": {"device", "dtype", "quant", "fp8", "lora_init", "compute", "threads", "kernels", "gemm", "method"},
+    "it is a run's": {"objective", "beta", "shard", "graphs", "rank_timeout"},
 }  # fmt: skip
-# what is settled once the model is loaded
-OF_RUNS = {"objective", "beta", "shard", "graphs", "rank_timeout"}  # what only a run knows
-OF_MODELS = {"device", "dtype", "quant", "fp8", "lora_init", "compute", "threads", "kernels", "gemm", "method"}
 
 
 def finetune(
@@ -45,22 +46,17 @@ def finetune(
     a loss or a weight that is not finite.
     """
     config = resolve(settings)
-    for name in filter((OF_FILES | OF_RUNS | OF_MODELS).__contains__, map(canonical, settings)):
-        why = (
-            "nothing is read or written"
-            if name in OF_FILES
-            else "the model is loaded"
-            if name in OF_MODELS
-            else "it is a run's"
-        )
-        raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
+    given = set(map(canonical, settings))
+    for why, names in REFUSED.items():
+        for name in sorted(names & given):
+            raise UsageError(f"finetune takes no {name}: {why}", "Leave it out, or use `minilora train`.")
     examples = render_rows(rows, tokenizer, config)
     check_fits(tokenizer, model.config.vocab, "the model")
     check_offload(config, model.head.device)
     there = [wrapper for _, wrapper in adapters(model)]
     if there or any(True for _ in adapted(model)):
         if there:
-            config = _with_what_adapters_have(config, set(map(canonical, settings)), there)
+            config = _with_what_adapters_have(config, given, there)
         set_recomputing(model, config)
         model.train()
     else:

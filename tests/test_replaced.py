@@ -302,7 +302,7 @@ def test_a_new_folder_takes_the_place_of_no_link_and_not_of_the_current_folder(h
 
 
 def test_a_run_that_torchrun_starts_again_goes_on_with_what_the_same_torchrun_began(here, monkeypatch):
-    run, error_file = here / "run", "/tmp/torchelastic_a/none_b/attempt_{}/0/error.json"
+    run, error_file = here / "run", "logs/first/attempt_{}/0/error.json"
 
     def as_asked(attempt: int) -> bool:
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", error_file.format(attempt))
@@ -318,7 +318,7 @@ def test_a_run_that_torchrun_starts_again_goes_on_with_what_the_same_torchrun_be
     assert after_restart(run, ALONE.launch, resume=False, overwrite=True) == (True, False)
     shutil.rmtree(run / "checkpoints")
     assert after_restart(run, ALONE.launch, resume=True, overwrite=False) == (False, True)
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_c/attempt_1/0/error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/second/attempt_1/0/error.json")
     assert after_restart(run, ALONE.launch, resume=False, overwrite=False) == (False, False)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert after_restart(run, ALONE.launch, resume=False, overwrite=False) == (False, False)

@@ -25,7 +25,7 @@ def caveats(runs: list[Record]) -> list[str]:
             found.append(
                 f"{cut:,} of {len(run.rows):,} answers of {run.letter} were cut at {decoding.get('max_tokens')} tokens"
             )
-        if run.answered_before:
+        if run.stale_answers:
             found.append(f"the answers of {run.letter} are of other weights than its adapter has now: predict again")
         found += _leaked(run)
     for run in runs:

@@ -125,7 +125,7 @@ def _answered_alike(runs: list[Record]) -> list[Record]:
 
 
 def _validated_alike(runs: list[Record]) -> list[list[Record]]:
-    """The runs with validation losses, grouped by the rows and the model that these are of."""
+    """The runs with validation losses, grouped by the rows, the model and the objective that these are of."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for run in runs:
         if run.best:

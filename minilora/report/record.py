@@ -26,7 +26,7 @@ ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
 LIMITS = {"masked": "max_source_length", "trained": "max_target_length"}  # of the two kinds of tokens of a row
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # names of the runs of a comparison
 
-MOST_LENGTHS = 10_000_000
+MOST_LENGTHS = 10_000_000  # rows whose lengths are drawn
 
 Curve = list[tuple[float, float]]
 
@@ -62,10 +62,12 @@ class Record:
         return self.results.get("metrics") or {}
 
     @property
-    def answered_before(self) -> bool:
+    def stale_answers(self) -> bool:
         """Whether the answers are of other weights than the run's adapter has now, as where it was trained on after they were given."""
-        files, then = adapter_files(self.folder / "adapter"), self.decoded.get("weights_hash")
-        return isinstance(then, str) and len(then) == 48 and bool(files) and not then.endswith(hash_of(files))
+        adapter, then = self.folder / "adapter", self.decoded.get("weights_hash")
+        if not isinstance(then, str) or len(then) != 48:  # of a base alone, or from before configs were hashed
+            return False
+        return not then.endswith(hash_of(adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG))
 
     @property
     def scored(self) -> list[dict[str, Any]]:
@@ -180,14 +182,9 @@ def smoothed(curve: Curve) -> Curve:
     return result
 
 
-def adapter_files(adapter: Path) -> list[Path]:
-    """The weights of a run's adapter, and the config that scales them."""
-    return [path for path in (adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG) if path.is_file()]
-
-
-def hash_of(files: list[Path]) -> str:
-    """16 hex digits of each file."""
-    return "".join(sha256(path)[:16] for path in files)
+def hash_of(*files: Path) -> str:
+    """16 hex digits of each file that is there."""
+    return "".join(sha256(path)[:16] for path in files if path.is_file())
 
 
 def as_text(value: Any) -> str:

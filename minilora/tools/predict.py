@@ -176,7 +176,7 @@ def _hash(texts) -> str:
 
 def _adapter_hash(adapter: Path) -> str:
     """Of its weights, and of its config, which scales them."""
-    return hash_of([path for path in (weights_of(adapter).path, adapter / ADAPTER_CONFIG) if path.is_file()])
+    return hash_of(weights_of(adapter).path, adapter / ADAPTER_CONFIG)
 
 
 def _check_output(folder: Path) -> None:
