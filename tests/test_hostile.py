@@ -1,9 +1,11 @@
 """Files that were made to hang, to fill the memory or to steer the terminal: each ends at once, with one clear line and its code."""
 
+import base64
 import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from tiny import make_model, make_rows
@@ -107,6 +109,11 @@ def many(step: dict, key: str = "normalizers", times: int = 8) -> dict:
     return {"type": "Sequence", key: [step] * times}
 
 
+def added(i: int, content: str) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, "special": True, **flags}
+
+
 GROWING = {
     "a long replacement": {"normalizer": replace({"String": "e"}, "x" * 1_000_000)},
     "replacements of replacements": {"normalizer": many(replace({"String": "e"}, "e" * 10))},
@@ -119,6 +126,9 @@ GROWING = {
     "a table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * 10_000}},
     "on the way back": {"decoder": many(replace({"String": "e"}, "e" * 10), "decoders")},
     "a long token": {"model": {"type": "BPE", "vocab": {"q" * 100_000: 0}, "merges": []}},
+    "a long token of a list": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["q" * 100_000, 0.0]]}},
+    "a long added token": {"added_tokens": [added(0, "q" * 100_000)]},
+    "many added tokens": {"added_tokens": [added(i, f"<{i:0>200}>") for i in range(6000)]},
     "a million tokens after a text": {"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 50_000}},
 }  # fmt: skip
 
@@ -155,13 +165,34 @@ def test_a_sentencepiece_model_that_makes_a_text_grow_is_refused():
         size = len(content)
         return bytes([number << 3 | 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + content
 
-    for size in (18, 257, 100_000):
-        model = field(1, b"a piece") + field(3, field(1, b"nmt") + field(2, b"\4\0\0\0trie" + b"x" * size + b"\0y\0"))
-        if size == 18:
-            check_replacements(model)
-            continue
-        with pytest.raises(ValueError, match=f"{size:,} bytes"):
-            check_replacements(model)
+    def table(size: int) -> bytes:
+        return field(1, b"nmt") + field(2, b"\4\0\0\0trie" + b"x" * size + b"\0y\0")
+
+    check_replacements(field(1, b"a piece") + field(3, table(18)) + field(5, table(18)))
+    for size in (257, 100_000):
+        for grows in (
+            field(3, table(size)),
+            field(3, table(18)) + field(5, table(size)),  # on the way back
+            field(3, table(size)) + field(3, field(1, b"nmt")),  # two of one field are merged by the library
+            field(3, table(size) + field(2, b"")),
+        ):
+            with pytest.raises(ValueError, match=f"{size:,} bytes"):
+                check_replacements(field(1, b"a piece") + grows)
+
+
+def test_a_long_token_is_refused_in_every_format(here, told, tmp_path):
+    """Merges from ranks take time quadratic in a token's length."""
+    model = here / "model"
+    (model / "tokenizer.json").unlink()
+    ranks = [*(bytes([b]) for b in range(256)), b"ab" * 10_000]
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks)]
+    (model / "qwen.tiktoken").write_bytes(b"".join(lines))
+    assert told("chat --model model --prompt x") == (4, ANY)
+    assert "one of its tokens has 20,000 characters" in told("chat --model model --prompt x")[1]
+    (model / "qwen.tiktoken").unlink()
+    (model / "vocab.json").write_text(json.dumps({"q" * 20_000: 0}))
+    (model / "merges.txt").write_text("")
+    assert "one of its tokens has 20,000 characters" in told("chat --model model --prompt x")[1]
 
 
 # ---- numbers

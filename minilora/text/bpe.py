@@ -22,7 +22,7 @@ from ..errors import ModelError
 from ..files.model_folder import MAX_JSON, ModelFolder, check_is_itself
 from ..files.regular import open_file, read_file
 from ..files.strict_json import parse_json
-from .growth import check_growth
+from .growth import check_growth, check_tokens
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -81,6 +81,8 @@ class BytePairs:
             j["added_tokens"] = [*j.get("added_tokens", []), *lacking]
             description = json.dumps(j)
         specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
+        vocabulary = j["model"]["vocab"]  # of Unigram a list of [token, score]
+        check_tokens(vocabulary if isinstance(vocabulary, dict) else [token for token, _ in vocabulary], specials)
         words = {t["content"]: t["id"] for t in j.get("added_tokens", []) if not t.get("special")}
         full = tokenizers.Tokenizer.from_str(description)
         if any(full.token_to_id(text) != i for text, i in specials.items()):
@@ -95,6 +97,7 @@ class BytePairs:
         cls, vocab: dict[str, int], merges: list[tuple[str, str]], split: str, nfc: bool, added: list[Added], **options
     ) -> Self:
         """vocab and merges in the letters of byte-level BPE; split and nfc: how text is cut and whether it is normalised."""
+        check_tokens(vocab, [t.content for t in added])
         plain = around(models.BPE(vocab, merges, **options), split, nfc)
         full = around(models.BPE(vocab | {t.content: t.id for t in added}, merges, **options), split, nfc)
         for t in added:
@@ -175,6 +178,8 @@ def load_glm4(folder: ModelFolder) -> BytePairs:
 
 def _load_ranks(folder: ModelFolder, path: Path, split: str, nfc: bool, specials: tuple[str, ...]) -> BytePairs:
     ranks = read_ranks(path)
+    with no_panic(str(path)):
+        check_tokens(ranks)
     letters = _letters()
     text = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = [

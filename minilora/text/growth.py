@@ -6,9 +6,11 @@ are checked before use. Regular expressions need no check here: the library give
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MOST, LONGEST_TOKEN, LONGEST_REPLACEMENT = 64, 10_000, 256  # times, characters, bytes
+MOST_ADDED = 1 << 20  # characters of all tokens beside the vocabulary: the library holds hundreds of bytes for each
 TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # the growth of steps that insert no text from the file
 
 
@@ -20,9 +22,19 @@ def check_growth(j: dict[str, Any]) -> None:
             raise ValueError(f"its {' and '.join(names)} could make a text {times:,.0f} times as long")
     if len(json.dumps(j.get("post_processor"))) > 1 << 20:
         raise ValueError("its post_processor is larger than any")
-    longest = max((len(token) for token in j["model"]["vocab"]), default=0)
+
+
+def check_tokens(vocabulary: Iterable[str | bytes], added: Iterable[str] = ()) -> None:
+    """ValueError for tokens far longer than any: building and using them takes time quadratic in their length.
+
+    added: tokens beside the vocabulary, which the library looks for in each text.
+    """
+    lengths = [len(token) for token in added]
+    longest = max((*lengths, *map(len, vocabulary)), default=0)
     if longest > LONGEST_TOKEN:
         raise ValueError(f"one of its tokens has {longest:,} characters")
+    if sum(lengths) > MOST_ADDED:
+        raise ValueError(f"its added tokens have {sum(lengths):,} characters")
 
 
 def _times(step: Any) -> float:
@@ -45,30 +57,32 @@ def _times(step: Any) -> float:
 def check_replacements(model: bytes) -> None:
     """ValueError for a SentencePiece model whose table replaces a character by a long text.
 
-    normalizer_spec (3) holds precompiled_charsmap (2): the size of a trie, the trie, and texts that end with a zero byte.
+    normalizer_spec (3) and denormalizer_spec (5) hold precompiled_charsmap (2): the size of a trie, the trie, and texts that
+    end with a zero byte. The library merges a field that stands there twice, so each is looked at.
     """
-    table = _field(_field(model, 3), 2)
-    texts = table[4 + int.from_bytes(table[:4], "little") :]
-    longest = max(map(len, texts.split(b"\0")))
-    if longest > LONGEST_REPLACEMENT:
-        raise ValueError(f"it replaces a letter by {longest:,} bytes")
+    for spec in (*_fields(model, 3), *_fields(model, 5)):
+        for table in _fields(spec, 2):
+            texts = table[4 + int.from_bytes(table[:4], "little") :]
+            longest = max(map(len, texts.split(b"\0")))
+            if longest > LONGEST_REPLACEMENT:
+                raise ValueError(f"it replaces a letter by {longest:,} bytes")
 
 
-def _field(message: bytes, wanted: int) -> bytes:
-    """The last length-delimited field of that number in a protocol buffer; empty if there is none."""
-    at, found = 0, b""
+def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
+    """The length-delimited fields of that number in a protocol buffer."""
+    at = 0
     while at < len(message):
         tag, at = _number(message, at)
         kind = tag & 7
         if kind == 2:
             size, at = _number(message, at)
-            found = message[at : at + size] if tag >> 3 == wanted else found
+            if tag >> 3 == wanted:
+                yield message[at : at + size]
             at += size
         elif kind == 0:
             _, at = _number(message, at)
         else:
             at += {1: 8, 5: 4}[kind]
-    return found
 
 
 def _number(message: bytes, at: int) -> tuple[int, int]:

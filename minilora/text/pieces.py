@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from ..errors import ModelError
 from ..files.model_folder import ModelFolder
 from .bpe import no_panic, read_small
-from .growth import check_replacements
+from .growth import check_replacements, check_tokens
 
 CHATGLM2_SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_SPECIALS = (*CHATGLM2_SPECIALS, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -111,8 +111,8 @@ def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
         model = SentencePieceProcessor(model_proto=raw)
         if not raw or model.vocab_size() == 0:  # the library takes an empty file
             raise ValueError("it holds no pieces")
-        for i in range(model.vocab_size()):
-            model.id_to_piece(i)  # a piece that is not UTF-8 would come up in the middle of an answer
+        # a piece that is not UTF-8 raises here; later it would come up in the middle of an answer
+        check_tokens(model.id_to_piece(i) for i in range(model.vocab_size()))
         check_replacements(raw)
         return model
 

@@ -22,12 +22,9 @@ from .template_plain import PLAIN
 from .template_qwen import QWEN1, qwen_formats
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "ice_text.model", "qwen.tiktoken")
-REPLACED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)  # by an adapter's own
+# what an adapter's folder may have of its own, and then goes before the model's
+REPLACED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE = "chat_template.jinja"
 
 
 class Coder(Protocol):
@@ -182,7 +179,7 @@ def load_tokenizer(folder: Folder, adapter: Folder | None = None) -> Tokenizer:
         if (own, own_note or "") != (template, note):
             note = f"{_described(own)} by the adapter's own chat template; the base has {_described(template)}"
             template, note = own, note + (f" ({own_note})" if own_note else "")
-            check_namesake(adapter.path, adapter / "chat_template.jinja")
+            check_namesake(adapter.path, adapter / TEMPLATE)
             replaced |= _files_with(its, settings)
     tokenizer = Tokenizer(coder, template)
     tokenizer.notes, tokenizer.replaced = notes | ({"chat": note} if note else {}), replaced
@@ -199,7 +196,7 @@ def _not_known(folder: ModelFolder, coder: Coder) -> str:
 
 def _files_with(text: str, settings: ModelFolder) -> dict[str, bytes]:
     """The files of a folder that shall have a chat template: its own file, and tokenizer_config.json, where older readers look."""
-    files = {"chat_template.jinja": text.encode()}
+    files = {TEMPLATE: text.encode()}
     if (settings / "tokenizer_config.json").is_file():
         check_namesake(settings.path, settings / "tokenizer_config.json")
         j = settings.tokenizer_config | {"chat_template": text}
@@ -255,16 +252,20 @@ def _adapters_coder(
             return coder, None, {}
         new = [quote(token, 20) for token in its.vocabulary if token not in coder.vocabulary]
         told = f"the adapter's own tokenizer.json, with {len(new):,} tokens that the base has not: {', '.join(new[:4])}"
-        found = [name for name in REPLACED if (adapter / name).is_file()]
-        for name in found:
-            check_namesake(adapter.path, adapter / name)
-        files = {name: bpe.read_small(adapter / name) for name in found}
-        return its, told + (" ..." if new[4:] else ""), files
+        return its, told + (" ..." if new[4:] else ""), files_of(adapter, REPLACED)
     for name in TOKENIZER_FILES[1:]:
         its, base = adapter / name, folder / name
         if its.is_file() and not (base.is_file() and bpe.read_small(its) == bpe.read_small(base)):
             return coder, f"the base's; {name} in {adapter} is another one, and is not used", {}
     return coder, None, {}
+
+
+def files_of(folder: ModelFolder, names: Sequence[str]) -> dict[str, bytes]:
+    """What stands in the files of these names that a folder has; ModelError for a link out of it to a file of another name."""
+    found = [name for name in names if (folder / name).is_file()]
+    for name in found:
+        check_namesake(folder.path, folder / name)
+    return {name: bpe.read_small(folder / name) for name in found}
 
 
 def _described(template: Template) -> str:
