@@ -19,7 +19,7 @@ from ..files.safetensors import SafetensorsFile
 from ..files.tensors import fold
 from ..lora import adapters, linears
 from ..text.tokenizer import load_tokenizer
-from .adapter import load_adapter
+from .adapter import load_adapter, needed_quant
 from .consumers import VLLM_MODULES, VLLM_RANKS, paths_of
 from .expert_adapters import SINGLE, STACKED
 from .load import empty_model, load_model, read_config
@@ -79,15 +79,22 @@ def _of_config(adapter: ModelFolder, family: str) -> list[str]:
     lines = [f"vLLM does not read {key}" for key in ("rank_pattern", "alpha_pattern") if j.get(key)]
     lines += ["vLLM has no DoRA"] if j.get("use_dora") else []
     lines += [f"vLLM takes ranks up to {VLLM_RANKS[-1]}, r is {j['r']}"] if j["r"] > VLLM_RANKS[-1] else []
+    quant = needed_quant(adapter.path)
+    lines += [f"it began as the error of a base in {quant} (LoftQ), and vLLM has the base itself"] if quant else []
     return lines + ([] if family in VLLM_MODULES else [f"vLLM takes no adapters on {family}"])
 
 
 @torch.inference_mode()
-def logits_moved(folder: Folder, adapter: Folder, device: str | None = None) -> tuple[float, float]:
-    """The largest change of a logit by an adapter on one prompt, and the largest logit; the weights of the model are read."""
-    folder = ModelFolder.of(folder)
-    model: Decoder = load_model(folder, device=device)
-    load_adapter(model, adapter, any_base=True)
+def logits_moved(
+    folder: Folder, adapter: Folder, any_base: bool = False, device: str | None = None
+) -> tuple[float, float]:
+    """The largest change of a logit by an adapter on one prompt, and the largest logit; the weights of the model are read.
+
+    Raises ModelError for another base than the adapter's, unless any_base.
+    """
+    folder, adapter = ModelFolder.of(folder), ModelFolder.of(adapter)
+    model: Decoder = load_model(folder, device=device, quant=needed_quant(adapter.path) or "keep")
+    load_adapter(model, adapter, any_base)
     prompt = prompt_ids(load_tokenizer(folder))[:1]
     adapted = logits_of(model.eval(), prompt)
     with without_adapters(model):

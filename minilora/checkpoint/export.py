@@ -10,7 +10,7 @@ from ..files.model_folder import Folder, ModelFolder
 from ..lora import adapters
 from ..methods.table import PEFT_TYPES
 from ..text.tokenizer import load_tokenizer
-from .adapter import linears_without, load_adapter, metadata_of, needed_quant, write_adapter
+from .adapter import linears_without, load_adapter, metadata_of, write_adapter
 from .check_export import check_export
 from .consumers import VLLM_MODULES, make_alike, paths_of, split
 from .load import empty_model, read_config
@@ -28,7 +28,7 @@ class Exported(NamedTuple):
 def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
     """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
 
-    Raises ModelError with every key that matches no linear of the model, and with what the consumer would not apply; UsageError
+    Any base of the right shapes will do. Raises ModelError with every key that matches no linear of the model, and with what the consumer would not apply; UsageError
     for a family on which it takes no adapters.
     """
     c, adapter = read_config(model), ModelFolder.of(adapter)
@@ -37,9 +37,6 @@ def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer:
     require_empty(Path(output))
     if adapter.adapter_config.get("peft_type") in PEFT_TYPES:
         raise ModelError(f"{adapter} is no LoRA: its keys are the same for every reader", "Give the folder itself.")
-    if consumer == "vllm" and needed_quant(adapter.path):
-        what = f"{adapter} began as the error of a base in {needed_quant(adapter.path)} (LoftQ), and vllm has the base itself"
-        raise ModelError(what, "Merge it: minilora merge.")
     if adapter.adapter_config.get("init_lora_weights") == "pissa":
         what = f"{adapter} is PiSSA as PEFT trains it: no reader applies it without the base that it began from"
         raise ModelError(what, "Merge it: minilora merge.")

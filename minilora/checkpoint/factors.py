@@ -13,6 +13,7 @@ from ..errors import ModelError, UsageError
 from ..files.atomic import new_folder
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Folder, ModelFolder
 from ..files.safetensors import write_tensors
+from ..text.tokenizer import REPLACED, TEMPLATE, files_of
 from .adapter import PREFIX, path_and_half
 from .adapter_config import COPIED, by_pattern, refuse_what_is_not_lora
 from .expert_adapters import STACKED, from_stacked
@@ -110,7 +111,8 @@ def _of_experts(
 def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> None:
     """Write adapters of scale 1 as the PEFT folder `target`; all else that is known here is said as the folder `source` says it.
 
-    Nothing that another reader would act on unseen is copied, such as auto_mapping, which names a library to import.
+    So are a tokenizer and a chat template of its own. Nothing that another reader would act on unseen is copied, such as
+    auto_mapping, which names a library to import.
     """
     source = ModelFolder.of(source)
     assert all(f.scale == 1 for f in factors.values())
@@ -125,6 +127,9 @@ def write_factors(target: Path, factors: dict[str, Factors], source: Folder) -> 
         for path, f in factors.items()
         for which, t in (("A", f.a), ("B", f.b))
     }
+    own = files_of(source, (*REPLACED, TEMPLATE))
     with new_folder(target) as stage:
+        for name, content in own.items():
+            (stage / name).write_bytes(content)
         write_tensors(stage / ADAPTER_WEIGHTS, tensors, weights_of(source.path).metadata)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(said | ranks, indent=2) + "\n")

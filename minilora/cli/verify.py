@@ -15,6 +15,7 @@ def run(
     *,
     model: Model,
     for_: Annotated[Literal["peft", "vllm"], Arg("the program that will run it")] = "vllm",
+    any_base: Annotated[bool, Arg("take an adapter that was trained on another base")] = False,
     logits: Annotated[bool, Arg("check that the adapter changes the logits, if --model has weights")] = True,
 ) -> None:
     check_paths(model, adapter)
@@ -35,7 +36,7 @@ def run(
     if check.zero == found:
         raise ModelError(f"{adapter}: B is zero everywhere, so that it changes nothing", UNTRAINED)
     if logits and has_weights(model):
-        moved, largest = logits_moved(model, adapter)
+        moved, largest = logits_moved(model, adapter, any_base)
         if not moved:
             raise ModelError(f"{adapter} moves no logit of {model}", UNTRAINED)
         say(f"logits  move by up to {moved:.3g}, the largest is {largest:.3g}")

@@ -92,6 +92,8 @@ def test_what_needs_another_base_is_not_exported(tmp_path: Path):
     write_tensors(loftq / WEIGHTS, read(adapter), {"minilora_init": "loftq", "minilora_quant": "nf4"})
     with pytest.raises(ModelError, match="LoftQ"):
         export_adapter(folder, loftq, tmp_path / "out", "vllm")
+    assert "LoftQ" in "".join(check_export(folder, loftq, "vllm").problems)
+    assert logits_moved(folder, loftq, device="cpu")[0] > 0  # PEFT can have the base in nf4
 
 
 def test_a_chat_template_of_the_adapters_own_goes_with_it(tmp_path: Path):
@@ -174,11 +176,11 @@ def test_a_path_of_the_other_class(tmp_path: Path):
 def test_the_logits_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = make_model(tmp_path / "model")
     adapter = trained(folder, tmp_path / "adapter")
-    moved, largest = logits_moved(folder, adapter, "cpu")
+    moved, largest = logits_moved(folder, adapter, device="cpu")
     assert 0 < moved < 100 * largest
     tensors = read(adapter)
     zero = changed(adapter, tmp_path / "zero", {key: t * ("lora_A" in key) for key, t in tensors.items()})
-    assert logits_moved(folder, zero, "cpu")[0] == 0
+    assert logits_moved(folder, zero, device="cpu")[0] == 0
     assert main(["verify", str(adapter), "--model", str(folder), "--for", "vllm"]) == 0
     assert "14 of 14 linears" in capsys.readouterr().out
     assert main(["verify", str(zero), "--model", str(folder), "--for", "peft"]) == 4
@@ -187,3 +189,15 @@ def test_the_logits_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     odd = changed(adapter, tmp_path / "odd", alpha_pattern={"q_proj": 3})
     assert main(["verify", str(odd), "--model", str(folder), "--no-logits"]) == 4
     assert "does not read alpha_pattern" in capsys.readouterr().err
+
+
+def test_verify_takes_the_base_of_the_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    adapter = trained(make_model(tmp_path / "model"), tmp_path / "adapter")
+    other = make_model(tmp_path / "other")
+    file = SafetensorsFile(other / "model.safetensors")
+    tensors = {name: -file.tensor(name) for name in file.entries}
+    (other / "model.safetensors").unlink()
+    write_tensors(other / "model.safetensors", tensors)
+    words = ["verify", str(adapter), "--model", str(other)]
+    assert main(words) == 4 and "trained on another base" in capsys.readouterr().err
+    assert main([*words, "--any-base"]) == 0

@@ -79,6 +79,7 @@ def test_written_factors_come_back(tmp_path):
         auto_mapping={"parent_library": "evil"},
         foreign=[],
     )
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
     cut = {path: Factors(torch.ones(r, 3), torch.ones(4, r)) for path, r in zip(LAYERS, (1, 3, 2), strict=True)}
     write_factors(tmp_path / "b", cut, source)
     found = read_factors(tmp_path / "b")
@@ -88,6 +89,7 @@ def test_written_factors_come_back(tmp_path):
     assert j["r"] == j["lora_alpha"] == 3 and j["lora_dropout"] == 0.5
     assert j["fan_in_fan_out"] and not j.keys() & {"auto_mapping", "foreign"}
     assert j["rank_pattern"] == j["alpha_pattern"] == {LAYERS[0]: 1, LAYERS[2]: 2}
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}"
     with pytest.raises(UsageError, match="on experts"):
         write_factors(tmp_path / "c", cut | {"a.experts.0.b": cut[LAYERS[0]]}, source)
 
