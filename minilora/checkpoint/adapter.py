@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from minilora.models.decoder import Decoder
@@ -231,19 +230,18 @@ def load_adapter(model: nn.Module, folder: Folder, any_base: bool = False, allow
     dropout = 0.0 if kind is PiSSALinear else dropout
     for path, (r, alpha) in plan.items():
         wrapper = wrap(model, own[path], r, alpha, dropout, bool(j.get("use_rslora", False)), shared, kind=kind)
-        if wrapper.lora_A.is_meta:  # an adapter without its model
-            wrapper.lora_A, wrapper.lora_B = (nn.Parameter(halves[path][half].read().float()) for half in "AB")
-        with torch.no_grad():
-            if isinstance(wrapper, DoRALinear):
-                lengths_here = file.tensor(lengths[path])
-                if lengths_here.shape != wrapper.lora_magnitude_vector.shape:
-                    what = f"{folder / WEIGHTS}: the magnitudes of {path} are {list(lengths_here.shape)}"
-                    raise ModelError(what, f"[{wrapper.base.out_features}] fits.")
-                if wrapper.lora_magnitude_vector.is_meta:
-                    wrapper.lora_magnitude_vector = nn.Parameter(lengths_here.float())
-                wrapper.lora_magnitude_vector.copy_(lengths_here)
-            wrapper.lora_A.copy_(halves[path]["A"].read())
-            wrapper.lora_B.copy_(halves[path]["B"].read())
+        values = {f"lora_{half}": halves[path][half].read() for half in "AB"}
+        if isinstance(wrapper, DoRALinear):
+            values["lora_magnitude_vector"] = length = file.tensor(lengths[path])
+            if length.shape != wrapper.lora_magnitude_vector.shape:
+                what = f"{folder / WEIGHTS}: the magnitudes of {path} are {list(length.shape)}"
+                raise ModelError(what, f"[{wrapper.base.out_features}] fits.")
+        for name, value in values.items():
+            parameter = getattr(wrapper, name)
+            if parameter.is_meta:  # an adapter without its model
+                setattr(wrapper, name, nn.Parameter(value.float()))
+            else:
+                parameter.data.copy_(value)
         wrapper.loftq = needed is not None
     set_starts(model)
 
