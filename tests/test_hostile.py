@@ -126,7 +126,12 @@ GROWING = {
     "a table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * 10_000}},
     "on the way back": {"decoder": many(replace({"String": "e"}, "e" * 10), "decoders")},
     "a long token": {"model": {"type": "BPE", "vocab": {"q" * 100_000: 0}, "merges": []}},
-    "a long token of a list": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["q" * 100_000, 0.0]]}},
+    "a long prefix": {"model": {"type": "BPE", "vocab": {"q": 0}, "merges": [], "continuing_subword_prefix": "x" * 100_000}},
+    "another kind of tokens": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["q" * 1_000_000, 0.0]]}},
+    "words": {"model": {"type": "WordLevel", "unk_token": "q", "vocab": {"q": 0}}},
+    "a key that is not read": {"normalizer": {"type": "Sequence", "x": [], "normalizers": [{"type": "ByteLevel"}] * 24}},
+    "an old form of a sequence": {"normalizer": {"normalizers": [replace({"String": "e"}, "x" * 1000)]}},
+    "an old form of a step": {"decoder": {"pattern": {"String": "e"}, "content": "x" * 1000}},
     "a long added token": {"added_tokens": [added(0, "q" * 100_000)]},
     "many added tokens": {"added_tokens": [added(i, f"<{i:0>200}>") for i in range(6000)]},
     "a million tokens after a text": {"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 50_000}},
@@ -140,6 +145,10 @@ def test_a_tokenizer_that_makes_a_text_grow_is_refused(here, told, name):
     assert code == 4 and "is not a usable tokenizer: " in text
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+BYTE_LEVEL = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 def test_what_tokenizers_do_by_habit_is_no_growth():
     for more in (
         {"normalizer": {"type": "NFC"}},
@@ -149,7 +158,7 @@ def test_what_tokenizers_do_by_habit_is_no_growth():
                 "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")],
             }
         },
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, {"type": "ByteLevel", **BYTE_LEVEL}]}},
         {
             "decoder": {
                 "type": "Sequence",
@@ -157,7 +166,7 @@ def test_what_tokenizers_do_by_habit_is_no_growth():
             }
         },
     ):
-        check_growth({"model": {"vocab": {"a": 0}}} | more)
+        check_growth(more)
 
 
 def test_a_sentencepiece_model_that_makes_a_text_grow_is_refused():

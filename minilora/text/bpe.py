@@ -81,10 +81,14 @@ class BytePairs:
             j["added_tokens"] = [*j.get("added_tokens", []), *lacking]
             description = json.dumps(j)
         specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
-        vocabulary = j["model"]["vocab"]  # of Unigram a list of [token, score]
-        check_tokens(vocabulary if isinstance(vocabulary, dict) else [token for token, _ in vocabulary], specials)
+        if not isinstance(j["model"]["vocab"], dict):
+            raise ValueError("its vocabulary is no table of ids")  # but Unigram's list of scores
+        affixes = [str(j["model"].get(name)) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+        check_tokens([*j["model"]["vocab"], *affixes], specials)
         words = {t["content"]: t["id"] for t in j.get("added_tokens", []) if not t.get("special")}
         full = tokenizers.Tokenizer.from_str(description)
+        if not isinstance(full.model, models.BPE):
+            raise ValueError("its model is not byte-level BPE")
         if any(full.token_to_id(text) != i for text, i in specials.items()):
             # the library numbers added tokens one after the other, whatever the file says, unless the vocabulary has them
             j["model"]["vocab"] |= specials

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import tokenizers
+
 MOST, LONGEST_TOKEN, LONGEST_REPLACEMENT = 64, 10_000, 256  # times, characters, bytes
 MOST_ADDED = 1 << 20  # characters of all tokens beside the vocabulary: the library holds hundreds of bytes for each
 TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # the growth of steps that insert no text from the file
@@ -16,12 +18,33 @@ TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # the growth of s
 
 def check_growth(j: dict[str, Any]) -> None:
     """ValueError for a tokenizer.json (parsed) whose steps could make a text more than MOST times as long."""
+    if len(json.dumps(j.get("post_processor"))) > 1 << 20:
+        raise ValueError("its post_processor is larger than any")
+    # the steps as the library reads them, which knows older ways to write one and skips keys that it does not know
+    steps = {name: j.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    alone = json.dumps(steps | {"model": {"type": "BPE", "vocab": {}, "merges": []}})
+    j = json.loads(tokenizers.Tokenizer.from_str(alone).to_str())
     for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
         times = math.prod(_times(j.get(name)) for name in names)
         if times > MOST:
             raise ValueError(f"its {' and '.join(names)} could make a text {times:,.0f} times as long")
-    if len(json.dumps(j.get("post_processor"))) > 1 << 20:
-        raise ValueError("its post_processor is larger than any")
+
+
+def _times(step: Any) -> float:
+    """The largest factor by which a step lengthens a text of a few characters."""
+    if not isinstance(step, dict):
+        return 1
+    kind = step["type"]
+    if kind == "Sequence":
+        return math.prod(map(_times, next(v for v in step.values() if isinstance(v, list))))
+    if kind == "Replace":
+        old, new = step["pattern"].get("String"), len(step["content"])
+        return max(1, new / len(old)) if old else 1 + new  # a regular expression may match between any two characters
+    if kind == "Prepend":
+        return 1 + len(step["prepend"])
+    if kind == "Precompiled":
+        return 1 + len(step["precompiled_charsmap"])
+    return TIMES.get(kind, 1)
 
 
 def check_tokens(vocabulary: Iterable[str | bytes], added: Iterable[str] = ()) -> None:
@@ -35,23 +58,6 @@ def check_tokens(vocabulary: Iterable[str | bytes], added: Iterable[str] = ()) -
         raise ValueError(f"one of its tokens has {longest:,} characters")
     if sum(lengths) > MOST_ADDED:
         raise ValueError(f"its added tokens have {sum(lengths):,} characters")
-
-
-def _times(step: Any) -> float:
-    """The largest factor by which a step lengthens a text of a few characters."""
-    if not isinstance(step, dict):
-        return 1
-    kind = step.get("type")
-    if kind == "Sequence":
-        return math.prod(map(_times, next((v for v in step.values() if isinstance(v, list)), [])))
-    if kind == "Replace":
-        old, new = step["pattern"].get("String"), len(step["content"])
-        return max(1, new / len(old)) if old else 1 + new  # a regular expression may match between any two characters
-    if kind == "Prepend":
-        return 1 + len(step["prepend"])
-    if kind == "Precompiled":
-        return 1 + len(step["precompiled_charsmap"])
-    return TIMES.get(str(kind), 1)
 
 
 def check_replacements(model: bytes) -> None:
