@@ -17,20 +17,24 @@ LONGEST, LETTERS, MOST_WAYS = 200, 100, 10**5  # characters of a pattern, letter
 @lru_cache(None)
 def simple(pattern: str) -> re.Pattern[str] | None:
     """The pattern, compiled; None for one that is broken, or that could try for ever."""
+    return re.compile(pattern) if ways_of(pattern) <= MOST_WAYS else None
+
+
+@lru_cache(None)
+def ways_of(pattern: str) -> float:
+    """In how many ways a pattern could fit a path, at most; infinite for one that is broken or too long."""
     try:
-        if len(pattern) > LONGEST or _ways(parser.parse(pattern)) > MOST_WAYS:
-            return None
-        return re.compile(pattern)
+        return _ways(parser.parse(pattern)) if len(pattern) <= LONGEST else math.inf
     except (re.error, RecursionError, OverflowError):
-        return None
+        return math.inf
 
 
 def _ways(items: Any) -> float:
     """In how many ways a sequence of a parsed pattern could fit a text, at most."""
-    return math.prod(map(_ways_of, items))
+    return math.prod(map(_ways_of_item, items))
 
 
-def _ways_of(item: Any) -> float:
+def _ways_of_item(item: Any) -> float:
     kind, value = item
     if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
         low, high, inside = value

@@ -128,6 +128,7 @@ GROWING = {
     "a long token": {"model": {"type": "BPE", "vocab": {"q" * 100_000: 0}, "merges": []}},
     "a long prefix": {"model": {"type": "BPE", "vocab": {"q": 0}, "merges": [], "continuing_subword_prefix": "x" * 100_000}},
     "another kind of tokens": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["q" * 1_000_000, 0.0]]}},
+    "merges at random": {"model": {"type": "BPE", "vocab": {"q": 0}, "merges": [], "dropout": 0.5}},
     "words": {"model": {"type": "WordLevel", "unk_token": "q", "vocab": {"q": 0}}},
     "a key that is not read": {"normalizer": {"type": "Sequence", "x": [], "normalizers": [{"type": "ByteLevel"}] * 24}},
     "an old form of a sequence": {"normalizer": {"normalizers": [replace({"String": "e"}, "x" * 1000)]}},

@@ -33,6 +33,8 @@ from minilora import add_lora, load_model, save_adapter
 from minilora.__main__ import main
 from minilora.checkpoint import convert, unpickle
 from minilora.files.safetensors import SafetensorsFile, write_tensors
+from minilora.rows import workbook
+from minilora.rows.workbook_cells import read_cells
 from minilora.text import own_template
 
 ESC, TAG = "\x1b[31m\u202e", "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -283,6 +285,7 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
     "target_modules (a+)+$": (keys(LORA, target_modules="(.+)+x$"), ADAPTED, 0, ""),
     "target_modules of alternatives": (keys(LORA, target_modules="(.|.)" * 12 + "x"), ADAPTED, 4, "leaves out"),
     "rank_pattern (|.)(|.)": (keys(LORA, rank_pattern={"(|.)" * 30 + "x": 3}), ADAPTED, 4, "too complex"),
+    "many patterns": (keys(LORA, rank_pattern={f"{'.?' * 16}[Z{chr(0x4E00 + i)}]": 3 for i in range(9)}), ADAPTED, 4, "too complex"),
     "alpha_pattern (.|.)*": (keys(LORA, alpha_pattern={"(.|.)*x": 3}), ADAPTED, 4, "too complex"),
     "exclude_modules": (keys(LORA, exclude_modules="((.*)*)*x"), ADAPTED, 0, ""),
     "a million patterns": (keys(LORA, rank_pattern={f"a{i}": 1 for i in range(20_000)}), ADAPTED, 4, "patterns"),
@@ -491,6 +494,7 @@ def test_a_hostile_folder(name, tmp_path, good, child, monkeypatch):
     monkeypatch.setattr(own_template, "CHILD", child)
     monkeypatch.setattr(own_template, "CACHE", here / "cache")
     monkeypatch.setattr(convert, "_unpickle", _unpickled)  # a fork is a process of its own
+    monkeypatch.setattr(workbook, "cells_of", read_cells)
     size = sum(p.stat().st_size for p in here.rglob("*") if p.is_file())
 
     def work() -> list[Any]:

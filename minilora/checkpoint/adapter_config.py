@@ -1,5 +1,6 @@
 """PEFT's adapter_config.json: what of it is read, what is refused, and which linears its names and patterns mean."""
 
+import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,7 +12,7 @@ from minilora.models.moe import ExpertLinear
 from ..errors import ModelError, quote
 from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..lora import Base
-from ..patterns import simple
+from ..patterns import MOST_WAYS, simple, ways_of
 from .consumers import GATE_UP
 
 # keys of a PEFT config that change what an adapter computes beyond LoRA as it is here, and how
@@ -91,6 +92,12 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         if len(patterns) > MOST_PATTERNS:
             what = f"{folder / CONFIG}: {pattern} has {len(patterns):,} patterns"
             raise ModelError(what, f"Up to {MOST_PATTERNS:,} are read.")
+        if (
+            MOST_WAYS < sum(ways_of(p) for p in patterns) < math.inf
+        ):  # by_pattern names the one that is too complex alone
+            raise ModelError(
+                f"{folder / CONFIG}: {pattern} has patterns that are too complex", "Use the modules' names."
+            )
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
         for name, value in values.items():
             if type(value) not in kinds or not 0 < value < 1e30:

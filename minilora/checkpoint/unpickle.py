@@ -5,27 +5,14 @@ take more memory, time or disk than such a file needs, and gets no open file of 
 """
 
 import errno
-import resource
 import sys
 import zipfile
 from pathlib import Path
 
-BASE_BYTES = 16 << 30  # address space that Python and torch reserve, most of it never touched
-SECONDS, SECONDS_A_GB = 120, 60
+from ..isolated import bound
 
-
-def limit(size: int) -> None:
-    """Bound what this process may use to read a file of `size` bytes."""
-    bounds = (
-        (resource.RLIMIT_AS, BASE_BYTES + 3 * size),
-        (resource.RLIMIT_CPU, SECONDS + SECONDS_A_GB * size // 10**9),
-        (resource.RLIMIT_FSIZE, most_written(size)),
-        (resource.RLIMIT_CORE, 0),
-    )
-    for kind, most in bounds:
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+MEMORY, SECONDS, SECONDS_A_GB = 1 << 30, 120, 60
+NO_MEMORY = "it asks for more memory than a file of its size"
 
 
 def most_written(size: int) -> int:
@@ -44,7 +31,7 @@ def rewrite(source: Path, target: Path) -> str | None:
         # a file of torch before 1.6 is no zip archive and cannot be mapped
         found = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except Exception as error:  # noqa: BLE001 whatever a crafted file makes of the reader
-        text = str(error)
+        text = str(error) or NO_MEMORY  # a MemoryError says nothing
         unsafe = "Weights only load failed" in text or "Unsupported" in text
         return (
             "it holds more than tensors and was not read"
@@ -66,13 +53,17 @@ def rewrite(source: Path, target: Path) -> str | None:
         write_tensors(target, found)
         SafetensorsFile(target)  # a name or a shape that the strict reader would not take
     except (MiniloraError, RuntimeError, MemoryError) as error:
-        return str(error).partition("\n")[0] or "it asks for more memory than there is"
+        return str(error).partition("\n")[0] or NO_MEMORY
     return None
 
 
 def main(source: Path, target: Path) -> None:
     """Bounded, and with an exit code: 4 for a file that is not what it should be, 6 for a disk that is full."""
-    limit(source.stat().st_size)
+    import torch
+
+    torch.set_num_threads(1)  # each has a reserve of addresses
+    size = source.stat().st_size
+    bound(MEMORY + 3 * size, SECONDS + SECONDS_A_GB * size // 10**9, most_written(size))
     try:
         wrong = rewrite(source, target)
     except OSError as error:

@@ -61,7 +61,7 @@ def translated(path: Path, config: Config, of: Neighbour, say: Callable[[str], A
     for key, value in config.items():
         found = _meant(key, value, config, of)
         if isinstance(found, dict):
-            clash = next((name for name in found if settings.get(name, found[name]) != found[name]), None)
+            clash = next((name for name in found if name in settings and settings[name] != found[name]), None)
             if clash is not None:
                 found = Refused(f"another key gave {clash} {_shown(settings[clash])} already", "Keep one of them.")
         if isinstance(found, Refused):
@@ -75,7 +75,7 @@ def translated(path: Path, config: Config, of: Neighbour, say: Callable[[str], A
         raise UsageError(f"{path}: {names} cannot be used here{why}", first.hint)
     try:
         defaults = {k: v for k, v in of.defaults(config).items() if k not in settings}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         what = f"{path}: the defaults of {of.name} for missing keys cannot be derived from the other keys"
         raise UsageError(what, "Write the model and the ranks, layers and steps into the file, as numbers.") from None
     if defaults:
@@ -93,7 +93,7 @@ def _meant(key: str, value: Any, config: Config, of: Neighbour) -> Config | Igno
         return Ignored("empty")
     try:
         found = {rule: value} if isinstance(rule, str) else rule(value, config) if callable(rule) else rule
-    except (TypeError, ValueError, AttributeError, KeyError):
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
         found = Refused("its value is not one that this tool takes", "Correct it.")
     return Ignored("off") if isinstance(found, Refused) and value in OFF else found
 

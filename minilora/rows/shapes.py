@@ -108,7 +108,7 @@ def to_messages(value: Any, where: str, settings: DataConfig = PLAIN) -> Row:
     else:
         what = f"{where}: a row is a JSON object, not {quote(json.dumps(value))}"
         raise RowError("no object", what, "Write each row as {...}.")
-    characters = sum(len(message["content"]) for message in messages)
+    characters = sum(len(m["content"]) + (len(as_json(m["calls"])) if "calls" in m else 0) for m in messages)
     if characters > LONGEST_ROW:
         what = f"{where} has {characters:,} characters; up to {LONGEST_ROW:,} are read"
         raise RowError("text too long", what, "Divide it into several rows.")

@@ -1,4 +1,4 @@
-"""How large the sheets of a workbook are, before a library makes a cell for every place of them.
+"""How large the sheets of a workbook are, before a library makes a cell for every place of them: a user is told what to delete.
 
 A file of a few kilobytes can hold one cell in the last corner of a sheet, a million empty rows, or one merge or link over 17 billion
 places. What a sheet spans has to be in proportion to what it holds; it is read once, element by element, in a memory that does not grow.
@@ -6,35 +6,34 @@ places. What a sheet spans has to be in proportion to what it holds; it is read 
 
 import re
 import zipfile
-from contextlib import nullcontext, suppress
 from functools import cache
-from pathlib import PurePosixPath
 from xml.parsers import expat
 
 from openpyxl.utils import column_index_from_string, range_boundaries
 
-MAX_BOOK = 256 << 20  # bytes of an unpacked workbook, pictures left out
+MAX_BOOK = 256 << 20  # bytes of an unpacked workbook
+SHEETS = re.compile(r"xl/(worksheets/|comments).*\.xml")
 ROOM, SPARSE = 100_000, 20  # places of any workbook, and of one for each cell that holds something
 ROWS, COLUMNS = 1 << 20, 1 << 14  # of a sheet
 PLACES = {"c": "r", "mergeCell": "ref", "hyperlink": "ref", "comment": "ref"}  # elements that become cells, and where
 CELL = re.compile(r"([A-Z]{1,3})([0-9]{1,7})")
 HELD = {"v", "is", "f", "comment"}
-XML = (".xml", ".rels", ".vml")
-ROOTS = {"worksheet", "comments"}
+
+
+def unpacked(book: zipfile.ZipFile) -> int:
+    """The bytes of a workbook without its pictures."""
+    return sum(part.file_size for part in book.infolist() if not part.filename.startswith("xl/media/"))
 
 
 def check_size(book: zipfile.ZipFile) -> None:
-    """ValueError for a workbook that unpacks to too much, or spans far more than it holds."""
-    parts = [part for part in book.infolist() if not part.filename.startswith("xl/media/")]
-    size = sum(part.file_size for part in parts)
+    """ValueError for a workbook that unpacks to too much, or whose sheets span far more than they hold."""
+    size = unpacked(book)
     if size > MAX_BOOK:
         raise ValueError(f"it unpacks to {size >> 20:,} MiB, {MAX_BOOK >> 20} are read: save it as csv")
     spans = held = 0
-    for part in parts:
+    for name in filter(SHEETS.fullmatch, book.namelist()):
         extent = _Extent()
-        # a sheet is a sheet under any name; of what is called otherwise some is no XML, such as a printer's settings
-        may_be_other = nullcontext() if PurePosixPath(part.filename).suffix in XML else suppress(NotXML)
-        with book.open(part) as file, may_be_other:
+        with book.open(name) as file:
             extent.read(file)
         spans, held = spans + extent.spans, held + extent.held
     if spans > ROOM + SPARSE * held:
@@ -46,21 +45,12 @@ def check_size(book: zipfile.ZipFile) -> None:
 _column = cache(column_index_from_string)
 
 
-class NotXML(ValueError):
-    """A part of a workbook that is something else."""
-
-
-class _Other(Exception):
-    """The root of another kind of part."""
-
-
 class _Extent:
     """Counts the places of a sheet, or of its comments, while it is read."""
 
     def __init__(self) -> None:
         self.held = self._elements = self._covered = 0
         self._row = self._column = self._rows = self._columns = 0
-        self._root = True
 
     @property
     def spans(self) -> int:
@@ -68,25 +58,19 @@ class _Extent:
         return max(self._rows * self._columns, self._elements) + self._covered
 
     def read(self, file) -> None:
-        """Read a part of a workbook; a part of another kind ends with its first element."""
         parser = expat.ParserCreate()
         parser.StartElementHandler = self._start
         parser.StartDoctypeDeclHandler = self._refuse
         try:
             parser.ParseFile(file)
-        except _Other:
-            pass
         except expat.ExpatError as error:
-            raise NotXML(f"a part of it is not XML ({error})") from None
+            raise ValueError(f"a sheet of it is not XML ({error})") from None
 
     def _refuse(self, *_) -> None:
         raise ValueError("it declares entities")
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         name = name.rpartition(":")[2]
-        if self._root and name not in ROOTS:
-            raise _Other
-        self._root = False
         self.held += name in HELD
         if name == "row":
             self._elements += 1

@@ -1,29 +1,36 @@
 """xlsx: the rows of every visible sheet that has a header; anything else in a workbook is reported or refused.
 
-openpyxl reads the cells: python-calamine 0.9 gives cells with an error and formulas without a value as empty texts, and knows
-no comments, number formats, hidden rows and hidden columns. Excel keeps the value of a formula beside it; another program that
-wrote a formula may have left none.
+The cells are read in a process of its own (workbook_cells.py). Excel keeps the value of a formula beside it; another program
+that wrote a formula may have left none.
 """
 
 import hashlib
-import io
-import re
-import zipfile
-from datetime import date, datetime, time, timedelta
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
-from warnings import catch_warnings
+from typing import Any, NamedTuple, Self
 
 from ..errors import DataError, RowError, quote
 from ..files.regular import read_file
+from ..isolated import environment
 from .shapes import QUESTIONS, is_header
 from .sheets import Record, Sheet, header_of
 
 HEADER_WITHIN = 10  # lines of a sheet that may stand above its header
-ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
-FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 CELL_ERRORS = {"#REF!", "#N/A", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"}
-AS_STORED = ("General", "0", "@")  # formats in which Excel shows a number as it is stored
+
+
+class Area(NamedTuple):
+    """Merged cells: their name as A1:C1, and the rows and columns, from 1."""
+
+    name: str
+    first_row: int
+    last_row: int
+    first_column: int
+    last_column: int
 
 
 class Page(NamedTuple):
@@ -32,9 +39,14 @@ class Page(NamedTuple):
     title: str
     hidden: bool
     lines: list[list[str]]
-    merged: list[Any]  # openpyxl's CellRange: the name as A1:C1, and the rows and columns, from 1
+    merged: list[Area]
     uncomputed: dict[int, str]  # row -> its first cell with a formula that has no value
     notes: list[str]
+
+    @classmethod
+    def read(cls, j: dict[str, Any]) -> Self:
+        """A sheet as workbook_cells.py writes it."""
+        return cls(**j | {"merged": [Area(*a) for a in j["merged"]], "uncomputed": dict(j["uncomputed"])})
 
     def header_at(self, columns: dict[str, str]) -> int | None:
         return next((i for i, cells in enumerate(self._top()) if is_header(cells, columns)), None)
@@ -60,7 +72,7 @@ def read_xlsx(path: Path, columns: dict[str, str]) -> Sheet:
     if pages and not shown:
         raise DataError(f"{path}: every sheet that holds something is hidden", "Show the sheet that is meant.")
     if shown and not read:
-        over = next((area.coord for page in shown for area in page.merged if area.min_row <= HEADER_WITHIN), None)
+        over = next((area.name for page in shown for area in page.merged if area.first_row <= HEADER_WITHIN), None)
         more = f" ({over} is one merged cell)" if over else ""
         what = f"{path}: no header with a question and an answer{more}"
         raise DataError(what, "Name the columns prompt and response, or say --columns prompt=NAME,response=NAME.")
@@ -86,16 +98,16 @@ def _records(page: Page, at: int, path: Path, sheet: str) -> list[Record]:
     header = header_of(page.lines[at], f"{path}, {sheet}row {at + 1}")
     used = [column for column, name in enumerate(page.lines[at], 1) if name.strip()]
     records: list[Record] = []
-    merged: dict[int, list[Any]] = {}
+    merged: dict[int, list[Area]] = {}
     for area in page.merged:
-        for row in range(area.min_row, area.max_row + 1):
+        for row in range(area.first_row, area.last_row + 1):
             merged.setdefault(row, []).append(area)
     for number, cells in enumerate(page.lines[at + 1 :], at + 2):
         if not any(cells) and number not in page.uncomputed:
             continue
         place = f"{sheet}row {number}"
         part = next(
-            (a.coord for a in merged.get(number, []) if any(a.min_col <= column <= a.max_col for column in used)), None
+            (a.name for a in merged.get(number, []) if any(a.first_column <= c <= a.last_column for c in used)), None
         )
         bad = next((text for text in cells if text in CELL_ERRORS), None)
         record = dict(zip(header, cells, strict=False))
@@ -114,73 +126,26 @@ def _records(page: Page, at: int, path: Path, sheet: str) -> list[Record]:
 
 def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
     """The sheets of a workbook, and how many pictures it holds."""
-    try:
-        import openpyxl
-
-        from .sheet_size import check_size
-    except ImportError:
+    if find_spec("openpyxl") is None:
         hint = "pip install 'minilora[report]', or save it as csv."
-        raise DataError(f"{path}: openpyxl is not installed", hint) from None
+        raise DataError(f"{path}: openpyxl is not installed", hint)
     try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as book:
-            check_size(book)
-            pictures = sum(name.startswith("xl/media/") for name in book.namelist())
-            parts = [book.read(name) for name in book.namelist() if name.startswith("xl/worksheets/")]
-        computed = any(FORMULA.search(part) for part in parts)
-        with catch_warnings(action="ignore"):  # they quote the workbook as it is
-            values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
-            formulas: Any = openpyxl.load_workbook(io.BytesIO(raw)) if computed else values
-        return [_page(sheet, formulas[sheet.title]) for sheet in values.worksheets], pictures
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 a broken workbook makes the libraries raise almost anything
-        what = f"{path} is not a workbook that can be read: {' '.join(str(error).split())[:160]}"
+        found = cells_of(raw)
+    except ValueError as error:
+        what = f"{path} is not a workbook that can be read: {str(error)[:160]}"
         raise DataError(what, "Save it as xlsx again, or as csv.") from None
+    return [Page.read(page) for page in found["pages"]], found["pictures"]
 
 
-def _page(sheet: Any, formulas: Any) -> Page:
-    cells = [cell for row in sheet.iter_rows() for cell in row]
-    # a formula whose value is the empty text has the type str
-    without = [c for c in cells if c.value is None and c.data_type != "str" and formulas[c.coordinate].data_type == "f"]
-    uncomputed = {cell.row: cell.coordinate for cell in reversed(without)}
-    comments = [cell.coordinate for cell in cells if cell.comment]
-    other = [c.coordinate for c in cells if _is_number(c.value) and c.number_format not in AS_STORED]
-    hidden = [n for n, row in sheet.row_dimensions.items() if row.hidden and n <= sheet.max_row]
-    columns = sorted(letter for letter, column in sheet.column_dimensions.items() if column.hidden)
-    notes = []
-    if hidden:
-        notes.append(f"hidden rows, which are read: {len(hidden):,} (first: row {min(hidden)})")
-    if columns:
-        notes.append(f"hidden columns, which are read: {', '.join(columns)}")
-    if comments:
-        notes.append(f"comments, which are not read: {len(comments):,} (first: {comments[0]})")
-    if other:
-        notes.append(f"numbers read as they are stored, not as they are shown: {len(other):,} (first: {other[0]})")
-    lines = [[_text(cell) for cell in row] for row in sheet.iter_rows()]
-    merged = list(sheet.merged_cells.ranges)
-    return Page(sheet.title, sheet.sheet_state != "visible", lines, merged, uncomputed, notes)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _text(cell: Any) -> str:
-    """A cell as text, as Excel writes it to a csv: TRUE, whole numbers without a point, 15 digits, dates as ISO, empty as ""."""
-    value = cell.value
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).upper()
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else f"{value:.15g}"
-    if isinstance(value, datetime):
-        is_day = value.time() == time() and "h" not in cell.number_format.lower()
-        return value.date().isoformat() if is_day else value.isoformat(" ")
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        minutes, seconds = divmod(round(value.total_seconds()), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    text = ESCAPED.sub(lambda m: chr(int(m[1], 16)), str(value))  # Excel writes control characters so, as _x000D_
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def cells_of(raw: bytes) -> dict[str, Any]:
+    """What workbook_cells.py finds, in a process of its own; ValueError with what it says if it finds no workbook."""
+    command = [sys.executable, "-m", "minilora.rows.workbook_cells"]
+    with tempfile.TemporaryFile() as out:  # whose size has a bound, as no pipe has
+        child = subprocess.run(command, input=raw, stdout=out, stderr=subprocess.PIPE, env=environment(), check=False)
+        if child.returncode:
+            lines = child.stderr.decode("utf-8", "replace").splitlines()
+            raise ValueError(
+                lines[-1] if lines and child.returncode > 0 else "it takes far longer than others of its size"
+            )
+        out.seek(0)
+        return json.load(out)

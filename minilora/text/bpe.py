@@ -77,18 +77,19 @@ class BytePairs:
         lacking = [
             {"id": t.id, "content": t.content, **flags, "special": t.special} for t in more if t.content not in there
         ]
+        if "type" not in j["model"]:  # as in GPT-2's
+            j["model"]["type"] = "BPE"
+            description = json.dumps(j)
         if lacking:
             j["added_tokens"] = [*j.get("added_tokens", []), *lacking]
             description = json.dumps(j)
         specials = {t["content"]: t["id"] for t in j.get("added_tokens", [])}
-        if not isinstance(j["model"]["vocab"], dict):
-            raise ValueError("its vocabulary is no table of ids")  # but Unigram's list of scores
+        if j["model"]["type"] != "BPE" or j["model"].get("dropout"):
+            raise ValueError("its model is not byte-level BPE, or drops merges at random")
         affixes = [str(j["model"].get(name)) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
         check_tokens([*j["model"]["vocab"], *affixes], specials)
         words = {t["content"]: t["id"] for t in j.get("added_tokens", []) if not t.get("special")}
         full = tokenizers.Tokenizer.from_str(description)
-        if not isinstance(full.model, models.BPE):
-            raise ValueError("its model is not byte-level BPE")
         if any(full.token_to_id(text) != i for text, i in specials.items()):
             # the library numbers added tokens one after the other, whatever the file says, unless the vocabulary has them
             j["model"]["vocab"] |= specials

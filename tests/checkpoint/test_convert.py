@@ -230,6 +230,13 @@ def test_a_hostile_pickle_leaves_nothing(folder, tmp_path, monkeypatch, capsys, 
     assert {p.name for p in tmp_path.iterdir()} == {"m"}
 
 
+def test_a_small_pickle_gets_little_memory(folder, tmp_path, capsys):
+    """What weights_only allows can be of any size."""
+    torch.save({"a": torch.zeros(2), "b": Call(bytearray, 2 << 30)}, folder / "pytorch_model.bin")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 4
+    assert "it asks for more memory than a file of its size" in capsys.readouterr().err
+
+
 def test_the_canary_sings():
     """The same bytes do harm to a reader that trusts them."""
     assert Call(len, "abc").__reduce__() == (len, ("abc",))

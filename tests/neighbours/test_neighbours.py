@@ -209,6 +209,7 @@ def test_what_keys_of_llama_factory_mean(place: Path, changes: dict[str, Any], e
         ({"dataset": "pictures"}, "column images"),
         ({"dataset": "odd"}, "tag visitor"),
         ({"dataset": "own,named"}, "columns of different names"),
+        ({"max_samples": float("inf")}, "its value is not one"),
         ({"warmup_steps": 5}, "another key gave warmup 0.1"),
         ({"lorra_rank": 5}, "'lorra_rank'"),
         ({"adapter_name_or_path": "a"}, "new adapters"),
@@ -221,6 +222,11 @@ def test_what_llama_factory_can_and_this_cannot_is_refused_by_name(
     with pytest.raises(UsageError, match=told) as error:
         settings(LLAMA_FACTORY, **changes)
     assert error.value.hint and "refused: " in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_number_is_an_error_of_usage(place: Path):
+    with pytest.raises(UsageError, match="clip is"):
+        resolve(settings(LLAMA_FACTORY, max_grad_norm=float("nan")))
 
 
 def test_a_data_set_that_nobody_knows_is_an_error_of_data(place: Path):
@@ -253,7 +259,9 @@ def test_an_mlx_lm_config(place: Path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_layers": "x"}, {"model": None}, {"iters": None, "grad_accumulation_steps": "x"}], ids=str
+    "changes",
+    [{"num_layers": "x"}, {"iters": float("inf")}, {"model": None}, {"iters": None, "grad_accumulation_steps": "x"}],
+    ids=str,
 )
 @pytest.mark.parametrize("own", [True, False])
 def test_an_mlx_lm_config_of_no_sense_is_an_error_of_usage(place: Path, changes: dict[str, Any], own: bool):

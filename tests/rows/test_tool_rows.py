@@ -14,6 +14,7 @@ from minilora.rows import RowError, fill, to_messages, trainable
 from minilora.rows.preferences import to_pair
 from minilora.rows.questions import read_questions
 from minilora.rows.render import hashes, render_row, render_within
+from minilora.rows.shapes import LONGEST_ROW
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
@@ -191,3 +192,9 @@ def test_a_view_of_tokens_tells_calls_and_results_apart(name: str):
         "tool": "r",
     }
     assert all(t.trained for t in tokens if t.role == "assistant")
+
+
+def test_the_length_of_a_row_counts_its_calls():
+    long = calling(arguments={"k": "v" * LONGEST_ROW})
+    with pytest.raises(RowError, match="characters; up to"):
+        to_messages({"messages": [USER, long, RESULT, DONE], "tools": TOOLS}, "here")
