@@ -61,9 +61,9 @@ def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
         val, val_report = load(find_data(val_path)[0])
         notes["val"] = str(val_report)
     elif "val" in taken:
-        notes["val"] = f"{len(val):,} of these rows"
+        notes["val"] = f"{val.firsts.sum():,} of these rows"
     if "test" in taken:
-        notes["test"] = f"{len(taken['test']):,} of these rows, kept out"
+        notes["test"] = f"{taken['test'].firsts.sum():,} of these rows, kept out"
     both = np.intersect1d(train.column("question"), val.column("question"))
     if len(both):
         rows = int(np.isin(val.column("question"), both).sum())
@@ -85,8 +85,11 @@ def _divide(examples: Examples, wanted: dict[str, str], seed: int) -> tuple[Exam
     """The examples that remain, and those of each side, which is wanted as a number or a share of the rows."""
     if not wanted:
         return examples, {}
-    rest, *sides = split(examples.column("question"), counts_of(wanted, len(examples)), seed)
-    return examples.take(rest), {name: examples.take(side) for name, side in zip(wanted, sides, strict=True)}
+    questions = examples.column("question")
+    rows = questions[examples.firsts]
+    parts = split(rows, counts_of(wanted, len(rows)), seed)
+    rest, *sides = (examples.take(np.flatnonzero(np.isin(questions, rows[part]))) for part in parts)
+    return rest, dict(zip(wanted, sides, strict=True))
 
 
 def trained_rows(examples: Examples) -> np.ndarray:
@@ -100,7 +103,8 @@ def write_split(folder: Path, data: Data) -> None:
         return
     with atomic_folder(folder) as stage:
         table = {"seed": data.seed, "rows": {"train": len(data.train)}, "hashes": {}}
-        for name, examples in data.taken.items():
+        for name, pieces in data.taken.items():
+            examples = pieces.take(np.flatnonzero(pieces.firsts))
             values = [examples.value(i) for i in range(len(examples))]
             lines = [json.dumps(value, ensure_ascii=False) + "\n" for _, value in values]
             (stage / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -169,6 +169,12 @@ class Examples(Sequence[Example]):
         return np.concatenate([s.records[name] for s in self.stores])[self.order]
 
     @property
+    def firsts(self) -> np.ndarray:
+        """bool [n]: whether an example is the first of its row, of which a long text makes several."""
+        marks = [np.diff(s.records["row"], prepend=-1) != 0 for s in self.stores]
+        return np.concatenate(marks)[self.order] if marks else np.zeros(0, bool)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest example, 0 if there is none."""
         return int(self.column("length").max(initial=0))

@@ -157,6 +157,10 @@ def combinations(
     return [step | cross for step in steps for cross in crosses]
 
 
+# what decides a run beside must_match; files, which a resume knows by what they hold, go by their names here
+OWN = ("model", "data", "val", "test", "mix_general", "define", "keep")
+
+
 def name_of(values: dict[str, Any]) -> str:
     """A safe folder name made of the values."""
     text = ",".join(f"{key}={value}" for key, value in values.items()) or "run"
@@ -289,7 +293,7 @@ def _train(point: Point) -> int:
     folder = Path(point.config.output)
     if (folder / "config.yaml").is_file():
         then = resolve(read_yaml(folder / "config.yaml"))
-        same = all(getattr(then, name) == getattr(point.config, name) for name in ("model", "data", "keep"))
+        same = all(getattr(then, name) == getattr(point.config, name) for name in OWN)
         if not same or must_match(then) != must_match(point.config):
             raise OutputInUse(f"{folder} holds a run of other settings", "Give another --output, or delete that run.")
         saved, finished = any(folder.glob("checkpoints/step-*")), read_record(folder).finished

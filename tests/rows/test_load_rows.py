@@ -241,6 +241,16 @@ def test_a_split_is_written_with_hashes(tmp_path, model):
     assert sorted(shuffled.val.column("content")) == sorted(data.val.column("content"))
 
 
+def test_a_text_of_several_pieces_is_one_row_of_a_split(tmp_path, model):
+    texts = [{"text": f"{i:02} " * 50} for i in range(10)]
+    data = load_data(config(model, write(tmp_path / "x", *texts), val="0.2", test="3", max_length=40))
+    assert {name: pieces.firsts.sum() for name, pieces in data.taken.items()} == {"val": 2, "test": 3}
+    assert len(data.val) > 6 and data.train.firsts.sum() == 5 and data.notes["val"] == "2 of these rows"
+    write_split(tmp_path / "data", data)
+    lines = (tmp_path / "data" / "test.jsonl").read_text().splitlines()
+    assert len(set(lines)) == len(lines) == 3
+
+
 def test_a_folder_brings_its_validation_rows(tmp_path, model):
     (tmp_path / "f").mkdir()
     write(tmp_path / "f" / "train.json", row(1, 1), row(2, 2))

@@ -148,7 +148,7 @@ def test_runs_test_set_and_page(here):
     sweep(path, str(out), {}, console=QUIET)
     assert not [c for c in calls if c[0] == "train"]  # predictions are asked for, and found
     assert (out / "lr=0.001" / "adapter" / "adapter_model.safetensors").read_bytes() == before
-    for other in ({"lora_r": "4"}, {"keep": "last"}):
+    for other in ({"lora_r": "4"}, {"keep": "last"}, {"define": {"name": "Bobby"}}, {"mix_general": "rows.json"}):
         with pytest.raises(OutputInUse, match="other settings"):
             sweep(path, str(out), other, console=QUIET)
 
