@@ -61,8 +61,6 @@ def read_factors(folder: Folder) -> dict[str, Factors]:
         value = file.tensor(key)
         check_finite(value, f"{path}: {key}")
         halves.setdefault(found[0], {})[found[1]] = value.double()
-    if not halves:
-        raise ModelError(f"{path} holds no adapter", "Give the folder of a trained adapter, such as RUN/adapter.")
     factors = {}
     both = {name.removesuffix(".base_layer") for name in halves if name.endswith(".experts.base_layer")}
     for name, half in halves.items():

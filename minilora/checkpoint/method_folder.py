@@ -22,7 +22,7 @@ from ..lora import adapters, base_parameters, require_no_adapters, trained_param
 from ..methods.dora import DoRALinear
 from ..methods.table import PEFT_TYPES, method_of
 from ..terminal import shell
-from .load import check_finite, fingerprint
+from .load import check_finite, empty_model, fingerprint
 from .quantized import quant_of
 
 PREFIX = "base_model.model."
@@ -46,33 +46,53 @@ def load_method_folder(model: Decoder, folder: Path, j: dict[str, Any], any_base
     require_no_adapters(model)
     check_base(folder, file, model, any_base)
     model.requires_grad_(False)
+    shapes = {key: entry.shape for key, entry in file.entries.items()}
     try:
-        places = method.read(model, j, {key: entry.shape for key, entry in file.entries.items()})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder / ADAPTER_CONFIG}: {quote(str(error))}", "Make the adapter again, or merge it."
-        ) from None
+        # on a model without memory first: a header can say any size
+        check_fit(file, method.read(empty_model(model.config), j, shapes))
+        places = method.read(model, j, shapes)
+    except (ValueError, LookupError, TypeError, RuntimeError, AssertionError) as error:
+        what = f"{folder} is no {j['peft_type']} adapter of this model: {quote(str(error))}"
+        raise ModelError(what, "Make the adapter again, or merge it.") from None
     fill(file, places)
 
 
 def fill(file: SafetensorsFile, wanted: dict[str, Tensor]) -> None:
     """Copy the tensors of an adapter's file; ModelError unless it has these keys and shapes and finite numbers."""
-    if odd := sorted(wanted.keys() ^ file.entries.keys()):
-        which = "is missing" if odd[0] in wanted else "has no place in this model"
-        more = f", and {len(odd) - 1} more do not fit" if len(odd) > 1 else ""
-        raise ModelError(f"{file.path}: {odd[0]} {which}{more}", "It belongs to another base model.")
+    check_fit(file, wanted)
     for key, p in wanted.items():
         value = file.tensor(key)
-        if value.shape != p.shape or not value.is_floating_point():
-            what = f"{file.path}: {key} is {list(value.shape)} {value.dtype}"
-            raise ModelError(what, f"{list(p.shape)} fits: it belongs to another base model.")
         check_finite(value, f"{file.path}: {key}")
         with torch.no_grad():
             p.copy_(value)
 
 
+def check_fit(file: SafetensorsFile, wanted: dict[str, Tensor]) -> None:
+    """ModelError unless a file has these keys and shapes, in floating point."""
+    if odd := sorted(wanted.keys() ^ file.entries.keys()):
+        which = "is missing" if odd[0] in wanted else "has no place in this model"
+        more = f", and {len(odd) - 1} more do not fit" if len(odd) > 1 else ""
+        raise ModelError(f"{file.path}: {odd[0]} {which}{more}", "It belongs to another base model.")
+    for key, p in wanted.items():
+        entry = file.entries[key]
+        if entry.shape != tuple(p.shape) or not entry.dtype.is_floating_point:
+            what = f"{file.path}: {key} is {list(entry.shape)} {entry.dtype}"
+            raise ModelError(what, f"{list(p.shape)} fits: it belongs to another base model.")
+
+
 def weights_of(folder: Path) -> SafetensorsFile:
-    """The tensors of an adapter's folder; ModelError if it has none that can be read."""
+    """The tensors of an adapter's folder; ModelError if it has none that can be read, or an empty one."""
+    file = _weights_of(folder)
+    if not file.entries:
+        raise ModelError(f"{file.path} holds no adapter", "Give the folder of a trained adapter, such as RUN/adapter.")
+    empty = next((key for key, entry in file.entries.items() if 0 in entry.shape), None)
+    if empty is not None:
+        what = f"{file.path}: {empty} is {list(file.entries[empty].shape)}, which holds nothing"
+        raise ModelError(what, "Make the adapter again.")
+    return file
+
+
+def _weights_of(folder: Path) -> SafetensorsFile:
     if (folder / ADAPTER_WEIGHTS).exists():
         return SafetensorsFile(folder / ADAPTER_WEIGHTS)
     if (folder / MLX_WEIGHTS).exists():

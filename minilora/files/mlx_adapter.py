@@ -20,6 +20,7 @@ from ..errors import ModelError, quote
 from .safetensors import Entry, SafetensorsFile
 
 WEIGHTS = "adapters.safetensors"
+MOST_EXPERTS = 10_000  # of a layer
 KEY = re.compile(r"(?:language_model\.)?(.+)\.(lora_[ab]|m)")
 
 
@@ -73,7 +74,11 @@ class MLXAdapter(SafetensorsFile):
         end = "lora_magnitude_vector" if what == "m" else f"lora_{what[-1].upper()}.weight"
         if ".switch_mlp." in path and len(entry.shape) == 3:
             count, *shape = entry.shape
-            size = (entry.end - entry.start) // max(count, 1)
+            if not 0 < count <= MOST_EXPERTS:
+                raise ModelError(
+                    f"{self.path}: {quote(key)} is of {count:,} experts", f"1 to {MOST_EXPERTS:,} are read."
+                )
+            size = (entry.end - entry.start) // count
             for e in range(count):
                 start = entry.start + e * size
                 part = entry._replace(shape=tuple(shape), start=start, end=start + size)

@@ -19,7 +19,9 @@ from minilora.config import TrainConfig
 from minilora.console import Console
 from minilora.data import make_batch
 from minilora.errors import ModelError, UsageError
+from minilora.files.safetensors import write_tensors
 from minilora.lora import base_parameters, trained_parameters
+from minilora.methods.table import PEFT_TYPES
 from minilora.models.decoder import Decoder
 from minilora.models.quantized import widen_linears
 from minilora.run.setup import prepare
@@ -251,3 +253,33 @@ def test_a_folder_of_another_model_is_refused_in_one_line(tmp_path: Path):
         save_adapter(prepared(method), tmp_path / method)
         with pytest.raises(ModelError, match="fits|fit this|no linear|missing|has no place|another base|its layers"):
             load_adapter(tiny("qwen2", hidden_size=32, num_key_value_heads=4), tmp_path / method, any_base=True)
+
+
+DOWN = "base_model.model.model.layers.0.self_attn.o_proj.adapter_down.weight"
+HIDDEN = "transformer.prefix_encoder.trans.0.weight"
+SIZES = {
+    "nothing of any height": ("BOTTLENECK", {DOWN: (1 << 25, 0)}, "which holds nothing"),
+    "far too high": ("BOTTLENECK", {DOWN: (1 << 20, 1)}, "more do not fit"),
+    "a scalar": ("BOTTLENECK", {DOWN: ()}, "no BOTTLENECK adapter of this model"),
+    "a scalar of IA3": ("IA3", {DOWN.replace("adapter_down.weight", "ia3_l"): ()}, "no IA3 adapter of this model"),
+    "an encoder of one dimension": ("PREFIX_TUNING", {HIDDEN: (5,)}, "no PREFIX_TUNING adapter of this model"),
+    "a million tokens": ("PROMPT_TUNING", {"prompt_embeddings": (1,)}, r"\[1048576, 32\] fits"),
+    "no tensor": ("IA3", {}, "holds no adapter"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_a_header_says_is_compared_before_anything_is_made_of_it(tmp_path: Path, monkeypatch, name: str):
+    kind, shapes, told = SIZES[name]
+    model = load_model(make_model(tmp_path / "model"), device="cpu")
+    write_tensors(tmp_path / "adapter_model.safetensors", {key: torch.zeros(shape) for key, shape in shapes.items()})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "num_virtual_tokens": 1 << 20}))
+    read = PEFT_TYPES[kind].read
+
+    def without_memory(model: Decoder, *more: Any) -> dict[str, Tensor]:
+        assert model.head.is_meta
+        return read(model, *more)
+
+    monkeypatch.setattr(PEFT_TYPES[kind], "read", without_memory)
+    with pytest.raises(ModelError, match=told):
+        load_adapter(model, tmp_path)
