@@ -1,7 +1,9 @@
 """The training loop: what it learns, writes and refuses."""
 
+import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,12 @@ from tiny import make_model, make_rows
 
 import minilora
 import minilora.train as module
+from minilora.__main__ import main
 from minilora.console import Console
 from minilora.data import load_examples
 from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate
+from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters
 from minilora.settings import resolve
 from minilora.train import train
@@ -129,10 +133,26 @@ def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
         "max_steps": 30,
         "device": "cpu",
     }
-    result = train(resolve(settings), console=QUIET)
+    train(resolve(settings), console=QUIET)
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    assert minilora.load_model(result, device="cpu").head.dtype == torch.bfloat16
+    assert minilora.load_model(tmp_path / "run" / "model", device="cpu").head.dtype == torch.bfloat16
+    exact = minilora.load_model(tmp_path / "run" / "checkpoints" / "last", device="cpu")
+    file = SafetensorsFile(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    assert all(torch.equal(p, file.tensor(name)) for name, p in exact.named_parameters())
+
+
+def test_what_rounding_a_model_to_its_dtype_costs_is_told(tmp_path):
+    model, rows = make_model(tmp_path / "model", torch.bfloat16), make_rows(tmp_path / "rows.json")
+    settings = {"model": model, "data": rows, "output": tmp_path / "run", "method": "full", "lr": 1e-4, "max_steps": 3}
+    text = said(resolve(settings, {"val": "4", "device": "cpu", "compute": "float32"}))
+    found = re.search(r"rounded to bfloat16, as in config.json; .*: validation loss ([0-9.]+) now", text)
+    rows = tmp_path / "run" / "data" / "val.jsonl"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        words = ["--model", tmp_path / "run" / "model", "--data", rows, "--device", "cpu", "--compute", "float32"]
+        assert main(["eval", *map(str, words)]) == 0
+    assert found and f"loss        {found[1]} nats" in out.getvalue()
 
 
 TURNING = {  # the validation loss turns at some step between two checkpoints

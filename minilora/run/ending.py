@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.adapter import save_adapter
-from ..checkpoint.save import save_model
+from ..checkpoint.save import WIDE, save_model
 from ..config import TrainConfig
 from ..console import Console
 from ..errors import Diverged, OutOfMemory, RankLost, Stopped
+from ..evaluate import evaluate
 from ..experts import seen_note
 from ..files.atomic import locked
 from ..files.run_folder import require_outside_runs
+from ..machine.compute import name_of
+from ..objective import objective_of
 from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
 from ..report.run_page import report_quietly
@@ -97,7 +100,9 @@ def finish(run: Run, console: Console) -> Path:
     if not run.ranks.first:
         return result
     kept = load_kept_step(run)
+    rounded = None
     if run.plan.full:
+        rounded = _round(run)
         save_model(run.model, result, run.config.model)
     else:
         save_adapter(run.model, result, run.config.model)
@@ -106,9 +111,26 @@ def finish(run: Run, console: Console) -> Path:
         f"done    {run.progress.step} steps in {run.progress.seconds:,.0f} s",
         f"{result.name:<7} {result}",
         f"        is {kept}",
+        *(f"        {note}" for note in [rounded] if note),
         *(f"experts {note}" for note in [seen_note(run.model)] if note),
         f"loss    {plot_loss(run.folder)}",
         f"report  {report_quietly(run.folder)}",
     ]
     console.say("\n".join(lines))
     return result
+
+
+@torch.no_grad()
+def _round(run: Run) -> str | None:
+    """Round a model that was trained in fp32 to the dtype of its config.json; a line with what that does, if it does anything."""
+    own = run.model.config.dtype
+    wide = [p for name, p in run.model.named_parameters() if p.dtype != own and not WIDE.fullmatch(name)]
+    if not wide:
+        return None
+    for p in wide:
+        p.copy_(p.to(own))
+    told = f"rounded to {name_of(own)}, as in config.json; the snapshots in {run.checkpoints} are not"
+    if not run.plan.val:
+        return told
+    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens, objective=objective_of(run.config))
+    return f"{told}: validation loss {score.loss:.4f} now"

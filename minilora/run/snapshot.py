@@ -19,7 +19,7 @@ from ..checkpoint.method_folder import file_keys, state_beside
 from ..checkpoint.save import write_checkpoint
 from ..errors import CheckpointMismatch
 from ..files.atomic import added, atomic_folder, discard, remove, verify_manifest, write_link
-from ..files.model_folder import ADAPTER_WEIGHTS
+from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
 from ..files.regular import SMALL, read_file
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..files.strict_json import parse_json
@@ -54,6 +54,10 @@ def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) 
     parameters = dict(model.named_parameters())
     shapes = {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_checkpoint(folder, shapes, parameters.__getitem__, base, shard_bytes=1 << 62)
+    j = dict(ModelFolder(base).config)  # of another dtype: who opens the folder would round the weights
+    for part in (j, *(v for v in j.values() if isinstance(v, dict))):
+        part |= {key: "float32" for key in ("dtype", "torch_dtype") if key in part}
+    (folder / "config.json").write_text(json.dumps(j, indent=2) + "\n")
 
 
 def load_snapshot(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> None:
