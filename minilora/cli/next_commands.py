@@ -1,9 +1,9 @@
 """What can be done with a finished run."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from ..config import TrainConfig
+from ..config import DataConfig, TrainConfig
 from ..terminal import shell
 
 BESIDE = ("prefix", "prompt", "bottleneck")  # methods whose adapters cannot be merged
@@ -11,19 +11,31 @@ BESIDE = ("prefix", "prompt", "bottleneck")  # methods whose adapters cannot be 
 
 def next_commands(config: TrainConfig) -> list[str]:
     """Commands to type: talk with what was trained, measure it, merge it."""
+    from ..rows.sources import measured
+
     run = Path(config.output)
     if config.method == "full":
         return [shell("chat", "--model", run / "model")]
     both = ("--model", Path(config.model), "--adapter", run / "adapter")
-    split_off = run / "data" / "val.jsonl"
-    rows = config.val if Path(config.val).is_file() else split_off if split_off.is_file() else config.data
+    rows = measured(config, run)
     # a file that was split off is UTF-8
-    reading = (replace(config, encoding="") if rows == split_off else config).reading_flags()
-    reading += [] if config.train_end else ["--no-train-end"]
+    reading = _reading(replace(config, encoding="") if run in rows.parents else config)
     bits = () if config.quant == "keep" else ("--quant", config.quant)
-    measure = [shell("eval", *both, *bits, "--data", Path(rows), *reading)]
+    measure = [shell("eval", *both, *bits, "--data", rows, *reading)]
     return [
         shell("chat", *both, *bits),
         *(measure if config.objective == "sft" else []),  # eval reads answers as they are
         *([] if config.method in BESIDE else [shell("merge", *both, "--output", run / "merged")]),
     ]
+
+
+def _reading(config: DataConfig) -> list[object]:
+    """The flags with which eval reads rows as a run did."""
+    words: list[object] = list(config.reading_flags())
+    told = {word for word in words if isinstance(word, str)}
+    for f in fields(DataConfig):
+        value, flag = getattr(config, f.name), f.name.replace("_", "-")
+        if value in (f.default, {}) or f"--{flag}" in told:
+            continue
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
+    return words

@@ -200,6 +200,7 @@ def make_samples(run: Record, count: int) -> None:
     from ..checkpoint.open_model import open_model
     from ..generate import Request, decode
     from ..rows.questions import read_questions
+    from ..rows.sources import measured
     from ..sampling import read_generation
     from ..settings import resolve
     from ..text.tokenizer import load_tokenizer
@@ -209,12 +210,11 @@ def make_samples(run: Record, count: int) -> None:
         raise UsageError(
             f"{run.folder} has no adapter", "Samples before and after are of a finished run with adapters."
         )
-    rows = config["val"] if Path(str(config.get("val") or "")).is_file() else config["data"]
-    tokenizer = load_tokenizer(config["model"])
-    questions = read_questions(rows, tokenizer, resolve(config))
+    tokenizer, settings = load_tokenizer(config["model"]), resolve(config)
+    questions = read_questions(measured(settings, run.folder), tokenizer, settings)
     chosen = [questions[i] for i in sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())]
     device = None if config.get("device", "auto") == "auto" else config["device"]
-    model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device)
+    model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device, quant=settings.quant)
     stop = read_generation(Path(config["model"]))[1] | tokenizer.stop_ids
 
     def answers() -> list[str]:

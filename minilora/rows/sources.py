@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..config import TrainConfig
 from ..errors import DataError, UsageError
+from .files import find_data
 from .token_store import Examples
 
 SPEC = re.compile(r"(?P<path>.+?)(?:#(?P<first>:?)(?P<count>\d{1,15}))?(?:@(?P<rate>[0-9.]+))?", re.DOTALL)
@@ -51,6 +53,17 @@ def _parse(text: str) -> Source:
     if count == 0:
         raise UsageError(f"{text}: no row is wanted", "Write path#500.")
     return Source(match["path"], count, match["first"] == ":", rate)
+
+
+def measured(config: TrainConfig, run: Path) -> Path:
+    """The rows that a run is measured on: those of its validation, else those that it was trained on, of several files the first."""
+    if config.val and Path(config.val).is_file():
+        return Path(config.val)
+    split_off = run / "data" / "val.jsonl"
+    if split_off.is_file():
+        return split_off
+    found, beside = find_data(parse_sources(config.data)[0].path)
+    return beside or found
 
 
 def draw(source: Source, rows: int, seed: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -742,6 +743,21 @@ def test_a_run_whose_name_begins_with_a_dash_tells_commands_that_are_taken(tmp_p
     config = resolve(read_yaml(Path("-run/config.yaml")), {"output": "-run"})
     chat, measure, merge = map(shlex.split, next_commands(config))
     assert cli(*measure[1:])[0] == cli(*merge[1:])[0] == cli(*chat[1:], "--prompt", "x", "--max-tokens", "1")[0] == 0
+
+
+def test_the_next_command_measures_what_the_run_measured(tmp_path, cli, model, rows):
+    """By the same settings, on the rows that were split off, or on the file of a folder."""
+    more = ("--val", "4", "--loss-on", "last", "--no-train-end", "--max-length", "90")
+    code, said, _ = train(cli, tmp_path / "out", model, rows, *more, "--max-steps", "1")
+    assert code == 0
+    measure = next(line for line in said.splitlines() if line.startswith("  minilora eval"))
+    assert measure.endswith("data/val.jsonl --loss-on last --no-train-end --max-length 90")
+    code, told, _ = cli(*shlex.split(measure)[1:])
+    assert code == 0 and re.findall(r"validation loss ([0-9.]+)", said)[-1] == re.findall(r"loss +([0-9.]+)", told)[0]
+    (tmp_path / "folder").mkdir()
+    shutil.copy(rows, tmp_path / "folder" / "train.json")
+    code, said, _ = train(cli, tmp_path / "other", model, tmp_path / "folder", "--max-steps", "1")
+    assert code == 0 and f"--data {tmp_path / 'folder' / 'train.json'}" in said
 
 
 @pytest.mark.parametrize(

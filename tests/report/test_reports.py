@@ -330,6 +330,15 @@ def test_adapter_norms_are_those_of_the_product(tmp_path, monkeypatch):
     assert main(["report", str(run), "--samples", "2"]) == 0
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 and any(s["before"] != s["after"] for s in samples)
+    opened = []
+    monkeypatch.setattr(
+        "minilora.checkpoint.open_model.load_model",
+        lambda *args, **more: opened.append(more["quant"]) or load_model(*args, **more),
+    )
+    made = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(made.replace("quant: keep", "quant: int8"))
+    assert main(["report", str(run), "--samples", "2"]) == 0 and opened == ["int8"]  # on the bits of the training
+    (run / "config.yaml").write_text(made)
     record = read_record(run)
     assert record.finished and record.data["train_rows"] == 14 and sum(record.data["trained_lengths"].values()) == 14
     assert record.data["tokens"] == sum(
