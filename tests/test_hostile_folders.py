@@ -286,6 +286,7 @@ FOLDERS: dict[str, tuple[Change, str, int, str]] = {
     "target_modules of alternatives": (keys(LORA, target_modules="(.|.)" * 12 + "x"), ADAPTED, 4, "leaves out"),
     "rank_pattern (|.)(|.)": (keys(LORA, rank_pattern={"(|.)" * 30 + "x": 3}), ADAPTED, 4, "too complex"),
     "many patterns": (keys(LORA, rank_pattern={f"{'.?' * 16}[Z{chr(0x4E00 + i)}]": 3 for i in range(9)}), ADAPTED, 4, "too complex"),
+    "a broken pattern behind many": (keys(LORA, rank_pattern={f"{'.?' * 16}[Z{chr(0x4E00 + i)}]": 3 for i in range(9)} | {"(": 3}), ADAPTED, 4, "too complex"),
     "alpha_pattern (.|.)*": (keys(LORA, alpha_pattern={"(.|.)*x": 3}), ADAPTED, 4, "too complex"),
     "exclude_modules": (keys(LORA, exclude_modules="((.*)*)*x"), ADAPTED, 0, ""),
     "a million patterns": (keys(LORA, rank_pattern={f"a{i}": 1 for i in range(20_000)}), ADAPTED, 4, "patterns"),

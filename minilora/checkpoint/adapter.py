@@ -308,7 +308,7 @@ def _plan(
         own_name = as_parameter(path, linear)
         name = own_name if meant(parameters, own_name, set()) else path
         name = found["A"].name or name if "A" in found else name
-        r, alpha = (by_pattern(folder, j, pattern, name, j[key]) for pattern, key in PATTERNS)
+        r, alpha = (by_pattern(j, pattern, name, j[key]) for pattern, key in PATTERNS)
         if "A" in found and found["A"].name:
             # of gate or up, or of an expert; where gate and up have an A each, it is one of twice the rank, at the same scale
             times = found["A"].shape[-2] // r

@@ -1,6 +1,5 @@
 """PEFT's adapter_config.json: what of it is read, what is refused, and which linears its names and patterns mean."""
 
-import math
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -92,12 +91,13 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
         if len(patterns) > MOST_PATTERNS:
             what = f"{folder / CONFIG}: {pattern} has {len(patterns):,} patterns"
             raise ModelError(what, f"Up to {MOST_PATTERNS:,} are read.")
-        if (
-            MOST_WAYS < sum(ways_of(p) for p in patterns) < math.inf
-        ):  # by_pattern names the one that is too complex alone
-            raise ModelError(
-                f"{folder / CONFIG}: {pattern} has patterns that are too complex", "Use the modules' names."
-            )
+        for p in patterns:
+            if simple(p) is None:
+                what = f"{folder / CONFIG}: {pattern} has a pattern that is broken or too complex: {quote(p)}"
+                raise ModelError(what, "Use the modules' names.")
+        if sum(map(ways_of, patterns)) > 2 * MOST_WAYS:
+            what = f"{folder / CONFIG}: {pattern} has patterns that are too complex together"
+            raise ModelError(what, "Use the modules' names.")
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}
         for name, value in values.items():
             if type(value) not in kinds or not 0 < value < 1e30:
@@ -160,13 +160,11 @@ def _parts(path: str) -> list[int]:
     return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
 
 
-def by_pattern(folder: Path, j: dict[str, Any], key: str, path: str, default: Any) -> Any:
+def by_pattern(j: dict[str, Any], key: str, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a path, as PEFT reads rank_pattern and alpha_pattern."""
     for pattern, value in (j.get(key) or {}).items():
         plain = simple(pattern)
-        if plain is None:
-            what = f"{folder / CONFIG}: {key} has a pattern that is broken or too complex: {quote(pattern)}"
-            raise ModelError(what, "Use the modules' names.")
+        assert plain is not None, pattern  # refuse_what_is_not_lora has looked
         # at the start, or after any dot
         if any(plain.fullmatch(path, at) for at in _parts(path)):
             return value

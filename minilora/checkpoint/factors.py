@@ -68,8 +68,8 @@ def read_factors(folder: Folder) -> dict[str, Factors]:
         if stacked:
             factors |= _of_experts(folder, j, stacked[1], half, bool(stacked[2]), stacked[1] in both)
             continue
-        r = by_pattern(folder.path, j, "rank_pattern", name, j["r"])
-        alpha = by_pattern(folder.path, j, "alpha_pattern", name, j["lora_alpha"])
+        r = by_pattern(j, "rank_pattern", name, j["r"])
+        alpha = by_pattern(j, "alpha_pattern", name, j["lora_alpha"])
         shapes = {which: list(t.shape) for which, t in half.items()}
         if [len(s) for s in shapes.values()] != [2, 2] or not shapes["A"][0] == shapes["B"][1] == r:
             told = ", ".join(f"lora_{which} {shape}" for which, shape in sorted(shapes.items()))
@@ -90,10 +90,7 @@ def _of_experts(
     named = [str(name).rpartition(".")[2] for name in j.get("target_parameters") or []]
     leaf = "gate_up_proj" if inner or (not both and "down_proj" not in named) else "down_proj"
     path = f"{layer}.{leaf}"
-    r, alpha = (
-        by_pattern(folder.path, j, f"{key}_pattern", path, j[own])
-        for key, own in (("rank", "r"), ("alpha", "lora_alpha"))
-    )
+    r, alpha = (by_pattern(j, f"{key}_pattern", path, j[own]) for key, own in (("rank", "r"), ("alpha", "lora_alpha")))
     a, b = half.get("A"), half.get("B")
     if a is None or b is None or a.shape[0] != b.shape[1] or a.shape[0] % r:
         told = ", ".join(f"lora_{which} {list(t.shape)}" for which, t in sorted(half.items()))

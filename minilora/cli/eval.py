@@ -58,6 +58,7 @@ def run(
             rounded = evaluate(decoder, examples, settings.max_length, ranks)
     if json:
         found = {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "rows": len(examples)}
+        found |= {"left_out": report.rows - report.kept}
         say(dumps(found | ({} if rounded is None else {"int8_loss": rounded.loss})), whole=True)
         return 0
     say(f"data        {report}")

@@ -20,7 +20,7 @@ from ..errors import ModelError, quote
 from .safetensors import Entry, SafetensorsFile
 
 WEIGHTS = "adapters.safetensors"
-MOST_EXPERTS = 10_000  # of a layer
+MOST_MATRICES = 1_000_000  # of experts
 KEY = re.compile(r"(?:language_model\.)?(.+)\.(lora_[ab]|m)")
 
 
@@ -63,6 +63,7 @@ class MLXAdapter(SafetensorsFile):
     def __init__(self, path: Path):
         super().__init__(path)
         self._transposed: set[str] = set()
+        self._matrices = 0
         self.entries = dict(pair for key, entry in self.entries.items() for pair in self._as_peft(key, entry))
 
     def _as_peft(self, key: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
@@ -74,10 +75,10 @@ class MLXAdapter(SafetensorsFile):
         end = "lora_magnitude_vector" if what == "m" else f"lora_{what[-1].upper()}.weight"
         if ".switch_mlp." in path and len(entry.shape) == 3:
             count, *shape = entry.shape
-            if not 0 < count <= MOST_EXPERTS:
-                raise ModelError(
-                    f"{self.path}: {quote(key)} is of {count:,} experts", f"1 to {MOST_EXPERTS:,} are read."
-                )
+            self._matrices += count
+            if 0 in entry.shape or self._matrices > MOST_MATRICES:
+                what = f"{self.path}: {quote(key)} is {list(entry.shape)}"
+                raise ModelError(what, f"Up to {MOST_MATRICES:,} matrices of experts are read, and none that is empty.")
             size = (entry.end - entry.start) // count
             for e in range(count):
                 start = entry.start + e * size

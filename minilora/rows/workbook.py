@@ -138,14 +138,15 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
 
 
 def cells_of(raw: bytes) -> dict[str, Any]:
-    """What workbook_cells.py finds, in a process of its own; ValueError with what it says if it finds no workbook."""
+    """What workbook_cells.py finds, in a process of its own; ValueError with what it says if that is no workbook."""
     command = [sys.executable, "-m", "minilora.rows.workbook_cells"]
     with tempfile.TemporaryFile() as out:  # whose size has a bound, as no pipe has
         child = subprocess.run(command, input=raw, stdout=out, stderr=subprocess.PIPE, env=environment(), check=False)
         if child.returncode:
             lines = child.stderr.decode("utf-8", "replace").splitlines()
-            raise ValueError(
-                lines[-1] if lines and child.returncode > 0 else "it takes far longer than others of its size"
-            )
+            said = lines[-1] if lines and child.returncode > 0 else "it takes far longer than others of its size"
+            if child.returncode == 6:
+                raise DiskError(f"{tempfile.gettempdir()}: {said}", "Free some space there, or set TMPDIR.")
+            raise ValueError(said)
         out.seek(0)
         return json.load(out)

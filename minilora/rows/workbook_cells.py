@@ -5,8 +5,10 @@ python-calamine 0.9 would be faster, but gives cells with an error and formulas 
 comments, number formats, hidden rows and hidden columns.
 """
 
+import errno
 import io
 import json
+import os
 import re
 import sys
 import zipfile
@@ -22,6 +24,7 @@ from .sheet_size import MAX_BOOK, check_size, unpacked
 ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 AS_STORED = ("General", "0", "@")  # formats in which Excel shows a number as it is stored
+TOO_MUCH = "it takes far more memory than a workbook of its size"
 MEMORY, SECONDS = 256 << 20, 60  # for any workbook
 MEMORY_A_BYTE, SECONDS_A_MIB, MOST = (
     60,
@@ -38,8 +41,12 @@ def main() -> None:
         bound(min(MEMORY + MEMORY_A_BYTE * size, MOST), SECONDS + SECONDS_A_MIB * (size >> 20), MAX_BOOK)
         json.dump(read_cells(raw), sys.stdout)
         sys.stdout.flush()
-    except (MemoryError, OSError):
-        sys.exit("it takes far more memory than a workbook of its size")
+    except MemoryError:
+        sys.exit(TOO_MUCH)
+    except OSError as error:  # what was not written yet would be tried again by an orderly end
+        full = error.errno != errno.EFBIG
+        print(error.strerror if full else TOO_MUCH, file=sys.stderr, flush=True)
+        os._exit(6 if full else 1)
     except (zipfile.BadZipFile, ValueError) as error:
         sys.exit(str(error))
 

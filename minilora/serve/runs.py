@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.routing import Route
 
 from ..errors import DataError
 from ..files.atomic import in_use
-from ..files.regular import SMALL, open_file, read_file
+from ..files.regular import open_file, read_file
 from ..files.strict_json import parse_json
 from .app import SSE, event
 from .bodies import Refused
@@ -22,7 +23,7 @@ from .bodies import Refused
 KEYS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "time")
 DEPTH, MOST_RUNS, MOST_POINTS = 2, 500, 2000
 TAIL = 64 << 10  # bytes at the end of metrics.jsonl, in which its last steps are
-MOST_READ = 4 << 20  # bytes of metrics.jsonl at one look
+MOST_READ = 4 << 20  # bytes of metrics.jsonl at one look, and of data.json
 EVERY = 0.5  # seconds between two looks at a file
 # a page of a run runs no script but its own, and knows no key and no cookie of this server
 REPORT = {
@@ -121,9 +122,15 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _steps(folder: Path) -> int | None:
     try:
-        steps = parse_json(read_file(folder / "data.json", DataError, SMALL))["steps"]
+        return _steps_in(folder / "data.json", (folder / "data.json").stat().st_mtime_ns)
     except (OSError, DataError, ValueError, KeyError, TypeError):
         return None
+
+
+@lru_cache(MOST_RUNS)
+def _steps_in(path: Path, changed: int) -> int | None:
+    """The steps that a data.json tells, read once for each time at which it was changed."""
+    steps = parse_json(read_file(path, DataError, MOST_READ))["steps"]
     return steps if isinstance(steps, int) and _finite(steps) else None
 
 

@@ -1,7 +1,7 @@
 """Limits how much a tokenizer can lengthen a text before splitting it: a few characters must not become gigabytes.
 
 The tokenizers library runs the steps that a tokenizer.json lists, and a SentencePiece model holds a table of replacements. Both
-are checked before use. Regular expressions need no check here: the library gives up after a number of tries.
+are checked before use. How long a regular expression of a step may try is left to the library.
 """
 
 import json

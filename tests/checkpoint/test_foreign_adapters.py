@@ -118,3 +118,16 @@ def test_experts_of_an_older_unsloth_are_refused(tmp_path: Path, layout: str | N
     else:
         with pytest.raises(ModelError, match="lora_B_layout"):
             load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1 << 30, 0, 5), 1), ((600_000, 1, 1), 2)])
+def test_an_mlx_adapter_of_more_experts_than_any_is_refused(tmp_path: Path, shape: tuple[int, ...], count: int):
+    """A header of a few bytes would become an entry for each."""
+    keys = [f"model.layers.{i}.mlp.switch_mlp.up_proj.lora_a" for i in range(count)]
+    tensors = {key: torch.zeros(shape, dtype=torch.bfloat16) for key in keys}
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 1, "scale": 1.0}})
+    )
+    with pytest.raises(ModelError, match="matrices of experts are read"):
+        read_factors(tmp_path)

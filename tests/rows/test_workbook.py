@@ -10,7 +10,7 @@ import openpyxl
 import pytest
 from openpyxl.comments import Comment
 
-from minilora.errors import DataError
+from minilora.errors import DataError, DiskError
 from minilora.rows import open_rows, read_rows, sheet_size, trainable, workbook
 from minilora.rows.workbook import cells_of, read_xlsx
 from minilora.rows.workbook_cells import read_cells
@@ -227,3 +227,10 @@ def test_a_sheet_that_the_measure_does_not_see_takes_no_more_than_the_bound(tmp_
 def test_no_workbook_is_told_in_one_line():
     with pytest.raises(ValueError, match="^File is not a zip file$"):
         cells_of(b"x")
+
+
+def test_a_full_temporary_disk_is_told_as_one(tmp_path, monkeypatch):
+    raw = spoiled(tmp_path / "x.xlsx", str).read_bytes()
+    monkeypatch.setattr(workbook.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115
+    with pytest.raises(DiskError, match="No space left on device"):
+        cells_of(raw)
