@@ -29,10 +29,10 @@ def caveats(runs: list[Record]) -> list[str]:
             found.append(f"the answers of {run.letter} are of other weights than its adapter has now: predict again")
         found += _leaked(run)
     for run in runs:
-        if run.metrics and not run.finished:
+        if run.step and not run.finished:
             how = "is going on" if run.going_on else "is not finished"
             found.append(f"{run.letter} {how}: {run.step:,} of {run.steps:,} steps")
-    found += _of_pairs([run for run in runs if run.metrics], _trainings)
+    found += _of_pairs([run for run in runs if run.step], _trainings)
     if any(len(r.rows) < 100 for r in answered):
         found.append("fewer than 100 test rows: intervals are wide, and small differences cannot be seen")
     return found

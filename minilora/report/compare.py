@@ -56,7 +56,7 @@ def comparison(runs: list[Record], failed: Sequence[str] = ()) -> Document:
         ["run", "folder", "trained", "test rows"], [[r.name, str(r.folder), _trained(r), len(r.rows)] for r in runs]
     )
     _scores(page, runs)
-    _losses(page, [run for run in runs if run.metrics])
+    _losses(page, [run for run in runs if run.step])
     _lengths(page, [run for run in runs if run.data])
     for line in over_the_limit(runs):
         page.text(line)
@@ -65,7 +65,7 @@ def comparison(runs: list[Record], failed: Sequence[str] = ()) -> Document:
 
 
 def _trained(run: Record) -> str:
-    if not run.metrics:
+    if not run.step:
         return "no training"
     return f"{run.step:,} steps" + ("" if run.finished else " (not finished)")
 
@@ -115,7 +115,7 @@ def verdicts(runs: list[Record]) -> list[str]:
             (loss, step), rest = _best(best), ", ".join(f"{run.letter} {_best(run)[0]:.4g}" for run in others)
             found.append(f"{best.letter} has the lowest validation loss: {loss:.4g} at step {step:,} ({rest}).")
     found += [f"{run.letter}: {verdict(run)}" for run in runs if made_worse(run)]
-    return found or [f"{run.letter}: {verdict(run)}" for run in runs if run.metrics]
+    return found or [f"{run.letter}: {verdict(run)}" for run in runs if run.step]
 
 
 def _answered_alike(runs: list[Record]) -> list[Record]:
@@ -240,7 +240,7 @@ def loss_rows(runs: list[Record]) -> list[list[str]]:
         row("steps", lambda run: f"{run.step:,}"),
         row("tokens read", lambda run: f"{run.total('tokens'):,}"),
         row("of these trained", lambda run: f"{run.total('target_tokens'):,}"),
-        row("time", lambda run: clock(run.metrics[-1]["time"])),
+        row("time", lambda run: clock(run.time)),
         row("tokens a second, median", lambda run: f"{run.speed:,.0f}", lambda run: run.speed),
         row("peak memory", lambda run: f"{run.memory:.2f} GB", lambda run: -run.memory),
     ]

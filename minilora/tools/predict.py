@@ -195,7 +195,7 @@ def _earlier(folder: Path, overwrite: bool) -> tuple[Any, dict[str, Any] | None,
     if {ROWS, RESULTS} <= here:
         results = read_json_file(folder / RESULTS)
         return results.get("settings", {}), results, {}
-    settings, *lines = read_json_lines(folder / PART) or [None]
+    settings, *lines = [*read_json_lines(folder / PART)] or [None]
     if here and settings is None:
         hint = "Give another --output, or --overwrite to start again."
         raise OutputInUse(f"{folder} holds {', '.join(sorted(here))}, and not how it was made", hint)

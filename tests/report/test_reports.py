@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -360,6 +361,18 @@ def test_a_run_that_ends_early_leaves_no_page_that_says_it_goes_on(tmp_path, mon
     assert 'http-equiv="refresh"' in seen[0] and 'http-equiv="refresh"' not in page
 
 
+def test_the_page_of_a_long_run_takes_few_bytes_a_step(tmp_path):
+    peaks = []
+    for steps in (600, 1600):
+        make_run(tmp_path / str(steps), losses=[1.0 + i % 7 for i in range(steps)], val=[(0, 3.0), (9, 2.0)])
+        report(tmp_path / str(steps))  # what is loaded once
+        tracemalloc.start()
+        report(tmp_path / str(steps))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 1000 < 250  # 13 columns of 8 bytes, smoothed ones, and one that is sorted
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         read_record(tmp_path / "none")
@@ -370,6 +383,9 @@ def test_folders_that_are_no_runs(tmp_path):
         compare([str(run)], tmp_path / "page.html")
     (run / "predict" / "generated_predictions.jsonl").write_text('{"predict": 1}\n')
     with pytest.raises(DataError, match="damaged"):
+        read_record(run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": "low"}\n')
+    with pytest.raises(DataError, match="metrics.jsonl: a file of this run holds what no run writes"):
         read_record(run)
 
 
