@@ -29,6 +29,8 @@ def verdict(run: Record) -> str:
             "what was learnt beyond the training rows (--val 0.05)."
         )
     (step, best), first, last = run.best, run.val[0], run.val[-1]
+    if step == 0 and not made_worse(run):
+        return f"Training did not lower the validation loss: {best:.4g} before it, {last[1]:.4g} at the end."
     if step == 0:
         return f"Training made it worse: the validation loss was lowest before training ({best:.4g}, and {last[1]:.4g} at the end)."
     fell = f"from {first[1]:.4g} to {best:.4g} at step {step:,} of {run.steps:,}"
@@ -39,7 +41,8 @@ def verdict(run: Record) -> str:
 
 def made_worse(run: Record) -> bool:
     """Whether every validation of a finished run was worse than the one before training."""
-    return run.finished and run.best is not None and run.best[0] == 0 and len(run.val) > 1
+    step, lowest = run.best or (None, math.nan)
+    return run.finished and step == 0 and len(run.val) > 1 and not any(loss <= lowest for _, loss in run.val[1:])
 
 
 def over_fitted(run: Record) -> bool:
@@ -110,7 +113,7 @@ def _validation(run: Record) -> str:
     (best_step, best), last = run.best, run.val[-1][1]
     if best_step == 0:
         return (
-            f"Validation was best before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
+            f"Validation was never better than before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
             "or the lr is too high."
         )
     if over_fitted(run):

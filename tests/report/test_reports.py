@@ -266,10 +266,22 @@ CURVES = {
     "broken": ([2.0] * 20 + [math.nan], [], "not finite from step 21"),
     "over-fits": ([4 * 0.95**i for i in range(60)], [(0, 4.0), (20, 2.0), (40, 2.2), (60, 2.6)], "best at step 20"),
     "fits": ([4 * 0.95**i for i in range(60)], [(0, 4.0), (20, 2.0), (60, 1.5)], "no over-fitting is seen"),
-    "unlearns": ([4 * 0.95**i for i in range(60)], [(0, 2.0), (60, 2.6)], "best before training"),
+    "unlearns": ([4 * 0.95**i for i in range(60)], [(0, 2.0), (60, 2.6)], "never better than before training"),
     "short": ([2.0] * 5, [], "too few to read"),
     "spike": ([2.0] * 30 + [9.0] + [2.0] * 30, [], "first: step 31"),
 }
+
+
+def test_what_is_equal_is_not_called_the_best(tmp_path):
+    val = [(0, 0.5), (40, 0.5)]
+    a, b, c = (make_run(tmp_path / name, answers=["一个答案"] * 9, val=val) for name in "abc")
+    found = "\n".join(compare([str(a), str(b)], tmp_path / "page.html"))
+    assert "A and B have the same score on the test set: rougeL_char 100.00" in found and "B is as high as A" in found
+    assert "A and B have the same validation loss: 0.5." in found and "worst" not in found and "worse" not in found
+    assert "Training did not lower the validation loss: 0.5 before it" in verdict(read_record(a))
+    write_answers(c / "predict", ["别的"] * 9)
+    found = "\n".join(compare([str(a), str(b), str(c)], tmp_path / "page.html"))
+    assert "A and B have the same highest score" in found and "has the" not in found
 
 
 @pytest.mark.parametrize("name", CURVES)
