@@ -26,7 +26,7 @@ def caveats(runs: list[Record]) -> list[str]:
                 f"{cut:,} of {len(run.rows):,} answers of {run.letter} were cut at {decoding.get('max_tokens')} tokens"
             )
         if run.stale_answers:
-            found.append(f"the answers of {run.letter} are of other weights than its adapter has now: predict again")
+            found.append(f"the answers of {run.letter} are of other weights than the run has now: predict again")
         found += _leaked(run)
     for run in runs:
         if run.step and not run.finished:

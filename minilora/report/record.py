@@ -1,7 +1,9 @@
 """What a run left behind, read back for a report: its settings, its curve, its data, its answers to a test set."""
 
+import hashlib
 import json
 import math
+import os
 import statistics
 from array import array
 from collections.abc import Iterator, Sequence
@@ -14,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, UsageError, quote
+from ..errors import DataError, ModelError, UsageError, quote
 from ..files.atomic import in_use, sha256
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..files.regular import SMALL, read_file
+from ..files.regular import SMALL, open_file, read_file
 from ..files.strict_json import parse_json, read_json_lines
 from ..settings import read_yaml
 from .curve import Curve, Point, smoothed
@@ -84,7 +86,12 @@ class Record:
 
     @property
     def stale_answers(self) -> bool:
-        """Whether the answers are of other weights than the run's adapter has now, as where it was trained on after they were given."""
+        """Whether the answers are of other weights than the run has now, as where it was trained on after they were given."""
+        if self.config.get("method") == "full":
+            sampled = self.decoded.get("model_hash")  # none, before models were sampled
+            return (
+                sampled is not None and (self.folder / "model").is_dir() and sampled != sample_of(self.folder / "model")
+            )
         adapter, then = self.folder / "adapter", self.decoded.get("weights_hash")
         if not isinstance(then, str) or len(then) != 48:  # of a base alone, or from before configs were hashed
             return False
@@ -199,6 +206,17 @@ class Record:
 def hash_of(*files: Path) -> str:
     """16 hex digits of each file that is there."""
     return "".join(sha256(path)[:16] for path in files if path.is_file())
+
+
+def sample_of(model: Path) -> str:
+    """16 hex digits of 4 kB of each MB of a model's weights: training changes them everywhere, and they may be many GB."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with open_file(path, ModelError) as file:
+            for place in range(0, os.fstat(file.fileno()).st_size, 1 << 20):
+                file.seek(place)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def as_text(value: Any) -> str:

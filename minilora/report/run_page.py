@@ -255,7 +255,7 @@ def _scores(page: Document, run: Record) -> None:
         f"{len(run.rows):,} rows of {run.decoded.get('data')}; in brackets 95 % intervals of a bootstrap over rows."
     )
     if run.stale_answers:
-        page.text("The answers are of other weights than the adapter has now: predict again.", "warning")
+        page.text("The answers are of other weights than the run has now: predict again.", "warning")
     rows = [[name, Interval(m["value"], m["low"], m["high"])] for name, m in run.scores.items() if "low" in m]
     page.table(["metric", "score"], rows)
     with page.fold("What the metrics count"):
