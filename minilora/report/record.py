@@ -66,7 +66,9 @@ class Record:
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # answers to the test set
-    trained_rows: np.ndarray | None = None  # uint64 [n, 2]: hashes of each training row, its question and its whole
+    trained_rows: np.ndarray | None = (
+        None  # uint64 [n, 2], sorted: hashes of each training row, its question and its whole
+    )
     in_use: bool = False  # a process owns the folder
 
     @property
@@ -277,10 +279,12 @@ def as_written(place: object) -> Iterator[None]:
 
 
 def _hashes(path: Path) -> np.ndarray:
-    raw = read_file(path, DataError)
-    if len(raw) % 16:
-        raise DataError(f"{path} is damaged", "Delete it, or train again.")
-    return np.frombuffer(raw, "<u8").reshape(-1, 2)
+    """A view of the file, however large it is."""
+    with open_file(path, DataError) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size % 16:
+            raise DataError(f"{path} is damaged", "Delete it, or train again.")
+        return np.memmap(file, "<u8", "r", shape=(size // 16, 2)) if size else np.empty((0, 2), "<u8")
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
