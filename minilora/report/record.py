@@ -36,17 +36,13 @@ MOST_LENGTHS = 10_000_000  # rows whose lengths are drawn
 # what is read of each optimizer step, in 8 bytes a number: whole numbers, and others; the last four are of preferences
 WHOLE = ("step", "tokens", "target_tokens")
 OTHERS = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "memory_gb",
-    "time",
-    "chosen",
-    "rejected",
-    "margin",
-    "accuracy",
-)
+    "loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "time", "chosen", "rejected", "margin", "accuracy",
+)  # fmt: skip
+
+
+def _columns() -> dict[str, Any]:
+    """Empty columns of WHOLE and OTHERS; a number that a step does not have is NaN."""
+    return {key: array("q") for key in WHOLE} | {key: array("d") for key in OTHERS}
 
 
 @dataclass
@@ -56,19 +52,13 @@ class Record:
     name: str
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
-    columns: dict[str, Any] = (
-        field(  # of optimizer steps: WHOLE and OTHERS by name; NaN where a step has no such number
-            default_factory=lambda: {key: array("q") for key in WHOLE} | {key: array("d") for key in OTHERS}
-        )
-    )
+    columns: dict[str, Any] = field(default_factory=_columns)  # of optimizer steps, by name
     looks: Looks = field(default_factory=Looks)  # of train --study
     val: Sequence[Point] = field(default_factory=list)  # (step, validation loss)
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # answers to the test set
-    trained_rows: np.ndarray | None = (
-        None  # uint64 [n, 2], sorted: hashes of each training row, its question and its whole
-    )
+    trained_rows: np.ndarray | None = None  # uint64 [n, 2], sorted: hashes of a training row's question and its whole
     in_use: bool = False  # a process owns the folder
 
     @property
@@ -90,10 +80,8 @@ class Record:
     def stale_answers(self) -> bool:
         """Whether the answers are of other weights than the run has now, as where it was trained on after they were given."""
         if self.config.get("method") == "full":
-            sampled = self.decoded.get("model_hash")  # none, before models were sampled
-            return (
-                sampled is not None and (self.folder / "model").is_dir() and sampled != sample_of(self.folder / "model")
-            )
+            model, sampled = self.folder / "model", self.decoded.get("model_hash")  # none, before models were sampled
+            return sampled is not None and model.is_dir() and sampled != sample_of(model)
         adapter, then = self.folder / "adapter", self.decoded.get("weights_hash")
         if not isinstance(then, str) or len(then) != 48:  # of a base alone, or from before configs were hashed
             return False
