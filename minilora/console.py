@@ -15,6 +15,7 @@ class Console(RichConsole):
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
         self.quiet |= not prints()
+        self._width, self._height = self._width or None, self._height or None  # COLUMNS=0 is unset, as elsewhere
 
     def say(self, text: str = "") -> None:
         """Print a text with line breaks only where it has them."""

@@ -19,6 +19,7 @@ from minilora.models.decoder import Decoder
 from .errors import not_finite
 from .positions import check_room, room
 from .sampling import GREEDY, Sampling, choose
+from .text.growing import Growing
 from .text.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 8192  # most prompt tokens of one pass, unless a single prompt has more
@@ -136,10 +137,10 @@ def generate(
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """The text of tokens as it grows; a character that takes several tokens comes whole."""
     ids: list[int] = []
-    shown = ""
+    shown, growing = "", Growing(tokenizer.decode)
     for token in tokens:
         ids.append(token)
-        text = tokenizer.answer(ids)
+        text = tokenizer.template.answer_of(growing.text(ids))
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text

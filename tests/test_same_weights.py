@@ -92,11 +92,22 @@ def test_scores_of_an_adapter_that_was_trained_on_since_are_told(here):
     assert main([*PREDICT[:-1], "run/predict"]) == 0
     assert not any("other weights" in line for line in caveats([read_record(here / "run")]))
     change(here / "run" / "adapter" / "adapter_config.json", lora_alpha=320)
-    assert any("other weights than its adapter has now" in line for line in caveats([read_record(here / "run")]))
+    assert any("other weights than the run has now" in line for line in caveats([read_record(here / "run")]))
     assert main(["report", "run"]) == 0
-    assert "other weights than the adapter has now" in (here / "run" / "report.html").read_text()
+    assert "other weights than the run has now" in (here / "run" / "report.html").read_text()
 
 
 def test_a_prediction_whose_results_are_damaged_is_told(here, capsys):
     change(here / "answers" / "predict_results.json", rows="many", metrics=[1])
     assert main(PREDICT) == 3 and "holds what no run writes" in capsys.readouterr().err
+
+
+def test_answers_of_an_older_model_are_told_where_every_weight_is_trained(here):
+    assert main([*TRAIN[:-1], "full", "--method", "full", "--max-steps", "1"]) == 0
+    assert (
+        main(["predict", "--model", "full", "--data", "rows.json", "--max-tokens", "1", "--output", "full/predict"])
+        == 0
+    )
+    assert not read_record(here / "full").stale_answers
+    shutil.copy("model/model.safetensors", "full/model/model.safetensors")
+    assert any("other weights than the run has now" in line for line in caveats([read_record(here / "full")]))

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -238,15 +239,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def added(folder: Path) -> list[Path]:
-    """What lies in a folder and is not listed in its manifest: its user's, as is all where there is none. Nothing, if it is damaged."""
+def added(folder: Path, usual: str) -> list[Path]:
+    """What lies in a folder and is not listed in its manifest: its user's, as is all where there is none. If it is damaged, names that match `usual` are its own."""
     try:
         sums = parse_json(read_file(folder / MANIFEST, ModelError, SMALL))
         listed = {MANIFEST, *(Path(name).parts[0] for name in sums)}
     except FileNotFoundError:
         listed = set()
     except (OSError, ValueError, TypeError, IndexError, ModelError):
-        return []
+        listed = {MANIFEST, *(p.name for p in folder.iterdir() if re.fullmatch(usual, p.name))}
     return [p for p in sorted(folder.iterdir()) if p.name not in listed and not p.name.startswith(".")]
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,11 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     return StrictDecoder(**hooks).decode(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """The values of a jsonl file up to the first broken line, which a crash may have cut; none if there is no file, DataError if it is no regular one."""
-    values = []
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """Each value of a jsonl file up to the first broken line, which a crash may have cut; none if there is no file, DataError if it is no regular one."""
     with suppress(FileNotFoundError, ValueError), open_file(path, DataError) as file:
         while line := file.readline(MAX_LINE):  # a hole in a file may be one line of any size
-            values.append(parse_json(line))
-    return values
+            yield parse_json(line)
 
 
 class StrictDecoder(json.JSONDecoder):

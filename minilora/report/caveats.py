@@ -26,13 +26,13 @@ def caveats(runs: list[Record]) -> list[str]:
                 f"{cut:,} of {len(run.rows):,} answers of {run.letter} were cut at {decoding.get('max_tokens')} tokens"
             )
         if run.stale_answers:
-            found.append(f"the answers of {run.letter} are of other weights than its adapter has now: predict again")
+            found.append(f"the answers of {run.letter} are of other weights than the run has now: predict again")
         found += _leaked(run)
     for run in runs:
-        if run.metrics and not run.finished:
+        if run.step and not run.finished:
             how = "is going on" if run.going_on else "is not finished"
             found.append(f"{run.letter} {how}: {run.step:,} of {run.steps:,} steps")
-    found += _of_pairs([run for run in runs if run.metrics], _trainings)
+    found += _of_pairs([run for run in runs if run.step], _trainings)
     if any(len(r.rows) < 100 for r in answered):
         found.append("fewer than 100 test rows: intervals are wide, and small differences cannot be seen")
     return found
@@ -97,9 +97,11 @@ def _leaked(run: Record) -> list[str]:
     remembers = "its scores show what it remembers"
     known = [row["hashes"] for row in run.rows if row.get("hashes")]
     if run.trained_rows is not None and known:
-        asked, whole = (np.array([int(pair[i], 16) for pair in known], np.uint64) for i in (0, 1))
-        seen = int(np.isin(asked, run.trained_rows[:, 0]).sum())
-        same = int(np.isin(whole, run.trained_rows[:, 1]).sum())
+        seen = same = 0
+        for question, whole in known:
+            rows = _with(run.trained_rows, 0, question)
+            seen += len(rows) > 0
+            same += len(_with(rows, 1, whole)) > 0
         if not seen:
             return []
         of = f"{seen:,} of {len(run.rows):,} test rows, {'all' if same == seen else f'{same:,}'} of them with the same answer"
@@ -107,6 +109,13 @@ def _leaked(run: Record) -> list[str]:
     if run.config.get("data") and run.decoded.get("data") == run.config["data"]:
         return [f"{run.letter} was trained on the file that it is tested on: {remembers}"]
     return []
+
+
+def _with(rows: np.ndarray, column: int, hash_: str) -> np.ndarray:
+    """The rows, sorted by a column, that have this hash in it; no others are read."""
+    value = np.uint64(int(hash_, 16))
+    start, end = (int(rows[:, column].searchsorted(value, side)) for side in ("left", "right"))
+    return rows[start:end]
 
 
 def over_the_limit(runs: list[Record]) -> list[str]:

@@ -6,13 +6,14 @@ strokes do not. Series differ in their dashes as well as in their colours. chart
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
+from .curve import Point
 from .page import escape
 
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
@@ -20,8 +21,6 @@ DASHES = ("", "7 4", "2 3", "9 3 2 3")
 MOST_POINTS, MOST_DOTS = 500, 60
 COLUMNS = 80  # of a terminal
 PER_DECADE = (20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02)  # bins of a logarithmic histogram, finest first
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,7 @@ def line_chart(
     log_x: bool = False,
 ) -> str:
     """A chart of lines with named axes; `best` is ringed. Points that are not finite are left out. log: of y."""
-    finite = [(s, [p for p in s.points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)]) for s in series]
-    drawn = [(s, _thin(points)) for s, points in finite if points]
+    drawn = [(s, points) for s in series if (points := _thinned(s.points, log))]
     levels = list(levels)
     if not drawn:
         return f'<p class="dim">no {escape(y)} to draw</p>'
@@ -343,14 +341,21 @@ def _stretched(lines: Iterable[str]) -> str:
     return f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(lines)}</svg>'
 
 
-def _thin(points: list[Point]) -> list[Point]:
-    """At most about MOST_POINTS: the lowest and the highest of each stretch, so that no spike is lost."""
-    size = -(-2 * len(points) // MOST_POINTS)
+def _thinned(points: Sequence[Point], log: bool) -> list[Point]:
+    """The finite points (and with log those above 0), at most about MOST_POINTS: the lowest and the highest of each stretch, so that no spike is lost."""
+
+    def drawable() -> Iterator[Point]:
+        return (p for p in points if all(map(math.isfinite, p)) and (p[1] > 0 or not log))
+
+    size = -(-2 * sum(1 for _ in drawable()) // MOST_POINTS)
     if size <= 2:
-        return points
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    ends = [sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}) for part in parts]
-    return [points[0], *(point for pair in ends for point in pair), points[-1]]
+        return list(drawable())
+    rest = drawable()
+    parts = iter(lambda: list(islice(rest, size)), [])  # never all of them at once: a run may have a million steps
+    ends = [
+        (part[0], sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}), part[-1]) for part in parts
+    ]
+    return [ends[0][0], *(point for _, pair, _ in ends for point in pair), ends[-1][2]]
 
 
 def _values(x: str, across: Axis, series: Sequence[Sequence[Sequence[Any]]]) -> str:

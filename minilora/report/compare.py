@@ -56,7 +56,7 @@ def comparison(runs: list[Record], failed: Sequence[str] = ()) -> Document:
         ["run", "folder", "trained", "test rows"], [[r.name, str(r.folder), _trained(r), len(r.rows)] for r in runs]
     )
     _scores(page, runs)
-    _losses(page, [run for run in runs if run.metrics])
+    _losses(page, [run for run in runs if run.step])
     _lengths(page, [run for run in runs if run.data])
     for line in over_the_limit(runs):
         page.text(line)
@@ -65,7 +65,7 @@ def comparison(runs: list[Record], failed: Sequence[str] = ()) -> Document:
 
 
 def _trained(run: Record) -> str:
-    if not run.metrics:
+    if not run.step:
         return "no training"
     return f"{run.step:,} steps" + ("" if run.finished else " (not finished)")
 
@@ -106,16 +106,30 @@ def verdicts(runs: list[Record]) -> list[str]:
         tests = len(_shared_metrics(answered)) * (len(answered) - 1)
         first, *others = answered
         best = max(answered, key=lambda run: run.measured[CHOSEN].value)
-        value = best.measured[CHOSEN].value
-        found.append(f"{best.letter} has the highest score on the test set: {CHOSEN} {value:.2f} of 100.")
+        scores = {run.letter: f"{run.measured[CHOSEN].value:.2f}" for run in answered}
+        score = scores[best.letter]
+        found.append(f"{_leaders(scores, score, 'highest', 'score on the test set')}: {CHOSEN} {score} of 100.")
         found += [_significance(first, run, tests) for run in others if len(answered) <= MOST_TOLD or run is best]
     for group in _validated_alike([run for run in runs if not run.going_on]):
         best, *others = sorted(group, key=_best)
         if others and not made_worse(best):
-            (loss, step), rest = _best(best), ", ".join(f"{run.letter} {_best(run)[0]:.4g}" for run in others)
-            found.append(f"{best.letter} has the lowest validation loss: {loss:.4g} at step {step:,} ({rest}).")
+            losses = {run.letter: f"{_best(run)[0]:.4g}" for run in group}
+            loss, step = losses[best.letter], _best(best)[1]
+            rest = ", ".join(f"{letter} {text}" for letter, text in losses.items() if text != loss)
+            where = f" at step {step:,}" if loss not in (losses[run.letter] for run in others) else ""
+            told = _leaders(losses, loss, "lowest", "validation loss")
+            found.append(f"{told}: {loss}{where}" + (f" ({rest})." if rest else "."))
     found += [f"{run.letter}: {verdict(run)}" for run in runs if made_worse(run)]
-    return found or [f"{run.letter}: {verdict(run)}" for run in runs if run.metrics]
+    return found or [f"{run.letter}: {verdict(run)}" for run in runs if run.step]
+
+
+def _leaders(shown: dict[str, str], best: str, superlative: str, what: str) -> str:
+    """The runs whose value reads as the best does, and what they have: a superlative only where another run has less."""
+    *first, last = [letter for letter, text in shown.items() if text == best]
+    if not first:
+        return f"{last} has the {superlative} {what}"
+    same = "same" if 1 + len(first) == len(shown) else f"same {superlative}"
+    return f"{', '.join(first)} and {last} have the {same} {what}"
 
 
 def _answered_alike(runs: list[Record]) -> list[Record]:
@@ -185,8 +199,9 @@ def _scores(page: Document, runs: list[Record]) -> None:
 def _significance(a: Record, b: Record, tests: int) -> str:
     """The difference in words; significant only if it also holds against the number of comparisons (Bonferroni)."""
     d = paired(a.measured[CHOSEN], b.measured[CHOSEN])
-    which = "above" if d.difference > 0 else "below"
-    size = f"{CHOSEN}: {b.letter} is {abs(d.difference):.2f} {which} {a.letter} (p {d.p:.3f})"
+    apart = f"{abs(d.difference):.2f} {'above' if d.difference > 0 else 'below'}"
+    how = apart if not apart.startswith("0.00") else "as high as"
+    size = f"{CHOSEN}: {b.letter} is {how} {a.letter} (p {d.p:.3f})"
     if d.p < max(0.05 / tests, 1.5 / 1000):
         return f"{size}: chance alone would hardly give that on these rows."
     if d.p < 0.05:
@@ -240,7 +255,7 @@ def loss_rows(runs: list[Record]) -> list[list[str]]:
         row("steps", lambda run: f"{run.step:,}"),
         row("tokens read", lambda run: f"{run.total('tokens'):,}"),
         row("of these trained", lambda run: f"{run.total('target_tokens'):,}"),
-        row("time", lambda run: clock(run.metrics[-1]["time"])),
+        row("time", lambda run: clock(run.time)),
         row("tokens a second, median", lambda run: f"{run.speed:,.0f}", lambda run: run.speed),
         row("peak memory", lambda run: f"{run.memory:.2f} GB", lambda run: -run.memory),
     ]

@@ -317,12 +317,7 @@ def _groups(question: Question, cells: Cells) -> Table:
 def _runs(question: Question, runs: Sequence[Record]) -> Table:
     """Head and rows of the table of runs."""
     rows = [
-        [
-            run.name,
-            run.step,
-            f"{_loss(run, question.loss):.4f}",
-            f"{run.metrics[-1]['time']:.0f} s" if run.metrics else "",
-        ]
+        [run.name, run.step, f"{_loss(run, question.loss):.4f}", f"{run.time:.0f} s" if run.step else ""]
         for run in runs
     ]
     return ["run", "steps", LOSSES[question.loss], "time"], rows

@@ -38,8 +38,8 @@ def _draw(folder: Path) -> str:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if run.loss:
-        axes.plot(*zip(*run.loss, strict=True), color="#9ecae1", linewidth=1, label="train")
-        axes.plot(*zip(*run.smooth, strict=True), color="#08519c", linewidth=2, label="train, smoothed")
+        axes.plot(run.loss.x, run.loss.y, color="#9ecae1", linewidth=1, label="train")
+        axes.plot(run.smooth.x, run.smooth.y, color="#08519c", linewidth=2, label="train, smoothed")
     if run.val:
         look = {"color": "#d95f02", "linestyle": "--", "marker": "o", "markersize": 4, "linewidth": 1.5}
         axes.plot(*zip(*run.val, strict=True), label="validation", **look)

@@ -1,9 +1,12 @@
 """What a run left behind, read back for a report: its settings, its curve, its data, its answers to a test set."""
 
+import hashlib
 import json
 import math
+import os
 import statistics
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, UsageError, quote
+from ..errors import DataError, ModelError, UsageError, quote
 from ..files.atomic import in_use, sha256
 from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..files.regular import SMALL, read_file
+from ..files.regular import SMALL, open_file, read_file
 from ..files.strict_json import parse_json, read_json_lines
 from ..settings import read_yaml
+from .curve import Curve, Point, smoothed
 from .metrics import Measured, measured_rows
+from .study import Looks
 
 TRAINED_ROWS = "trained_rows.u64"  # two hashes of each training row, 16 bytes
 ROWS, RESULTS = "generated_predictions.jsonl", "predict_results.json"
@@ -28,7 +33,16 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # names of the runs of a comparison
 
 MOST_LENGTHS = 10_000_000  # rows whose lengths are drawn
 
-Curve = list[tuple[float, float]]
+# what is read of each optimizer step, in 8 bytes a number: whole numbers, and others; the last four are of preferences
+WHOLE = ("step", "tokens", "target_tokens")
+OTHERS = (
+    "loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "time", "chosen", "rejected", "margin", "accuracy",
+)  # fmt: skip
+
+
+def _columns() -> dict[str, Any]:
+    """Empty columns of WHOLE and OTHERS; a number that a step does not have is NaN."""
+    return {key: array("q") for key in WHOLE} | {key: array("d") for key in OTHERS}
 
 
 @dataclass
@@ -38,12 +52,13 @@ class Record:
     name: str
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # of optimizer steps
-    val: Curve = field(default_factory=list)  # (step, validation loss)
+    columns: dict[str, Any] = field(default_factory=_columns)  # of optimizer steps, by name
+    looks: Looks = field(default_factory=Looks)  # of train --study
+    val: Sequence[Point] = field(default_factory=list)  # (step, validation loss)
     data: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # answers to the test set
-    trained_rows: np.ndarray | None = None  # uint64 [n, 2]: hashes of each training row, its question and its whole
+    trained_rows: np.ndarray | None = None  # uint64 [n, 2], sorted: hashes of a training row's question and its whole
     in_use: bool = False  # a process owns the folder
 
     @property
@@ -63,7 +78,10 @@ class Record:
 
     @property
     def stale_answers(self) -> bool:
-        """Whether the answers are of other weights than the run's adapter has now, as where it was trained on after they were given."""
+        """Whether the answers are of other weights than the run has now, as where it was trained on after they were given."""
+        if self.config.get("method") == "full":
+            model, sampled = self.folder / "model", self.decoded.get("model_hash")  # none, before models were sampled
+            return sampled is not None and model.is_dir() and sampled != sample_of(model)
         adapter, then = self.folder / "adapter", self.decoded.get("weights_hash")
         if not isinstance(then, str) or len(then) != 48:  # of a base alone, or from before configs were hashed
             return False
@@ -85,27 +103,27 @@ class Record:
 
     @cached_property
     def loss(self) -> Curve:
-        return [(m["step"], m["loss"]) for m in self.metrics]
+        return self.column("loss")
 
     @cached_property
     def smooth(self) -> Curve:
         return smoothed(self.loss)
 
     def column(self, key: str) -> Curve:
-        """A quantity of the steps that have it."""
-        return [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), (int, float))]
+        """A quantity by step."""
+        return Curve(self.columns["step"], self.columns[key])
 
     def total(self, key: str) -> int:
         """The sum of a quantity over the steps."""
-        return sum(m[key] for m in self.metrics)
+        return sum(self.columns[key])
 
-    def along(self, curve: Curve, axis: str) -> Curve:
+    def along(self, curve: Sequence[Point], axis: str) -> Sequence[Point]:
         """A curve over steps as one over "tokens" (all tokens read so far) or "time" (seconds)."""
         if axis == "step":
             return curve
-        values = [m[axis] for m in self.metrics]
-        values = list(accumulate(values)) if axis == "tokens" else values
-        at = dict(zip((m["step"] for m in self.metrics), values, strict=True)) | {0: 0}
+        values = self.columns[axis]
+        values = accumulate(values) if axis == "tokens" else values
+        at = dict(zip(self.columns["step"], values, strict=True)) | {0: 0}
         return [(at[step], y) for step, y in curve if step in at]
 
     @property
@@ -143,7 +161,12 @@ class Record:
     @property
     def step(self) -> int:
         """The last step that was taken."""
-        return self.metrics[-1]["step"] if self.metrics else 0
+        return self.columns["step"][-1] if self.columns["step"] else 0
+
+    @property
+    def time(self) -> float:
+        """The seconds that its steps took."""
+        return self.columns["time"][-1]
 
     @property
     def steps(self) -> int:
@@ -152,7 +175,7 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        return bool(self.metrics) and self.step == self.steps
+        return 0 < self.step == self.steps
 
     @property
     def going_on(self) -> bool:
@@ -162,29 +185,28 @@ class Record:
     @property
     def speed(self) -> float:
         """Tokens a second, the median of the steps."""
-        return statistics.median(m["tokens_per_second"] for m in self.metrics) if self.metrics else math.nan
+        return statistics.median(self.columns["tokens_per_second"]) if self.step else math.nan
 
     @property
     def memory(self) -> float:
         """Peak in GB."""
-        return max((m["memory_gb"] for m in self.metrics), default=math.nan)
-
-
-def smoothed(curve: Curve) -> Curve:
-    """The exponential average over about a twentieth of a curve, bias-corrected; a value that is not finite is skipped."""
-    keep = 1 - 1 / max(len(curve) / 20, 1)
-    total = weight = 0.0
-    result = []
-    for step, value in curve:
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append((step, total / weight if weight else value))
-    return result
+        return max(self.columns["memory_gb"], default=math.nan)
 
 
 def hash_of(*files: Path) -> str:
     """16 hex digits of each file that is there."""
     return "".join(sha256(path)[:16] for path in files if path.is_file())
+
+
+def sample_of(model: Path) -> str:
+    """16 hex digits of 4 kB of each MB of a model's weights: training changes them everywhere, and they may be many GB."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        with open_file(path, ModelError) as file:
+            for place in range(0, os.fstat(file.fileno()).st_size, 1 << 20):
+                file.seek(place)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def as_text(value: Any) -> str:
@@ -208,9 +230,8 @@ def read_record(folder: str | Path) -> Record:
     if is_run:
         record.in_use = in_use(folder)
         record.config = read_yaml(folder / "config.yaml")
-        lines = [m for m in read_json_lines(folder / "metrics.jsonl") if isinstance(m, dict) and "step" in m]
-        record.metrics = [m for m in lines if "loss" in m]
-        record.val = [(m["step"], m["val_loss"]) for m in lines if "val_loss" in m]
+        with as_written(folder / "metrics.jsonl"):
+            _read_steps(record)
         if (folder / "data.json").is_file():
             record.data = read_json_file(folder / "data.json")
         if (folder / TRAINED_ROWS).is_file():
@@ -219,6 +240,20 @@ def read_record(folder: str | Path) -> Record:
         record.results = read_json_file(answers / RESULTS)
         record.rows = _answers(answers / ROWS)
     return record
+
+
+def _read_steps(record: Record) -> None:
+    """Read metrics.jsonl, a line at a time."""
+    record.val = []
+    for line in read_json_lines(record.folder / "metrics.jsonl"):
+        if isinstance(line, dict) and "step" in line:
+            if "loss" in line:
+                for key, column in record.columns.items():
+                    column.append(line.get(key, math.nan))
+            if "val_loss" in line:
+                record.val.append((line["step"], line["val_loss"]))
+            if "study" in line:
+                record.looks.add(line["step"], line["study"])
 
 
 @contextmanager
@@ -232,10 +267,12 @@ def as_written(place: object) -> Iterator[None]:
 
 
 def _hashes(path: Path) -> np.ndarray:
-    raw = read_file(path, DataError)
-    if len(raw) % 16:
-        raise DataError(f"{path} is damaged", "Delete it, or train again.")
-    return np.frombuffer(raw, "<u8").reshape(-1, 2)
+    """A view of the file, however large it is."""
+    with open_file(path, DataError) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size % 16:
+            raise DataError(f"{path} is damaged", "Delete it, or train again.")
+        return np.memmap(file, "<u8", "r", shape=(size // 16, 2)) if size else np.empty((0, 2), "<u8")
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:

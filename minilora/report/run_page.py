@@ -9,7 +9,6 @@ import re
 import time
 from collections import deque
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -21,9 +20,10 @@ from ..files.strict_json import read_json_lines
 from ..terminal import clock, shell
 from .caveats import over_the_limit
 from .charts import Level, Series, heat_map, line_chart, marked_histogram
+from .curve import Curve, smoothed
 from .metrics import Interval
 from .page import Best, Document, check_page
-from .record import LIMITS, Record, as_text, as_written, read_record, smoothed
+from .record import LIMITS, Record, as_text, as_written, read_record
 from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
@@ -56,16 +56,16 @@ def run_page(run: Record) -> Document:
             f"at its checkpoints, {shell('report', run.folder)} at any time.",
             "dim",
         )
-    if run.metrics:
+    if run.step:
         page.numbers(headline(run))
     made = run.data.get("machine")
     if made:
         versions = f"minilora {made['minilora']}, torch {made['torch']}, python {made['python']}"
         page.text(f"{versions}, on {made['device']}; computed in {made['computing']}", "dim")
-    if run.metrics:
+    if run.step:
         _curves(page, run)
-    if any("study" in m for m in run.metrics):
-        _study(page, run)
+    if run.looks.count:
+        run.looks.show(page)
     if run.data:
         _data(page, run)
     if (run.folder / "adapter" / ADAPTER_WEIGHTS).is_file():
@@ -92,7 +92,7 @@ def headline(run: Record) -> list[tuple[str, str, str]]:
             f"{run.total('target_tokens'):,}",
             f"of {run.total('tokens'):,} read, in {run.step:,} steps",
         ),
-        ("time", clock(run.metrics[-1]["time"]), f"{run.speed:,.0f} tokens a second"),
+        ("time", clock(run.time), f"{run.speed:,.0f} tokens a second"),
         ("peak memory", f"{run.memory:.2f} GB", ""),
     ]
     weights = run.folder / "adapter" / ADAPTER_WEIGHTS
@@ -118,7 +118,8 @@ def _curves(page: Document, run: Record) -> None:
     page.charts(line_chart(series, "step", "loss (nats a token)", best=run.best))
     page.text("Smoothed is a mean over about a twentieth of the steps. Point at a chart for its values.", "dim")
     if len(run.val) > 1:
-        best, smooth = run.best and run.best[0], {step: f"{loss:.4f}" for step, loss in run.smooth}
+        best, steps = run.best and run.best[0], {step for step, _ in run.val}
+        smooth = {step: f"{loss:.4f}" for step, loss in run.smooth if step in steps}
         with page.fold(f"The {len(run.val):,} validation losses"):
             page.table(
                 ["step", "validation loss", "training loss, smoothed"],
@@ -127,7 +128,7 @@ def _curves(page: Document, run: Record) -> None:
                     for s, y in run.val
                 ],
             )
-    if run.column("margin"):  # of preferences
+    if run.objective[0] == "dpo":
         sides = [Series(name, run.column(name), i) for i, name in enumerate(("chosen", "rejected"))]
         page.charts(
             line_chart(sides, "step", "reward (log p - log q, times beta)"),
@@ -142,11 +143,11 @@ def _curves(page: Document, run: Record) -> None:
         line_chart(_readable(run.column("tokens_per_second")), "step", "tokens a second"),
     )
     if levels:
-        over = sum(m["grad_norm"] > clip for m in run.metrics)
-        page.text(f"{over:,} of {len(run.metrics):,} steps were clipped.", "dim")
+        over = sum(norm > clip for norm in run.columns["grad_norm"])
+        page.text(f"{over:,} of {len(run.loss):,} steps were clipped.", "dim")
 
 
-def _readable(curve: list[tuple[float, float]]) -> list[Series]:
+def _readable(curve: Curve) -> list[Series]:
     """A curve, with its smoothed line where there are too many steps to follow."""
     if len(curve) < MANY:
         return [Series("", curve)]
@@ -247,43 +248,6 @@ def _samples(page: Document, run: Record) -> None:
         page.sides([("reference", row["label"]), ("before", row["before"]), ("after", row["after"])])
 
 
-def _study(page: Document, run: Record) -> None:
-    """How each kind of linear learned, by the steps that train --study looked at."""
-    looks = [(m["step"], m["study"]) for m in run.metrics if "study" in m]
-    page.heading("How the adapters learned")
-    page.text(
-        f"{len(looks):,} steps were looked at; the median over layers. How far an adapter moves what its linear gives is "
-        "||s B A x|| / ||W x|| on the same few rows each time. A and B are measured by what a step changes of them."
-    )
-    pictures = {
-        "moved by the adapter": lambda x: x["moved"],
-        "gradient of B": lambda x: x["grad_b"],
-        "step of A / A": lambda x: x["step_a"] / x["a"] if x["a"] else 0.0,
-        "step of B / B": lambda x: x["step_b"] / x["b"] if x["b"] else 0.0,
-    }
-    charts = []
-    for title, value in pictures.items():
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for step, linears in looks:
-            kinds: dict[str, list[float]] = {}
-            for path, numbers in linears.items():
-                kinds.setdefault(path.split(".")[-1], []).append(value(numbers))
-            for kind, values in kinds.items():
-                curves.setdefault(kind, []).append((step, median(values)))
-        charts.append(
-            line_chart(
-                [Series(kind, c, i, dots=True) for i, (kind, c) in enumerate(curves.items())], "step", title, log=True
-            )
-        )
-    page.charts(*charts)
-    last = {(path.split(".")[-1], _layer(path)): numbers["moved"] for path, numbers in looks[-1][1].items()}
-    page.charts(heat_map(last, "layer", f"moved by the adapter at step {looks[-1][0]:,}"))
-
-
-def _layer(path: str) -> str:
-    return next((part for part in path.split(".") if part.isdigit()), "")
-
-
 def _scores(page: Document, run: Record) -> None:
     """The scores of the answers to a test set that are in the run's folder."""
     page.heading("Scores on the test set")
@@ -291,7 +255,7 @@ def _scores(page: Document, run: Record) -> None:
         f"{len(run.rows):,} rows of {run.decoded.get('data')}; in brackets 95 % intervals of a bootstrap over rows."
     )
     if run.stale_answers:
-        page.text("The answers are of other weights than the adapter has now: predict again.", "warning")
+        page.text("The answers are of other weights than the run has now: predict again.", "warning")
     rows = [[name, Interval(m["value"], m["low"], m["high"])] for name, m in run.scores.items() if "low" in m]
     page.table(["metric", "score"], rows)
     with page.fold("What the metrics count"):

@@ -1,6 +1,7 @@
 """The result of a run, read from its losses: a sentence, and what its curves show."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +12,7 @@ FEW = 10  # steps: with fewer, a curve is not read
 
 def verdict(run: Record) -> str:
     """The run in a sentence or two; a run that has not ended gets no conclusion."""
-    if not run.metrics:
+    if not run.step:
         return "The run is going on; no step is done yet." if run.going_on else "No step was taken yet."
     broken = broken_at(run)
     if broken is not None:
@@ -28,6 +29,8 @@ def verdict(run: Record) -> str:
             "what was learnt beyond the training rows (--val 0.05)."
         )
     (step, best), first, last = run.best, run.val[0], run.val[-1]
+    if step == 0 and not made_worse(run):
+        return f"Training did not lower the validation loss: {best:.4g} before it, {last[1]:.4g} at the end."
     if step == 0:
         return f"Training made it worse: the validation loss was lowest before training ({best:.4g}, and {last[1]:.4g} at the end)."
     fell = f"from {first[1]:.4g} to {best:.4g} at step {step:,} of {run.steps:,}"
@@ -38,7 +41,8 @@ def verdict(run: Record) -> str:
 
 def made_worse(run: Record) -> bool:
     """Whether every validation of a finished run was worse than the one before training."""
-    return run.finished and run.best is not None and run.best[0] == 0 and len(run.val) > 1
+    step, lowest = run.best or (None, math.nan)
+    return run.finished and step == 0 and len(run.val) > 1 and not any(loss <= lowest for _, loss in run.val[1:])
 
 
 def over_fitted(run: Record) -> bool:
@@ -56,7 +60,7 @@ def reading(run: Record) -> list[str]:
 
     Of a run that is going on, only spikes are reported.
     """
-    losses, spikes = [y for _, y in run.loss], _spikes(run)
+    losses, spikes = run.loss.y, _spikes(run)
     if run.going_on:
         return spikes
     if len(losses) < FEW:
@@ -68,7 +72,7 @@ def reading(run: Record) -> list[str]:
         ]
     lines = [] if run.finished else [f"The run stopped at step {run.step:,} of {run.steps:,}."]
     lines.append(_trend(losses, run.finished))
-    end, low = run.smooth[-1][1], min(y for _, y in run.smooth)
+    end, low = run.smooth[-1][1], min(run.smooth.y)
     if end > 1.5 * low and end > low + 0.3:
         lines.append(
             f"The smoothed training loss ends at {end:.3g}, well above its lowest value of {low:.3g}: it may be diverging. "
@@ -84,7 +88,7 @@ def _spikes(run: Record) -> list[str]:
     return [f"{told} (first: step {found[0]:,})."] if found else []
 
 
-def _trend(losses: list[float], finished: bool) -> str:
+def _trend(losses: Sequence[float], finished: bool) -> str:
     """Whether the last quarter still falls: the slope of a line through it, against the scatter around the line."""
     tail = np.array(losses[-max(len(losses) // 4, 8) :])
     x = np.arange(len(tail)) - (len(tail) - 1) / 2
@@ -109,7 +113,7 @@ def _validation(run: Record) -> str:
     (best_step, best), last = run.best, run.val[-1][1]
     if best_step == 0:
         return (
-            f"Validation was best before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
+            f"Validation was never better than before training ({best:.4g}, then {last:.4g}): these rows do not teach what is validated, "
             "or the lr is too high."
         )
     if over_fitted(run):

@@ -93,7 +93,7 @@ def _divide(examples: Examples, wanted: dict[str, str], seed: int) -> tuple[Exam
 
 
 def trained_rows(examples: Examples) -> np.ndarray:
-    """uint64 [n, 2]: the hashes of the question and of the whole of each row, every row once."""
+    """uint64 [n, 2]: the hashes of the question and of the whole of each row, every row once and sorted."""
     return np.unique(np.stack([examples.column("question"), examples.column("content")], 1), axis=0)
 
 

@@ -30,7 +30,17 @@ from ..rows.sources import parse_sources
 from ..settings import read_yaml
 from .loggers import PLACES
 from .schedule import Plan, data_record
-from .snapshot import LINKS, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots, step_of
+from .snapshot import (
+    FILES,
+    LINKS,
+    load_snapshot,
+    newest_snapshot,
+    read_state,
+    rotate,
+    save_snapshot,
+    snapshots,
+    step_of,
+)
 
 # what a run writes, beside config.yaml and metrics.jsonl, which mark the folder as a run's
 OWN = (
@@ -108,7 +118,7 @@ def _foreign(folder: Path) -> Iterator[Path]:
             p for p in (inside.iterdir() if inside.is_dir() else ()) if not re.fullmatch(rf"{own}|\..*", p.name)
         )
     for snapshot in (folder / "checkpoints").glob("[!.]*/"):
-        yield from added(snapshot)
+        yield from added(snapshot, FILES)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 from ..adapted import adapted
 from ..checkpoint.adapter import factors_of, fill_adapter_folder
 from ..checkpoint.method_folder import file_keys, state_beside
-from ..checkpoint.save import write_checkpoint
+from ..checkpoint.save import OF_A_MODEL, write_checkpoint
 from ..errors import CheckpointMismatch
 from ..files.atomic import added, atomic_folder, discard, remove, verify_manifest, write_link
 from ..files.model_folder import ADAPTER_WEIGHTS, ModelFolder
@@ -28,6 +28,8 @@ from ..lora import LoRALinear, trained_parameters
 OPTIMIZER, BESIDE, STATE = "optimizer.safetensors", "trained.safetensors", "state.json"
 MODEL = "model.safetensors"
 LINKS = LAST, BEST = "last", "best"  # of a run's checkpoints
+# the names of what is written into a snapshot; .py is a model's own code
+FILES = rf"(adapter_model|optimizer|trained)\.safetensors|(adapter_config|state)\.json|.*\.py|{OF_A_MODEL.pattern}"
 
 
 def save_snapshot(
@@ -154,7 +156,7 @@ def rotate(checkpoints: Path, keep: int, step: int, best: int | None) -> None:
     if best is not None and (checkpoints / f"step-{best}").is_dir():
         write_link(checkpoints / BEST, f"step-{best}")
     for folder in ordered[:-keep]:
-        if step_of(folder) != best and not added(folder):
+        if step_of(folder) != best and not added(folder, FILES):
             discard(folder)
     for leftover in checkpoints.glob(".tmp-step-*"):
         remove(leftover)

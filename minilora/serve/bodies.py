@@ -126,7 +126,8 @@ def _asking(
         sampling = GREEDY
     longest = max(map(len, prompts))
     room = limits.context - longest
-    most = body.number("max_tokens", int, None, 1) if most is None else most
+    older = body.number("max_tokens", int, None, 1)  # clients send both names
+    most = older if most is None else most
     if room < (most or 1):
         asked = f" and max_tokens {most:,}" if most else ""
         what = f"the prompt has {longest:,} tokens{asked}: together at most {limits.context:,} are possible here"

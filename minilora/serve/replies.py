@@ -4,11 +4,10 @@ import time
 import uuid
 from typing import Any
 
+from ..text.growing import CONTEXT, Growing
 from ..text.tools import as_json
 from .bodies import Asking
 from .models import Asked
-
-CONTEXT = 8  # tokens of a prompt before its continuation: a piece may be written otherwise at the start of a text
 
 
 class Answer:
@@ -19,8 +18,7 @@ class Answer:
         self.text, self.tokens = "", 0  # what was read so far
         self.finish_reason: str | None = None
         self.calls: list[dict[str, Any]] = []  # there when the answer is whole
-        self._before = [] if asking.chat else request.prompt[-CONTEXT:]
-        self._skipped = len(request.model.tokenizer.decode(self._before))
+        self._growing = self._anew()
 
     def read(self) -> str:
         """The text that came since the last call."""
@@ -43,13 +41,20 @@ class Answer:
         new, self.text = done[len(self.text) :], max(done, self.text, key=len)
         return new
 
+    def _anew(self) -> Growing:
+        tokenizer = self.request.model.tokenizer
+        before = () if self._chat else self.request.prompt[-CONTEXT:]
+        return Growing(tokenizer.decode_marks if self._tools else tokenizer.decode, before)
+
     def _decoded(self, count: int, whole: bool = False) -> str:
-        ids, tokenizer = self.request.ids[:count], self.request.model.tokenizer
-        if self._tools:
-            text, calls = tokenizer.reply(ids, self._tools, whole)
+        ids, template = self.request.ids[:count], self.request.model.tokenizer.template
+        text = (self._anew() if whole else self._growing).text(ids)
+        if self._tools and whole:
+            text, calls = template.tools.read(text, self._tools)
             self.calls = [_called(call) for call in calls]
-            return text
-        return tokenizer.answer(ids) if self._chat else tokenizer.decode(self._before + ids)[self._skipped :]
+        elif self._tools:  # what stands before calls for certain
+            text = text[: template.tools.start(text)]
+        return template.answer_of(text) if self._chat else text
 
     def _certain(self, text: str) -> int:
         """How much of an unfinished text stays as it is: without half a character, and without what may begin a stop text."""

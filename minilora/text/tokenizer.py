@@ -75,19 +75,19 @@ class Tokenizer:
         """What the assistant said with the ids that it generated after a prompt."""
         return self.template.answer_of(self.decode(ids))
 
-    def reply(self, ids: list[int], tools: list[dict], whole: bool = True) -> tuple[str, list[Call]]:
-        """What the assistant said beside calls, and its calls, with the ids that it generated after a prompt.
+    def reply(self, ids: list[int], tools: list[dict]) -> tuple[str, list[Call]]:
+        """What the assistant said beside calls, and its calls, with the ids that it generated after a prompt."""
+        said, calls = self.template.tools.read(self.decode_marks(ids), tools)
+        return self.template.answer_of(said), calls
 
-        While an answer is not whole, no call of it is read, and what it says is what stands before them for certain.
-        """
+    def decode_marks(self, ids: list[int]) -> str:
+        """The text of ids, with those special tokens that mark calls."""
         marks = {self.specials[m]: m for m in self.template.tools.marks if m in self.specials}
         pieces = [
             "".join(marks[i] for i in run) if marked else self.decode(list(run))
             for marked, run in groupby(ids, key=lambda i: i in marks)
         ]
-        text, form = "".join(pieces), self.template.tools
-        said, calls = form.read(text, tools) if whole else (text[: form.start(text)], [])
-        return self.template.answer_of(said), calls
+        return "".join(pieces)
 
     def render(
         self,

@@ -38,7 +38,7 @@ from ..lora import base_parameters
 from ..machine.compute import name_of
 from ..ranks.ranks import Ranks, join
 from ..report.metrics import interval, measured_rows, word_cutter
-from ..report.record import RESULTS, ROWS, hash_of, read_json_file
+from ..report.record import RESULTS, ROWS, hash_of, read_json_file, sample_of
 from ..rows.questions import Question, read_questions
 from ..rows.token_store import tokenizer_hash
 from ..run.monitor import PLAIN_EVERY
@@ -100,7 +100,7 @@ def predict(
             "rows_hash": _hash(json.dumps([q.text, q.label]) for q in questions),
             "prompts_hash": _hash(json.dumps(q.ids) for q in questions),
             "weights_hash": fingerprint(base_parameters(decoder)) + (_adapter_hash(Path(adapter)) if adapter else ""),
-            "architecture": as_json(decoder.config),
+            **({} if adapter else {"model_hash": sample_of(base.path)}), "architecture": as_json(decoder.config),
             "tokenizer_hash": "".join(tokenizer_hash(Path(place))[:16] for place in (base.path, adapter) if place),
             "dtype": "int8" if opening.get("int8") else name_of(decoder.compute_dtype), "quant": quant,
             "decoding": {"max_tokens": max_tokens, "stop": sorted(stop), **(asdict(sampling) | {"seed": seed} if sample else {"greedy": True})},
@@ -195,7 +195,7 @@ def _earlier(folder: Path, overwrite: bool) -> tuple[Any, dict[str, Any] | None,
     if {ROWS, RESULTS} <= here:
         results = read_json_file(folder / RESULTS)
         return results.get("settings", {}), results, {}
-    settings, *lines = read_json_lines(folder / PART) or [None]
+    settings, *lines = [*read_json_lines(folder / PART)] or [None]
     if here and settings is None:
         hint = "Give another --output, or --overwrite to start again."
         raise OutputInUse(f"{folder} holds {', '.join(sorted(here))}, and not how it was made", hint)

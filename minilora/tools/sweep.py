@@ -3,7 +3,7 @@
     base: {model: DIR, data: rows.json, lr: 2e-4}      # settings of minilora train
     zip: {max_source_length: [512, 1024], max_target_length: [128, 256]}      # values in step: two runs
     product: {lora_r: [8, 16]}                         # every combination: times two
-    test: {rows: 100, max_tokens: 256}                 # rows set aside before any limit, or data: FILE; before: true asks the base model
+    test: {rows: 100, max_tokens: 256}                 # rows set aside before any limit, or data: FILE; before: true asks each base model
     question: {ask: ..., compare: [lora_r], ...}       # what the page says of the runs, seed by seed (report/experiment.py)
     smoke: {base: {max_steps: 4}, ...}                 # with --smoke these take the place of the above
 
@@ -109,6 +109,9 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         points.append(Point(name, config))
     if question:
         Question.of(question, str(path))
+    elif test.get("before") and len(points) + len(bases := befores(points)) > len(LETTERS):
+        what = f"{path} means {len(points):,} runs and {len(bases):,} base models that are asked too"
+        raise UsageError(what, f"Its page shows at most {len(LETTERS)}: make several sweeps of it.")
     return Sweep(points, _placed(test), question)
 
 
@@ -200,10 +203,11 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
                 _predict(point.config, test, folder / point.name / "predict", adapter=True)
         if len(failed) == len(points):
             raise _failure(failed[0][1], "each run")
-        before = [folder / "before"] if test and plan.test.get("before") else []
-        if before:
-            _predict(points[0].config, test, before[0], adapter=False)
-        runs = [folder / p.name for p in points if p.name not in dict(failed)]
+        trained = [p for p in points if p.name not in dict(failed)]
+        asked = befores(trained) if test and test.get("before") else {}
+        for name, config in asked.items():
+            _predict(config, test, folder / name, adapter=False)
+        runs, before = [folder / p.name for p in trained], [folder / name for name in asked]
         compared = [] if plan.question else [*before, *runs] if len(runs) == 1 else [*runs, *before]
         page = folder / "compare.html"
         told = [f"{name} failed with exit code {code}" for name, code in failed]
@@ -311,18 +315,30 @@ def _train(point: Point) -> int:
     return _child("train", "-c", settings, *(["--overwrite"] if folder.is_dir() and any(folder.glob("*")) else []))
 
 
+def befores(points: list[Point]) -> dict[str, TrainConfig]:
+    """Each base that the runs started from, with how it is asked, as a run's settings by the name of a folder: the first run's of those that share it."""
+    firsts: dict[tuple[str, ...], Point] = {}
+    for point in points:
+        firsts.setdefault((point.config.model, *_base_flags(point.config)), point)
+    return {f"before-{p.name}" if len(firsts) > 1 else "before": p.config for p in firsts.values()}
+
+
+def _base_flags(config: TrainConfig) -> list[str]:
+    """The flags with which predict loads the base and reads rows as a run did."""
+    quant = [] if config.quant == "keep" else ["--quant", config.quant]
+    return quant + config.reading_flags() + ([] if config.device == "auto" else ["--device", config.device])
+
+
 def _predict(config: TrainConfig, test: dict[str, Any], output: Path, adapter: bool) -> None:
     """Answer the test set with the run's adapter (or its whole model), or with the base model."""
     run = Path(config.output)
     model = run / "model" if adapter and config.method == "full" else config.model
     words: list[object] = ["--model", Path(model), "--data", Path(test["data"]), "--output", output]
+    words += _base_flags(config)
     if adapter and config.method != "full":
         words += ["--adapter", run / "adapter"]
     for key in ("max_tokens", "batch"):
         words += [f"--{key.replace('_', '-')}", test[key]] if key in test else []
-    words += [] if config.quant == "keep" else ["--quant", config.quant]
-    words += config.reading_flags()
-    words += [] if config.device == "auto" else ["--device", config.device]
     code = _child("predict", *words, "--json")  # one table at the end has the scores of all runs
     if code:
         raise _failure(code, f"minilora predict into {output}")

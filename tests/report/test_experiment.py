@@ -15,9 +15,12 @@ ASKED = {"ask": "Is it so?", "published": "Yes.", "compare": "lora_r", "best_of"
 
 
 def run(loss: float, ended: bool = True, **config) -> Record:
-    metrics = [{"step": step, "loss": loss, "time": 1.0} for step in range(1, 3 if ended else 2)]
+    steps = [1, 2] if ended else [1]
+    columns = {"step": steps, "loss": [loss for _ in steps], "time": [1.0 for _ in steps]}
     name = ",".join(f"{key}={value}" for key, value in config.items())
-    return Record(name, Path(name), config, metrics, [(0, 9.0), (2, loss)], {"steps": 2, "trained_parameters": 7})
+    return Record(
+        name, Path(name), config, columns, val=[(0, 9.0), (2, loss)], data={"steps": 2, "trained_parameters": 7}
+    )
 
 
 def estimate(cells: Cells, group: str) -> Estimate:

@@ -98,6 +98,12 @@ def test_common_subsequence_is_the_tables(a, b):
     assert common_subsequence(a, b) == table[-1, -1]
 
 
+def test_very_long_texts_are_measured_by_their_beginnings_and_it_is_said():
+    same = "abcde" * 4000
+    assert rouge_l(same + "x" * 10**6, same + "y" * 10**6) == rouge_l(same, same) > rouge_l(same[1:] + "x", same)
+    assert all("of the first 20,000" in text for name, text in metrics.DEFINITIONS.items() if name.startswith("rougeL"))
+
+
 def test_empty_answers_score_nothing():
     assert all(metric.value == 0 for metric in metrics.measure(["", "  \n"], ["好的。", "ab"]).values())
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -163,12 +165,14 @@ def test_trained_on_test_rows_is_told_by_the_rows(tmp_path):
     path.write_text("".join(lines))
 
     def trained_on(*pairs) -> str:
-        (b / "trained_rows.u64").write_bytes(np.array(pairs, "<u8").tobytes())
+        (b / "trained_rows.u64").write_bytes(np.array(sorted(pairs), "<u8").tobytes())
         return told(a, b)
 
     assert trained_on((1, 1), (2**63 - 1, 5)) == ""
     assert "B was trained on the questions of 2 of 120 test rows, all of them with" in trained_on(*hashes[3:5], (1, 1))
     assert "of 3 of 120 test rows, 1 of them" in trained_on(hashes[0], (2**63 + 1, 7), (2**63 + 2, 8))
+    os.truncate(b / "trained_rows.u64", 1 << 36)  # a hole, more than memory holds: only where a hash would be is looked
+    assert told(a, b) == ""
     (b / "trained_rows.u64").write_bytes(b"cut")
     with pytest.raises(DataError, match="is damaged"):
         read_record(b)
@@ -265,10 +269,22 @@ CURVES = {
     "broken": ([2.0] * 20 + [math.nan], [], "not finite from step 21"),
     "over-fits": ([4 * 0.95**i for i in range(60)], [(0, 4.0), (20, 2.0), (40, 2.2), (60, 2.6)], "best at step 20"),
     "fits": ([4 * 0.95**i for i in range(60)], [(0, 4.0), (20, 2.0), (60, 1.5)], "no over-fitting is seen"),
-    "unlearns": ([4 * 0.95**i for i in range(60)], [(0, 2.0), (60, 2.6)], "best before training"),
+    "unlearns": ([4 * 0.95**i for i in range(60)], [(0, 2.0), (60, 2.6)], "never better than before training"),
     "short": ([2.0] * 5, [], "too few to read"),
     "spike": ([2.0] * 30 + [9.0] + [2.0] * 30, [], "first: step 31"),
 }
+
+
+def test_what_is_equal_is_not_called_the_best(tmp_path):
+    val = [(0, 0.5), (40, 0.5)]
+    a, b, c = (make_run(tmp_path / name, answers=["一个答案"] * 9, val=val) for name in "abc")
+    found = "\n".join(compare([str(a), str(b)], tmp_path / "page.html"))
+    assert "A and B have the same score on the test set: rougeL_char 100.00" in found and "B is as high as A" in found
+    assert "A and B have the same validation loss: 0.5." in found and "worst" not in found and "worse" not in found
+    assert "Training did not lower the validation loss: 0.5 before it" in verdict(read_record(a))
+    write_answers(c / "predict", ["别的"] * 9)
+    found = "\n".join(compare([str(a), str(b), str(c)], tmp_path / "page.html"))
+    assert "A and B have the same highest score" in found and "has the" not in found
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -369,6 +385,18 @@ def test_a_run_that_ends_early_leaves_no_page_that_says_it_goes_on(tmp_path, mon
     assert 'http-equiv="refresh"' in seen[0] and 'http-equiv="refresh"' not in page
 
 
+def test_the_page_of_a_long_run_takes_few_bytes_a_step(tmp_path):
+    peaks = []
+    for steps in (600, 1600):
+        make_run(tmp_path / str(steps), losses=[1.0 + i % 7 for i in range(steps)], val=[(0, 3.0), (9, 2.0)])
+        report(tmp_path / str(steps))  # what is loaded once
+        tracemalloc.start()
+        report(tmp_path / str(steps))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 1000 < 250  # 13 columns of 8 bytes, smoothed ones, and one that is sorted
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         read_record(tmp_path / "none")
@@ -379,6 +407,9 @@ def test_folders_that_are_no_runs(tmp_path):
         compare([str(run)], tmp_path / "page.html")
     (run / "predict" / "generated_predictions.jsonl").write_text('{"predict": 1}\n')
     with pytest.raises(DataError, match="damaged"):
+        read_record(run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": "low"}\n')
+    with pytest.raises(DataError, match="metrics.jsonl: a file of this run holds what no run writes"):
         read_record(run)
 
 

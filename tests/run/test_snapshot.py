@@ -10,11 +10,11 @@ from oracle import randomise, tiny, tiny_folder
 
 from minilora import add_lora
 from minilora.errors import CheckpointMismatch
-from minilora.files.atomic import atomic_folder, verify_manifest
+from minilora.files.atomic import added, atomic_folder, verify_manifest
 from minilora.lora import trained_parameters
 from minilora.methods.pissa import PiSSALinear, pissa_init
 from minilora.run.setup import optimizer_of
-from minilora.run.snapshot import load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots
+from minilora.run.snapshot import FILES, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots
 from minilora.settings import resolve
 
 
@@ -117,8 +117,16 @@ def test_a_snapshot_with_its_users_notes_stays(tmp_path):
     (tmp_path / "step-0").mkdir()
     (tmp_path / "step-0" / "notes").write_text("precious")  # no snapshot at all
     (tmp_path / ".tmp-merged").mkdir()  # which another command fills
+    (tmp_path / "step-2" / "MANIFEST.json").write_text("{")  # a note is known as one all the same
     rotate(tmp_path, keep=1, step=3, best=None)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-merged", "last", "step-0", "step-2", "step-3"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_a_snapshot_holds_is_known_without_its_manifest(tmp_path, full):
+    save_snapshot(tmp_path / "step-1", *made(steps=1, full=full), {}, tiny_folder(tmp_path / "base"), full)
+    (tmp_path / "step-1" / "MANIFEST.json").write_text("{")
+    assert added(tmp_path / "step-1", FILES) == []
 
 
 def test_the_newest_whole_snapshot_is_found(tmp_path):

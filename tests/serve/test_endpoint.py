@@ -119,6 +119,13 @@ def test_draws_follow_the_seed(client, models, answer):
     assert found[0][2] == models.base.tokenizer.answer(wanted)
 
 
+def test_the_newer_name_of_max_tokens_counts_where_both_are_given(client):
+    for most, wanted in ((3, 3), (2, 3)):
+        more = {"max_tokens": most, "max_completion_tokens": wanted}
+        found = client.chat.completions.create(model="tiny", messages=HELLO, **more)
+        assert found.usage.completion_tokens == wanted
+
+
 def test_a_stop_text_ends_the_answer_and_is_not_shown(client):
     whole = client.completions.create(model="tiny", prompt="hello", max_tokens=30)
     text = whole.choices[0].text

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import shutil
 import unicodedata
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_chatglm import write_tokenizer
 from minilora.errors import DataError, ModelError
 from minilora.generate import stream_text
 from minilora.text.bpe import GLM4_SPECIALS, QWEN_SPLIT, read_ranks
+from minilora.text.growing import Growing
 from minilora.text.template import render_text
 from minilora.text.template_glm import CHATGLM2
 from minilora.text.tokenizer import Tokenizer, load_tokenizer
@@ -175,6 +177,23 @@ def test_a_streamed_answer_is_the_whole_answer(name, tokenizers):
     tokenizer = tokenizers[name]
     ids = tokenizer.encode("\n 数到 你好 🤖🇨🇳\n two  lines")
     assert "".join(stream_text(tokenizer, iter(ids))) == tokenizer.answer(ids)
+
+
+@ALL
+def test_a_growing_text_is_that_of_all_its_ids_of_which_few_are_read_anew(name, tokenizers):
+    tokenizer, draw, read = tokenizers[name], random.Random(0), []
+
+    def decode(ids):
+        read.append(len(ids))
+        return tokenizer.decode(ids)
+
+    written = [i for text in SAMPLES for i in [*tokenizer.encode(text), draw.choice([*tokenizer.specials.values()])]]
+    for ids in (written, [draw.randrange(tokenizer.size) for _ in range(150)]):
+        growing = Growing(decode)
+        for count in range(1, len(ids) + 1):
+            whole = tokenizer.decode(ids[:count])
+            assert growing.text(ids[:count]).rstrip("\ufffd") == whole.rstrip("\ufffd"), (count, ids)
+    assert len(written) > 100 and max(read) < 60
 
 
 def test_ids_that_no_piece_has_are_left_out(tokenizers):

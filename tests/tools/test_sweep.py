@@ -162,6 +162,24 @@ def test_answers_are_given_on_the_bits_of_the_training(monkeypatch):
     assert calls[0][calls[0].index("--quant") + 1] == "nf4" and "--quant" not in calls[1]
 
 
+def test_before_is_asked_of_each_base_and_named_by_its_first_run(here):
+    path, out, calls = here
+    sections = yaml.safe_load(Path(path).read_text()) | {"product": {"quant": ["off", "int8"]}}
+    sweep(write(Path(path), **sections), str(out), {}, console=QUIET)
+    asked = [c for c in calls if c[0] == "predict" and "--adapter" not in c]
+    assert [(Path(c[c.index("--output") + 1]).name, c[c.index("--quant") + 1]) for c in asked] == [
+        ("before-lr=0.001,quant=off", "off"),
+        ("before-lr=0.001,quant=int8", "int8"),
+    ]
+    page = (out / "compare.md").read_text()
+    assert "E is before-lr=0.001,quant=off, F is before-lr=0.001,quant=int8" in page.replace("\\", "")
+    sections |= {"zip": {"lr": [i / 1000 for i in range(1, 26)]}, "product": {}}
+    assert len(read_sweep(write(Path(path), **sections), out, {}).points) == 25
+    sections["zip"]["model"] = [f"m{i % 2}" for i in range(25)]
+    with pytest.raises(UsageError, match="25 runs and 2 base models"):
+        read_sweep(write(Path(path), **sections), out, {})
+
+
 def test_a_stopped_sweep_goes_on(here):
     path, out, calls = here
     sweep(path, str(out), {}, console=QUIET)

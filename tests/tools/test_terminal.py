@@ -212,6 +212,12 @@ def test_a_console_writes_no_control_codes_but_its_own(capsys):
     assert re.sub(r"\x1b\[[01]m", "", capsys.readouterr().out) == "a\\u001b[2J\\u202e\\u009b    b\\u0000\n"
 
 
+def test_no_columns_are_as_many_as_are_not_told(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    Console().print("hello")
+    assert capsys.readouterr().out == "hello\n"
+
+
 def test_names_are_shown_as_they_are_in_every_place_of_rich(capsys):
     console, name = Console(width=200), "[red]a[/q] :100: 1"
     table = Table(name, title=name, caption=name)

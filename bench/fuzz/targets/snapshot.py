@@ -22,7 +22,8 @@ STATE = {
     "machine": {"torch": "2"},
     "position": 0,
 }
-METRICS = '{"step": 1, "loss": 0.5, "lr": 0.1}\n{"step": 2, "loss": 0.25, "lr": 0.1, "val_loss": 1.0, "time": 3}\n'
+STEP = '"tokens": 9, "target_tokens": 5, "lr": 0.1'
+METRICS = f'{{"step": 1, "loss": 0.5, {STEP}}}\n{{"step": 2, "loss": 0.25, {STEP}, "val_loss": 1.0, "time": 3}}\n'
 RUN = {
     "step-4": {"state.json": STATE, "x": "weights", "manifest": True},
     "metrics.jsonl": METRICS,
