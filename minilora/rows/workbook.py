@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..errors import DataError, RowError, quote
+from ..errors import DataError, DiskError, RowError, quote
 from ..files.regular import read_file
 from ..isolated import environment
 from .shapes import QUESTIONS, is_header
