@@ -4,8 +4,11 @@ Tiny matrices gain nothing from two threads, and the last bits of a sum depend o
 chance; here they are given.
 """
 
+import gc
 import os
 from pathlib import Path
+
+gc.disable()  # until all is collected: what is imported stays, and is not looked through again and again
 
 import pytest
 import torch
@@ -31,6 +34,15 @@ def cache_of_templates(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     folder = tmp_path_factory.getbasetemp() / "cache" / "templates"
     monkeypatch.setattr(own_template, "CACHE", folder)
     return folder
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # the library that Triton is bound with tells what is left at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

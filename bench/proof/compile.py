@@ -291,13 +291,16 @@ def quantized_group(x: Tensor, ns: tuple[int, ...], r: int, form: type[Quantized
     ]
 
 
-def launches() -> dict[str, tuple[Launch, int]]:
-    """A name, a launch and its architecture for every kernel and configuration."""
+def launches(only: str = "") -> dict[str, tuple[Launch, int]]:
+    """A name, a launch and its architecture for every kernel and configuration; of one architecture if `only` names it."""
     found: dict[str, tuple[Launch, int]] = {}
     seen = set()
+    asked = [arch for arch in ARCHITECTURES if f"sm_{arch}" in only.split()] or ARCHITECTURES
     for name, once in CALLS.items():
         for short, dtype in DTYPES.items():
-            for arch in ARCHITECTURES if name.startswith(ON_86) else (80, 90):
+            for arch in asked:
+                if arch == 86 and not name.startswith(ON_86):
+                    continue
                 with recorded(arch) as made:
                     once(dtype)
                 assert made, f"{name}: no kernel was launched"
@@ -338,9 +341,9 @@ def needs(launch: Launch, arch: int) -> dict[str, Any]:
 _found: dict[str, tuple[Launch, int]] = {}  # of a worker: a kernel can't be pickled, so each records for itself
 
 
-def _start(cache: str) -> None:
+def _start(cache: str, only: str) -> None:
     knobs.cache.dir = cache
-    _found.update(launches())
+    _found.update(launches(only))
 
 
 def _needs_of(label: str) -> dict[str, Any]:
@@ -349,10 +352,10 @@ def _needs_of(label: str) -> dict[str, Any]:
 
 def table(cache: Path, only: str = "", jobs: int = 1, one: bool = False) -> dict[str, dict[str, Any]]:
     """The needs of every kernel whose label has all the words of `only`; of the first configuration if `one`."""
-    there = {label: launch for label, (launch, _) in launches().items() if set(only.split()) <= set(label.split())}
+    there = {label: launch for label, (launch, _) in launches(only).items() if set(only.split()) <= set(label.split())}
     first = {launch.name: label for label, launch in reversed(there.items())}
     labels = [label for label, launch in there.items() if not one or first[launch.name] == label]
-    with get_context("spawn").Pool(jobs, _start, (str(cache),)) as pool:
+    with get_context("spawn").Pool(jobs, _start, (str(cache), only)) as pool:
         return dict(zip(labels, pool.imap(_needs_of, labels), strict=True))
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 OWN = ROOT / "tests" / "kernels" / "interpreter"
 # files that go through one process: it takes seconds to start
 TOGETHER = [
-    ["test_families.py"],
+    ["test_families.py", "test_benches.py"],
     ["test_lora_linear.py", "test_fp8_rows.py", "test_far.py"],
     ["test_shadow.py", "test_shadow_wide.py"],
     ["test_cross_entropy.py", "test_row_kernels.py", "test_kernel_paths.py"],

@@ -133,22 +133,6 @@ def test_everything_that_a_gpu_would_run_on_torchs_paths(tmp_path: Path):
     )
 
 
-def interpreted(*commands: str) -> None:
-    pytest.importorskip("triton")
-    for command in commands:
-        module, *words = command.split("|")
-        printed = bench(module, *words, TRITON_INTERPRET="1")
-        assert not bad(printed), printed
-
-
-def test_the_kernels_through_the_benches_on_the_interpreter():
-    interpreted(
-        "proof.parity|--toy|--dtypes|bfloat16|--only|add_rms_norm 37 x 101, b|swiglu 13|r=3 (two|bits (one|scale known",
-        "kernels|--models|toy|--tokens|16|--rounds|1|--only|lora_swiglu",
-        "step|--models|toy|--tokens|16|--document|8|--rounds|1|--sides|minilora|minilora, recomputing",
-    )
-
-
 @pytest.mark.long
 def test_everything_that_a_gpu_would_run_on_the_interpreter(tmp_path: Path):
     bench("gpu", "--toy", "--out", str(tmp_path), "--minutes", "9", TRITON_INTERPRET="1")

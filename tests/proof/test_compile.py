@@ -62,7 +62,7 @@ TABLES = {table["triton"]: table["kernels"] for table in (COMMITTED, OLDER)}
 def test_what_the_kernels_need_is_what_is_committed(only: str, one: bool, tmp_path: Path):
     """After a change: python -m bench.proof.compile > bench/proof/compiled.json"""
     command = [sys.executable, "-W", "error", "-m", "bench.proof.compile", "--only", only, "--cache", str(tmp_path)]
-    command += ["--one"] * one
+    command += ["--one", "--jobs", "1"] * one  # each process records all launches first
     result = subprocess.run(
         command,
         cwd=ROOT,

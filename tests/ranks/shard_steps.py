@@ -1,6 +1,6 @@
-"""Training steps with a whole base and with a sharded one, by the ranks of a torchrun. Writes what each rank found.
+"""Training steps with a whole base and with a sharded one, by so many ranks. Writes what each rank found.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks/shard_steps.py MODEL OUT
+python tests/ranks/shard_steps.py RANKS MODEL OUT [CASE ...]
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from ranks.forked import forked
 from ranks.steps import examples
 from ranks.traffic import bytes_sent
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,11 +183,13 @@ def bits(model: Decoder) -> str:
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def tell(folder: Path, out: Path, names: list[str]) -> None:
     me = join(60)
-    folder, out, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or list(CASES)
     told: dict[str, Any] = {name: compared(folder, me, name, CASES[name]) for name in names}
     if me.count == 2:
         told["resumed"] = resumed(folder, me, out)
     (out / f"{me.count}-{me.rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    forked(int(sys.argv[1]), lambda: tell(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] or list(CASES)))

@@ -1,6 +1,6 @@
-"""Training steps in every setting, by as many ranks as there are: run alone, or by torchrun. Writes what each rank found.
+"""Training steps in every setting, by four ranks, by two and by one. Writes what each rank found.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks/steps.py MODEL OUT
+python tests/ranks/steps.py MODEL OUT
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ranks.forked import forked
 from ranks.traffic import bytes_sent
 
 from minilora.checkpoint.load import load_model
@@ -110,11 +111,16 @@ def some_of(model: torch.nn.Module) -> list[float]:
     return flat[:: max(1, len(flat) // 500)].tolist()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def tell(folder: Path, out: Path) -> None:
+    """What this rank finds, and then a step of the run that the ranks before it have left."""
     me = join(60)
-    told = results(Path(sys.argv[1]), me)
-    told["gone on"] = go_on(Path(sys.argv[1]), Path(sys.argv[2], "snapshot"), me)
+    told = results(folder, me)
+    told["gone on"] = go_on(folder, out / "snapshot", me)
     if me.count == 1:
-        told["without a stop"] = without_a_stop(Path(sys.argv[1]))
-    Path(sys.argv[2], f"{me.count}-{me.rank}.json").write_text(json.dumps(told))
+        told["without a stop"] = without_a_stop(folder)
+    (out / f"{me.count}-{me.rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    for count in (4, 2, 1):
+        forked(count, lambda: tell(*map(Path, sys.argv[1:])))

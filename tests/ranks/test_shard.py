@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import tiny_folder
-from rank_runs import ENVIRONMENT, ROOT, interrupted, killing, metrics, run, steps, torchrun, training
+from rank_runs import ROOT, interrupted, killing, metrics, run, steps, training
 from tiny import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,8 +56,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         folder = tmp_path_factory.mktemp("shard")
         sizes = {"num_hidden_layers": 3, "intermediate_size": 1024, "tie_word_embeddings": count == 2}
         model = make_model(folder / "model", **sizes)
-        script = [str(ROOT / "tests/ranks/shard_steps.py"), str(model), str(folder), *OF[count]]
-        done = subprocess.run([*torchrun(count), *script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        script = [str(ROOT / "tests/ranks/shard_steps.py"), str(count), str(model), str(folder), *OF[count]]
+        done = run([sys.executable, *script])
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads((folder / f"{count}-{rank}.json").read_text()) for rank in range(count)]
 
