@@ -73,7 +73,7 @@ def test_two_models_answer_side_by_side(page, models):
 
 def test_text_is_never_markup(page, models, monkeypatch):
     """What a user says and what a model says."""
-    monkeypatch.setattr(models.base.tokenizer, "answer", lambda ids: MARKUP)
+    monkeypatch.setattr(models.base.tokenizer, "decode", lambda ids: MARKUP if ids else "")
     with running(models) as (url, _):
         page.goto(url)
         page.select_option(".talk:nth-child(2) select", "")
