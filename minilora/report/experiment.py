@@ -19,7 +19,7 @@ over seeds.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
@@ -35,6 +35,7 @@ NORMAL = 1.959964
 LOSSES = {"val": "validation loss", "train": "training loss"}
 
 Values = tuple[str, ...]  # of the compared settings: a group
+Place = tuple[str, Values, int, float]  # of a run: value along, group, seed, value of best_of
 Table = tuple[list[str], list[list[Any]]]  # head and rows
 
 
@@ -80,6 +81,22 @@ class Question:
         values |= {key: str(section[key]) for key in ("ask", "published")}
         values |= {"compare": tuple(canonical(str(name)) for name in compare), "expect": tuple(map(float, expect))}
         return cls(**section | values)
+
+    def place(self, config: Mapping[str, Any]) -> Place:
+        """Where a run of these settings belongs: the value along, the group, the seed and the value of best_of."""
+        along = as_text(config.get(self.along)) if self.along else ""
+        group = tuple(as_text(config.get(name)) for name in self.compare)
+        return along, group, config["seed"], float(config[self.best_of]) if self.best_of else 1.0
+
+    def places(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
+        """The place of each run, by its name; UsageError for two in one place: one of them would not be counted."""
+        found = {name: self.place(config) for name, config in configs.items()}
+        taken: dict[Place, str] = {}
+        for name, place in found.items():
+            if taken.setdefault(place, name) != name:
+                what = f"{taken[place]} and {name} differ in nothing that the question names"
+                raise UsageError(what, "Name under compare, along or best_of what differs, or make two sweeps of them.")
+        return found
 
 
 def student(freedom: int) -> float:
@@ -153,12 +170,12 @@ class Cells:
     def __init__(self, question: Question, runs: Iterable[Record]):
         self.question = question
         self.runs: dict[tuple[str, Values, int], dict[float, tuple[float, Record]]] = {}
-        for run in runs:
-            along = _shown(run.config.get(question.along)) if question.along else ""
-            group = tuple(_shown(run.config.get(name)) for name in question.compare)
-            tried = float(run.config[question.best_of]) if question.best_of else 1.0
-            place = self.runs.setdefault((along, group, run.config["seed"]), {})
-            place[tried] = _loss(run, question.loss), run
+        found = {str(run.folder): run for run in runs}
+        places = question.places({name: run.config for name, run in found.items()})
+        short = _short({text for along, group, _, _ in places.values() for text in (along, *group)})
+        for name, (along, group, seed, tried) in places.items():
+            key = short[along], tuple(short[text] for text in group), seed
+            self.runs.setdefault(key, {})[tried] = _loss(found[name], question.loss), found[name]
         ended = {key: any(math.isfinite(loss) for loss, _ in runs.values()) for key, runs in self.runs.items()}
         self._bests = {key: Best.of(runs) for key, runs in self.runs.items() if ended[key]}
         self.alongs, self.groups, self.seeds = (list(dict.fromkeys(part)) for part in zip(*self.runs, strict=True))
@@ -191,9 +208,10 @@ class Cells:
         return estimate.exp() if self.question.read == "rate" else estimate
 
 
-def _shown(value: Any) -> str:
-    """A value of a setting as a name; of a path, its last part."""
-    return as_text(value).rsplit("/", 1)[-1]
+def _short(texts: set[str]) -> dict[str, str]:
+    """A name for each value of a setting: of a path its last part, where no other path has the same."""
+    last = {text: text.rsplit("/", 1)[-1] for text in texts}
+    return {text: name if [*last.values()].count(name) == 1 else text for text, name in last.items()}
 
 
 def _loss(run: Record, kind: str) -> float:

@@ -108,7 +108,7 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         config = resolve(_placed(settings | value), {"output": output / name})
         points.append(Point(name, config))
     if question:
-        Question.of(question, str(path))
+        Question.of(question, str(path)).places({point.name: vars(point.config) for point in points})
     elif test.get("before") and len(points) + len(bases := befores(points)) > len(LETTERS):
         what = f"{path} means {len(points):,} runs and {len(bases):,} base models that are asked too"
         raise UsageError(what, f"Its page shows at most {len(LETTERS)}: make several sweeps of it.")
@@ -161,7 +161,7 @@ def combinations(
 
 
 # what decides a run beside must_match; files, which a resume knows by what they hold, go by their names here
-OWN = ("model", "data", "val", "test", "mix_general", "define", "keep")
+OWN = ("model", "data", "encoding", "val", "test", "mix_general", "define", "keep")
 
 
 def name_of(values: dict[str, Any]) -> str:

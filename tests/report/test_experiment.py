@@ -132,3 +132,12 @@ def test_names_on_the_page_are_text():
 def test_a_wrong_question_is_refused(more: dict, said: str):
     with pytest.raises(UsageError, match=said):
         Question.of(ASKED | more, "file")
+
+
+def test_two_runs_in_one_place_are_refused_and_names_tell_paths_apart():
+    question = Question.of(ASKED | {"compare": "data"}, "")
+    twice = [run(1.0, data="rows", lr=1e-3, seed=1, lora_alpha=alpha) for alpha in (1, 64)]
+    with pytest.raises(UsageError, match="lora_alpha=1 and .*lora_alpha=64 differ in nothing that the question names"):
+        Cells(question, twice)
+    cells = Cells(question, [run(1.0, data=f"{name}/train.json", lr=1e-3, seed=1) for name in ("a", "b")])
+    assert cells.groups == [("a/train.json",), ("b/train.json",)]
