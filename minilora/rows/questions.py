@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..config import PLAIN, DataConfig
 from ..errors import DataError
+from ..text.template import has_thought
 from ..text.tokenizer import Tokenizer
 from .files import read_rows
 from .keys import ignored_notes
@@ -47,10 +48,13 @@ def read_questions(
             raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
         trained, label = [], tokenizer.template.written(last)
         label = label if label.strip() else ""
+        thinking = has_thought(row.messages)
         if label:
-            _, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
+            whole, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
+            # a prompt may open the thought, so that an answer begins within it
+            label = tokenizer.answer([i for i, mark in zip(whole, trained, strict=True) if mark]) if thinking else label
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
-        ids, _ = tokenizer.render(before, prompt=True)
+        ids, _ = tokenizer.render(before, prompt=True, thinking=thinking)
         questions.append(Question(ids, text, label, sum(trained), row.where, row_hashes))
     for note in ignored_notes(ignored):
         say(note)

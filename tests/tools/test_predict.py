@@ -1,6 +1,8 @@
 """minilora predict: the files, one answer after the other, going on, and what it refuses."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,18 +10,23 @@ from tiny import make_model, make_rows
 
 import minilora
 from minilora.__main__ import main
+from minilora.config import PLAIN
 from minilora.console import Console
 from minilora.errors import DataError, OutputInUse, Stopped
 from minilora.generate import reply
 from minilora.machine import compute
 from minilora.report.compare import compare
 from minilora.report.record import read_json_file
+from minilora.rows import read_rows, trainable
 from minilora.rows.questions import read_questions
+from minilora.rows.render import render_row
 from minilora.rows.shapes import QUESTIONS
+from minilora.text.tokenizer import load_tokenizer
 from minilora.tools import predict as predict_module
 from minilora.tools.predict import PART, RESULTS, ROWS, predict
 
 QUIET = Console(quiet=True)
+GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +217,21 @@ def test_the_command_prints_scores_and_definitions(work, made, capsys):
     assert "bleu4_char: BLEU-4 of each answer by character" in out and "answers were cut at 12 tokens" in out
     assert main([*arguments, "--output", str(work / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == made
+
+
+@pytest.mark.parametrize("thinking", ["optional", "always", "either"])
+def test_a_question_with_a_thought_is_asked_as_it_was_trained(tmp_path, thinking):
+    """The prompt goes up to where the training of the row begins, and the reference is all that a model then writes."""
+    tokenizer = load_tokenizer(GOLDEN / "qwen3")
+    tokenizer.template = dataclasses.replace(tokenizer.template, thinking=thinking)
+    answer = {"role": "assistant", "reasoning_content": "a thought", "content": "an answer"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, answer]}) + "\n")
+    (question,) = read_questions(path, tokenizer)
+    ids, trained = render_row(trainable(next(iter(read_rows(path)))), tokenizer, PLAIN)
+    rest = ids[len(question.ids) :].tolist()
+    assert ids[: len(question.ids)].tolist() == question.ids and not trained[: len(question.ids)].any()
+    assert question.label == tokenizer.answer(
+        [i for i, mark in zip(rest, trained[len(question.ids) :], strict=True) if mark]
+    )
+    assert "a thought" in question.label and ("<think>" in question.label) == (thinking == "optional")
