@@ -12,11 +12,13 @@ from tiny import make_model, make_rows
 
 from minilora import add_lora, load_model, save_adapter
 from minilora.__main__ import main
-from minilora.errors import UsageError
+from minilora.errors import ModelError, UsageError
 from minilora.files.safetensors import SafetensorsFile, write_tensors
 from minilora.settings import read_yaml
 from minilora.terminal import LONGEST
-from minilora.text.growth import check_growth, check_replacements
+from minilora.text.bpe import _merges
+from minilora.text.growth import _fields, check_growth, check_replacements
+from minilora.text.pieces import _model
 from minilora.tools.sweep import read_sweep
 
 ESC = "\x1b[31m"
@@ -170,11 +172,13 @@ def test_what_tokenizers_do_by_habit_is_no_growth():
         check_growth(more)
 
 
-def test_a_sentencepiece_model_that_makes_a_text_grow_is_refused():
-    def field(number: int, content: bytes) -> bytes:
-        size = len(content)
-        return bytes([number << 3 | 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + content
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer."""
+    size = len(content)
+    return bytes([number << 3 | 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + content
 
+
+def test_a_sentencepiece_model_that_makes_a_text_grow_is_refused():
     def table(size: int) -> bytes:
         return field(1, b"nmt") + field(2, b"\4\0\0\0trie" + b"x" * size + b"\0y\0")
 
@@ -188,6 +192,33 @@ def test_a_sentencepiece_model_that_makes_a_text_grow_is_refused():
         ):
             with pytest.raises(ValueError, match=f"{size:,} bytes"):
                 check_replacements(field(1, b"a piece") + grows)
+
+
+def test_ranks_that_can_be_cut_in_far_too_many_ways_are_refused(tmp_path):
+    """Each way to cut a token into two is a merge: of tokens of one letter a number that grows as the cube of the longest."""
+    chains = [bytes([letter]) * n for letter in range(97, 123) for n in range(2, 400)]
+    text = {token: token.decode() for token in [*(bytes([b]) for b in range(97, 123)), *chains]}
+    with pytest.raises(ValueError, match="far more ways"):
+        list(_merges(text))
+    assert list(_merges({b"a": "a", b"b": "b", b"ab": "ab"})) == [("a", "b")]
+
+
+def test_a_table_behind_a_tag_that_the_library_shortens_is_seen(tmp_path):
+    """Protocol buffers cut the number of a field to 32 bits."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a b c d e f g\n" * 40)
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(texts), model_prefix=str(tmp_path / "m"), vocab_size=12, hard_vocab_limit=False, minloglevel=2
+    )
+    raw = (tmp_path / "m.model").read_bytes()
+    (own,) = _fields(raw, 3)
+    (table,) = _fields(own, 2)
+    spec = field(2, table + b"x" * 1000 + b"\0")
+    hidden = b"\x9a\x80\x80\x80\x10" + field(3, spec)[1:]
+    _model(raw, tmp_path)
+    with pytest.raises(ModelError, match="replaces a letter by 1,000 bytes"):
+        _model(raw + hidden, tmp_path)
 
 
 def test_a_long_token_is_refused_in_every_format(here, told, tmp_path):

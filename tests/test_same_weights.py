@@ -97,6 +97,12 @@ def test_scores_of_an_adapter_that_was_trained_on_since_are_told(here):
     assert "other weights than the run has now" in (here / "run" / "report.html").read_text()
 
 
+def test_answers_of_the_base_alone_are_not_taken_for_the_runs(here):
+    at = PREDICT.index("--adapter")
+    assert main([*PREDICT[:at], *PREDICT[at + 2 : -1], "run/predict"]) == 0
+    assert read_record(here / "run").stale_answers
+
+
 def test_a_prediction_whose_results_are_damaged_is_told(here, capsys):
     change(here / "answers" / "predict_results.json", rows="many", metrics=[1])
     assert main(PREDICT) == 3 and "holds what no run writes" in capsys.readouterr().err

@@ -33,6 +33,11 @@ class Factors:
     def r(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of dW: out, in."""
+        return self.b.shape[0], self.a.shape[1]
+
     def dot(self, other: "Factors") -> float:
         """The inner product of two dW as vectors, from products of r x r: sum (B1^T B2) * (A1 A2^T)."""
         return float(self.scale * other.scale * ((self.b.T @ other.b) * (self.a @ other.a.T)).sum())

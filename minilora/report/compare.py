@@ -143,8 +143,7 @@ def _validated_alike(runs: list[Record]) -> list[list[Record]]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for run in runs:
         if run.best:
-            of = (run.data.get("val_hash"), run.config.get("model"), run.base, run.objective)
-            groups.setdefault(of, []).append(run)
+            groups.setdefault((run.data.get("val_hash"), *_base(run)), []).append(run)
     return list(groups.values())
 
 
@@ -231,9 +230,14 @@ def _losses(page: Document, runs: list[Record]) -> None:
     page.text("Smoothed is a mean over about a twentieth of the steps. Bold is the best of a row.", "dim")
 
 
+def _base(run: Record) -> tuple[Any, ...]:
+    """What losses are of beside their rows: the model and the objective."""
+    return run.config.get("model"), run.base, run.objective
+
+
 def loss_rows(runs: list[Record]) -> list[list[str]]:
     """Losses, size, speed and memory of runs, a quantity a row; the best is marked where the runs can be compared in it."""
-    same_rows = len({(run.data.get("train_hash"), run.config.get("model")) for run in runs}) == 1
+    same_rows = len({(run.data.get("train_hash"), *_base(run)) for run in runs}) == 1
     same_val = len(_validated_alike(runs)) == 1
     row = partial(_row, runs)
     return [

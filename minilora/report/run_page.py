@@ -23,7 +23,7 @@ from .charts import Level, Series, heat_map, line_chart, marked_histogram
 from .curve import Curve, smoothed
 from .metrics import Interval
 from .page import Best, Document, check_page
-from .record import LIMITS, Record, as_text, as_written, read_record
+from .record import LIMITS, Record, as_text, as_written, hash_of, read_record
 from .verdict import reading, verdict
 
 SAMPLES = "samples.jsonl"
@@ -227,11 +227,16 @@ def make_samples(run: Record, count: int) -> None:
     after = answers()
     with without_adapters(model):
         before = answers()
+    now = _adapter_of(run)
     lines = [
-        {"question": q.text, "label": q.label, "before": old, "after": new, "where": q.where}
+        {"question": q.text, "label": q.label, "before": old, "after": new, "where": q.where, "adapter": now}
         for q, old, new in zip(chosen, before, after, strict=True)
     ]
     write_file(run.folder / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _adapter_of(run: Record) -> str:
+    return hash_of(run.folder / "adapter" / ADAPTER_WEIGHTS)
 
 
 def _samples(page: Document, run: Record) -> None:
@@ -242,7 +247,10 @@ def _samples(page: Document, run: Record) -> None:
             f"None yet: {shell('report', run.folder, '--samples', 4)} asks the base model and the adapter.", "dim"
         )
         return
-    for row in read_json_lines(path):
+    rows, now = list(read_json_lines(path)), _adapter_of(run)
+    if any(row.get("adapter", now) != now for row in rows):
+        page.text("The answers after are of another adapter than the run has now: ask again.", "warning")
+    for row in rows:
         page.heading(row["where"], small=True)
         page.verbatim(row["question"])
         page.sides([("reference", row["label"]), ("before", row["before"]), ("after", row["after"])])

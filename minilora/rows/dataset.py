@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..files.atomic import atomic_folder
 from ..files.model_folder import ModelFolder, positions_note
 from ..text.tokenizer import Tokenizer, load_tokenizer
-from . import find_data
+from .files import find_data, validation_file
 from .load import load_examples
 from .report import Report, ending_note
 from .sources import mixed, parse_ratio, parse_sources, repeated
@@ -47,23 +47,28 @@ def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
         path, beside = find_data(path)
         val_path = val_path or (beside if not config.val else None)
     train, report = load(path)
-    idle = [key for key in config.define if not report.defined[key]]
-    if idle:
-        raise UsageError(
-            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}", "Correct the name or leave it out."
-        )
+    reports = [report]
     wanted = {name: getattr(config, name) for name in ("val", "test") if getattr(config, name)}
     if val_path is not None:
         wanted.pop("val", None)
     train, taken = _divide(train, wanted, config.seed)
     val = taken.get("val", train[:0])
     if val_path is not None:
-        val, val_report = load(find_data(val_path)[0])
+        val, val_report = load(validation_file(val_path))
+        reports.append(val_report)
         notes["val"] = str(val_report)
     elif "val" in taken:
         notes["val"] = f"{val.firsts.sum():,} of these rows"
     if "test" in taken:
         notes["test"] = f"{taken['test'].firsts.sum():,} of these rows, kept out"
+    if not config.train_end:
+        notes["end"] = ending_note(train.column("trained"))
+    train = repeated(train, config.seed)
+    if config.mix_general:
+        general, general_report = load(config.mix_general)
+        reports.append(general_report)
+        own, train = len(train), mixed(train, general, parse_ratio(config.mix_ratio), config.seed)
+        notes["general"] = f"{len(train) - own:,} rows mixed in, {config.mix_ratio}, from {general_report}"
     both = np.intersect1d(train.column("question"), val.column("question"))
     if len(both):
         rows = int(np.isin(val.column("question"), both).sum())
@@ -71,13 +76,11 @@ def load_data(config: TrainConfig, folder: ModelFolder | None = None) -> Data:
     beyond = positions_note(folder, max(train.longest, val.longest))
     if beyond:
         notes["long"] = beyond
-    if not config.train_end:
-        notes["end"] = ending_note(train.column("trained"))
-    train = repeated(train, config.seed)
-    if config.mix_general:
-        general, general_report = load(config.mix_general)
-        own, train = len(train), mixed(train, general, parse_ratio(config.mix_ratio), config.seed)
-        notes["general"] = f"{len(train) - own:,} rows mixed in, {config.mix_ratio}, from {general_report}"
+    idle = [key for key in config.define if not any(read.defined[key] for read in reports)]
+    if idle:
+        raise UsageError(
+            f"--define {idle[0]}: no row of {config.data} has {{{{{idle[0]}}}}}", "Correct the name or leave it out."
+        )
     return Data(tokenizer, train, val, report, notes, taken, config.seed)
 
 
@@ -102,7 +105,7 @@ def write_split(folder: Path, data: Data) -> None:
     if not data.taken:
         return
     with atomic_folder(folder) as stage:
-        table = {"seed": data.seed, "rows": {"train": len(data.train)}, "hashes": {}}
+        table = {"seed": data.seed, "rows": {"train": int(data.train.firsts.sum())}, "hashes": {}}
         for name, pieces in data.taken.items():
             examples = pieces.take(np.flatnonzero(pieces.firsts))
             values = [examples.value(i) for i in range(len(examples))]

@@ -107,6 +107,12 @@ def find_data(path: str | Path) -> tuple[Path, Path | None]:
     return train[0], val[0] if val else None
 
 
+def validation_file(path: str | Path) -> Path:
+    """The file of validation rows that a path means: of a folder the one beside its training file, if it has one."""
+    found, beside = find_data(path)
+    return beside or found
+
+
 def read_row(file: RowFile, number: int, settings: DataConfig) -> Row:
     """The conversation of a row; RowError if it is none."""
     return to_messages(file.value(number), file.where(number), settings)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import TrainConfig
 from ..errors import DataError, UsageError
-from .files import find_data
+from .files import validation_file
 from .token_store import Examples
 
 SPEC = re.compile(r"(?P<path>.+?)(?:#(?P<first>:?)(?P<count>\d{1,15}))?(?:@(?P<rate>[0-9.]+))?", re.DOTALL)
@@ -57,13 +57,12 @@ def _parse(text: str) -> Source:
 
 def measured(config: TrainConfig, run: Path) -> Path:
     """The rows that a run is measured on: those of its validation, else those that it was trained on, of several files the first."""
-    if config.val and Path(config.val).is_file():
-        return Path(config.val)
+    if config.val and Path(config.val).exists():
+        return validation_file(config.val)
     split_off = run / "data" / "val.jsonl"
     if split_off.is_file():
         return split_off
-    found, beside = find_data(parse_sources(config.data)[0].path)
-    return beside or found
+    return validation_file(parse_sources(config.data)[0].path)
 
 
 def draw(source: Source, rows: int, seed: int) -> np.ndarray:

@@ -40,6 +40,7 @@ GLM4_SPECIALS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
+MOST_MERGED = 1 << 25  # bytes of all merges that follow from ranks; Qwen's have 2.1 million
 QWEN_FIRST, QWEN35_FIRST = (
     151643,
     248044,
@@ -185,19 +186,24 @@ def _load_ranks(folder: ModelFolder, path: Path, split: str, nfc: bool, specials
     ranks = read_ranks(path)
     with no_panic(str(path)):
         check_tokens(ranks)
-    letters = _letters()
-    text = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [
-        (text[token[:i]], text[token[i:]])
-        for token in ranks
-        for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
-    ]
-    with no_panic(str(path)):
+        letters = _letters()
+        text = {token: "".join(letters[b] for b in token) for token in ranks}
         vocab = {text[token]: rank for token, rank in ranks.items()}
         added = _added(folder, {t: len(ranks) + i for i, t in enumerate(specials)})
         # a whole word that is a token is taken as it is, even where no merges lead to it
-        return BytePairs.of_merges(vocab, merges, split, nfc, added, ignore_merges=True)
+        return BytePairs.of_merges(vocab, list(_merges(text)), split, nfc, added, ignore_merges=True)
+
+
+def _merges(text: dict[bytes, str]) -> Iterator[tuple[str, str]]:
+    """Each way to cut a token into two tokens; ValueError for far more of them than a vocabulary has."""
+    length = 0
+    for token in text:
+        for i in range(1, len(token)):
+            if token[:i] in text and token[i:] in text:
+                length += len(token)
+                if length > MOST_MERGED:
+                    raise ValueError("its tokens can be cut into each other in far more ways than those of any model")
+                yield text[token[:i]], text[token[i:]]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

@@ -113,7 +113,7 @@ def _model(raw: bytes, path: Path) -> SentencePieceProcessor:
             raise ValueError("it holds no pieces")
         # a piece that is not UTF-8 raises here; later it would come up in the middle of an answer
         check_tokens(model.id_to_piece(i) for i in range(model.vocab_size()))
-        check_replacements(raw)
+        check_replacements(model.serialized_model_proto())  # as the library has read it
         return model
 
 

@@ -70,7 +70,7 @@ def _measure(run: Record) -> tuple[float, ...]:
     folder, found = ModelFolder(run.config["model"]), []
     stored = Stored.of(folder, empty_model(read_config(folder)))
     for path, factors in _changes(run, stored).items():
-        with stored.reading_linear(path, torch.Size((factors.b.shape[0], factors.a.shape[1]))) as w:
+        with stored.reading_linear(path, torch.Size(factors.shape)) as w:
             spectrum = Spectrum.of(factors)
             base = beside(in_fp32(w), factors, spectrum)
         found.append(

@@ -156,14 +156,7 @@ def inspect_adapter(
 def _change(path: str, f: Factors, spectrum: Spectrum) -> Change:
     s = spectrum.s
     return Change(
-        path,
-        (f.b.shape[0], f.a.shape[1]),
-        f.r,
-        float(s.norm()),
-        s.tolist(),
-        effective_rank(s),
-        rank_for(s, 0.9),
-        rank_for(s, KEPT),
+        path, f.shape, f.r, float(s.norm()), s.tolist(), effective_rank(s), rank_for(s, 0.9), rank_for(s, KEPT)
     )
 
 
@@ -199,7 +192,8 @@ def _starts(run: Path, factors: dict[str, Factors]) -> dict[str, float]:
     from ..settings import read_yaml, resolve
 
     config: TrainConfig = resolve(read_yaml(run / "config.yaml"))
-    if config.method != "lora" or config.lora_init != "kaiming":
+    ranks = {f.r for f in factors.values()}
+    if config.method != "lora" or config.lora_init != "kaiming" or config.lora_r not in ranks:
         return {}
     try:
         model = empty_model(read_config(config.model)).to_empty(device="cpu")  # memory that is never touched
@@ -209,13 +203,13 @@ def _starts(run: Path, factors: dict[str, Factors]) -> dict[str, float]:
     return {
         path: 1 - overlap(*(torch.linalg.qr(a.double().T)[0] for a in (start.lora_A.detach(), factors[path].a)))
         for path, start in adapters(model)
-        if path in factors
+        if path in factors and start.lora_A.shape == factors[path].a.shape  # of a base that was replaced it is not
     }
 
 
 def _moment(checkpoint: Path, end: dict[str, Factors]) -> Moment:
     there = read_factors(checkpoint)
-    both = [(there[path], f) for path, f in end.items() if path in there]
+    both = [(there[path], f) for path, f in end.items() if path in there and there[path].shape == f.shape]
     inner, then, now = (
         sum(x.dot(y) for x, y in pairs) for pairs in (both, [(x, x) for x, _ in both], [(y, y) for _, y in both])
     )
@@ -236,7 +230,7 @@ def compare_adapters(spectra: dict[str, Spectrum], factors: dict[str, Factors], 
     found = []
     for path in both:
         one, two = factors[path], others[path]
-        if (one.b.shape[0], one.a.shape[1]) != (two.b.shape[0], two.a.shape[1]):
+        if one.shape != two.shape:
             raise ModelError(
                 f"{other}: {path} has another shape than in this adapter", "Compare adapters of one model."
             )

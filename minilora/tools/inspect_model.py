@@ -152,9 +152,10 @@ def _ignored(folder: ModelFolder) -> list[str]:
 def text_of(found: dict[str, Any]) -> str:
     """A description for people."""
     lines = [f"folder      {found['folder']}"]
+    names = " ".join(", ".join(found["architectures"]).split()) if "architectures" in found else ""
     if "family" in found:
         s = found["sizes"]
-        names, tied = ", ".join(found["architectures"]), "tied to the head" if s["tied"] else "a head of its own"
+        tied = "tied to the head" if s["tied"] else "a head of its own"
         kv = f"{s['kv_heads']} for keys and values"
         lines += [
             f"family      {found['family']}   {names}",
@@ -173,7 +174,7 @@ def text_of(found: dict[str, Any]) -> str:
             )
         lines.append("kernels     " + "\n            ".join(found["kernels"]))
     else:
-        lines.append(f"model_type  {found['model_type']}   {', '.join(found['architectures'])}")
+        lines.append(f"model_type  {found['model_type']}   {names}")
     if "weights" in found:
         w = found["weights"]
         lines.append(f"weights     {w['tensors']:,} tensors, {w['bytes'] / 1e9:,.3g} GB")

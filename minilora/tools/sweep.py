@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 
 from ..config import TrainConfig, must_match, to_yaml
 from ..console import Console
-from ..errors import DataError, Diverged, MiniloraError, OutOfMemory, OutputInUse, Stopped, UsageError
+from ..errors import DataError, Diverged, MiniloraError, OutOfMemory, OutputInUse, RowError, Stopped, UsageError
 from ..files.atomic import atomic_folder, locked, require_place, sha256, write_file
 from ..files.regular import read_file
 from ..isolated import environment
@@ -35,7 +36,7 @@ from ..report.experiment import Question
 from ..report.page import check_page
 from ..report.record import LETTERS, read_json_file, read_record
 from ..report.score_table import shortened, show_scores
-from ..rows.files import find_data, open_rows, read_row
+from ..rows.files import find_data, open_rows, read_row, validation_file
 from ..rows.render import hashes
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
@@ -96,6 +97,8 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         allowed = " and ".join(f"{key} is a whole number from 1 to {most:,}" for key, most in MOST_OF_A_TEST.items())
         raise UsageError(f"{path}: test is {test}", f"{allowed}.")
     question = _section(spec, "question", path)
+    if test and base.get("objective") == "dpo":
+        raise UsageError(f"{path}: test asks questions, and rows of preferences are none", "Leave test out.")
     most = MOST_OF_A_QUESTION if question else MOST_COMPARED
     values = combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path), most)
     names = [name_of(v) for v in values]
@@ -237,8 +240,9 @@ def _is_sweep(folder: Path) -> bool:
 def _hashes(plan: Sweep) -> dict[str, str]:
     """sha256 of each file of rows that a sweep reads, by its path."""
     configs = [point.config for point in plan.points]
-    texts = {t for c in configs for t in (c.data, c.val, c.mix_general)} | {str(plan.test.get("data", ""))}
+    texts = {t for c in configs for t in (c.data, c.mix_general)} | {str(plan.test.get("data", ""))}
     paths = {find_data(source.path)[0] for text in texts if text for source in parse_sources(text)}
+    paths |= {validation_file(c.val or c.data) for c in configs if c.val or Path(c.data).is_dir()}
     return {str(path): sha256(path) for path in sorted(paths) if path.is_file()}  # a share of rows is none
 
 
@@ -285,7 +289,12 @@ def _sides(config: TrainConfig, wanted: str, console: Console) -> dict[str, str]
     if file.note:
         console.say(f"{source.path}: {file.note}")
     numbers = draw(source, len(file), config.seed)
-    rows = [read_row(file, i, config) for i in numbers.tolist()]
+    rows, kept = [], []
+    for i in numbers.tolist():
+        with suppress(*[RowError] * config.skip_bad):
+            rows.append(read_row(file, i, config))
+            kept.append(i)
+    numbers = np.array(kept, np.int64)
     questions = np.array([hashes(row)[0] for row in rows], np.uint64)
     parts = split(questions, [count_of("test", wanted, len(rows))], config.seed)
     lines = ((json.dumps(file.value(i), ensure_ascii=False) + "\n" for i in sorted(numbers[p].tolist())) for p in parts)
@@ -303,7 +312,9 @@ def _train(point: Point) -> int:
         saved, finished = any(folder.glob("checkpoints/step-*")), read_record(folder).finished
         if finished and any((folder / name).is_dir() for name in ("adapter", "model")):
             return 0
-        if finished and not saved:
+        # a run that was killed before its first snapshot has no link to one, and no answers
+        kept = saved or (folder / "checkpoints" / "last").is_symlink() or (folder / "predict").is_dir()
+        if finished and kept and not saved:
             raise OutputInUse(
                 f"{folder} holds a finished run whose weights are gone",
                 "Delete it to train it again, or put them back.",

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from ..checkpoint.adapter import trained_quant
 from ..checkpoint.factors import read_factors, write_factors
 from ..checkpoint.open_model import open_model
+from ..checkpoint.quantized import FORMS
 from ..config import DataConfig
 from ..data import load_examples
 from ..evaluate import evaluate
@@ -23,12 +25,17 @@ def truncate_adapter(source: Path, rank: int, target: Path) -> float:
 
 
 def cost_of(source: Path, smaller: Path, model: Folder, data: str, settings: DataConfig) -> list[str]:
-    """Lines with the loss on rows of the base, of the adapter, and of the smaller one, in nats an answer token."""
+    """Lines with the loss on rows of the base, of the adapter, and of the smaller one, in nats an answer token.
+
+    The base has the bits with which the adapter was trained.
+    """
     folder = ModelFolder.of(model)
     tokenizer = load_tokenizer(folder, str(source))
+    bits = trained_quant(source)
     examples, report = load_examples(data, tokenizer, settings)
     lines = [f"data      {report}"]
     for name, adapter in (("base", None), ("adapter", str(source)), ("truncated", str(smaller))):
-        score = evaluate(open_model(folder, tokenizer, adapter), examples, settings.max_length)
+        model = open_model(folder, tokenizer, adapter, quant=bits if bits in FORMS else "keep")
+        score = evaluate(model, examples, settings.max_length)
         lines.append(f"{name:<9} loss {score.loss:.4f} over {score.tokens:,} answer tokens")
     return lines

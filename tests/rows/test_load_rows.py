@@ -262,12 +262,18 @@ def test_a_folder_brings_its_validation_rows(tmp_path, model):
     assert [len(own.train), len(own.val)] == [1, 1] and own.notes["val"] == "1 of these rows"
     write(tmp_path / "f" / "dev.json", row(260, 3))
     assert "256 positions" in load_data(config(model, tmp_path / "f")).notes["long"]
+    write(tmp_path / "f" / "dev.json", row(3, 3), row(3, 4), row(3, 5))
+    assert len(load_data(config(model, tmp_path / "f" / "train.json", val=str(tmp_path / "f"))).val) == 3
+    general = load_data(config(model, tmp_path / "f", mix_general=str(tmp_path / "f" / "dev.json")))
+    assert "3 validation rows ask what a training row asks" in general.notes["note"]
     alone = load_data(config(model, tmp_path / "f" / "train.json"))
     assert not len(alone.val) and not alone.notes and not alone.taken
     write_split(tmp_path / "data", alone)
     assert not (tmp_path / "data").exists()
     with pytest.raises(UsageError, match="no row of"):
         load_data(config(model, tmp_path / "f", define={"nobody": "x"}))
+    write(tmp_path / "f" / "dev.json", row(3, 3) | {"prompt": "{{nobody}}?"})
+    assert len(load_data(config(model, tmp_path / "f", define={"nobody": "x"})).val) == 1  # filled there alone
     write(tmp_path / "f" / "train.json", row(1, 1) | {"prompt": "{{nobody}}?"})
     assert len(load_data(config(model, tmp_path / "f", define={"nobody": "x"})).train) == 1
 

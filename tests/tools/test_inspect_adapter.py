@@ -1,6 +1,7 @@
 """`minilora inspect adapter`: what was planted in an adapter is found, and equals what dense linear algebra says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,17 @@ def test_a_smaller_adapter_is_written_and_its_loss_told(planted, tmp_path, capsy
     path = next(path for path in old if path.endswith("0.self_attn.q_proj"))
     torch.testing.assert_close(delta(new[path]), delta(old[path]), rtol=1e-5, atol=1e-7)
     load_adapter(load_model(base), tmp_path / "small")  # knows its base
+
+
+def test_a_smaller_adapter_is_measured_on_the_bits_of_its_training(tmp_path, capsys, monkeypatch):
+    base, rows, run = make_model(tmp_path / "m"), make_rows(tmp_path / "rows.json"), tmp_path / "run"
+    words = ["--lora-r", "4", "--max-steps", "1", "--quant", "int8"]
+    assert main(["train", "--model", str(base), "--data", str(rows), "--output", str(run), *words]) == 0
+    both = ["--model", str(base), "--data", str(rows)]
+    assert main(inspecting(run / "adapter", "--to-rank", "4", "--output", tmp_path / "small", *both)) == 0
+    told = re.search(r"adapter +loss ([0-9.]+)", capsys.readouterr().out)
+    assert main(["eval", "--adapter", str(run / "adapter"), "--quant", "int8", *both]) == 0
+    assert told and f"loss        {told[1]} nats" in capsys.readouterr().out
 
 
 def test_json_and_page(planted, tmp_path, capsys):

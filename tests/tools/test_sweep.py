@@ -13,7 +13,7 @@ from tiny import ROWS, make_model, make_rows
 
 from minilora.__main__ import main
 from minilora.console import Console
-from minilora.errors import MiniloraError, OutputInUse, Stopped, UsageError
+from minilora.errors import DataError, MiniloraError, OutputInUse, Stopped, UsageError
 from minilora.report.page import Document, write_both
 from minilora.report.record import Record, read_record
 from minilora.report.score_table import SHOWN, shortened, show_scores
@@ -153,6 +153,22 @@ def test_runs_test_set_and_page(here):
             sweep(path, str(out), other, console=QUIET)
 
 
+def test_rows_that_cannot_be_used_are_left_out_of_a_test_as_of_a_training(here, tmp_path):
+    path, out, _ = here
+    (tmp_path / "rows.json").write_text(json.dumps([*ROWS, {"prompt": "without an answer"}]))
+    with pytest.raises(DataError):
+        sweep(path, str(out), {}, console=QUIET)
+    sweep(path, str(out), {"skip_bad": True}, console=QUIET)
+    lines = [(out / "data" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
+    assert sum(map(len, lines)) == len(ROWS)
+
+
+def test_preferences_are_no_questions(here):
+    path, out, _ = here
+    with pytest.raises(UsageError, match="rows of preferences are none"):
+        sweep(path, str(out), {"objective": "dpo"}, console=QUIET)
+
+
 def test_answers_are_given_on_the_bits_of_the_training(monkeypatch):
     calls = []
     monkeypatch.setattr(sweep_module, "_child", lambda *words: calls.append([*map(str, words)]) or 0)
@@ -194,6 +210,16 @@ def test_a_stopped_sweep_goes_on(here):
     sweep(path, str(out), {}, console=QUIET)
     assert [c[0] for c in calls] == ["predict", "train", "predict", "predict"] and "--resume" in calls[1]
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_run_that_was_killed_before_its_first_snapshot_is_trained_again(here):
+    path, out, calls = here
+    sweep(path, str(out), {}, console=QUIET)
+    for name in ("adapter", "checkpoints", "predict"):
+        shutil.rmtree(out / "lr=0.001" / name)
+    calls.clear()
+    sweep(path, str(out), {}, console=QUIET)
+    assert "--overwrite" in calls[0] and (out / "lr=0.001" / "adapter").is_dir()
 
 
 def test_a_finished_run_without_its_weights_is_not_trained_again_over_its_answers(here):
