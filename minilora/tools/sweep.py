@@ -38,6 +38,7 @@ from ..report.record import LETTERS, read_json_file, read_record
 from ..report.score_table import shortened, show_scores
 from ..rows.files import find_data, open_rows, read_row, validation_file
 from ..rows.render import hashes
+from ..rows.shapes import trainable
 from ..rows.sources import draw, parse_sources
 from ..rows.split import count_of, split
 from ..run.signals import StopSignal
@@ -292,7 +293,7 @@ def _sides(config: TrainConfig, wanted: str, console: Console) -> dict[str, str]
     rows, kept = [], []
     for i in numbers.tolist():
         with suppress(*[RowError] * config.skip_bad):
-            rows.append(read_row(file, i, config))
+            rows.append(trainable(read_row(file, i, config)))
             kept.append(i)
     numbers = np.array(kept, np.int64)
     questions = np.array([hashes(row)[0] for row in rows], np.uint64)

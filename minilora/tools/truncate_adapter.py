@@ -35,7 +35,7 @@ def cost_of(source: Path, smaller: Path, model: Folder, data: str, settings: Dat
     examples, report = load_examples(data, tokenizer, settings)
     lines = [f"data      {report}"]
     for name, adapter in (("base", None), ("adapter", str(source)), ("truncated", str(smaller))):
-        model = open_model(folder, tokenizer, adapter, quant=bits if bits in FORMS else "keep")
-        score = evaluate(model, examples, settings.max_length)
+        opened = open_model(folder, tokenizer, adapter, quant=bits if bits in FORMS else "keep")
+        score = evaluate(opened, examples, settings.max_length)
         lines.append(f"{name:<9} loss {score.loss:.4f} over {score.tokens:,} answer tokens")
     return lines
