@@ -159,6 +159,16 @@ def test_what_comes_while_a_run_loads_stays(here, monkeypatch, came, capsys):
         assert tree(here) == before and "--overwrite would delete it" in capsys.readouterr().err
 
 
+def test_a_cache_among_the_files_of_another_run_is_refused(here, capsys):
+    before = tree(here)
+    for words in (
+        [*training(here), "--data", "rows.json", "--output", "other", "--cache", "run/checkpoints"],
+        ["data", "score", "--model", "model", "--data", "rows.json", "--cache", "run/adapter/tokens"],
+    ):
+        assert main(words) == 8 and "which a run fills" in capsys.readouterr().err
+    assert {name: raw for name, raw in tree(here).items() if not name.startswith("other")} == before
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_signal_while_the_old_folder_is_deleted_loses_neither(tmp_path, monkeypatch, after):
     """Ctrl-C in the last moment of a save that replaces an adapter: the new one, or the old one, is there whole."""

@@ -46,18 +46,26 @@ def read_questions(
         if last["role"] != "assistant":
             hint = "--columns prompt=text makes a question of it." if row.shape == TEXT else "A question belongs there."
             raise DataError(f"{row.where}: the last message is the {last['role']}'s", hint)
-        trained, label = [], tokenizer.template.written(last)
-        label = label if label.strip() else ""
+        written, label, count = tokenizer.template.written(last), "", 0
         thinking = has_thought(row.messages)
-        if label:
-            whole, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
-            # a prompt may open the thought, so that an answer begins within it
-            label = tokenizer.answer([i for i, mark in zip(whole, trained, strict=True) if mark]) if thinking else label
+        if written.strip():
+            ids, trained = tokenizer.render([*before, {**last, "loss": True}], loss_on="last")
+            own = _last_run(ids, trained)
+            # where a prompt opens the thought, an answer begins within it
+            label = tokenizer.answer(own) if thinking or tokenizer.template.opens_thoughts else written
+            count = len(own)
         text = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
         ids, _ = tokenizer.render(before, prompt=True, thinking=thinking)
-        questions.append(Question(ids, text, label, sum(trained), row.where, row_hashes))
+        questions.append(Question(ids, text, label, count, row.where, row_hashes))
     for note in ignored_notes(ignored):
         say(note)
     if cut:
         say(f"{cut:,} of {len(questions):,} questions are read from their last {settings.source_tail:,} tokens on")
     return questions
+
+
+def _last_run(ids: list[int], trained: list[bool]) -> list[int]:
+    """The ids of the last answer: other answers may be trained too."""
+    end = len(trained) - trained[::-1].index(True)
+    start = next((i for i in range(end, 0, -1) if not trained[i - 1]), 0)
+    return ids[start:end]

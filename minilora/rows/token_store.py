@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import DataError, ModelError
 from ..files.atomic import atomic_folder, verify_manifest
 from ..files.regular import SMALL, open_file, read_file
+from ..files.run_folder import require_outside_runs
 from ..files.strict_json import parse_json
 from .files import Places
 
@@ -201,7 +202,8 @@ class TokenCache:
     """A folder of stores, each under a hash of everything that decides its tokens."""
 
     def __init__(self, folder: Path, model: Path, adapter: Path | None = None):
-        """adapter: a folder whose tokenizer or chat template may go before the model's."""
+        """adapter: a folder whose tokenizer or chat template may go before the model's. OutputInUse for a place that a run fills."""
+        require_outside_runs(folder)
         self.folder = folder
         self._base = {"tokenizer": tokenizer_hash(model), "code": _code_hash()}
         if adapter is not None:

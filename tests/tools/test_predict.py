@@ -225,13 +225,19 @@ def test_a_question_with_a_thought_is_asked_as_it_was_trained(tmp_path, thinking
     tokenizer = load_tokenizer(GOLDEN / "qwen3")
     tokenizer.template = dataclasses.replace(tokenizer.template, thinking=thinking)
     answer = {"role": "assistant", "reasoning_content": "a thought", "content": "an answer"}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, answer]}) + "\n")
-    (question,) = read_questions(path, tokenizer)
-    ids, trained = render_row(trainable(next(iter(read_rows(path)))), tokenizer, PLAIN)
-    rest = ids[len(question.ids) :].tolist()
-    assert ids[: len(question.ids)].tolist() == question.ids and not trained[: len(question.ids)].any()
-    assert question.label == tokenizer.answer(
-        [i for i, mark in zip(rest, trained[len(question.ids) :], strict=True) if mark]
-    )
-    assert "a thought" in question.label and ("<think>" in question.label) == (thinking == "optional")
+    user, earlier = {"role": "user", "content": "q"}, {"role": "assistant", "content": "earlier", "loss": True}
+    for thought in (True, False):
+        last = answer if thought else {"role": "assistant", "content": "an answer"}
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"messages": [user, earlier, user, last]}) + "\n")
+        (question,) = read_questions(path, tokenizer)
+        ids, trained = render_row(
+            trainable(next(iter(read_rows(path)))), tokenizer, dataclasses.replace(PLAIN, loss_on="last")
+        )
+        begins = len(question.ids)
+        rest = [i for i, mark in zip(ids[begins:].tolist(), trained[begins:], strict=True) if mark]
+        assert ids[:begins].tolist() == question.ids and question.label_tokens == len(rest)
+        assert question.label == tokenizer.answer(rest)
+        assert ("a thought" in question.label) == thought and "earlier" not in question.label
+        assert ("<think>" in question.label) == (thought and thinking == "optional")
+        assert ("</think>" in question.label) == (thought or thinking == "always")
