@@ -108,7 +108,7 @@ def test_no_old_word_is_left(path: Path):
 # files that belong to the program, the system or the user's own cache, and what is made here
 READ_DIRECTLY = {
     "minilora/report/page.py", "minilora/serve/page.py", "minilora/tools/explain.py", "minilora/machine/cpu.py", "minilora/tools/doctor.py",
-    "minilora/rows/token_store.py", "minilora/text/own_template.py", "minilora/ranks/start.py",
+    "minilora/rows/token_store.py", "minilora/text/own_template.py", "minilora/ranks/start.py", "minilora/isolated.py",
 }  # fmt: skip
 
 
