@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LONGEST = (
-    20_000  # tokens of a text that ROUGE-L reads: its time grows as the product of two lengths, and this takes 0.05 s
-)
+# tokens of a text that ROUGE-L reads: its time grows as the product of two lengths, and this takes 0.05 s
+LONGEST = 20_000
 DEFINITIONS = {
     "bleu4_char": "BLEU-4 of each answer by character, smoothing method 3, mean over rows: ChatGLM-6B's and LLaMA-Factory's BLEU-4",
     "bleu4_words": "the same by jieba word: GLM-4's and ChatGLM3's BLEU-4 (which they print without the factor 100)",

@@ -17,7 +17,6 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -292,8 +291,12 @@ def _sides(config: TrainConfig, wanted: str, console: Console) -> dict[str, str]
     numbers = draw(source, len(file), config.seed)
     rows, kept = [], []
     for i in numbers.tolist():
-        with suppress(*[RowError] * config.skip_bad):
+        try:
             rows.append(trainable(read_row(file, i, config)))
+        except RowError:
+            if not config.skip_bad:
+                raise
+        else:
             kept.append(i)
     numbers = np.array(kept, np.int64)
     questions = np.array([hashes(row)[0] for row in rows], np.uint64)
