@@ -20,6 +20,8 @@ from minilora.errors import Diverged, OutputInUse
 from minilora.evaluate import evaluate
 from minilora.files.safetensors import SafetensorsFile
 from minilora.lora import adapters
+from minilora.report.caveats import caveats
+from minilora.report.record import read_record
 from minilora.settings import resolve
 from minilora.train import train
 
@@ -153,6 +155,8 @@ def test_what_rounding_a_model_to_its_dtype_costs_is_told(tmp_path):
         words = ["--model", tmp_path / "run" / "model", "--data", rows, "--device", "cpu", "--compute", "float32"]
         assert main(["eval", *map(str, words)]) == 0
     assert found and f"loss        {found[1]} nats" in out.getvalue()
+    assert f"its validation loss is {found[1]}" in (tmp_path / "run" / "report.html").read_text()
+    assert any(f"validation loss is {found[1]}" in line for line in caveats([read_record(tmp_path / "run")]))
 
 
 TURNING = {  # the validation loss turns at some step between two checkpoints

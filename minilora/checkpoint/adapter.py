@@ -26,15 +26,24 @@ from ..files.model_folder import ADAPTER_CONFIG as CONFIG
 from ..files.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 from ..files.model_folder import Folder, ModelFolder
 from ..files.safetensors import SafetensorsFile, write_tensors
-from ..lora import HEADS, Base, LoRALinear, adapters, base_parameters, linears, require_no_adapters, wrap
+from ..lora import HEADS, Base, LoRALinear, adapters, linears, require_no_adapters, wrap
 from ..methods.dora import DoRALinear
 from ..methods.pissa import PiSSALinear, set_starts
 from ..methods.table import PEFT_TYPES
+from ..text.template import jinja_text
 from .adapter_config import as_parameter, by_pattern, meant, named_by, refuse_what_is_not_lora
 from .consumers import as_in_file, joined
 from .expert_adapters import Half, Halves, files_of, gathered
-from .load import check_finite, fingerprint, fold
-from .method_folder import PREFIX, check_base, fill_method_folder, load_method_folder, weights_of
+from .load import check_finite, fold
+from .method_folder import (
+    PREFIX,
+    about_base,
+    check_base,
+    fill_method_folder,
+    load_method_folder,
+    template_hash,
+    weights_of,
+)
 from .quantized import FORMS, described, quant_of
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -58,8 +67,7 @@ def fill_adapter_folder(model: nn.Module, folder: Path, base: str = "", single: 
     if not wrapped:
         fill_method_folder(model, folder, base)
         return
-    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
-    write_adapter(folder, wrapped, linears_without(model), base, about, single)
+    write_adapter(folder, wrapped, linears_without(model), base, about_base(model, base), single)
 
 
 def write_adapter(
@@ -283,6 +291,14 @@ def base_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:
     if not (adapter / WEIGHTS).is_file() or "minilora_base" in SafetensorsFile(adapter / WEIGHTS).metadata:
         return None  # loading it will say more, or compare it with the weights
     return f"the adapter was made for {quote(named, 60)}; whether {folder} holds the same weights cannot be seen"
+
+
+def template_note(adapter: ModelFolder, folder: ModelFolder) -> str | None:
+    """A line where the folder's chat template is not the one that the adapter was trained with, and it brings none of its own."""
+    then = metadata_of(adapter.path).get("minilora_chat")
+    if then is None or jinja_text(adapter) is not None or then == template_hash(folder):
+        return None
+    return f"the adapter was trained with another chat template than {folder} has now: its answers may be worse"
 
 
 def _plan(

@@ -3,7 +3,9 @@
 A method says which tensors its file holds (methods/table.py). Reading is strict: the same keys and the same shapes.
 """
 
+import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +18,13 @@ from ..adapted import adapted
 from ..errors import ModelError, quote
 from ..files.mlx_adapter import WEIGHTS as MLX_WEIGHTS
 from ..files.mlx_adapter import MLXAdapter
-from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, is_prefix_folder
+from ..files.model_folder import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, ModelFolder, is_prefix_folder
 from ..files.safetensors import SafetensorsFile, write_tensors
 from ..lora import adapters, base_parameters, require_no_adapters, trained_parameters
 from ..methods.dora import DoRALinear
 from ..methods.table import PEFT_TYPES, method_of
 from ..terminal import shell
+from ..text.template import jinja_text
 from .load import check_finite, empty_model, fingerprint
 from .quantized import quant_of
 
@@ -33,11 +36,23 @@ def fill_method_folder(model: nn.Module, folder: Path, base: str = "") -> None:
     method = method_of(model)
     assert method is not None, "the model has no adapters"
     tensors = {key: t.detach().float().cpu().contiguous() for key, t in method.tensors(model).items()}
-    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
-    write_tensors(folder / ADAPTER_WEIGHTS, tensors, about)
+    write_tensors(folder / ADAPTER_WEIGHTS, tensors, about_base(model, base))
     common = {"peft_type": method.PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     own = {"inference_mode": True, "revision": None} | method.settings(model)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(common | own, indent=2) + "\n")
+
+
+def about_base(model: nn.Module, base: str) -> dict[str, str]:
+    """What the file of an adapter keeps of its base: a fingerprint of the weights, their bits, and a hash of the chat template."""
+    about = {"minilora_base": fingerprint(base_parameters(model)), "minilora_quant": quant_of(model)}
+    with suppress(ModelError):  # a name that is no folder here
+        about |= {"minilora_chat": template_hash(ModelFolder(base))} if base else {}
+    return about
+
+
+def template_hash(folder: ModelFolder) -> str:
+    """A short name for the chat template of a folder; of none, of the empty text."""
+    return hashlib.sha256((jinja_text(folder) or "").encode()).hexdigest()[:16]
 
 
 def load_method_folder(model: Decoder, folder: Path, j: dict[str, Any], any_base: bool = False) -> None:

@@ -16,7 +16,7 @@ from ..machine.compute import choose, choose_threads, name_of
 from ..ranks.ranks import ALONE, Ranks
 from ..sampling import generation_note
 from ..text.tokenizer import Tokenizer, check_fits
-from .adapter import base_note, load_adapter, trained_quant
+from .adapter import base_note, load_adapter, template_note, trained_quant
 from .load import keys_not_read, load_model
 from .quantized import described, quant_of, quantized_note
 
@@ -79,6 +79,7 @@ def folder_notes(folder: Folder, tokenizer: Tokenizer, adapter: Folder | None = 
         "files": f"{ADAPTER_CONFIG} and its weights are not read: --adapter does that" if (folder / ADAPTER_CONFIG).is_file() else None,
         "answers": generation_note(folder),
         "base": base_note(ModelFolder.of(adapter), folder) if adapter else None,
+        "template": template_note(ModelFolder.of(adapter), folder) if adapter else None,
     }  # fmt: skip
     return {name: note for name, note in found.items() if note} | tokenizer.notes
 

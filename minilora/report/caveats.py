@@ -29,6 +29,8 @@ def caveats(runs: list[Record]) -> list[str]:
             found.append(f"the answers of {run.letter} are of other weights than the run has now: predict again")
         found += _leaked(run)
     for run in runs:
+        if rounded := rounded_note(run):
+            found.append(f"{run.letter}: {rounded}")
         if run.step and not run.finished:
             how = "is going on" if run.going_on else "is not finished"
             found.append(f"{run.letter} {how}: {run.step:,} of {run.steps:,} steps")
@@ -116,6 +118,14 @@ def _with(rows: np.ndarray, column: int, hash_: str) -> np.ndarray:
     value = np.uint64(int(hash_, 16))
     start, end = (int(rows[:, column].searchsorted(value, side)) for side in ("left", "right"))
     return rows[start:end]
+
+
+def rounded_note(run: Record) -> str | None:
+    """A line where a model was rounded to the dtype of its config.json after its losses were measured."""
+    loss = run.data.get("rounded_loss")
+    if not isinstance(loss, float):
+        return None
+    return f"the model was rounded to the dtype of its config.json at the end; its validation loss is {loss:.4f}"
 
 
 def over_the_limit(runs: list[Record]) -> list[str]:

@@ -84,7 +84,7 @@ class Record:
             return sampled is not None and model.is_dir() and sampled != sample_of(model)
         adapter, then = self.folder / "adapter", self.decoded.get("weights_hash")
         if then is not None and self.decoded.get("adapter") is None:
-            return adapter.is_dir()  # they are of the base alone
+            return adapter.is_dir() and self.decoded.get("model") == self.config.get("model")  # of the base alone
         if not isinstance(then, str) or len(then) != 48:  # from before configs were hashed
             return False
         return not then.endswith(hash_of(adapter / ADAPTER_WEIGHTS, adapter / ADAPTER_CONFIG))

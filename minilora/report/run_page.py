@@ -18,7 +18,7 @@ from ..files.atomic import write_file
 from ..files.model_folder import ADAPTER_WEIGHTS
 from ..files.strict_json import read_json_lines
 from ..terminal import clock, shell
-from .caveats import over_the_limit
+from .caveats import over_the_limit, rounded_note
 from .charts import Level, Series, heat_map, line_chart, marked_histogram
 from .curve import Curve, smoothed
 from .metrics import Interval
@@ -116,6 +116,8 @@ def _curves(page: Document, run: Record) -> None:
     if run.val:
         series.append(Series("validation loss", run.val, 1, dots=True))
     page.charts(line_chart(series, "step", "loss (nats a token)", best=run.best))
+    if rounded := rounded_note(run):
+        page.text(f"{rounded[0].upper()}{rounded[1:]}.", "warning")
     page.text("Smoothed is a mean over about a twentieth of the steps. Point at a chart for its values.", "dim")
     if len(run.val) > 1:
         best, steps = run.best and run.best[0], {step for step, _ in run.val}
@@ -248,8 +250,8 @@ def _samples(page: Document, run: Record) -> None:
         )
         return
     rows, now = list(read_json_lines(path)), _adapter_of(run)
-    if any(row.get("adapter", now) != now for row in rows):
-        page.text("The answers after are of another adapter than the run has now: ask again.", "warning")
+    if any(row.get("adapter") != now for row in rows):
+        page.text("The answers after may be of another adapter than the run has now: ask again.", "warning")
     for row in rows:
         page.heading(row["where"], small=True)
         page.verbatim(row["question"])

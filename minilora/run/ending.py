@@ -1,5 +1,6 @@
 """How a run ends: its last lines, its report, and a hint if it ran out of memory."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,13 @@ from ..console import Console
 from ..errors import Diverged, OutOfMemory, RankLost, Stopped
 from ..evaluate import evaluate
 from ..experts import seen_note
-from ..files.atomic import locked
+from ..files.atomic import locked, write_file
 from ..files.run_folder import require_outside_runs
 from ..machine.compute import name_of
 from ..objective import objective_of
 from ..ranks.ranks import Ranks
 from ..report.plot import plot_loss
+from ..report.record import read_json_file
 from ..report.run_page import report_quietly
 from ..terminal import shell
 from .folder import Run, check_cache, check_not_read, check_output, check_unlocked, load_kept_step, save
@@ -132,5 +134,7 @@ def _round(run: Run) -> str | None:
     told = f"rounded to {name_of(own)}, as in config.json; the snapshots in {run.checkpoints} are not"
     if not run.plan.val:
         return told
-    score = evaluate(run.model, run.plan.val, run.plan.micro_tokens, objective=objective_of(run.config))
-    return f"{told}: validation loss {score.loss:.4f} now"
+    loss = evaluate(run.model, run.plan.val, run.plan.micro_tokens, objective=objective_of(run.config)).loss
+    record = run.folder / "data.json"
+    write_file(record, json.dumps(read_json_file(record) | {"rounded_loss": loss}) + "\n")  # for the pages
+    return f"{told}: validation loss {loss:.4f} now"

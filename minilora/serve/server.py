@@ -80,7 +80,14 @@ def open_models(folder: ModelFolder, adapters: dict[str, str], **opening: Unpack
         adapter = ModelFolder(place)
         own = load_tokenizer(folder, adapter)
         check_fits(own, decoder.config.vocab, adapter)
-        notes({k: v for k, v in folder_notes(folder, own, adapter).items() if k in ("base", "tokens", "chat")}, its)
+        notes(
+            {
+                k: v
+                for k, v in folder_notes(folder, own, adapter).items()
+                if k in ("base", "template", "tokens", "chat")
+            },
+            its,
+        )
         models.add(its, adapter, own, bool(opening.get("any_base")), bool(opening.get("allow_partial")))
     return models
 

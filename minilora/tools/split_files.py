@@ -92,7 +92,7 @@ def _near(sides: dict[str, np.ndarray], rows: list[Row]) -> tuple[list[dict[str,
             like = near.like(_text(rows[i]))
             if like is not None:
                 found.append({"side": name, "row": rows[i].where, "train": like[0], "alike": round(like[1], 2)})
-    told.append("leakage  no question stands on two sides")
+    told.append("leakage  no question, with all that stands before it, is on two sides")
     if found:
         first = found[0]
         told.append(

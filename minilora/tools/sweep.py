@@ -97,8 +97,6 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         allowed = " and ".join(f"{key} is a whole number from 1 to {most:,}" for key, most in MOST_OF_A_TEST.items())
         raise UsageError(f"{path}: test is {test}", f"{allowed}.")
     question = _section(spec, "question", path)
-    if test and base.get("objective") == "dpo":
-        raise UsageError(f"{path}: test asks questions, and rows of preferences are none", "Leave test out.")
     most = MOST_OF_A_QUESTION if question else MOST_COMPARED
     values = combinations(_lists(varied, "zip", path), _lists(varied, "product", path), str(path), most)
     names = [name_of(v) for v in values]
@@ -110,6 +108,8 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         settings = {k: v for k, v in base.items() if canonical(k) not in {canonical(x) for x in value}}
         config = resolve(_placed(settings | value), {"output": output / name})
         points.append(Point(name, config))
+    if "rows" in test and any(point.config.objective == "dpo" for point in points):
+        raise UsageError(f"{path}: rows of preferences cannot be asked", "Give test: data: FILE, of questions.")
     if question:
         Question.of(question, str(path)).places({point.name: vars(point.config) for point in points})
     elif test.get("before") and len(points) + len(bases := befores(points)) > len(LETTERS):

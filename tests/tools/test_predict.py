@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,16 @@ def test_a_question_with_a_thought_is_asked_as_it_was_trained(tmp_path, thinking
         assert ("a thought" in question.label) == thought and "earlier" not in question.label
         assert ("<think>" in question.label) == (thought and thinking == "optional")
         assert ("</think>" in question.label) == (thought or thinking == "always")
+
+
+def test_another_chat_template_than_that_of_the_training_is_told(work, tmp_path, capsys):
+    shutil.copytree(work / "model", tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--data", str(work / "rows.json")]
+    assert main(["train", *words, "--max-steps", "1", "--output", str(tmp_path / "run")]) == 0
+    measure = ["eval", *words, "--adapter", str(tmp_path / "run" / "adapter")]
+    assert main(measure) == 0 and "chat template than" not in capsys.readouterr().out
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{# another #}" + template.read_text())
+    assert main(measure) == 0 and "trained with another chat template than" in capsys.readouterr().out
+    shutil.copy(work / "model" / "chat_template.jinja", tmp_path / "run" / "adapter")
+    assert main(measure) == 0 and "chat template than" not in capsys.readouterr().out  # it brings its own

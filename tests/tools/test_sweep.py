@@ -165,7 +165,7 @@ def test_rows_that_cannot_be_used_are_left_out_of_a_test_as_of_a_training(here, 
 
 def test_preferences_are_no_questions(here):
     path, out, _ = here
-    with pytest.raises(UsageError, match="rows of preferences are none"):
+    with pytest.raises(UsageError, match="rows of preferences cannot be asked"):
         sweep(path, str(out), {"objective": "dpo"}, console=QUIET)
 
 
