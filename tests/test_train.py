@@ -144,6 +144,14 @@ def test_full_training_keeps_the_checkpoints_dtype(tmp_path):
     assert all(torch.equal(p, file.tensor(name)) for name, p in exact.named_parameters())
 
 
+def test_a_model_that_its_dtype_cannot_hold_is_not_written(tmp_path):
+    model, rows = make_model(tmp_path / "model", torch.float16), make_rows(tmp_path / "rows.json")
+    settings = {"model": model, "data": rows, "output": tmp_path / "run", "method": "full", "lr": 1e6, "max_steps": 2}
+    with pytest.raises(Diverged, match="beyond what float16"):
+        train(resolve(settings, {"device": "cpu", "compute": "float32"}), console=QUIET)
+    assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
 def test_what_rounding_a_model_to_its_dtype_costs_is_told(tmp_path):
     model, rows = make_model(tmp_path / "model", torch.bfloat16), make_rows(tmp_path / "rows.json")
     settings = {"model": model, "data": rows, "output": tmp_path / "run", "method": "full", "lr": 1e-4, "max_steps": 3}

@@ -95,7 +95,7 @@ def refuse_what_is_not_lora(folder: Path, j: dict[str, Any]) -> None:
             if simple(p) is None:
                 what = f"{folder / CONFIG}: {pattern} has a pattern that is broken or too complex: {quote(p)}"
                 raise ModelError(what, "Use the modules' names.")
-        if sum(map(ways_of, patterns)) > 2 * MOST_WAYS:
+        if sum(map(ways_of, patterns)) > 20 * MOST_WAYS:
             what = f"{folder / CONFIG}: {pattern} has patterns that are too complex together"
             raise ModelError(what, "Use the modules' names.")
         values: dict[str, Any] = {key: j.get(key)} | {f"{pattern} {k!r}": v for k, v in patterns.items()}

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from ..errors import UsageError
+from ..errors import UsageError, quote
 from ..settings import canonical
 from .charts import Series, line_chart
 from .page import Document
@@ -86,7 +86,11 @@ class Question:
         """Where a run of these settings belongs: the value along, the group, the seed and the value of best_of."""
         along = as_text(config.get(self.along)) if self.along else ""
         group = tuple(as_text(config.get(name)) for name in self.compare)
-        return along, group, config["seed"], float(config[self.best_of]) if self.best_of else 1.0
+        tried = config[self.best_of] if self.best_of else 1.0
+        if not isinstance(tried, (int, float)):
+            what = f"best_of is {self.best_of}, which is {quote(str(tried))} in a run"
+            raise UsageError(what, "Name a setting whose values are numbers.")
+        return along, group, config["seed"], float(tried)
 
     def places(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
         """The place of each run, by its name; UsageError for two in one place: one of them would not be counted."""

@@ -213,6 +213,8 @@ def make_samples(run: Record, count: int) -> None:
         raise UsageError(
             f"{run.folder} has no adapter", "Samples before and after are of a finished run with adapters."
         )
+    if run.objective[0] == "dpo":
+        raise UsageError(f"{run.folder} was trained on preferences", "Ask a file of questions: minilora predict.")
     tokenizer, settings = load_tokenizer(config["model"]), resolve(config)
     questions = read_questions(measured(settings, run.folder), tokenizer, settings)
     chosen = [questions[i] for i in sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())]

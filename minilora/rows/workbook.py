@@ -44,9 +44,11 @@ class Page(NamedTuple):
     notes: list[str]
 
     @classmethod
-    def read(cls, j: dict[str, Any]) -> Self:
-        """A sheet as workbook_cells.py writes it."""
-        return cls(**j | {"merged": [Area(*a) for a in j["merged"]], "uncomputed": dict(j["uncomputed"])})
+    def read(cls, j: dict[str, Any], texts: list[str]) -> Self:
+        """A sheet as workbook_cells.py writes it, with the texts of all sheets."""
+        lines = [[texts[number] for number in line] for line in j["lines"]]
+        merged = [Area(*area) for area in j["merged"]]
+        return cls(**j | {"lines": lines, "merged": merged, "uncomputed": dict(j["uncomputed"])})
 
     def header_at(self, columns: dict[str, str]) -> int | None:
         return next((i for i, cells in enumerate(self._top()) if is_header(cells, columns)), None)
@@ -134,7 +136,7 @@ def _pages(path: Path, raw: bytes) -> tuple[list[Page], int]:
     except ValueError as error:
         what = f"{path} is not a workbook that can be read: {str(error)[:160]}"
         raise DataError(what, "Save it as xlsx again, or as csv.") from None
-    return [Page.read(page) for page in found["pages"]], found["pictures"]
+    return [Page.read(page, found["texts"]) for page in found["pages"]], found["pictures"]
 
 
 def cells_of(raw: bytes) -> dict[str, Any]:
@@ -144,7 +146,11 @@ def cells_of(raw: bytes) -> dict[str, Any]:
         child = subprocess.run(command, input=raw, stdout=out, stderr=subprocess.PIPE, env=environment(), check=False)
         if child.returncode:
             lines = child.stderr.decode("utf-8", "replace").splitlines()
-            said = lines[-1] if lines and child.returncode > 0 else "it takes far longer than others of its size"
+            said = (
+                lines[-1]
+                if lines and child.returncode > 0
+                else "it takes far more time or memory than a workbook of its size"
+            )
             if child.returncode == 6:
                 raise DiskError(f"{tempfile.gettempdir()}: {said}", "Free some space there, or set TMPDIR.")
             raise ValueError(said)

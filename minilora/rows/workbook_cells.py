@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import zipfile
+from collections import Counter
 from datetime import date, datetime, time, timedelta
 from typing import Any
 from warnings import catch_warnings
@@ -24,6 +25,7 @@ from .sheet_size import MAX_BOOK, check_size, unpacked
 ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 AS_STORED = ("General", "0", "@")  # formats in which Excel shows a number as it is stored
+MOST_LETTERS = 1 << 29  # of all cells together: a text that many cells share stands in the file once
 TOO_MUCH = "it takes far more memory than a workbook of its size"
 MEMORY, SECONDS = 256 << 20, 60  # for any workbook
 MEMORY_A_BYTE, SECONDS_A_MIB, MOST = (
@@ -65,15 +67,22 @@ def _cells(raw: bytes) -> dict[str, Any]:
     with zipfile.ZipFile(io.BytesIO(raw)) as book:
         check_size(book)
         pictures = sum(name.startswith("xl/media/") for name in book.namelist())
-        parts = (book.read(name) for name in book.namelist() if name.startswith("xl/worksheets/"))
+        parts = (book.read(name) for name in book.namelist() if not name.startswith("xl/media/"))
         computed = any(FORMULA.search(part) for part in parts)
     with catch_warnings(action="ignore"):  # they quote the workbook as it is
         values: Any = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
         formulas: Any = openpyxl.load_workbook(io.BytesIO(raw)) if computed else values
-    return {"pages": [_page(sheet, formulas[sheet.title]) for sheet in values.worksheets], "pictures": pictures}
+    texts: dict[str, int] = {}  # each text once: all rows of a sheet may have the same instruction
+    pages = [_page(sheet, formulas[sheet.title], texts) for sheet in values.worksheets]
+    counts = Counter(number for page in pages for line in page["lines"] for number in line)
+    length = sum(len(text) * counts[number] for text, number in texts.items())
+    if length > MOST_LETTERS:
+        raise ValueError(f"its cells hold {length:,} characters, up to {MOST_LETTERS:,} are read: divide it")
+    return {"texts": list(texts), "pages": pages, "pictures": pictures}
 
 
-def _page(sheet: Any, formulas: Any) -> dict[str, Any]:
+def _page(sheet: Any, formulas: Any, texts: dict[str, int]) -> dict[str, Any]:
+    """A sheet; its lines hold the numbers of their texts."""
     cells = [cell for row in sheet.iter_rows() for cell in row]
     # a formula whose value is the empty text has the type str
     without = [c for c in cells if c.value is None and c.data_type != "str" and formulas[c.coordinate].data_type == "f"]
@@ -93,7 +102,7 @@ def _page(sheet: Any, formulas: Any) -> dict[str, Any]:
     return {
         "title": sheet.title,
         "hidden": sheet.sheet_state != "visible",
-        "lines": [[_text(cell) for cell in row] for row in sheet.iter_rows()],
+        "lines": [[texts.setdefault(_text(cell), len(texts)) for cell in row] for row in sheet.iter_rows()],
         "merged": [[a.coord, a.min_row, a.max_row, a.min_col, a.max_col] for a in sheet.merged_cells.ranges],
         "uncomputed": [[cell.row, cell.coordinate] for cell in reversed(without)],
         "notes": notes,

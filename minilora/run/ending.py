@@ -26,6 +26,7 @@ from ..terminal import shell
 from .folder import Run, check_cache, check_not_read, check_output, check_unlocked, load_kept_step, save
 from .monitor import Monitor
 from .signals import StopSignal
+from .snapshot import LAST
 
 RESUME = "Go on with the same command and --resume."  # after a rank was lost
 
@@ -131,6 +132,9 @@ def _round(run: Run) -> str | None:
         return None
     for p in wide:
         p.copy_(p.to(own))
+        if not p.isfinite().all():
+            what = f"weights are beyond what {name_of(own)}, the dtype of config.json, can hold"
+            raise Diverged(what, f"Train with a smaller --lr; {run.checkpoints}/{LAST} has them in float32.")
     told = f"rounded to {name_of(own)}, as in config.json; the snapshots in {run.checkpoints} are not"
     if not run.plan.val:
         return told

@@ -139,5 +139,7 @@ def test_two_runs_in_one_place_are_refused_and_names_tell_paths_apart():
     twice = [run(1.0, data="rows", lr=1e-3, seed=1, lora_alpha=alpha) for alpha in (1, 64)]
     with pytest.raises(UsageError, match="lora_alpha=1 and .*lora_alpha=64 differ in nothing that the question names"):
         Cells(question, twice)
+    with pytest.raises(UsageError, match="best_of is lr, which is 'high' in a run"):
+        Cells(question, [run(1.0, data="rows", lr="high", seed=1)])
     cells = Cells(question, [run(1.0, data=f"{name}/train.json", lr=1e-3, seed=1) for name in ("a", "b")])
     assert cells.groups == [("a/train.json",), ("b/train.json",)]

@@ -1,5 +1,6 @@
 """Workbooks as people keep them: several sheets, hidden ones, formulas, dates: each is read, told, or refused."""
 
+import json
 import zipfile
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
@@ -11,7 +12,7 @@ import pytest
 from openpyxl.comments import Comment
 
 from minilora.errors import DataError, DiskError
-from minilora.rows import open_rows, read_rows, sheet_size, trainable, workbook
+from minilora.rows import open_rows, read_rows, sheet_size, trainable, workbook, workbook_cells
 from minilora.rows.workbook import cells_of, read_xlsx
 from minilora.rows.workbook_cells import read_cells
 
@@ -221,6 +222,17 @@ def test_a_sheet_that_the_measure_does_not_see_takes_no_more_than_the_bound(tmp_
         for name, raw in content.items():
             new.writestr(name, raw)
     with pytest.raises(DataError, match="far more memory than a workbook of its size"):
+        read_xlsx(path, {})
+
+
+def test_a_text_that_all_rows_share_is_handed_over_once(tmp_path, monkeypatch):
+    path, book = sheets(tmp_path / "x.xlsx", one=[HEAD, *(["say" * 1000, str(i)] for i in range(50))])
+    book.save(path)
+    raw = path.read_bytes()
+    assert len(json.dumps(cells_of(raw))) < 10_000
+    assert [len(question) for question, _ in texts(path)] == [3000] * 50
+    monkeypatch.setattr(workbook_cells, "MOST_LETTERS", 100_000)
+    with pytest.raises(DataError, match="its cells hold 150,[0-9]+ characters"):
         read_xlsx(path, {})
 
 

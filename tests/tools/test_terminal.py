@@ -275,6 +275,7 @@ def test_there_is_one_door_to_the_terminal():
         "checkpoint/unpickle.py",
         "cli/completion.py",
         "console.py",
+        "rows/workbook_cells.py",
         "terminal.py",
         "tools/chat.py",
         "tools/typed.py",
