@@ -27,12 +27,9 @@ FORMULA = re.compile(rb"<(?:\w+:)?f[ >/]")
 AS_STORED = ("General", "0", "@")  # formats in which Excel shows a number as it is stored
 MOST_LETTERS = 1 << 29  # of all cells together: a text that many cells share stands in the file once
 TOO_MUCH = "it takes far more memory than a workbook of its size"
-MEMORY, SECONDS = 256 << 20, 60  # for any workbook
-MEMORY_A_BYTE, SECONDS_A_MIB, MOST = (
-    60,
-    6,
-    8 << 30,
-)  # more for what it unpacks to: openpyxl takes 20 bytes a byte, 0.7 s a MiB
+# bytes and seconds for any workbook, and more for what it unpacks to: openpyxl takes 20 bytes a byte, and 0.7 s a MiB
+MEMORY, SECONDS = 256 << 20, 60
+MEMORY_A_BYTE, SECONDS_A_MIB, MOST_MEMORY = 60, 6, 8 << 30
 
 
 def main() -> None:
@@ -40,7 +37,7 @@ def main() -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as book:
             size = unpacked(book)
-        bound(min(MEMORY + MEMORY_A_BYTE * size, MOST), SECONDS + SECONDS_A_MIB * (size >> 20), MAX_BOOK)
+        bound(min(MEMORY + MEMORY_A_BYTE * size, MOST_MEMORY), SECONDS + SECONDS_A_MIB * (size >> 20), MAX_BOOK)
         json.dump(read_cells(raw), sys.stdout)
         sys.stdout.flush()
     except MemoryError:
