@@ -56,7 +56,7 @@ def fill_trained_folder(folder: Path, model: nn.Module, base: Path, full: bool) 
     parameters = dict(model.named_parameters())
     shapes = {name: (p.dtype, tuple(p.shape)) for name, p in parameters.items()}
     write_checkpoint(folder, shapes, parameters.__getitem__, base, shard_bytes=1 << 62)
-    j = dict(ModelFolder(base).config)  # of another dtype: who opens the folder would round the weights
+    j = ModelFolder(folder).config  # of another dtype: who opens the folder would round the weights
     for part in (j, *(v for v in j.values() if isinstance(v, dict))):
         part |= {key: "float32" for key in ("dtype", "torch_dtype") if key in part}
     (folder / "config.json").write_text(json.dumps(j, indent=2) + "\n")

@@ -7,14 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import randomise, tiny, tiny_folder
+from tiny import make_model
 
-from minilora import add_lora
+from minilora import add_lora, load_model
 from minilora.errors import CheckpointMismatch
 from minilora.files.atomic import added, atomic_folder, verify_manifest
 from minilora.lora import trained_parameters
 from minilora.methods.pissa import PiSSALinear, pissa_init
 from minilora.run.setup import optimizer_of
-from minilora.run.snapshot import FILES, load_snapshot, newest_snapshot, read_state, rotate, save_snapshot, snapshots
+from minilora.run.snapshot import (
+    FILES,
+    fill_trained_folder,
+    load_snapshot,
+    newest_snapshot,
+    read_state,
+    rotate,
+    save_snapshot,
+    snapshots,
+)
 from minilora.settings import resolve
 
 
@@ -139,3 +149,15 @@ def test_the_newest_whole_snapshot_is_found(tmp_path):
     found, skipped = newest_snapshot(tmp_path)
     assert found == tmp_path / "step-10" and [line[:15] for line in skipped] == ["skipped step-11"]
     assert newest_snapshot(tmp_path / "absent") == (None, [])
+
+
+def test_a_full_snapshots_config_is_of_what_it_holds(tmp_path: Path):
+    """Plain weights in fp32, of whatever form the base's are."""
+    base = make_model(tmp_path / "model", torch.bfloat16)
+    model = load_model(base, torch.float32, "cpu")
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(config | quantised))
+    (tmp_path / "step").mkdir()
+    fill_trained_folder(tmp_path / "step", model, base, full=True)
+    assert json.loads((tmp_path / "step" / "config.json").read_text()) == config | {"torch_dtype": "float32"}
