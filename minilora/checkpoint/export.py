@@ -28,8 +28,8 @@ class Exported(NamedTuple):
 def export_adapter(model: Folder, adapter: Folder, output: str | Path, consumer: str) -> Exported:
     """Write an adapter of the model in this folder as a consumer reads it (consumers.py); no weight of the model is read.
 
-    Any base of the right shapes will do. Raises ModelError with every key that matches no linear of the model, and with what the consumer would not apply; UsageError
-    for a family on which it takes no adapters.
+    Any base of the right shapes will do. Raises ModelError with every key that matches no linear of the model, and with what
+    the consumer would not apply; UsageError for a family on which it takes no adapters.
     """
     c, adapter = read_config(model), ModelFolder.of(adapter)
     if consumer == "vllm" and c.family not in VLLM_MODULES:

@@ -1,4 +1,4 @@
-"""A curve of a run: two columns of numbers that read like a list of points, in 16 bytes a point where the list takes 130."""
+"""A curve of a run: two columns of numbers that read like a list of points, in 16 bytes a point."""
 
 import math
 from array import array

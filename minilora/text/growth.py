@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-MOST, LONGEST_TOKEN, LONGEST_REPLACEMENT = 64, 1_000, 256  # times, characters (published ones have up to 128), bytes
+MOST, LONGEST_TOKEN, LONGEST_REPLACEMENT = 64, 1_000, 256  # times, characters (Qwen's have up to 128), bytes
 MOST_ADDED = 1 << 20  # characters of all tokens beside the vocabulary: the library holds hundreds of bytes for each
 TIMES = {"ByteLevel": 2, "Metaspace": 4, "BertNormalizer": 3}  # the growth of steps that insert no text from the file
 

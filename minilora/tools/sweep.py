@@ -46,6 +46,8 @@ from ..terminal import as_words
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes"
+# settings that a run which is kept must share beside must_match; files, which a resume knows by what they hold, go by their names
+SAME_RUN = ("model", "data", "encoding", "val", "test", "mix_general", "define", "keep")
 SECTIONS = ("base", "zip", "product", "test", "question", "smoke")
 MOST_COMPARED, MOST_OF_A_QUESTION = len(LETTERS) - 1, 1000  # runs
 MOST_OF_A_TEST = {"max_tokens": 2**31, "batch": 4096}  # as predict takes them
@@ -112,7 +114,7 @@ def read_sweep(given: str, output: Path, flags: dict[str, Any], smoke: bool = Fa
         raise UsageError(f"{path}: rows of preferences cannot be asked", "Give test: data: FILE, of questions.")
     if question:
         Question.of(question, str(path)).places({point.name: vars(point.config) for point in points})
-    elif test.get("before") and len(points) + len(bases := befores(points)) > len(LETTERS):
+    elif test.get("before") and len(points) + len(bases := bases_of(points)) > len(LETTERS):
         what = f"{path} means {len(points):,} runs and {len(bases):,} base models that are asked too"
         raise UsageError(what, f"Its page shows at most {len(LETTERS)}: make several sweeps of it.")
     return Sweep(points, _placed(test), question)
@@ -163,10 +165,6 @@ def combinations(
     return [step | cross for step in steps for cross in crosses]
 
 
-# what decides a run beside must_match; files, which a resume knows by what they hold, go by their names here
-OWN = ("model", "data", "encoding", "val", "test", "mix_general", "define", "keep")
-
-
 def name_of(values: dict[str, Any]) -> str:
     """A safe folder name made of the values."""
     text = ",".join(f"{key}={value}" for key, value in values.items()) or "run"
@@ -207,7 +205,7 @@ def sweep(given: str, output: str, flags: dict[str, Any], smoke: bool = False, c
         if len(failed) == len(points):
             raise _failure(failed[0][1], "each run")
         trained = [p for p in points if p.name not in dict(failed)]
-        asked = befores(trained) if test and test.get("before") else {}
+        asked = bases_of(trained) if test and test.get("before") else {}
         for name, config in asked.items():
             _predict(config, test, folder / name, adapter=False)
         runs, before = [folder / p.name for p in trained], [folder / name for name in asked]
@@ -310,7 +308,7 @@ def _train(point: Point) -> int:
     folder = Path(point.config.output)
     if (folder / "config.yaml").is_file():
         then = resolve(read_yaml(folder / "config.yaml"))
-        same = all(getattr(then, name) == getattr(point.config, name) for name in OWN)
+        same = all(getattr(then, name) == getattr(point.config, name) for name in SAME_RUN)
         if not same or must_match(then) != must_match(point.config):
             raise OutputInUse(f"{folder} holds a run of other settings", "Give another --output, or delete that run.")
         saved, finished = any(folder.glob("checkpoints/step-*")), read_record(folder).finished
@@ -330,7 +328,7 @@ def _train(point: Point) -> int:
     return _child("train", "-c", settings, *(["--overwrite"] if folder.is_dir() and any(folder.glob("*")) else []))
 
 
-def befores(points: list[Point]) -> dict[str, TrainConfig]:
+def bases_of(points: list[Point]) -> dict[str, TrainConfig]:
     """Each base that the runs started from, with how it is asked, as a run's settings by the name of a folder: the first run's of those that share it."""
     firsts: dict[tuple[str, ...], Point] = {}
     for point in points:

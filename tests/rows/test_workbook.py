@@ -21,7 +21,7 @@ HEAD = ("question", "answer")
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
-    """Cells are read in this process, which takes a tenth of the time; the last tests have it as it is."""
+    """Cells are read in this process, which starts none; the last tests have it as it is."""
     monkeypatch.setattr(workbook, "cells_of", read_cells)
 
 
