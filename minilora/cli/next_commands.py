@@ -11,13 +11,13 @@ BESIDE = ("prefix", "prompt", "bottleneck")  # methods whose adapters cannot be 
 
 def next_commands(config: TrainConfig) -> list[str]:
     """Commands to type: talk with what was trained, measure it, merge it."""
-    from ..rows.sources import measured
+    from ..rows.sources import validation_rows
 
     run = Path(config.output)
     if config.method == "full":
         return [shell("chat", "--model", run / "model")]
     both = ("--model", Path(config.model), "--adapter", run / "adapter")
-    rows = measured(config, run)
+    rows = validation_rows(config, run)
     # a file that was split off is UTF-8
     reading = _reading(replace(config, encoding="") if run in rows.parents else config)
     bits = () if config.quant == "keep" else ("--quant", config.quant)

@@ -203,7 +203,7 @@ def make_samples(run: Record, count: int) -> None:
     from ..checkpoint.open_model import open_model
     from ..generate import Request, decode
     from ..rows.questions import read_questions
-    from ..rows.sources import measured
+    from ..rows.sources import validation_rows
     from ..sampling import read_generation
     from ..settings import resolve
     from ..text.tokenizer import load_tokenizer
@@ -216,7 +216,7 @@ def make_samples(run: Record, count: int) -> None:
     if run.objective[0] == "dpo":
         raise UsageError(f"{run.folder} was trained on preferences", "Ask a file of questions: minilora predict.")
     tokenizer, settings = load_tokenizer(config["model"]), resolve(config)
-    questions = read_questions(measured(settings, run.folder), tokenizer, settings)
+    questions = read_questions(validation_rows(settings, run.folder), tokenizer, settings)
     chosen = [questions[i] for i in sorted(np.random.default_rng(0).permutation(len(questions))[:count].tolist())]
     device = None if config.get("device", "auto") == "auto" else config["device"]
     model = open_model(config["model"], tokenizer, run.folder / "adapter", device=device, quant=settings.quant)

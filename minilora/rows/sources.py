@@ -55,7 +55,7 @@ def _parse(text: str) -> Source:
     return Source(match["path"], count, match["first"] == ":", rate)
 
 
-def measured(config: TrainConfig, run: Path) -> Path:
+def validation_rows(config: TrainConfig, run: Path) -> Path:
     """The rows that a run is measured on: those of its validation, else those that it was trained on, of several files the first."""
     if config.val and Path(config.val).exists():
         return validation_file(config.val)
